@@ -1,0 +1,310 @@
+"""Calibration of next-token probabilities: streaming sums, reliability bins, temperature.
+
+Confidence is the largest probability of a token's softmax, and a token is correct when that class is
+the target (top-label calibration, Guo et al., "On Calibration of Modern Neural Networks", ICML 2017).
+Everything the metrics need is a sum over tokens, so `Calibration` keeps O(bins) numbers on the device,
+whatever the number of tokens, and reads them back only in `compute`.
+
+What to know before two values of ECE are compared:
+
+- ECE is biased upwards. A perfectly calibrated model shows up to sqrt(2 B v / (pi n)) at n tokens in B
+  bins, v the mean of c (1 - c) over the confidences: 0.011 for n = 8192, B = 10, v = 0.15. A training
+  window shows this floor; a validation set of a million tokens hardly does.
+- Bins are (lo, hi]. Confidences are fp32, and so are the edges they are compared with: fp32(k / 3000) lies
+  ON the edge k / 3000 and belongs to the bin below it, the next fp32 number to the bin above.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from losses import brier, ce, spherical
+
+BASE_BINS = 3000
+SCORES = ("nll", "brier", "spherical", "entropy")
+
+
+class Calibration:
+    """Streaming calibration and proper scores of a stream of `kernels.Moments`.
+
+    The sums live in 3000 base bins (k/3000, (k+1)/3000] of confidence, 0 in the first and 1 in the last:
+    tokens and correct tokens as int64, the confidence as float64. Every number of equal-width bins that
+    divides 3000 (10, 15, 100, 300 ...) is an exact merge of base bins. Equal-mass bins merge them too:
+    their edges are the sample's quantiles moved to the base grid, by less than 1/3000 each, and the
+    error of the partition so defined is exact. A base bin is never split, so that equal confidences
+    stay together and the order of the tokens cannot matter; where one base bin holds more than its
+    share, fewer bins are left.
+
+    With several ranks: update() on each, all_reduce() once, compute(), reset().
+    """
+
+    def __init__(self, device: torch.device | str = "cpu"):
+        self._allocate(BASE_BINS, device)
+
+    def _allocate(self, n: int, device) -> None:
+        self.count = torch.zeros(n, dtype=torch.int64, device=device)
+        self.correct_sum = torch.zeros(n, dtype=torch.int64, device=device)
+        self.confidence_sum = torch.zeros(n, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(len(SCORES), dtype=torch.float64, device=device)  # of SCORES, over tokens
+        lower = (torch.arange(n, dtype=torch.float64) / n).float()
+        lower[0] = -math.inf  # a confidence of 0 stays in the first bin
+        self._lower = lower.to(device)
+        self._reduced = False
+
+    @torch.no_grad()
+    def update(self, moments) -> None:
+        """Add the valid tokens of ``moments`` (vectors of [N]). No host synchronisation.
+
+        Raises ValueError after an all_reduce(): the sums of all ranks would be counted again.
+        """
+        if self._reduced:
+            raise ValueError("update() after all_reduce() would count tokens twice; call reset() first")
+        n, valid, confidence = len(self.count), moments.valid, moments.confidence.float()
+        # fp32 times n is exact in float64: this is the bin [k/n, (k+1)/n). The lower edge itself, as fp32 has
+        # it, belongs to the bin below. Clamped as integers, so that nan cannot index out of bounds.
+        index = (confidence.double() * n).long().clamp_(0, n - 1)
+        index -= (confidence <= self._lower[index]).long()
+        rows = torch.stack([confidence, ce(moments), brier(moments), spherical(moments), moments.entropy])
+        rows = torch.where(valid, rows, 0.0).double()  # [5, N]; where, not a product: 0 * nan is nan
+        self.count.index_add_(0, index, valid.long())
+        self.correct_sum.index_add_(0, index, (moments.correct & valid).long())
+        self.confidence_sum.index_add_(0, index, rows[0])
+        self.sums += rows[1:].sum(1)
+
+    def all_reduce(self) -> None:
+        """Sum over the ranks of the default process group, in one all-reduce; none: nothing to do.
+
+        Everything travels as float64, which holds counts exactly to 2^53. Raises ValueError when it is
+        called a second time without reset().
+        """
+        if self._reduced:
+            raise ValueError("all_reduce() was already called; reset() before counting again")
+        self._reduced = True
+        if not (dist.is_available() and dist.is_initialized()):
+            return
+        parts = [self.count, self.correct_sum, self.confidence_sum, self.sums]
+        packed = torch.cat([part.double() for part in parts])
+        dist.all_reduce(packed)
+        for part, total in zip(parts, packed.split([len(part) for part in parts]), strict=True):
+            part.copy_(total)
+
+    def reset(self) -> None:
+        for part in (self.count, self.correct_sum, self.confidence_sum, self.sums):
+            part.zero_()
+        self._reduced = False
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """A copy of this rank's sums; later updates leave it alone."""
+        return {name: getattr(self, name).clone() for name in ("count", "correct_sum", "confidence_sum", "sums")}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Replace the sums. Raises ValueError if the number of bins differs."""
+        if len(state["count"]) != len(self.count):
+            raise ValueError(f"state has {len(state['count'])} base bins, expected {len(self.count)}")
+        for name, value in state.items():
+            getattr(self, name).copy_(value)
+        self._reduced = False
+
+    def compute(self) -> dict[str, float]:
+        """Every metric, as Python numbers; one synchronisation.
+
+        nll and entropy in nats per token, ppl = exp(nll) per token of the tokenizer in use, brier
+        sum p^2 - 2 p_y + 1 in 0..2, spherical 1 - p_y / ||p|| in 0..1, accuracy and confidence (the mean
+        of max p) in 0..1, ece10 / ece15 / ece100 over equal-width and ece10_mass / ece100_mass over
+        equal-mass bins. After `from_bins` the four scores and ppl are nan: bins do not hold them.
+        Raises ValueError when no token was counted.
+        """
+        host = self._host()
+        tokens = host._tokens()
+        out = {"tokens": tokens} | {k: v / tokens for k, v in zip(SCORES, host.sums.tolist(), strict=True)}
+        out["ppl"] = math.exp(out["nll"]) if not out["nll"] > 709 else math.inf  # exp overflows above 709.8
+        out["accuracy"] = host.correct_sum.sum().item() / tokens
+        out["confidence"] = host.confidence_sum.sum().item() / tokens
+        out |= {f"ece{bins}": host.ece(bins) for bins in (10, 15, 100)}
+        return out | {f"ece{bins}_mass": host.ece(bins, mass=True) for bins in (10, 100)}
+
+    def ece(self, bins: int, *, mass: bool = False) -> float:
+        """Expected calibration error: sum_b n_b/n |accuracy_b - confidence_b| (Naeini et al., AAAI 2015).
+
+        ``bins`` of equal width, or with ``mass`` of (nearly) equal numbers of tokens, the adaptive bins
+        of Nguyen & O'Connor (EMNLP 2015). Raises ValueError when no token was counted or when equal-width
+        ``bins`` do not divide the base bins.
+        """
+        host = self._host()
+        tokens = host._tokens()
+        _, confidence, correct = host._merged(bins, mass)
+        return (confidence - correct).abs().sum().item() / tokens
+
+    def reliability(self, bins: int = 10) -> dict[str, list]:
+        """The reliability diagram: lists lo, hi, count, confidence and accuracy of each equal-width bin.
+
+        Means are None where a bin is empty. Raises ValueError when ``bins`` does not divide the base bins.
+        """
+        parts = [part.tolist() for part in self._host()._merged(bins)]
+        means = [(c / n, y / n) if n else (None, None) for n, c, y in zip(*parts, strict=True)]
+        return {
+            "lo": [k / bins for k in range(bins)],
+            "hi": [(k + 1) / bins for k in range(bins)],
+            "count": parts[0],
+            "confidence": [confidence for confidence, _ in means],
+            "accuracy": [accuracy for _, accuracy in means],
+        }
+
+    def bins(self, bins: int | None = None) -> dict[str, list]:
+        """Sums a bin, JSON-able: lists count, confidence_sum, correct_sum of the base bins, or of ``bins``
+        equal-width merges of them (300 keep 10, 15 and 100 exact in a tenth of the space)."""
+        host = self._host()
+        parts = host._merged(len(host.count) if bins is None else bins)
+        return dict(zip(("count", "confidence_sum", "correct_sum"), (part.tolist() for part in parts), strict=True))
+
+    @classmethod
+    def from_bins(cls, bins: dict[str, list], device: torch.device | str = "cpu") -> "Calibration":
+        """The inverse of `bins`. Raises ValueError for missing keys or lists of different lengths."""
+        keys = ("count", "confidence_sum", "correct_sum")
+        lengths = {key: len(bins[key]) if key in bins else None for key in keys}
+        if len(set(lengths.values())) != 1 or not lengths["count"]:
+            raise ValueError(f"bins have lengths {lengths}, expected three lists of one length, as from bins()")
+        self = cls(device)
+        self._allocate(lengths["count"], device)
+        for key in keys:
+            getattr(self, key).copy_(torch.tensor(bins[key], dtype=getattr(self, key).dtype))
+        self.sums.fill_(math.nan)
+        return self
+
+    def _host(self) -> "Calibration":
+        """This object when it is on the CPU, else a copy there (one transfer)."""
+        if self.count.device.type == "cpu":
+            return self
+        host = Calibration.__new__(Calibration)
+        parts = [self.count, self.correct_sum, self.confidence_sum, self.sums]
+        packed = torch.cat([part.double() for part in parts]).cpu()
+        split = packed.split([len(part) for part in parts])
+        host.count, host.correct_sum = split[0].long(), split[1].long()
+        host.confidence_sum, host.sums = split[2], split[3]
+        return host
+
+    def _tokens(self) -> int:
+        tokens = int(self.count.sum())
+        if tokens == 0:
+            raise ValueError("no tokens were counted; call update() with at least one valid token first")
+        return tokens
+
+    def _merged(self, bins: int, mass: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """count, confidence_sum, correct_sum [bins] of merged base bins, on the CPU."""
+        n = len(self.count)
+        if bins < 1 or (n % bins and not mass):
+            raise ValueError(f"bins={bins} does not divide the {n} base bins; take for example 10, 15, 100 or 300")
+        if mass:
+            # A base bin goes where its median token goes. In integers: no edge depends on rounding.
+            twice_median = 2 * self.count.cumsum(0) - self.count
+            index = (twice_median * bins // (2 * self.count.sum().clamp_min(1))).clamp_max(bins - 1)
+        else:
+            index = torch.arange(n) // (n // bins)
+        parts = (self.count, self.confidence_sum, self.correct_sum)
+        return tuple(torch.zeros(bins, dtype=part.dtype).index_add_(0, index, part) for part in parts)
+
+
+@torch.no_grad()
+def temperature_sums(
+    logits: Tensor, targets: Tensor, beta: float | Tensor, ignore_index: int = -100, chunk: int | None = None
+) -> Tensor:
+    """What one pass over the data tells `fit_temperature`, for logits times beta = 1 / T.
+
+    logits [N, V] of any float dtype, targets [N] int64. Returns a float64 tensor [4] on their device,
+    without a host synchronisation: the number of tokens, the sum of their NLL in nats, and its first and
+    second derivative in beta. With p = softmax(beta z):
+
+        NLL = logsumexp(beta z) - beta z_y,   d = E_p[z] - z_y,   d2 = Var_p[z] >= 0
+
+    Rows are taken ``chunk`` at a time and computed in fp32 (float64 where the logits are), so that the
+    memory beyond the logits is three times chunk x V. Masked logits (-inf) have probability 0.
+    """
+    if logits.ndim != 2 or targets.shape != logits.shape[:1]:
+        raise ValueError(f"expected logits [N, V] and targets [N], got {list(logits.shape)} and {list(targets.shape)}")
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    if chunk is None:  # about 64 MiB on an accelerator, where launches cost; 2 MiB on a CPU, which stays in cache
+        chunk = max(1, (2**24 if logits.is_cuda else 2**19) // logits.shape[1])
+    totals = torch.zeros(4, dtype=torch.float64, device=logits.device)
+    for z, y in zip(logits.split(chunk), targets.split(chunk), strict=True):
+        valid = y != ignore_index
+        z = z.to(dtype)
+        z = z - z.amax(1, keepdim=True)  # [n, V], at most 0
+        z_y = z.gather(1, torch.where(valid, y, 0)[:, None]).squeeze(1)
+        # A floor for -inf, which would give 0 * inf: exp(-1e4 beta) is 0 for any T below 90.
+        z.clamp_min_(-1e4)
+        p = (z * beta).exp_()
+        total = p.sum(1)
+        mean = (p * z).sum(1) / total
+        variance = p.mul_(z.sub_(mean[:, None]).square_()).sum(1) / total
+        rows = torch.stack([torch.ones_like(mean), total.log() - beta * z_y, mean - z_y, variance])
+        totals += torch.where(valid, rows, 0.0).sum(1, dtype=torch.float64)
+    return totals
+
+
+@dataclass(frozen=True)
+class TemperatureFit:
+    temperature: float
+    nll_before: float  # nats per token at T = 1
+    nll_after: float  # nats per token at `temperature`; never above nll_before
+    passes: int  # evaluations of `sums`, each a pass over the data
+    at_bound: bool  # the NLL still falls beyond the bound at which the temperature stands
+    converged: bool  # False when max_passes ran out first
+
+
+def fit_temperature(
+    sums: Callable[[float], Tensor],
+    *,
+    bounds: tuple[float, float] = (0.05, 20.0),
+    tolerance: float = 1e-3,
+    max_passes: int = 20,
+) -> TemperatureFit:
+    """The temperature T in ``bounds`` that minimises the NLL of softmax(logits / T) (Guo et al., 2017).
+
+    ``sums(beta)`` returns `temperature_sums` of the whole set at beta = 1 / T, all-reduced by the caller
+    where there are ranks. Newton's method in beta, in which the NLL is convex (a sum of logsumexp(beta z)
+    and linear terms), as it is not in log T, and nearly quadratic where logits spread like a Gaussian: two
+    to four passes for T within 0.8..1.25. The sign of the slope brackets the minimum, and a step that leaves
+    the bracket is replaced by the bracket's geometric mean. The fit ends when the next step would move log T
+    by less than ``tolerance``, which leaves about tolerance^2 nats to gain.
+
+    The value returned is one that was evaluated, and the best of them, T = 1 among them. Raises ValueError
+    for bounds that exclude 1, for a set without tokens, and for an NLL that is not finite.
+    """
+    if not 0 < bounds[0] <= 1 <= bounds[1]:
+        raise ValueError(f"temperature bounds {bounds} must be positive and hold 1, the uncalibrated temperature")
+    lower, upper = 1 / bounds[1], 1 / bounds[0]
+    left = right = None  # evaluated ends of the bracket: the slope is negative at left, positive at right
+    beta, evaluated, converged, at_bound = 1.0, {}, False, False
+    for _ in range(max_passes):
+        count, nll, slope, curvature = sums(beta).tolist()
+        if count == 0:
+            raise ValueError("no tokens to fit a temperature on: every target is ignored")
+        if not all(map(math.isfinite, (nll, slope, curvature))):
+            raise ValueError(f"the NLL at temperature {1 / beta:.4g} is {nll / count}, expected a finite number")
+        evaluated[beta] = nll / count
+        at_bound = (slope > 0 and beta <= lower) or (slope < 0 and beta >= upper)
+        converged = at_bound or slope == 0
+        if converged:
+            break
+        left, right = (left, beta) if slope > 0 else (beta, right)
+        newton = beta - slope / curvature if curvature > 0 else math.copysign(math.inf, -slope)
+        proposal = min(max(newton, lower), upper)
+        if left and right and not left < proposal < right:
+            proposal = math.sqrt(left * right)
+        converged = abs(math.log(proposal / beta)) < tolerance and lower < proposal < upper
+        if converged:
+            break
+        beta = proposal
+    best = min(evaluated, key=evaluated.get)  # of equals the first, T = 1
+    return TemperatureFit(
+        temperature=1 / best,
+        nll_before=evaluated[1.0],
+        nll_after=evaluated[best],
+        passes=len(evaluated),
+        at_bound=at_bound and best == beta,
+        converged=converged,
+    )

@@ -1,0 +1,38 @@
+"""Shared fixtures. Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before import."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest  # noqa: E402
+
+UNITS = "zero one two three four five six seven eight nine".split()
+TENS = "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
+DECADES = "- - twenty thirty forty fifty sixty seventy eighty ninety".split()
+
+
+def words(n: int) -> str:
+    """A number below a million in English."""
+    if n >= 1000:
+        return f"{words(n // 1000)} thousand" + (f" {words(n % 1000)}" if n % 1000 else "")
+    if n >= 100:
+        return f"{UNITS[n // 100]} hundred" + (f" and {words(n % 100)}" if n % 100 else "")
+    if n >= 20:
+        return DECADES[n // 10] + (f"-{UNITS[n % 10]}" if n % 10 else "")
+    return TENS[n - 10] if n >= 10 else UNITS[n]
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A folder of text that is the same on every machine: arithmetic in words, split into train, val and test."""
+    folder = tmp_path_factory.mktemp("arithmetic")
+    for split, first, count in (("train", 3, 120), ("val", 1003, 20), ("test", 2003, 20)):
+        lines = [
+            f"{words(i)} times {words(i + 7)} is {words(i * (i + 7) % 1000000)}.\n" for i in range(first, first + count)
+        ]
+        (folder / f"{split}.txt").write_text("".join(lines))
+    return folder

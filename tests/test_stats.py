@@ -1,0 +1,166 @@
+"""Statistics across seeds: Student's t against scipy and closed forms, Holm against closed testing, verdicts."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from eval.stats import (
+    bootstrap_interval,
+    holm,
+    incomplete_beta,
+    paired,
+    powered,
+    required_ratio,
+    summarize,
+    t_critical,
+    t_interval,
+    t_two_sided,
+    verdict,
+)
+
+
+def test_summarize():
+    assert summarize([1, 2, 4]) == pytest.approx((7 / 3, math.sqrt(7 / 3), 3), rel=1e-15)
+    mean, sd, n = summarize([2.5])
+    assert (mean, n) == (2.5, 1) and math.isnan(sd)
+    for value in np.random.default_rng(0).normal(size=200):  # equal values: no spread out of rounding
+        for n in (2, 3, 5, 7):
+            assert summarize([value] * n) == (value, 0.0, n)
+
+
+@pytest.mark.parametrize("values", [[], [1.0, math.nan], [math.inf, 1.0]])
+def test_summarize_refuses_what_has_no_mean(values):
+    with pytest.raises(ValueError, match="no values|value . is (nan|inf)"):
+        summarize(values)
+
+
+# Against scipy at 1e-10 relative. |t| starts at 1e-4: nearer to 0, scipy's own 2 sf(t) is the less exact one.
+@pytest.mark.parametrize("df", [1, 2, 3, 4, 7, 30, 499, 0.5, 2.5])
+def test_student_t_matches_scipy(df):
+    scipy_stats = pytest.importorskip("scipy.stats", reason="scipy is the reference here")
+    t = np.logspace(-4, 6, 300)
+    expected = 2 * scipy_stats.t.sf(t, df)
+    keep = expected > 1e-290  # above underflow
+    ours = np.array([t_two_sided(x, df) for x in t])
+    np.testing.assert_allclose(ours[keep], expected[keep], rtol=1e-10)
+    assert [t_two_sided(-x, df) for x in t] == list(ours)
+    for alpha in (0.5, 0.05, 0.01, 1e-6):
+        assert t_critical(df, alpha=alpha) == pytest.approx(scipy_stats.t.isf(alpha / 2, df), rel=1e-10)
+
+
+def test_student_t_closed_forms():
+    for t in (1e-8, 1e-3, 0.7, 1.0, 3.0, 1e3):
+        cauchy = 1 - 2 / math.pi * math.atan(t) if t < 1 else 2 / math.pi * math.atan(1 / t)
+        assert t_two_sided(t, 1) == pytest.approx(cauchy, rel=1e-13)
+        assert t_two_sided(t, 2) == pytest.approx(2 / (2 + t * t + t * math.sqrt(2 + t * t)), rel=1e-13)
+    assert t_two_sided(0.0, 5) == 1.0 and t_two_sided(math.inf, 5) == 0.0
+    assert t_critical(2) == pytest.approx(0.95 * math.sqrt(2 / 0.0975), rel=1e-13)  # tables: 4.303
+
+
+def test_incomplete_beta_matches_scipy_and_its_symmetry():
+    special = pytest.importorskip("scipy.special", reason="scipy is the reference here")
+    rng = np.random.default_rng(0)
+    for a, b, x in zip(rng.uniform(0.3, 60, 200), rng.uniform(0.3, 60, 200), rng.uniform(0, 1, 200), strict=True):
+        # lgamma differences near 60 lose about 2 digits of 16; 1e-10 is what t-tests are held to above.
+        assert incomplete_beta(a, b, x) == pytest.approx(special.betainc(a, b, x), rel=1e-10, abs=1e-14)
+        assert incomplete_beta(a, b, x) + incomplete_beta(b, a, 1 - x) == pytest.approx(1, abs=1e-12)
+
+
+def test_paired_matches_scipy():
+    scipy_stats = pytest.importorskip("scipy.stats", reason="scipy is the reference here")
+    rng = np.random.default_rng(1)
+    for n in (2, 3, 5, 12):
+        a, b = rng.normal(20, 1, n), rng.normal(20.3, 1, n)
+        ours, theirs = paired(a, b), scipy_stats.ttest_rel(a, b)
+        assert (ours.t, ours.p) == pytest.approx((theirs.statistic, theirs.pvalue), rel=1e-10)
+        assert (ours.low, ours.high) == pytest.approx(tuple(theirs.confidence_interval(0.95)), rel=1e-10)
+        assert (ours.mean, ours.sd, ours.n) == pytest.approx((np.mean(a - b), np.std(a - b, ddof=1), n), rel=1e-12)
+
+
+def test_paired_pairs_by_seed():
+    a, b = {0: 1.0, 1: 2.0, 2: 4.0}, {2: 3.5, 0: 0.5, 1: 1.5}
+    assert paired(a, b).mean == 0.5 and paired(a, b).sd == 0.0  # in stored order sd would not be 0
+    with pytest.raises(ValueError, match="different seeds"):
+        paired(a, {0: 1.0, 1: 2.0, 3: 4.0})
+    with pytest.raises(ValueError, match="3 and 2 values"):
+        paired([1, 2, 3], [1, 2])
+    with pytest.raises(ValueError, match="two of a kind"):
+        paired(a, [1, 2, 3])
+
+
+def test_paired_without_spread_or_with_one_seed():
+    same, shifted, single = paired([1, 2, 3], [1, 2, 3]), paired([2, 3, 4], [1, 2, 3]), paired([2], [1])
+    assert same.p == 1.0 and math.isnan(same.t)
+    assert shifted.p == 0.0 and shifted.t == math.inf and (shifted.low, shifted.high) == (1, 1)
+    assert single.mean == 1.0 and all(math.isnan(x) for x in single if x not in (1.0, 1))
+
+
+def test_bootstrap_is_seeded_and_close_to_scipys():
+    deltas = np.random.default_rng(2).normal(0.3, 1, 25)
+    assert bootstrap_interval(deltas, seed=3) == bootstrap_interval(deltas, seed=3)
+    assert bootstrap_interval(deltas, seed=3) != bootstrap_interval(deltas, seed=4)
+    scipy_stats = pytest.importorskip("scipy.stats", reason="scipy is the reference here")
+    theirs = scipy_stats.bootstrap((deltas,), np.mean, method="percentile", n_resamples=10_000, rng=5)
+    # A 2.5 % quantile of 10,000 means has a Monte-Carlo error of sd * sqrt(.025 * .975 / 1e4) / density at
+    # 1.96 = 0.027 sd (sd of the mean, 0.2 here); four such errors, for the difference of two, 0.03.
+    assert bootstrap_interval(deltas) == pytest.approx(tuple(theirs.confidence_interval), abs=0.03)
+
+
+def test_bootstrap_of_three_is_their_range():
+    rng = np.random.default_rng(0)
+    for seed in range(20):
+        deltas = rng.normal(size=3)
+        assert bootstrap_interval(deltas, seed=seed) == pytest.approx((deltas.min(), deltas.max()), rel=1e-12)
+
+
+def test_holm_is_closed_testing_with_bonferroni():
+    rng = np.random.default_rng(0)
+    for m in (1, 2, 3, 5):
+        for _ in range(20):
+            p = rng.uniform(size=m) ** 3
+            subsets = [s for size in range(1, m + 1) for s in itertools.combinations(range(m), size)]
+            expected = [max(min(1, len(s) * min(p[j] for j in s)) for s in subsets if i in s) for i in range(m)]
+            assert holm(p) == pytest.approx(expected, rel=1e-14)
+    assert holm([0.01, math.nan, 0.04])[::2] == [0.02, 0.04] and math.isnan(holm([0.01, math.nan])[1])
+    assert holm([]) == []
+    with pytest.raises(ValueError, match=r"1\.5 is not in"):
+        holm([0.1, 1.5])
+
+
+def test_three_seeds_need_a_ratio_of_2_48():
+    assert required_ratio(3) == pytest.approx(2.484, abs=5e-4)
+    assert required_ratio(5) == pytest.approx(1.242, abs=5e-4)
+    assert required_ratio(1) == math.inf
+    assert powered([1.0 + 1 / 2.49, 1.0, 1.0 - 1 / 2.49])  # mean 1, sd 1/2.49
+    assert not powered([1.0 + 1 / 2.48, 1.0, 1.0 - 1 / 2.48])
+    assert not powered([5.0]) and not powered([0.0, 0.0])
+    with pytest.raises(ValueError, match="alpha=0"):
+        t_critical(2, alpha=0)
+
+
+def test_verdict():
+    tight, wide = [0.10, 0.12, 0.11], [-0.5, 0.1, 0.9]
+    assert verdict(tight, 0.3) == "met" and verdict(tight, 0.05) == "not met"
+    assert verdict(tight, 0.05, "at least") == "met" and verdict(tight, 0.3, "at least") == "not met"
+    assert verdict(tight, 0.11) == verdict(tight, 0.11, "at least") == "not powered"
+    assert verdict(wide, 0.3) == verdict(wide, 0.3, "at least") == "not powered"
+    assert verdict([-9.0], 0.3) == "not powered"  # one seed, however good
+    low, high = t_interval(tight)
+    assert verdict(tight, high) == "met" and verdict(tight, low, "at least") == "met"  # the end counts
+    assert verdict(tight, low) == verdict(tight, high, "at least") == "not powered"
+    assert verdict([0, 0, 0], 0) == "met"  # counts, such as divergences
+    with pytest.raises(ValueError, match="unknown direction 'below'"):
+        verdict(tight, 0.3, "below")
+    with pytest.raises(ValueError, match="value 1 is nan"):
+        verdict([0.1, math.nan, 0.1], 0.3)
+
+
+def test_verdict_is_wrong_as_seldom_as_alpha_says():
+    """On the threshold itself, each of the two definite answers comes with probability alpha / 2."""
+    rng, trials = np.random.default_rng(0), 4000
+    answers = [verdict(deltas, 0.0, alpha=0.2) for deltas in rng.normal(size=(trials, 3))]
+    for answer in ("met", "not met"):
+        # binomial: 4 sd of a rate of 0.1 in 4000 trials
+        assert answers.count(answer) / trials == pytest.approx(0.1, abs=4 * math.sqrt(0.09 / trials))
