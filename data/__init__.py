@@ -1,0 +1,1 @@
+"""Data: a named set or a folder of text, to tokens (data.lm) or records."""

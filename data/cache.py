@@ -1,0 +1,160 @@
+"""The token cache: one file a split, a 128-byte header and a memory map of token ids.
+
+Header, little-endian: magic (8 bytes), version u32, bytes a token u32, tokens u64, documents u64, text bytes u64,
+vocabulary u32, end-of-text id u32, SHA-256 of the tokenizer's definition, SHA-256 of the source, CRC-32 of the
+payload u32, 8 zero bytes, CRC-32 of the header so far u32. Tokens are uint16 where the vocabulary has at most 65,536
+entries, else uint32. Opening verifies all of it, the payload too: one read of the file at about 1 GB/s, so 0.3 s for
+WikiText-103. A file that fails is an error and is never rebuilt behind the user's back.
+"""
+
+import contextlib
+import hashlib
+import os
+import struct
+import uuid
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+MAGIC = b"SCORETOK"
+VERSION = 1
+HEADER = struct.Struct("<8sIIQQQII32s32sI8x")  # the header's own CRC-32 follows
+HEADER_BYTES = HEADER.size + 4
+
+
+@dataclass(frozen=True)
+class TokenSet:
+    """The tokens of one split, each document followed by the end-of-text token.
+
+    tokens     1-D uint16 or uint32 np.memmap, read-only
+    documents  how many documents; the number of end-of-text tokens
+    bytes      UTF-8 bytes of the text alone, the denominator of bits per byte
+    hash       SHA-256 hex over the source's hash, the tokenizer's and the tokens' CRC: changes when any of them does
+    """
+
+    tokens: np.ndarray
+    documents: int
+    bytes: int
+    name: str
+    hash: str
+    path: Path
+    vocab_size: int
+    eos_id: int
+    tokenizer_hash: str
+
+
+def write_tokens(
+    path: Path,
+    documents: Iterable[str],
+    tokenizer,
+    source_hash: str,
+    *,
+    total_bytes: int | None = None,
+    title: str = "tokens",
+) -> None:
+    """Tokenise ``documents`` into the cache file ``path``.
+
+    Written beside ``path`` under a name of its own, flushed to the disk and renamed: a reader sees all of the file or
+    none of it, and of two writers the last wins with the same bytes. A progress bar appears after two seconds;
+    ``total_bytes`` of text is its length where known. Raises ValueError where there is no text or the folder cannot be
+    written.
+    """
+    path = Path(path)
+    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "xb", buffering=1 << 20) as file:
+            file.write(bytes(HEADER_BYTES))
+            counts = _write_payload(file, documents, tokenizer, dtype, total_bytes, title)
+            if not counts["documents"]:
+                raise ValueError(f"{title}: no text, so no tokens")
+            header = HEADER.pack(
+                MAGIC,
+                VERSION,
+                dtype.itemsize,
+                counts["tokens"],
+                counts["documents"],
+                counts["bytes"],
+                tokenizer.vocab_size,
+                tokenizer.eos_id,
+                bytes.fromhex(tokenizer.hash),
+                bytes.fromhex(source_hash),
+                counts["crc"],
+            )
+            file.seek(0)
+            file.write(header + struct.pack("<I", zlib.crc32(header)))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ValueError(f"cannot write the token cache {path} ({error.strerror}); name another cache folder") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def _write_payload(file, documents, tokenizer, dtype, total_bytes, title) -> dict[str, int]:
+    from tqdm import tqdm
+
+    counts = dict(tokens=0, documents=0, bytes=0, crc=0)
+    with tqdm(total=total_bytes, desc=title, unit="B", unit_scale=True, delay=2.0, leave=False) as bar:
+
+        def counted() -> Iterator[str]:
+            for text in documents:
+                length = len(text.encode())
+                counts["documents"] += 1
+                counts["bytes"] += length
+                bar.update(length)
+                yield text
+
+        for ids in tokenizer.encode_documents(counted()):
+            packed = np.empty(len(ids) + 1, dtype)
+            packed[:-1] = ids
+            packed[-1] = tokenizer.eos_id
+            payload = packed.tobytes()
+            counts["tokens"] += len(packed)
+            counts["crc"] = zlib.crc32(payload, counts["crc"])
+            file.write(payload)
+    return counts
+
+
+def open_tokens(
+    path: Path, *, name: str = "", tokenizer_hash: str | None = None, source_hash: str | None = None
+) -> TokenSet:
+    """Open and verify a cache file; the hashes, where given, must be the header's.
+
+    Raises ValueError naming the file, what is wrong with it and the way out.
+    """
+    path = Path(path)
+
+    def check(ok: bool, what: str) -> None:
+        if not ok:
+            raise ValueError(f"token cache {path} {what}; delete the file and it will be made again")
+
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(HEADER_BYTES)
+            size = os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise ValueError(f"cannot read the token cache {path} ({error.strerror})") from None
+    check(len(raw) == HEADER_BYTES, f"is cut short ({size} bytes)")
+    check(raw[:8] == MAGIC, f"is not a token cache (it begins with {raw[:8]!r})")
+    check(zlib.crc32(raw[: HEADER.size]) == struct.unpack("<I", raw[HEADER.size :])[0], "has a damaged header")
+    (_, version, itemsize, count, documents, text_bytes, vocab_size, eos_id, tokenizer_sha, source_sha, payload_crc) = (
+        HEADER.unpack(raw[: HEADER.size])
+    )
+    check(version == VERSION, f"has version {version}, this code reads {VERSION}")
+    check(tokenizer_hash in (None, tokenizer_sha.hex()), "was made with another tokenizer")
+    check(source_hash in (None, source_sha.hex()), "was made from other text")
+    expected = HEADER_BYTES + count * itemsize
+    check(size == expected, f"has {size} bytes where its header promises {expected}")
+    tokens = np.memmap(path, dtype=f"<u{itemsize}", mode="r", offset=HEADER_BYTES, shape=(count,))
+    check(zlib.crc32(tokens) == payload_crc, "has damaged tokens (checksum)")
+    digest = hashlib.sha256(source_sha + tokenizer_sha + struct.pack("<QI", count, payload_crc)).hexdigest()
+    return TokenSet(
+        tokens, documents, text_bytes, name or path.stem, digest, path, vocab_size, eos_id, tokenizer_sha.hex()
+    )

@@ -1,0 +1,108 @@
+"""Text for language modelling: a named set or a folder -> cached tokens.
+
+    python -m data.lm pydoc --tokenizer bpe:4096
+    python -m data.lm wikitext103 --tokenizer gpt2
+    python -m data.lm my_texts/ --tokenizer gpt2 --one-set
+
+prepares the cache ahead of training and prints what is in it. What may be named is told by data.sources.open_source
+and data.tokenizer.load_tokenizer.
+"""
+
+import argparse
+import logging
+import re
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.cache import TokenSet, open_tokens, write_tokens
+from data.sources import NAMES, SPLITS, Source, open_all, open_source
+from data.tokenizer import Tokenizer, load_tokenizer
+
+log = logging.getLogger("scorecast")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The splits that were asked for and exist, and the tokenizer they were made with."""
+
+    train: TokenSet | None
+    val: TokenSet | None
+    test: TokenSet | None
+    tokenizer: Tokenizer
+    name: str
+    origin: str  # where the text was read, for the run's log
+
+
+def load_corpus(name_or_folder: str, *, tokenizer: str | Tokenizer, cache, splits: Iterable[str] = SPLITS) -> Corpus:
+    """The tokens of a named set or a folder, from the folder ``cache`` or made there.
+
+    ``tokenizer`` is a Tokenizer or a spec: gpt2, bpe:N, a folder. ``splits`` are those of train, val and test that are
+    wanted: a set whose train is not at hand can still be evaluated. Train and val are errors where they are missing,
+    test is None. Cache files are keyed by the text and the tokenizer, so that a change of either makes new ones; local
+    text is read and hashed at each call to know. With several processes let one call this first; if all do, they make
+    the same file and none sees half of one. Raises ValueError, one line, for everything that can be wrong.
+    """
+    splits = tuple(splits)
+    trained = isinstance(tokenizer, str) and tokenizer.startswith("bpe:")
+    source = open_source(name_or_folder, dict.fromkeys(("train", *splits)) if trained else splits)
+    if trained:
+        train = source.splits["train"]
+        tokenizer = load_tokenizer(
+            tokenizer, documents=train.documents, cache=cache, corpus=f"{source.name}-{train.hash[:12]}"
+        )
+    else:
+        tokenizer = load_tokenizer(tokenizer)
+    sets = {split: _tokens(source, split, tokenizer, cache) for split in splits if split in source.splits}
+    return Corpus(*(sets.get(split) for split in SPLITS), tokenizer, source.name, source.origin)
+
+
+def load_text_set(folder_or_name: str, tokenizer: str | Tokenizer, cache) -> TokenSet:
+    """One evaluation set: all text of a folder, or the test split of a named set.
+
+    ``tokenizer`` is a Tokenizer or a spec other than bpe:N. Raises ValueError as load_corpus does.
+    """
+    return _tokens(open_all(folder_or_name), "all", load_tokenizer(tokenizer), cache)
+
+
+def _tokens(source: Source, split: str, tokenizer: Tokenizer, cache) -> TokenSet:
+    part = source.splits[split]
+    tokenizer_name = re.sub(r"[^\w.-]+", "", tokenizer.name)
+    path = Path(cache) / f"{source.name}-{split}-{part.hash[:12]}-{tokenizer_name}-{tokenizer.hash[:12]}.tokens"
+    name = f"{source.name} {split}"
+    if not path.exists():
+        log.info("tokenising %s with %s into %s", name, tokenizer.name, path)
+        write_tokens(path, part.documents(), tokenizer, part.hash, total_bytes=part.bytes, title=name)
+    return open_tokens(path, name=name, tokenizer_hash=tokenizer.hash, source_hash=part.hash)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m data.lm", description="Prepare and list a corpus' token cache.")
+    parser.add_argument("data", help=f"{', '.join(NAMES)}, or a folder of text")
+    parser.add_argument("--tokenizer", default="gpt2", help="gpt2, bpe:N or a folder (default: %(default)s)")
+    parser.add_argument("--cache", default="cache", help="folder of the token files (default: %(default)s)")
+    parser.add_argument("--splits", default=",".join(SPLITS), help="comma-separated (default: %(default)s)")
+    parser.add_argument("--one-set", action="store_true", help="all text as one evaluation set, without splits")
+    given = parser.parse_args(arguments)
+    try:
+        if given.one_set:
+            tokenizer, origin = load_tokenizer(given.tokenizer), given.data
+            sets = [load_text_set(given.data, tokenizer, given.cache)]
+        else:
+            splits = [s for s in given.splits.split(",") if s]
+            corpus = load_corpus(given.data, tokenizer=given.tokenizer, cache=given.cache, splits=splits)
+            tokenizer, origin = corpus.tokenizer, corpus.origin
+            sets = [s for s in (corpus.train, corpus.val, corpus.test) if s is not None]
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    print(f"text       {origin}")
+    print(f"tokenizer  {tokenizer.name}, {tokenizer.vocab_size} tokens, {tokenizer.hash[:12]}")
+    print(f"{'split':24}{'documents':>12}{'tokens':>16}{'bytes':>16}{'bytes/token':>13}  file")
+    for s in sets:
+        ratio = s.bytes / (len(s.tokens) - s.documents)
+        print(f"{s.name:24}{s.documents:12,}{len(s.tokens):16,}{s.bytes:16,}{ratio:13.3f}  {s.path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,376 @@
+"""Where text comes from: a named set or a folder, as splits of documents.
+
+A split is read as a stream, so that a corpus need not fit in memory, and more than once: to be hashed, to train a
+tokenizer, to be tokenised. Documents that hold nothing but white space are left out.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+SPLITS = ("train", "val", "test")
+# name: folder under $LM_DATA, configuration of the hub's Salesforce/wikitext
+WIKITEXT = {"wikitext2": ("wikitext-2", "wikitext-2-raw-v1"), "wikitext103": ("wikitext-103", "wikitext-103-raw-v1")}
+WIKITEXT_FILES = {
+    "train": ("train.txt", "wiki.train.raw", "wiki.train.tokens"),
+    "val": ("validation.txt", "valid.txt", "wiki.valid.raw", "wiki.valid.tokens"),
+    "test": ("test.txt", "wiki.test.raw", "wiki.test.tokens"),
+}
+NAMES = ("pydoc", *WIKITEXT)
+SUFFIXES = (".txt", ".md", ".py", ".jsonl")
+# train.txt, validation/, test-00001-of-00004.jsonl; not train_prefix.txt, testimony.md
+_SPLIT_NAME = re.compile(r"(train|val|test)(?:ing|id|idation)?(?:[-_.]?(?:\d|part|shard|split).*)?", re.IGNORECASE)
+# Kept out of pydoc: other people's packages, tests, and tables that a program wrote.
+PYDOC_SKIPS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3", "encodings"}
+PYDOC_SKIPS |= {"html/entities.py", "stringprep.py", "pydoc_data/topics.py", "sitecustomize.py", "usercustomize.py"}
+
+log = logging.getLogger("scorecast")
+
+
+@dataclass(frozen=True)
+class Split:
+    documents: Callable[[], Iterator[str]]  # a fresh stream of non-blank texts
+    hash: str  # SHA-256 hex of the content
+    bytes: int | None  # size of the text where known, for progress bars
+
+
+@dataclass(frozen=True)
+class Source:
+    name: str  # fit for a file name
+    origin: str  # for people: what it is and where it was read
+    splits: dict[str, Split]  # those of train, val, test that were asked for and exist; "all" from open_all
+
+
+def open_source(name_or_folder: str, splits: Iterable[str] = SPLITS) -> Source:
+    """The splits of a named set or a folder. A missing test split is left out; a missing train or val is an error.
+
+    - ``wikitext2``, ``wikitext103``: $LM_DATA/wikitext-2 or -103 where that folder is there, else the hub's raw
+      configuration through ``datasets``. Documents are articles, cut at top-level headings. A folder of WikiText's
+      files or of those names, given by path, is read alike.
+    - ``pydoc``: this Python's own library: the topics of its help and its source files, 90/5/5 by the hash of each
+      one's path, so that a file falls in the same split on every machine.
+    - a folder: every .txt, .md, .py (a document each) and .jsonl (a document a line, field "text"), recursively in the
+      order of the paths, hidden ones aside. Where files or folders at its top are named train, val or test (shards such
+      as train-00001 too), these are the splits and other files are not read. Else documents are split 90/5/5 by the
+      hash of path and line, val and test holding at least one document each; with one or two documents each is cut by
+      position on line boundaries, first 90 % train, then 5 % val, then 5 % test.
+
+    Raises ValueError, one line, for an unknown name, a split that is not there, and text that cannot be read.
+    """
+    splits = tuple(splits)
+    for split in splits:
+        if split not in SPLITS:
+            raise ValueError(f"unknown split {split!r}; expected some of {', '.join(SPLITS)}")
+    if name_or_folder in WIKITEXT:
+        return _open_wikitext(name_or_folder, splits)
+    if name_or_folder == "pydoc":
+        return _open_pydoc(splits)
+    folder = _folder(name_or_folder)
+    name = _file_name(folder)
+    if _is_wikitext(folder):
+        return _open_wikitext_folder(name, folder, splits)
+    files = _text_files(folder)
+    named = {split: [f for f in files if _split_of(f.relative_to(folder)) == split] for split in SPLITS}
+    if not any(named.values()):
+        return _hash_split(name, str(folder), splits, lambda: _documents(folder, files))
+    for split in splits:
+        if not named[split] and split != "test":
+            like = [f.name for f in files if f.name.lower().startswith(split)]
+            raise ValueError(
+                f"{folder} names its splits ({', '.join(s for s in SPLITS if named[s])}) but has no {split}"
+                + (f" ({like[0]} is not one)" if like else "")
+                + f"; add {split}.txt, or take the names away to have the documents split by hash"
+            )
+    wanted = {split: named[split] for split in splits if named[split]}
+    return Source(
+        name, str(folder), {s: _whole(lambda part=part: _documents(folder, part)) for s, part in wanted.items()}
+    )
+
+
+def open_all(name_or_folder: str) -> Source:
+    """One split, "all": the test split of a named set (or of a WikiText folder), or all text of a folder."""
+    named = name_or_folder in NAMES
+    folder = None if named else _folder(name_or_folder)
+    if named or _is_wikitext(folder):
+        source = open_source(name_or_folder, ("test",))
+        if "test" not in source.splits:
+            raise ValueError(f"{name_or_folder} has no test split ({source.origin})")
+        return Source(f"{source.name}-test", source.origin, {"all": source.splits["test"]})
+    files = _text_files(folder)
+    return Source(_file_name(folder), str(folder), {"all": _whole(lambda: _documents(folder, files))})
+
+
+# ---- WikiText --------------------------------------------------------------------------------------------------------
+
+
+def _open_wikitext(name: str, splits: tuple[str, ...]) -> Source:
+    local, config = WIKITEXT[name]
+    root = os.environ.get("LM_DATA")
+    if root and (Path(root) / local).is_dir():
+        return _open_wikitext_folder(name, Path(root) / local, splits)
+    try:
+        import datasets
+
+        loaded = datasets.load_dataset("Salesforce/wikitext", config)
+    except Exception as error:  # no network, no package, hub errors of several libraries
+        reason = str(error).splitlines()[0][:120] if str(error) else ""
+        raise ValueError(
+            f"{name} cannot be loaded from the hub ({type(error).__name__}: {reason}); either give this machine a "
+            f"network (and pip install datasets), or put train.txt, validation.txt and test.txt in $LM_DATA/{local}"
+        ) from error
+    found = {}
+    for split in splits:
+        rows = loaded["validation" if split == "val" else split]
+
+        def documents(rows=rows) -> Iterator[str]:
+            return articles(_hub_lines(rows))
+
+        # The hub's fingerprint stands for repository, revision and split; plain rows are hashed.
+        fingerprint = getattr(rows, "_fingerprint", None)
+        hashed = hashlib.sha256(f"{config} {fingerprint}".encode()).hexdigest() if fingerprint else None
+        found[split] = Split(documents, hashed, None) if hashed else _whole(lambda d=documents: enumerate(d()))
+    return Source(name, f"hub, Salesforce/wikitext {config}", found)
+
+
+def _open_wikitext_folder(name: str, folder: Path, splits: tuple[str, ...]) -> Source:
+    found, word_level = {}, False
+    for split in splits:
+        path = next((folder / f for f in WIKITEXT_FILES[split] if (folder / f).is_file()), None)
+        if path is None:
+            if split == "test":
+                continue
+            prefix = " (train_prefix.txt is a sample of it, not the split)" if split == "train" else ""
+            raise ValueError(
+                f"{folder} has no {split} split: none of {', '.join(WIKITEXT_FILES[split])}{prefix}; put it there, or "
+                "unset LM_DATA to load the set from the hub"
+            )
+        try:
+            with open(path, "rb") as file:
+                word_level |= b" <unk> " in file.read(1 << 20)
+                file.seek(0)
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise ValueError(f"cannot read {path} ({error.strerror})") from None
+        found[split] = Split(lambda path=path: articles(_lines(path)), digest, path.stat().st_size)
+    note = " (word level, rare words are <unk>: not comparable with raw WikiText)" if word_level else ""
+    return Source(name, f"{folder}{note}", found)
+
+
+def articles(lines: Iterable[str]) -> Iterator[str]:
+    """WikiText's lines, joined to articles; together they are the text unchanged.
+
+    An article begins at `` = Title = `` between blank lines. (Without the blanks, lines of formulas and of table
+    legends count as titles: 62 articles in the test set instead of its 60.) What precedes the first title belongs to
+    the first article.
+    """
+    article: list[str] = []
+    title, titled, blank = None, False, True
+    for line in lines:
+        was_blank, blank = blank, not line.strip()
+        if title is not None:
+            if blank and titled:
+                yield "".join(article)
+                article = []
+            titled |= blank
+            article.append(title)
+            title = None
+        if was_blank and _is_title(line):
+            title = line
+        else:
+            article.append(line)
+    text = "".join(article) + (title or "")
+    if text.strip():
+        yield text
+
+
+def _is_title(line: str) -> bool:
+    text = line.strip()
+    return len(text) > 4 and text.startswith("= ") and text.endswith(" =") and not text.startswith("= = ")
+
+
+def _hub_lines(rows) -> Iterator[str]:
+    # The hub's rows are the file's lines, but for blank ones, " \n" in the file, which became "".
+    batches = rows.iter(1000) if hasattr(rows, "iter") else [{"text": [row["text"] for row in rows]}]
+    for batch in batches:
+        for text in batch["text"]:
+            yield text if text.endswith("\n") else (text or " ") + "\n"
+
+
+def _is_wikitext(folder: Path) -> bool:
+    return folder.name in {local for local, _ in WIKITEXT.values()} or any(folder.glob("wiki.t*.*"))
+
+
+# ---- pydoc -----------------------------------------------------------------------------------------------------------
+
+
+def _open_pydoc(splits: tuple[str, ...]) -> Source:
+    root = Path(sysconfig.get_path("stdlib"))
+
+    def documents() -> Iterator[tuple[str, str]]:
+        from pydoc_data import topics
+
+        for topic, text in sorted(topics.topics.items()):
+            yield f"pydoc_data/topics/{topic}", text
+        files = []
+        for base, folders, names in os.walk(root):
+            # config-3.x-platform and _sysconfigdata hold the build's own paths: not the same on two machines
+            folders[:] = [d for d in folders if d not in PYDOC_SKIPS and not d.startswith((".", "config-"))]
+            relative = (Path(base, n).relative_to(root).as_posix() for n in names if n.endswith(".py"))
+            files += [r for r in relative if r not in PYDOC_SKIPS and not r.startswith("_sysconfigdata")]
+        for file in sorted(files):
+            if (text := _text(root / file)).strip():
+                yield file, text
+
+    version = sysconfig.get_python_version()
+    return _hash_split("pydoc", f"the library of Python {version} in {root}", splits, documents)
+
+
+# ---- folders ---------------------------------------------------------------------------------------------------------
+
+
+def _folder(given: str) -> Path:
+    folder = Path(given).expanduser()
+    if folder.is_dir():
+        return folder.resolve()
+    if folder.is_file():
+        raise ValueError(f"{given} is a file; give the folder that holds it")
+    raise ValueError(f"unknown data {given!r}; expected {', '.join(NAMES)}, or a folder of text")
+
+
+def _file_name(folder: Path) -> str:
+    return re.sub(r"[^\w.-]+", "_", folder.name) or "root"
+
+
+def _text_files(folder: Path) -> list[Path]:
+    def fail(error: OSError):
+        raise ValueError(f"cannot read {error.filename} ({error.strerror})")
+
+    files = []
+    for base, folders, names in os.walk(folder, onerror=fail):
+        folders[:] = [d for d in folders if not d.startswith(".")]
+        files += [Path(base, n) for n in names if n.endswith(SUFFIXES) and not n.startswith(".")]
+    if not files:
+        raise ValueError(f"{folder} holds no text: no {', '.join(SUFFIXES)} file")
+    return sorted(files, key=lambda f: f.relative_to(folder).as_posix())
+
+
+def _split_of(relative: Path) -> str | None:
+    top = relative.parts[0] if len(relative.parts) > 1 else relative.stem
+    match = _SPLIT_NAME.fullmatch(top)
+    return match[1].lower() if match else None
+
+
+def _documents(folder: Path, files: list[Path]) -> Iterator[tuple[str, str]]:
+    """(identity, text): the path relative to ``folder``, and the line in a .jsonl."""
+    for file in files:
+        identity = file.relative_to(folder).as_posix()
+        if file.suffix != ".jsonl":
+            if (text := _text(file)).strip():
+                yield identity, text
+            continue
+        for number, line in enumerate(_lines(file), 1):
+            if not line.strip():
+                continue
+            try:
+                text = json.loads(line)["text"]
+                text.encode()  # half a surrogate pair, "\\ud83d", is valid JSON and no text
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise ValueError(f'{file}, line {number}: expected {{"text": "..."}} in valid UTF-8') from None
+            if text.strip():
+                yield f"{identity}#{number}", text
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode()  # bytes, so that line ends stay as they are
+    except OSError as error:
+        raise ValueError(f"cannot read {path} ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); convert it or take it away") from None
+
+
+def _lines(path: Path) -> Iterator[str]:
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    yield line.decode()
+                except UnicodeDecodeError:
+                    raise ValueError(f"{path} is not UTF-8 text (line {number}); convert it or take it away") from None
+    except OSError as error:
+        raise ValueError(f"cannot read {path} ({error.strerror})") from None
+
+
+# ---- splits of identified documents ----------------------------------------------------------------------------------
+
+
+def _whole(documents: Callable[[], Iterable[tuple[str, str]]]) -> Split:
+    """All of ``documents`` as one split; reads them once, for the hash."""
+    digest, size = hashlib.sha256(), 0
+    for identity, text in documents():
+        size += _update(digest, identity, text)
+    return Split(lambda: (text for _, text in documents()), digest.hexdigest(), size)
+
+
+def _update(digest, identity, text: str) -> int:
+    raw = text.encode()
+    digest.update(f"{identity}\0{len(raw)}\0".encode() + raw)
+    return len(raw)
+
+
+def _unit(identity: str) -> float:
+    return int.from_bytes(hashlib.sha256(identity.encode()).digest()[:6], "big") / 2**48
+
+
+def _hash_split(
+    name: str, origin: str, splits: tuple[str, ...], documents: Callable[[], Iterable[tuple[str, str]]]
+) -> Source:
+    """Train, val and test by the place of each document's identity between 0 and 1: below 0.9, below 0.95, above.
+
+    Where val or test would be empty, the documents nearest to it move.
+    """
+    units = np.sort([_unit(identity) for identity, _ in documents()])
+    if not len(units):
+        raise ValueError(f"{name} holds no text ({origin})")
+    if len(units) < 3:
+        return Source(name, origin, _position_splits(name, splits, documents))
+    tests = max(1, int((units >= 0.95).sum()))
+    vals = max(1, int(((units >= 0.9) & (units < 0.95)).sum()))
+    while tests + vals >= len(units):  # keeps a document for train, in corpora of a handful
+        tests, vals = (tests - 1, vals) if tests >= vals else (tests, vals - 1)
+    test_from, val_from = units[-tests], units[-tests - vals]
+
+    def stream(split: str) -> Iterator[tuple[str, str]]:
+        for identity, text in documents():
+            unit = _unit(identity)
+            if split == ("test" if unit >= test_from else "val" if unit >= val_from else "train"):
+                yield identity, text
+
+    return Source(name, origin, {split: _whole(lambda split=split: stream(split)) for split in splits})
+
+
+def _position_splits(name: str, splits: tuple[str, ...], documents) -> dict[str, Split]:
+    def parts(text: str) -> dict[str, str]:
+        first = text.find("\n", int(len(text) * 0.9)) + 1 or len(text)
+        second = text.find("\n", max(first, int(len(text) * 0.95))) + 1 or len(text)
+        return {"train": text[:first], "val": text[first:second], "test": text[second:]}
+
+    def stream(split: str) -> Iterator[tuple[str, str]]:
+        return ((i, part) for i, text in documents() if (part := parts(text)[split]).strip())
+
+    found = {split: _whole(lambda split=split: stream(split)) for split in splits}
+    for split, part in found.items():
+        if not part.bytes:
+            raise ValueError(
+                f"{name} is too short to cut a {split} split from its last lines; add documents, or name train.txt, "
+                "val.txt and test.txt"
+            )
+    return found

@@ -1,0 +1,326 @@
+"""Tokenizers by a spec string: ``gpt2``, ``bpe:N`` (trained on the corpus), or a folder.
+
+Two libraries do the work: tiktoken where the definition is GPT-2's kind (vocab.json + merges.txt), ``tokenizers`` where
+it is a tokenizer.json. Text is always ordinary text: a literal <|endoftext|> in it is encoded as the characters it is
+made of, never as the token that ends a document.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+EOS = "<|endoftext|>"
+_CONFIG = "tokenizer_config.json"
+# GPT-2's files as OpenAI publishes them, which are also the ones tiktoken pins: name, address, SHA-256.
+_GPT2 = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+GPT2_FILES = (
+    ("vocab.json", _GPT2 + "encoder.json", "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"),
+    ("merges.txt", _GPT2 + "vocab.bpe", "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"),
+)
+# GPT-2's pre-tokenisation. Possessive where backtracking cannot help: less stack on long runs of one kind.
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+# Between a newline and the visible character after it, where the newline follows a visible character too, GPT-2's
+# pattern always ends a match: a long document cut there has the same tokens, in less memory and in parallel.
+_CUT = re.compile(r"\S\n(?=\S)")
+PIECE_CHARACTERS = 1 << 18
+BATCH_CHARACTERS = 1 << 22
+
+log = logging.getLogger("scorecast")
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Text to token ids and back.
+
+    name        the spec's name, for file names and run logs
+    vocab_size  highest id + 1
+    eos_id      the id that ends a document
+    hash        SHA-256 hex of the defining files and eos_id: equal hash, equal tokens
+    """
+
+    name: str
+    vocab_size: int
+    eos_id: int
+    hash: str
+    _files: dict[str, bytes] = field(repr=False)
+    _encode: Callable[[list[str]], list] = field(repr=False)
+    _decode: Callable[[list[int]], str] = field(repr=False)
+    _can_cut: bool = field(repr=False)
+
+    @classmethod
+    def from_files(cls, files: dict[str, bytes], name: str = "") -> "Tokenizer":
+        """The tokenizer that ``files`` define: tokenizer.json, or vocab.json with merges.txt; as ``files()`` gives.
+
+        Of both, tokenizer.json counts, being the complete definition. The token that ends a document is
+        tokenizer_config.json's eos_token, else <|endoftext|>. Raises ValueError where the files do not fit.
+        """
+        label = f"tokenizer {name}" if name else "tokenizer"
+        config = _json(files["tokenizer_config.json"], f"{label}: tokenizer_config.json") if _CONFIG in files else {}
+        eos = config.get("eos_token") or EOS
+        eos = eos["content"] if isinstance(eos, dict) else eos
+        if "tokenizer.json" in files:
+            defining = ["tokenizer.json"]
+            vocab_size, eos_id, encode, decode, can_cut = _through_tokenizers(files["tokenizer.json"], eos, label)
+            kind = "PreTrainedTokenizerFast"
+        elif {"vocab.json", "merges.txt"} <= set(files):
+            kind = config.get("tokenizer_class", "GPT2Tokenizer")
+            if kind not in ("GPT2Tokenizer", "GPT2TokenizerFast"):
+                raise ValueError(
+                    f"{label}: a {kind} is more than its vocab.json and merges.txt; put its tokenizer.json beside them"
+                )
+            defining, can_cut = ["merges.txt", "vocab.json"], True
+            vocab_size, eos_id, encode, decode = _through_tiktoken(files["vocab.json"], files["merges.txt"], eos, label)
+            if not name and all(hashlib.sha256(files[part]).hexdigest() == sha for part, _, sha in GPT2_FILES):
+                name = "gpt2"
+        else:
+            found = ", ".join(sorted(files)) or "nothing"
+            raise ValueError(f"{label}: expected tokenizer.json, or vocab.json and merges.txt; found {found}")
+        digest = hashlib.sha256(eos_id.to_bytes(4, "little"))
+        for part in defining:
+            digest.update(part.encode() + len(files[part]).to_bytes(8, "little") + files[part])
+        kept = {part: files[part] for part in defining}
+        # What AutoTokenizer needs on top, kept where it was given. Decoding must not tidy spaces away.
+        plain = {"tokenizer_class": kind, "eos_token": eos, "bos_token": eos, "unk_token": eos}
+        plain["clean_up_tokenization_spaces"] = False
+        kept[_CONFIG] = files.get(_CONFIG, json.dumps(plain, indent=2).encode())
+        return cls(name or "tokenizer", vocab_size, eos_id, digest.hexdigest(), kept, encode, decode, can_cut)
+
+    def files(self) -> dict[str, bytes]:
+        """File name -> content: what ``from_files`` and transformers' AutoTokenizer load."""
+        return dict(self._files)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of one text, without an end-of-text token."""
+        return np.concatenate([np.zeros(0, np.uint32), *self.encode_documents([text])]).tolist()
+
+    def encode_documents(self, documents: Iterable[str]) -> Iterator[np.ndarray]:
+        """The ids of each document, uint32 [n], without end-of-text tokens, in order; reads some 4 MB ahead."""
+        pieces: list[str] = []
+        ends: list[bool] = []
+        waiting: list[np.ndarray] = []  # pieces of the document that is not complete yet
+        size = 0
+
+        def flush() -> Iterator[np.ndarray]:
+            for ids, end in zip(self._encode(pieces), ends, strict=True):
+                waiting.append(np.asarray(ids, dtype=np.uint32))
+                if end:
+                    yield waiting[0] if len(waiting) == 1 else np.concatenate(waiting)
+                    waiting.clear()
+            pieces.clear()
+            ends.clear()
+
+        for document in documents:
+            for piece, end in _pieces(document) if self._can_cut else [(document, True)]:
+                pieces.append(piece)
+                ends.append(end)
+                size += len(piece)
+                if size >= BATCH_CHARACTERS:
+                    yield from flush()
+                    size = 0
+        yield from flush()
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ``ids``; bytes that are not UTF-8 become U+FFFD. Raises ValueError for an id out of range."""
+        ids = [int(i) for i in ids]
+        outside = next((i for i in ids if not 0 <= i < self.vocab_size), None)
+        if outside is not None:
+            raise ValueError(f"token {outside} is outside the {self.vocab_size} tokens of {self.name}")
+        return self._decode(ids)
+
+
+def load_tokenizer(
+    spec: str | Tokenizer, *, documents: Callable[[], Iterable[str]] | None = None, cache=None, corpus: str = ""
+) -> Tokenizer:
+    """The tokenizer of ``spec``: ``gpt2``, ``bpe:N``, or a folder with tokenizer.json or vocab.json + merges.txt.
+
+    ``gpt2`` comes from $LM_DATA/tokenizers/gpt2 where that is there, else through tiktoken from the network; its files
+    are the published ones, by SHA-256, or it is an error. ``bpe:N`` needs ``documents`` (the TRAIN split's), the folder
+    ``cache`` and ``corpus`` (a name that changes with the text); the trained tokenizer is kept in ``cache``. Raises
+    ValueError, one line, where there is no such tokenizer.
+    """
+    if isinstance(spec, Tokenizer):
+        return spec
+    if spec == "gpt2":
+        return Tokenizer.from_files(_gpt2_files(), "gpt2")
+    if match := re.fullmatch(r"bpe:(\d+)", spec):
+        size = int(match[1])
+        if size < 257:
+            raise ValueError(f"tokenizer bpe:{size}: the 256 bytes and {EOS} need at least bpe:257")
+        if documents is None:
+            raise ValueError(f"tokenizer {spec} is trained on a corpus' train split, and there is none here")
+        return _cached_bpe(size, documents, Path(cache) / f"bpe{size}-{corpus}.json")
+    folder = Path(spec).expanduser()
+    if folder.is_dir():
+        names = ("tokenizer.json", "vocab.json", "merges.txt", _CONFIG)
+        return Tokenizer.from_files({n: _read(folder / n) for n in names if (folder / n).is_file()}, folder.name)
+    raise ValueError(
+        f"unknown tokenizer {spec!r}; expected gpt2, bpe:N (for example bpe:4096), or a folder with tokenizer.json or "
+        "vocab.json and merges.txt"
+    )
+
+
+def train_bpe(documents: Iterable[str], size: int) -> bytes:
+    """tokenizer.json of a byte-level BPE of at most ``size`` tokens, deterministic in the text.
+
+    Token 0 is <|endoftext|>, then the 256 bytes, then the merges by frequency, within GPT-2's pre-tokenisation. A small
+    text runs out of pairs before ``size``; that is logged.
+    """
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=[EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(documents, trainer)
+    if backend.get_vocab_size() < size:
+        log.warning("the text is small: bpe:%d has only %d tokens", size, backend.get_vocab_size())
+    return backend.to_str().encode()
+
+
+def _cached_bpe(size: int, documents: Callable[[], Iterable[str]], path: Path) -> Tokenizer:
+    name = f"bpe:{size}"
+    if not path.exists():
+        log.info("training %s into %s", name, path)
+        definition = train_bpe(documents(), size)
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_bytes(definition)
+            os.replace(temporary, path)
+        except OSError as error:
+            raise ValueError(f"cannot write {path} ({error.strerror}); name another cache folder") from None
+    try:
+        return Tokenizer.from_files({"tokenizer.json": _read(path)}, name)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); delete the file and it will be made again") from None
+
+
+def _gpt2_files() -> dict[str, bytes]:
+    local = Path(os.environ["LM_DATA"]) / "tokenizers" / "gpt2" if os.environ.get("LM_DATA") else None
+    files = {}
+    for name, url, sha in GPT2_FILES:
+        if local is not None and local.is_dir():
+            files[name] = _read(local / name)
+            if hashlib.sha256(files[name]).hexdigest() != sha:
+                raise ValueError(f"{local / name} is not GPT-2's; to use another vocabulary, name its folder instead")
+            continue
+        try:
+            from tiktoken.load import read_file_cached
+
+            files[name] = read_file_cached(url, sha)
+        except Exception as error:  # requests' errors, a failed checksum, tiktoken missing
+            reason = str(error).splitlines()[0][:100] if str(error) else ""
+            raise ValueError(
+                f"tokenizer gpt2 cannot be downloaded ({type(error).__name__}: {reason}); without a network give "
+                "--tokenizer a folder with GPT-2's vocab.json and merges.txt, or put them in $LM_DATA/tokenizers/gpt2"
+            ) from error
+    return files
+
+
+def _through_tiktoken(vocab_json: bytes, merges_txt: bytes, eos: str, label: str):
+    import tiktoken
+
+    vocab = _json(vocab_json, f"{label}: vocab.json")
+    try:
+        lines = merges_txt.decode().split("\n")
+        merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+        byte_of = {c: b for b, c in enumerate(_byte_characters())}
+        ranks = {bytes([b]): vocab[c] for c, b in byte_of.items()}
+        merged = [(vocab[left + right], left + right) for left, right in merges]
+        ranks |= {bytes(byte_of[c] for c in word): rank for rank, word in merged}
+        # tiktoken joins the pair of the lowest ID first: right only where ids grow in the order of the merges.
+        ordered = all(a[0] < b[0] for a, b in zip(merged, merged[1:], strict=False))
+        if not ordered or len(ranks) != len(vocab) - 1 or eos not in vocab:
+            raise KeyError("order of the ids")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{label}: vocab.json and merges.txt are not a GPT-2 style byte-level BPE with {eos} ({error}); "
+            "give its tokenizer.json"
+        ) from None
+    encoding = tiktoken.Encoding(
+        "scorecast", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={eos: vocab[eos]}
+    )
+    threads = min(8, os.cpu_count() or 1)
+
+    def encode(texts: list[str]) -> list[np.ndarray]:
+        from concurrent.futures import ThreadPoolExecutor
+
+        try:
+            with ThreadPoolExecutor(threads) as pool:
+                return list(pool.map(lambda text: encoding.encode_to_numpy(text, disallowed_special=()), texts))
+        except ValueError as error:  # hundreds of thousands of blanks in a row exhaust the regex engine
+            raise ValueError(f"{label}: cannot tokenise ({error}); is there a huge run of blanks?") from None
+
+    return max(vocab.values()) + 1, vocab[eos], encode, encoding.decode
+
+
+def _byte_characters() -> list[str]:
+    """GPT-2's printable stand-in for each byte: itself where Latin-1 prints it, else the next from U+0100 on."""
+    printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
+    others = iter(range(256, 512))
+    return [chr(b) if b in printable else chr(next(others)) for b in range(256)]
+
+
+def _through_tokenizers(definition: bytes, eos: str, label: str):
+    from tokenizers import Tokenizer as Backend
+
+    parsed = _json(definition, f"{label}: tokenizer.json")
+    try:
+        backend = Backend.from_buffer(definition)
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(f"{label}: tokenizer.json cannot be loaded ({str(error)[:100]})") from None
+    eos_id = backend.token_to_id(eos)
+    if eos_id is None:
+        raise ValueError(f"{label}: it has no {eos}; name its eos_token in {_CONFIG} beside it")
+    backend.no_padding()
+    backend.no_truncation()
+    backend.encode_special_tokens = True  # special tokens in TEXT are ordinary characters
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        return [one.ids for one in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    before = parsed.get("pre_tokenizer") or {}
+    plain = before.get("type") == "ByteLevel" and not before.get("add_prefix_space") and before.get("use_regex", True)
+    can_cut = bool(plain and parsed.get("normalizer") is None)
+    size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+    return size, eos_id, encode, lambda ids: backend.decode(ids, skip_special_tokens=False), can_cut
+
+
+def _pieces(text: str) -> Iterator[tuple[str, bool]]:
+    """``text`` in pieces of some PIECE_CHARACTERS, each with whether it is the last."""
+    start = 0
+    while len(text) - start > 2 * PIECE_CHARACTERS and (cut := _CUT.search(text, start + PIECE_CHARACTERS)):
+        yield text[start : cut.end()], False
+        start = cut.end()
+    yield (text[start:] if start else text), True
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"cannot read {path} ({error.strerror})") from None
+
+
+def _json(raw: bytes, label: str) -> dict:
+    try:
+        parsed = json.loads(raw)
+    except ValueError:
+        raise ValueError(f"{label} is not JSON") from None
+    if not isinstance(parsed, dict):
+        raise ValueError(f"{label} is not a JSON object")
+    return parsed

@@ -1,0 +1,132 @@
+"""Batches out of a TokenSet: windows, their order, and label noise. Everything is a pure function of (seed, step).
+
+Randomness is raw Philox output under the key (seed, counter), which numpy guarantees never to change, so that a run
+resumes with the same batches under another numpy, on another machine or another number of ranks.
+"""
+
+import numpy as np
+import torch
+
+from data.cache import TokenSet
+
+IGNORE = -100  # targets outside the loss, as in torch.nn.functional.cross_entropy
+
+
+def _raw(seed: int, counter: int, n: int) -> np.ndarray:
+    """``n`` uint64 of the stream (seed, counter)."""
+    return np.random.Philox(key=np.array([seed, counter], dtype=np.uint64)).random_raw(n)
+
+
+def _check_count(name: str, value: int, least: int = 0) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
+
+
+class Windows:
+    """Non-overlapping windows of ``length`` inputs over a TokenSet; every token is a target exactly once an epoch.
+
+    The input before the first token is the end-of-text token, as it is before every other document's first token.
+    The last window is padded: inputs eos_id, targets -100. ``bytes`` is the TokenSet's, for bits per byte. Raises
+    ValueError where ``length`` exceeds the tokens.
+    """
+
+    def __init__(self, tokens: TokenSet, length: int):
+        _check_count("the sequence length", length, 1)
+        data = np.asarray(tokens.tokens)  # a plain view of the map: np.memmap's own indexing is slower
+        if length > len(data):
+            raise ValueError(
+                f"a sequence of {length} tokens is longer than {tokens.name or 'the data'}, which has {len(data)}; "
+                "take a shorter one"
+            )
+        self.length, self.eos_id, self.bytes = length, tokens.eos_id, tokens.bytes
+        self._windows = -(-len(data) // length)
+        # Window i reads positions i*T-1 .. i*T+T-1. All but the first (whose context is outside the data) and a short
+        # last one are rows of a strided view, so that a batch is one gather of contiguous rows.
+        self._inside = len(data) // length - 1
+        span = length + 1
+        if self._inside:
+            self._rows = np.lib.stride_tricks.sliding_window_view(data[length - 1 :], span)[::length]
+        else:
+            self._rows = np.zeros((1, span), data.dtype)
+        self._first = np.concatenate([[tokens.eos_id], data[:length]]).astype(data.dtype)
+        rest = data[(self._inside + 1) * length - 1 :]
+        self._last_targets = len(rest) - 1
+        self._last = np.concatenate([rest, np.full(span - len(rest), tokens.eos_id)]).astype(data.dtype)
+        self._orders: dict[tuple[int, int], np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return self._windows
+
+    def get(self, indices) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets ``[B, T]`` int64 of the windows ``indices`` (whole numbers in [0, len(self)))."""
+        indices = np.asarray(indices, dtype=np.int64).reshape(-1)
+        if indices.size and not (0 <= indices.min() and indices.max() < self._windows):
+            raise ValueError(f"window {indices.min()}..{indices.max()} is outside 0..{self._windows - 1}")
+        rows = self._rows[np.clip(indices - 1, 0, max(self._inside - 1, 0))]  # [B, T + 1], a copy
+        first, last = np.flatnonzero(indices == 0), np.flatnonzero(indices > self._inside)
+        rows[first], rows[last] = self._first, self._last
+        x_BT = torch.empty(len(indices), self.length, dtype=torch.int64)
+        y_BT = torch.empty(len(indices), self.length, dtype=torch.int64)
+        x_BT.numpy()[...], y_BT.numpy()[...] = rows[:, :-1], rows[:, 1:]
+        if len(last):
+            y_BT.numpy()[last, self._last_targets :] = IGNORE
+        return x_BT, y_BT
+
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        """The permutation of the windows in ``epoch``: int64 [len(self)], read-only, a pure function of both."""
+        _check_count("seed", seed)
+        _check_count("epoch", epoch)
+        if (seed, epoch) not in self._orders:
+            while len(self._orders) > 1:  # a batch touches two epochs at most, unless it is larger than the data
+                self._orders.pop(next(iter(self._orders)))
+            permutation = np.argsort(_raw(seed, epoch, self._windows), kind="stable")
+            permutation.flags.writeable = False  # it is kept, so it is shared
+            self._orders[seed, epoch] = permutation
+        return self._orders[seed, epoch]
+
+    def batch_indices(self, step: int, batch: int, seed: int) -> np.ndarray:
+        """The windows of optimizer step ``step``: int64 [batch]; nothing to save, so nothing to lose on a restart.
+
+        Steps read the concatenation of order(seed, 0), order(seed, 1), ... in blocks of ``batch``, across epochs.
+        """
+        _check_count("step", step)
+        _check_count("batch", batch, 1)
+        at, end, parts = step * batch, (step + 1) * batch, []
+        while at < end:
+            epoch, offset = divmod(at, self._windows)
+            parts.append(self.order(seed, epoch)[offset : offset + end - at])
+            at += len(parts[-1])
+        return np.concatenate(parts)
+
+
+def flip_labels(
+    y_BT: torch.Tensor, vocab_size: int, share: float, step_share: float, seed: int, step: int, *, first_row: int = 0
+) -> tuple[torch.Tensor, int]:
+    """Label noise: targets with flips, and how many were flipped.
+
+    In a share ``step_share`` of the steps each target (never one of -100) becomes, with probability ``share``, another
+    token drawn uniformly from the other ``vocab_size - 1``. The draw of a target depends on (seed, step) and its
+    place in the GLOBAL batch: a rank or micro-batch that holds rows r.. of it passes ``first_row=r`` and gets those
+    rows' flips. ``y_BT`` is int64 on the CPU and is not written to; where nothing is flipped it is returned itself.
+    """
+    for name, value in (("share", share), ("step_share", step_share)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"label noise: {name} must be between 0 and 1, not {value!r}")
+    _check_count("vocab_size", vocab_size, 2)
+    for name, value in (("seed", seed), ("step", step), ("first_row", first_row)):
+        _check_count(name, value)
+    if y_BT.dtype != torch.int64 or y_BT.device.type != "cpu" or y_BT.dim() != 2:
+        raise ValueError(f"label noise: targets must be int64 [B, T] on the CPU, not {y_BT.dtype} on {y_BT.device}")
+    if not share or not step_share:
+        return y_BT, 0
+    # The top bit of the counter keeps this stream apart from the epochs' orders under the same seed.
+    skip = 1 + first_row * y_BT.shape[1]
+    raw = _raw(seed, step | 1 << 63, 1)
+    if (raw[0] >> np.uint64(11)) * 2.0**-53 >= step_share:
+        return y_BT, 0
+    raw = _raw(seed, step | 1 << 63, skip + y_BT.numel())[skip:].reshape(y_BT.shape)
+    y = y_BT.numpy()
+    # High half: flip or not. Low half: how far to move, 1 .. V-1, so never onto itself; uniform to V / 2^32.
+    flip = ((raw >> np.uint64(32)) * 2.0**-32 < share) & (y != IGNORE)
+    move = ((raw & np.uint64(0xFFFFFFFF)) * np.uint64(vocab_size - 1) >> np.uint64(32)).astype(np.int64) + 1
+    return torch.from_numpy(np.where(flip, (y + move) % vocab_size, y)), int(flip.sum())
