@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import datetime
 import json
+import logging
 import os
 import platform
 import shutil
@@ -139,6 +140,10 @@ def start_world(device: str = "auto") -> World:
     if "RANK" in os.environ and not dist.is_initialized():
         # NCCL for tensors on the GPU, gloo for the Python objects that checkpoints gather.
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    log = logging.getLogger("scorecast")  # what the modules have to say, once, on rank 0
+    if not log.handlers:
+        log.addHandler(logging.StreamHandler())
+        log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     return World(rank, size, here)
 
 
@@ -216,6 +221,58 @@ class DivergenceWatch:
     def read(self) -> dict[str, float]:
         """The counters on the host (synchronises)."""
         return dict(zip(self.FIELDS, self.state.tolist(), strict=True))
+
+
+def to_device(t: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on ``device``, through pinned memory and without waiting where that is CUDA."""
+    return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t
+
+
+# ----------------------------------------------------------------------------------------------
+# training state: full, unsharded and on the CPU, so that any number of ranks can read it
+
+
+def training_state(model, optimizer) -> tuple[dict, dict]:
+    """State dicts of a plain, DDP or FSDP2 model and its optimizer. Every rank must call it."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+
+    return get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def restore_training_state(model, optimizer, checkpoint: dict) -> None:
+    """Loads what ``training_state`` gave, under the checkpoint's keys model and optimizer."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+
+    set_state_dict(
+        model,
+        optimizer,
+        model_state_dict=checkpoint["model"],
+        optim_state_dict=checkpoint["optimizer"],
+        options=StateDictOptions(full_state_dict=True),
+    )
+
+
+def rng_states(world: World) -> list[dict]:
+    """The generator states of every rank, in rank order. Every rank must call it."""
+    mine = {"cpu": torch.get_rng_state()}
+    if world.device.type == "cuda":
+        mine["cuda"] = torch.cuda.get_rng_state(world.device)
+    if world.size == 1:
+        return [mine]
+    states = [None] * world.size
+    dist.all_gather_object(states, mine)
+    return states
+
+
+def set_rng_states(states: list[dict], world: World) -> bool:
+    """Restores this rank's generators; False, and nothing done, where they are of another number of ranks."""
+    if len(states) != world.size:
+        return False
+    mine = states[world.rank]
+    torch.set_rng_state(mine["cpu"])
+    if "cuda" in mine and world.device.type == "cuda":
+        torch.cuda.set_rng_state(mine["cuda"], world.device)
+    return True
 
 
 # ----------------------------------------------------------------------------------------------
@@ -384,6 +441,23 @@ class RunFolder:
                 shutil.copyfile(path, link)
             os.replace(link, self / "previous.pt")
         write_bytes(path, lambda f: torch.save(state, f))
+
+
+def start_wandb(project: str, out: Path, config: dict):
+    """A Weights & Biases run that goes on under the same id when the run is resumed."""
+    import wandb
+
+    return wandb.init(project=project, name=out.name, id=out.name, dir=str(out), config=config, resume="allow")
+
+
+def finish(run: RunFolder, wandb_run, code: int) -> int:
+    """Closes everything that a script opened; returns ``code``, the script's exit code."""
+    run.close()
+    if wandb_run:
+        wandb_run.finish(exit_code=code)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return code
 
 
 def load_checkpoint(path: str | Path) -> dict:

@@ -5,7 +5,9 @@ import math
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
 
 
-def lr_factor(name: str, step: int, total: int, *, warmup: float = 0.0, floor: float = 0.0, decay: float = 0.2) -> float:
+def lr_factor(
+    name: str, step: int, total: int, *, warmup: float = 0.0, floor: float = 0.0, decay: float = 0.2
+) -> float:
     """The share of the peak learning rate before step ``step`` (0-based) of ``total``, in [0, 1].
 
     Linear warm-up over the first ``warmup * total`` steps, then: ``cosine`` to ``floor`` (Loshchilov

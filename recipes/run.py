@@ -56,7 +56,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--nproc", type=int, default=1, help="ranks per run, through torchrun (default: 1)")
     parser.add_argument("--out", type=Path, help="folder of the runs (default: the recipe's)")
-    parser.add_argument("--set", action="append", default=[], metavar="FLAG=VALUE", help="override a flag in every cell")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="FLAG=VALUE", help="override a flag in every cell"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the commands only")
     args = parser.parse_args(argv)
     with user_errors():
@@ -66,7 +68,9 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"{args.recipe} is not TOML: {e}") from e
         unknown = set(recipe) - {"title", "script", "out", "flags", "grid", "arm"}
         if unknown or not {"script", "out"} <= set(recipe):
-            raise ValueError(f"{args.recipe} needs script and out, and knows flags, grid, arm and title; check {sorted(unknown)}")
+            raise ValueError(
+                f"{args.recipe} needs script and out, and knows flags, grid, arm and title; check {sorted(unknown)}"
+            )
         bad = [s for s in args.set if "=" not in s]
         if bad:
             raise ValueError(f"--set {bad[0]}: expected FLAG=VALUE")

@@ -1,0 +1,25 @@
+"""Measures of generated text."""
+
+from collections.abc import Iterable
+
+
+def distinct_n(texts: Iterable[str], n: int) -> float | None:
+    """Distinct-n: different n-grams over all n-grams of ``texts`` taken together, between 0 and 1.
+
+    Words are what whitespace separates, case and punctuation kept; an n-gram does not cross from one
+    text to the next. None when no text has n words. After Li et al., "A Diversity-Promoting Objective
+    Function for Neural Conversation Models", 2016, who divide by the number of words; the number of
+    n-grams, the usual choice since, lets texts without repetition reach 1 for every n. The value
+    falls as the texts grow: compare equal amounts of text only.
+    """
+    if isinstance(texts, str):
+        raise ValueError("texts is one string; expected a list of strings, one a text")
+    if n < 1:
+        raise ValueError(f"n={n}: expected the length of an n-gram, 1 or more")
+    different, total = set(), 0
+    for text in texts:
+        words = text.split()
+        grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+        different.update(grams)
+        total += len(grams)
+    return len(different) / total if total else None

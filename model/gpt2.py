@@ -1,0 +1,249 @@
+"""GPT-2 in plain PyTorch: tokens in, hidden states out; the loss belongs to the caller.
+
+The architecture and the parameter names are those of OpenAI's release (Radford et al., 2019, and
+github.com/openai/gpt-2, src/model.py): learned positions, LayerNorm before each sub-layer, GELU in
+its tanh form, biases everywhere, the head tied to the token embedding. Matrices are stored as
+torch.nn.Linear has them, [out, in]; model/hub.py transposes them for Hugging Face.
+
+Mixed precision needs no autocast. Parameters stay as they are, fp32 masters by default; the
+activations have the ``dtype`` the model was given, and every layer casts its parameters to the dtype
+of what comes in. With fp32 all casts are no-ops. FSDP2 may hand the layers bf16 parameters instead:
+each layer follows its input, so either way of mixing works.
+
+Shapes in names: B sequences, T positions, D = n_embd, V = vocab_size, H heads.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+# GPT-2's published sizes, GPT-3 XL's shape (Brown et al., 2020, table 2.1), and one for a CPU.
+SIZES: dict[str, dict] = {
+    "nano": dict(n_layer=4, n_head=4, n_embd=128),
+    "mini": dict(n_layer=6, n_head=6, n_embd=384),
+    "gpt2": dict(n_layer=12, n_head=12, n_embd=768),
+    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),
+    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),
+    "gpt2-1.3b": dict(n_layer=24, n_head=16, n_embd=2048),
+}
+
+
+@dataclass(frozen=True)
+class GPT2Config:
+    """The shape of a GPT-2. Raises ValueError for a shape that cannot be built."""
+
+    vocab_size: int
+    block_size: int  # the longest sequence, one learned position each
+    n_layer: int
+    n_head: int
+    n_embd: int
+    dropout: float = 0.0  # after the embeddings, on attention weights, and on both residual branches
+
+    def __post_init__(self):
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r}: expected a positive integer")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}; heads share it evenly")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout!r}: expected a probability in [0, 1)")
+
+
+class Linear(nn.Linear):
+    """nn.Linear that computes in its input's dtype and leaves its initialisation to GPT2.init_weights."""
+
+    def reset_parameters(self):
+        pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding that leaves its initialisation to GPT2.init_weights."""
+
+    def reset_parameters(self):
+        pass
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm over the last dimension, eps 1e-5, with its parameters cast to the input's dtype.
+
+    The input is not upcast: torch's kernels take mean and variance in fp32 whatever the input is, so
+    fp32 copies of the activations would buy only the rounding of the gain, 2^-9 in bf16.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.bias = nn.Parameter(torch.empty(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.bias.to(x.dtype), 1e-5)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPT2Config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)  # q, k and v beside each other
+        self.c_proj = Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        B, T, D = x_BTD.shape
+        dropout = self.dropout if self.training else 0.0
+        qkv = self.c_attn(x_BTD).split(D, dim=2)
+        q_BHTK, k_BHTK, v_BHTK = (z_BTD.view(B, T, self.n_head, -1).transpose(1, 2) for z_BTD in qkv)
+        y_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, dropout_p=dropout, is_causal=True)
+        return F.dropout(self.c_proj(y_BHTK.transpose(1, 2).reshape(B, T, D)), self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPT2Config):
+        super().__init__()
+        self.dropout = config.dropout
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        x_BTF = F.gelu(self.c_fc(x_BTD), approximate="tanh")
+        return F.dropout(self.c_proj(x_BTF), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPT2Config):
+        super().__init__()
+        self.ln_1 = LayerNorm(config.n_embd)
+        self.attn = Attention(config)
+        self.ln_2 = LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        # Added in place, into the branch's own fresh output: one buffer and one pass over memory fewer.
+        x_BTD = self.attn(self.ln_1(x_BTD)).add_(x_BTD)
+        return self.mlp(self.ln_2(x_BTD)).add_(x_BTD)
+
+
+class GPT2(nn.Module):
+    """GPT-2 without a loss. ``dtype`` is the activations' dtype; parameters are created in torch's
+    default dtype, fp32. The model comes initialised from torch's global CPU generator; one built on
+    the meta device does not, and needs ``to_empty`` and ``init_weights``, or ``load_state_dict``.
+
+    ``checkpoint_activations = True`` recomputes each block in backward: memory for a third more work.
+    """
+
+    def __init__(self, config: GPT2Config, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        if not dtype.is_floating_point:
+            raise ValueError(f"dtype={dtype}: expected a floating-point dtype for the activations")
+        self.config = config
+        self.dtype = dtype
+        self.checkpoint_activations = False
+        self.wte = Embedding(config.vocab_size, config.n_embd)
+        self.wpe = Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = LayerNorm(config.n_embd)
+        if not self.wte.weight.is_meta:
+            self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Every initial value of the model, in parameter order.
+
+        Biases 0; LayerNorm gains 1; matrices and token embeddings N(0, 0.02); the two projections of
+        each block that write to the residual stream N(0, 0.02 / sqrt(2 n_layer)) (Radford et al.,
+        2019, section 2.3); positions N(0, 0.01), as in OpenAI's src/model.py (Hugging Face draws them
+        with 0.02).
+
+        Normals are drawn in fp32 on the CPU, from ``generator`` (a CPU one) or torch's global one,
+        then copied: a seed gives one model, whatever the device or dtype. Call it before sharding.
+        """
+        residual = 0.02 / math.sqrt(2 * self.config.n_layer)
+        for name, p in self.named_parameters():
+            if name.endswith("bias"):
+                p.zero_()
+            elif p.ndim == 1:
+                p.fill_(1)
+            else:
+                std = 0.01 if name == "wpe.weight" else residual if name.endswith("c_proj.weight") else 0.02
+                p.copy_(torch.empty(p.shape, dtype=torch.float32, device="cpu").normal_(0, std, generator=generator))
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output head [V, D]: the token embedding itself, tied. logits = hidden @ head_weight.T"""
+        return self.wte.weight
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        """int32 or int64 [B, T], T <= block_size -> hidden states [B, T, D] after the final LayerNorm,
+        in the activations' dtype. Raises ValueError for another shape of input."""
+        if tokens_BT.ndim != 2:
+            raise ValueError(f"tokens of shape {tuple(tokens_BT.shape)}: expected two dimensions, [batch, time]")
+        T = tokens_BT.shape[1]
+        if T > self.config.block_size:
+            raise ValueError(f"sequence of {T} tokens: expected at most block_size={self.config.block_size}")
+        x_TD = self.wpe(torch.arange(T, device=tokens_BT.device)).to(self.dtype)
+        x_BTD = self.wte(tokens_BT).to(self.dtype) + x_TD
+        x_BTD = F.dropout(x_BTD, self.config.dropout, self.training)
+        recompute = self.checkpoint_activations and torch.is_grad_enabled()
+        for block in self.h:
+            if recompute:
+                # Without dropout nothing random is replayed, and saving the generator's state would cost a sync.
+                x_BTD = checkpoint(block, x_BTD, use_reentrant=False, preserve_rng_state=self.config.dropout > 0)
+            else:
+                x_BTD = block(x_BTD)
+        return self.ln_f(x_BTD)
+
+
+def parameter_count(model: nn.Module) -> int:
+    """All parameters, each tied one once. GPT-2 small: 124,439,808."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def flops_per_token(config: GPT2Config, block: int) -> int:
+    """FLOPs of one training step per token at sequence length ``block``: 6 N + 12 L T D.
+
+    N counts the weights that a token is multiplied with, 12 D^2 a layer and V D for the head; an
+    embedding look-up multiplies nothing. A multiply-add is 2, forward once and backward twice. The
+    attention term does not discount the causal half, and recomputation does not count. From
+    Chowdhery et al., "PaLM", 2022, appendix B, so that MFU compares with published figures.
+    """
+    L, D = config.n_layer, config.n_embd
+    return 6 * (12 * L * D * D + config.vocab_size * D) + 12 * L * block * D
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """AdamW's parameter groups: weight decay on matrices and embeddings (two dimensions and more), none
+    on biases and LayerNorm gains. Covers each trainable parameter exactly once, checked."""
+    if not weight_decay >= 0:
+        raise ValueError(f"weight_decay={weight_decay!r}: expected 0 or more")
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        dict(params=[p for p in trainable if p.ndim >= 2], weight_decay=weight_decay),
+        dict(params=[p for p in trainable if p.ndim < 2], weight_decay=0.0),
+    ]
+    check_groups(model, groups)
+    return groups
+
+
+def check_groups(model: nn.Module, groups: list[dict]) -> None:
+    """Raises ValueError unless each parameter that requires a gradient is in ``groups`` exactly once,
+    and nothing else is; names what is wrong."""
+    counts: dict[int, int] = {}
+    for group in groups:
+        for p in group["params"]:
+            counts[id(p)] = counts.get(id(p), 0) + 1
+    wrong = []
+    for name, p in model.named_parameters():
+        n, expected = counts.pop(id(p), 0), int(p.requires_grad)
+        if n != expected:
+            wrong.append(f"{name} is there {n} times instead of {expected}")
+    if counts:
+        wrong.append(f"{len(counts)} tensors are no parameters of the model")
+    if wrong:
+        raise ValueError("optimizer groups do not cover the model: " + "; ".join(wrong))

@@ -1,0 +1,440 @@
+"""train_lm.py end to end on a tiny corpus: resume, parallelism, bad input, what a run leaves behind."""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import runlog
+import train_lm
+from data.windows import Windows
+from losses import alpha_at
+
+ROOT = Path(__file__).parent.parent
+TIMING = {"train_seconds", "tokens_per_second"}
+SUMMARY_KEYS = """
+loss alpha_schedule steps seed parameters tokens_seen val_nll val_ppl val_bits_per_byte val_ece10 val_ece100
+val_ece10_mass val_brier val_spherical val_accuracy temperature val_nll_t val_ece10_t test_nll test_ppl
+test_ece10 test_brier tokens_per_second ms_per_step_median peak_memory_bytes train_seconds flops_per_token mfu
+energy_joules divergences clip_rate
+""".split()
+
+
+@pytest.fixture(scope="session")
+def base(corpus, tmp_path_factory):
+    """Flags of a run that takes about a second."""
+    cache = tmp_path_factory.mktemp("cache")
+    return (
+        f"--data {corpus} --cache {cache} --tokenizer bpe:320 --model nano --seq-len 32 --batch 8 --steps 12 --lr 3e-3 "
+        "--eval-every 4 --log-every 3 --sample-tokens 12 --device cpu".split()
+    )
+
+
+def train(flags, out, *more) -> int:
+    return train_lm.main([*flags, "--out", str(out), *map(str, more)])
+
+
+def rows(out, kind) -> list[dict]:
+    """Metrics without what depends on the clock."""
+    return [
+        {k: v for k, v in r.items() if k not in TIMING} for r in runlog.read_metrics(Path(out) / "metrics.jsonl", kind)
+    ]
+
+
+def weights(out, name="last.pt") -> dict:
+    return runlog.load_checkpoint(Path(out) / name)["model"]
+
+
+def torchrun(ranks, flags, out, *more):
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "train_lm.py"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*line, *flags, "--out", str(out), *map(str, more)],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+# -- what a run leaves behind --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def dpsm_run(base, tmp_path_factory):
+    """An uninterrupted DPSM run with everything random switched on."""
+    out = tmp_path_factory.mktemp("runs") / "dpsm"
+    noisy = [*base, "--loss", "dpsm", "--warmup", "0.5", "--dropout", "0.1", "--label-noise", "0.2"]
+    assert train(noisy, out) == 0
+    return noisy, out
+
+
+def test_run_folder_is_complete(dpsm_run):
+    _, out = dpsm_run
+    summary = json.loads((out / "summary.json").read_text())
+    assert not set(SUMMARY_KEYS) - set(summary)
+    assert summary["loss"] == "dpsm" and summary["steps"] == 12
+    measured = set(SUMMARY_KEYS) - {"mfu", "energy_joules"}  # there is no GPU to measure those two on
+    assert not [k for k in measured if summary[k] is None]
+    assert summary["val_nll_t"] <= summary["val_nll"] + 1e-6
+    assert summary["tokens_seen"] <= 12 * 8 * 32  # the padded end of the data is no token
+    for name in (
+        "config.json",
+        "environment.json",
+        "calibration.json",
+        "samples.json",
+        "source/train_lm.py",
+        "last.pt",
+        "best.pt",
+    ):
+        assert (out / name).is_file(), name
+    bins = json.loads((out / "calibration.json").read_text())
+    assert sum(bins["val"]["raw"]["count"]) == summary["val_tokens"]
+
+
+def test_alpha_follows_the_optimizer_step(dpsm_run, tmp_path):
+    """More micro-batches and more evaluations do not move it, and the checkpoint holds it."""
+    flags, out = dpsm_run
+    assert train(flags, tmp_path / "micro", "--micro-batch", 2, "--eval-every", 2) == 0
+    for folder in (out, tmp_path / "micro"):
+        assert len(rows(folder, "train")) > 5
+        for r in rows(folder, "train"):
+            assert r["alpha"] == alpha_at(r["step"] - 1, 12, warmup=0.5)
+        assert runlog.load_checkpoint(folder / "last.pt")["alpha"] == alpha_at(12, 12, warmup=0.5) == 1.0
+
+
+def test_losses_are_golden(base, tmp_path):
+    """Training losses of two scores, recorded on this code. They pin the whole path: data order, initialisation, loss,
+    optimizer. The tolerance leaves room for another CPU's rounding, carried through 12 steps."""
+    golden = {
+        "ce": [],
+        "brier": [],
+    }
+    for loss, expected in golden.items():
+        assert train(base, tmp_path / loss, "--loss", loss) == 0
+        assert [r["loss"] for r in rows(tmp_path / loss, "train")] == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "spherical",
+        "focal --gamma 1",
+        "smoothing --eps 0.2",
+        "brier --tail-smoothing 0.1",
+        "dpsm --alpha-schedule fixed --alpha-max 0",
+    ],
+)
+def test_every_loss_learns(flags, base, tmp_path):
+    assert train(base, tmp_path / "run", "--lr-warmup", 0, "--loss", *flags.split()) == 0
+    nll = [r["nll"] for r in rows(tmp_path / "run", "val")]
+    assert nll[-1] < math.log(320) and nll[-1] < nll[0]  # better than uniform, and getting better
+
+
+def test_dpsm_at_alpha_0_is_ce_and_at_1_is_brier(base, tmp_path):
+    for alpha, loss in ((0, "ce"), (1, "brier")):
+        assert train(base, tmp_path / loss, "--loss", loss) == 0
+        assert (
+            train(base, tmp_path / f"dpsm{alpha}", "--loss", "dpsm", "--alpha-schedule", "fixed", "--alpha-max", alpha)
+            == 0
+        )
+        a, b = weights(tmp_path / loss), weights(tmp_path / f"dpsm{alpha}")
+        assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+# -- exactness -----------------------------------------------------------------------------------
+
+
+def same_run(a, b) -> None:
+    """Metrics (the clock's apart) and final weights are equal, bit for bit."""
+    for kind in ("train", "val"):
+        assert rows(a, kind) == rows(b, kind)
+    wa, wb = weights(a), weights(b)
+    assert all(torch.equal(wa[k], wb[k]) for k in wa)
+    sa, sb = (json.loads((x / "summary.json").read_text()) for x in (a, b))
+    clock = {"tokens_per_second", "ms_per_step_median", "train_seconds", "peak_memory_bytes"}
+    assert {k: v for k, v in sa.items() if k not in clock} == {k: v for k, v in sb.items() if k not in clock}
+
+
+def test_a_stopped_run_resumes_exactly(dpsm_run, tmp_path, monkeypatch, capsys):
+    """SIGTERM in the middle of a logging window; dropout, label noise, alpha, optimizer and best-so-far go on."""
+    flags, whole = dpsm_run
+    original = Windows.batch_indices
+
+    def stop_at_7(self, step, *args):
+        if step == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, step, *args)
+
+    with monkeypatch.context() as m:
+        m.setattr(Windows, "batch_indices", stop_at_7)
+        assert train(flags, tmp_path / "run") == 0
+    assert "--resume" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert runlog.load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 8
+    assert train(flags, tmp_path / "run", "--resume") == 0
+    same_run(whole, tmp_path / "run")
+
+
+KILLED = """
+import io, os, sys, torch, train_lm
+real, calls = torch.save, 0
+def half(state, f):
+    global calls
+    calls += 1
+    if calls == {call}:                      # cut off in the middle of writing a checkpoint
+        buffer = io.BytesIO()
+        real(state, buffer)
+        f.write(buffer.getvalue()[: buffer.tell() // 2])
+        f.flush()
+        os.kill(os.getpid(), 9)
+    real(state, f)
+torch.save = half
+train_lm.main(sys.argv[1:])
+"""
+
+
+def test_kill_9_during_a_checkpoint_write_loses_nothing_that_was_saved(dpsm_run, tmp_path):
+    flags, whole = dpsm_run
+    out = tmp_path / "run"
+    # Saves come in pairs, best.pt and last.pt; the fourth is last.pt at step 8, so last.pt of step 4 must survive.
+    code = subprocess.run(
+        [sys.executable, "-c", KILLED.format(call=4), *flags, "--out", str(out)],
+        cwd=ROOT,
+        capture_output=True,
+        timeout=120,
+    ).returncode
+    assert code == -9
+    assert runlog.load_checkpoint(out / "last.pt")["step"] == 4
+    assert train(flags, out, "--resume") == 0
+    same_run(whole, out)
+    assert not list(out.glob("*.tmp*"))
+
+
+def close(a, b) -> None:
+    """fp32 rounding of sums taken in another order, carried through 12 steps of AdamW: 1e-4 of the loss."""
+    for kind, key in (("train", "loss"), ("train", "grad_norm"), ("val", "nll"), ("val", "ece10")):
+        assert [r[key] for r in rows(a, kind)] == pytest.approx([r[key] for r in rows(b, kind)], rel=1e-4, abs=1e-5)
+
+
+def test_batch_ranks_and_accumulation_give_one_loss_curve(base, tmp_path):
+    """8 x 1 rank, 4 x 2 ranks, accumulation 2 x 4, and FSDP2 on 2 ranks. The data end in a padded window, so a wrong
+    normalisation (mean of means) shows."""
+    flags = [*base, "--loss", "dpsm", "--warmup", "0.5", "--label-noise", "0.1"]
+    assert train(flags, tmp_path / "one") == 0
+    assert train(flags, tmp_path / "accumulated", "--micro-batch", 4) == 0
+    close(tmp_path / "one", tmp_path / "accumulated")
+    for name, more in (
+        ("ddp", ()),
+        ("accumulated_ddp", ("--micro-batch", 2)),
+        ("fsdp", ("--fsdp",)),
+        ("accumulated_fsdp", ("--fsdp", "--micro-batch", 2)),
+    ):
+        ran = torchrun(2, flags, tmp_path / name, *more)
+        assert ran.returncode == 0, ran.stderr[-3000:]
+        close(tmp_path / "one", tmp_path / name)
+
+
+def test_activation_checkpointing_changes_nothing(base, tmp_path):
+    assert train(base, tmp_path / "plain") == 0
+    assert train(base, tmp_path / "recomputed", "--checkpoint-activations") == 0
+    close(tmp_path / "plain", tmp_path / "recomputed")
+
+
+def test_evaluation_reads_the_whole_set_whatever_the_batch(base, tmp_path):
+    assert train(base, tmp_path / "a") == 0
+    assert train(base, tmp_path / "b", "--micro-batch", 4) == 0
+    a, b = (json.loads((tmp_path / x / "summary.json").read_text()) for x in "ab")
+    assert a["val_tokens"] == b["val_tokens"]
+    assert a["test_nll"] == pytest.approx(b["test_nll"], rel=1e-4)
+
+
+# -- options -------------------------------------------------------------------------------------
+
+
+def test_patience_and_best_weights(base, tmp_path):
+    """With a learning rate far too high the first validation stays the best."""
+    out = tmp_path / "run"
+    steep = ("--lr", 0.3, "--lr-schedule", "constant", "--steps", 60)
+    assert train(base, out, *steep, "--patience", 2, "--report", "best") == 0
+    summary = json.loads((out / "summary.json").read_text())
+    val = rows(out, "val")
+    best = min(val, key=lambda r: r["nll"])
+    assert summary["stopped_early"] == "early_stop" and val[-1]["step"] == best["step"] + 8 < 60
+    assert summary["reported_step"] == summary["best_step"] == best["step"]
+    assert summary["val_nll"] == pytest.approx(best["nll"], rel=1e-6)
+
+
+def test_label_noise_happens_as_asked(base, tmp_path):
+    assert train(base, tmp_path / "run", "--label-noise", 0.25, "--label-noise-steps", 0.5) == 0
+    flipped = [r["flipped_tokens"] for r in rows(tmp_path / "run", "train")]
+    assert 0 < sum(flipped) < 0.25 * 12 * 8 * 32
+
+
+def test_out_of_domain_set_and_wandb_offline(base, corpus, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    out = tmp_path / "run"
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text((ROOT / "LICENSE").read_text())
+    assert train(base, out, "--ood", tmp_path / "text", "--wandb", "scorecast") == 0
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["ood_nll"] > summary["test_nll"]  # a licence is not arithmetic
+    assert list(out.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_export_loads_in_transformers_and_back(dpsm_run, base, tmp_path):
+    """A trained checkpoint as a Hugging Face folder: same logits, same text, and a start for another run."""
+    transformers = pytest.importorskip("transformers")
+    from model import hub
+    from model.gpt2 import GPT2, GPT2Config
+
+    _, out = dpsm_run
+    assert hub.main([str(out / "best.pt"), str(tmp_path / "hf")]) in (0, None)
+    checkpoint = runlog.load_checkpoint(out / "best.pt")
+    ours = GPT2(GPT2Config(**checkpoint["model_config"])).eval()
+    ours.load_state_dict(checkpoint["model"])
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "hf").eval()
+    x = torch.randint(0, 320, (2, 32), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x) @ ours.head_weight.t(), theirs(x).logits, atol=1e-4, rtol=1e-4)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert (
+        tokenizer.decode(tokenizer("twenty-one times two is forty-two.")["input_ids"])
+        == "twenty-one times two is forty-two."
+    )
+
+    assert train(base, tmp_path / "run", "--init-from", tmp_path / "hf", "--steps", 1, "--lr", 0) == 0
+    for name, w in weights(tmp_path / "run").items():
+        torch.testing.assert_close(w, checkpoint["model"][name])
+
+
+# -- bad input -----------------------------------------------------------------------------------
+
+
+def fails(capsys, match, flags, out, *more) -> None:
+    """Exit code 2, one line on stderr that matches, and no run folder."""
+    before = sorted(out.rglob("*")) if out.exists() else None
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        train(flags, out, *more)
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert re.search(match, err), err
+    assert len(err.strip().splitlines()) == 1, err
+    assert (sorted(out.rglob("*")) if out.exists() else None) == before
+
+
+@pytest.mark.parametrize(
+    "match, more",
+    [
+        (r"no-such-data", ("--data", "no-such-data")),
+        (r"seq(uence)?.*long", ("--seq-len", 1000000)),
+        (r"--warmup 1.5 is outside \[0, 1\]", ("--warmup", 1.5)),
+        (r"--warmup nan", ("--warmup", "nan")),
+        (r"--alpha-max -0.1 is outside", ("--alpha-max", -0.1)),
+        (r"--alpha-start 2.0 is outside", ("--alpha-start", 2)),
+        (r"--steps 0", ("--steps", 0)),
+        (r"--loss.*invalid choice.*hinge", ("--loss", "hinge")),
+        (r"unrecognized arguments: --los", ("--los", "ce")),
+        (r"tail-smoothing", ("--loss", "ce", "--tail-smoothing", 0.1)),
+        (r"--fsdp needs more than one rank", ("--fsdp",)),
+        (r"no run in", ("--resume",)),
+        (r"triton needs a CUDA device", ("--kernels", "triton")),
+    ],
+)
+def test_bad_flags(match, more, base, tmp_path, capsys):
+    fails(capsys, match, base, tmp_path / "run", *more)
+
+
+def test_bad_text(base, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    fails(capsys, "empty", base, tmp_path / "run", "--data", tmp_path / "empty")
+    (tmp_path / "blank").mkdir()
+    (tmp_path / "blank" / "a.txt").write_text("")
+    fails(capsys, "blank", base, tmp_path / "run", "--data", tmp_path / "blank")
+
+
+def test_a_folder_in_use_is_refused(dpsm_run, base, tmp_path, capsys):
+    flags, out = dpsm_run
+    fails(capsys, "already holds a run", flags, out)
+    fails(capsys, "different run.*lr was 0.003, now 0.1", flags, out, "--resume", "--lr", 0.1)
+    fails(capsys, "different run.*model was 'nano', now 'gpt2'", flags, out, "--resume", "--model", "gpt2")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("precious")
+    fails(capsys, "not an empty folder", base, tmp_path / "mine")
+
+
+def test_broken_checkpoints_are_named(base, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train(base, out) == 0
+    good = (out / "last.pt").read_bytes()
+    flipped = bytearray(good)
+    flipped[len(good) // 2] ^= 0x40
+    for bad in (good[: len(good) // 2], good[:-1], bytes(flipped), b""):
+        (out / "last.pt").write_bytes(bad)
+        fails(capsys, r"last\.pt is truncated or corrupt; an older good one is .*previous\.pt", base, out, "--resume")
+    assert train(base, out, "--resume", "--resume-from", out / "previous.pt") == 0
+    assert runlog.load_checkpoint(out / "last.pt")["step"] == 12
+
+
+def test_changed_text_is_noticed(base, corpus, tmp_path, capsys):
+    import shutil
+
+    flags = [str(tmp_path / "text") if f == str(corpus) else f for f in base]
+    shutil.copytree(corpus, tmp_path / "text")
+    assert train(flags, tmp_path / "run") == 0
+    with open(tmp_path / "text" / "train.txt", "a") as f:
+        f.write("one times one is one.\n")
+    fails(capsys, "not the text that .* was trained on", flags, tmp_path / "run", "--resume")
+
+
+def test_tokenizer_larger_than_the_model(base, dpsm_run, tmp_path, capsys):
+    from model import hub
+
+    hub.main([str(dpsm_run[1] / "best.pt"), str(tmp_path / "hf")])
+    flags = ["bpe:400" if f == "bpe:320" else f for f in base]
+    fails(
+        capsys, r"tokenizer has \d+ tokens, the model only 320", flags, tmp_path / "run", "--init-from", tmp_path / "hf"
+    )
+
+
+def test_ranks_must_divide_the_batch(base, tmp_path):
+    ran = torchrun(2, base, tmp_path / "run", "--batch", 7)
+    assert ran.returncode != 0 and "--batch 7 is not divisible by the 2 ranks" in ran.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_non_finite_loss_skips_then_stops(base, tmp_path, capsys):
+    """One bad step is skipped and counted; three in a row end the run and name the last good checkpoint."""
+    out = tmp_path / "run"
+    poisoned = set()
+    original = train_lm.make_score
+
+    def make_score(*args, **kwargs):
+        score, calls = original(*args, **kwargs), iter(range(10**9))
+        return lambda m: score(m) * (math.nan if next(calls) in poisoned else 1)
+
+    train_lm.make_score = make_score
+    try:
+        poisoned |= {5}
+        assert train(base, out / "one") == 0
+        poisoned |= {6, 7}
+        assert train(base, out / "three") == 1
+    finally:
+        train_lm.make_score = original
+    summary = json.loads((out / "one" / "summary.json").read_text())
+    assert summary["skipped_steps"] == summary["divergences"] == 1
+    assert all(torch.isfinite(w).all() for w in weights(out / "one").values())
+    assert re.search(r"three steps running.*Last good checkpoint: .*last\.pt", capsys.readouterr().err)
+    assert runlog.load_checkpoint(out / "three" / "last.pt")["step"] == 4
+    assert not (out / "three" / "summary.json").exists()
