@@ -491,9 +491,9 @@ def main(argv: list[str] | None = None) -> int:
     if wandb_run:
         wandb_run.summary.update(summary)
     e = entries
-    after = " (nll {val_nll_t:.4f}, ece {val_ece10_t:.4f} at temperature {temperature:.3f})".format(**e) if samples else ""
+    after = "; at temperature {temperature:.3f} nll {val_nll_t:.4f}, ece {val_ece10_t:.4f}" if samples else ""
     print(f"{out}: validation ppl {e['val_ppl']:.3f}, nll {e['val_nll']:.4f}, ece {e['val_ece10']:.4f}, brier "
-          f"{e['val_brier']:.4f}{after}; {rate or 0:,.0f} tokens/s")
+          f"{e['val_brier']:.4f}{after.format(**e)}; {rate or 0:,.0f} tokens/s")
     print(f"compare runs with: python -m eval.report {out} ... --out DIR")
     return runlog.finish(run, wandb_run, 0)
 

@@ -125,9 +125,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        # Added in place, into the branch's own fresh output: one buffer and one pass over memory fewer.
-        x_BTD = self.attn(self.ln_1(x_BTD)).add_(x_BTD)
-        return self.mlp(self.ln_2(x_BTD)).add_(x_BTD)
+        x_BTD = x_BTD + self.attn(self.ln_1(x_BTD))
+        return x_BTD + self.mlp(self.ln_2(x_BTD))
 
 
 class GPT2(nn.Module):
