@@ -10,6 +10,7 @@ import datetime
 import json
 import logging
 import os
+import pickle
 import platform
 import shutil
 import signal
@@ -70,6 +71,8 @@ def user_errors():
             message = " ".join(str(e).split())
             print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 class StopRequest:
@@ -351,6 +354,14 @@ def environment(device: torch.device) -> dict:
     }
 
 
+def same_config(path: Path, old: dict, new: dict, free: tuple[str, ...]) -> None:
+    """Raises ValueError, naming what differs, unless ``new`` continues ``old``; ``free`` settings may change."""
+    diff = [k for k in new if k not in free and old.get(k) != new[k]]
+    if diff:
+        what = ", ".join(f"{k} was {old.get(k)!r}, now {new[k]!r}" for k in diff)
+        raise ValueError(f"--resume: {path} is of a different run ({what})")
+
+
 class RunFolder:
     """``runs/NAME``: config, environment, source, metrics, summary and checkpoints of one run.
 
@@ -382,10 +393,7 @@ class RunFolder:
             old = json.loads(held.read_text())
         except json.JSONDecodeError as e:
             raise ValueError(f"{held} is not JSON ({e.msg}); the run cannot be resumed") from e
-        diff = [k for k in config if k not in free and old.get(k) != config[k]]
-        if diff:
-            what = ", ".join(f"{k} was {old.get(k)!r}, now {config[k]!r}" for k in diff)
-            raise ValueError(f"--resume: {self.path} is a different run ({what})")
+        same_config(self.path, old, config, free)
 
     def start(self, config: dict, sources: list[Path], resume_step: int | None) -> None:
         """Creates the folder, or, resuming, drops the metrics after ``resume_step``."""
@@ -473,7 +481,10 @@ def load_checkpoint(path: str | Path) -> dict:
         raise ValueError(f"no checkpoint {path}{hint}")
     if not _intact(path):
         raise ValueError(f"checkpoint {path} is truncated or corrupt{hint}")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError) as e:
+        raise ValueError(f"{path} is no checkpoint of ours ({str(e).splitlines()[0]})") from e
 
 
 def _intact(path: Path) -> bool:

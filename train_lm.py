@@ -211,7 +211,13 @@ def main(argv: list[str] | None = None) -> int:
         out = Path(cfg.out or f"runs/{Path(cfg.data).name}-{cfg.model}-{cfg.loss}-s{cfg.seed}")
         run = runlog.RunFolder(out, world)
         run.check(asdict(cfg), cfg.resume, FREE)
-        checkpoint = runlog.load_checkpoint(cfg.resume_from or run / "last.pt") if cfg.resume else None
+        checkpoint = None
+        if cfg.resume:
+            path = Path(cfg.resume_from or run / "last.pt")
+            checkpoint = runlog.load_checkpoint(path)
+            if "optimizer" not in checkpoint:
+                raise ValueError(f"{path} holds weights only; resume from last.pt or previous.pt")
+            runlog.same_config(path, checkpoint["config"], asdict(cfg), FREE)
 
         # -- data ------------------------------------------------------------------------------
         with world.main_first():
@@ -220,8 +226,6 @@ def main(argv: list[str] | None = None) -> int:
         train = Windows(corpus.train, cfg.seq_len)
         sets = {k: t and Windows(t, cfg.seq_len)
                 for k, t in {"val": corpus.val, "test": corpus.test, "ood": ood}.items()}
-        if sets["val"] is None:
-            raise ValueError(f"--data {cfg.data} has no validation text; add a val*.txt file or folder")
 
         # -- model: parameters in fp32, activations in dtype -----------------------------------
         bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and device.type == "cuda")
@@ -309,20 +313,21 @@ def main(argv: list[str] | None = None) -> int:
               f"{device.type}, {len(corpus.train.tokens) / 1e6:.2f} M training tokens ({corpus.origin}), "
               f"{tokens_per_step} a step")
 
-    def save(name: str) -> None:
-        """All ranks take part; rank 0 writes."""
-        state = {"model_config": asdict(shape), "config": asdict(cfg), "step": step, "best": best,
+    def save(is_best: bool) -> None:
+        """last.pt and, if these are the best weights so far, best.pt. All ranks take part; rank 0 writes."""
+        weights, moments_of_adam = runlog.training_state(model, optimizer)
+        state = {"model": weights, "model_config": asdict(shape), "config": asdict(cfg), "step": step, "best": best,
                  "data_hash": corpus.train.hash,
                  "tokenizer": {"files": corpus.tokenizer.files(), "eos_id": corpus.tokenizer.eos_id}}
-        state["model"], optimizer_state = runlog.training_state(model, optimizer)
-        if name == "last.pt":
-            total = Calibration(device)
-            total.load_state_dict(window.state_dict())
-            total.all_reduce()
-            state |= {"optimizer": optimizer_state, "alpha": alpha_of(step), "tokens_seen": tokens_seen,
-                      "train_seconds": train_seconds, "joules": joules, "stale": stale, "sums": sums.cpu(),
-                      "watch": watch.state.cpu(), "window": total.state_dict(), "rng": runlog.rng_states(world)}
-        run.save(name, state)
+        if is_best:
+            run.save("best.pt", state)
+        total = Calibration(device)
+        total.load_state_dict(window.state_dict())
+        total.all_reduce()
+        run.save("last.pt", state | {
+            "optimizer": moments_of_adam, "alpha": alpha_of(step), "tokens_seen": tokens_seen, "stale": stale,
+            "train_seconds": train_seconds, "joules": joules, "sums": sums.cpu(), "watch": watch.state.cpu(),
+            "window": total.state_dict(), "rng": runlog.rng_states(world)})
 
     def log_row(kind: str, **values) -> None:
         row = run.log(kind, step, tokens=tokens_seen, train_seconds=train_seconds, **values)
@@ -430,9 +435,7 @@ def main(argv: list[str] | None = None) -> int:
             ending = "stopped"
         # A step whose loss was not finite changed nothing, but weights that yield one are no good place to stop.
         if (at_eval or stopping) and health["streak"] == 0:
-            if at_eval and stale == 0:
-                save("best.pt")
-            save("last.pt")
+            save(is_best=at_eval and stale == 0)
         clock, meter = time.perf_counter(), energy.read()  # evaluation and checkpoints are not training time
     bar.close()
     stop.restore()

@@ -62,6 +62,8 @@ def sample(
             if temperature == 0:
                 next_B = logits_BV.argmax(-1)
             else:
+                # Relative to the largest, so that no temperature, however low, makes an infinity of it.
+                logits_BV -= logits_BV.amax(-1, keepdim=True)
                 p_BV = filter_logits(logits_BV / temperature, top_k, top_p).softmax(-1)
                 if generator is not None:
                     p_BV = p_BV.to(generator.device)

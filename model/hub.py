@@ -6,8 +6,9 @@ exports a training checkpoint, its tokenizer with it, so that transformers' GPT2
 AutoTokenizer load FOLDER. Nothing here needs transformers; reading a model by its name on the hub
 needs huggingface_hub.
 
-Our parameters carry Hugging Face's names without the "transformer." prefix. Matrices are transposed
-on the way: Hugging Face keeps OpenAI's Conv1D layout, [in, out].
+Our parameters carry Hugging Face's names without the "transformer." prefix. Hugging Face keeps
+OpenAI's Conv1D layout, [in, out], for every matrix; ours are [out, in] where they do not widen
+(gpt2.Linear), and those are transposed on the way.
 """
 
 import dataclasses
@@ -42,7 +43,7 @@ FIXED = dict(
 
 # Causal masks that older versions of transformers saved beside the weights.
 BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
-MATRICES = re.compile(r"h\.\d+\.(attn|mlp)\.c_(attn|fc|proj)\.weight")
+TRANSPOSED = re.compile(r"h\.\d+\.(attn|mlp)\.c_proj\.weight")
 
 
 def save_hf(
@@ -127,8 +128,8 @@ def load_hf(folder_or_hub_id: str | os.PathLike, dtype: torch.dtype = torch.floa
 
 
 def _to_hf(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Transposes the matrices between [out, in] and [in, out]: its own inverse."""
-    return {name: t.t() if MATRICES.fullmatch(name) else t for name, t in state.items()}
+    """From our layout to Hugging Face's and, being its own inverse, back."""
+    return {name: t.t() if TRANSPOSED.fullmatch(name) else t for name, t in state.items()}
 
 
 def _check_tensors(tensors: dict[str, Tensor], expected: dict[str, Tensor], source: str | os.PathLike) -> None:
@@ -234,11 +235,15 @@ def export(checkpoint: str | os.PathLike, folder: str | os.PathLike) -> None:
     except TypeError as error:
         fields = ", ".join(f.name for f in dataclasses.fields(GPT2Config))
         raise ValueError(f"{checkpoint}: 'model_config' must hold the fields {fields}: {error}") from error
+    state, tokenizer = content["model"], content.get("tokenizer") or {}
+    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+        raise ValueError(f"{checkpoint}: 'model' must hold GPT2's state_dict, names and tensors")
+    if not isinstance(tokenizer, dict):
+        raise ValueError(f"{checkpoint}: 'tokenizer' must hold a dict of 'files' and 'eos_id'")
     with torch.device("meta"):
         model = GPT2(config)
-    _check_tensors(content["model"], model.state_dict(), checkpoint)
-    tokenizer = content.get("tokenizer") or {}
-    _save(content["model"], config, Path(folder), tokenizer.get("files") or {}, tokenizer.get("eos_id"))
+    _check_tensors(state, model.state_dict(), checkpoint)
+    _save(state, config, Path(folder), tokenizer.get("files") or {}, tokenizer.get("eos_id"))
 
 
 def main(arguments: list[str]) -> int:

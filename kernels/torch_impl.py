@@ -1,0 +1,217 @@
+"""The moments and the row gradient in plain PyTorch: the CPU path, and the specification of the others.
+
+The rows go through in groups small enough that their scratch stays in the core's own cache, so the
+many passes below read memory once. No one-hot, no second [N, V] tensor, one exponential per element.
+
+With the target's logit taken out of the row, softmax gives w_j = p_j / r1, the distribution over the
+other entries. Everything follows from it without cancellation, however near p_y is to 0 or 1: with
+d = logsumexp_{j != y}(z) - z_y, r1 = sigmoid(d), p_y = sigmoid(-d), log_p = logsigmoid(-d) and
+r_k = r1^k sum_j w_j^k.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.moments import Coefficients, Stats
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+CAN_KEEP_W = True
+
+# Elements of scratch per thread: 0.5 MB in fp32; the three buffers fit the 2 MB of level-2 cache of a
+# server core. On CUDA a group only has to be large enough to hide the launches.
+CPU_ELEMENTS = 2**17
+CUDA_ELEMENTS = 2**26
+
+# w below this adds nothing to the sums of powers (V * 1e-18 against at least 1/V), but its powers
+# would be denormal, which makes a CPU's multiply some 20 times slower.
+_W_FLOOR = 1e-9
+# A row whose factors are below this has a gradient far under any rounding; left alone, it is denormal.
+_FACTOR_FLOOR = 1e-28
+# Where |log sum exp z| is beyond this, sum w z loses digits, and the row is done again.
+_LSE_MAX = 256.0
+
+
+def forward(
+    logits: Tensor,
+    targets: Tensor,
+    stats: Tensor,
+    correct: Tensor,
+    tail: float,
+    *,
+    keep_w: bool = False,
+    rows_again: Callable[[Tensor], Tensor] | None = None,
+) -> None:
+    """Fills ``stats`` [15, N] (the rows of moments.Stats) and ``correct`` [N] from logits [N, V].
+
+    ``keep_w`` leaves w in the logits' storage, 0 at the target, for ``gradient`` to go on from; it
+    takes logits in the dtype of stats, and ``rows_again(index)`` must then give back the logits of
+    the few rows that need more care.
+    """
+    vocab = logits.shape[1]
+    y = targets[:, None]
+    z_y = logits.gather(1, y).to(stats.dtype)[:, 0]
+    raw = torch.empty(10 if tail else 7, len(logits), dtype=stats.dtype, device=logits.device)
+    low = torch.finfo(stats.dtype).min
+    size, buffers = _scratch(logits, stats.dtype, 2 if keep_w else 3)
+    groups = (logits.split(size), y.split(size), z_y.split(size), raw.split(size, 1))
+    for z, y_, z_y_, rows in zip(*groups, strict=True):
+        w, q, *copy = buffers if len(z) == size else [b[: len(z)] for b in buffers]
+        z_top, w_top, z_sum, wz, w2, w3, w4, *tails = rows.unbind(0)
+        if not keep_w:
+            z = copy[0].copy_(z)
+        # Finite rather than -inf, so that a row with no other entry is not 0/0.
+        z.scatter_(1, y_, low)
+        torch.amax(z, -1, out=z_top)
+        torch.softmax(z, -1, out=w)
+        torch.amax(w, -1, out=w_top)
+        w.scatter_(1, y_, 0.0)
+        z.scatter_(1, y_, 0.0)
+        torch.sum(z, -1, out=z_sum)
+        torch.sum(torch.mul(w, z, out=q), -1, out=wz)
+        if tail:
+            _tail_sums(z, w, y_, z_y_, z_top, w_top, tail, tails)
+        if keep_w:
+            z.copy_(w)
+        w.clamp_min_(_W_FLOOR)
+        torch.sum(torch.mul(w, w, out=q), -1, out=w2)
+        torch.linalg.vector_norm(q, dim=-1, out=w4)
+        torch.sum(q.mul_(w), -1, out=w3)
+    z_top, w_top, z_sum, wz, w2, w3, w4, *tails = raw.unbind(0)
+    if not tail:
+        tails = [torch.zeros_like(z_y)] * 3
+    log_w_top = w_top.log()
+    d = (z_top - z_y) - log_w_top
+    r1, p_y = torch.sigmoid(d), torch.sigmoid(-d)
+    log_r1, log_p = F.logsigmoid(d), F.logsigmoid(-d)
+    lse = z_y - log_p
+    total = z_sum + z_y
+    r1_squared = r1 * r1
+    values = Stats(
+        log_p=log_p,
+        r1=r1,
+        r2=r1_squared * w2,
+        mean_log_p=total / vocab - lse,
+        tail_log_p=tails[0],
+        r3=r1_squared * r1 * w3,
+        r4=(r1_squared * w4).square_(),
+        entropy=r1 * (z_top - log_w_top - wz - log_r1) - p_y * log_p,
+        confidence=torch.maximum(p_y, r1 * w_top),
+        support=torch.full_like(r1, vocab),
+        p_y=p_y,
+        tail_count=tails[1],
+        tail_off=tails[2],
+        row_max=z_top,
+        row_sum=1 / w_top,
+    )
+    torch.stack(values, out=stats)
+    torch.gt(z_y, z_top, out=correct)
+    # Ties, -inf among the logits (total * 0 is NaN) and large offsets; on CUDA every row, as finding
+    # the few would wait for the device.
+    plain = ((total * 0 + lse).abs() < _LSE_MAX) & (z_y != z_top)
+    if logits.is_cuda or not bool(plain.all()):
+        index = torch.arange(len(plain), device=plain.device) if logits.is_cuda else (~plain).nonzero()[:, 0]
+        for i in index.split(size):
+            z = (rows_again(i) if keep_w else logits[i]).to(stats.dtype)
+            _careful(z, targets[i], i, Stats(*stats.unbind(0)), correct)
+
+
+def _tail_sums(z, w, y, z_y, z_top, w_top, tail, out) -> None:
+    """Into the three vectors of ``out``: tail_log_p, the number of entries in the tail, and that without the target."""
+    log_w_top = w_top.log()
+    d = (z_top - z_y) - log_w_top
+    live = z > -torch.inf
+    support = live.sum(-1)
+    inside = (w * torch.sigmoid(d)[:, None] < (tail / support)[:, None]) & live
+    mask = inside.scatter_(1, y, False)
+    tail_off, target_in = mask.sum(-1), torch.sigmoid(-d) < tail / support
+    # log p_j = (z_j - z_top) + (z_top - lse), and z_top - lse = log w_top + log r1.
+    sums = torch.where(mask, z - z_top[:, None], 0.0).sum(-1) + tail_off * (log_w_top + F.logsigmoid(d))
+    sums = sums + torch.where(target_in, F.logsigmoid(-d), 0.0)
+    for row, value in zip(out, (sums / support, tail_off + target_in, tail_off), strict=True):
+        row.copy_(value)
+
+
+def _careful(z, targets, index, stats: Stats, correct: Tensor) -> None:
+    """The rows ``index`` again: -inf left out, sums relative to the row's maximum, ties by first index."""
+    live = z > -torch.inf
+    support = live.sum(-1).to(z.dtype)
+    # log p_j = (z_j - max z) + log max p
+    log_p = z - z.amax(-1, keepdim=True) + stats.confidence[index].log()[:, None]
+    p, log_p = log_p.exp(), torch.where(live | log_p.isnan(), log_p, 0.0)
+    stats.entropy[index] = -(p * log_p).sum(-1)
+    stats.mean_log_p[index] = log_p.sum(-1) / support
+    stats.support[index] = support
+    correct[index] = z.argmax(-1) == targets
+
+
+def gradient(
+    logits: Tensor,
+    targets: Tensor,
+    mask: Tensor | None,
+    stats: Stats,
+    coefficients: Coefficients,
+    tail: float,
+    out: Tensor,
+    *,
+    kept_w: bool = False,
+) -> None:
+    """Writes the gradient of the rows to ``out`` [N, V], which may be the logits themselves.
+
+    ``kept_w`` says that the logits' storage holds w, as ``forward(keep_w=True)`` left it; ``out`` is
+    then the logits.
+    """
+    dtype, vocab = stats.r1.dtype, logits.shape[1]
+    a, c, b, t, target = coefficients
+    if kept_w:  # p = r1 w
+        a, c = a * stats.r1, None if c is None else c * stats.r1.square()
+    a = F.hardshrink(a, _FACTOR_FLOOR)
+    c = None if c is None else F.hardshrink(c, _FACTOR_FLOOR)
+    a, c, b, t, target, y = (None if x is None else x[:, None] for x in (a, c, b, t, target, targets))
+    size, buffers = _scratch(logits, dtype, 1 if out.dtype == dtype else 2)
+    # -inf takes no part in b; asking costs a wait on CUDA, so there every row is looked at.
+    ragged = t is not None or (b is not None and (logits.is_cuda or bool((stats.support != vocab).any())))
+    start = 0
+    for z, g in zip(logits.split(size), out.split(size), strict=True):
+        rows = slice(start, start + len(z))
+        start += len(z)
+        p, *wide = buffers if len(z) == size else [x[: len(z)] for x in buffers]
+        live = z > -torch.inf if ragged else None
+        if kept_w:
+            p, factor, result = z, p, z
+        else:
+            factor = result = wide[0] if wide else g
+            torch.softmax(result.copy_(z) if wide else z, -1, out=p)
+        in_tail = None
+        if t is not None:
+            p_j = p * stats.r1[rows, None] if kept_w else p
+            in_tail = (p_j < (tail / stats.support[rows])[:, None]) & live
+        if c is None:
+            torch.mul(p, a[rows], out=result)
+        else:
+            torch.mul(torch.addcmul(a[rows], c[rows], p, out=factor), p, out=result)
+        if b is not None:
+            result.add_(b[rows] if live is None else torch.where(live, b[rows], 0.0))
+        if t is not None:
+            result.add_(torch.where(in_tail, t[rows], 0.0))
+        if wide:
+            g.copy_(result)
+    out.scatter_(1, y, target.to(out.dtype))
+    # An ignored row and its coefficients may hold anything: no product makes it 0.
+    if mask is not None and logits.is_cuda:
+        out.masked_fill_(~mask[:, None], 0.0)
+    elif mask is not None:
+        out[~mask] = 0.0
+
+
+def _scratch(like: Tensor, dtype: torch.dtype, count: int) -> tuple[int, list[Tensor]]:
+    """Rows a group, and ``count`` buffers of that many rows."""
+    n, vocab = like.shape
+    if like.is_cuda:
+        size = max(1, CUDA_ELEMENTS // vocab)
+    else:
+        size = torch.get_num_threads() * max(1, CPU_ELEMENTS // vocab)
+    size = max(1, min(size, n))
+    return size, [torch.empty(size, vocab, dtype=dtype, device=like.device) for _ in range(count)]
