@@ -1,7 +1,9 @@
 """The moments and the row gradient in plain PyTorch: the CPU path, and the specification of the others.
 
-The rows go through in groups small enough that their scratch stays in the core's own cache, so the
+The rows go through in groups small enough that their scratch stays in one core's own cache, so the
 many passes below read memory once. No one-hot, no second [N, V] tensor, one exponential per element.
+On CPU a group is one thread's work from end to end: were every pass spread over the threads instead,
+they would wait for each other some 16 times a group, which a busy machine turns into most of the time.
 
 With the target's logit taken out of the row, softmax gives w_j = p_j / r1, the distribution over the
 other entries. Everything follows from it without cancellation, however near p_y is to 0 or 1: with
@@ -9,7 +11,12 @@ d = logsumexp_{j != y}(z) - z_y, r1 = sigmoid(d), p_y = sigmoid(-d), log_p = log
 r_k = r1^k sum_j w_j^k.
 """
 
+import functools
+import os
+import threading
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +27,7 @@ from kernels.moments import Coefficients, Stats
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 CAN_KEEP_W = True
 
-# Elements of scratch per thread: 0.5 MB in fp32; the three buffers fit the 2 MB of level-2 cache of a
+# Elements a group: 0.5 MB of scratch in fp32; the three buffers fit the 2 MB of level-2 cache of a
 # server core. On CUDA a group only has to be large enough to hide the launches.
 CPU_ELEMENTS = 2**17
 CUDA_ELEMENTS = 2**26
@@ -55,9 +62,9 @@ def forward(
     z_y = logits.gather(1, y).to(stats.dtype)[:, 0]
     raw = torch.empty(10 if tail else 7, len(logits), dtype=stats.dtype, device=logits.device)
     low = torch.finfo(stats.dtype).min
-    size, buffers = _scratch(logits, stats.dtype, 2 if keep_w else 3)
-    groups = (logits.split(size), y.split(size), z_y.split(size), raw.split(size, 1))
-    for z, y_, z_y_, rows in zip(*groups, strict=True):
+    size = _group_size(logits)
+
+    def work(buffers, z, y_, z_y_, rows):
         w, q, *copy = buffers if len(z) == size else [b[: len(z)] for b in buffers]
         z_top, w_top, z_sum, wz, w2, w3, w4, *tails = rows.unbind(0)
         if not keep_w:
@@ -79,6 +86,9 @@ def forward(
         torch.sum(torch.mul(w, w, out=q), -1, out=w2)
         torch.linalg.vector_norm(q, dim=-1, out=w4)
         torch.sum(q.mul_(w), -1, out=w3)
+
+    groups = (logits.detach().split(size), y.split(size), z_y.split(size), raw.split(size, 1))
+    _for_each_group(work, list(zip(*groups, strict=True)), size, logits, stats.dtype, 2 if keep_w else 3)
     z_top, w_top, z_sum, wz, w2, w3, w4, *tails = raw.unbind(0)
     if not tail:
         tails = [torch.zeros_like(z_y)] * 3
@@ -170,13 +180,12 @@ def gradient(
     a = F.hardshrink(a, _FACTOR_FLOOR)
     c = None if c is None else F.hardshrink(c, _FACTOR_FLOOR)
     a, c, b, t, target, y = (None if x is None else x[:, None] for x in (a, c, b, t, target, targets))
-    size, buffers = _scratch(logits, dtype, 1 if out.dtype == dtype else 2)
     # -inf takes no part in b; asking costs a wait on CUDA, so there every row is looked at.
     ragged = t is not None or (b is not None and (logits.is_cuda or bool((stats.support != vocab).any())))
-    start = 0
-    for z, g in zip(logits.split(size), out.split(size), strict=True):
+    size = _group_size(logits)
+
+    def work(buffers, start, z, g):
         rows = slice(start, start + len(z))
-        start += len(z)
         p, *wide = buffers if len(z) == size else [x[: len(z)] for x in buffers]
         live = z > -torch.inf if ragged else None
         if kept_w:
@@ -198,6 +207,9 @@ def gradient(
             result.add_(torch.where(in_tail, t[rows], 0.0))
         if wide:
             g.copy_(result)
+
+    groups = list(zip(range(0, len(out), size), logits.split(size), out.split(size), strict=False))
+    _for_each_group(work, groups, size, logits, dtype, 1 if out.dtype == dtype else 2)
     out.scatter_(1, y, target.to(out.dtype))
     # An ignored row and its coefficients may hold anything: no product makes it 0.
     if mask is not None and logits.is_cuda:
@@ -206,12 +218,56 @@ def gradient(
         out[~mask] = 0.0
 
 
-def _scratch(like: Tensor, dtype: torch.dtype, count: int) -> tuple[int, list[Tensor]]:
-    """Rows a group, and ``count`` buffers of that many rows."""
-    n, vocab = like.shape
-    if like.is_cuda:
-        size = max(1, CUDA_ELEMENTS // vocab)
-    else:
-        size = torch.get_num_threads() * max(1, CPU_ELEMENTS // vocab)
-    size = max(1, min(size, n))
-    return size, [torch.empty(size, vocab, dtype=dtype, device=like.device) for _ in range(count)]
+def _group_size(logits: Tensor) -> int:
+    """Rows a group."""
+    n, vocab = logits.shape
+    return max(1, min((CUDA_ELEMENTS if logits.is_cuda else CPU_ELEMENTS) // vocab, n))
+
+
+def _for_each_group(work: Callable, groups: list[tuple], size: int, like: Tensor, dtype: torch.dtype, count: int):
+    """work(buffers, *group) for each group, with ``count`` buffers [size, V] of scratch.
+
+    On CPU as many groups at a time as torch has threads, each in a thread that works alone.
+    """
+
+    def new_buffers():
+        return [torch.empty(size, like.shape[1], dtype=dtype, device=like.device) for _ in range(count)]
+
+    threads = 1 if like.is_cuda else min(torch.get_num_threads(), len(groups))
+    if threads == 1:
+        buffers = new_buffers()
+        for group in groups:
+            work(buffers, *group)
+        return
+    waiting = deque(groups)
+
+    def run(buffers):
+        with torch.no_grad():  # a thread does not inherit it
+            while True:
+                try:
+                    group = waiting.popleft()
+                except IndexError:
+                    return
+                work(buffers, *group)
+
+    pool = _pool(torch.get_num_threads())
+    for future in [pool.submit(run, new_buffers()) for _ in range(threads)]:
+        future.result()
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Threads whose own torch operations use one thread each."""
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="kernels")
+    together = threading.Barrier(threads)
+
+    def start():
+        # Holds for this thread, and for threads that start before the caller sets it back.
+        torch.set_num_threads(1)
+        together.wait()
+
+    for future in [pool.submit(start) for _ in range(threads)]:
+        future.result()
+    torch.set_num_threads(threads)
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has no such threads
+    return pool

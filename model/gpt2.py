@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# GPT-2's published sizes, GPT-3 XL's shape (Brown et al., 2020, table 2.1), and one for a CPU.
+# GPT-2's published sizes, GPT-3 XL's shape (Brown et al., 2020, table 2.1), and two for a CPU.
 SIZES: dict[str, dict] = {
     "nano": dict(n_layer=4, n_head=4, n_embd=128),
     "mini": dict(n_layer=6, n_head=6, n_embd=384),
@@ -58,7 +58,7 @@ class Linear(nn.Module):
     """y = x W + b, computed in its input's dtype; W [in, out] where out > in, else stored as [out, in].
 
     The longer side is last because the gradient of the weight is then a product with long rows, which
-    BLAS on a CPU writes about 15 % faster; on a GPU the two layouts cost the same.
+    BLAS on a CPU computes faster (MKL in fp32, 384 <-> 1536: 14 % on that product).
     """
 
     def __init__(self, n_in: int, n_out: int):
@@ -197,9 +197,8 @@ class GPT2(nn.Module):
         x_TD = self.wpe(torch.arange(T, device=tokens_BT.device)).to(self.dtype)
         x_BTD = self.wte(tokens_BT).to(self.dtype) + x_TD
         x_BTD = F.dropout(x_BTD, self.config.dropout, self.training)
-        recompute = self.checkpoint_activations and torch.is_grad_enabled()
         for block in self.h:
-            if recompute:
+            if self.checkpoint_activations:
                 # Without dropout nothing random is replayed, and saving the generator's state would cost a sync.
                 x_BTD = checkpoint(block, x_BTD, use_reentrant=False, preserve_rng_state=self.config.dropout > 0)
             else:

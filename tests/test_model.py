@@ -171,6 +171,7 @@ def test_a_seed_gives_one_model():
     a, b = build(seed=3).state_dict(), build(seed=3).state_dict()
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert not torch.equal(a["wte.weight"], build(seed=4).wte.weight)
+    assert not torch.equal(a["wte.weight"], a["wte.weight"].bfloat16().float())
     # From the global generator, or in another dtype, or built on meta first: the same values.
     torch.manual_seed(3)
     global_ = Model(TINY)
@@ -341,6 +342,13 @@ def test_groups_that_do_not_cover_the_model_are_refused():
     model.wpe.weight.requires_grad_(False)
     with pytest.raises(ValueError, match="wpe.weight is there 1 times instead of 0"):
         check_groups(model, [dict(params=everything)])
+
+    class Forgetful(nn.Linear):
+        def parameters(self, recurse=True):
+            return iter([self.weight])
+
+    with pytest.raises(ValueError, match="bias is there 0 times"):  # decay_groups checks itself
+        decay_groups(Forgetful(2, 2), 0.1)
 
 
 # ---------------------------------------------------------------- Hugging Face's layout
@@ -616,6 +624,23 @@ def test_a_bad_checkpoint_is_one_line_and_nothing_written(tmp_path, capsys, what
     out = capsys.readouterr()
     assert out.err.startswith("model.hub: ") and out.err.count("\n") == 1 and not out.out
     assert not (tmp_path / "out").exists()
+
+
+class Stranger:
+    """Pickled, it creates a file where it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path):
+    write_checkpoint(tmp_path / "last.pt", note=Stranger(str(tmp_path / "created")))
+    with pytest.raises(ValueError, match="cannot be read as a checkpoint"):
+        hub.export(tmp_path / "last.pt", tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
 
 
 def test_command_line():
