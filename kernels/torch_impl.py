@@ -27,8 +27,9 @@ from kernels.moments import Coefficients, Stats
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 CAN_KEEP_W = True
 
-# Elements a group: 0.5 MB of scratch in fp32; the three buffers fit the 2 MB of level-2 cache of a
-# server core. On CUDA a group only has to be large enough to hide the launches.
+# Elements a group. In one thread 0.5 MB of scratch in fp32, as the three buffers then fit the 2 MB of
+# level-2 cache of a server core; several threads hand Python's lock around, which twice the work between
+# two hand-overs pays for. On CUDA a group only has to be large enough to hide the launches.
 CPU_ELEMENTS = 2**17
 CUDA_ELEMENTS = 2**26
 
@@ -221,7 +222,8 @@ def gradient(
 def _group_size(logits: Tensor) -> int:
     """Rows a group."""
     n, vocab = logits.shape
-    return max(1, min((CUDA_ELEMENTS if logits.is_cuda else CPU_ELEMENTS) // vocab, n))
+    elements = CPU_ELEMENTS if torch.get_num_threads() == 1 else 2 * CPU_ELEMENTS
+    return max(1, min((CUDA_ELEMENTS if logits.is_cuda else elements) // vocab, n))
 
 
 def _for_each_group(work: Callable, groups: list[tuple], size: int, like: Tensor, dtype: torch.dtype, count: int):

@@ -119,6 +119,14 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"{args.checkout} is no checkout of nanoGPT (no train.py)")
         if args.out.exists():
             raise ValueError(f"{args.out} exists; give another --out")
+        # Little to validate on: this measures training.
+        text = load_corpus(args.data, tokenizer=args.tokenizer, cache=args.cache)
+        folder = args.out / "text"
+        folder.mkdir(parents=True)
+        for name, count in (("train", 2_000_000), ("val", 2 * args.seq_len), ("test", 2 * args.seq_len)):
+            tokens = np.asarray(text.train.tokens[:count]).tolist()
+            (folder / f"{name}.txt").write_text(text.tokenizer.decode(tokens))
+        args.data = str(folder)
         corpus = load_corpus(args.data, tokenizer=args.tokenizer, cache=args.cache)
         vocab = corpus.tokenizer.vocab_size
         dataset = args.checkout / "data" / "scorecast_race"
