@@ -275,17 +275,26 @@ def test_evaluation_reads_the_whole_set_whatever_the_batch(base, tmp_path):
 # -- options -------------------------------------------------------------------------------------
 
 
-def test_patience_and_best_weights(base, tmp_path):
-    """With a learning rate far too high the first validation stays the best."""
+def test_patience_and_best_weights(base, tmp_path, monkeypatch):
+    """Validations at steps 4, 8, 12, 16 with a scripted NLL: the second is the best, two worse ones end the run."""
+    original, script = train_lm.numbers, iter([5.0, 4.0, 4.5, 4.2])
+
+    def numbers(*args):
+        m = original(*args)
+        return m | {"nll": next(script, m["nll"])}
+
+    monkeypatch.setattr(train_lm, "numbers", numbers)
     out = tmp_path / "run"
-    steep = ("--lr", 0.3, "--lr-schedule", "constant", "--steps", 60)
-    assert train(base, out, *steep, "--patience", 2, "--report", "best") == 0
+    assert train(base, out, "--steps", 60, "--patience", 2, "--report", "best") == 0
     summary = json.loads((out / "summary.json").read_text())
-    val = rows(out, "val")
-    best = min(val, key=lambda r: r["nll"])
-    assert summary["stopped_early"] == "early_stop" and val[-1]["step"] == best["step"] + 8 < 60
-    assert summary["reported_step"] == summary["best_step"] == best["step"]
-    assert summary["val_nll"] == pytest.approx(best["nll"], rel=1e-6)
+    assert [r["step"] for r in rows(out, "val")] == [4, 8, 12, 16]
+    assert summary["stopped_early"] == "early_stop" and summary["steps"] == 16
+    assert summary["reported_step"] == summary["best_step"] == 8 and summary["best_val_nll"] == 4.0
+    assert runlog.load_checkpoint(out / "last.pt")["step"] == 16
+    # The reported numbers are of the best weights, not of the last.
+    assert train(base, tmp_path / "same", "--steps", 60, "--eval-every", 8, "--patience", 1) == 0
+    val = next(r for r in rows(tmp_path / "same", "val") if r["step"] == 8)
+    assert summary["val_ppl"] == pytest.approx(val["ppl"], rel=1e-6)
 
 
 def test_label_noise_happens_as_asked(base, tmp_path):
