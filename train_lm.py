@@ -410,11 +410,11 @@ def main(argv: list[str] | None = None) -> int:
                 m = window.compute()
                 mean_loss, mean_norm, clip_rate, flips = (v / n for v in means)
                 shown = {k: m[k] for k in ("nll", "ppl", "ece10", "brier", "accuracy", "entropy")}
-                log_row("train", loss=mean_loss, **shown, alpha=alpha_of(step - 1), lr=lr, grad_norm=mean_norm,
-                        clip_rate=clip_rate, flipped_tokens=flips * n, steps=n, skipped=health["skipped"],
+                used_alpha = alpha.item()  # the value that the last step was computed with
+                log_row("train", loss=mean_loss, **shown, alpha=used_alpha, lr=lr, grad_norm=mean_norm, clip_rate=clip_rate, flipped_tokens=flips * n, steps=n, skipped=health["skipped"],
                         tokens_per_second=rate * tokens_per_step)
                 bar.set_postfix_str(f"loss {mean_loss:.3f} ppl {m['ppl']:.1f} ece {m['ece10']:.3f} "
-                                    f"a {alpha_of(step - 1):.2f} lr {lr:.1e} {rate * tokens_per_step:,.0f} tok/s")
+                                    f"a {used_alpha:.2f} lr {lr:.1e} {rate * tokens_per_step:,.0f} tok/s")
             window.reset()
             sums.zero_()
         if health["worst_streak"] >= 3:
