@@ -411,7 +411,8 @@ def main(argv: list[str] | None = None) -> int:
                 mean_loss, mean_norm, clip_rate, flips = (v / n for v in means)
                 shown = {k: m[k] for k in ("nll", "ppl", "ece10", "brier", "accuracy", "entropy")}
                 used_alpha = alpha.item()  # the value that the last step was computed with
-                log_row("train", loss=mean_loss, **shown, alpha=used_alpha, lr=lr, grad_norm=mean_norm, clip_rate=clip_rate, flipped_tokens=flips * n, steps=n, skipped=health["skipped"],
+                log_row("train", loss=mean_loss, **shown, alpha=used_alpha, lr=lr, grad_norm=mean_norm,
+                        clip_rate=clip_rate, flipped_tokens=flips * n, steps=n, skipped=health["skipped"],
                         tokens_per_second=rate * tokens_per_step)
                 bar.set_postfix_str(f"loss {mean_loss:.3f} ppl {m['ppl']:.1f} ece {m['ece10']:.3f} "
                                     f"a {used_alpha:.2f} lr {lr:.1e} {rate * tokens_per_step:,.0f} tok/s")
