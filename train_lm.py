@@ -111,7 +111,7 @@ def check(cfg: Config, world: runlog.World) -> None:
     for name in ("steps", "batch", "micro_batch", "seq_len", "eval_every", "log_every", "sample_tokens"):
         if getattr(cfg, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)} must be at least 1")
-    for name in ("lr", "weight_decay", "clip", "gamma", "patience", "temperature", "top_k"):
+    for name in ("seed", "lr", "weight_decay", "clip", "gamma", "patience", "temperature", "top_k"):
         if not 0 <= getattr(cfg, name) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)} must be finite and not negative")
     for name in ("dropout", "beta1", "beta2"):

@@ -368,6 +368,7 @@ def fails(capsys, match, flags, out, *more) -> None:
         (r"--alpha-max -0.1 is outside", ("--alpha-max", -0.1)),
         (r"--alpha-start 2.0 is outside", ("--alpha-start", 2)),
         (r"--steps 0", ("--steps", 0)),
+        (r"--seed -1", ("--seed", -1)),
         (r"--loss.*invalid choice.*hinge", ("--loss", "hinge")),
         (r"unrecognized arguments: --los", ("--los", "ce")),
         (r"tail-smoothing", ("--loss", "ce", "--tail-smoothing", 0.1)),
