@@ -354,7 +354,9 @@ def fails(capsys, match, flags, out, *more) -> None:
     err = capsys.readouterr().err
     assert stopped.value.code == 2
     assert re.search(match, err), err
-    assert len(err.strip().splitlines()) == 1, err
+    # One line, the last; before it only notes of caches that had to be made.
+    errors = [line for line in err.strip().splitlines() if ": error: " in line]
+    assert errors == err.strip().splitlines()[-1:] and "Traceback" not in err, err
     assert (sorted(out.rglob("*")) if out.exists() else None) == before
 
 
