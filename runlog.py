@@ -147,9 +147,8 @@ def start_world(device: str = "auto") -> World:
         # NCCL for tensors on the GPU, gloo for the Python objects that checkpoints gather.
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     log = logging.getLogger("scorecast")  # what the modules have to say, once, on rank 0
-    if not log.handlers:
-        log.addHandler(logging.StreamHandler())
-        log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    log.handlers = [logging.StreamHandler()]  # of the stderr that is there now
+    log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     return World(rank, size, here)
 
 
