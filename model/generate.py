@@ -1,8 +1,159 @@
-"""Sampling from a language model that maps tokens to hidden states. No key-value cache: each new
-token runs the whole window again."""
+"""Text from a model that maps tokens to hidden states.
+
+``generate`` decodes with a static key-value cache, greedily, by sampling or by beam search, from a
+decoder-only model (GPT2, Qwen3) or an encoder-decoder (Seq2Seq). ``sample`` has no cache and no limit:
+each new token runs the last block_size tokens again.
+"""
+
+import time
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from model.beam import Beams, Decoding, Draws
+
+REORDERED = 64  # beams' caches are reordered up to the next multiple of so many positions
+
+
+@dataclass
+class Generated:
+    """R hypotheses of each of B prompts, the best first, without the prompt. Where a prompt has fewer, the
+    others have length 0 and score -inf."""
+
+    tokens: Tensor  # int64 [B, R, max_new_tokens], filled with pad_id after a row's length
+    lengths: Tensor  # int64 [B, R]: new tokens, the EOS among them
+    scores: Tensor  # fp32 [B, R]: (sum of log p) / length^length_penalty
+    ended: Tensor  # bool [B, R]: by EOS, not by the limit
+    new_tokens: int  # the sum of lengths
+    seconds: float  # wall time from the prompts on the device to the counts on the host
+    steps: int  # decoder steps that were run
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.new_tokens / self.seconds
+
+
+@torch.no_grad()
+def generate(
+    model,
+    prompt: Tensor,
+    options: Decoding,
+    mask: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    compile: dict | None = None,
+    check_every: int = 16,
+) -> Generated:
+    """Decodes as ``options`` say, with the tokens that transformers.generate would give.
+
+    ``prompt`` int [B, T]: for a decoder-only model the tokens to continue, all rows of one length (group
+    prompts by length: padding on the left is not supported), for an encoder-decoder the source, with
+    ``mask`` [B, T] true at tokens where rows are padded on the right; its decoder begins with the
+    config's decoder_start_token_id. A forced BOS is the first new token, whatever the prompt's length.
+    Prompt and new tokens, less one, must fit the model's positions. ``generator`` as in ``sample``.
+    Dropout is off, whatever mode the model is in. Logits are computed in fp32.
+
+    The first step runs the prompt, every later one a token per row, always in the same shapes, with the
+    cache and the search's state written in place; the source's keys and values are computed once and
+    shared by its beams. The host waits for the device every ``check_every`` steps, to see whether all is
+    done and every step had a token to go on with, and nowhere else. ``compile``: keyword arguments for torch.compile,
+    which then compiles that step with fullgraph=True; None runs it as it is. Sources padded to few
+    lengths, and batches of one size, keep the number of compiled versions low.
+
+    ``model``: ``head_weight`` [V, D], optionally ``head_bias`` [V] or None, and either
+    ``new_cache(batch, length)`` and ``model(tokens, positions_BT=, cache=)``, or Seq2Seq's ``encode``,
+    ``new_cache`` and ``decode``; caches have keys and values k and v, [layers, rows, length, ...].
+    Raises ValueError for arguments out of range and for logits that are not finite.
+    """
+    weight = model.head_weight
+    (V, _), device, beams = weight.shape, weight.device, options.num_beams
+    if check_every < 1:
+        raise ValueError(f"check_every={check_every}: expected 1 or more steps")
+    options.check_vocabulary(V)
+    tokens_BT = checked_prompt(prompt, V, device)
+    B = len(tokens_BT)
+    encodes = hasattr(model, "encode")
+    if mask is not None:
+        mask = mask.to(device).bool()
+        if not encodes:
+            raise ValueError("a mask with a decoder-only model: its prompts are not padded, expected None")
+        if mask.shape != tokens_BT.shape or not mask.any(1).all():
+            raise ValueError(f"mask of shape {tuple(mask.shape)}: expected the prompt's, with a token in every row")
+
+    was_training = model.training
+    model.eval()
+    try:
+        start = time.perf_counter()
+        if encodes:
+            memory = model.encode(tokens_BT, mask)
+            cache = model.new_cache(memory, beams, options.max_new_tokens)
+            context = memory, mask, cache
+            prompt_BP = torch.full((B, 1), model.config.decoder_start_token_id, device=device)
+        else:
+            cache = model.new_cache(B * beams, tokens_BT.shape[1] + options.max_new_tokens - 1)
+            context, prompt_BP = (cache,), tokens_BT
+        search = Draws(prompt_BP, options, V, filter_logits) if beams == 1 else Beams(prompt_BP, options, V)
+        # The head in fp32 once, not once a step; fp32 masters are not copied.
+        bias = getattr(model, "head_bias", None)
+        head = weight.float(), None if bias is None else bias.float()
+        if options.temperature > 0:
+            noise = torch.empty(B, V, device=device if generator is None else generator.device)
+        step = decode_step if compile is None else torch.compile(decode_step, fullgraph=True, **compile)
+        P, steps = prompt_BP.shape[1], 0
+        while steps < options.max_new_tokens:
+            drawn = None
+            if options.temperature > 0:
+                drawn = noise.exponential_(generator=generator).to(device)
+            if steps == 0:
+                run_step(model, context, head, search, search.rows_NL[:, :P], torch.arange(P, device=device), drawn)
+            else:
+                step(model, context, head, search, drawn)
+            steps += 1
+            if beams > 1 and steps < options.max_new_tokens:
+                reorder(cache, search.parents, P + steps - 1)
+            if steps % check_every == 0 or steps == options.max_new_tokens:
+                possible, done = torch.stack([search.possible, search.done_B.all()]).tolist()
+                if not possible:
+                    raise ValueError(
+                        "no token could follow: the logits are not finite (a diverged model; use an earlier "
+                        f"checkpoint), or no_repeat_ngram={options.no_repeat_ngram} and "
+                        f"min_new_tokens={options.min_new_tokens} leave none"
+                    )
+                if done:
+                    break
+        tokens_BRL, lengths, scores = search.results()
+        tokens = tokens_BRL[:, :, P:].contiguous()
+        last = tokens.gather(2, (lengths - 1).clamp(min=0)[:, :, None])[:, :, 0]
+        ended = search.rules.is_eos_V[last] & (lengths > 0)
+        count = int(lengths.sum())
+        return Generated(tokens, lengths, scores, ended, count, time.perf_counter() - start, steps)
+    finally:
+        model.train(was_training)
+
+
+def decode_step(model, context: tuple, head: tuple, search, noise_NV: Tensor | None) -> None:
+    """One token for every row: the unit that torch.compile gets. All it changes, it changes in place."""
+    last_N1 = search.rows_NL.index_select(1, search.length - 1)
+    run_step(model, context, head, search, last_N1, search.length - 1, noise_NV)
+
+
+def run_step(model, context, head, search, tokens_NT: Tensor, positions_T: Tensor, noise_NV: Tensor | None) -> None:
+    if len(context) == 1:
+        hidden_NTD = model(tokens_NT, positions_BT=positions_T.expand(tokens_NT.shape), cache=context[0])
+    else:
+        hidden_NTD = model.decode(tokens_NT, *context, positions_T)
+    weight_VD, bias_V = head
+    logits_NV = hidden_NTD[:, -1].float() @ weight_VD.T
+    search.update(logits_NV if bias_V is None else logits_NV + bias_V, noise_NV)
+
+
+def reorder(cache, rows_N: Tensor, filled: int) -> None:
+    """Row n of the cache becomes what row rows_N[n] was, in place: a gather a layer, of the ``filled``
+    positions rounded up, so that few sizes occur and what is still empty is mostly left alone."""
+    end = -(-filled // REORDERED) * REORDERED
+    for kept in (cache.k, cache.v):
+        for layer in kept:
+            layer[:, :end] = layer[:, :end].index_select(0, rows_N)
 
 
 @torch.no_grad()
@@ -31,16 +182,7 @@ def sample(
     finite.
     """
     V, device = model.head_weight.shape[0], model.head_weight.device
-    tokens = torch.as_tensor(prompt_BT, device=device)
-    if tokens.ndim == 1 and not isinstance(prompt_BT, Tensor):
-        tokens = tokens[None]
-    if tokens.ndim != 2 or not tokens.numel():
-        raise ValueError(f"prompt of shape {tuple(tokens.shape)}: expected [batch, time] with at least one token each")
-    if tokens.is_floating_point():
-        raise ValueError(f"prompt of dtype {tokens.dtype}: expected integers, token ids")
-    tokens = tokens.long()
-    if tokens.min() < 0 or tokens.max() >= V:
-        raise ValueError(f"prompt holds ids {tokens.min()} to {tokens.max()}: expected 0 to {V - 1}")
+    tokens = checked_prompt(prompt_BT, V, device)
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens={max_new_tokens}: expected 0 or more")
     if not 0 <= temperature < float("inf"):
@@ -76,6 +218,21 @@ def sample(
                 break
     finally:
         model.train(was_training)
+    return tokens
+
+
+def checked_prompt(prompt_BT: Tensor | list[int], V: int, device) -> Tensor:
+    """int64 [B, T] on ``device``. Raises ValueError unless it holds ids below ``V``, one or more a row."""
+    tokens = torch.as_tensor(prompt_BT, device=device)
+    if tokens.ndim == 1 and not isinstance(prompt_BT, Tensor):
+        tokens = tokens[None]
+    if tokens.ndim != 2 or not tokens.numel():
+        raise ValueError(f"prompt of shape {tuple(tokens.shape)}: expected [batch, time] with at least one token each")
+    if tokens.is_floating_point():
+        raise ValueError(f"prompt of dtype {tokens.dtype}: expected integers, token ids")
+    tokens = tokens.long()
+    if tokens.min() < 0 or tokens.max() >= V:
+        raise ValueError(f"prompt holds ids {tokens.min()} to {tokens.max()}: expected 0 to {V - 1}")
     return tokens
 
 

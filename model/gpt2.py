@@ -103,12 +103,18 @@ class Attention(nn.Module):
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd)  # q, k and v beside each other
         self.c_proj = Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, slot: tuple | None = None) -> Tensor:
+        """``slot``: this layer's cached keys and values, where these tokens stand in them, and the mask."""
         B, T, D = x_BTD.shape
         dropout = self.dropout if self.training else 0.0
         qkv = self.c_attn(x_BTD).split(D, dim=2)
         q_BHTK, k_BHTK, v_BHTK = (z_BTD.view(B, T, self.n_head, -1).transpose(1, 2) for z_BTD in qkv)
-        y_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, dropout_p=dropout, is_causal=True)
+        mask = None
+        if slot is not None:
+            k_BLHK, v_BLHK, where, mask = slot
+            k_BLHK[where], v_BLHK[where] = k_BHTK.transpose(1, 2), v_BHTK.transpose(1, 2)
+            k_BHTK, v_BHTK = k_BLHK.transpose(1, 2), v_BLHK.transpose(1, 2)
+        y_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, mask, dropout, is_causal=slot is None)
         return F.dropout(self.c_proj(y_BHTK.transpose(1, 2).reshape(B, T, D)), self.dropout, self.training)
 
 
@@ -132,9 +138,18 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        x_BTD = x_BTD + self.attn(self.ln_1(x_BTD))
+    def forward(self, x_BTD: Tensor, slot: tuple | None = None) -> Tensor:
+        x_BTD = x_BTD + self.attn(self.ln_1(x_BTD), slot)
         return x_BTD + self.mlp(self.ln_2(x_BTD))
+
+
+@dataclass
+class KVCache:
+    """Keys and values of every layer, [layers, B, L, H, K] each, of fixed shape and written in place; zero
+    at first, since a masked value is still multiplied by 0, which must not meet a NaN."""
+
+    k: Tensor
+    v: Tensor
 
 
 class GPT2(nn.Module):
@@ -186,19 +201,41 @@ class GPT2(nn.Module):
         """The output head [V, D]: the token embedding itself, tied. logits = hidden @ head_weight.T"""
         return self.wte.weight
 
-    def forward(self, tokens_BT: Tensor) -> Tensor:
+    def new_cache(self, batch: int, length: int) -> KVCache:
+        """An empty cache of ``batch`` rows of ``length`` positions, in the activations' dtype, on the model's
+        device. Raises ValueError for a length beyond block_size."""
+        c = self.config
+        if batch < 1 or not 1 <= length <= c.block_size:
+            raise ValueError(f"cache of {batch} x {length}: expected one row or more of 1 to block_size={c.block_size}")
+        shape = (c.n_layer, batch, length, c.n_head, c.n_embd // c.n_head)
+        return KVCache(*(torch.zeros(shape, dtype=self.dtype, device=self.wte.weight.device) for _ in range(2)))
+
+    def forward(self, tokens_BT: Tensor, positions_BT: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """int32 or int64 [B, T], T <= block_size -> hidden states [B, T, D] after the final LayerNorm,
-        in the activations' dtype. Raises ValueError for another shape of input."""
+        in the activations' dtype. Raises ValueError for another shape of input.
+
+        With a ``cache`` the tokens stand at ``positions_BT`` (int64, below the cache's length), are written
+        there, and see the cached positions of their row up to their own. Every shape is static. Without
+        one they stand at 0 to T - 1.
+        """
         if tokens_BT.ndim != 2:
             raise ValueError(f"tokens of shape {tuple(tokens_BT.shape)}: expected two dimensions, [batch, time]")
-        T = tokens_BT.shape[1]
+        B, T = tokens_BT.shape
         if T > self.config.block_size:
             raise ValueError(f"sequence of {T} tokens: expected at most block_size={self.config.block_size}")
-        x_TD = self.wpe(torch.arange(T, device=tokens_BT.device)).to(self.dtype)
+        if (cache is None) != (positions_BT is None):
+            raise ValueError("positions_BT and cache belong together: expected both or neither")
+        index_T = torch.arange(T, device=tokens_BT.device)
+        x_TD = self.wpe(index_T if positions_BT is None else positions_BT).to(self.dtype)
         x_BTD = self.wte(tokens_BT).to(self.dtype) + x_TD
         x_BTD = F.dropout(x_BTD, self.config.dropout, self.training)
-        for block in self.h:
-            if self.checkpoint_activations:
+        if cache is not None:
+            where = torch.arange(B, device=tokens_BT.device)[:, None], positions_BT
+            seen_B1TL = torch.arange(cache.k.shape[2], device=tokens_BT.device) <= positions_BT[:, None, :, None]
+        for i, block in enumerate(self.h):
+            if cache is not None:
+                x_BTD = block(x_BTD, (cache.k[i], cache.v[i], where, seen_B1TL))
+            elif self.checkpoint_activations:
                 # Without dropout nothing random is replayed, and saving the generator's state would cost a sync.
                 x_BTD = checkpoint(block, x_BTD, use_reentrant=False, preserve_rng_state=self.config.dropout > 0)
             else:

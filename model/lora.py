@@ -1,0 +1,461 @@
+"""LoRA on Qwen3's linear layers, over a base in fp32, bf16 or NF4, with adapters in PEFT's format.
+
+A layer computes y = W x + s B A dropout(x), W frozen, A [r, in] and B [out, r] trained (Hu et al., "LoRA",
+2021, section 4.1), s = alpha / r, or alpha / sqrt(r) for rsLoRA (Kalajdzievski, 2023). B starts at 0, A
+uniform within 1 / sqrt(in), which is what the authors' code and PEFT call Kaiming with a = sqrt(5). NF4
+is QLoRA's 4-bit base (Dettmers et al., 2023), blocks of 64 values with one scale each, the scales
+quantised again with double quantisation; bitsandbytes does it, on a GPU and on a CPU.
+
+The backward also measures. After ``set_segments(model, answer_mask)`` the gradient of each A and B is
+computed as the sum of two products, over the prompt's rows and over the answer's, which together cost what
+the one product costs; ``segment_rms`` reads what both parts weigh in each block.
+
+Shapes in names: N rows (all tokens of the batch), r the rank.
+"""
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from model.hub import _read_json
+from model.qwen3 import Linear, Qwen3, load_qwen3
+from model.weights import check_shapes, read_shapes, read_tensors, staged
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+BASES = ("bf16", "fp32", "nf4")
+NF4_BLOCK = 64  # values that share one scale, QLoRA's choice
+
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+# Fields of adapter_config.json that are read, or that cannot change what the adapter computes. Every other field is
+# an extension of LoRA: it has to be empty.
+READ = ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "base_model_name_or_path")
+HARMLESS = (
+    *("task_type", "inference_mode", "auto_mapping", "revision", "peft_version"),
+    *("megatron_core", "qalora_group_size", "runtime_config"),  # set by default, without an effect of their own
+)
+FIXED = dict(peft_type=("LORA",), bias=("none",), init_lora_weights=(True, False, "gaussian", "orthogonal", "eva"))
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """What is adapted and how. Raises ValueError for values that make no adapter."""
+
+    r: int = 64
+    alpha: float = 16
+    dropout: float = 0.0  # of the adapter's input, never of the base's
+    targets: tuple[str, ...] = TARGETS  # names of layers within each block
+    rslora: bool = False
+
+    def __post_init__(self):
+        if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
+            raise ValueError(f"rank r={self.r!r}: expected a positive integer; rank 0 would train nothing")
+        if not isinstance(self.alpha, int | float) or not 0 < self.alpha < math.inf:
+            raise ValueError(f"alpha={self.alpha!r}: expected a positive number")
+        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout!r}: expected a probability in [0, 1)")
+        wrong = [name for name in self.targets if name not in TARGETS]
+        if wrong or not self.targets or isinstance(self.targets, str):
+            raise ValueError(f"targets={self.targets!r}: expected one or more of {', '.join(TARGETS)}")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
+
+
+def _bitsandbytes():
+    try:
+        import bitsandbytes.functional
+
+        return bitsandbytes.functional
+    except (ImportError, OSError, RuntimeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"base 'nf4' needs the package bitsandbytes, which cannot be imported ({reason}); "
+            "pip install bitsandbytes, or take base 'bf16'"
+        ) from error
+
+
+class NF4Linear(nn.Module):
+    """A frozen Linear in NF4: the weight [out, in] is quantised from the dtype and on the device it comes in, and
+    dequantised to that dtype for each product, in forward and again in backward, where nothing of it is kept.
+
+    What it holds moves with ``to(device)``; a change of dtype leaves it alone. It is not part of a state_dict:
+    the base is loaded anew from its files. Raises ValueError without bitsandbytes and for rows that blocks of 64
+    do not divide.
+    """
+
+    def __init__(self, weight: Tensor, double_quant: bool = True):
+        super().__init__()
+        if weight.ndim != 2 or weight.shape[1] % NF4_BLOCK:
+            raise ValueError(
+                f"NF4 of a weight {tuple(weight.shape)}: expected [out, in] with in a multiple of {NF4_BLOCK}; "
+                "take base 'bf16'"
+            )
+        self.shape = tuple(weight.shape)
+        packed, self.quant = _bitsandbytes().quantize_4bit(
+            weight.contiguous(), blocksize=NF4_BLOCK, compress_statistics=double_quant, quant_type="nf4"
+        )
+        self.register_buffer("packed", packed, persistent=False)
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self.quant.to(self.packed.device)
+        return self
+
+    @torch.no_grad()
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The dequantised weight [out, in]."""
+        return _bitsandbytes().dequantize_4bit(self.packed, self.quant).to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _LoRAProduct.apply(x, None, None, self, 0.0, 1.0, None, 0)
+
+
+class _Segments:
+    """Which rows of the batch are the answer's, and what the backward has measured since the last reset. One
+    for all layers of a model."""
+
+    def __init__(self, blocks: int):
+        self.order_N: Tensor | None = None  # the prompt's rows, then the answer's
+        self.n_prompt = 0
+        self.squares: Tensor | None = None  # fp32 [blocks, 2] on the device
+        self.elements = [0] * blocks  # of gradient, per column of squares: known on the host
+
+    def add(self, block: int, parts: list[Tensor]) -> None:
+        """``parts``: gradients of one layer, [2, ...] each, prompt and answer."""
+        norms = torch.stack([torch.linalg.vector_norm(p.flatten(1), dim=1, dtype=torch.float32) for p in parts])
+        self.squares[block].add_(norms.square_().sum(0))
+        self.elements[block] += sum(p[0].numel() for p in parts)
+
+
+class _LoRAProduct(torch.autograd.Function):
+    """W x + s B A dropout(x) for a frozen W. Kept for the backward: x, which the layers that read the same x share,
+    A x (r numbers a row) and dropout's mask, one byte a number. W is the base's own, dequantised anew if in NF4."""
+
+    @staticmethod
+    def forward(ctx, x, A, B, base, scale: float, keep_p: float, segments: _Segments | None, block: int):
+        rows = x.reshape(-1, x.shape[-1])
+        y = rows @ base.dense(x.dtype).t()
+        ctx.shape, ctx.base, ctx.scale, ctx.keep_p = x.shape, base, scale, keep_p
+        ctx.segments, ctx.block = segments, block
+        if A is not None:
+            kept, h = None, rows
+            if keep_p < 1:
+                kept = torch.empty_like(rows, dtype=torch.bool).bernoulli_(keep_p)
+                h = rows * kept.to(x.dtype).div_(keep_p)
+            h = h @ A.to(x.dtype).t()
+            y.addmm_(h, B.to(x.dtype).t(), alpha=scale)
+            ctx.save_for_backward(x, A, B, h, kept)
+            # The rows that belong to THIS batch, whatever is set before its backward runs.
+            ctx.order = None if segments is None else segments.order_N
+            ctx.n_prompt = 0 if segments is None else segments.n_prompt
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        dy = dy.reshape(-1, dy.shape[-1])
+        dx = dy @ ctx.base.dense(dy.dtype) if ctx.needs_input_grad[0] else None
+        saved = ctx.saved_tensors  # once: under activation checkpointing each look recomputes
+        if not saved:
+            return None if dx is None else dx.view(ctx.shape), None, None, None, None, None, None, None
+        x, A, B, h, kept = saved
+        rows = x.reshape(-1, x.shape[-1])
+        mask = None if kept is None else kept.to(dy.dtype).div_(ctx.keep_p)
+        dh = (dy @ B.to(dy.dtype)).mul_(ctx.scale)
+        if dx is not None:
+            dx = dx.addmm_(dh, A.to(dy.dtype)) if mask is None else dx.add_((dh @ A.to(dy.dtype)).mul_(mask))
+            dx = dx.view(ctx.shape)
+        rows, h = rows if mask is None else rows * mask, h * ctx.scale
+        if ctx.order is None:
+            dA, dB = dh.t() @ rows, dy.t() @ h
+        else:
+            # Rows sorted by segment, so that each part is one product of its own rows: the parts' sum is the
+            # gradient, at the multiplications of the undivided product.
+            dh, rows, dy, h = (z.index_select(0, ctx.order) for z in (dh, rows, dy, h))
+            dA, dB = _two_parts(dh, rows, ctx.n_prompt), _two_parts(dy, h, ctx.n_prompt)
+            ctx.segments.add(ctx.block, [dA, dB])
+            dA, dB = dA.sum(0, dtype=A.dtype), dB.sum(0, dtype=B.dtype)
+        return dx, dA.to(A.dtype), dB.to(B.dtype), None, None, None, None, None
+
+
+def _two_parts(left: Tensor, right: Tensor, n: int) -> Tensor:
+    """left^T right over the first n rows and over the others, [2, columns of left, columns of right]."""
+    parts = left.new_empty(2, left.shape[1], right.shape[1])
+    torch.mm(left[:n].t(), right[:n], out=parts[0])
+    torch.mm(left[n:].t(), right[n:], out=parts[1])
+    return parts
+
+
+class LoRALinear(nn.Module):
+    """A frozen base layer with an adapter. ``base``: any module with ``shape`` and ``dense``."""
+
+    def __init__(self, base: nn.Module, config: LoRAConfig, segments: _Segments, block: int, device: torch.device):
+        super().__init__()
+        self.base = base
+        self.scale, self.dropout = config.scale, config.dropout
+        self.segments, self.block = segments, block
+        n_out, n_in = base.shape
+        self.lora_A = nn.Parameter(torch.zeros(config.r, n_in, dtype=torch.float32, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(n_out, config.r, dtype=torch.float32, device=device))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.base.shape
+
+    @torch.no_grad()
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The merged weight [out, in]: base + s B A, summed in fp32."""
+        return torch.addmm(
+            self.base.dense(torch.float32), self.lora_B.float(), self.lora_A.float(), alpha=self.scale
+        ).to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        order = self.segments.order_N
+        if order is not None and torch.is_grad_enabled() and x[..., 0].numel() != len(order):
+            raise ValueError(
+                f"a batch of {x[..., 0].numel()} tokens, but the answer mask has {len(order)}: call "
+                "set_segments with this batch's mask, or with None"
+            )
+        keep_p = 1 - self.dropout if self.training else 1.0
+        return _LoRAProduct.apply(x, self.lora_A, self.lora_B, self.base, self.scale, keep_p, self.segments, self.block)
+
+
+def load_base(
+    folder_or_hub_id: str | os.PathLike,
+    base: str = "bf16",
+    dtype: torch.dtype = torch.bfloat16,
+    device: str | torch.device = "cpu",
+    double_quant: bool = True,
+) -> Qwen3:
+    """A Qwen3 whose parameters are kept as ``base`` says, ready for ``add_lora``; ``dtype`` is the activations'.
+
+    "bf16" and "fp32" keep all parameters so. "nf4" quantises each linear layer within the blocks as it is
+    loaded, on ``device``, from its value in ``dtype``; embedding, head and norms are kept in ``dtype``.
+    ``double_quant`` quantises NF4's scales too: 4.13 bits a weight instead of 4.5. Raises ValueError as
+    load_qwen3 does, for an unknown base, and for "nf4" without bitsandbytes.
+    """
+    if base not in BASES:
+        raise ValueError(f"base={base!r}: expected one of {', '.join(BASES)}")
+    if base != "nf4":
+        return load_qwen3(folder_or_hub_id, dtype, dict(bf16=torch.bfloat16, fp32=torch.float32)[base], device)
+    _bitsandbytes()
+    return load_qwen3(
+        folder_or_hub_id,
+        dtype,
+        device=device,
+        convert=lambda name, weight: NF4Linear(weight.to(device=device, dtype=dtype), double_quant),
+    )
+
+
+def add_lora(model: Qwen3, config: LoRAConfig, generator: torch.Generator | None = None) -> None:
+    """Freezes ``model`` and wraps the targeted layers of every block; A and B, in fp32, are all that trains.
+
+    A is drawn in fp32 on the CPU, in the layers' order, from ``generator`` or torch's global one: a seed gives
+    one adapter on every device. Raises ValueError for a model that has adapters already.
+    """
+    _check_plain(model)
+    for p in model.parameters():
+        p.requires_grad_(False)
+    model.draws_random = config.dropout > 0
+    model.lora = config
+    segments, device = _Segments(len(model.layers)), model.embed_tokens.weight.device
+    for path, block, base in _targeted(model, config):
+        layer = LoRALinear(base, config, segments, block, device)
+        bound = 1 / math.sqrt(base.shape[1])
+        drawn = torch.empty(layer.lora_A.shape).uniform_(-bound, bound, generator=generator)
+        with torch.no_grad():
+            layer.lora_A.copy_(drawn)
+        parent, _, child = path.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer)
+
+
+def _check_plain(model: Qwen3) -> None:
+    if any(isinstance(module, LoRALinear) for module in model.modules()):
+        raise ValueError("the model has LoRA adapters already; load the base anew to add others")
+
+
+def _targeted(model: Qwen3, config: LoRAConfig) -> list[tuple[str, int, nn.Module]]:
+    """Path, block and layer of everything that ``config`` adapts."""
+    return [
+        (f"layers.{i}.{path}", i, module)
+        for i, block in enumerate(model.layers)
+        for path, module in block.named_modules()
+        if isinstance(module, Linear | NF4Linear) and path.rpartition(".")[2] in config.targets
+    ]
+
+
+def _adapted(model: Qwen3) -> dict[str, LoRALinear]:
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, LoRALinear)}
+    if not layers:
+        raise ValueError("the model has no LoRA adapters; call add_lora or load_adapter first")
+    return layers
+
+
+def merged(model: Qwen3) -> Qwen3:
+    """A plain model of the same function on the same device, for generation: each layer one dense matrix in the
+    activations' dtype, adapters summed in and NF4 dequantised. Embedding, head and norms are shared with
+    ``model``, which is not changed. To write a merged checkpoint, save_qwen3 needs no copy."""
+    with torch.device("meta"):
+        plain = Qwen3(model.config, model.dtype)
+    for path, layer in plain.named_modules():
+        source = model.get_submodule(path)
+        if path.startswith("layers.") and isinstance(layer, Linear):
+            layer.weight = nn.Parameter(source.dense(model.dtype), requires_grad=False)
+        elif "weight" in layer._parameters:
+            layer.weight = source.weight
+    return plain.train(model.training)
+
+
+def block_parameters(model: Qwen3) -> list[list[nn.Parameter]]:
+    """The trained parameters of each transformer block, in ``segment_rms``'s order: one optimizer group a block."""
+    blocks: list[list[nn.Parameter]] = [[] for _ in model.layers]
+    for layer in _adapted(model).values():
+        blocks[layer.block] += [layer.lora_A, layer.lora_B]
+    return blocks
+
+
+def set_segments(model: Qwen3, answer_mask: Tensor | None) -> None:
+    """Says which tokens of the coming batch are the answer's: bool, one entry per token in the batch's layout
+    (usually [B, T]); every other token, padding too, counts to the prompt. None stops measuring.
+
+    Call it between a micro-batch's backward and the next one's forward. A mask on the CPU costs no
+    synchronisation with a GPU, one on the GPU costs one. Raises ValueError for a mask that is not boolean.
+    """
+    layers = _adapted(model)
+    first = next(iter(layers.values()))
+    segments, device = first.segments, first.lora_A.device
+    if answer_mask is None:
+        segments.order_N = None
+        return
+    if answer_mask.dtype != torch.bool:
+        raise ValueError(f"answer mask of dtype {answer_mask.dtype}: expected bool, True where a token is the answer's")
+    answer_N = answer_mask.flatten()
+    segments.n_prompt = answer_N.numel() - int(answer_N.sum())
+    # Stable, so that rows of a segment keep their order and the sums do not depend on the sort.
+    segments.order_N = answer_N.to(torch.uint8).argsort(stable=True).to(device, non_blocking=True)
+    if segments.squares is None or segments.squares.device != device:
+        segments.squares = torch.zeros(len(model.layers), 2, device=device)
+
+
+def segment_rms(model: Qwen3, reset: bool = True) -> Tensor:
+    """RMS gradient of each transformer block's adapters, fp32 [blocks, 2]: over the prompt's rows, over the answer's.
+
+    The root of the mean, over the elements of all A and B of the block and over the backward passes since the
+    last reset, of the squared gradient that those rows alone contribute. Micro-batches count as passes of
+    their own, with whatever factor their loss had. Stays on the device, without a synchronisation; 0 where
+    nothing was measured. ``reset`` begins anew.
+    """
+    segments = next(iter(_adapted(model).values())).segments
+    if segments.squares is None:
+        return torch.zeros(len(model.layers), 2)
+    elements = torch.tensor(segments.elements, dtype=torch.float32).clamp_(min=1).to(segments.squares.device)
+    rms = (segments.squares / elements[:, None]).sqrt_()
+    if reset:
+        segments.squares.zero_()
+        segments.elements = [0] * len(segments.elements)
+    return rms
+
+
+def _peft_name(path: str, which: str) -> str:
+    return f"base_model.model.model.{path}.{which}.weight"
+
+
+def adapter_tensors(model: Qwen3) -> dict[str, Tensor]:
+    """The trained parameters themselves under PEFT's names; a training checkpoint holds these."""
+    return {
+        _peft_name(path, which): getattr(layer, which)
+        for path, layer in _adapted(model).items()
+        for which in ("lora_A", "lora_B")
+    }
+
+
+def save_adapter(model: Qwen3, folder: str | os.PathLike, base_model: str) -> None:
+    """Writes adapter_config.json and adapter_model.safetensors as PEFT does. ``base_model`` is the name or folder the
+    base was loaded from. A new folder appears whole or not at all."""
+    from safetensors.torch import save_file
+
+    tensors = {name: p.detach().cpu().contiguous() for name, p in adapter_tensors(model).items()}
+    config: LoRAConfig = model.lora
+    fields = dict(
+        peft_type="LORA",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=str(base_model),
+        r=config.r,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        use_rslora=config.rslora,
+        target_modules=sorted(config.targets),
+        bias="none",
+        fan_in_fan_out=False,
+        inference_mode=True,
+        init_lora_weights=True,
+        modules_to_save=None,
+        use_dora=False,
+    )
+    with staged(Path(folder), last=ADAPTER_CONFIG) as temporary:
+        save_file(tensors, temporary / ADAPTER, metadata={"format": "pt"})
+        (temporary / ADAPTER_CONFIG).write_text(json.dumps(fields, indent=2) + "\n")
+
+
+def read_adapter_config(folder: str | os.PathLike) -> tuple[LoRAConfig, str | None]:
+    """The LoRAConfig of a PEFT adapter, and the name of its base. Raises ValueError for what is not plain LoRA on
+    Qwen3's linear layers."""
+    path = Path(folder) / ADAPTER_CONFIG
+    fields = _read_json(path)
+    for name, allowed in FIXED.items():
+        if fields.get(name, allowed[0]) not in allowed:
+            raise ValueError(f"{path}: {name}={fields[name]!r} is not supported; expected {allowed[0]!r}")
+    for name, value in fields.items():
+        if name not in (*READ, *HARMLESS, *FIXED) and value:
+            raise ValueError(f"{path}: {name}={value!r} is not supported; only plain LoRA and rsLoRA adapters are")
+    if missing := [name for name in ("r", "lora_alpha", "target_modules") if fields.get(name) is None]:
+        raise ValueError(f"{path} does not say {', '.join(missing)}")
+    targets = fields["target_modules"]
+    if targets == "all-linear":
+        targets = list(TARGETS)
+    if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
+        raise ValueError(f"{path}: target_modules={targets!r}: expected a list of {', '.join(TARGETS)}")
+    # PEFT may name each layer by its whole path; the tensors in the file then say whether all blocks have it.
+    names = {name.rpartition(".")[2] for name in targets}
+    targets = (*(name for name in TARGETS if name in names), *sorted(names.difference(TARGETS)))
+    try:
+        dropout, rslora = fields.get("lora_dropout", 0.0), bool(fields.get("use_rslora", False))
+        config = LoRAConfig(fields["r"], fields["lora_alpha"], dropout, targets, rslora)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return config, fields.get("base_model_name_or_path")
+
+
+def load_adapter(model: Qwen3, folder: str | os.PathLike, base_model: str | None = None) -> None:
+    """Adds a PEFT adapter to ``model``, trainable; ours or PEFT's own.
+
+    ``base_model``: the name or folder ``model`` was loaded from. If given, its last component has to be the one
+    of the base that the adapter names, so that a local copy of a hub model passes. Raises ValueError, before
+    the model is changed, for another base, for tensors that do not fit it, and as read_adapter_config does.
+    """
+    _check_plain(model)
+    folder = Path(folder)
+    config, trained_on = read_adapter_config(folder)
+    if base_model is not None and trained_on and Path(base_model).name != Path(trained_on).name:
+        raise ValueError(
+            f"{folder} is an adapter of {trained_on!r}, not of {str(base_model)!r}; load it on its own base"
+        )
+    expected = {}
+    for path, _, base in _targeted(model, config):
+        n_out, n_in = base.shape
+        expected[_peft_name(path, "lora_A")] = (config.r, n_in)
+        expected[_peft_name(path, "lora_B")] = (n_out, config.r)
+    check_shapes(read_shapes([folder / ADAPTER]), expected, f"{folder} is no adapter of this base")
+    add_lora(model, config)
+    tensors = adapter_tensors(model)
+    with torch.no_grad():
+        for name, tensor in read_tensors([folder / ADAPTER]):
+            tensors[name].copy_(tensor)

@@ -1,0 +1,421 @@
+"""BART and PEGASUS in plain PyTorch, one encoder-decoder for both; the loss belongs to the caller.
+
+BART (Lewis et al., 2020): LayerNorm after each sub-layer and after the embeddings, learned positions
+whose table starts at 2 (fairseq kept two rows for padding). PEGASUS (Zhang et al., 2020): LayerNorm
+before each sub-layer and once more at the end of each stack, fixed sinusoidal positions. All else is
+shared. Parameters carry Hugging Face's names without the "model." prefix; model/seq2seq_hub.py reads
+and writes that layout.
+
+Mixed precision is that of model/gpt2.py: parameters stay as they are, fp32 masters by default, the
+activations have the model's ``dtype``, and each layer casts its parameters to what comes in.
+
+Shapes in names: B sequences, S source positions, T target positions, D = d_model, V = vocab_size,
+H heads of K, N = B * beams rows while decoding.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from model.gpt2 import Embedding, LayerNorm
+
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+    "swish": F.silu,
+}
+
+# What a config.json that leaves them out means, as in transformers' BartConfig and PegasusConfig.
+TOKEN_IDS = dict(
+    bart=dict(pad_token_id=1, bos_token_id=0, eos_token_id=2, decoder_start_token_id=2),
+    pegasus=dict(pad_token_id=0, bos_token_id=None, eos_token_id=1, decoder_start_token_id=0),
+)
+
+
+@dataclass(frozen=True)
+class Seq2SeqConfig:
+    """The shape of a BART or PEGASUS, names as in config.json. Raises ValueError for what cannot be built."""
+
+    kind: str  # "bart" or "pegasus"
+    vocab_size: int
+    d_model: int
+    encoder_layers: int
+    decoder_layers: int
+    encoder_attention_heads: int
+    decoder_attention_heads: int
+    encoder_ffn_dim: int
+    decoder_ffn_dim: int
+    max_position_embeddings: int
+    pad_token_id: int
+    eos_token_id: int
+    decoder_start_token_id: int
+    bos_token_id: int | None = None
+    activation_function: str = "gelu"
+    scale_embedding: bool = False  # token embeddings times sqrt(d_model)
+    logits_bias: bool = False  # a fixed bias on the logits, final_logits_bias
+    init_std: float = 0.02
+    dropout: float = 0.0  # after the embeddings and on every residual branch
+    attention_dropout: float = 0.0
+    activation_dropout: float = 0.0  # inside the feed-forward layers
+
+    def __post_init__(self):
+        if self.kind not in TOKEN_IDS:
+            raise ValueError(f"kind={self.kind!r}: expected 'bart' or 'pegasus'")
+        for name in (*SHAPE, "vocab_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}={value!r}: expected a positive integer")
+        for name in ("encoder_attention_heads", "decoder_attention_heads"):
+            if self.d_model % getattr(self, name):
+                raise ValueError(
+                    f"d_model={self.d_model} is not a multiple of {name}={getattr(self, name)}; heads share it evenly"
+                )
+        if self.kind == "pegasus" and self.d_model % 2:
+            raise ValueError(f"d_model={self.d_model}: sinusoidal positions need an even width")
+        if self.activation_function not in ACTIVATIONS:
+            raise ValueError(
+                f"activation_function={self.activation_function!r} is not supported; "
+                f"expected one of {', '.join(ACTIVATIONS)}"
+            )
+        for name in TOKEN_IDS["bart"]:
+            value = getattr(self, name)
+            if not (value is None and name == "bos_token_id"):
+                if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < self.vocab_size:
+                    raise ValueError(f"{name}={value!r}: expected a token id below vocab_size={self.vocab_size}")
+        for name in ("scale_embedding", "logits_bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected true or false")
+        for name in ("dropout", "attention_dropout", "activation_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected a probability in [0, 1)")
+        if not 0 < self.init_std < math.inf:
+            raise ValueError(f"init_std={self.init_std!r}: expected a positive number")
+
+
+SHAPE = (
+    "d_model",
+    "encoder_layers",
+    "decoder_layers",
+    "encoder_attention_heads",
+    "decoder_attention_heads",
+    "encoder_ffn_dim",
+    "decoder_ffn_dim",
+    "max_position_embeddings",
+)
+
+
+def bart_config(layers: int, d_model: int, heads: int, **changes) -> Seq2SeqConfig:
+    """A BART of ``layers`` in each stack, feed-forward width 4 d_model; ``changes`` replace any field."""
+    return _symmetric("bart", layers, d_model, heads, dict(vocab_size=50265) | changes)
+
+
+def pegasus_config(layers: int, d_model: int, heads: int, **changes) -> Seq2SeqConfig:
+    """A PEGASUS of ``layers`` in each stack, feed-forward width 4 d_model; ``changes`` replace any field."""
+    changes = dict(vocab_size=96103, activation_function="relu", scale_embedding=True) | changes
+    return _symmetric("pegasus", layers, d_model, heads, changes)
+
+
+def _symmetric(kind: str, layers: int, d_model: int, heads: int, changes: dict) -> Seq2SeqConfig:
+    shape = dict(kind=kind, d_model=d_model, max_position_embeddings=1024) | TOKEN_IDS[kind]
+    for side in ("encoder", "decoder"):
+        shape |= {f"{side}_layers": layers, f"{side}_attention_heads": heads, f"{side}_ffn_dim": 4 * d_model}
+    return Seq2SeqConfig(**(shape | changes))
+
+
+# The published sizes (BART: paper, section 2, and fairseq's bart.base; PEGASUS: paper, section 5).
+SIZES = {
+    "bart-base": lambda **changes: bart_config(6, 768, 12, **changes),
+    "bart-large": lambda **changes: bart_config(12, 1024, 16, **changes),
+    "pegasus-large": lambda **changes: pegasus_config(16, 1024, 16, **changes),
+}
+
+
+class Linear(nn.Linear):
+    """nn.Linear that computes in its input's dtype and leaves its initialisation to Seq2Seq.init_weights."""
+
+    def reset_parameters(self):
+        pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int, dropout: float):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.k_proj = Linear(width, width)
+        self.v_proj = Linear(width, width)
+        self.q_proj = Linear(width, width)
+        self.out_proj = Linear(width, width)
+
+    def split(self, x_BTD: Tensor) -> Tensor:
+        """[B, T, D] -> [B, H, T, K]"""
+        return x_BTD.unflatten(2, (self.heads, -1)).transpose(1, 2)
+
+    def keys_values(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        return self.split(self.k_proj(x_BSD)), self.split(self.v_proj(x_BSD))
+
+    def forward(self, x_BTD: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, mask: Tensor | None, causal=False) -> Tensor:
+        """``mask``: bool, broadcast to [B, H, T, S], True where a query may look."""
+        y_BHTK = F.scaled_dot_product_attention(
+            self.split(self.q_proj(x_BTD)),
+            k_BHSK,
+            v_BHSK,
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=causal,
+        )
+        return self.out_proj(y_BHTK.transpose(1, 2).flatten(2))
+
+
+class Layer(nn.Module):
+    """What a layer of either stack has: self-attention, a feed-forward pair, and the place of the norms."""
+
+    def __init__(self, config: Seq2SeqConfig, side: str):
+        super().__init__()
+        heads, width = getattr(config, f"{side}_attention_heads"), getattr(config, f"{side}_ffn_dim")
+        self.pre_norm = config.kind == "pegasus"
+        self.dropout, self.activation_dropout = config.dropout, config.activation_dropout
+        self.activation = ACTIVATIONS[config.activation_function]
+        self.self_attn = Attention(config.d_model, heads, config.attention_dropout)
+        self.self_attn_layer_norm = LayerNorm(config.d_model)
+        if side == "decoder":
+            self.encoder_attn = Attention(config.d_model, heads, config.attention_dropout)
+            self.encoder_attn_layer_norm = LayerNorm(config.d_model)
+        self.fc1 = Linear(config.d_model, width)
+        self.fc2 = Linear(width, config.d_model)
+        self.final_layer_norm = LayerNorm(config.d_model)
+
+    def add(self, x_BTD: Tensor, norm: LayerNorm, branch) -> Tensor:
+        """The residual stream after one branch: x + f(norm(x)) for PEGASUS, norm(x + f(x)) for BART."""
+        y_BTD = F.dropout(branch(norm(x_BTD) if self.pre_norm else x_BTD), self.dropout, self.training)
+        return x_BTD + y_BTD if self.pre_norm else norm(x_BTD + y_BTD)
+
+    def feed_forward(self, x_BTD: Tensor) -> Tensor:
+        return self.fc2(F.dropout(self.activation(self.fc1(x_BTD)), self.activation_dropout, self.training))
+
+    def encode(self, x_BSD: Tensor, mask: Tensor | None) -> Tensor:
+        x_BSD = self.add(
+            x_BSD, self.self_attn_layer_norm, lambda x: self.self_attn(x, *self.self_attn.keys_values(x), mask)
+        )
+        return self.add(x_BSD, self.final_layer_norm, self.feed_forward)
+
+    def decode(self, x_NTD: Tensor, memory_BSD: Tensor | None, source_mask: Tensor | None, cached=None) -> Tensor:
+        """``cached``: this layer's keys and values, the source's, the positions [T] of x, and the causal mask."""
+
+        def look_back(x_NTD):
+            k, v = self.self_attn.keys_values(x_NTD)
+            if cached is None:
+                return self.self_attn(x_NTD, k, v, None, causal=True)
+            keys, values, _, _, positions_T, mask = cached
+            keys.index_copy_(1, positions_T, k.transpose(1, 2))
+            values.index_copy_(1, positions_T, v.transpose(1, 2))
+            return self.self_attn(x_NTD, keys.transpose(1, 2), values.transpose(1, 2), mask)
+
+        def look_at_source(x_NTD):
+            k, v = self.encoder_attn.keys_values(memory_BSD) if cached is None else cached[2:4]
+            # The beams of one source are so many queries of it: its keys serve them all, uncopied.
+            x_BTD = x_NTD.reshape(k.shape[0], -1, x_NTD.shape[2])
+            return self.encoder_attn(x_BTD, k, v, source_mask).reshape(x_NTD.shape)
+
+        x_NTD = self.add(x_NTD, self.self_attn_layer_norm, look_back)
+        x_NTD = self.add(x_NTD, self.encoder_attn_layer_norm, look_at_source)
+        return self.add(x_NTD, self.final_layer_norm, self.feed_forward)
+
+
+class Stack(nn.Module):
+    """The encoder or the decoder: positions, layers, and the norms around them."""
+
+    def __init__(self, config: Seq2SeqConfig, side: str):
+        super().__init__()
+        D, length = config.d_model, config.max_position_embeddings
+        self.layers = nn.ModuleList(Layer(config, side) for _ in range(getattr(config, f"{side}_layers")))
+        if config.kind == "bart":
+            self.embed_positions = Embedding(length + 2, D)
+            self.layernorm_embedding = LayerNorm(D)
+        else:
+            self.register_buffer("positions", sinusoids(length, D), persistent=False)
+            self.layer_norm = LayerNorm(D)
+        self.kind, self.dropout = config.kind, config.dropout
+
+    def embed(self, x_BTD: Tensor, positions_T: Tensor) -> Tensor:
+        """Token embeddings -> the input of the first layer."""
+        if self.kind == "bart":
+            x_BTD = self.layernorm_embedding(x_BTD + self.embed_positions(positions_T + 2).to(x_BTD.dtype))
+        else:
+            x_BTD = x_BTD + self.positions[positions_T].to(x_BTD.dtype)
+        return F.dropout(x_BTD, self.dropout, self.training)
+
+    def finish(self, x_BTD: Tensor) -> Tensor:
+        return x_BTD if self.kind == "bart" else self.layer_norm(x_BTD)
+
+
+def sinusoids(length: int, width: int) -> Tensor:
+    """fp32 [length, width]: sines in the first half of the width, cosines in the second, of
+    position / 10000^(2i / width) (Vaswani et al., 2017, section 3.5; there sines and cosines alternate)."""
+    rates = 10000.0 ** (torch.arange(0, width, 2, dtype=torch.float64, device="cpu") / -width)
+    angles = torch.arange(length, dtype=torch.float64, device="cpu")[:, None] * rates
+    return torch.cat([angles.sin(), angles.cos()], dim=1).float()
+
+
+@dataclass
+class Cache:
+    """What decoding keeps, allocated once and written in place: keys and values of the target's positions,
+    [layers, N, length, H, K], zero at first as a masked value is still multiplied by 0, and those of the
+    source, one [B, H, S, K] a layer."""
+
+    k: Tensor
+    v: Tensor
+    source_k: list[Tensor]
+    source_v: list[Tensor]
+
+
+class Seq2Seq(nn.Module):
+    """An encoder-decoder without a loss. ``dtype`` is the activations' dtype; parameters are created in
+    torch's default dtype, fp32. It comes initialised from torch's global CPU generator; one built on the
+    meta device does not, and needs ``load_state_dict``.
+
+    ``checkpoint_activations = True`` recomputes each layer in backward: memory for a third more work.
+    """
+
+    def __init__(self, config: Seq2SeqConfig, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        if not dtype.is_floating_point:
+            raise ValueError(f"dtype={dtype}: expected a floating-point dtype for the activations")
+        self.config = config
+        self.dtype = dtype
+        self.checkpoint_activations = False
+        self.shared = Embedding(config.vocab_size, config.d_model)
+        self.encoder = Stack(config, "encoder")
+        self.decoder = Stack(config, "decoder")
+        if config.logits_bias:
+            self.register_buffer("final_logits_bias", torch.zeros(1, config.vocab_size))
+        if not self.shared.weight.is_meta:
+            self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Every initial value, in parameter order: biases 0, LayerNorm gains 1, matrices and embeddings
+        N(0, init_std), the row of the padding token 0 (fairseq's BART; transformers does the same).
+
+        Normals are drawn in fp32 on the CPU, from ``generator`` (a CPU one) or torch's global one, then
+        copied: a seed gives one model, whatever the device or dtype. Call it before sharding.
+        """
+        for name, p in self.named_parameters():
+            if name.endswith("bias"):
+                p.zero_()
+            elif p.ndim == 1:
+                p.fill_(1)
+            else:
+                normal = torch.empty(p.shape, dtype=torch.float32, device="cpu")
+                p.copy_(normal.normal_(0, self.config.init_std, generator=generator))
+        self.shared.weight[self.config.pad_token_id] = 0
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output head [V, D], tied to the embeddings. logits = hidden @ head_weight.T (+ head_bias)"""
+        return self.shared.weight
+
+    @property
+    def head_bias(self) -> Tensor | None:
+        """The fixed bias of the logits [V], a buffer; None where the model has none."""
+        return self.final_logits_bias[0] if self.config.logits_bias else None
+
+    def embed(self, stack: Stack, tokens_BT: Tensor, positions_T: Tensor | None) -> Tensor:
+        if tokens_BT.ndim != 2:
+            raise ValueError(f"tokens of shape {tuple(tokens_BT.shape)}: expected two dimensions, [batch, time]")
+        T, longest = tokens_BT.shape[1], self.config.max_position_embeddings
+        if T > longest:
+            raise ValueError(f"sequence of {T} tokens: expected at most max_position_embeddings={longest}")
+        if positions_T is None:
+            positions_T = torch.arange(T, device=tokens_BT.device)
+        # The padding token's embedding gets no gradient as an input, as in the published models.
+        x_BTD = F.embedding(tokens_BT, self.shared.weight, self.config.pad_token_id).to(self.dtype)
+        if self.config.scale_embedding:
+            x_BTD = x_BTD * math.sqrt(self.config.d_model)
+        return stack.embed(x_BTD, positions_T)
+
+    def run(self, layer_function, *inputs):
+        if not self.checkpoint_activations:
+            return layer_function(*inputs)
+        random = max(self.config.dropout, self.config.attention_dropout, self.config.activation_dropout) > 0
+        return checkpoint(layer_function, *inputs, use_reentrant=False, preserve_rng_state=random)
+
+    def encode(self, tokens_BS: Tensor, mask_BS: Tensor | None = None) -> Tensor:
+        """Source tokens, int32 or int64 [B, S], S <= max_position_embeddings -> memory [B, S, D].
+
+        ``mask_BS``: true (or 1) at tokens, false (or 0) at padding, which stands on the right; each row
+        has a token. None: no padding, which lets attention use its faster kernels. Values at padding are
+        undefined. Raises ValueError for other shapes.
+        """
+        mask = attention_mask(mask_BS, tokens_BS)
+        x_BSD = self.embed(self.encoder, tokens_BS, None)
+        for layer in self.encoder.layers:
+            x_BSD = self.run(layer.encode, x_BSD, mask)
+        return self.encoder.finish(x_BSD)
+
+    def decode(
+        self,
+        tokens_NT: Tensor,
+        memory_BSD: Tensor,
+        mask_BS: Tensor | None = None,
+        cache: Cache | None = None,
+        positions_T: Tensor | None = None,
+    ) -> Tensor:
+        """Target tokens [N, T] and the memory of their sources -> hidden states [N, T, D].
+
+        Without a cache N = B and the tokens stand at positions 0 to T - 1. With one (``new_cache``) the
+        tokens stand at ``positions_T``, int64 and on the model's device, they see what the cache holds at
+        earlier positions, and are added to it; N may be a multiple of B, the rows of one source adjacent.
+        """
+        x_NTD = self.embed(self.decoder, tokens_NT, positions_T)
+        mask = attention_mask(mask_BS, memory_BSD[:, :, 0])
+        if cache is not None:
+            causal_TL = torch.arange(cache.k.shape[2], device=x_NTD.device) <= positions_T[:, None]
+        for i, layer in enumerate(self.decoder.layers):
+            if cache is None:
+                x_NTD = self.run(layer.decode, x_NTD, memory_BSD, mask)
+            else:
+                kept = cache.k[i], cache.v[i], cache.source_k[i], cache.source_v[i]
+                x_NTD = layer.decode(x_NTD, None, mask, (*kept, positions_T, causal_TL))
+        return self.decoder.finish(x_NTD)
+
+    def forward(self, source_BS: Tensor, source_mask_BS: Tensor | None, target_in_BT: Tensor) -> Tensor:
+        """Hidden states [B, T, D] of the decoder, in the activations' dtype. Targets need no mask: they are
+        padded on the right and attention is causal, so that padding only sees, and is not seen."""
+        return self.decode(target_in_BT, self.encode(source_BS, source_mask_BS), source_mask_BS)
+
+    def new_cache(self, memory_BSD: Tensor, beams: int, length: int) -> Cache:
+        """A cache for ``beams`` rows per source and ``length`` target positions, the source's part filled.
+        Raises ValueError when ``length`` exceeds the model's positions."""
+        if length > self.config.max_position_embeddings:
+            longest = self.config.max_position_embeddings
+            raise ValueError(f"cache for {length} tokens: expected at most max_position_embeddings={longest}")
+        heads, layers = self.config.decoder_attention_heads, self.decoder.layers
+        shape = (len(layers), beams * len(memory_BSD), length, heads, self.config.d_model // heads)
+        source = [layer.encoder_attn.keys_values(memory_BSD) for layer in layers]
+        keys, values = ([t.contiguous() for t in side] for side in zip(*source, strict=True))
+        return Cache(memory_BSD.new_zeros(shape), memory_BSD.new_zeros(shape), keys, values)
+
+    def shift_right(self, labels_BT: Tensor) -> Tensor:
+        """Decoder inputs from labels: the start token, then all labels but the last, -100 as padding."""
+        inputs_BT = labels_BT.roll(1, dims=1)
+        inputs_BT[:, 0] = self.config.decoder_start_token_id
+        return inputs_BT.masked_fill(inputs_BT == -100, self.config.pad_token_id)
+
+
+def attention_mask(mask_BS: Tensor | None, like_BS: Tensor) -> Tensor | None:
+    """bool [B, 1, 1, S] for attention. Raises ValueError where the mask's shape is not the source's."""
+    if mask_BS is None:
+        return None
+    if mask_BS.shape != like_BS.shape:
+        raise ValueError(f"source mask of shape {tuple(mask_BS.shape)}: expected {tuple(like_BS.shape)}")
+    return mask_BS.bool()[:, None, None, :]
