@@ -1,0 +1,348 @@
+"""Grading of GSM8K: extraction, numeric comparison, pass@k, and the comparison of two files of outputs.
+
+    python -m eval.gsm8k OUTPUTS.jsonl --data gsm8k
+    python -m eval.gsm8k OURS.jsonl THEIRS.jsonl --data gsm8k --format code --out verdicts.jsonl
+
+A file of outputs, anyone's, has a line {"id", "output"} a sample; ``id`` is "test/17", or 17, the row of the split
+from 0. The rules for what does not fit:
+
+- an unknown id, a broken line or a missing field: an error, with its line;
+- a problem without an output: counted, reported, and graded wrong, so that leaving out the hard ones gains nothing;
+- several outputs of one id: an error, unless ``--k`` says that they are samples. Then each problem that has outputs
+  must have as many as the largest k, and pass@k is the mean of the unbiased estimator.
+
+Extraction is lm-evaluation-harness': strict is the first ``#### NUMBER``, flexible the last match of a loose pattern
+for numbers. The comparison is numeric, where the harness compares strings after taking out commas, dollars and a last
+full stop: 18.00 is 18 here and not there.
+
+``--format code``: an output is a program, or holds one in a fenced block (the last counts). It is run in eval.sandbox;
+its answer is the last number it printed. A program that did not end by itself with exit code 0 is invalid and wrong,
+whatever it printed before.
+"""
+
+import argparse
+import json
+import math
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import NamedTuple
+
+from eval.stats import bootstrap_interval, paired
+
+FORMATS = ("text", "code")
+# Task gsm8k of lm-evaluation-harness, filters strict-match and flexible-extract.
+STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
+FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
+TOLERANCE = 1e-6  # relative above 1, absolute below: a program's rounding, far under what a wrong answer misses by
+_CURRENCY = "$€£¥₹"
+_AMOUNT = re.compile(
+    rf"(?P<sign>[-+−]?)\s*[{_CURRENCY}]?\s*(?P<inner>[-+−]?)\s*"
+    r"(?P<number>(?:\d[\d,]*(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d{1,3})?)(?:\s*/\s*(?P<below>\d+))?"
+    rf"\s*[{_CURRENCY}%°]?\s*(?P<unit>[^\W\d_][^\d=+*/<>]*)?"
+)
+_NUMBER = re.compile(r"[-−]?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d{1,3})?|[-−]?\.\d+(?:[eE][-+]?\d{1,3})?")
+_FENCE = re.compile(
+    r"^```[ \t]*(?:python|py|python3)?[ \t]*\n(.*?)(?:^```|\Z)", re.MULTILINE | re.DOTALL | re.IGNORECASE
+)
+
+
+# ----------------------------------------------------------------------------------------------
+# numbers in text
+
+
+def extract_strict(output: str) -> str | None:
+    """The text of the first ``#### NUMBER``; None where there is none."""
+    match = STRICT.search(output)
+    return match.group(1) if match else None
+
+
+def extract_flexible(output: str) -> str | None:
+    """The last number, as the harness' pattern sees one: "$18.00" or "18," are numbers to it, and so is "..".
+
+    None where nothing matches.
+    """
+    found = [match.group() for match in FLEXIBLE.finditer(output)]
+    return found[-1] if found else None
+
+
+def parse_number(text: str | None) -> Fraction | None:
+    """The value of text that is one number: sign, currency, commas, decimals, a/b, exponent, percent and unit allowed.
+
+    "$1,200.50", "-3", "3/4", "18 dollars", "45%", "12." are numbers; a percentage has the value of its digits (45), as
+    GSM8K's answers do. None for anything else, not-a-number and infinity included.
+    """
+    text = (text or "").strip().rstrip(".,").strip()
+    match = _AMOUNT.fullmatch(text)
+    if not match or (match["sign"] and match["inner"]):
+        return None
+    value = Fraction(match["number"].replace(",", "").rstrip("."))
+    if match["below"]:
+        if not int(match["below"]):
+            return None
+        value /= int(match["below"])
+    return -value if (match["sign"] or match["inner"]) in ("-", "−") else value
+
+
+def last_number(text: str) -> Fraction | None:
+    """The last number in a program's output, its last line read as a whole first ("answer: 1/2" holds 2, "1/2" is 0.5).
+
+    None where there is none; a last line of nan, inf or words is not skipped in favour of an earlier line.
+    """
+    line = text.rstrip().rpartition("\n")[2]
+    if (value := parse_number(line)) is not None:
+        return value
+    found = _NUMBER.findall(line)
+    return parse_number(found[-1]) if found else None
+
+
+def same_number(a: Fraction | float, b: Fraction | float) -> bool:
+    """Equal to TOLERANCE, relative to ``b`` where that is above 1."""
+    return abs(a - b) <= TOLERANCE * max(1, abs(b))
+
+
+def extract_program(output: str) -> str:
+    """The last fenced block of Python, else the whole output."""
+    blocks = _FENCE.findall(output)
+    return blocks[-1] if blocks else output
+
+
+# ----------------------------------------------------------------------------------------------
+# samples and scores
+
+
+class Sample(NamedTuple):
+    id: str
+    output: str
+
+
+class Verdict(NamedTuple):
+    """What became of one sample: ``answers`` and ``correct`` by rule, "strict" and "flexible" or "code"."""
+
+    id: str
+    answers: dict[str, str | None]
+    correct: dict[str, bool]
+    status: str  # of the program's run; empty for text
+
+
+@dataclass(frozen=True)
+class Score:
+    """pass@k of one file under one rule, over all problems of the split."""
+
+    rule: str
+    k: int
+    value: float
+    low: float  # 95 % percentile bootstrap over problems
+    high: float
+    per_problem: tuple[float, ...]  # in the order of the problems
+
+
+def read_outputs(path: str | Path, ids: Sequence[str]) -> list[Sample]:
+    """A file of {"id", "output"} lines for the problems ``ids``. Raises ValueError, with the line, for a bad one."""
+    known, split = set(ids), ids[0].partition("/")[0]
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {path} ({getattr(error, 'strerror', None) or 'not UTF-8'})") from None
+    samples = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} line {number} is not JSON ({error.msg})") from None
+        if not isinstance(row, dict) or "id" not in row or not isinstance(row.get("output"), str):
+            raise ValueError(f"{path} line {number}: expected an object with id and a text output")
+        name = f"{split}/{row['id']}" if re.fullmatch(r"\d+", str(row["id"])) else str(row["id"])
+        if name not in known:
+            raise ValueError(
+                f"{path} line {number}: unknown id {row['id']!r}, expected {ids[0]} to {ids[-1]} or the number alone"
+            )
+        samples.append(Sample(name, row["output"]))
+    if not samples:
+        raise ValueError(f"{path} holds no outputs")
+    return samples
+
+
+def check_counts(samples: Iterable[Sample], k: Sequence[int], *, name: str = "outputs") -> None:
+    """Raises ValueError where a problem has two outputs and ``k`` is (1,), or fewer than the largest k."""
+    counts = Counter(sample.id for sample in samples)
+    if any(not isinstance(i, int) or i < 1 for i in k):
+        raise ValueError(f"k={list(k)}, expected numbers of samples, 1 or more")
+    for problem, count in counts.items():
+        if count > 1 and tuple(k) == (1,):
+            raise ValueError(f"{name}: id {problem} is there {count} times; give one output each, or --k for pass@k")
+        if count < max(k):
+            raise ValueError(f"{name}: id {problem} has {count} samples, pass@{max(k)} needs at least {max(k)}")
+
+
+def grade_text(samples: Iterable[Sample], golds: Mapping[str, str]) -> list[Verdict]:
+    """Strict and flexible verdicts of text outputs. ``golds``: id -> the gold answer."""
+    verdicts = []
+    for sample in samples:
+        gold = parse_number(golds[sample.id])
+        answers = {"strict": extract_strict(sample.output), "flexible": extract_flexible(sample.output)}
+        values = {rule: parse_number(answer) for rule, answer in answers.items()}
+        correct = {rule: value is not None and same_number(value, gold) for rule, value in values.items()}
+        verdicts.append(Verdict(sample.id, answers, correct, ""))
+    return verdicts
+
+
+def grade_code(
+    samples: Iterable[Sample],
+    golds: Mapping[str, str],
+    *,
+    workers: int | None = None,
+    limits=None,
+    progress: str = "",
+) -> list[Verdict]:
+    """Runs each output's program in eval.sandbox and compares what it printed last. ``limits``: sandbox.Limits.
+
+    ``samples`` may be a generator that still makes them: it is read as workers get free.
+    """
+    from eval.sandbox import run_many
+
+    taken: list[Sample] = []
+
+    def programs():
+        for sample in samples:
+            taken.append(sample)
+            yield extract_program(sample.output)
+
+    verdicts = []
+    source = [extract_program(s.output) for s in samples] if isinstance(samples, list) else programs()
+    names = samples if isinstance(samples, list) else taken
+    for i, result in enumerate(run_many(source, workers, limits, progress=progress)):
+        value = last_number(result.stdout) if result.status == "ok" else None
+        right = value is not None and same_number(value, parse_number(golds[names[i].id]))
+        status = result.status if result.status != "ok" or value is not None else "no number"
+        answer = result.stdout.rstrip().rpartition("\n")[2][:200] if value is not None else None
+        verdicts.append(Verdict(names[i].id, {"code": answer}, {"code": right}, status))
+    return verdicts
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """1 - C(n-c, k) / C(n, k): the chance that one of k samples drawn from n, of which c are right, is right.
+
+    The unbiased estimator of Chen et al., "Evaluating Large Language Models Trained on Code", 2021, equation 1, in
+    exact integers. Raises ValueError unless 0 <= c <= n and 1 <= k <= n.
+    """
+    if not (0 <= c <= n and 1 <= k <= n):
+        raise ValueError(f"n={n}, c={c}, k={k}: expected 0 <= c <= n and 1 <= k <= n")
+    return float(1 - Fraction(math.comb(n - c, k), math.comb(n, k)))
+
+
+def scores(verdicts: Sequence[Verdict], ids: Sequence[str], k: Sequence[int] = (1,), *, seed: int = 0) -> list[Score]:
+    """pass@k for each rule and k; a problem of ``ids`` without a verdict counts 0. The interval is over problems."""
+    out = []
+    for rule in verdicts[0].correct:
+        n = Counter(v.id for v in verdicts)
+        c = Counter(v.id for v in verdicts if v.correct[rule])
+        for each in k:
+            values = tuple(pass_at_k(n[i], c[i], each) if n[i] else 0.0 for i in ids)
+            low, high = bootstrap_interval(values, resamples=2000, seed=seed)
+            out.append(Score(rule, each, math.fsum(values) / len(values), low, high, values))
+    return out
+
+
+def mcnemar_exact(only_a: int, only_b: int) -> float:
+    """Two-sided exact p of McNemar's test: ``only_a`` and ``only_b`` problems that one side alone has right.
+
+    Under equality each of the n = only_a + only_b is either's with chance 1/2: p = min(1, 2 P(Binomial(n, 1/2) <= the
+    smaller)), in exact integers. 1 where they never differ. Raises ValueError for negative counts.
+    """
+    if only_a < 0 or only_b < 0:
+        raise ValueError(f"only_a={only_a}, only_b={only_b}: expected counts")
+    n = only_a + only_b
+    tail = sum(math.comb(n, i) for i in range(min(only_a, only_b) + 1))
+    return float(min(Fraction(1), Fraction(2 * tail, 2**n)))
+
+
+# ----------------------------------------------------------------------------------------------
+# command line
+
+
+def report(path: str, verdicts: Sequence[Verdict], ids: Sequence[str], found: Sequence[Score]) -> str:
+    """Lines for people about one file."""
+    answered = {v.id for v in verdicts}
+    lines = [f"{path}: {len(verdicts):,} outputs for {len(answered):,} of {len(ids):,} problems"]
+    missing = [i for i in ids if i not in answered]
+    if missing:
+        some = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        lines.append(f"  missing, graded wrong    {len(missing):,}  {some}")
+    for status, count in Counter(v.status for v in verdicts if v.status not in ("", "ok")).most_common():
+        lines.append(f"  invalid program          {count:,}  {status}")
+    for s in found:
+        lines.append(
+            f"  {s.rule:10}pass@{s.k:<4}{100 * s.value:11.2f} %   95 % [{100 * s.low:.2f}, {100 * s.high:.2f}]"
+        )
+    return "\n".join(lines)
+
+
+def compare(a: Sequence[Score], b: Sequence[Score], *, one_sample: bool) -> str:
+    """Lines for people: first file minus second, problem by problem. McNemar needs one sample a problem."""
+    lines = ["first minus second, paired by problem"]
+    for x, y in zip(a, b, strict=True):
+        difference = paired(x.per_problem, y.per_problem, resamples=2000)
+        line = f"  {x.rule:10}pass@{x.k:<4}{100 * difference.mean:+11.2f} pp  95 % "
+        line += f"[{100 * difference.boot_low:+.2f}, {100 * difference.boot_high:+.2f}]"
+        if one_sample:
+            only = [sum(p > q for p, q in zip(s, t, strict=True)) for s, t in (
+                (x.per_problem, y.per_problem), (y.per_problem, x.per_problem))]  # fmt: skip
+            line += f"  McNemar exact p {mcnemar_exact(*only):.4g} ({only[0]} only first, {only[1]} only second)"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    from data.gsm8k import load_gsm8k
+    from eval.sandbox import Limits
+    from runlog import user_errors, write_bytes
+
+    parser = argparse.ArgumentParser(prog="python -m eval.gsm8k", description="Grade outputs for GSM8K.")
+    parser.add_argument("outputs", nargs="+", help='one or two JSONL files of {"id", "output"}')
+    parser.add_argument("--data", default="gsm8k", help="gsm8k, or a folder of train.jsonl and test.jsonl")
+    parser.add_argument("--split", default="test", choices=("train", "test"), help="(default: %(default)s)")
+    parser.add_argument("--format", default="text", choices=FORMATS, help="(default: %(default)s)")
+    parser.add_argument("--k", type=int, nargs="+", default=[1], help="pass@k for several outputs an id (default: 1)")
+    parser.add_argument("--workers", type=int, help="programs run at a time (default: one for each core)")
+    parser.add_argument("--packages", action="store_true", help="programs may import installed packages, numpy for one")
+    parser.add_argument("--out", type=Path, help="JSONL file to write: one verdict an output")
+    given = parser.parse_args(arguments)
+    with user_errors():
+        if len(given.outputs) > 2:
+            raise ValueError(f"{len(given.outputs)} files of outputs, expected one, or two to compare")
+        if given.out and not given.out.parent.is_dir():
+            raise ValueError(f"--out {given.out}: there is no folder {given.out.parent}")
+        golds = {p.id: p.gold for p in load_gsm8k(given.data, given.split)}
+        ids = list(golds)
+        files = {}
+        for path in given.outputs:  # all are read before any is graded: a bad second file costs no run
+            files[path] = read_outputs(path, ids)
+            check_counts(files[path], given.k, name=path)
+        graded, found = [], []
+        for path, samples in files.items():
+            if given.format == "code":
+                progress = "running programs" if sys.stderr.isatty() else ""
+                memory = 2 << 30 if given.packages else Limits().memory_bytes
+                limits = Limits(packages=given.packages, memory_bytes=memory)
+                graded.append(grade_code(samples, golds, workers=given.workers, limits=limits, progress=progress))
+            else:
+                graded.append(grade_text(samples, golds))
+            found.append(scores(graded[-1], ids, given.k))
+            print(report(path, graded[-1], ids, found[-1]))
+        if len(found) == 2:
+            print(compare(*found, one_sample=given.k == [1]))
+        if given.out:
+            rows = [v._asdict() | {"file": path} for path, part in zip(files, graded, strict=True) for v in part]
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            write_bytes(given.out, lambda file: file.write(text.encode()))
+
+
+if __name__ == "__main__":
+    main()
