@@ -1,8 +1,14 @@
-"""Learning-rate schedules as functions of the optimizer step; nothing here needs a model."""
+"""Learning-rate schedules as functions of the optimizer step; nothing here needs a model.
 
+python -m schedules plot --out schedules.png
+"""
+
+import argparse
 import math
+import os
+from pathlib import Path
 
-SCHEDULES = ("cosine", "linear", "constant", "wsd")
+SCHEDULES = ("cosine", "linear", "constant", "wsd", "rex")
 
 
 def lr_factor(
@@ -11,9 +17,10 @@ def lr_factor(
     """The share of the peak learning rate before step ``step`` (0-based) of ``total``, in [0, 1].
 
     Linear warm-up over the first ``warmup * total`` steps, then: ``cosine`` to ``floor`` (Loshchilov
-    and Hutter, 2017), ``linear`` to ``floor``, ``constant``, or ``wsd``: constant, then linear to
-    ``floor`` over the last ``decay * total`` steps (warm-up, stable, decay; Hu et al., 2024).
-    Raises ValueError for an unknown name.
+    and Hutter, 2017), ``linear`` to ``floor``, ``constant``, ``wsd``: constant, then linear to
+    ``floor`` over the last ``decay * total`` steps (warm-up, stable, decay; Hu et al., 2024), or ``rex``:
+    (1 - x) / (1 - x/2) to ``floor``, which stays high and falls late (Chen et al., 2022, "REX: Revisiting
+    Budgeted Training with an Improved Schedule"). Raises ValueError for an unknown name.
     """
     if name not in SCHEDULES:
         raise ValueError(f"unknown schedule {name!r}; expected one of {', '.join(SCHEDULES)}")
@@ -24,5 +31,51 @@ def lr_factor(
         return 1.0
     begin = max(rise, (1 - decay) * total) if name == "wsd" else rise
     x = min(max((step - begin) / max(total - begin, 1), 0.0), 1.0)
-    falling = 0.5 * (1 + math.cos(math.pi * x)) if name == "cosine" else 1 - x
+    falling = {"cosine": 0.5 * (1 + math.cos(math.pi * x)), "rex": (1 - x) / (1 - 0.5 * x)}.get(name, 1 - x)
     return floor + (1 - floor) * falling
+
+
+def plot(out: str | Path, *, total: int = 1000, warmup: float = 0.05, floor: float = 0.0, decay: float = 0.2) -> None:
+    """All schedules over ``total`` steps, as a PNG."""
+    from matplotlib.figure import Figure
+
+    from eval.plots import HUES, styled
+
+    @styled
+    def draw():
+        figure = Figure(figsize=(6.4, 3.4), dpi=150, layout="constrained")
+        axes = figure.subplots()
+        for name, colour in zip(SCHEDULES, HUES.values(), strict=False):
+            lr = [lr_factor(name, step, total, warmup=warmup, floor=floor, decay=decay) for step in range(total)]
+            axes.plot(range(1, total + 1), lr, color=colour, label=name)
+        axes.set(xlabel="optimizer step", ylabel="share of the peak learning rate", xlim=(0, total), ylim=(0, 1.04))
+        axes.legend(loc="lower left")
+        figure.savefig(partial, format="png")
+
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(out.name + ".partial")
+    draw()
+    os.replace(partial, out)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m schedules", description=__doc__.splitlines()[0])
+    parser.add_argument("command", choices=("plot",))
+    parser.add_argument("--out", default="schedules.png", help="the picture (default: schedules.png)")
+    parser.add_argument("--steps", type=int, default=1000, help="length of the run (default: 1000)")
+    parser.add_argument("--warmup", type=float, default=0.05, help="share of the run (default: 0.05)")
+    parser.add_argument("--floor", type=float, default=0.0, help="share of the peak it ends at (default: 0)")
+    parser.add_argument("--decay", type=float, default=0.2, help="wsd: share of the run that decays (default: 0.2)")
+    args = parser.parse_args(argv)
+    if args.steps < 1:
+        parser.exit(2, f"python -m schedules: error: --steps {args.steps}, expected at least 1\n")
+    for flag in ("warmup", "floor", "decay"):
+        if not 0 <= getattr(args, flag) <= 1:
+            parser.exit(2, f"python -m schedules: error: --{flag} {getattr(args, flag)}, expected a share in [0, 1]\n")
+    plot(args.out, total=args.steps, warmup=args.warmup, floor=args.floor, decay=args.decay)
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""Learning-rate schedules: their ends, their shapes, and the picture of them."""
+
+import math
+
+import pytest
+
+import schedules
+from schedules import SCHEDULES, lr_factor
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("warmup", [0.0, 0.07, 0.5])
+def test_every_schedule_rises_once_then_never_again(name, warmup):
+    total = 97
+    lr = [lr_factor(name, step, total, warmup=warmup, floor=0.1) for step in range(total)]
+    rise = math.ceil(warmup * total)
+    assert all(0 < x <= 1 for x in lr)
+    assert all(a < b for a, b in zip(lr[:rise], lr[1 : rise + 1], strict=True))
+    assert all(a >= b for a, b in zip(lr[rise:], lr[rise + 1 :], strict=False))
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEDULES if name != "constant"])
+@pytest.mark.parametrize("floor", [0.0, 0.25])
+def test_decaying_schedules_end_at_the_floor_and_stay(name, floor):
+    assert lr_factor(name, 0, 100, floor=floor) == 1.0
+    assert lr_factor(name, 100, 100, floor=floor) == lr_factor(name, 250, 100, floor=floor) == floor
+    assert lr_factor(name, 99, 100, floor=floor) > floor
+
+
+def test_rex_is_above_linear_and_matches_its_published_form():
+    for step in range(1, 100):
+        x = step / 100
+        # Chen et al.: lr0 (1 - x) / (1/2 + 1/2 (1 - x)); 1e-15 is rounding.
+        assert lr_factor("rex", step, 100) == pytest.approx((1 - x) / (0.5 + 0.5 * (1 - x)), rel=1e-15)
+        assert lr_factor("rex", step, 100) > lr_factor("linear", step, 100)
+
+
+def test_wsd_decays_over_its_share_alone():
+    lr = [lr_factor("wsd", step, 100, decay=0.3) for step in range(101)]
+    assert lr[:71] == [1.0] * 71 and lr[85] == pytest.approx(0.5, rel=1e-12)
+
+
+def test_unknown_schedule():
+    with pytest.raises(ValueError, match="unknown schedule 'rexx'; expected one of cosine"):
+        lr_factor("rexx", 0, 10)
+
+
+def test_plot_command(tmp_path, capsys):
+    schedules.main(["plot", "--out", str(tmp_path / "new" / "lr.png"), "--steps", "50"])
+    assert (tmp_path / "new" / "lr.png").read_bytes().startswith(b"\x89PNG")
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["lr.png"]
+    with pytest.raises(SystemExit) as stop:
+        schedules.main(["plot", "--decay", "1.5"])
+    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
