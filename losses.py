@@ -7,6 +7,10 @@ A score of your own is one line, for example the sum of CE and spherical:
 
     loss, moments = linear_score(hidden, weight, targets, lambda m: ce(m) + spherical(m))
 
+The scores of LOSSES carry the name under which kernels/triton_scores.py has them as well (``named``), so
+that on a GPU one kernel takes them from logits to gradient. A score without a name runs through the
+moments, with the same result.
+
 Throughout, p = softmax(logits), y the target, and r_k = sum_{j != y} p_j^k the OFF-TARGET moments,
 so that 1 - p_y is r1, without cancellation as p_y -> 1.
 """
@@ -17,8 +21,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from kernels import compilable
+
 LOSSES = ("ce", "brier", "spherical", "dpsm", "focal", "smoothing")
 ALPHA_SCHEDULES = ("linear", "cosine", "fixed")
+
+
+def named(name: str, score: Callable[..., Tensor], knob: Tensor | float = 0.0) -> Callable[..., Tensor]:
+    """``score``, marked as the score ``name`` of kernels/triton_scores.py with its parameter ``knob``."""
+    score.fused = (name, knob)
+    return compilable(score)
 
 
 def ce(m) -> Tensor:
@@ -41,6 +53,10 @@ def spherical(m) -> Tensor:
     return m.r2 / (norm * (norm + p))
 
 
+for _score in (ce, brier, spherical):
+    named(_score.__name__, _score)
+
+
 def focal(gamma: float) -> Callable[..., Tensor]:
     """Focal loss (1 - p_y)^gamma * CE (Lin et al., 2017). Proper only at gamma = 0."""
 
@@ -48,13 +64,13 @@ def focal(gamma: float) -> Callable[..., Tensor]:
         # The floor keeps r1^(gamma - 1) finite for gamma < 1 where p_y rounds to 1.
         return m.r1.clamp_min(torch.finfo(torch.float32).tiny) ** gamma * ce(m)
 
-    return score
+    return named("focal", score, gamma)
 
 
 def smoothing(eps: float) -> Callable[..., Tensor]:
     """Label smoothing: (1 - eps) * CE against y plus eps * CE against the uniform distribution
     (Szegedy et al., 2016)."""
-    return lambda m: (1 - eps) * ce(m) - eps * m.mean_log_p
+    return named("smoothing", lambda m: (1 - eps) * ce(m) - eps * m.mean_log_p, eps)
 
 
 def dpsm(alpha: Tensor | float) -> Callable[..., Tensor]:
@@ -64,7 +80,7 @@ def dpsm(alpha: Tensor | float) -> Callable[..., Tensor]:
     evaluated, so filling it in place moves the mixture without a new closure and without a
     synchronisation. Proper for every alpha in [0, 1], as a convex mixture of proper scores.
     """
-    return lambda m: (1 - alpha) * ce(m) + alpha * brier(m)
+    return named("dpsm", lambda m: (1 - alpha) * ce(m) + alpha * brier(m), alpha)
 
 
 def tail_smoothed(base: str, eps: float) -> Callable[..., Tensor]:
@@ -93,7 +109,7 @@ def tail_smoothed(base: str, eps: float) -> Callable[..., Tensor]:
 
     if base not in ("brier", "spherical"):
         raise ValueError(f"tail smoothing is defined for brier and spherical, not {base!r}")
-    return score
+    return compilable(score)
 
 
 def make_score(

@@ -47,6 +47,7 @@ class Moments:
     tail_log_p    (1/V) sum_{j: p_j < tail/V} log p_j, its mask held constant in the gradient;
                   None unless asked for                                  differentiable
     support       number of logits above -inf                            detached
+    fisher        |dL/dz|^2 of the score that linear_score was given; None unless asked for, detached
 
     A token outside the loss (target == ignore_index) has 0 or False everywhere and gradient 0.
 
@@ -68,6 +69,7 @@ class Moments:
     vocab_size: int
     tail_log_p: Tensor | None = None
     support: Tensor | None = None
+    fisher: Tensor | None = None
 
 
 class Stats(NamedTuple):
@@ -162,7 +164,11 @@ class _SoftmaxMoments(torch.autograd.Function):
         if all(g is None for g in (log_p, r1, r2, mean_log_p, tail_log_p)):
             return (None,) * 6
         logits, targets, mask, stats = ctx.saved_tensors
-        out = logits.detach() if ctx.inplace_backward else torch.empty_like(logits)
+        out = (
+            logits.detach()
+            if ctx.inplace_backward
+            else torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device=logits.device)
+        )
         stats = Stats(*stats.unbind(0))
         coefficients = gradient_coefficients(stats, Partials(log_p, r1, r2, mean_log_p, tail_log_p))
         ctx.module.gradient(logits.detach(), targets, mask, stats, coefficients, ctx.tail, out)
@@ -212,11 +218,17 @@ def token_fisher(moments: Moments, score: Callable[[Moments], Tensor]) -> Tensor
     m, zero = moments, torch.zeros_like(moments.r1)
     support = m.support if m.support is not None else torch.full_like(m.r1, m.vocab_size)
     p_y = torch.where(m.valid, m.log_p.detach().exp(), zero)
-    stats = Stats(*(zero,) * 15)._replace(r1=m.r1.detach(), r2=m.r2.detach(), support=support, p_y=p_y)
-    a, c, b, _, target = gradient_coefficients(stats, partials)
-    c, b = (zero if x is None else x for x in (c, b))
-    off = a * a * m.r2 + 2 * a * c * m.r3 + c * c * m.r4 + 2 * b * (a * m.r1 + c * m.r2) + (support - 1) * b * b
-    return torch.where(m.valid, off + target * target, 0.0).detach()
+    known = dict(r1=m.r1.detach(), r2=m.r2.detach(), r3=m.r3, r4=m.r4, support=support, p_y=p_y)
+    fisher = fisher_of(Stats(*(zero,) * 15)._replace(**known), partials)
+    return torch.where(m.valid, fisher, 0.0).detach()
+
+
+def fisher_of(s: Stats, partials: Partials) -> Tensor:
+    """|dL/dz|^2 [N] as in ``token_fisher``; undefined for tokens outside the loss."""
+    a, c, b, _, target = gradient_coefficients(s, partials)
+    c, b = (torch.zeros_like(a) if x is None else x for x in (c, b))
+    off = a * a * s.r2 + 2 * a * c * s.r3 + c * c * s.r4 + 2 * b * (a * s.r1 + c * s.r2) + (s.support - 1) * b * b
+    return off + target * target
 
 
 def score_partials(moments: Moments, score: Callable[[Moments], Tensor]) -> tuple[Tensor, Partials]:

@@ -1,44 +1,66 @@
-"""The moments and the row gradient as Triton kernels: one read of a row forward, one read and write back.
+"""The moments, the row gradient and the named scores as Triton kernels.
 
 Same functions and the same mathematics as torch_impl (see its head): sums over the row without its
-target, relative to the running maximum, then r1, p_y and log_p from d = logsumexp_off - z_y. Runs on
-CUDA, and on CPU tensors under TRITON_INTERPRET=1, which must be set before this module is imported.
+target, relative to a maximum, then r1, p_y and log_p from d = logsumexp_off - z_y. Runs on CUDA, and on
+CPU tensors under TRITON_INTERPRET=1, which must be set before this module is imported.
+
+moments_kernel   one read of a row: its Stats
+gradient_kernel  one read and one write: p_j (a + c p_j) + b + t [p_j in tail] over or beside the logits
+score_kernel     a score of triton_scores from logits to Stats, loss, Fisher and gradient in one launch. A
+                 row that fits on chip is read once and held as loaded; a longer one is read a second
+                 time from its end, where the cache still has it.
+
+What makes them fast, and what ``python -m kernels.audit`` checks without a GPU:
+
+16-byte accesses for any V. A row of an odd number of 2-byte logits starts anywhere, so a program starts
+at the last 16-byte boundary before its row (never before the tensor) and ends at the first one after it;
+what is not of the row is masked in registers. Such an access shares its 16 bytes with a valid element, so
+it cannot touch a page that the tensor does not. Only whole vectors of the row are stored 16 bytes at a
+time, and the at most two broken ones element by element.
+
+One exponential an element. A lane keeps its own running maximum over the K x W elements it reads at a
+time, and rescales its sums once for all of them; no lane waits for another before the row is done.
+
+No comparison an element. The target, the ends of the row, ties at the maximum and logits of -inf are
+looked for in the few blocks, or rows, that can have them.
 """
 
 import contextlib
+import functools
+import os
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import triton_scores
 from kernels.moments import Coefficients, Stats
+from kernels.triton_rows import (
+    LOG2E,
+    add_powers,
+    finish_row,
+    gradient_of,
+    held_piece,
+    is_broken,
+    off_target,
+    online_sums,
+    per_lane,
+    place,
+    slot_numbers,
+    store_row,
+    unpacked,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CAN_KEEP_W = False
+SCORES = triton_scores.SCORES
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def _log1p_exp(x):
-    """log(1 + exp(x)) for x <= 0, to full relative precision.
-
-    log(1 + u) = 2 atanh(u / (2 + u)), by its series: the argument is at most 1/3, and the first term
-    left out below 2e-9 of the sum. The hardware's log has an absolute error of 2e-7 near 1.
-    """
-    u = tl.exp2(x * LOG2E)
-    s = u / (2.0 + u)
-    t = s * s
-    series = 1.0 / 15 + t * (1.0 / 17)
-    series = 1.0 / 13 + t * series
-    series = 1.0 / 11 + t * series
-    series = 1.0 / 9 + t * series
-    series = 1.0 / 7 + t * series
-    series = 1.0 / 5 + t * series
-    series = 1.0 / 3 + t * series
-    return 2.0 * s * (1.0 + t * series)
+# Elements of a row that score_kernel holds in a lane's registers, 8 warps a row: bf16 as loaded, two to a
+# register (V up to 51 k on Hopper; compiled for Ampere, the same code needs a few registers more than there
+# are), other types in fp32 (V up to 16 k). kernels.audit shows what fits without spilling.
+RESIDENT_HOPPER, RESIDENT_AMPERE, RESIDENT_FP32 = 200, 160, 64
+VECTOR_BYTES = 16
 
 
 @triton.jit
@@ -52,97 +74,35 @@ def moments_kernel(
     tail,
     V,
     TAIL: tl.constexpr,
-    BLOCK: tl.constexpr,
+    K: tl.constexpr,
+    R: tl.constexpr,
+    W: tl.constexpr,
 ):
     """One program a row; the rows of stats are those of moments.Stats."""
     row = tl.program_id(0).to(tl.int64)
-    z_row = z_ptr + row * z_stride
     y = tl.load(targets_ptr + row).to(tl.int32)
-    z_y = tl.load(z_row + y).to(tl.float32)
-    cols = tl.arange(0, BLOCK)
-    minus_inf = float("-inf")
-
-    # The running maximum is one number, the sums one a lane, so that a block costs one reduction.
-    top = minus_inf
-    s1 = tl.zeros([BLOCK], tl.float32)
-    s2 = tl.zeros([BLOCK], tl.float32)
-    s3 = tl.zeros([BLOCK], tl.float32)
-    s4 = tl.zeros([BLOCK], tl.float32)
-    s_et = tl.zeros([BLOCK], tl.float32)  # sum e t, with t = z - top and e = exp(t)
-    s_t = tl.zeros([BLOCK], tl.float32)
-    live = tl.zeros([BLOCK], tl.int32)
-    ahead = tl.zeros([BLOCK], tl.int32)  # entries that beat the target, or tie with a lower index
-    for start in range(0, V, BLOCK):
-        j = start + cols
-        z = tl.load(z_row + j, mask=j < V, other=minus_inf).to(tl.float32)
-        z = tl.where(j == y, minus_inf, z)
-        ahead |= ((z > z_y) | ((z == z_y) & (j < y) & (z > minus_inf))).to(tl.int32)
-        new_top = tl.maximum(top, tl.max(z, 0))
-        ref = tl.where(new_top == minus_inf, 0.0, new_top)  # -inf - -inf is not a number
-        is_live = z != minus_inf
-        t = z - ref
-        e = tl.exp2(t * LOG2E)
-        t = tl.where(is_live, t, 0.0)
-        shrink = tl.exp2((top - ref) * LOG2E)
-        moved = tl.where(top == minus_inf, 0.0, top - ref)
-        shrink2 = shrink * shrink
-        e2 = e * e
-        s_t += moved * live + t
-        live += is_live.to(tl.int32)
-        s_et = shrink * (s_et + moved * s1) + e * t
-        s1 = shrink * s1 + e
-        s2 = shrink2 * s2 + e2
-        s3 = shrink2 * shrink * s3 + e2 * e
-        s4 = shrink2 * shrink2 * s4 + e2 * e2
-        top = new_top
-
-    ref = tl.where(top == minus_inf, 0.0, top)
-    sum1 = tl.sum(s1, 0)
-    alone = sum1 == 0.0  # no other entry in the vocabulary: V = 1, or all others at -inf
-    log_sum = tl.log2(tl.where(alone, 1.0, sum1)) * LN2
-    d = tl.where(alone, minus_inf, (ref - z_y) + log_sum)
-    softplus = _log1p_exp(-tl.abs(d))
-    log_p = -(tl.maximum(d, 0.0) + softplus)
-    log_r1 = -(tl.maximum(-d, 0.0) + softplus)
-    u = tl.exp2(-tl.abs(d) * LOG2E)
-    big = 1.0 / (1.0 + u)
-    r1 = tl.where(d < 0, u * big, big)
-    p_y = tl.where(d < 0, big, u * big)
-    y_live = (z_y != minus_inf).to(tl.float32)
-    n = tl.sum(live, 0).to(tl.float32) + y_live
-    w = r1 / tl.where(alone, 1.0, sum1)
-    w2 = w * w
-    # log p_j = (z_j - ref) + (log_r1 - log_sum) off target; a row with no other entry has r1 = 0.
-    off = tl.where(alone, 0.0, log_r1 - log_sum)
-    target_log_p = tl.where(y_live > 0, log_p, 0.0)
+    z_y = tl.load(z_ptr + row * z_stride + y).to(tl.float32)
+    lo, shift, end = place(row, z_stride, V, W)
+    slots = slot_numbers(K, R, W)
+    BLOCK: tl.constexpr = K * R * W
+    top, sums = online_sums(z_ptr, lo, shift, end, V, y, slots, K, R, W)
     out = stats_ptr + row
-    tl.store(out, log_p)
-    tl.store(out + stats_stride, r1)
-    tl.store(out + 2 * stats_stride, w2 * tl.sum(s2, 0))
-    tl.store(out + 3 * stats_stride, (tl.sum(s_t, 0) + (n - y_live) * off + target_log_p) / n)
-    tl.store(out + 5 * stats_stride, w2 * w * tl.sum(s3, 0))
-    tl.store(out + 6 * stats_stride, w2 * w2 * tl.sum(s4, 0))
-    tl.store(out + 7 * stats_stride, -(w * tl.sum(s_et, 0) + r1 * off + p_y * target_log_p))
-    tl.store(out + 8 * stats_stride, tl.maximum(p_y, w))
-    tl.store(out + 9 * stats_stride, n)
-    tl.store(out + 10 * stats_stride, p_y)
-    tl.store(out + 13 * stats_stride, ref)
-    tl.store(out + 14 * stats_stride, tl.where(alone, 1.0, sum1))
-    tl.store(correct_ptr + row, tl.sum(ahead, 0) == 0)
+    ref, w, _log_p, _r1, p_y, n, _r2, _r3, _r4, _mean, off, target_log_p, y_live = finish_row(
+        out, stats_stride, correct_ptr + row, True, z_ptr, lo, shift, end, V, y, z_y, top, sums, slots, BLOCK
+    )
     if TAIL:
         # A second read, of a row that is still in the cache.
-        count = tl.zeros([BLOCK], tl.int32)
-        tail_t = tl.zeros([BLOCK], tl.float32)
-        for start in range(0, V, BLOCK):
-            j = start + cols
-            z = tl.load(z_row + j, mask=j < V, other=minus_inf).to(tl.float32)
-            z = tl.where(j == y, minus_inf, z)
-            inside = (tl.exp2((z - ref) * LOG2E) * w < tail / n) & (z != minus_inf)
-            count += inside.to(tl.int32)
-            tail_t += tl.where(inside, z - ref, 0.0)
-        k = tl.sum(count, 0).to(tl.float32)
+        k = 0.0
+        tail_t = 0.0
+        for start in range(0, end, BLOCK):
+            i = start + slots
+            z = tl.load(z_ptr + lo + i, mask=i < end, other=float("-inf")).to(tl.float32)
+            z = off_target(z, i - shift, V, y)
+            inside = (tl.exp2((z - ref) * LOG2E) * w < tail / n) & (z != float("-inf"))
+            k += tl.sum(per_lane(inside.to(tl.float32)), 0)
+            tail_t += tl.sum(per_lane(tl.where(inside, z - ref, 0.0)), 0)
         y_in = tl.where(p_y < tail / n, y_live, 0.0)
-        tl.store(out + 4 * stats_stride, (tl.sum(tail_t, 0) + k * off + y_in * target_log_p) / n)
+        tl.store(out + 4 * stats_stride, (tail_t + k * off + y_in * target_log_p) / n)
         tl.store(out + 11 * stats_stride, k + y_in)
         tl.store(out + 12 * stats_stride, k)
 
@@ -152,7 +112,6 @@ def gradient_kernel(
     z_ptr,
     z_stride,
     out_ptr,
-    out_stride,
     targets_ptr,
     mask_ptr,
     ref_ptr,
@@ -170,14 +129,22 @@ def gradient_kernel(
     HAS_B: tl.constexpr,
     HAS_T: tl.constexpr,
     HAS_MASK: tl.constexpr,
-    BLOCK: tl.constexpr,
+    K: tl.constexpr,
+    R: tl.constexpr,
+    W: tl.constexpr,
 ):
     """One program a block of a row: p_j (a + c p_j) + b + t [p_j in tail], and ``target`` at y."""
     row = tl.program_id(0).to(tl.int64)
-    j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    BLOCK: tl.constexpr = K * R * W
+    start = tl.program_id(1) * BLOCK
     y = tl.load(targets_ptr + row).to(tl.int32)
-    z = tl.load(z_ptr + row * z_stride + j, mask=j < V, other=float("-inf")).to(tl.float32)
-    z = tl.where(j == y, float("-inf"), z)
+    lo, shift, end = place(row, z_stride, V, W)
+    slots = slot_numbers(K, R, W)
+    i = start + slots
+    broken = is_broken(start, shift, V, y, BLOCK)
+    z = tl.load(z_ptr + lo + i, mask=i < end, other=float("-inf")).to(tl.float32)
+    if broken:
+        z = off_target(z, i - shift, V, y)
     total = tl.load(sum_ptr + row)
     in_loss = True
     if HAS_MASK:
@@ -188,16 +155,135 @@ def gradient_kernel(
     if HAS_C:
         factor += tl.load(c_ptr + row) * p
     g = p * factor
-    is_live = z != float("-inf")
     if HAS_B:
-        g += tl.where(is_live, tl.load(b_ptr + row), 0.0)
+        g += tl.where(z != float("-inf"), tl.load(b_ptr + row), 0.0)
     if HAS_T:
-        in_tail = (p < tail / tl.maximum(tl.load(support_ptr + row), 1.0)) & is_live
+        in_tail = (p < tail / tl.maximum(tl.load(support_ptr + row), 1.0)) & (z != float("-inf"))
         g += tl.where(in_tail, tl.load(t_ptr + row), 0.0)
-    g = tl.where(j == y, tl.load(target_ptr + row), g)
+    if broken:
+        g = tl.where(i - shift == y, tl.load(target_ptr + row), g)
     if HAS_MASK:  # an ignored row and its coefficients may hold anything
         g = tl.where(in_loss, g, 0.0)
-    tl.store(out_ptr + row * out_stride + j, g.to(out_ptr.dtype.element_ty), mask=j < V)
+    store_row(out_ptr, lo, start, slots, shift, V, g.to(out_ptr.dtype.element_ty), broken, W)
+
+
+@triton.jit
+def score_kernel(
+    z_ptr,
+    z_stride,
+    out_ptr,
+    targets_ptr,
+    mask_ptr,
+    weights_ptr,
+    knob_ptr,
+    stats_ptr,
+    stats_stride,
+    correct_ptr,
+    loss_ptr,
+    fisher_ptr,
+    V,
+    SCORE: tl.constexpr,
+    HAS_B: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    PIECES: tl.constexpr,
+    PACKED: tl.constexpr,
+    K: tl.constexpr,
+    R: tl.constexpr,
+    W: tl.constexpr,
+):
+    """One program a row: Stats, the loss, |dL/dz|^2, and the gradient of weight * loss to ``out``.
+
+    PIECES > 0: the row is held on chip in that many blocks. A row outside the loss is not read at all.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    BLOCK: tl.constexpr = K * R * W
+    minus_inf = float("-inf")
+    y = tl.load(targets_ptr + row).to(tl.int32)
+    keep = True
+    if HAS_MASK:
+        keep = tl.load(mask_ptr + row) != 0
+    lo, shift, end = place(row, z_stride, V, W)
+    slots = slot_numbers(K, R, W)
+    read = end
+    if HAS_MASK:
+        read = tl.multiple_of(tl.where(keep, end, 0), W)
+
+    if PIECES > 0:
+        # Straight code, no branch between the pieces: ptxas would spill the row at each of them.
+        held = ()
+        lanes = tl.zeros([R], tl.float32) + minus_inf
+        for k in tl.static_range(PIECES):
+            left = tl.multiple_of(read - k * BLOCK, W)
+            held = held + (tl.load(z_ptr + lo + k * BLOCK + slots, mask=slots < left, other=minus_inf),)
+        for k in tl.static_range(PIECES):
+            z = held_piece(held[k], 0, slots, shift - k * BLOCK, V, y, (k == 0) or (k >= PIECES - 2), PACKED)
+            lanes = tl.maximum(lanes, tl.max(tl.max(z, 2), 0))
+        top = tl.max(lanes, 0)
+        ref = tl.where(top == minus_inf, 0.0, top)
+        none = tl.zeros([R], tl.float32)
+        s1, s2, s3, s4, s_et, s_t, live = none, none, none, none, none, none, none
+        for k in tl.static_range(PIECES):
+            z = held_piece(
+                held[k], tl.num_programs(1) - 1, slots, shift - k * BLOCK, V, y, (k == 0) or (k >= PIECES - 2), PACKED
+            )
+            t = z - ref
+            is_live = t != minus_inf
+            finite = tl.where(is_live, t, 0.0)
+            s1, s2, s3, s4, s_et = add_powers(t, finite, s1, s2, s3, s4, s_et)
+            s_t += per_lane(finite)
+            live += per_lane(tl.where(is_live, 1.0, 0.0))
+        sums = (
+            tl.sum(s1, 0), tl.sum(s2, 0), tl.sum(s3, 0), tl.sum(s4, 0), tl.sum(s_et, 0), tl.sum(s_t, 0), tl.sum(live, 0)
+        )  # fmt: skip
+    else:
+        top, sums = online_sums(z_ptr, lo, shift, read, V, y, slots, K, R, W)
+
+    z_y = tl.load(z_ptr + lo + shift + y).to(tl.float32)
+    out = stats_ptr + row
+    ref, w, log_p, r1, p_y, n, r2, r3, r4, mean_log_p, _off, _target_log_p, _y_live = finish_row(
+        out, stats_stride, correct_ptr + row, keep, z_ptr, lo, shift, read, V, y, z_y, top, sums, slots, BLOCK
+    )
+    knob = tl.load(knob_ptr)
+    loss, g0, g1, g2, gm = SCORE(log_p, r1, r2, mean_log_p, p_y, knob)
+    tl.store(loss_ptr + row, tl.where(keep, loss, 0.0))
+    # Coefficients of the gradient, as derived at the head of moments.py.
+    c = 2.0 * g2
+    a = -g0 + g1 * p_y - c * r2 - gm
+    b = gm / n
+    target = -(a * r1 + c * r2 + (n - 1.0) * b)
+    fisher = a * a * r2 + 2.0 * a * c * r3 + c * c * r4 + 2.0 * b * (a * r1 + c * r2) + (n - 1.0) * b * b
+    tl.store(fisher_ptr + row, tl.where(keep, fisher + target * target, 0.0))
+    if GRADIENT:
+        if HAS_WEIGHTS:
+            weight = tl.load(weights_ptr + row)
+            on = keep & (weight != 0.0)  # 0 times an infinite loss is no gradient
+            a, b, c, target = a * weight, b * weight, c * weight, target * weight
+        else:
+            on = keep
+        aw = a * w
+        cw = c * w * w
+        if PIECES > 0:
+            # Read back, so that the compiler holds the row as it was loaded and not its exponentials.
+            tl.debug_barrier()
+            ref = tl.load(out + 13 * stats_stride, volatile=True)
+            for k in tl.static_range(PIECES):
+                g = gradient_of(unpacked(held[k], tl.num_programs(2) - 1, PACKED), ref, aw, cw, b, on, HAS_B)
+                # The first piece and the last two can reach beyond the row.
+                g = g.to(out_ptr.dtype.element_ty)
+                store_row(out_ptr, lo, k * BLOCK, slots, shift, V, g, (k == 0) or (k >= PIECES - 2), W)
+        else:
+            blocks = (end + BLOCK - 1) // BLOCK
+            for n_block in range(0, blocks):
+                start = (blocks - 1 - n_block) * BLOCK
+                i = start + slots
+                z = tl.load(z_ptr + lo + i, mask=i < read, other=minus_inf).to(tl.float32)
+                g = gradient_of(z, ref, aw, cw, b, on, HAS_B)
+                broken = (start < shift) | (start + BLOCK > shift + V)
+                store_row(out_ptr, lo, start, slots, shift, V, g.to(out_ptr.dtype.element_ty), broken, W)
+        tl.debug_barrier()  # the lane that wrote there has written
+        tl.store(out_ptr + lo + shift + y, tl.where(on, target, 0.0).to(out_ptr.dtype.element_ty))
 
 
 def forward(logits: Tensor, targets: Tensor, stats: Tensor, correct: Tensor, tail: float) -> None:
@@ -205,7 +291,6 @@ def forward(logits: Tensor, targets: Tensor, stats: Tensor, correct: Tensor, tai
     n, vocab = logits.shape
     if n == 0:
         return
-    block = _block(vocab)
     with _on(logits):
         moments_kernel[(n,)](
             logits,
@@ -217,8 +302,7 @@ def forward(logits: Tensor, targets: Tensor, stats: Tensor, correct: Tensor, tai
             tail,
             vocab,
             TAIL=tail > 0,
-            BLOCK=block,
-            num_warps=_warps(block),
+            **_shape(vocab, _vector(logits)),
         )
 
 
@@ -231,18 +315,21 @@ def gradient(
     tail: float,
     out: Tensor,
 ) -> None:
-    """Writes the gradient of the rows to ``out`` [N, V], which may be the logits themselves."""
+    """Writes the gradient of the rows to ``out`` [N, V], which may be the logits themselves.
+
+    Raises ValueError where ``out`` has other strides than the logits.
+    """
     n, vocab = logits.shape
     if n == 0:
         return
+    _check_out(logits, out)
     a, c, b, t, target = (None if x is None else x.contiguous() for x in coefficients)
-    block = _block(vocab)
+    shape = _shape(vocab, min(_vector(logits), _vector(out)))
     with _on(logits):
-        gradient_kernel[(n, triton.cdiv(vocab, block))](
+        gradient_kernel[(n, triton.cdiv(vocab + shape["W"] - 1, shape["K"] * shape["R"] * shape["W"]))](
             logits,
             logits.stride(0),
             out,
-            out.stride(0),
             targets,
             targets if mask is None else mask.view(torch.uint8),
             stats.row_max,
@@ -260,54 +347,112 @@ def gradient(
             HAS_B=b is not None,
             HAS_T=t is not None,
             HAS_MASK=mask is not None,
-            BLOCK=block,
-            num_warps=_warps(block),
+            **shape,
         )
 
 
-def compile_kernels(capability: int, dtype: str, vocab: int, *, tail: bool = True) -> dict:
-    """Both kernels compiled for a CUDA compute capability (80, 90) on any machine, by name.
+def fused_score(
+    name: str,
+    knob: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    mask: Tensor | None,
+    weights: Tensor | None,
+    stats: Tensor,
+    correct: Tensor,
+    losses: Tensor,
+    fisher: Tensor,
+    out: Tensor | None,
+) -> None:
+    """The score ``name`` of triton_scores on logits [N, V]: fills stats, correct, losses and fisher, all 0
+    where ``mask`` is False, and writes the gradient of sum(weights * losses) to ``out`` (None: no gradient),
+    which may be the logits themselves. ``knob``: its parameter, 0-d fp32 on the device."""
+    n, vocab = logits.shape
+    if n == 0:
+        return
+    if out is not None:
+        _check_out(logits, out)
+    width = _vector(logits) if out is None else min(_vector(logits), _vector(out))
+    score = SCORES[name]
+    with _on(logits):
+        score_kernel[(n,)](
+            logits,
+            logits.stride(0),
+            logits if out is None else out,
+            targets,
+            targets if mask is None else mask.view(torch.uint8),
+            losses if weights is None else weights,
+            knob,
+            stats,
+            stats.stride(0),
+            correct.view(torch.uint8),
+            losses,
+            fisher,
+            vocab,
+            SCORE=score.function,
+            HAS_B=score.reads_mean,
+            HAS_MASK=mask is not None,
+            HAS_WEIGHTS=weights is not None,
+            GRADIENT=out is not None,
+            **_resident_shape(vocab, width, logits.dtype, _capability(logits.device)),
+        )
 
-    ``dtype`` is Triton's name of the logits' type: "fp32", "bf16" or "fp16". Needs TRITON_INTERPRET unset.
-    """
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
-    block = _block(vocab)
-    vectors = dict.fromkeys(
-        ("stats_ptr", "ref_ptr", "sum_ptr", "r1_ptr", "support_ptr", "a_ptr", "c_ptr", "b_ptr", "t_ptr", "target_ptr"),
-        "*fp32",
-    )
-    types = vectors | {
-        "z_ptr": f"*{dtype}",
-        "out_ptr": f"*{dtype}",
-        "targets_ptr": "*i64",
-        "mask_ptr": "*u8",
-        "correct_ptr": "*u8",
-        "z_stride": "i64",
-        "out_stride": "i64",
-        "stats_stride": "i64",
-        "tail": "fp32",
-        "V": "i32",
-    }
-    flags = {"BLOCK": block, "TAIL": tail, "HAS_C": True, "HAS_B": tail, "HAS_T": tail, "HAS_MASK": True}
-    compiled = {}
-    for kernel in (moments_kernel, gradient_kernel):
-        signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
-        constexprs = {name: flags[name] for name in kernel.arg_names if name in flags}
-        source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs)
-        options = {"num_warps": _warps(block)}
-        compiled[kernel.fn.__name__] = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    return compiled
+@triton.jit
+def rescale_kernel(g_ptr, stride, scale_ptr, V, BLOCK: tl.constexpr):
+    """g *= scale, in place; nothing is read or written where scale is 1."""
+    scale = tl.load(scale_ptr).to(tl.float32)
+    if scale != 1.0:
+        j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        at = g_ptr + tl.program_id(0).to(tl.int64) * stride + j
+        g = tl.load(at, mask=j < V, other=0.0).to(tl.float32)
+        tl.store(at, (g * scale).to(g_ptr.dtype.element_ty), mask=j < V)
 
 
-def _block(vocab: int) -> int:
-    return max(16, min(4096, triton.next_power_of_2(vocab)))
+def rescale(gradient: Tensor, scale: Tensor) -> None:
+    """gradient [N, V] times the 0-d ``scale``, in place, without waiting for its value."""
+    n, vocab = gradient.shape
+    if n == 0:
+        return
+    with _on(gradient):
+        rescale_kernel[(n, triton.cdiv(vocab, 4096))](gradient, gradient.stride(0), scale, vocab, BLOCK=4096)
 
 
-def _warps(block: int) -> int:
-    """16 elements a thread, so that the accumulators stay in registers."""
-    return max(1, min(8, block // 512))
+def _check_out(logits: Tensor, out: Tensor) -> None:
+    if out.stride() != logits.stride():
+        raise ValueError(f"the gradient's strides {out.stride()} are not those of the logits, {logits.stride()}")
+
+
+def _vector(tensor: Tensor) -> int:
+    """Elements of one access: 16 bytes where the tensor starts at a multiple of that, else one."""
+    return 1 if tensor.data_ptr() % VECTOR_BYTES else VECTOR_BYTES // tensor.element_size()
+
+
+def _shape(vocab: int, width: int) -> dict:
+    """Blocks of K x R x W slots: 16 elements a lane, as its loads in flight and few enough registers."""
+    warps = max(1, min(8, triton.next_power_of_2(vocab) // 512))
+    return {"K": max(1, 16 // width), "R": 32 * warps, "W": width, "num_warps": warps}
+
+
+def _resident_shape(vocab: int, width: int, dtype: torch.dtype, capability: int) -> dict:
+    """As ``_shape``, with PIECES the number of blocks of a row that is held on chip, or 0; PACKED as unpacked."""
+    plain = _shape(vocab, width)
+    lanes = 32 * plain["num_warps"]
+    pieces = triton.cdiv(vocab + width - 1, lanes * width)
+    packed = dtype == torch.bfloat16
+    most = (RESIDENT_HOPPER if capability >= 90 else RESIDENT_AMPERE) if packed else RESIDENT_FP32
+    if width == 1 or pieces * width > most:
+        return plain | {"PIECES": 0, "PACKED": False}
+    packed &= os.environ.get("TRITON_INTERPRET") != "1"  # no assembly there
+    return plain | {"K": 1, "PIECES": pieces, "PACKED": packed}
+
+
+@functools.cache
+def _capability(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def _on(tensor: Tensor):

@@ -5,9 +5,10 @@
     python -m recipes.race_nanogpt nanoGPT --data FOLDER --tokenizer gpt2 --rounds 3
 
 Processes take turns (nanoGPT, ours with CE, ours with DPSM, nanoGPT, ...), because machines are shared and
-drift; each round gives one ratio a pair, and the medians are printed. nanoGPT's step time is the one it
-prints; ours is ms_per_step_median of summary.json. Each logs as often as it does by default (nanoGPT every step,
-ours every tenth). On CPU both run fp32 without torch.compile.
+drift; each round gives one ratio a pair, and the medians are printed. A step's time is the same statistic for
+both: the mean over ten steps, as one log line of ours covers, and of these means the median, the first left out.
+nanoGPT's times are those it prints, ours come from metrics.jsonl by way of summary.json. On CPU both run fp32
+without torch.compile.
 """
 
 import argparse
@@ -28,8 +29,11 @@ from model.gpt2 import SIZES
 from runlog import environment, user_errors, write_json
 
 
+WINDOW = 10  # steps of a log line of train_lm.py
+
+
 def nanogpt_ms(checkout: Path, dataset: str, vocab: int, size: dict, args) -> float:
-    """Median milliseconds a step, the first five left out, of one nanoGPT process."""
+    """Milliseconds a step of one nanoGPT process: the median of ten-step means, the first left out."""
     flags = dict(
         dataset=dataset,
         device=args.device,
@@ -56,10 +60,12 @@ def nanogpt_ms(checkout: Path, dataset: str, vocab: int, size: dict, args) -> fl
         *(f"--{k}={v!r}" if not isinstance(v, str) else f"--{k}={v}" for k, v in flags.items()),
     ]
     ran = subprocess.run(line, cwd=checkout, capture_output=True, text=True)
-    times = [float(t) for t in re.findall(r"^iter \d+: loss \S+, time ([\d.]+)ms", ran.stdout, re.M)]
-    if ran.returncode or len(times) < 10:
+    # Its iteration 0 is an evaluation and a step; the last one printed is step max_iters + 1.
+    times = [float(t) for t in re.findall(r"^iter \d+: loss \S+, time ([\d.]+)ms", ran.stdout, re.M)][: args.steps]
+    if ran.returncode or len(times) < args.steps:
         raise ValueError(f"nanoGPT's train.py did not run: {ran.stderr.strip().splitlines()[-1:]}")
-    return statistics.median(times[5:])
+    windows = [times[i : i + WINDOW] for i in range(WINDOW, args.steps, WINDOW)]
+    return statistics.median(statistics.mean(w) for w in windows)
 
 
 def our_ms(loss: str, folder: Path, args) -> float:
@@ -116,6 +122,8 @@ def main(argv: list[str] | None = None) -> int:
     with user_errors():
         if not (args.checkout / "train.py").is_file():
             raise ValueError(f"{args.checkout} is no checkout of nanoGPT (no train.py)")
+        if args.steps < 2 * WINDOW or args.steps % WINDOW:
+            raise ValueError(f"--steps {args.steps}: give a multiple of {WINDOW}, at least {2 * WINDOW}")
         if args.out.exists():
             raise ValueError(f"{args.out} exists; give another --out")
         # Little to validate on: this measures training.

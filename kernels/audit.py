@@ -1,0 +1,183 @@
+"""Compiles every Triton kernel for sm_80 and sm_90, on any machine, and reads the machine code.
+
+    python -m kernels.audit
+    python -m kernels.audit --vocab 32000 --dtype fp16 --json audit.json
+
+No GPU is needed: Triton's own assembler and disassembler do the work. Per kernel it prints
+
+    regs     registers a thread
+    spill    bytes a thread that do not fit the registers (0 wanted)
+    loads    loads of global memory in the code, by bits a thread, and
+    stores   the same for stores; of the narrow ones a few belong to scalars and to the ends of a row
+    sfu/el   special-function instructions an element: those in the code, over the elements that a lane
+             handles in one go through the code. score_kernel needs two (p for the sums and again for the
+             gradient), the others one
+    shared   bytes of shared memory a program
+
+The launch shapes are those of triton_impl's launchers, the integers specialised as Triton does at a call.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+CAPABILITIES = (80, 90)
+VOCABULARIES = (50257, 151936)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def variants(capability: int, vocab: int, dtype: str) -> list[tuple[str, object, dict]]:
+    """(label, kernel, constants) of everything that is launched for logits [N, vocab] of Triton's ``dtype``."""
+    from kernels import triton_impl as impl
+
+    width = impl.VECTOR_BYTES // DTYPES[dtype].itemsize
+    plain = impl._shape(vocab, width)
+    resident = impl._resident_shape(vocab, width, DTYPES[dtype], capability)
+    full = dict(HAS_C=True, HAS_B=True, HAS_T=True, HAS_MASK=True)
+    found = [
+        ("moments_kernel", impl.moments_kernel, dict(TAIL=False) | plain),
+        ("moments_kernel, tail", impl.moments_kernel, dict(TAIL=True) | plain),
+        ("gradient_kernel", impl.gradient_kernel, full | dict(HAS_B=False, HAS_T=False) | plain),
+        ("gradient_kernel, tail", impl.gradient_kernel, full | plain),
+    ]
+    for name, score in impl.SCORES.items():
+        flags = dict(SCORE=score.function, HAS_B=score.reads_mean, HAS_MASK=True, HAS_WEIGHTS=True, GRADIENT=True)
+        read = "one read" if resident["PIECES"] else "two reads"
+        found.append((f"score_kernel, {name}, {read}", impl.score_kernel, flags | resident))
+    return found
+
+
+def compile_for(kernel, constants: dict, capability: int, dtype: str, vocab: int):
+    """Triton's compiled kernel for a CUDA compute capability (80, 90). TRITON_INTERPRET must be unset."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    def type_of(name):
+        if name in constants:
+            return "constexpr"
+        if name in ("z_ptr", "out_ptr"):
+            return f"*{dtype}"
+        if name in ("targets_ptr", "mask_ptr", "correct_ptr"):
+            return "*i64" if name == "targets_ptr" else "*u8"
+        if name.endswith("_ptr"):
+            return "*fp32"
+        return {"z_stride": "i32", "stats_stride": "i32", "tail": "fp32", "V": "i32"}[name]
+
+    signature = {name: type_of(name) for name in kernel.arg_names}
+    whole = [n for n in kernel.arg_names if n.endswith("_ptr") and n in ("z_ptr", "out_ptr", "knob_ptr")]
+    if vocab % 16 == 0:
+        whole += [n for n in ("z_stride", "V") if n in kernel.arg_names]
+    attributes = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in whole}
+    constexprs = {name: constants[name] for name in kernel.arg_names if name in constants}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
+    target = GPUTarget("cuda", capability, 32)
+    return triton.compile(source, target=target, options={"num_warps": constants["num_warps"]})
+
+
+def read_code(compiled, elements: int) -> dict:
+    """What a compiled kernel's machine code shows; ``elements``: those a lane handles in one go through it."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+    def tool(name, *arguments):
+        done = subprocess.run([tools / name, *arguments], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{name} failed: {done.stderr.strip()}")
+        return done.stdout
+
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        code, usage = tool("nvdisasm", "-c", str(cubin)), tool("cuobjdump", "-res-usage", str(cubin))
+    # One instruction a line: /*0040*/  @P0 LDG.E.128 R4, ...
+    opcodes = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", code, re.M)
+    if not opcodes:
+        raise RuntimeError("no instruction found in nvdisasm's output; its format has changed")
+
+    def widths(prefix):
+        bits = Counter()
+        for op in opcodes:
+            if op.split(".")[0] == prefix:
+                sized = re.search(r"\.(128|64|U16|S16|U8|S8)\b", op)
+                bits[int(re.sub(r"\D", "", sized[1])) if sized else 32] += 1
+        return dict(sorted(bits.items(), reverse=True))
+
+    local = [op for op in opcodes if op.split(".")[0] in ("LDL", "STL")]
+    usage = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage))
+    return {
+        "registers": int(usage["REG"]),
+        "spill_bytes": int(usage["STACK"]) + int(usage["LOCAL"]),
+        "spill_instructions": len(local),
+        "loads": widths("LDG"),
+        "stores": widths("STG"),
+        "special_per_element": sum(op.startswith("MUFU") for op in opcodes) / elements,
+        "shared_bytes": compiled.metadata.shared,
+        "instructions": len(opcodes),
+    }
+
+
+def audit(capability: int, vocab: int, dtype: str, only: str = "") -> list[dict]:
+    """A row of figures for each kernel whose label holds ``only``."""
+    rows = []
+    for label, kernel, constants in variants(capability, vocab, dtype):
+        if only not in label:
+            continue
+        compiled = compile_for(kernel, constants, capability, dtype, vocab)
+        elements = constants["K"] * constants["W"] * max(1, constants.get("PIECES", 0))
+        shape = {k: constants[k] for k in ("K", "R", "W", "num_warps")} | {"pieces": constants.get("PIECES", 0)}
+        where = dict(kernel=label, capability=capability, vocab=vocab, dtype=dtype)
+        rows.append(where | shape | read_code(compiled, elements))
+    return rows
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m kernels.audit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--capability", type=int, nargs="+", default=CAPABILITIES, help="80: A100, 90: H100, H200")
+    parser.add_argument("--vocab", type=int, nargs="+", default=VOCABULARIES)
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the logits")
+    parser.add_argument("--kernel", default="", help="only kernels whose label holds this")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="also write the rows there")
+    args = parser.parse_args(argv)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        print("TRITON_INTERPRET=1 is set, so that Triton does not compile; unset it", file=sys.stderr)
+        return 2
+    try:
+        import triton
+    except ImportError:
+        print("triton is not installed (it has wheels for Linux); pip install triton", file=sys.stderr)
+        return 2
+    print(f"triton {triton.__version__}, {args.dtype}")
+    print(
+        f"{'kernel':40} {'sm':>3} {'V':>7} {'regs':>5} {'spill':>5} {'loads':22} {'stores':22} "
+        f"{'sfu/el':>6} {'shared':>6}"
+    )
+    rows = []
+    for vocab in args.vocab:
+        for capability in args.capability:
+            for row in audit(capability, vocab, args.dtype, args.kernel):
+                rows.append(row)
+                loads, stores = (" ".join(f"{n}x{bits}" for bits, n in row[k].items()) for k in ("loads", "stores"))
+                print(
+                    f"{row['kernel']:40} {capability:3} {vocab:7} {row['registers']:5} {row['spill_bytes']:5} "
+                    f"{loads:22} {stores:22} {row['special_per_element']:6.2f} {row['shared_bytes']:6}",
+                    flush=True,
+                )
+    if args.json:
+        args.json.write_text(json.dumps(dict(triton=triton.__version__, rows=rows), indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

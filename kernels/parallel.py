@@ -1,0 +1,189 @@
+"""linear_score with the vocabulary split over ranks, for heads that outgrow one device.
+
+Every rank holds the hidden states of all tokens and its own rows of the weight. It reduces its part of
+each row of logits to moments of its own; one all-reduce brings the few numbers a token and rank together,
+and from there every rank knows the moments of the whole row, and the gradient of its own logits. Sums of
+d_hidden over ranks are one more all-reduce, as in any tensor-parallel layer.
+
+With q_k the softmax over rank k's entries without the target, and share_k the part of the off-target mass
+that lies there, share_k = exp(lse_k - logsumexp_k lse_k):
+
+    p_j = r1 share_k q_j            r_m = r1^m sum_k share_k^m sum_j q_j^m
+    d = logsumexp_k lse_k - z_y     r1 = sigmoid(d), log_p = logsigmoid(-d)
+
+so no sum over the vocabulary crosses ranks, and nothing cancels that does not in one process.
+"""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.linear import REDUCTIONS, GradientInForward, Head
+from kernels.moments import Coefficients, Moments, Stats, fisher_of, gradient_coefficients, mask_stats, score_partials
+
+# What a rank contributes for each token, all of its own entries without the target.
+_SENT = ("lse", "w2", "w3", "w4", "entropy", "log_sum", "support", "top", "z_y", "before")
+
+
+def parallel_linear_score(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    score,
+    *,
+    group: dist.ProcessGroup | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    fisher: bool = False,
+    chunk: int | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Moments]:
+    """``linear_score`` for a weight [V / ranks, D] that holds this rank's rows of the head, in rank order.
+
+    hidden [N, D] and targets [N], in terms of the whole vocabulary, are the same on all ranks of ``group``;
+    parts may differ in size. The loss and the Moments come out the same on every rank, d_weight is that of
+    this rank's rows, and d_hidden is complete on every rank: do not reduce it again. Moments as in
+    linear_score, without tail_log_p. The gradient is computed in the forward; reduction "mean" or "sum".
+
+    Raises ValueError for other reductions, and as ``linear_score`` does.
+    """
+    if reduction not in REDUCTIONS[:2]:
+        raise ValueError(f"reduction={reduction!r}: expected 'mean' or 'sum' where the vocabulary is split over ranks")
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    sizes = torch.zeros(ranks, dtype=torch.long, device=weight.device)
+    sizes[rank] = len(weight)
+    dist.all_reduce(sizes, group=group)
+    first, vocab = int(sizes[:rank].sum()), int(sizes.sum())
+    valid = targets != ignore_index
+    wrong = targets[valid & ((targets < 0) | (targets >= vocab))]
+    if len(wrong):
+        raise ValueError(f"target {wrong[0].item()} is outside [0, {vocab}), the vocabulary of all ranks together")
+    head = _PartHead(hidden, weight, targets, first, ignore_index, chunk, impl)
+    wants = tuple(torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)) + (False,)
+    losses, fishers = head.new_vector(), head.new_vector() if fisher else None
+    grads = head.new_grads(wants)
+    with head.quiet():
+        for rows in head.chunks:
+            logits = head.part_logits(rows)
+            share = head.combine(logits, rows, rank, ranks, group)
+            mask_stats(head.stats[:, rows], head.correct[rows], head.mask_of(rows))
+            losses[rows], partials = score_partials(head.moments(rows), score)
+            stats = Stats(*head.stats[:, rows].unbind(0))
+            if fisher:
+                fishers[rows] = torch.where(head.valid[rows], fisher_of(stats, partials), 0.0)
+            if any(wants):
+                head.part_gradient(logits, rows, gradient_coefficients(stats, partials), share)
+                head.accumulate(logits[:, :-1], rows, grads)
+        if grads[0] is not None:
+            dist.all_reduce(grads[0], group=group)
+        total = torch.where(head.valid, losses, 0.0).sum()
+        if reduction == "mean":
+            total = total / head.valid.sum().clamp_min(1)
+    if any(wants):
+        count = head.valid.sum().clamp_min(1) if reduction == "mean" else None
+        total = GradientInForward.apply(hidden, weight, None, total, *grads, count)
+    return total, head.moments(slice(None), fishers)
+
+
+class _PartHead(Head):
+    """A head over one rank's rows. Its logits carry one column more, of -inf, which stands in for the target:
+    the kernels then reduce exactly the entries that are not the target, and the column is thrown away."""
+
+    def __init__(self, hidden, weight, targets, first, ignore_index, chunk, impl):
+        local = torch.where(targets == ignore_index, ignore_index, len(weight))
+        super().__init__(hidden, F.pad(weight.detach(), (0, 0, 0, 1)), local, ignore_index, 0.0, chunk, impl)
+        self.rows_weight = weight.detach().to(self.h.dtype)
+        self.weight = self.rows_weight
+        self.grad_dtypes = (hidden.dtype, weight.dtype, None)
+        self.global_targets = torch.where(targets == ignore_index, -1, targets.long())
+        self.first = first
+        # On CPU check_targets may have found no ignored token; combine masks by ``valid`` in any case.
+        self.mask = self.valid
+
+    def new_grads(self, wants):
+        self.vocab -= 1
+        try:
+            return super().new_grads(wants)
+        finally:
+            self.vocab += 1
+
+    def part_logits(self, rows: slice) -> Tensor:
+        """[n, V_k + 1], -inf in the last column and at the target where it is this rank's; fills self.mine
+        (which rows have it), self.at (where) and self.z_y."""
+        if self.buffer is None:
+            self.buffer = self.h.new_empty(self.chunks[0].stop, self.stride)[:, : self.vocab]
+        logits = self.buffer[: rows.stop - rows.start]
+        torch.mm(self.h[rows], self.rows_weight.t(), out=logits[:, :-1])
+        logits[:, -1] = -torch.inf
+        at = self.global_targets[rows] - self.first
+        self.mine = (at >= 0) & (at < self.vocab - 1)
+        self.at = torch.where(self.mine, at, self.vocab - 1)[:, None]
+        self.z_y = logits.gather(1, self.at)[:, 0].to(self.stats.dtype)  # -inf where it is another rank's
+        logits.scatter_(1, self.at, -torch.inf)
+        return logits
+
+    def combine(self, logits: Tensor, rows: slice, rank: int, ranks: int, group) -> Tensor:
+        """Fills the chunk's stats with those of the whole rows; this rank's share of the off-target mass, [n]."""
+        local = torch.empty_like(self.stats[:, rows])
+        ignored = torch.empty_like(self.correct[rows])
+        last = torch.full_like(self.targets[rows], self.vocab - 1)
+        self.module.forward(logits, last, local, ignored, 0.0)
+        self.local = s = Stats(*local.unbind(0))
+        zero = torch.zeros_like(s.r1)
+        empty = s.support == 0  # no entry here: the kernels' numbers for such a row are those of a sure target
+        top = torch.where(empty, -torch.inf, s.row_max)
+        sent = torch.stack([
+            torch.where(empty, -torch.inf, s.row_max + s.row_sum.log()),
+            *(torch.where(empty, zero, x) for x in (s.r2, s.r3, s.r4, s.entropy, s.mean_log_p * s.support, s.support)),
+            top,
+            torch.where(self.mine, self.z_y, -torch.inf),
+            (logits.argmax(-1) + self.first < self.global_targets[rows]).to(top.dtype),  # in a tie the first wins
+        ])  # fmt: skip
+        everyone = torch.zeros(ranks, *sent.shape, dtype=sent.dtype, device=sent.device)
+        everyone[rank] = sent
+        # -inf + 0 is -inf, so a sum of parts that are 0 elsewhere hands everyone's numbers to all.
+        dist.all_reduce(everyone, group=group)
+        parts = dict(zip(_SENT, everyone.unbind(1), strict=True))
+        z_y = parts["z_y"].amax(0)
+        lse = parts["lse"].logsumexp(0)
+        alone = lse == -torch.inf
+        share = torch.where(parts["lse"] == -torch.inf, 0.0, (parts["lse"] - lse).exp())
+        d = torch.where(alone, -torch.inf, lse - z_y)
+        r1, p_y, log_p, log_r1 = torch.sigmoid(d), torch.sigmoid(-d), F.logsigmoid(-d), F.logsigmoid(d)
+        w2, w3, w4 = ((share**k * parts[f"w{k}"]).sum(0) for k in (2, 3, 4))
+        y_live = z_y != -torch.inf
+        support = parts["support"].sum(0) + y_live
+        # log p_j = log q_j + log share_k + log r1; a rank without mass has share 0 and no such entry.
+        log_share = torch.where(share > 0, share.log(), 0.0)
+        off = torch.where(alone, 0.0, log_r1)
+        entropy = (share * (parts["entropy"] - log_share)).sum(0)
+        sums = (parts["log_sum"] + parts["support"] * (log_share + off)).sum(0) + torch.where(y_live, log_p, 0.0)
+        confidence = torch.where(parts["lse"] == -torch.inf, 0.0, (parts["top"] - lse).exp()).amax(0)
+        values = Stats(*(zero,) * 15)._replace(
+            log_p=log_p,
+            r1=r1,
+            r2=r1**2 * w2,
+            r3=r1**3 * w3,
+            r4=r1**4 * w4,
+            mean_log_p=sums / support,
+            entropy=r1 * (entropy - off) - p_y * torch.where(y_live, log_p, 0.0),
+            confidence=torch.maximum(p_y, r1 * confidence),
+            support=support,
+            p_y=p_y,
+        )
+        self.stats[:, rows] = torch.stack(values)
+        best = parts["top"].amax(0)
+        tied = (parts["top"] == best) & (best == z_y) & (parts["before"] > 0)
+        self.correct[rows] = alone | (z_y > best) | ((z_y == best) & ~tied.any(0))
+        return share[rank]
+
+    def part_gradient(self, logits, rows, coefficients, share: Tensor) -> None:
+        """Over the logits: p_j (a + c p_j) + b off target, the target's own entry where it is this rank's."""
+        a, c, b, _, target = coefficients
+        mass = self.stats[1, rows] * share  # p_j = mass * q_j
+        part = Coefficients(a * mass, None if c is None else c * mass * mass, b, None, torch.zeros_like(a))
+        last, mask = torch.full_like(self.targets[rows], self.vocab - 1), self.mask_of(rows)
+        self.module.gradient(logits, last, mask, self.local, part, 0.0, logits)
+        logits.masked_fill_((self.local.support == 0)[:, None], 0.0)
+        logits.scatter_(1, self.at, torch.where(mask, target, 0.0)[:, None].to(logits.dtype))
