@@ -1,17 +1,24 @@
-"""Time and memory of DPSM's loss, forward and backward, beside its literal form and cross-entropy.
+"""Time, memory, bandwidth and error of DPSM's loss beside every peer that is installed.
 
-    python -m kernels.bench                          # 2048 x 50257, fp32
-    python -m kernels.bench --n 3072 --v 512 --json bench.json
-    python -m kernels.bench --d 768                  # and from hidden states, with the head's matrix products
+    python -m kernels.bench                        # on a GPU GPT-2's and Qwen3's heads, bf16; on CPU 2048 x 50257
+    python -m kernels.bench --n 3072 --v 512 --d 384 --dtype fp32 --csv bench.csv
+    python -m kernels.bench --csv bench.csv --plot bench.png
+    python -m kernels.bench --audit-2k --trace traces   # one batch of 2,000 tokens through every score
 
 The providers take turns in one process, so that what else the machine does falls on all of them, and
-the table gives medians and their ratio to the literal form. Peak memory is what a fresh process needs
-beyond the logits and their targets, in units of one logits tensor: on CPU from the kernel's high-water
-mark of resident memory, on CUDA from the allocator. ``inplace`` overwrites the logits, so its later
-rounds see other values; the work does not depend on them.
+the table gives medians and their ratio to the literal form. Forward is without gradient; step is forward
+and backward. Peak memory is what one step needs beyond the inputs, in units of one logits tensor: on CUDA
+from the allocator, on CPU in a fresh process from the high-water mark of resident memory. "of copy" is the
+speed of one read and one write of the logits over that of copying them, measured in the same turns: how
+close a step comes to the memory limit. The error is that of the gradient of the (first) leaf on 64 tokens,
+against float64 autograd of the same loss, relative to its largest entry.
+
+What is not installed is named. ``in place`` overwrites the logits, so its later rounds see other values;
+the work does not depend on them.
 """
 
 import argparse
+import csv
 import json
 import os
 import platform
@@ -20,109 +27,113 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from datetime import UTC, datetime
+from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
-from kernels import linear_score, softmax_moments
-from losses import dpsm
+from kernels import linear_score
+from kernels.providers import ALPHA, LINEAR, LOSSES, SCORES, providers
 
-ALPHA = 0.5
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SHAPES = {"gpt2": (8192, 50257, 768), "qwen3": (8192, 151936, 1024)}  # tokens, vocabulary, hidden
 
 
-def literal_loss(logits, targets):
-    """(1 - alpha) CE + alpha Brier as the formulas read, with log_softmax, exp and a one-hot."""
-    log_p = F.log_softmax(logits.float(), dim=-1)
-    p = log_p.exp()
-    one_hot = F.one_hot(targets, logits.shape[-1]).float()
-    ce = -(one_hot * log_p).sum(-1)
-    brier = ((p - one_hot) ** 2).sum(-1)
-    return ((1 - ALPHA) * ce + ALPHA * brier).mean()
-
-
-def ours_loss(logits, targets):
-    return dpsm(ALPHA)(softmax_moments(logits, targets)).mean()
-
-
-def inplace_loss(logits, targets):
-    return dpsm(ALPHA)(softmax_moments(logits, targets, inplace_backward=True)).mean()
-
-
-LOSSES = {"literal": literal_loss, "cross_entropy": F.cross_entropy, "ours": ours_loss, "inplace": inplace_loss}
-
-LINEAR = {
-    "linear+literal": lambda h, w, y: literal_loss(F.linear(h, w), y),
-    "linear+cross_entropy": lambda h, w, y: F.cross_entropy(F.linear(h, w), y),
-    "linear_score(ce)": lambda h, w, y: linear_score(h, w, y, lambda m: -m.log_p)[0],
-    "linear_score(dpsm)": lambda h, w, y: linear_score(h, w, y, dpsm(ALPHA))[0],
-}
-
-
-def make_inputs(name: str, args) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Leaves that require a gradient (logits, or hidden and weight) and targets."""
-    generator = torch.Generator(args.device).manual_seed(0)
-    new = dict(device=args.device, generator=generator)
-    targets = torch.randint(args.v, (args.n,), **new)
-    if name in LOSSES:
-        leaves = [torch.randn(args.n, args.v, dtype=DTYPES[args.dtype], **new).mul_(3)]
-    else:
-        leaves = [torch.randn(rows, args.d, dtype=DTYPES[args.dtype], **new) for rows in (args.n, args.v)]
+def make_inputs(
+    linear: bool, n: int, v: int, d: int, dtype: str, device: str
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Leaves that require a gradient, logits or hidden and weight, and targets."""
+    generator = torch.Generator(device).manual_seed(0)
+    new = dict(device=device, generator=generator)
+    targets = torch.randint(v, (n,), **new)
+    if linear:
+        leaves = [torch.randn(rows, d, dtype=DTYPES[dtype], **new) for rows in (n, v)]
         leaves[1].mul_(0.02)
+    else:
+        leaves = [torch.randn(n, v, dtype=DTYPES[dtype], **new).mul_(3)]
     return [x.requires_grad_() for x in leaves], targets
 
 
-def run_once(name: str, leaves, targets) -> None:
+def run_once(function, leaves, targets, forward: bool = False) -> None:
     for leaf in leaves:
         leaf.grad = None
-    {**LOSSES, **LINEAR}[name](*leaves, targets).backward()
+    if forward:
+        with torch.no_grad():
+            function(*leaves, targets)
+    else:
+        function(*leaves, targets).backward()
 
 
-def measure_times(names, args) -> dict[str, list[float]]:
-    """Seconds of each of ``--repeats`` rounds, the providers taking turns within a round."""
-    kinds = {n: ("logits" if n in LOSSES else "hidden") for n in names}
-    inputs = {kind: make_inputs(next(n for n in names if kinds[n] == kind), args) for kind in set(kinds.values())}
-    if "inplace" in names:  # its own copy, as it destroys it
-        leaves, targets = inputs["logits"]
-        inputs["inplace"] = [leaves[0].detach().clone().requires_grad_()], targets
-    wait = torch.cuda.synchronize if args.device == "cuda" else lambda: None
-    times = {name: [] for name in names}
-    for turn in range(args.repeats + 1):
-        for name in names:
-            leaves, targets = inputs["inplace" if name == "inplace" else kinds[name]]
-            wait()
-            start = time.perf_counter()
-            run_once(name, leaves, targets)
-            wait()
-            if turn:  # the first round warms up
-                times[name].append(time.perf_counter() - start)
-            for leaf in leaves:
+def measure_times(functions: dict, leaves, targets, repeats: int, forward: bool, copy: bool) -> dict[str, list[float]]:
+    """Seconds of each round, the providers taking turns within a round; "copy" is that of the first leaf."""
+    own = {name: [leaves[0].detach().clone().requires_grad_()] for name in functions if name.endswith("in place")}
+    cuda = leaves[0].is_cuda
+    source = leaves[0].detach()
+    target = torch.empty_like(source) if copy else None
+    jobs = {
+        name: lambda f=f, name=name: run_once(f, own.get(name, leaves), targets, forward)
+        for name, f in functions.items()
+    }
+    if copy:
+        jobs["copy"] = lambda: target.copy_(source)
+    times = {name: [] for name in jobs}
+    for turn in range(repeats + (3 if cuda else 1)):  # the first rounds warm up, and compile
+        for name, job in jobs.items():
+            if cuda:
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                torch.cuda.synchronize()
+                begin.record()
+                job()
+                end.record()
+                torch.cuda.synchronize()
+                seconds = begin.elapsed_time(end) / 1000
+            else:
+                start = time.perf_counter()
+                job()
+                seconds = time.perf_counter() - start
+            if turn >= (3 if cuda else 1):
+                times[name].append(seconds)
+            for leaf in (*leaves, *own.get(name, ())):
                 leaf.grad = None
     return times
 
 
-def measure_memory(name: str, args) -> int:
-    """Peak bytes beyond the inputs during one forward and backward. Run it in a process of its own."""
-    small = argparse.Namespace(**{**vars(args), "n": 8, "v": 64})
-    run_once(name, *make_inputs(name, small))  # what the libraries load and keep once
-    leaves, targets = make_inputs(name, args)
-    if args.device == "cuda":
+def gradient_error(function, linear: bool, v: int, d: int, dtype: str, device: str, name: str) -> float:
+    """Largest error of the gradient of the first leaf, over its largest entry, on 64 tokens."""
+    leaves, targets = make_inputs(linear, 64, v, d, dtype, device)
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    log_p = (exact[0] @ exact[1].t() if linear else exact[0]).log_softmax(-1)
+    log_p_y = log_p.gather(1, targets[:, None])[:, 0]
+    brier = log_p.exp().square().sum(-1) - 2 * log_p_y.exp() + 1
+    alpha = ALPHA if "DPSM" in name else 0.0
+    ((1 - alpha) * -log_p_y + alpha * brier).mean().backward()
+    run_once(function, leaves, targets)
+    return ((leaves[0].grad.double() - exact[0].grad).abs().max() / exact[0].grad.abs().max()).item()
+
+
+def measure_memory(function, linear: bool, n: int, v: int, d: int, dtype: str, device: str) -> int:
+    """Peak bytes beyond the inputs of one step. On CPU run it in a process of its own."""
+    small = make_inputs(linear, 8, 64, max(d, 1), dtype, device)
+    run_once(function, *small)  # what the libraries load and keep once
+    leaves, targets = make_inputs(linear, n, v, d, dtype, device)
+    if device == "cuda":
+        run_once(function, leaves, targets)
+        for leaf in leaves:
+            leaf.grad = None
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        run_once(name, leaves, targets)
+        run_once(function, leaves, targets)
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     before = _resident("VmRSS")
-    peak = None
     try:
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # the high-water mark starts again from here
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
         peak = lambda: _resident("VmHWM")  # noqa: E731
     except OSError:
         peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # noqa: E731
-    run_once(name, leaves, targets)
+    run_once(function, leaves, targets)
     return peak() - before
 
 
@@ -132,7 +143,19 @@ def _resident(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def cpu_name() -> str:
+def measure_memory_apart(name: str, n: int, v: int, d: int, dtype: str, threads: int = 0) -> int:
+    """``measure_memory`` on CPU in a fresh process."""
+    shape = ["--n", n, "--v", v, "--d", d, "--dtype", dtype, "--device", "cpu", "--threads", threads]
+    command = [sys.executable, "-m", "kernels.bench", *map(str, shape), "--memory-of", name]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "MALLOC_ARENA_MAX": "1"})
+    if done.returncode:
+        raise RuntimeError(f"measuring the memory of {name} failed: {done.stderr.strip().splitlines()[-1]}")
+    return int(done.stdout.split()[-1])
+
+
+def device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
     try:
         with open("/proc/cpuinfo") as file:
             return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
@@ -140,56 +163,212 @@ def cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def measure_memory_apart(name: str, argv) -> int:
-    command = [sys.executable, "-m", "kernels.bench", *argv, "--memory-of", name]
-    env = {**os.environ, "MALLOC_ARENA_MAX": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
-    if done.returncode:
-        raise RuntimeError(f"measuring the memory of {name} failed: {done.stderr.strip().splitlines()[-1]}")
-    return int(done.stdout.split()[-1])
+def where_and_when(device: str) -> dict:
+    try:
+        import triton
+
+        version = triton.__version__
+    except ImportError:
+        version = None
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    machine = dict(device=device_name(device), threads=torch.get_num_threads())
+    return machine | dict(torch=torch.__version__, triton=version, date=date)
 
 
-def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m kernels.bench", description=__doc__.splitlines()[0])
-    parser.add_argument("--n", type=int, default=2048, help="tokens")
-    parser.add_argument("--v", type=int, default=50257, help="vocabulary")
+def bench(linear: bool, n: int, v: int, d: int, args) -> list[dict]:
+    """One row a provider, printed as a table."""
+    functions, missing = providers(linear, args.device)
+    leaves, targets = make_inputs(linear, n, v, d, args.dtype, args.device)
+    step = measure_times(functions, leaves, targets, args.repeats, forward=False, copy=not linear)
+    forward = measure_times(functions, leaves, targets, args.repeats, forward=True, copy=False)
+    del leaves
+    copy = step.pop("copy", None)
+    base = "linear + literal DPSM" if linear else "literal DPSM"
+    logits_bytes = n * v * DTYPES[args.dtype].itemsize
+    about = where_and_when(args.device)
+    print(f"N={n} V={v} D={d if linear else '-'} {args.dtype} on {about['device']}, {about['threads']} CPU threads")
+    print(
+        f"{'provider':29} {'forward ms':>11} {'step ms':>9} {'x literal':>9} {'of copy':>8} "
+        f"{'peak, logits':>12} {'error':>9}"
+    )
+    rows = []
+    for name, function in functions.items():
+        # Ratios within a round first: what slows a round down slows both.
+        ratio = statistics.median(a / b for a, b in zip(step[name], step[base], strict=True))
+        share = None
+        if copy:
+            share = statistics.median(c / t for c, t in zip(copy, step[name], strict=True))
+        if args.device == "cuda":
+            peak = measure_memory(function, linear, n, v, d, args.dtype, "cuda")
+        else:
+            peak = measure_memory_apart(name, n, v, d if linear else 0, args.dtype, args.threads)
+        error = None
+        if name != "matrix products":
+            error = gradient_error(function, linear, v, d, args.dtype, args.device, name)
+        row = dict(provider=name, n=n, v=v, d=d if linear else None, dtype=args.dtype)
+        row |= dict(forward_ms=1e3 * statistics.median(forward[name]), step_ms=1e3 * statistics.median(step[name]))
+        row |= dict(best_step_ms=1e3 * min(step[name]), ratio_to_literal=ratio, share_of_copy=share)
+        row |= dict(gb_per_s=None if linear else 2e-9 * logits_bytes / statistics.median(step[name]))
+        row |= dict(peak_bytes=peak, peak_logits=peak / logits_bytes, gradient_error=error, repeats=args.repeats)
+        rows.append(row | about)
+        share = "" if share is None else f"{100 * share:.0f} %"
+        error = "" if error is None else f"{error:.1e}"
+        print(
+            f"{name:29} {row['forward_ms']:11.3f} {row['step_ms']:9.3f} {ratio:9.3f} {share:>8} "
+            f"{row['peak_logits']:12.2f} {error:>9}",
+            flush=True,
+        )
+    for name, why in missing.items():
+        print(f"{name:29} {why}")
+    return rows
+
+
+def audit_2k(args) -> list[dict]:
+    """One fixed batch of 2,000 tokens through every score: time, memory, FLOPs and joules of a step."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from runlog import EnergyMeter
+
+    n, (v, d) = 2000, (args.v or 50257, args.d or 768)
+    functions = {
+        "linear + literal DPSM": LINEAR["linear + literal DPSM"],
+        "linear + torch CE": LINEAR["linear + torch CE"],
+    }
+    for name, score in SCORES.items():
+        functions[f"linear_score {name}"] = lambda h, w, y, s=score: linear_score(h, w, y, s, fisher=True)[0]
+    leaves, targets = make_inputs(True, n, v, d, args.dtype, args.device)
+    times = measure_times(functions, leaves, targets, args.repeats, forward=False, copy=False)
+    meter, about = EnergyMeter(torch.device(args.device)), where_and_when(args.device)
+    print(f"2,000 tokens, V={v} D={d} {args.dtype} on {about['device']}; ours with every moment and the Fisher")
+    print(f"{'loss':29} {'step ms':>9} {'x torch CE':>10} {'peak MB':>9} {'GFLOP':>8} {'joules a step':>14}")
+    rows = []
+    for name, function in functions.items():
+        ranges = torch.cuda.nvtx.range(name) if args.nvtx else nullcontext()
+        before = meter.read()
+        rounds = 0
+        if before is not None:  # the counter moves in steps of milliseconds
+            stop = time.perf_counter() + 1.0
+            while time.perf_counter() < stop:
+                run_once(function, leaves, targets)
+                torch.cuda.synchronize()
+                rounds += 1
+        joules = None if before is None else (meter.read() - before) / rounds
+        with ranges, FlopCounterMode(display=False) as flops:
+            run_once(function, leaves, targets)
+        if args.device == "cuda":
+            peak = measure_memory(function, True, n, v, d, args.dtype, "cuda")
+        else:
+            peak = None  # kernels.bench without --audit-2k measures it in fresh processes
+        if args.trace:
+            write_trace(
+                function, leaves, targets, Path(args.trace) / f"{name.replace(' ', '_').replace('+', 'and')}.json"
+            )
+        ratio = statistics.median(a / b for a, b in zip(times[name], times["linear + torch CE"], strict=True))
+        row = dict(loss=name, n=n, v=v, d=d, dtype=args.dtype, step_ms=1e3 * statistics.median(times[name]))
+        row |= dict(ratio_to_torch_ce=ratio, peak_bytes=peak, flops=flops.get_total_flops(), joules=joules)
+        rows.append(row | about)
+        shown = ["" if x is None else x for x in (peak and f"{peak / 1e6:.0f}", joules and f"{joules:.3f}")]
+        print(f"{name:29} {row['step_ms']:9.3f} {ratio:10.3f} {shown[0]:>9} {row['flops'] / 1e9:8.1f} {shown[1]:>14}")
+    return rows
+
+
+def write_trace(function, leaves, targets, file: Path) -> None:
+    """A torch.profiler trace of one step, for chrome://tracing or Perfetto."""
+    from torch.profiler import ProfilerActivity, profile
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if leaves[0].is_cuda else [])
+    with profile(activities=kinds) as profiler:
+        run_once(function, leaves, targets)
+    profiler.export_chrome_trace(str(file))
+
+
+def write_plot(rows: list[dict], file: str) -> None:
+    """Step times of the providers, one panel a shape."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shapes = list(dict.fromkeys((r["n"], r["v"], r["d"]) for r in rows))
+    figure, axes = plt.subplots(1, len(shapes), figsize=(6.5 * len(shapes), 4.2), squeeze=False, layout="constrained")
+    for axis, shape in zip(axes[0], shapes, strict=True):
+        shown = [r for r in rows if (r["n"], r["v"], r["d"]) == shape][::-1]
+        colors = ["#1f77b4" if "ours" in r["provider"] or "linear_score" in r["provider"] else "#bbbbbb" for r in shown]
+        axis.barh([r["provider"] for r in shown], [r["step_ms"] for r in shown], color=colors)
+        for y, r in enumerate(shown):
+            axis.text(r["step_ms"], y, f" {r['step_ms']:.3g} ms", va="center", fontsize=8)
+        axis.margins(x=0.18)
+        axis.set_xlabel("forward and backward, ms")
+        head = f", D = {shape[2]}" if shape[2] else ", logits"
+        axis.set_title(f"N = {shape[0]}, V = {shape[1]}{head}, {shown[0]['dtype']}", fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{rows[0]['device']}, torch {rows[0]['torch']}, {rows[0]['date'][:10]}", fontsize=9)
+    figure.savefig(file, dpi=150)
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m kernels.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", choices=SHAPES, nargs="+", help="on a GPU by default all")
+    parser.add_argument("--n", type=int, default=0, help="tokens, in place of --shape")
+    parser.add_argument("--v", type=int, default=0, help="vocabulary")
     parser.add_argument("--d", type=int, default=0, help="hidden size; above 0 also times the linear head")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of logits, hidden and weight")
+    parser.add_argument("--dtype", choices=DTYPES, help="of logits, hidden and weight (bf16 on a GPU, else fp32)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
-    parser.add_argument("--repeats", type=int, default=7, help="rounds that count")
-    parser.add_argument("--json", metavar="FILE", help="also write the rows there")
-    parser.add_argument("--memory-of", choices=(*LOSSES, *LINEAR), help=argparse.SUPPRESS)
-    argv = sys.argv[1:] if argv is None else list(argv)
+    parser.add_argument("--repeats", type=int, default=0, help="rounds that count (30 on a GPU, else 7)")
+    parser.add_argument("--csv", metavar="FILE", help="also write the rows there")
+    parser.add_argument("--json", metavar="FILE", help="likewise")
+    parser.add_argument("--plot", metavar="FILE", help="step times as a PNG")
+    parser.add_argument("--audit-2k", action="store_true", help="2,000 tokens through every score instead")
+    parser.add_argument("--trace", metavar="FOLDER", help="with --audit-2k: torch.profiler traces")
+    parser.add_argument("--nvtx", action="store_true", help="with --audit-2k: an NVTX range a score, for Nsight")
+    parser.add_argument("--memory-of", choices=(*LOSSES, *LINEAR, "F.linear_cross_entropy"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    wrong = next((f"--{k} {v}" for k, v in vars(args).items() if isinstance(v, int) and v < 0), None)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        wrong = "--device cuda, and torch sees no CUDA device"
+    elif (args.trace or args.nvtx) and not args.audit_2k:
+        wrong = "--trace and --nvtx go with --audit-2k"
+    elif args.nvtx and args.device != "cuda":
+        wrong = "--nvtx needs a CUDA device"
+    elif args.plot and args.audit_2k:
+        wrong = "--plot is of the bench; leave out --audit-2k"
+    if wrong:
+        print(f"kernels.bench: cannot do this: {wrong}", file=sys.stderr)
+        return 2
+    cuda = args.device == "cuda"
+    args.dtype, args.repeats = args.dtype or ("bf16" if cuda else "fp32"), args.repeats or (30 if cuda else 7)
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.memory_of:
-        print(measure_memory(args.memory_of, args))
-        return
-
-    names = [*LOSSES, *(LINEAR if args.d else ())]
-    one_logits = args.n * args.v * DTYPES[args.dtype].itemsize
-    memory = {name: measure_memory_apart(name, argv) for name in names}
-    times = measure_times(names, args)
-    device = torch.cuda.get_device_name() if args.device == "cuda" else cpu_name()
-    print(f"N={args.n} V={args.v} D={args.d} {args.dtype} on {device}, {torch.get_num_threads()} threads")
-    print(f"{'provider':22} {'median ms':>10} {'x literal':>10} {'peak beyond the inputs, in logits tensors':>42}")
-    rows = []
-    for name in names:
-        group = "literal" if name in LOSSES else "linear+literal"
-        # Ratios within a round first: what slows a round down slows both.
-        ratio = statistics.median(a / b for a, b in zip(times[name], times[group], strict=True))
-        row = dict(provider=name, median_ms=1e3 * statistics.median(times[name]), ratio_to_literal=ratio)
-        row |= dict(best_ms=1e3 * min(times[name]), peak_logits=memory[name] / one_logits, peak_bytes=memory[name])
-        row |= dict(n=args.n, v=args.v, d=args.d, dtype=args.dtype, device=device, threads=torch.get_num_threads())
-        row |= dict(repeats=args.repeats, torch=torch.__version__, date=datetime.now(UTC).isoformat(timespec="seconds"))
-        rows.append(row)
-        print(f"{name:22} {row['median_ms']:10.2f} {ratio:10.3f} {row['peak_logits']:42.3f}")
+        linear = args.memory_of not in LOSSES
+        function = providers(linear, args.device)[0][args.memory_of]
+        print(measure_memory(function, linear, args.n, args.v, args.d, args.dtype, args.device))
+        return 0
+    if args.audit_2k:
+        rows = audit_2k(args)
+    else:
+        shapes = [SHAPES[s] for s in args.shape or (SHAPES if cuda else ())]
+        if args.n or args.v or args.d or not shapes:
+            shapes = [(args.n or 2048, args.v or 50257, args.d)]
+        rows = []
+        for n, v, d in shapes:
+            rows += bench(False, n, v, d, args)
+            rows += bench(True, n, v, d, args) if d else []
+    if args.csv:
+        with open(args.csv, "w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
     if args.json:
-        with open(args.json, "w") as file:
-            json.dump(rows, file, indent=1)
+        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
+    if args.plot:
+        write_plot(rows, args.plot)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

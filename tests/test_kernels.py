@@ -1,6 +1,7 @@
 """The moments, their gradients and the linear head, against float64 autograd of the literal formulas."""
 
 import contextlib
+import csv
 import json
 import logging
 import math
@@ -421,10 +422,10 @@ def test_errors_in_threads_come_out():
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux's high-water mark")
 def test_peak_memory_of_a_fresh_process():
-    argv = ["--n", "2048", "--v", "8192", "--device", "cpu", "--threads", "1"]
     one = 2048 * 8192 * 4
-    assert bench.measure_memory_apart("inplace", argv) <= 0.1 * one
-    assert bench.measure_memory_apart("ours", argv) <= 1.1 * one  # the gradient itself, and the scratch
+    assert bench.measure_memory_apart("ours DPSM in place", 2048, 8192, 0, "fp32", 1) <= 0.1 * one
+    # the gradient itself, and the scratch
+    assert bench.measure_memory_apart("ours DPSM", 2048, 8192, 0, "fp32", 1) <= 1.1 * one
 
 
 # --- token_fisher -----------------------------------------------------------------------------------
@@ -759,21 +760,42 @@ def test_kernels_compile_for_gpus_without_one(tmp_path):
 
 
 def test_bench_writes_its_rows(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "measure_memory_apart", lambda name, argv: 4 * 32 * 100)
-    file = tmp_path / "bench.json"
-    bench.main(["--n", "32", "--v", "100", "--d", "8", "--repeats", "1", "--device", "cpu", "--json", str(file)])
-    rows = {r["provider"]: r for r in json.loads(file.read_text())}
-    assert set(rows) == {*bench.LOSSES, *bench.LINEAR}
-    assert rows["literal"]["ratio_to_literal"] == 1 and rows["ours"]["peak_logits"] == 1
-    assert "linear_score(dpsm)" in capsys.readouterr().out
+    monkeypatch.setattr(bench, "measure_memory_apart", lambda *args: 4 * 32 * 100)
+    files = {k: tmp_path / f"bench.{k}" for k in ("json", "csv", "png")}
+    shape = ["--n", "32", "--v", "100", "--d", "8", "--repeats", "1", "--device", "cpu"]
+    files_to = ["--json", str(files["json"]), "--csv", str(files["csv"]), "--plot", str(files["png"])]
+    assert bench.main([*shape, *files_to]) == 0
+    rows = {r["provider"]: r for r in json.loads(files["json"].read_text())}
+    assert set(rows) >= {*bench.LOSSES, *bench.LINEAR}
+    assert rows["literal DPSM"]["ratio_to_literal"] == 1 and rows["ours DPSM"]["peak_logits"] == 1
+    with open(files["csv"]) as file:
+        assert [r["provider"] for r in csv.DictReader(file)] == list(rows)
+    assert files["png"].read_bytes()[:4] == b"\x89PNG"
+    # fp32 against float64: some hundred operations of 2**-24 each.
+    assert all(r["gradient_error"] < 1e-5 for r in rows.values() if r["gradient_error"] is not None)
+    shown = capsys.readouterr().out
+    assert "linear_score DPSM, Fisher" in shown and "Liger CE" in shown and "needs CUDA" in shown
+
+
+def test_audit_of_2000_tokens(tmp_path, capsys):
+    file, traces = tmp_path / "audit.csv", tmp_path / "traces"
+    small = ["--v", "64", "--d", "8", "--repeats", "1", "--device", "cpu"]
+    assert bench.main(["--audit-2k", *small, "--csv", str(file), "--trace", str(traces)]) == 0
+    with open(file) as opened:
+        rows = {r["loss"]: r for r in csv.DictReader(opened)}
+    assert len(rows) == 8 and len(list(traces.iterdir())) == 8
+    # Three products of 2000 x 64 x 8, whatever the score.
+    assert {int(r["flops"]) for r in rows.values()} == {3 * 2 * 2000 * 64 * 8}
+    assert bench.main(["--nvtx", "--device", "cpu"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_bench_providers_compute_the_same_loss():
-    args = SimpleNamespace(n=16, v=50, d=8, dtype="fp32", device="cpu")
-    leaves, targets = bench.make_inputs("literal", args)
-    values = [bench.LOSSES[n](*leaves, targets).item() for n in ("literal", "ours", "inplace")]
-    leaves, targets = bench.make_inputs("linear+literal", args)
-    values2 = [bench.LINEAR[n](*leaves, targets).item() for n in ("linear+literal", "linear_score(dpsm)")]
+    leaves, targets = bench.make_inputs(False, 16, 50, 0, "fp32", "cpu")
+    names = ("literal DPSM", "ours DPSM", "ours DPSM by moments", "ours DPSM in place")
+    values = [bench.LOSSES[n](*leaves, targets).item() for n in names]
+    leaves, targets = bench.make_inputs(True, 16, 50, 8, "fp32", "cpu")
+    values2 = [bench.LINEAR[n](*leaves, targets).item() for n in ("linear + literal DPSM", "linear_score DPSM")]
     assert max(values) - min(values) < 1e-5 and max(values2) - min(values2) < 1e-5
 
 

@@ -1,0 +1,150 @@
+"""The losses that kernels.bench sets side by side: the literal DPSM, PyTorch's, ours, and the published kernels.
+
+A provider takes leaves that require a gradient, (logits,) or (hidden, weight), and targets, and gives the
+mean loss. Peers are made on demand: what is not installed raises ImportError, which the bench names.
+"""
+
+import importlib
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from kernels import linear_score, logits_score, softmax_moments
+from losses import brier, ce, dpsm, focal, smoothing, spherical
+
+ALPHA = 0.5
+
+
+def literal_loss(logits, targets):
+    """(1 - alpha) CE + alpha Brier as the formulas read, with log_softmax, exp and a one-hot."""
+    log_p = F.log_softmax(logits.float(), dim=-1)
+    p = log_p.exp()
+    one_hot = F.one_hot(targets, logits.shape[-1]).float()
+    ce = -(one_hot * log_p).sum(-1)
+    brier = ((p - one_hot) ** 2).sum(-1)
+    return ((1 - ALPHA) * ce + ALPHA * brier).mean()
+
+
+def matrix_products(hidden, weight, targets):
+    """The three products of a head and its backward, without any loss: what no linear loss can be faster than."""
+    return _Products.apply(hidden, weight)
+
+
+class _Products(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight):
+        ctx.save_for_backward(hidden, weight)
+        ctx.logits = hidden @ weight.t()
+        return ctx.logits.new_zeros(())
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, weight = ctx.saved_tensors
+        logits, ctx.logits = ctx.logits, None
+        return logits @ weight, logits.t() @ hidden
+
+
+# Named for what they compute; "ours" with every moment that calibration and Fisher need.
+LOSSES: dict[str, Callable] = {
+    "literal DPSM": literal_loss,
+    "torch CE": F.cross_entropy,
+    "ours CE": lambda z, y: logits_score(z, y, ce)[0],
+    "ours DPSM": lambda z, y: logits_score(z, y, dpsm(ALPHA))[0],
+    "ours DPSM in place": lambda z, y: logits_score(z, y, dpsm(ALPHA), inplace=True)[0],
+    "ours DPSM by moments": lambda z, y: dpsm(ALPHA)(softmax_moments(z, y)).mean(),
+}
+LINEAR: dict[str, Callable] = {
+    "linear + literal DPSM": lambda h, w, y: literal_loss(F.linear(h, w), y),
+    "linear + torch CE": lambda h, w, y: F.cross_entropy(F.linear(h, w), y),
+    "matrix products": matrix_products,
+    "linear_score CE": lambda h, w, y: linear_score(h, w, y, ce)[0],
+    "linear_score DPSM": lambda h, w, y: linear_score(h, w, y, dpsm(ALPHA))[0],
+    "linear_score DPSM, Fisher": lambda h, w, y: linear_score(h, w, y, dpsm(ALPHA), fisher=True)[0],
+}
+
+
+def compiled_ce():
+    return torch.compile(F.cross_entropy)
+
+
+def compiled_linear_ce():
+    return torch.compile(lambda h, w, y: F.cross_entropy(F.linear(h, w), y))
+
+
+def torch_linear_ce():
+    if not hasattr(F, "linear_cross_entropy"):
+        raise ImportError(f"torch {torch.__version__} has no F.linear_cross_entropy")
+    return F.linear_cross_entropy
+
+
+def liger_ce():
+    loss = importlib.import_module("liger_kernel.transformers").LigerCrossEntropyLoss()
+    return loss
+
+
+def liger_linear_ce():
+    loss = importlib.import_module("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss()
+    return lambda h, w, y: loss(w, h, y)
+
+
+def quack_ce():
+    return importlib.import_module("quack.cross_entropy").cross_entropy
+
+
+def flash_attn_ce():
+    loss = importlib.import_module("flash_attn.ops.triton.cross_entropy").cross_entropy_loss
+    return lambda z, y: loss(z, y)[0].mean()
+
+
+def cut_ce():
+    loss = importlib.import_module("cut_cross_entropy").linear_cross_entropy
+    return lambda h, w, y: loss(h, w, y)
+
+
+def cut_ce_unfiltered():
+    """Without its filter of small gradients, as ours has none."""
+    loss = importlib.import_module("cut_cross_entropy").linear_cross_entropy
+    return lambda h, w, y: loss(h, w, y, filter_eps=None)
+
+
+PEERS: dict[str, Callable[[], Callable]] = {
+    "torch.compile CE": compiled_ce,
+    "Liger CE": liger_ce,
+    "QuACK CE": quack_ce,
+    "flash-attn CE": flash_attn_ce,
+}
+LINEAR_PEERS: dict[str, Callable[[], Callable]] = {
+    "torch.compile linear CE": compiled_linear_ce,
+    "F.linear_cross_entropy": torch_linear_ce,
+    "Liger linear CE": liger_linear_ce,
+    "Cut Cross-Entropy": cut_ce,
+    "Cut Cross-Entropy, no filter": cut_ce_unfiltered,
+}
+# Kernels for CUDA only.
+CUDA_ONLY = {"torch.compile CE", "torch.compile linear CE", "Liger CE", "QuACK CE", "flash-attn CE", "Liger linear CE"}
+CUDA_ONLY |= {"Cut Cross-Entropy", "Cut Cross-Entropy, no filter"}
+
+# The scores of the efficiency audit, through the head.
+SCORES = {
+    "CE": ce,
+    "Brier": brier,
+    "spherical": spherical,
+    "DPSM": dpsm(ALPHA),
+    "focal": focal(2.0),
+    "smoothing": smoothing(0.1),
+}
+
+
+def providers(linear: bool, device: str) -> tuple[dict[str, Callable], dict[str, str]]:
+    """({name: function}, {name: why it is not there})."""
+    found, missing = dict(LINEAR if linear else LOSSES), {}
+    for name, make in (LINEAR_PEERS if linear else PEERS).items():
+        if name in CUDA_ONLY and device != "cuda":
+            missing[name] = "needs CUDA"
+            continue
+        try:
+            found[name] = make()
+        except ImportError as e:
+            missing[name] = f"not installed: {e}".splitlines()[0]
+    return found, missing
