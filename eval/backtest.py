@@ -254,8 +254,9 @@ def summarize(rows: list[Row], rows_all: list[Row]) -> Summary:
         return Summary(0, len(rows), *[math.nan] * 6)
     same = {(row.file, row.family, row.fraction) for row in made}
     base = [abs(r.error) for r in rows_all if r.method == "persistence" and (r.file, r.family, r.fraction) in same]
-    z = np.array([abs(row.forecast - row.final) / row.sd for row in made if row.sd])
-    cover = [float((z <= limit).mean()) if len(z) else math.nan for limit in (1.0, 1.96)]
+    # An sd of 0 is an interval too, and covers nothing but the point.
+    misses = [(abs(row.forecast - row.final), row.sd) for row in made if row.sd is not None]
+    cover = [float(np.mean([e <= limit * sd for e, sd in misses])) if misses else math.nan for limit in (1.0, 1.96)]
     median = float(np.median(np.abs(errors)))
     ratio = median / max(float(np.median(base)), 1e-12) if base else math.nan
     return Summary(
@@ -369,7 +370,8 @@ def learn_prior(curves: list[Curve], base: Prior = SHIPPED) -> Prior:
                 if forecast.mean is not None:
                     hits = inside.setdefault(curve.family, [[] for _ in FLOORS])[i]
                     hits.append(abs(forecast.mean - final) < forecast.sd)
-    covered = [np.mean([np.mean(hits[i]) for hits in inside.values()]) for i in range(len(FLOORS))] if inside else []
+    shares = [[np.mean(hits[i]) for hits in inside.values() if hits[i]] for i in range(len(FLOORS))]
+    covered = [np.mean(share) if share else 0.0 for share in shares]
     floor = next((f for f, share in zip(FLOORS, covered, strict=False) if share >= 0.68), FLOORS[-1])
     return prior._replace(floor=floor)
 

@@ -46,9 +46,10 @@ _AMOUNT = re.compile(
     rf"\s*[{_CURRENCY}%°]?\s*(?P<unit>[^\W\d_][^\d=+*/<>]*)?"
 )
 _NUMBER = re.compile(r"[-−]?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d{1,3})?|[-−]?\.\d+(?:[eE][-+]?\d{1,3})?")
-_FENCE = re.compile(
-    r"^```[ \t]*(?:python|py|python3)?[ \t]*\n(.*?)(?:^```|\Z)", re.MULTILINE | re.DOTALL | re.IGNORECASE
-)
+# Every fence with its label, or the end of a block that is not Python would count as the start of one that is.
+_FENCE = re.compile(r"^```[ \t]*([^\s`]*)[^\n`]*\n(.*?)(?:^```[ \t]*$|\Z)", re.MULTILINE | re.DOTALL)
+_PYTHON = ("", "python", "py", "python3")
+_DIGITS = 1000  # a number with more is no answer, and Python refuses to read one of more than 4300
 
 
 # ----------------------------------------------------------------------------------------------
@@ -80,6 +81,8 @@ def parse_number(text: str | None) -> Fraction | None:
     match = _AMOUNT.fullmatch(text)
     if not match or (match["sign"] and match["inner"]):
         return None
+    if max(len(match["number"]), len(match["below"] or "")) > _DIGITS:
+        return None
     value = Fraction(match["number"].replace(",", "").rstrip("."))
     if match["below"]:
         if not int(match["below"]):
@@ -107,7 +110,7 @@ def same_number(a: Fraction | float, b: Fraction | float) -> bool:
 
 def extract_program(output: str) -> str:
     """The last fenced block of Python, else the whole output."""
-    blocks = _FENCE.findall(output)
+    blocks = [code for label, code in _FENCE.findall(output) if label.lower() in _PYTHON]
     return blocks[-1] if blocks else output
 
 

@@ -119,7 +119,9 @@ class _Jail:
         stdout, stderr = (got[name][: limits.output_bytes].decode("utf-8", "replace") for name in ("stdout", "stderr"))
         told = got["exit"].decode("utf-8", "replace")
         code = None
-        if told.startswith("!") or survivors:
+        if self.mode == "namespaces" and not told and not ended:
+            status = "killed"  # the namespace's first process, which would have told: by the kernel, for memory
+        elif told.startswith("!") or survivors:
             status, stderr = "lost", told[1:] or f"{survivors} processes could not be killed"
         else:
             if not ended:

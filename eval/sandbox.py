@@ -122,6 +122,9 @@ def run_many(
     return _run_many(iter(programs), min(workers, total or workers), limits or Limits(), stdin, mode, progress, total)
 
 
+_END = object()
+
+
 def _run_many(programs, workers, limits, stdin, mode, progress, total) -> Iterator[Result]:
     from tqdm import tqdm
 
@@ -133,8 +136,8 @@ def _run_many(programs, workers, limits, stdin, mode, progress, total) -> Iterat
     try:
         while True:
             while more and len(running) < workers and len(slots) < 4 * workers:
-                code = next(programs, None)
-                if code is None:
+                code = next(programs, _END)
+                if code is _END:
                     more = False
                     break
                 if not isinstance(code, str):

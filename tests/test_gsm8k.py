@@ -517,3 +517,15 @@ def test_pot_programs_run_to_their_published_results(published):
         right = row["executed"] is not None and math.isclose(row["executed"], row["answer"], rel_tol=1e-6)
         assert verdict.correct["code"] == right
     assert len(rows) > 60
+
+
+def test_a_block_of_something_else_does_not_turn_prose_into_a_program():
+    text = "Let me compute.\n```python\nprint(6 * 7)\n```\nIt prints\n```output\n42\n```\nSo the answer is 42.\n"
+    assert extract_program(text) == "print(6 * 7)\n"
+    assert extract_program("```output\n42\n```\n") == "```output\n42\n```\n"
+
+
+def test_an_endless_number_is_no_answer():
+    problem = "1" + "7" * 5000
+    assert parse_number(problem) is None and last_number(f"so {problem}") is None
+    assert parse_number("1/" + problem) is None

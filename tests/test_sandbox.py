@@ -346,3 +346,8 @@ def test_probe(capsys):
     sandbox.main(["--probe"])
     out = capsys.readouterr().out
     assert f"{probe().mode:20}in force" in out and "memory_bytes" in out
+
+
+def test_none_among_the_programs_is_an_error():
+    with pytest.raises(ValueError, match="NoneType"):
+        list(run_many(["print(1)", None, "print(2)"], workers=1))
