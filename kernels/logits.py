@@ -68,6 +68,9 @@ def logits_score(
     moments = softmax_moments(
         logits, targets, ignore_index=ignore_index, tail=tail, inplace_backward=inplace and grad, impl=impl
     )
+    for value in (moments.log_p, moments.r1, moments.r2, moments.mean_log_p, moments.tail_log_p):
+        if value is not None and value.requires_grad:  # 0 times an infinite slope is no gradient
+            value.register_hook(lambda g: g if g is None else torch.where(factor == 0, 0.0, g))
     losses = torch.where(factor == 0, 0.0, score(moments) * factor)
     total = losses if reduction == "none" else losses.sum()
     if reduction == "mean":

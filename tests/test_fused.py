@@ -114,6 +114,8 @@ def test_one_kernel_gives_what_moments_and_gradient_give(name, vocab, dtype):
     logits = (torch.randn(5, vocab, generator=generator) * 4).to(DEVICE, dtype)
     targets = torch.tensor([0, vocab - 1, -100, vocab // 2, 3], device=DEVICE)
     weights = torch.tensor([1.0, 0.5, 1.0, 0.0, 2.0], device=DEVICE)
+    if vocab == 20011:
+        logits[4, 5000:15000] = -torch.inf  # whole blocks outside of the vocabulary
     if vocab == 507:
         logits[4, 100:200] = -torch.inf  # outside of the vocabulary
         logits[0, 7] = logits[0, 0] = logits[0].max() + 1  # a tie that the target wins
@@ -158,12 +160,11 @@ def test_rows_of_any_alignment(layout, inplace):
 
 def test_inplace_logits_cannot_be_used_again():
     z = torch.randn(3, 40, device=DEVICE, requires_grad=True)
-    used = (z * 2).exp()
+    used = z.square()
     loss, _ = logits_score(z, torch.tensor([1, 2, 3], device=DEVICE), losses.ce, inplace=True, impl="triton")
     loss.backward()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation|handed out"):
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         used.sum().backward()
-        loss.backward()
 
 
 def test_a_moving_alpha_needs_no_new_score():
@@ -217,16 +218,17 @@ def test_weight_zero_ignores_even_an_infinite_loss(impl):
     logits = torch.zeros(2, 5, device=DEVICE)
     logits[0, 2] = -torch.inf
     targets, weights = torch.tensor([2, 1], device=DEVICE), torch.tensor([0.0, 1.0], device=DEVICE)
-    for score in (losses.ce, lambda m: -m.log_p):
+    for score in (losses.ce, losses.focal(2.0), lambda m: -m.log_p):
         z = logits.clone().requires_grad_()
         loss, _ = logits_score(z, targets, score, weights=weights, impl=impl)
         loss.backward()
-        torch.testing.assert_close(loss.item(), 1.6094379, rtol=1e-6, atol=0)
+        want, _ = logits_score(logits[1:], targets[1:], score, impl=impl)
+        torch.testing.assert_close(loss, want)
         assert z.grad.isfinite().all() and (z.grad[0] == 0).all()
-    hidden = torch.eye(2, device=DEVICE, requires_grad=True)
-    loss, _ = linear_score(hidden, logits.T.contiguous().nan_to_num(neginf=-1e30), targets, losses.ce, weights=weights)
-    loss.backward()
-    assert hidden.grad.isfinite().all()
+        hidden, head_weight = torch.zeros(2, 3, device=DEVICE, requires_grad=True), torch.ones(5, 3, device=DEVICE)
+        loss, _ = linear_score(hidden, head_weight, targets, score, bias=logits[0], weights=weights, impl=impl)
+        loss.backward()
+        assert loss.isfinite() and hidden.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("change, message", [
@@ -353,7 +355,9 @@ def _part(rank, file, sizes, impl, seed):
     weight = weight.detach()
     weight[0], weight[9] = weight[4], weight[4]  # ties within a rank and between ranks
     first = sum(sizes[:rank])
-    targets[0], targets[2], targets[4] = 4, 9, 0
+    targets[0], targets[2], targets[4] = 4, 9, 0  # the last of them is the first of the tied
+    with torch.no_grad():
+        hidden[[0, 2, 4]] = 5 * weight[4]
     for name in ("dpsm", "smoothing", "custom"):
         score = NAMED.get(name, custom)
         whole_h, whole_w = hidden.detach().clone().requires_grad_(), weight.clone().requires_grad_()
@@ -365,6 +369,7 @@ def _part(rank, file, sizes, impl, seed):
         (got * 2).backward()
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
         same_moments(m, w)
+        assert m.correct[[0, 2, 4]].tolist() == [False, False, True]
         torch.testing.assert_close(m.fisher, w.fisher, rtol=1e-4, atol=1e-7)
         torch.testing.assert_close(h.grad, whole_h.grad, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(mine.grad, whole_w.grad[first : first + sizes[rank]], rtol=1e-4, atol=1e-6)

@@ -1,5 +1,6 @@
 """Config from the command line, atomic files, schedules, the divergence watch, recipes."""
 
+import importlib
 import json
 import math
 import re
@@ -103,14 +104,14 @@ def test_schedules():
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda p: p.stem)
 def test_recipes_are_valid(path, capsys):
     """Each cell's flags parse and are allowed."""
-    import train_lm
-
     assert recipe_run.main([str(path), "--dry-run"]) == 0
     lines = capsys.readouterr().out.strip().splitlines()
     outs = set()
     for line in lines:
-        cfg = runlog.parse_config(train_lm.Config, line.split()[2:])
-        train_lm.check(cfg, runlog.World(0, 1, torch.device("cpu")))
+        script = importlib.import_module(Path(line.split()[1]).stem)
+        cfg = runlog.parse_config(script.Config, line.split()[2:])
+        cfg = script.with_preset(cfg) if hasattr(script, "with_preset") else cfg
+        script.check(cfg, runlog.World(0, 1, torch.device("cpu")))
         outs.add(cfg.out)
     assert len(outs) == len(lines) > 0
 

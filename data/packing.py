@@ -1,0 +1,119 @@
+"""Prompt-and-answer examples packed into rows, with the numbers that keep them apart. No padding inside a row.
+
+A row holds several examples one after the other; ``documents`` numbers them, for block-diagonal attention
+(Krell et al., "Efficient Sequence Packing without Cross-contamination", 2021), so that packing changes what is
+computed together and not what is computed. Which examples a step reads is a pure function of (seed, step), as in
+data/windows.py.
+
+Shapes in names: R rows, T tokens of a row.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.windows import IGNORE, _raw
+
+
+class Example(NamedTuple):
+    id: str
+    tokens: list[int]  # the prompt, the answer, the token that ends it
+    prompt: int  # how many of them are the prompt's
+
+    @property
+    def length(self) -> int:
+        """Positions it takes in a row: every token but the last is an input."""
+        return len(self.tokens) - 1
+
+    def targets(self, loss_on: str) -> int:
+        """How many of its tokens are targets, of the answer or of all."""
+        return self.length if loss_on == "all" else len(self.tokens) - self.prompt
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Packed examples, on the CPU. Position t predicts the token after it, so that a position is the answer's where
+    its target is: the prompt's last position is one, the answer's last token none."""
+
+    tokens_RT: Tensor  # int64
+    targets_RT: Tensor  # int64, every target: at the end of an example and in padding -100
+    documents_RT: Tensor  # int64
+    answer_RT: Tensor  # bool
+
+    def __len__(self) -> int:
+        return len(self.tokens_RT)
+
+    def __getitem__(self, part: slice) -> "Rows":
+        return Rows(self.tokens_RT[part], self.targets_RT[part], self.documents_RT[part], self.answer_RT[part])
+
+    @property
+    def tokens(self) -> int:
+        """Positions that hold an example's token."""
+        return int((self.targets_RT != IGNORE).sum())
+
+    @property
+    def padding(self) -> float:
+        """The share of positions that hold nothing."""
+        return 1 - self.tokens / self.targets_RT.numel()
+
+
+def fit(lengths: Sequence[int], limit: int) -> list[list[int]]:
+    """Which lengths share a row: first-fit decreasing, at most ``limit`` tokens a row (11/9 of the fewest rows
+    possible and at most one more, Dósa, 2007). Rows in the order they were opened, ties in the given order.
+
+    Raises ValueError for a length above ``limit`` or below 1.
+    """
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not 1 <= lengths[i] <= limit:
+            raise ValueError(f"an example of {lengths[i]} tokens: expected 1 to the {limit} of a row")
+        at = next((k for k, left in enumerate(room) if left >= lengths[i]), None)
+        if at is None:
+            at = len(room)
+            bins.append([])
+            room.append(limit)
+        bins[at].append(i)
+        room[at] -= lengths[i]
+    return bins
+
+
+def pack(examples: Sequence[Example], limit: int, *, pad_id: int = 0, multiple: int = 8) -> Rows:
+    """The examples in rows of at most ``limit`` tokens, each exactly once. Rows are as long as the longest, rounded up
+    to ``multiple`` where ``limit`` allows. Raises ValueError for no examples and as ``fit`` does."""
+    if not examples:
+        raise ValueError("no examples to pack")
+    groups = fit([e.length for e in examples], limit)
+    longest = max(sum(examples[i].length for i in group) for group in groups)
+    length = min(limit, -(-longest // multiple) * multiple)
+    tokens = np.full((len(groups), length), pad_id, dtype=np.int64)
+    targets = np.full((len(groups), length), IGNORE, dtype=np.int64)
+    documents = np.full((len(groups), length), -1, dtype=np.int64)
+    answer = np.zeros((len(groups), length), dtype=bool)
+    for row, group in enumerate(groups):
+        at = 0
+        for number, i in enumerate(group):
+            e = examples[i]
+            here = slice(at, at + e.length)
+            tokens[row, here], targets[row, here], documents[row, here] = e.tokens[:-1], e.tokens[1:], number
+            answer[row, at + e.prompt - 1 : at + e.length] = True
+            at += e.length
+    return Rows(*(torch.from_numpy(a) for a in (tokens, targets, documents, answer)))
+
+
+def batch_indices(count: int, step: int, batch: int, seed: int) -> list[int]:
+    """The ``batch`` of ``count`` examples that optimizer step ``step`` reads: blocks of the concatenation of one
+    permutation an epoch, across epochs; a pure function of its arguments. Raises ValueError for no examples."""
+    if count < 1 or batch < 1:
+        raise ValueError(f"batches of {batch} out of {count} examples: expected at least 1 of each")
+    at, end, chosen = step * batch, (step + 1) * batch, []
+    while at < end:
+        epoch, offset = divmod(at, count)
+        part = np.argsort(_raw(seed, epoch, count), kind="stable")[offset : offset + end - at]
+        chosen += part.tolist()
+        at += len(part)
+    return chosen

@@ -1,0 +1,160 @@
+"""GSM8K's problems as prompts and answers in tokens, with the tokenizer of the model's folder.
+
+The prompt of an example has the tokens that it has in decoding: prompt and answer are encoded apart and joined.
+"""
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from data import gsm8k
+from data.gsm8k import Problem, code_targets, coverage_table
+from data.packing import Example
+from model.hub import CONFIG, _folder
+from model.qwen3 import read_config
+from runlog import write_json
+
+PROMPTS = ("chat", "plain")
+# What follows the question, by prompt format and by what is asked for.
+_ASK = {
+    ("chat", "text"): "\nReason step by step and end with a line '#### NUMBER'.",
+    ("chat", "code"): "\nWrite a Python program that prints the answer.",
+    ("plain", "text"): "\nAnswer:",
+    ("plain", "code"): "\nProgram:",
+}
+
+log = logging.getLogger("scorecast")
+
+
+class Prompter:
+    """Text to tokens and back. ``end`` is the token that ends an answer, ``eos_ids`` all that do in decoding.
+
+    ``chat`` writes the turns of Qwen3's chat template without thinking, where the empty thought that the template puts
+    before such an answer is part of the prompt; ``plain`` is "Question: ... Answer: ...". ``format`` text or code.
+    Raises ValueError for a tokenizer that is missing, broken, larger than the model's vocabulary or without the tokens
+    that the format needs.
+    """
+
+    def __init__(self, model: str, prompt: str = "chat", format: str = "text"):
+        from tokenizers import Tokenizer
+
+        if (prompt, format) not in _ASK:
+            raise ValueError(f"prompt {prompt!r} and format {format!r}: expected one of {', '.join(map(str, _ASK))}")
+        folder = _folder(model)
+        config = read_config(folder / CONFIG)
+        path = _tokenizer_file(model, folder)
+        try:
+            self.tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception for what it cannot read
+            raise ValueError(f"{path} is no tokenizer ({str(error).splitlines()[0]}); copy the model's") from None
+        size = self.tokenizer.get_vocab_size()
+        if size > config.vocab_size:
+            raise ValueError(f"{path} has {size} tokens, the model only {config.vocab_size}; copy the model's own")
+        eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        eos = [i for i in eos if i is not None]
+        self.chat, self.ask, self.positions = prompt == "chat", _ASK[prompt, format], config.max_position_embeddings
+        if self.chat and any(self.tokenizer.token_to_id(t) is None for t in ("<|im_start|>", "<|im_end|>")):
+            raise ValueError(f"{path} has no tokens <|im_start|> and <|im_end|> for --prompt chat; use --prompt plain")
+        if not self.chat and not eos:
+            raise ValueError(f"{folder / CONFIG} names no eos_token_id, which ends an answer of --prompt plain; add it")
+        self.end = self.tokenizer.token_to_id("<|im_end|>") if self.chat else eos[0]
+        self.eos_ids = sorted({self.end, *eos})
+        self.thought = "<think>\n\n</think>\n\n" if self.tokenizer.token_to_id("<think>") is not None else ""
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def prompt(self, problem: Problem) -> list[int]:
+        question = problem.question.strip()
+        if not self.chat:
+            return self.encode(f"Question: {question}{self.ask}")
+        return self.encode(f"<|im_start|>user\n{question}{self.ask}<|im_end|>\n<|im_start|>assistant\n{self.thought}")
+
+    def example(self, problem: Problem, target: str) -> Example:
+        prompt = self.prompt(problem)
+        answer = self.encode(target if self.chat else " " + target)
+        return Example(problem.id, [*prompt, *answer, self.end], len(prompt))
+
+
+def _tokenizer_file(model: str, folder: Path) -> Path:
+    path = folder / "tokenizer.json"
+    if not path.is_file() and not Path(model).is_dir():
+        try:
+            from huggingface_hub import hf_hub_download
+
+            return Path(hf_hub_download(model, path.name))
+        except Exception as error:  # no network, no such file, no access: all have the same way out
+            reason = str(error).strip().split("\n")[0]
+            raise ValueError(f"the hub gave no tokenizer.json of {model} ({reason}); pass a local folder") from error
+    if not path.is_file():
+        raise ValueError(f"{folder} has no tokenizer.json; copy the model's there")
+    return path
+
+
+def make_targets(
+    problems: list[Problem], format: str, *, annotations: bool = True, cache="cache", progress: bool = False
+) -> dict[str, str]:
+    """id -> the text to train on. Programs are run, and kept in a file under ``cache`` whose name changes with the
+    problems and with the rules that make programs; a problem without one is left out, and the coverage is logged."""
+    if format == "text":
+        return {p.id: gsm8k.text_target(p, annotations=annotations) for p in problems}
+    key = hashlib.sha256(Path(gsm8k.__file__).read_bytes())
+    for p in problems:
+        key.update(f"{p.id}\0{p.question}\0{p.answer_text}\0".encode())
+    path = Path(cache) / f"gsm8k-programs-{key.hexdigest()[:16]}.json"
+    if not path.is_file():
+        programs, refused = code_targets(problems, progress=progress)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"programs": programs, "refused": refused})
+    try:
+        held = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON ({error.msg}); delete it, it is made again") from None
+    log.info(coverage_table(len(problems), held["refused"]))
+    return held["programs"]
+
+
+def make_examples(
+    problems: list[Problem], targets: dict[str, str], prompter: Prompter, seq_len: int, name: str
+) -> list[Example]:
+    """Examples that fit ``seq_len``. Longer ones are left out whole, because a truncated answer teaches to stop early,
+    and their number is logged. Raises ValueError where none is left."""
+    made = [prompter.example(p, targets[p.id]) for p in problems if p.id in targets]
+    fits = [e for e in made if e.length <= seq_len]
+    full = sum(e.prompt >= seq_len for e in made)
+    if not fits:
+        least = min((e.length for e in made), default=0)
+        raise ValueError(
+            f"--seq-len {seq_len}: none of the {len(made)} {name} problems fits, {full} by their prompt alone, which "
+            f"leaves no room for an answer; the shortest takes {least} tokens"
+        )
+    if len(fits) < len(made):
+        log.info(
+            f"{name}: {len(made) - len(fits)} of {len(made)} problems are longer than --seq-len {seq_len}, left out, "
+            f"{full} of them by their prompt alone"
+        )
+    return fits
+
+
+def calculate(text: str) -> str:
+    """What follows ``text`` where it ends in an open annotation, ``... <<48/2=``: the result and ``>>``; else nothing.
+
+    As in the GSM8K paper's decoding (Cobbe et al., 2021, section 2), whose calculator rounds to 4 decimals. Nothing
+    too where the expression is no arithmetic: the model then goes on by itself.
+    """
+    found = re.search(r"<<([^<>=]+)=$", text)
+    if not found:
+        return ""
+    try:
+        value = gsm8k._value("".join(gsm8k._tokens(found[1])), {})
+    except gsm8k.Refused:
+        return ""
+    if value is None or abs(value) >= 10**15:
+        return ""
+    return (str(int(value)) if value.denominator == 1 else f"{float(value):.4f}".rstrip("0").rstrip(".")) + ">>"

@@ -1,0 +1,548 @@
+"""Experiment 3: Qwen3 with LoRA over a quantised base on GSM8K, from the problems to pass@1 by words or by programs.
+
+    python finetune_gsm8k.py --model Qwen/Qwen3-0.6B --schedule cosine --steps 2000                  # one GPU
+    python finetune_gsm8k.py --model Qwen/Qwen3-0.6B --format code --loss dpsm --warmup 0.1
+    torchrun --nproc_per_node 8 finetune_gsm8k.py --model Qwen/Qwen3-8B --checkpoint-activations
+    python finetune_gsm8k.py --model FOLDER --base bf16 --samples 8 --k 1,8                          # pass@8 as well
+    python finetune_gsm8k.py --out runs/NAME ... --resume                                            # go on exactly
+
+Top to bottom: config, data, model, loss, optimizer, loop, evaluation. Everything a run leaves behind is in its
+folder; `python -m eval.gsm8k runs/A/outputs.jsonl runs/B/outputs.jsonl` compares two runs' answers.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import re
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import runlog
+from data.gsm8k import FORMATS, load_gsm8k, split_heldout
+from data.packing import Rows, batch_indices, pack
+from data.prompts import PROMPTS, Prompter, make_examples, make_targets
+from eval.answers import forget, generate, grade, write_jsonl
+from eval.calibration import Calibration
+from kernels import linear_score
+from losses import ALPHA_SCHEDULES, LOSSES, alpha_at, make_score
+from model.decode import Request, cache_length
+from model.lora import (
+    BASES,
+    TARGETS,
+    LoRAConfig,
+    adapter_tensors,
+    add_lora,
+    load_adapter,
+    load_base,
+    merged,
+    save_adapter,
+    segment_rms,
+    set_segments,
+)
+from model.qwen3 import Qwen3
+from runlog import opt
+from schedules import SCHEDULES, lr_factor
+
+# ----------------------------------------------------------------------------------------------
+# config
+
+
+@dataclass(frozen=True)
+class Config:
+    out: str = opt("", "run folder; default runs/gsm8k-MODEL-FORMAT-LOSS-sSEED")
+    resume: bool = opt(False, "go on with the run in --out, exactly where its last checkpoint stands")
+    resume_from: str = opt("", "with --resume: this checkpoint instead of OUT/last.pt")
+    seed: int = opt(1, "seeds the adapter, the data order, dropout and the sampled answers")
+    # data
+    data: str = opt("gsm8k", "gsm8k ($LM_DATA/gsm8k, else the hub's), or a folder of train.jsonl and test.jsonl")
+    format: str = opt("text", "train on the solutions' words, or on programs made of them", FORMATS)
+    calculator: bool = opt(True, "text: keep the <<48/2=24>> annotations, and work them out while decoding")
+    prompt: str = opt("chat", "Qwen3's chat turns, or plain 'Question: ... Answer:'", PROMPTS)
+    loss_on: str = opt("answer", "which tokens the loss is of", ("answer", "all"))
+    heldout: int = opt(256, "problems of train that are held out for validation")
+    seq_len: int = opt(512, "tokens in a packed row; a problem that is longer is left out and counted")
+    cache: str = opt("cache", "folder for the programs of --format code")
+    # model
+    model: str = opt("Qwen/Qwen3-0.6B", "a dense Qwen3: a folder or a hub id")
+    base: str = opt("nf4", "how the frozen weights are kept", BASES)
+    rank: int = opt(64, "LoRA: rank")
+    lora_alpha: float = opt(16.0, "LoRA: alpha; the adapter is scaled by alpha / rank")
+    lora_dropout: float = opt(0.0, "LoRA: dropout on the adapters' input")
+    rslora: bool = opt(False, "scale by alpha / sqrt(rank) instead")
+    targets: str = opt("all", f"LoRA: layers that get adapters: all, or some of {','.join(TARGETS)}")
+    adapter: str = opt("", "start from this PEFT adapter of --model, which then sets rank, alpha, dropout and targets")
+    # loss
+    loss: str = opt("ce", "training loss", LOSSES)
+    warmup: float = opt(0.1, "dpsm: alpha's ramp, as a fraction of the steps")
+    alpha_schedule: str = opt("linear", "dpsm: shape of the ramp; fixed holds --alpha-max", ALPHA_SCHEDULES)
+    alpha_max: float = opt(1.0, "dpsm: share of Brier at the end of the ramp")
+    alpha_start: float = opt(0.0, "dpsm: where the ramp begins, as a fraction of the steps")
+    gamma: float = opt(2.0, "focal: exponent")
+    eps: float = opt(0.1, "smoothing: share of the uniform distribution")
+    tail_smoothing: float = opt(0.0, "brier, spherical: Shao's score smoothing with a logarithmic tail; 0 is off")
+    # optimizer
+    steps: int = opt(2000, "optimizer steps")
+    batch: int = opt(64, "problems in an optimizer step, over all ranks")
+    micro_batch: int = opt(16, "packed rows in one forward of one rank, at most; the rest is accumulated")
+    optimizer: str = opt("adamw", "paged-adamw8bit is bitsandbytes', on CUDA", ("adamw", "paged-adamw8bit"))
+    lr: float = opt(2e-4, "peak learning rate")
+    schedule: str = opt("cosine", "learning-rate schedule (or --lr-schedule)", SCHEDULES)
+    lr_warmup: float = opt(0.03, "learning-rate warm-up, as a fraction of the steps")
+    lr_floor: float = opt(0.0, "learning rate at the end, as a fraction of the peak")
+    weight_decay: float = opt(0.0, "AdamW weight decay of the adapters")
+    beta1: float = opt(0.9, "AdamW beta1")
+    beta2: float = opt(0.999, "AdamW beta2")
+    clip: float = opt(1.0, "clip the gradient to this norm; 0 is off")
+    # evaluation
+    eval_every: int = opt(250, "steps between validations and checkpoints")
+    log_every: int = opt(10, "steps between lines of metrics.jsonl; the last step of each measures the prompt too")
+    segment_rms: bool = opt(False, "log each block's gradient RMS over prompt and over answer rows, of rank 0's share")
+    eval_problems: int = opt(0, "test problems to generate answers for, the first ones; 0 is all")
+    eval_batch: int = opt(64, "answers that are generated at a time, on each rank")
+    generate_tokens: int = opt(256, "tokens in a generated answer, at most")
+    stop: str = opt("Question:", "strings that end a generated answer, separated by |; empty is none")
+    samples: int = opt(0, "sampled answers a problem, for pass@k, beside the greedy one")
+    k: str = opt("1", "pass@k of the sampled answers, for these k, separated by commas")
+    temperature: float = opt(0.8, "temperature of the sampled answers")
+    merge: bool = opt(True, "generate with the adapter merged into dense weights: faster, more memory")
+    # system
+    device: str = opt("auto", "where to run", ("auto", "cpu", "cuda"))
+    dtype: str = opt("auto", "dtype of the activations; auto is bfloat16 on CUDA", ("auto", "float32", "bfloat16"))
+    kernels: str = opt("auto", "implementation of the scores", ("auto", "triton", "torch"))
+    checkpoint_activations: bool = opt(False, "recompute each block in backward to save memory")
+    wandb: str = opt("", "Weights & Biases project to log to as well (WANDB_MODE=offline works)")
+
+
+# Settings that a resumed run may change: where and how it computes, not what.
+FREE = ("out", "resume", "resume_from", "cache", "wandb", "micro_batch", "device", "kernels", "checkpoint_activations",
+        "eval_batch")
+
+
+def check(cfg: Config, world: runlog.World) -> None:
+    """Raises ValueError, one line, for settings that cannot be meant."""
+    for name in ("warmup", "alpha_max", "alpha_start", "lr_warmup", "lr_floor", "eps", "tail_smoothing"):
+        if not 0 <= getattr(cfg, name) <= 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)} is outside [0, 1]")
+    for name in ("rank", "steps", "batch", "micro_batch", "seq_len", "heldout", "eval_every", "log_every", "eval_batch",
+                 "generate_tokens"):
+        if getattr(cfg, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)} must be at least 1")
+    for name in ("seed", "lr", "weight_decay", "clip", "gamma", "eval_problems", "samples", "temperature"):
+        if not 0 <= getattr(cfg, name) < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)} must be finite and not negative")
+    for name in ("beta1", "beta2"):
+        if not 0 <= getattr(cfg, name) < 1:
+            raise ValueError(f"--{name} {getattr(cfg, name)} is outside [0, 1)")
+    if cfg.batch % world.size:
+        raise ValueError(f"--batch {cfg.batch} is not divisible by the {world.size} ranks; change one of them")
+    if cfg.tail_smoothing and cfg.loss not in ("brier", "spherical"):
+        raise ValueError(f"--tail-smoothing is defined for brier and spherical, not --loss {cfg.loss}")
+    if cfg.resume_from and not cfg.resume:
+        raise ValueError("--resume-from needs --resume")
+    if cfg.kernels == "triton" and world.device.type != "cuda":
+        raise ValueError("--kernels triton needs a CUDA device; use --kernels torch or auto")
+    if cfg.samples and max(ks(cfg)) > cfg.samples:
+        raise ValueError(f"--k {cfg.k}: pass@{max(ks(cfg))} needs as many --samples, which are {cfg.samples}")
+    if cfg.samples and not cfg.temperature:
+        raise ValueError(f"--samples {cfg.samples} at --temperature 0 would all be the greedy answer")
+
+
+def ks(cfg: Config) -> list[int]:
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", cfg.k):
+        raise ValueError(f"--k {cfg.k!r}: expected whole numbers above 0, separated by commas")
+    return [int(k) for k in cfg.k.split(",")]
+
+
+# ----------------------------------------------------------------------------------------------
+# evaluation
+
+
+def loss_positions(rows: Rows, loss_on: str, everything: bool = False) -> Tensor:
+    """Flat positions of ``rows`` with a target in the loss, or with any; int64, on the CPU."""
+    return (rows.targets_RT != -100 if everything or loss_on == "all" else rows.answer_RT).flatten().nonzero()[:, 0]
+
+
+@torch.no_grad()
+def evaluate(model: Qwen3, heldout: Rows, score, cfg: Config, world: runlog.World) -> dict[str, float]:
+    """The training score and the calibration of every held-out target, rows split over the ranks."""
+    was_training = model.training
+    model.eval()
+    calibration = Calibration(world.device)
+    total = torch.zeros(2, dtype=torch.float64, device=world.device)
+    for begin in range(world.rank * cfg.micro_batch, len(heldout), world.size * cfg.micro_batch):
+        part = heldout[begin : begin + cfg.micro_batch]
+        at = loss_positions(part, cfg.loss_on)
+        y = part.targets_RT.flatten()[at].to(world.device)
+        hidden = model(part.tokens_RT.to(world.device), documents_BT=part.documents_RT.to(world.device))
+        loss, moments = linear_score(hidden.flatten(0, 1)[at.to(world.device)], model.head_weight, y, score,
+                                     reduction="sum", tail=cfg.tail_smoothing, impl=cfg.kernels)
+        calibration.update(moments)
+        total += torch.stack([loss.double(), torch.full_like(loss, len(at)).double()])
+    model.train(was_training)
+    calibration.all_reduce()
+    loss, count = world.all_reduce(total).tolist()
+    m = calibration.compute()
+    shown = {k: m[k] for k in ("nll", "ppl", "ece10", "brier", "accuracy", "entropy")}
+    return {"loss": loss / count, **shown, "eval_tokens": m["tokens"]}
+
+
+# ----------------------------------------------------------------------------------------------
+# the experiment
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = ["--schedule" if a == "--lr-schedule" else a for a in (sys.argv[1:] if argv is None else argv)]
+    cfg = runlog.parse_config(Config, argv, __doc__)
+    with runlog.user_errors():
+        world = runlog.start_world(cfg.device)
+        check(cfg, world)
+        device = world.device
+        name = f"gsm8k-{Path(cfg.model).name}-{cfg.format}-{cfg.loss}-s{cfg.seed}"
+        out = Path(cfg.out or f"runs/{name}")
+        run = runlog.RunFolder(out, world)
+        run.check(asdict(cfg), cfg.resume, FREE)
+        checkpoint = None
+        if cfg.resume:
+            path = Path(cfg.resume_from or run / "last.pt")
+            checkpoint = runlog.load_checkpoint(path)
+            runlog.same_config(path, checkpoint["config"], asdict(cfg), FREE)
+
+        # -- data ------------------------------------------------------------------------------
+        with world.main_first():
+            prompter = Prompter(cfg.model, cfg.prompt, cfg.format)
+        problems, heldout = split_heldout(load_gsm8k(cfg.data, "train"), cfg.heldout)
+        test = load_gsm8k(cfg.data, "test")[: cfg.eval_problems or None]
+        cache_length([Request(prompter.prompt(p), cfg.generate_tokens) for p in test], prompter.positions)
+        with world.main_first():
+            made = make_targets(problems + heldout, cfg.format, annotations=cfg.calculator, cache=cfg.cache,
+                                progress=world.main and sys.stderr.isatty())
+        train = make_examples(problems, made, prompter, cfg.seq_len, "training")
+        held = make_examples(heldout, made, prompter, cfg.seq_len, "held-out")
+        heldout_rows = pack(held, cfg.seq_len, pad_id=prompter.end)
+        data_hash = hashlib.sha256(json.dumps([train, held]).encode()).hexdigest()
+        if checkpoint and checkpoint["data_hash"] != data_hash:
+            raise ValueError(f"--resume: {cfg.data} or the tokenizer of {cfg.model} is not what {out} was trained on; "
+                             "restore it")
+
+        # -- model: frozen base, adapters in fp32, activations in dtype ------------------------
+        bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and device.type == "cuda")
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        chosen = TARGETS if cfg.targets == "all" else tuple(cfg.targets.split(","))
+        lora = LoRAConfig(cfg.rank, cfg.lora_alpha, cfg.lora_dropout, chosen, cfg.rslora)
+        with world.main_first():
+            model = load_base(cfg.model, cfg.base, dtype, device)
+        if cfg.seq_len > model.config.max_position_embeddings:
+            raise ValueError(f"--seq-len {cfg.seq_len} is longer than the {model.config.max_position_embeddings} "
+                             f"positions of {cfg.model}")
+        torch.manual_seed(cfg.seed)
+        if checkpoint:
+            fields = checkpoint["lora"]
+            add_lora(model, LoRAConfig(**fields | {"targets": tuple(fields["targets"])}))
+            with torch.no_grad():
+                for key, tensor in adapter_tensors(model).items():
+                    tensor.copy_(checkpoint["model"][key])
+        elif cfg.adapter:
+            load_adapter(model, cfg.adapter, cfg.model)
+        else:
+            add_lora(model, lora)
+        trainable = [p for p in model.parameters() if p.requires_grad]
+
+        # -- optimizer -------------------------------------------------------------------------
+        settings = {"lr": cfg.lr, "betas": (cfg.beta1, cfg.beta2), "weight_decay": cfg.weight_decay}
+        optimizer = make_optimizer(cfg.optimizer, trainable, settings, device)
+
+    model.checkpoint_activations = cfg.checkpoint_activations
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    trained = model
+    if world.size > 1:  # the base is the same file everywhere and never changes: nothing of it is broadcast
+        trained = torch.nn.parallel.DistributedDataParallel(
+            model, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False,
+            gradient_as_bucket_view=True)
+
+    # -- loss ----------------------------------------------------------------------------------
+    alpha = torch.zeros((), device=device)  # filled each optimizer step; the score reads it on the device
+    score = make_score(cfg.loss, alpha=alpha, gamma=cfg.gamma, eps=cfg.eps, tail=cfg.tail_smoothing)
+
+    def alpha_of(step: int) -> float:
+        if cfg.loss != "dpsm":
+            return 0.0
+        return alpha_at(step, cfg.steps, warmup=cfg.warmup, schedule=cfg.alpha_schedule, alpha_max=cfg.alpha_max,
+                        start=cfg.alpha_start)
+
+    # -- state: everything that a resumed run needs ----------------------------------------------
+    step, tokens_seen, train_seconds, joules = 0, 0, 0.0, 0.0
+    window = Calibration(device)  # calibration of the targets trained on since the last log line
+    sums = torch.zeros(4, dtype=torch.float64, device=device)  # likewise: steps, loss, gradient norm, clipped
+    room = torch.zeros(2, dtype=torch.float64)  # likewise, on the CPU and this rank: positions, those without a token
+    watch = runlog.DivergenceWatch(device)
+    if checkpoint:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        step, tokens_seen = checkpoint["step"], checkpoint["tokens_seen"]
+        train_seconds, joules = checkpoint["train_seconds"], checkpoint["joules"]
+        sums.copy_(checkpoint["sums"])
+        room.copy_(checkpoint["room"])
+        watch.state.copy_(checkpoint["watch"])
+        if world.main:  # a sum over ranks goes on at one of them
+            window.load_state_dict(checkpoint["window"])
+        if not runlog.set_rng_states(checkpoint["rng"], world) and cfg.lora_dropout and world.main:
+            print(f"resuming {len(checkpoint['rng'])} ranks on {world.size}: dropout masks will differ from here on")
+    run.start(asdict(cfg) | {"script": "finetune_gsm8k.py"},
+              [Path(__file__), Path(__file__).with_name("losses.py")], step if checkpoint else None)
+    if checkpoint:
+        run.log("event", step, event="resumed", world_size=world.size)
+    if world.main and step < cfg.steps:
+        forget(run.path)
+    energy = runlog.EnergyMeter(device)
+    stop = runlog.StopRequest()
+    wandb_run = runlog.start_wandb(cfg.wandb, out, asdict(cfg)) if cfg.wandb and world.main else None
+    parameters = sum(p.numel() for p in trainable)
+    if world.main:
+        first = pack([train[i] for i in batch_indices(len(train), 0, cfg.batch, cfg.seed)], cfg.seq_len)
+        print(f"{out}: {cfg.model}, base {cfg.base}, LoRA of rank {model.lora.r} with {parameters / 1e6:.2f} M "
+              f"parameters, loss {cfg.loss}, {dtype} on {world.size} x {device.type}, {len(train)} training and "
+              f"{len(held)} held-out problems; the first batch packs into {len(first)} rows, "
+              f"{100 * first.padding:.1f} % padding")
+
+    def save() -> None:
+        """last.pt. All ranks take part; rank 0 writes."""
+        total = Calibration(device)
+        total.load_state_dict(window.state_dict())
+        total.all_reduce()
+        run.save("last.pt", {
+            "model": {key: t.detach().cpu() for key, t in adapter_tensors(model).items()}, "lora": asdict(model.lora),
+            "config": asdict(cfg), "step": step, "data_hash": data_hash, "optimizer": optimizer.state_dict(),
+            "alpha": alpha_of(step), "tokens_seen": tokens_seen, "train_seconds": train_seconds, "joules": joules,
+            "sums": sums.cpu(), "room": room, "watch": watch.state.cpu(), "window": total.state_dict(),
+            "rng": runlog.rng_states(world)})
+
+    def log_row(kind: str, **values) -> None:
+        row = run.log(kind, step, tokens=tokens_seen, train_seconds=train_seconds, **values)
+        if wandb_run:
+            wandb_run.log({f"{kind}/{k}": v for k, v in row.items() if k not in ("kind", "step")}, step=step)
+
+    # -- loop ----------------------------------------------------------------------------------
+    from tqdm import tqdm
+
+    share = cfg.batch // world.size
+    mine = slice(world.rank * share, (world.rank + 1) * share)
+    bar = tqdm(total=cfg.steps, initial=step, desc=out.name, unit="step", dynamic_ncols=True, disable=not world.main)
+    ending = None  # why the loop ended before cfg.steps
+    trained.train()
+    clock, meter, clocked = time.perf_counter(), energy.read(), tokens_seen
+    while step < cfg.steps and ending is None:
+        batch = [train[i] for i in batch_indices(len(train), step, cfg.batch, cfg.seed)]  # a function of the step
+        rows = pack(batch[mine], cfg.seq_len, pad_id=prompter.end)
+        count = sum(e.targets(cfg.loss_on) for e in batch)  # the global batch's targets
+        room += torch.tensor([rows.targets_RT.numel(), rows.targets_RT.numel() - rows.tokens])
+        alpha.fill_(alpha_of(step))
+        lr = cfg.lr * lr_factor(cfg.schedule, step, cfg.steps, warmup=cfg.lr_warmup, floor=cfg.lr_floor)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        # The loss is the sum over the global batch's targets divided by their number. DDP averages gradients over
+        # ranks, hence the world size. The last step of a log line is the probe: the head also sees the targets outside
+        # the loss, with weight 0, so that the prompt has its Fisher; the gradient is the same.
+        probe = (step + 1) % cfg.log_every == 0
+        fisher = torch.zeros(4, dtype=torch.float64, device=device)  # sum and number, of the prompt and of the answer
+        denominator = torch.tensor(count / world.size, device=device)
+        loss = torch.zeros((), device=device)
+        for i in range(0, len(rows), cfg.micro_batch):
+            part = rows[i : i + cfg.micro_batch]
+            if cfg.segment_rms:
+                set_segments(model, part.answer_RT if probe else None)
+            at = loss_positions(part, cfg.loss_on, everything=probe)
+            answer = part.answer_RT.flatten()[at]
+            inside = runlog.to_device(answer | (cfg.loss_on == "all"), device)
+            y, answer = runlog.to_device(part.targets_RT.flatten()[at], device), runlog.to_device(answer, device)
+            at = runlog.to_device(at, device)
+            last = i + cfg.micro_batch >= len(rows)
+            with contextlib.nullcontext() if last or world.size == 1 else trained.no_sync():
+                hidden = trained(runlog.to_device(part.tokens_RT, device),
+                                 documents_BT=runlog.to_device(part.documents_RT, device))
+                part_loss, moments = linear_score(
+                    hidden.flatten(0, 1).index_select(0, at), model.head_weight, y, score, denominator=denominator,
+                    weights=inside.float() if probe else None, fisher=probe and not cfg.tail_smoothing,
+                    tail=cfg.tail_smoothing, impl=cfg.kernels)
+                part_loss.backward()
+            loss += part_loss.detach() / world.size
+            if moments.fisher is not None:
+                by = torch.stack([~answer, answer]).double()  # [2, N]
+                fisher += torch.stack([by @ moments.fisher.double(), by.sum(1)], dim=1).flatten()
+            moments.valid = moments.valid & inside
+            window.update(moments)
+        world.all_reduce(loss)
+        norm = torch.nn.utils.clip_grad_norm_(trainable, cfg.clip or math.inf)
+        finite = torch.isfinite(norm) & torch.isfinite(loss)
+        if cfg.optimizer == "adamw":
+            optimizer.found_inf = (~finite).float()  # fused AdamW leaves everything as it is where this is 1
+            optimizer.step()
+        elif finite:  # bitsandbytes' knows no such flag: one synchronisation a step
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        watch.update(loss, finite)
+        clipped = (norm > (cfg.clip or math.inf)).float()
+        sums += torch.where(finite, torch.stack([torch.ones_like(loss), loss, norm, clipped]), 0.0)
+        tokens_seen += sum(e.length for e in batch)
+        step += 1
+        bar.update()
+
+        # Ranks see a signal at different moments: several of them agree at log lines.
+        at_log, at_eval = step % cfg.log_every == 0, step % cfg.eval_every == 0 or step == cfg.steps
+        stopping = bool(stop.signal) if world.size == 1 else False
+        if world.size > 1 and (at_log or at_eval):
+            stopping = bool(world.all_reduce(torch.tensor(int(bool(stop.signal)), device=device)))
+        if not (at_log or at_eval or stopping):
+            continue
+
+        # -- log: the one synchronisation of these steps ---------------------------------------
+        health = watch.read()
+        seconds, clock = time.perf_counter() - clock, time.perf_counter()
+        train_seconds += seconds
+        rate = (tokens_seen - clocked) / seconds
+        clocked = tokens_seen
+        if meter is not None:
+            used = torch.tensor(energy.read() - meter, dtype=torch.float64, device=device)
+            joules += float(world.all_reduce(used))
+        if at_log or at_eval:
+            n, *means = sums.tolist()
+            window.all_reduce()
+            extra = {}
+            if probe and not cfg.tail_smoothing:
+                total = world.all_reduce(fisher).tolist()
+                extra = {f"fisher_{of}": total[i] / total[i + 1] if total[i + 1] else None
+                         for of, i in (("prompt", 0), ("answer", 2))}
+            if probe and cfg.segment_rms:
+                extra |= dict(zip(("block_rms_prompt", "block_rms_answer"), segment_rms(model).t().tolist(),
+                                  strict=True))
+            if n:
+                m = window.compute()
+                mean_loss, mean_norm, clip_rate = (v / n for v in means)
+                shown = {k: m[k] for k in ("nll", "ppl", "ece10", "brier", "accuracy", "entropy")}
+                used_alpha = alpha.item()  # the value that the last step was computed with
+                log_row("train", loss=mean_loss, **shown, alpha=used_alpha, lr=lr, grad_norm=mean_norm,
+                        clip_rate=clip_rate, steps=n, skipped=health["skipped"], tokens_per_second=rate,
+                        padding=float(room[1] / room[0]), epoch=step * cfg.batch / len(train), **extra)
+                bar.set_postfix_str(f"loss {mean_loss:.3f} ppl {m['ppl']:.2f} ece {m['ece10']:.3f} "
+                                    f"a {used_alpha:.2f} lr {lr:.1e} {rate:,.0f} tok/s")
+            window.reset()
+            sums.zero_()
+            room.zero_()
+        if health["worst_streak"] >= 3:
+            ending = "diverged"
+            break
+        if at_eval:
+            m = evaluate(model, heldout_rows, score, cfg, world)
+            log_row("val", **m)
+            bar.write(f"step {step}: held-out loss {m['loss']:.4f}, nll {m['nll']:.4f}, ece {m['ece10']:.4f}",
+                      file=sys.stderr)
+        if stopping:
+            ending = "stopped"
+        # A step whose loss was not finite changed nothing, but weights that yield one are no good place to stop.
+        if (at_eval or stopping) and health["streak"] == 0:
+            save()
+        clock, meter = time.perf_counter(), energy.read()  # evaluation and checkpoints are not training time
+    bar.close()
+    if ending:
+        run.log("event", step, event=ending, signal=stop.signal)
+    if ending == "diverged":
+        stop.restore()
+        if world.main:
+            good = next((p for p in (run / "last.pt",) if p.exists()), None)
+            advice = f"Last good checkpoint: {good}" if good else "No checkpoint had been written; lower --lr"
+            print(f"{out}: the loss was not finite in three steps running; stopped at step {step}. {advice}",
+                  file=sys.stderr)
+        return runlog.finish(run, wandb_run, 1)
+    if ending == "stopped":
+        stop.restore()
+        if world.main:
+            print(f"{stop.signal}: saved {run / 'last.pt'} at step {step}; the same command with --resume goes on")
+        return runlog.finish(run, wandb_run, 0)
+
+    # -- final evaluation: answers to the test problems, and what they are worth ------------------
+    memory = runlog.peak_memory(device)
+    if cfg.segment_rms:
+        set_segments(model, None)
+    if world.main:
+        save_adapter(model, run / "adapter", cfg.model)
+    began = time.perf_counter()
+    final = (merged(model) if cfg.merge else model).eval()
+    with runlog.user_errors():
+        made = generate(final, test, prompter, run.path, world, max_new_tokens=cfg.generate_tokens,
+                        batch=cfg.eval_batch, samples=cfg.samples, temperature=cfg.temperature, seed=cfg.seed,
+                        stop=[s for s in cfg.stop.split("|") if s],
+                        calculator=cfg.format == "text" and cfg.calculator, stopping=lambda: bool(stop.signal))
+    stop.restore()
+    if made is None:
+        if world.main:
+            print(f"{stop.signal}: stopped while generating; the same command with --resume goes on from the answers "
+                  f"in {out}")
+        return runlog.finish(run, wandb_run, 0)
+    if not world.main:
+        return runlog.finish(run, wandb_run, 0)
+    answers, new_tokens, reused = made
+    generate_seconds = time.perf_counter() - began
+    graded, verdicts = grade(answers, test, cfg.format, ks(cfg))
+    eval_seconds = time.perf_counter() - began
+    write_jsonl(run / "outputs.jsonl", [a for a in answers if not a["sample"]])
+    if cfg.samples:
+        write_jsonl(run / "outputs_sampled.jsonl", [a for a in answers if a["sample"]])
+    write_jsonl(run / "verdicts.jsonl", verdicts)
+    forget(run.path)
+    rows, vals = (runlog.read_metrics(run / "metrics.jsonl", kind) for kind in ("train", "val"))
+    # The first window pays for compilation and cold caches.
+    rates = [r["tokens_per_second"] for r in (rows[1:] or rows)]
+    finals = vals[-1] if vals else {}
+    summary = {
+        "script": "finetune_gsm8k.py", "loss": cfg.loss, "alpha_schedule": cfg.alpha_schedule if cfg.loss == "dpsm"
+        else None, "format": cfg.format, "steps": step, "seed": cfg.seed, "parameters": parameters,
+        "tokens_seen": tokens_seen, **graded,
+        "eval_problems": len(test), "eval_seconds": eval_seconds, "outputs_reused": reused,
+        "generate_seconds": generate_seconds, "generated_tokens_per_second": new_tokens / generate_seconds,
+        "outputs_at_limit": sum(a["ended"] == "length" for a in answers) / len(answers),
+        "final_train_loss": rows[-1]["loss"] if rows else None,
+        "final_heldout_loss": finals.get("loss"), "final_heldout_nll": finals.get("nll"),
+        "final_heldout_ece10": finals.get("ece10"), "final_heldout_brier": finals.get("brier"),
+        "tokens_per_second": statistics.median(rates) if rates else None, "train_seconds": train_seconds,
+        "padding": statistics.fmean(r["padding"] for r in rows) if rows else None,
+        "peak_memory_bytes": memory,
+        "peak_memory_of": "CUDA allocations" if device.type == "cuda" else "process resident set",
+        "energy_joules": joules if meter is not None else None,
+        "divergences": int(watch.read()["divergences"]), "skipped_steps": int(watch.read()["skipped"]),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU", "world_size": world.size,
+        "dtype": str(dtype).removeprefix("torch."), "base": cfg.base,
+    }
+    runlog.write_json(run / "summary.json", summary)
+    if wandb_run:
+        wandb_run.summary.update(summary)
+    ways = ", ".join(f"{k.rpartition('_')[2]} {100 * graded[k]:.2f} %" for k in
+                     ("pass_at_1_strict", "pass_at_1_flexible", "pass_at_1_code") if graded[k] is not None)
+    print(f"{out}: pass@1 {ways} on {len(test)} problems; held-out loss {finals.get('loss', math.nan):.4f}; "
+          f"{summary['tokens_per_second'] or 0:,.0f} tokens/s in training, {new_tokens / generate_seconds:,.0f} in "
+          "generation")
+    print(f"compare answers: python -m eval.gsm8k {run / 'outputs.jsonl'} OTHER/outputs.jsonl --format {cfg.format}")
+    return runlog.finish(run, wandb_run, 0)
+
+
+def make_optimizer(name: str, parameters: list, settings: dict, device: torch.device) -> torch.optim.Optimizer:
+    """Raises ValueError where bitsandbytes' paged optimizer cannot run."""
+    if name == "adamw":
+        return torch.optim.AdamW(parameters, fused=True, **settings)
+    if device.type != "cuda":
+        raise ValueError(f"--optimizer {name} needs a CUDA device; use --optimizer adamw")
+    try:
+        from bitsandbytes.optim import PagedAdamW8bit
+    except ImportError as error:
+        raise ValueError(f"--optimizer {name} needs bitsandbytes ({error}); use --optimizer adamw") from None
+    return PagedAdamW8bit(parameters, **settings)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

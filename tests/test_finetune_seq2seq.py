@@ -1,0 +1,466 @@
+"""finetune_seq2seq.py end to end on summaries that the test writes: resume, parallelism, presets, bad input."""
+
+import functools
+import json
+import math
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import words
+
+import eval.summaries
+import finetune_seq2seq
+import runlog
+from data.summaries import Bucketed, SummaryTokenizer, encode_pairs, load_summaries
+from kernels import linear_score
+from losses import brier, ce
+from model.seq2seq import Seq2Seq, bart_config, pegasus_config
+from model.seq2seq_hub import save_seq2seq
+
+ROOT = Path(__file__).parent.parent
+CLOCK = {"train_seconds", "tokens_per_second", "ms_per_step_median", "peak_memory_bytes"}
+SUMMARY_KEYS = """
+loss label_smoothing steps seed parameters tokens_seen best_step val_nll val_ppl val_ece10 val_ece100 val_brier
+val_spherical val_accuracy temperature val_nll_t val_ece10_t test_nll test_ece10 test_ece10_t test_rouge1
+test_rouge1_low test_rouge1_high test_rouge2 test_rougeL test_rougeLsum test_distinct_1 test_distinct_2 test_words
+test_length_ratio test_ended test_summary_tokens test_generate_tokens_per_second padding swapped_references data
+tokens_per_second ms_per_step_median peak_memory_bytes train_seconds flops_per_token divergences clip_rate
+""".split()
+
+
+def write_set(folder: Path, train=64, validation=12, test=10, sums=6) -> Path:
+    """Sums in words, two lines of which are the summary."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, first, count in (("train", 3, train), ("validation", 1003, validation), ("test", 2003, test)):
+        rows = []
+        for i in range(first, first + count):
+            lines = [f"{words(i + k)} and {words(k + 2)} make {words(i + 2 * k + 2)}." for k in range(sums + i % 9)]
+            rows.append({"id": f"{split}-{i}", "article": " ".join(lines), "highlights": "\n".join(lines[:2])})
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sums(tmp_path_factory):
+    return write_set(tmp_path_factory.mktemp("sets") / "sums")
+
+
+@pytest.fixture(scope="session")
+def base(sums, tmp_path_factory):
+    """Flags of a run that takes a second or two."""
+    cache = tmp_path_factory.mktemp("cache")
+    return (
+        f"--data {sums} --cache {cache} --size bart-tiny --random-start --tokenizer bpe:300 --preset none --batch 8 "
+        "--micro-batch 4 --steps 9 --lr 3e-3 --eval-every 3 --log-every 2 --min-words 20 --max-source 96 "
+        "--max-target 48 --max-new-tokens 12 --beams 2 --generate-batch 4 --device cpu".split()
+    )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def small():
+    """bart-tiny and pegasus-tiny, smaller still."""
+    with pytest.MonkeyPatch.context() as patch:
+        for kind, build in (("bart", bart_config), ("pegasus", pegasus_config)):
+            tiny = functools.partial(build, 1, 32, 2, max_position_embeddings=128)
+            patch.setitem(finetune_seq2seq.SIZES, f"{kind}-tiny", tiny)
+        yield
+
+
+def train(flags, out, *more) -> int:
+    return finetune_seq2seq.main([*flags, "--out", str(out), *map(str, more)])
+
+
+def summary_of(out) -> dict:
+    return json.loads((out / "summary.json").read_text())
+
+
+def rows(out, kind) -> list[dict]:
+    """Metrics without what depends on the clock."""
+    return [
+        {k: v for k, v in r.items() if k not in CLOCK} for r in runlog.read_metrics(Path(out) / "metrics.jsonl", kind)
+    ]
+
+
+def weights(out, name="last.pt") -> dict:
+    return runlog.load_checkpoint(Path(out) / name)["model"]
+
+
+def predictions(out, name="test") -> list[dict]:
+    return [json.loads(line) for line in (out / f"predictions-{name}.jsonl").read_text().splitlines()]
+
+
+# -- what a run leaves behind --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def dpsm_flags(base):
+    """Everything random switched on."""
+    more = "--loss dpsm --warmup 0.5 --dropout 0.1 --attention-dropout 0.1 --noise-references 0.15"
+    return [*base, *more.split()]
+
+
+@pytest.fixture(scope="session")
+def dpsm_run(dpsm_flags, tmp_path_factory):
+    """An uninterrupted DPSM run."""
+    out = tmp_path_factory.mktemp("runs") / "dpsm"
+    assert train(dpsm_flags, out) == 0
+    return out
+
+
+def test_run_folder_is_complete(dpsm_run, capsys):
+    out = dpsm_run
+    summary, config = summary_of(out), json.loads((out / "config.json").read_text())
+    assert not [k for k in SUMMARY_KEYS if summary.get(k) is None]
+    assert not [k for k, v in config.items() if v is None]  # a preset's values are all written out
+    assert config["lr"] == 3e-3 and config["weight_decay"] == 0.01 and config["script"] == "finetune_seq2seq.py"
+    assert summary["swapped_references"] == round(0.15 * 8 * 9)
+    assert summary["val_nll_t"] <= summary["val_nll"] + 1e-6
+    assert summary["data"]["train"]["pairs"] == 64 and not summary["partial"] and summary["padding"] < 0.1
+    assert summary["test_rouge1_low"] <= summary["test_rouge1"] <= summary["test_rouge1_high"]
+    for name in ("environment.json", "calibration.json", "source/finetune_seq2seq.py", "last.pt", "best.pt"):
+        assert (out / name).is_file(), name
+    made = predictions(out)
+    assert [r["index"] for r in made] == list(range(10)) and made[3]["id"] == "test-2006"
+    assert all(1 <= r["tokens"] <= 12 for r in made) and not list(out.glob("*.part*"))
+    nll = [r["nll"] for r in rows(out, "val")]
+    assert nll[-1] < nll[0] and nll[-1] < math.log(303)
+
+
+def test_the_report_reads_it(dpsm_run, tmp_path):
+    from eval import report
+
+    assert report.main([str(dpsm_run), "--out", str(tmp_path / "report")]) in (0, None)
+    assert "dpsm" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_load_finetuned_is_the_reported_model(dpsm_run, sums, tmp_path):
+    """Validation again, from the run folder alone: the same numbers."""
+    model, tokenizer, config = finetune_seq2seq.load_finetuned(dpsm_run)
+    assert not model.training and config["loss"] == "dpsm"
+    part = load_summaries(sums, ("validation",), min_words=20)["validation"]
+    pairs = encode_pairs(part, tokenizer, tmp_path, 96, 48)
+    cfg = finetune_seq2seq.Config(micro_batch=5)
+    again = finetune_seq2seq.evaluate(model, pairs, cfg, runlog.World(0, 1, torch.device("cpu")))[0].compute()
+    assert again["nll"] == pytest.approx(summary_of(dpsm_run)["val_nll"], rel=1e-5)  # fp32, other padding
+    assert isinstance(again, dict) and isinstance(tokenizer, SummaryTokenizer)
+
+
+@pytest.mark.parametrize("flags", ["brier", "ce --label-smoothing 0.1", "spherical --tail-smoothing 0.1"])
+def test_losses_learn(flags, base, tmp_path):
+    assert train(base, tmp_path / "run", "--loss", *flags.split(), "--lr-warmup", 0, "--test-examples", 2) == 0
+    nll = [r["nll"] for r in rows(tmp_path / "run", "val")]
+    assert nll[-1] < nll[0] and nll[-1] < math.log(303)
+    assert summary_of(tmp_path / "run")["test_examples"] == 2
+
+
+def test_scores_with_label_smoothing_are_torchs():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(12, 8), torch.randn(20, 8)
+    y = torch.randint(0, 20, (12,))
+    y[3] = -100
+    logits = hidden @ weight.t()
+    smoothed = F.cross_entropy(logits, y, label_smoothing=0.1)
+    onehot = F.one_hot(y.clamp(min=0), 20)
+    brier_N = ((logits.softmax(-1) - onehot) ** 2).sum(-1)
+    expected = {"ce": smoothed, "dpsm": 0.7 * smoothed + 0.3 * brier_N[y != -100].mean()}
+    for loss, value in expected.items():
+        cfg = finetune_seq2seq.Config(loss=loss, label_smoothing=0.1)
+        score = finetune_seq2seq.score_of(cfg, torch.tensor(0.3))
+        torch.testing.assert_close(linear_score(hidden, weight, y, score)[0], value)  # fp32 defaults
+    plain = finetune_seq2seq.score_of(finetune_seq2seq.Config(loss="dpsm", label_smoothing=0.0), torch.tensor(0.3))
+    got = linear_score(hidden, weight, y, plain)[0]
+    torch.testing.assert_close(got, linear_score(hidden, weight, y, lambda m: 0.7 * ce(m) + 0.3 * brier(m))[0])
+
+
+# -- exactness -----------------------------------------------------------------------------------
+
+
+def same_run(a, b) -> None:
+    """Metrics (the clock's apart), final weights, summaries and bins are equal, bit for bit."""
+    for kind in ("train", "val"):
+        assert rows(a, kind) == rows(b, kind)
+    wa, wb = weights(a), weights(b)
+    assert all(torch.equal(wa[k], wb[k]) for k in wa)
+    assert predictions(a) == predictions(b)
+    sa, sb = ({k: v for k, v in summary_of(x).items() if k not in CLOCK and "per_second" not in k} for x in (a, b))
+    assert sa == sb
+
+
+def test_a_stopped_run_resumes_exactly(dpsm_flags, dpsm_run, tmp_path, monkeypatch, capsys):
+    """SIGTERM in the middle of a logging window; dropout, noise, alpha, optimizer and best-so-far go on."""
+    original = Bucketed.indices
+
+    def stop_after_5(self, step):
+        if step == 4 and sys._getframe(1).f_code.co_name == "main":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, step)
+
+    with monkeypatch.context() as m:
+        m.setattr(Bucketed, "indices", stop_after_5)
+        assert train(dpsm_flags, tmp_path / "run") == 0
+    assert "--resume" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert runlog.load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 5
+    assert train(dpsm_flags, tmp_path / "run", "--resume") == 0
+    same_run(dpsm_run, tmp_path / "run")
+
+
+def test_a_kill_during_generation_loses_one_batch(dpsm_flags, dpsm_run, tmp_path, monkeypatch):
+    """Killed in the third batch of three, half a line written; --resume makes that batch only."""
+    original, sizes = eval.summaries.generate, []
+
+    def generate(model, source, *rest):
+        sizes.append(len(source))
+        if len(sizes) == 3:
+            raise KeyboardInterrupt
+        return original(model, source, *rest)
+
+    monkeypatch.setattr(eval.summaries, "generate", generate)
+    with pytest.raises(KeyboardInterrupt):
+        train(dpsm_flags, tmp_path / "run")
+    part = tmp_path / "run" / "predictions-test.part0.jsonl"
+    assert len(part.read_text().splitlines()) == 8 and not (tmp_path / "run" / "predictions-test.jsonl").exists()
+    with open(part, "a") as f:
+        f.write('{"index": 9, "pred')
+    assert train(dpsm_flags, tmp_path / "run", "--resume") == 0
+    assert sizes == [4, 4, 2, 2]
+    same_run(dpsm_run, tmp_path / "run")
+
+
+def close(a, b) -> None:
+    """fp32 rounding of sums taken in another order, carried through 9 steps of AdamW: 1e-4 of the loss."""
+    for kind, key in (("train", "loss"), ("train", "grad_norm"), ("val", "nll"), ("val", "ece10")):
+        assert [r[key] for r in rows(a, kind)] == pytest.approx([r[key] for r in rows(b, kind)], rel=1e-4, abs=1e-5)
+
+
+def test_batch_ranks_and_accumulation_give_one_loss_curve(base, tmp_path):
+    """Micro-batches of 8, 4 and 1, which are padded differently, layers run again in backward, and two ranks. Targets
+    differ in length, so a wrong normalisation (mean of means) shows."""
+    flags = [*base, "--loss", "dpsm", "--warmup", "0.5", "--noise-references", "0.3", "--steps", "6"]
+    assert train(flags, tmp_path / "four") == 0
+    for name, more in (("8", ()), ("1", ()), ("4", ("--checkpoint-activations",))):
+        assert train(flags, tmp_path / name, "--micro-batch", name, *more) == 0
+        close(tmp_path / "four", tmp_path / name)
+    # Two ranks as torchrun starts them, in processes that know nothing of this module's smaller sizes.
+    small = "import sys, functools, finetune_seq2seq as f; from model.seq2seq import bart_config as b\n"
+    small += "f.SIZES['bart-tiny'] = functools.partial(b, 1, 32, 2, max_position_embeddings=128)\nsys.exit(f.main())\n"
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = str(s.getsockname()[1])
+    ranks = []
+    for rank in ("0", "1"):
+        env = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=port)
+        line = [sys.executable, "-c", small, *flags, "--out", str(tmp_path / "ddp")]
+        env = os.environ | env | {"OMP_NUM_THREADS": "1"}
+        ranks.append(subprocess.Popen(line, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+    try:
+        for process in ranks:
+            output, _ = process.communicate(timeout=120)
+            assert process.returncode == 0, output[-3000:]
+    finally:
+        for process in ranks:
+            process.kill()
+    close(tmp_path / "four", tmp_path / "ddp")
+    assert [r["prediction"] for r in predictions(tmp_path / "ddp")] == [
+        r["prediction"] for r in predictions(tmp_path / "four")
+    ]
+
+
+# -- options -------------------------------------------------------------------------------------
+
+
+def resolved(*flags):
+    return finetune_seq2seq.with_preset(runlog.parse_config(finetune_seq2seq.Config, list(flags)))
+
+
+def test_presets():
+    bart, xsum = resolved(), resolved("--data", "xsum")
+    assert (bart.lr, bart.label_smoothing, bart.beams, bart.length_penalty, bart.clip) == (3e-5, 0.1, 4, 2.0, 0.1)
+    assert (xsum.beams, xsum.length_penalty, xsum.max_new_tokens, xsum.lr) == (6, 1.0, 61, 3e-5)
+    assert resolved("--loss", "dpsm").label_smoothing == 0  # it is the CE baseline's
+    assert resolved("--loss", "dpsm", "--label-smoothing", "0.1").label_smoothing == 0.1
+    assert resolved("--lr", "1e-5").lr == 1e-5 and resolved("--lr", "0").lr == 0
+    pegasus = resolved("--preset", "pegasus", "--model", "x", "--data", "xsum")
+    assert (pegasus.beams, pegasus.max_source, pegasus.max_target, pegasus.lr_schedule) == (8, 512, 64, "constant")
+    for name in finetune_seq2seq.PRESETS:
+        assert set(finetune_seq2seq.PRESETS[name]) == set(finetune_seq2seq.PRESETS["bart"])
+
+
+def test_polynomial_decay_is_fairseqs():
+    """(1 - (step - warmup) / (total - warmup))^power of the peak, after a linear warm-up (fairseq's
+    polynomial_decay with end_learning_rate 0)."""
+    cfg = resolved("--steps", "1000", "--lr", "1", "--lr-warmup", "0.1", "--lr-power", "2")
+    for step in (100, 333, 999):
+        expected = (1 - (step - 100) / 900) ** 2
+        assert finetune_seq2seq.lr_at(cfg, step) == pytest.approx(expected, rel=1e-9)
+    ramp = [finetune_seq2seq.lr_at(cfg, step) for step in range(100)]
+    assert ramp == sorted(ramp) and 0 < ramp[0] < 0.02
+
+
+def test_a_model_folder_is_a_start_and_must_fit_its_tokenizer(base, dpsm_run, sums, tmp_path, capsys):
+    """The run's model saved in Hugging Face's layout: at lr 0 another run reports its numbers."""
+    model, tokenizer, _ = finetune_seq2seq.load_finetuned(dpsm_run)
+    files = dict(tokenizer.base.files())
+    definition = json.loads(files["tokenizer.json"])
+    for name, i in (("<s>", tokenizer.bos_id), ("<pad>", tokenizer.pad_id), ("</s>", tokenizer.eos_id)):
+        flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+        definition["added_tokens"].append(dict(id=i, content=name, **flags))
+    del files["tokenizer_config.json"]
+    save_seq2seq(model, tmp_path / "hf", files | {"tokenizer.json": json.dumps(definition).encode()})
+    at = base.index("--size")
+    start = [*base[:at], *base[at + 5 :], "--model", str(tmp_path / "hf")]
+    assert train(start, tmp_path / "run", "--lr", 0, "--steps", 1) == 0
+    a, b = summary_of(dpsm_run), summary_of(tmp_path / "run")
+    assert a["val_nll"] == pytest.approx(b["val_nll"], rel=1e-6)
+    assert [r["prediction"] for r in predictions(dpsm_run)] == [r["prediction"] for r in predictions(tmp_path / "run")]
+    fails(capsys, "is a bart: --preset pegasus", start, tmp_path / "bad", "--preset", "pegasus")
+    # Broken in the ways that a download breaks.
+    other = Seq2Seq(bart_config(1, 32, 2, max_position_embeddings=128, vocab_size=290))
+    save_seq2seq(other, tmp_path / "other", files | {"tokenizer.json": json.dumps(definition).encode()})
+    start[-1] = str(tmp_path / "other")
+    fails(capsys, "has \\d+ tokens, the model only 290|ends a text with|another's", start, tmp_path / "bad")
+    (tmp_path / "hf" / "model.safetensors").write_bytes((tmp_path / "hf" / "model.safetensors").read_bytes()[:5000])
+    start[-1] = str(tmp_path / "hf")
+    fails(capsys, "model.safetensors is damaged", start, tmp_path / "bad")
+    (tmp_path / "hf" / "config.json").unlink()
+    fails(capsys, "has no config.json", start, tmp_path / "bad")
+
+
+def test_pegasus_and_a_second_set(base, sums, tmp_path, capsys):
+    """PEGASUS's shape, zero-shot on another set, which says that it is a sample."""
+    second = write_set(tmp_path / "xsum", 1, 1, 5)
+    flags = [f.replace("bart-tiny", "pegasus-tiny") for f in base]
+    assert train(flags, tmp_path / "run", "--eval-data", second, "--steps", 3) == 0
+    assert "5 of 11,334 rows" in capsys.readouterr().out
+    summary = summary_of(tmp_path / "run")
+    assert summary["partial"] and summary["data"]["ood"]["partial"] == "a sample: 5 of 11,334 rows"
+    assert summary["ood_examples"] == 5 and summary["ood_rouge1"] is not None and summary["ood_ece10"] is not None
+
+
+def test_a_fold_leaves_the_test_set_alone(base, tmp_path):
+    assert train(base, tmp_path / "run", "--fold", "2/5", "--steps", 3) == 0
+    summary = summary_of(tmp_path / "run")
+    assert summary["test_nll"] is None and "test_rouge1" not in summary
+    assert summary["val_examples"] == 13 and summary["fold"] == "2/5"  # ranks 1, 6, ..., 61 of 64
+
+
+def test_profile(base, tmp_path, capsys):
+    assert train(base, tmp_path / "run", "--profile", 3) == 0
+    cost = json.loads((tmp_path / "run" / "profile.json").read_text())
+    assert cost["pairs"] == 4 and cost["ms_forward_backward"] > 0 and cost["tokens_per_second"] > 0
+    assert cost["peak_memory_bytes"] > 0 and cost["joules_per_step"] is None and cost["gpu_utilisation"] is None
+    assert not (tmp_path / "run" / "last.pt").exists() and "tokens_per_second" in capsys.readouterr().out
+
+
+def test_flops_are_those_of_the_products():
+    """Against torch's own counter of matrix products, forward once; ours counts a training step, three times that."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = bart_config(2, 32, 2, vocab_size=40, max_position_embeddings=64)
+    model, source, target = Seq2Seq(config), torch.ones(1, 24, dtype=torch.long), torch.ones(1, 9, dtype=torch.long)
+    # The counter knows attention only by its products, as the MATH backend runs it.
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        model(source, None, target) @ model.head_weight.t()
+    assert finetune_seq2seq.training_flops(config, 24, 9) == 3 * counter.get_total_flops()
+
+
+def test_a_fixed_bias_of_the_logits_counts(base, dpsm_run, sums, tmp_path):
+    """final_logits_bias: evaluation sees it, and so does the temperature; against cross-entropy on whole logits."""
+    model, tokenizer, _ = finetune_seq2seq.load_finetuned(dpsm_run)
+    model.config = finetune_seq2seq.dataclasses.replace(model.config, logits_bias=True)
+    bias = torch.randn(1, model.config.vocab_size, generator=torch.Generator().manual_seed(0))
+    model.register_buffer("final_logits_bias", bias)
+    part = load_summaries(sums, ("validation",), min_words=20)["validation"]
+    pairs = encode_pairs(part, tokenizer, tmp_path, 96, 48)
+    cfg, world, keep = finetune_seq2seq.Config(), runlog.World(0, 1, torch.device("cpu")), []
+    got = finetune_seq2seq.evaluate(model, pairs, cfg, world, keep=keep)[0].compute()["nll"]
+    hidden, y = (torch.cat(part) for part in zip(*keep, strict=True))
+    expected = F.cross_entropy(hidden @ model.head_weight.t() + bias, y).item()
+    assert got == pytest.approx(expected, rel=1e-5)  # fp32
+    assert got != pytest.approx(F.cross_entropy(hidden @ model.head_weight.t(), y).item(), rel=1e-2)
+    entries, _ = finetune_seq2seq.final_metrics(model, dict(val=pairs, test=None, ood=None), cfg, world)
+    assert entries["val_nll"] == pytest.approx(expected, rel=1e-5) and entries["val_nll_t"] < entries["val_nll"]
+
+
+# -- bad input -----------------------------------------------------------------------------------
+
+
+def fails(capsys, match, flags, out, *more) -> None:
+    """Exit code 2, one line on stderr that matches, and no run folder."""
+    before = sorted(out.rglob("*")) if out.exists() else None
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        train(flags, out, *more)
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert re.search(match, err), err
+    errors = [line for line in err.strip().splitlines() if ": error: " in line]
+    assert errors == err.strip().splitlines()[-1:] and "Traceback" not in err, err
+    assert (sorted(out.rglob("*")) if out.exists() else None) == before
+
+
+@pytest.mark.parametrize(
+    "match, more",
+    [
+        (r"no data 'no-such-data'", ("--data", "no-such-data")),
+        (r"--noise-references 1.5 is outside \[0, 1\]", ("--noise-references", 1.5)),
+        (r"--noise-references nan", ("--noise-references", "nan")),
+        (r"swaps summaries within a batch", ("--noise-references", 0.1, "--batch", 1)),
+        (r"max_new_tokens=12 is below min_new_tokens=20", ("--min-new-tokens", 20)),
+        (r"--max-source 4000 is more than the 128 positions", ("--max-source", 4000)),
+        (r"--batch 65 is more than the 64 training pairs", ("--batch", 65)),
+        (r"--fold 6/5", ("--fold", "6/5")),
+        (r"--loss.*invalid choice.*smoothing", ("--loss", "smoothing")),
+        (r"--label-smoothing is defined for ce and dpsm", ("--loss", "brier", "--label-smoothing", 0.1)),
+        (r"and not both", ("--model", "facebook/bart-base")),
+        (r"--size.*invalid choice", ("--size", "bart-huge")),
+        (r"unknown tokenizer", ("--tokenizer", "nothing")),
+        (r"--warmup 1.5 is outside", ("--warmup", 1.5)),
+        (r"--steps 0", ("--steps", 0)),
+        (r"bert-score", ("--bertscore", "no-such-model")),
+        (r"is a bart: --preset pegasus", ("--preset", "pegasus")),
+        (r"no run in", ("--resume",)),
+    ],
+)
+def test_bad_flags(match, more, base, tmp_path, capsys):
+    fails(capsys, match, base, tmp_path / "run", *more)
+
+
+def test_bad_data(base, tmp_path, capsys):
+    sums = write_set(tmp_path / "set", 8, 2, 2)
+    (sums / "train.jsonl").write_text('{"text": "a", "highlights": "b"}\n')
+    fails(capsys, "train.jsonl line 1 has no column article", base, tmp_path / "run", "--data", sums)
+    (sums / "validation.jsonl").unlink()
+    write_set(tmp_path / "short", 8, 2, 2)
+    fails(capsys, "rows were left out", base, tmp_path / "run", "--data", tmp_path / "short", "--min-words", 5000)
+    (tmp_path / "short" / "validation.jsonl").unlink()
+    fails(capsys, "no validation split.*--fold", base, tmp_path / "run", "--data", tmp_path / "short")
+
+
+def test_a_folder_in_use_is_refused(dpsm_run, base, dpsm_flags, tmp_path, capsys):
+    fails(capsys, "already holds a run", dpsm_flags, dpsm_run)
+    fails(capsys, "beams was 2, now 3", dpsm_flags, dpsm_run, "--resume", "--beams", 3)
+    fails(capsys, "noise_references was 0.15", base, dpsm_run, "--resume", "--loss", "dpsm", "--dropout", 0.1)
+
+
+def test_non_finite_loss_skips_then_stops(base, tmp_path, capsys, monkeypatch):
+    """Three bad steps in a row end the run and name the last good checkpoint."""
+    original, calls = finetune_seq2seq.score_of, iter(range(10**9))
+
+    def score_of(*args):
+        score = original(*args)
+        return lambda m: score(m) * (math.nan if next(calls) in range(8, 14) else 1)  # two micro-batches a step
+
+    monkeypatch.setattr(finetune_seq2seq, "score_of", score_of)
+    assert train(base, tmp_path / "run") == 1
+    assert re.search(r"three steps running.*Last good checkpoint: .*last\.pt", capsys.readouterr().err)
+    assert all(torch.isfinite(w).all() for w in weights(tmp_path / "run").values())
