@@ -28,7 +28,6 @@ from data.lm import load_corpus
 from model.gpt2 import SIZES
 from runlog import environment, user_errors, write_json
 
-
 WINDOW = 10  # steps of a log line of train_lm.py
 
 
