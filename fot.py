@@ -1,329 +1,367 @@
-"""Forecast-On-Trajectory: where will the loss end, and how sure is that?
+"""Forecast-On-Trajectory: a learning rate steered by a forecast of the loss the run will end with.
 
     python -m fot backtest FILES...     replays recorded loss curves (eval/backtest.py; --help lists its flags)
 
-The law, with S the training time in steps at the peak learning rate, counted from the first point, and T the end:
+    fot = FoT(optimizer, total=steps, warmup=0.02)         # peak learning rates: those of the optimizer's groups
+    for step in range(steps):
+        loss.backward(); fot.observe(nll_sum, tokens); optimizer.step(); fot.step()
 
-    l = c + a (S + b)^-alpha - k D (S / S_T)^0.3,      a, c, k >= 0
+The rule, decided anew every W = 32 steps (eta: learning rate, u: Adam's direction, G: expected gradient, H: Hessian):
 
-S runs at sqrt(lr / peak). D in [0, 1] is how far the learning rate has come down from its peak, (peak - lr) / peak,
-smoothed over ``tau`` of S. So k is what the loss falls when the learning rate falls to 0 at the end of the run.
-c + a S^-alpha with an annealing term that has momentum is Tissue et al. (2024, "Scaling Law with Learning Rate
-Annealing", there S runs at lr); a smoothing that slows down as the learning rate falls is in the decay term of Luo et
-al. (2025, "A Multi-Power Law for Loss Curve Prediction Across Learning Rate Schedules", gamma near 1/2). Ours are the
-square root in S and the slow growth of the annealing gain: with them k nearly agrees between cosine and WSD runs of a
-model, and a prior can be carried from one to the other. Without learning rates S is the step and D is 0.
+    lr     = peak * envelope(t) * clip(m, 1/2, 2) * gate * block, the envelope a warm-up, then linear to zero
+    m      = eta / (peak * envelope(t)); 1 during warm-up and without a measurement. After n decisions with one, it is
+             clip(m, 1/2, 2)^(1 - beta^n) that is taken: a single noisy reading must not double the learning rate
+    eta    = eta_opt = G'u / u'Hu, the step that gains most of the noisy quadratic, eta G'u - eta^2 u'Hu / 2;
+             where the forecast is sure, sd(D) / D < 1/2, the least step that gains the target. Where no step gains it,
+             eta_opt, and a bound hit is counted
+    target = D * envelope(t) / (sum of the envelope to come), with D = l(now) - l(T)
+    gate   = linear in h, the Fisher of an answer token over a prompt token's: 1.5 to h = 0.7, 1 at 1, 0.7 from 1.3
+    block  = sqrt(the answer's share of the squared gradient) over its geometric mean, in [1/2, 2] at geometric mean 1
+
+`gradient_stats` says how G'u and u'Hu are measured. The published rule, "fot-literal", takes the largest lr with
+lr g^2 / (2 (sigma^2 + lam)) <= D / T_left: D from one Newton step on the last 150 losses, g^2 the batch's squared
+gradient norm, sigma^2 = tr(Sigma) / B, lam = u'Hu / u'u; its gate multiplies a state by 1.5 below h = 0.7 and by 0.7
+above 1.3. Its two guards: a value that is not finite leaves the learning rate as it was, and the learning rate is
+clipped to [peak / 100, peak]; both are counted. "snac" and "bacon" are the rules of schedules.py on the same
+measurements.
 """
 
+import logging
 import math
 import sys
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
-import numpy as np
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
 
-# The grid of the nonlinear parameters. b is a share of the S seen so far, tau is in steps.
-ALPHAS = np.geomspace(0.12, 1.4, 12)
-OFFSETS = np.geomspace(0.003, 1.0, 9)
-TAUS = np.array([30.0, 100.0, 300.0, 1000.0])
-GROWTH = 0.3  # of the annealing gain with S
-CLOCK = 0.5  # S runs at (lr / peak)^CLOCK
-MIN_POINTS = 20
-SEGMENTS, CURVE = 256, 16  # of the planned schedule between now and T; every SEGMENTS / CURVE-th is on the curve
-HUGE = 1e30  # a loss beyond it has diverged and counts as not finite
+from forecast import CLOCK, HUGE, Forecast, Forecaster, Prior, literal_forecast
+from gradient_stats import FIELDS, GradientStats, keeps_moments
+from schedules import ADAPTIVE, bacon_factor, lr_factor, snac_factor
+
+__all__ = ["CLOCK", "HUGE", "PARTS", "FoT", "Forecast", "Forecaster", "Prior", "literal_forecast", "parse_parts"]
+
+PARTS = ("envelope", "noise", "forecast", "gate", "blocks")
+SAMPLES, SAMPLE_EVERY = 2, 8  # measurements of the gradient between decisions, and the fewest steps between two
+LITERAL_POINTS, LITERAL_LOWEST = 150, 0.01
+SETTINGS = ("rule", "parts", "total", "warmup", "every", "beta", "same_units")
+PLAIN = ("multiplier", "literal_gate", "blocks", "average", "weight", "reference", "lrs", "history", "decision",
+         "counts", "previous_lr", "_began", "last_epoch", "_step_count", "_last_lr")  # fmt: skip
 
 
-class Prior(NamedTuple):
-    """What a run cannot say of itself, above all how much the loss will fall with a learning rate that has not yet.
+def parse_parts(text: str) -> tuple[str, ...]:
+    """Parts of the rule from a comma-separated list; "none" is no part. Raises ValueError for an unknown one."""
+    parts = tuple(p.strip() for p in text.split(",") if p.strip()) if text.strip() != "none" else ()
+    unknown = [p for p in parts if p not in PARTS]
+    if unknown or (not parts and text.strip() != "none"):
+        raise ValueError(f"FoT parts {text!r}: expected some of {','.join(PARTS)}, or none")
+    return parts
 
-    ``k_mean``, ``k_sd`` and ``floor`` are what `eval.backtest.learn_prior` finds on runs of three families
-    (MultiPowerLaw's 25M and 100M, modded-nanogpt's 124M, OLMo's ladder of 190M to 1B), rounded. `python -m fot backtest
-    --leave-out` learns them on all families but the one that is forecast, and prints both: from half of a run the
-    median error is 0.38 % either way, MultiPowerLaw's rises from 0.35 to 0.47 %. The other values were chosen on the
-    three families together; each may be halved or raised by half, alpha by a fifth, with medians from 0.31 to 0.42 %.
-    So was the square root in S (`CLOCK`): 0.53 % with S running at lr, 0.56 % at its fourth root.
+
+def gate_of(h: float | None) -> float:
+    """The Fisher gate: continuous, stateless, in [0.7, 1.5]; 1 where h was not measured."""
+    if h is None or not math.isfinite(h):
+        return 1.0
+    if h < 1:
+        return min(1 + 0.5 * (1 - h) / 0.3, 1.5)
+    return max(1 - (h - 1), 0.7)
+
+
+def block_multipliers(rms: Sequence[Sequence[float]]) -> list[float]:
+    """Multipliers in [1/2, 2] of geometric mean 1 from [[prompt, answer], ...] RMS gradients of the blocks; all 1 where
+    any block has none. Shares, not sizes: Adam already divides by a block's size."""
+    if not rms or not all(math.isfinite(p) and math.isfinite(a) and a > 0 for p, a in rms):
+        return [1.0] * len(rms)
+    logs = [-0.5 * math.log2(1 + (p / a) ** 2) for p, a in rms]
+    low, high = -max(logs) - 1, -min(logs) + 1  # the shift at which the clipped logs have mean 0
+    for _ in range(60):
+        middle = 0.5 * (low + high)
+        total = sum(min(max(v + middle, -1.0), 1.0) for v in logs)
+        low, high = (low, middle) if total > 0 else (middle, high)
+    return [2.0 ** min(max(v + low, -1.0), 1.0) for v in logs]
+
+
+def solve_step(slope: float, curvature: float, target: float | None) -> tuple[float, bool]:
+    """(eta, bound hit): the smallest eta with eta slope - eta^2 curvature / 2 = target; the best eta where there is no
+    target or none reaches it. 0 where the slope does not fall, inf where the curvature sets no bound."""
+    if not slope > 0:
+        return 0.0, target is not None
+    if target is not None:
+        inside = slope**2 - 2 * curvature * target
+        if inside >= 0:
+            return 2 * target / (slope + math.sqrt(inside)), False
+    return (slope / curvature if curvature > 0 else math.inf), target is not None
+
+
+class FoT(LRScheduler):
+    """A torch learning-rate scheduler: call ``step()`` after each optimizer step, whatever the number of micro-batches.
+
+    ``optimizer``: an Adam or AdamW; with another one nothing can be measured and m stays 1 (one line says so).
+    ``total``: optimizer steps of the run. ``rule``: fot, fot-literal, snac or bacon. ``parts``: of fot, see PARTS.
+    ``warmup``: share of the steps. ``every``: W. ``beta``: of the average of numerators and of denominators over
+    decisions. ``same_units``: whether `observe` is given the trained loss itself; where it is not (NLL beside a
+    Brier run), the forecast is made and logged, and does not steer. ``ranks`` and ``reduce``: data-parallel ranks and
+    an in-place sum over them. ``block_rms``: gives a tensor [blocks, 2], prompt and answer, for optimizer groups with
+    a "block" key.
+    Raises ValueError for settings that cannot be meant.
     """
 
-    k_mean: float = 0.039  # of the loss
-    k_sd: float = 0.008
-    alpha: float = 0.5
-    alpha_spread: float = 0.3  # sd of log alpha
-    tau: float = 100.0
-    tau_spread: float = 1.0  # sd of log tau
-    discount: float = 2.0  # a point weighs (S at it / S now)^discount: the law is a local one
-    misfit: float = 0.06  # sd of the law itself: a share of the change to come, times (doublings of S to come)^1.5
-    floor: float = 0.002  # and a share of the loss
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        total: int,
+        *,
+        rule: str = "fot",
+        parts: Sequence[str] = PARTS,
+        warmup: float = 0.0,
+        every: int = 32,
+        beta: float = 0.9,
+        same_units: bool = True,
+        ranks: int = 1,
+        reduce: Callable[[Tensor], Tensor] | None = None,
+        block_rms: Callable[[], Tensor] | None = None,
+    ):
+        if rule not in ADAPTIVE:
+            raise ValueError(f"rule {rule!r}: expected one of {', '.join(ADAPTIVE)}")
+        for name, value in (("total", total), ("every", every), ("ranks", ranks)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r}: expected a whole number of steps or ranks, at least 1")
+        for name, value in (("warmup", warmup), ("beta", beta)):
+            if not 0 <= value < 1:
+                raise ValueError(f"{name}={value!r}: expected a share in [0, 1)")
+        self.rule, self.parts = rule, parse_parts(",".join(parts) or "none")
+        self.total, self.warmup = total, float(warmup)
+        self.every, self.beta, self.same_units = every, float(beta), bool(same_units)
+        self.ranks, self.reduce, self.block_rms = ranks, reduce or (lambda x: x), block_rms
+        log = logging.getLogger("scorecast")
+        if every >= total:
+            log.warning("fot: W = %d is not shorter than the run of %d steps: nothing will be decided", every, total)
+        self.measures = keeps_moments(optimizer)
+        if not self.measures:
+            log.warning("fot: %s keeps no readable moments: the step is not measured", type(optimizer).__name__)
+        self.forecaster = Forecaster()
+        self.stats = GradientStats(optimizer, ranks)
+        device = self.stats.sums.device
+        self.points = torch.zeros(2, every, dtype=torch.float64, device=device)  # sum of NLL and tokens of each step
+        self.fisher = torch.zeros(4, dtype=torch.float64, device=device)  # prompt: sum, tokens; answer: sum, tokens
+        self.clipped_by: Tensor | None = None  # set it before optimizer.step(): (norm / max_norm).clamp(min=1)
+        self._began = False  # whether the last step began a sample
+        self.multiplier, self.literal_gate = 1.0, 1.0
+        self.blocks: list[float] = []
+        self.average: dict[str, float] = {}  # of the measurements, not yet divided by ``weight``
+        self.weight, self.reference = 0.0, [0.0, 0.0]
+        self.lrs: list[float] = []  # of this window's steps
+        self.history: list[list[float]] = []  # fot-literal: step and loss
+        self.decision: dict = {}
+        self.decided = False  # whether the last call of step() decided
+        self.counts = {"decisions": 0, "bound": 0, "clipped": 0, "not_finite": 0}
+        self.previous_lr = 0.0
+        optimizer.register_step_pre_hook(self._before_step)
+        super().__init__(optimizer)
 
+    # -- what the loop tells it -----------------------------------------------------------------
 
-class Forecast(NamedTuple):
-    """The smoothed loss at the end of the budget; ``mean`` and ``sd`` are None where ``reason`` says why."""
+    def observe(self, nll: Tensor | float, tokens: Tensor | float = 1.0) -> None:
+        """Sum of the NLL over some tokens of the coming step, and their number; call it per micro-batch. A tensor is
+        read without a synchronisation. Give a score that stays the same during the run."""
+        slot = self.last_epoch % self.every
+        for row, value in enumerate((nll, tokens)):
+            self.points[row, slot].add_(value.detach() if isinstance(value, Tensor) else value)
 
-    mean: float | None
-    sd: float | None
-    curve: np.ndarray  # [17, 3] float64: step, mean, sd from now to T; [0, 3] without a forecast
-    parameters: dict[str, float]  # c, a, b, alpha, k, tau of the most likely grid point, in the loss's units and steps
-    reason: str  # "" or why there is no forecast
-    planned: bool  # whether a planned schedule was used; else the last learning rate is held
+    def observe_segments(self, fisher_N: Tensor, prompt_N: Tensor, answer_N: Tensor) -> None:
+        """Per-token Fisher (`kernels.token_fisher`) of some tokens of the coming step, and bool masks of the prompt's
+        and the answer's among them. Call it per micro-batch, at steps of your choice."""
+        masks = torch.stack([prompt_N, answer_N]).to(fisher_N.dtype)
+        self.fisher += torch.stack([masks @ fisher_N.detach(), masks.sum(1)], 1).flatten()
 
-    def __str__(self) -> str:
-        return f"no forecast: {self.reason}" if self.mean is None else f"forecast {self.mean:.4g} +- {self.sd:.2g}"
+    @property
+    def wants_micro(self) -> bool:
+        """Whether the coming step is one that is measured: then call `micro` after the first of several backwards."""
+        t = self.last_epoch
+        return self.measures and t > 0 and t % min(max(SAMPLE_EVERY, self.every // SAMPLES), self.every) == 0
 
+    def micro(self, share: float) -> None:
+        """See `GradientStats.micro`."""
+        self.stats.micro(share)
 
-class Forecaster:
-    """Loss points in, forecasts out. Memory is bounded: at most 2 * ``windows`` means, twice as wide when full."""
+    def watch(self, model: torch.nn.Module):
+        """For a loop that is not ours (transformers.Trainer): observes the loss of each training forward of ``model``.
+        Where the Trainer divides by the batch's tokens itself, the forwards' parts are added up. Returns the hook."""
 
-    def __init__(self, windows: int = 64, prior: Prior = Prior()):  # noqa: B008 (a NamedTuple cannot change)
-        if windows < MIN_POINTS:
-            raise ValueError(f"windows={windows}, expected at least {MIN_POINTS}")
-        self.prior = prior
-        self.rows = np.zeros((2 * windows, 4 + len(TAUS)))  # count, then means of step, loss, S, D by tau
-        self.filled, self.width = 0, 1
-        self.open = np.zeros(4 + len(TAUS))  # the window that is being filled
-        self.points = self.skipped = 0
-        self.step: float | None = None
-        self.first = self.lr = self.peak = self.S = 0.0
-        self.D = np.zeros(len(TAUS))
-        self.has_lr = False
-        self.recent: list[float] = []  # the last losses, for the noise of a single point
+        def hook(module, args, kwargs, output):
+            loss = output.get("loss") if hasattr(output, "get") else getattr(output, "loss", None)
+            if not module.training or loss is None:
+                return
+            count = kwargs.get("num_items_in_batch")
+            if count is None:
+                self.observe(loss.mean())
+            else:
+                self.observe(loss.mean() * count, (kwargs["labels"] != -100).sum())
 
-    def update(self, step: float, loss: float, lr: float | None = None) -> None:
-        """One point: the loss at ``step``, and the learning rate there (always or never).
+        return model.register_forward_hook(hook, with_kwargs=True)
 
-        A loss that is not finite (or beyond 1e30) is skipped and counted in ``skipped``. Raises ValueError for a step
-        that is not after the last one, and for a learning rate that is negative, not finite, or given only sometimes.
-        """
-        step, loss = float(step), float(loss)
-        if not math.isfinite(step) or (self.step is not None and step <= self.step):
-            raise ValueError(f"step {step:g} after step {self.step}; expected steps that increase")
-        if self.step is not None and self.has_lr != (lr is not None):
-            raise ValueError(f"step {step:g}: give the learning rate with every point or with none")
-        self.has_lr = lr is not None
-        lr = float(lr) if lr is not None else 1.0
-        if not (math.isfinite(lr) and lr >= 0):
-            raise ValueError(f"learning rate {lr} at step {step:g}; expected a finite number, 0 or more")
-        if self.step is None:
-            self.first = step
-        self.peak = max(self.peak, lr)
-        if self.step is not None and self.peak > 0:
-            middle = 0.5 * (lr + self.lr)
-            passed = (step - self.step) * (middle / self.peak) ** CLOCK
-            down = self.peak - middle
-            self.S += passed
-            self.D = down + (self.D - down) * np.exp(-passed / TAUS)
-        self.step, self.lr = step, lr
-        if not abs(loss) <= HUGE:  # NaN too
-            self.skipped += 1
-            return
-        self.recent = [*self.recent[-63:], loss]
-        self.points += 1
-        self.open[0] += 1
-        self.open[1:4] += (np.array([step, loss, self.S]) - self.open[1:4]) / self.open[0]
-        self.open[4:] += (self.D - self.open[4:]) / self.open[0]
-        if self.open[0] == self.width:
-            self._close()
+    def _before_step(self, optimizer, args, kwargs) -> None:
+        if self.wants_micro or self._began:
+            self.stats.sample(self.wants_micro, self.previous_lr, self.clipped_by)
+        self._began = self.wants_micro
+        self.clipped_by = None
 
-    def _close(self):
-        self.rows[self.filled] = self.open
-        self.open = np.zeros_like(self.open)
-        self.filled += 1
-        if self.filled == len(self.rows):
-            half = self.filled // 2
-            self.rows[:half] = 0.5 * (self.rows[0::2] + self.rows[1::2])
-            self.rows[half:] = 0.0
-            self.filled, self.width = half, 2 * self.width
-            self.rows[:half, 0] = self.width
+    # -- the protocol ---------------------------------------------------------------------------
 
-    def forecast(
-        self, total: float, schedule: Callable[[float], float] | Sequence[float] | None = None, window: float = math.inf
-    ) -> Forecast:
-        """The loss at step ``total``.
+    def step(self, epoch: int | None = None) -> None:
+        """After each optimizer step; every W steps it decides (``decided``, ``decision``)."""
+        self.decided = False
+        if self.last_epoch >= 0:  # not the call that LRScheduler's constructor makes
+            done = self.last_epoch + 1
+            self.previous_lr = self.planned(self.last_epoch)
+            self.lrs.append(self.previous_lr)
+            if done % self.every == 0 and done < self.total:
+                self._decide(done)
+        super().step(epoch)
 
-        ``schedule`` is the planned learning rate: a function of the step, or one value for each step after the last
-        point up to ``total``, in the unit of those given to `update`. Without it the last learning rate is held, and
-        half of what bringing it down would gain is in ``sd``.
-        ``window`` is the number of points whose mean will be called the final loss: their noise is in ``sd``; by
-        default the smooth curve itself is meant. Raises ValueError for a schedule without a learning rate history,
-        with negative or non-finite values.
-        """
-        planned = schedule is not None
-        if planned and not self.has_lr and self.points:
-            raise ValueError("a planned schedule needs the learning rates so far; give lr to update()")
-        none = Forecast(None, None, np.zeros((0, 3)), {}, "", planned)
-        if self.points < MIN_POINTS:
-            return none._replace(reason=f"{self.points} points, at least {MIN_POINTS} are needed")
-        if not total > self.step or not math.isfinite(total):
-            return none._replace(reason=f"step {total:g} has passed, the last point is at {self.step:g}"
-                                 if total <= self.step else f"no end is given (T = {total})")  # fmt: skip
-        if self.peak <= 0:
-            return none._replace(reason="the learning rate has been 0 so far")
-        rows = np.vstack([self.rows[: self.filled], self.open])[: self.filled + bool(self.open[0])]
-        steps, S, D, peak = self._path(total, schedule)
-        fit = _fit(rows, self.S, peak, S, D, self.prior)
-        if isinstance(fit, str):
-            return none._replace(reason=fit)
-        mean, sd, parameters = fit
-        # Second differences of a smooth curve are noise alone, with 6 times its variance where it is white.
-        noise = 1.4826 * float(np.median(np.abs(np.diff(self.recent, 2)))) / math.sqrt(6)
-        sd = np.hypot(sd, noise / math.sqrt(max(window, 1.0)))
-        if not planned:  # the learning rate may come down: about half of what that would bring, by the end
-            ahead = (steps - self.step) / (total - self.step)
-            sd = np.hypot(sd, 0.5 * self.prior.k_mean * self.lr / self.peak * ahead * mean)
-        if not (np.isfinite(mean).all() and np.isfinite(sd).all()):
-            return none._replace(reason="the fit is not finite")
-        if sd[-1] > 0.25 * abs(mean[-1]):
-            return none._replace(reason=f"unidentified: {mean[-1]:.3g} +- {sd[-1]:.2g}")
-        return Forecast(float(mean[-1]), float(sd[-1]), np.stack([steps, mean, sd], 1), parameters, "", planned)
+    def get_lr(self) -> list[float]:
+        share = self._share(self.last_epoch) * self.multiplier
+        blocks = self.blocks or [1.0]
+        return [
+            float(base) * share * (blocks[group["block"]] if group.get("block", len(blocks)) < len(blocks) else 1.0)
+            for base, group in zip(self.base_lrs, self.optimizer.param_groups, strict=True)
+        ]
 
-    def _path(self, total, schedule):
-        """Steps, S and D (both in units of the learning rate) at the curve's points, and the peak by then."""
-        steps = np.linspace(self.step, total, SEGMENTS + 1)
-        if schedule is None:
-            lr = np.full(len(steps), self.lr)
-        elif callable(schedule):
-            lr = np.array([self.lr, *(float(schedule(step)) for step in steps[1:])])
-        else:
-            plan = np.asarray(schedule, dtype=np.float64)
-            if plan.ndim != 1 or len(plan) == 0:
-                raise ValueError(f"schedule of shape {plan.shape}, expected one learning rate a step up to {total:g}")
-            lr = np.interp(steps, np.linspace(self.step, total, len(plan) + 1), [self.lr, *plan])
-        if not (np.isfinite(lr).all() and (lr >= 0).all()):
-            raise ValueError("the planned learning rates have negative or non-finite values")
-        peak = np.maximum.accumulate(np.maximum(lr[1:], self.peak))
-        middle, dt = 0.5 * (lr[1:] + lr[:-1]), np.diff(steps)
-        at = slice(0, None, SEGMENTS // CURVE)
-        X = np.concatenate([[0.0], np.cumsum(dt * (middle / peak) ** CLOCK)])
-        # The filter of `update`, solved: a segment's pull has faded by exp(-(time since) / tau); before it, nothing.
-        faded = np.exp(-np.maximum(X[at][:, None] - X, 0.0) / TAUS[:, None, None])  # [tau, curve, segment]
-        D = self.D[:, None] * faded[:, :, 0] + np.diff(faded, axis=2) @ (peak - middle)
-        return steps[at], self.S + X[at], D, float(peak[-1])
+    def planned(self, step: float) -> float:
+        """The first group's learning rate, block aside, before ``step``, if nothing is decided anew until then."""
+        return float(self.base_lrs[0]) * self._share(step) * self.multiplier
+
+    def _share(self, step: float) -> float:
+        falls = self.rule == "bacon" or (self.rule == "fot" and "envelope" in self.parts)
+        return lr_factor("linear" if falls else "constant", step, self.total, warmup=self.warmup)
 
     def state_dict(self) -> dict:
-        """Plain numbers and lists; `load_state_dict` continues exactly."""
-        state = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in vars(self).items() if k != "prior"}
-        return state | {"prior": list(self.prior)}
+        """Plain numbers, strings and lists; `load_state_dict` goes on bit for bit. Every rank must call it."""
+        buffers = {k: self.reduce(b.clone()).tolist() for k, b in self._buffers().items()}
+        plain = {k: getattr(self, k) for k in PLAIN}
+        return {"settings": self._settings(), "forecaster": self.forecaster.state_dict(), "buffers": buffers} | plain
 
-    def load_state_dict(self, state: dict) -> None:
-        """Raises ValueError when the state has other fields than this version's."""
-        if set(state) != set(vars(self)):
-            raise ValueError(f"forecaster state with fields {sorted(state)}, expected {sorted(vars(self))}")
-        for name, value in state.items():
-            setattr(self, name, np.array(value) if isinstance(getattr(self, name), np.ndarray) else value)
-        self.prior = Prior(*state["prior"])
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Raises ValueError for the state of another rule or run length, and for what is not a state of FoT."""
+        if missing := {"settings", "forecaster", "buffers", *PLAIN} - set(state_dict):
+            raise ValueError(f"this is no state of FoT: {', '.join(sorted(missing))} missing")
+        if state_dict["settings"] != self._settings():
+            raise ValueError(f"FoT's state is of {state_dict['settings']}, this one is {self._settings()}")
+        self.forecaster.load_state_dict(state_dict["forecaster"])
+        for name, buffer in self._buffers().items():
+            buffer.copy_(torch.tensor(state_dict["buffers"][name], dtype=torch.float64) / self.ranks)
+        for name in PLAIN:
+            value = state_dict[name]
+            setattr(self, name, value.copy() if isinstance(value, list | dict) else value)
+        for group, lr in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            group["lr"] = lr
 
+    def _settings(self) -> dict:
+        return {k: list(v) if isinstance(v := getattr(self, k), tuple) else v for k in SETTINGS}
 
-def _fit(rows, S_now, peak, S_end, D_end, prior):
-    """Means and sds at the curve's points and the likeliest parameters, or the reason why not.
+    def _buffers(self) -> dict[str, Tensor]:
+        return {"points": self.points, "fisher": self.fisher, "sums": self.stats.sums, "pending": self.stats.pending}
 
-    c, a and k are linear, so they are projected out in closed form at every grid point (variable projection, Golub and
-    Pereyra, 1973); the forecast averages the grid by likelihood. All arrays are [alpha-b G, tau D] or [.., windows N].
-    """
-    count, _, loss, S = rows[:, :4].T
-    if not 0 < S_now < math.inf:
-        return "the learning rate has been 0 so far"
-    if (loss < 0).any():
-        return "the loss is negative: the law has c >= 0"
-    weight = count / count.max() * np.clip(S / S_now, 1e-6, 1.0) ** prior.discount
-    scale = float(np.average(loss, weights=weight))
-    if not scale > 1e-200:
-        return "the loss is 0"
-    y = loss / scale
-    alpha, b = (v.ravel() for v in np.meshgrid(ALPHAS, OFFSETS, indexing="ij"))
+    def __str__(self) -> str:
+        f = self.decision
+        if not f:
+            return f"forecast from step {self.every}"
+        if f["forecast"] is None:
+            return "no forecast"
+        return f"forecast {f['forecast']:.4g} +- {f['sd']:.2g} at step {self.total}"
 
-    def power(z):  # ((z + b) / (1 + b))^-alpha: 1 at the present
-        logs = np.log((z + OFFSETS[:, None]) / (1 + OFFSETS[:, None]))
-        return np.exp(-ALPHAS[:, None, None] * logs).reshape(len(alpha), -1)
+    # -- the decision ---------------------------------------------------------------------------
 
-    p, d = power(S / S_now), rows[:, 4:].T / peak * (S / S_end[-1]) ** GROWTH
-    p_end, d_end = power(S_end / S_now), D_end / peak * (S_end / S_end[-1]) ** GROWTH
-    k0, variance, phi, robust = prior.k_mean, 1e-5, 1.0, np.ones_like(y)
-    log_prior = -0.5 * (np.log(alpha / prior.alpha) / prior.alpha_spread)[:, None] ** 2
-    log_prior = log_prior - 0.5 * (np.log(TAUS / prior.tau) / prior.tau_spread) ** 2
-    for _ in range(3):
-        w = weight * robust
-        total = w.sum()
-        ridge = variance / phi / prior.k_sd**2
-        pm, dm, ym = p @ w / total, d @ w / total, y @ w / total
-        pc, dc, yc = p - pm[:, None], d - dm[:, None], y - ym
-        pw, dw = pc * w, dc * w
-        pp, py, pd = np.einsum("gn,gn->g", pw, pc)[:, None], (pw @ yc)[:, None], pw @ dc.T
-        dd, dy, yy = np.einsum("dn,dn->d", dw, dc), dw @ yc, float(yc**2 @ w)
-        pp = pp + 1e-12 * total
-        a, k = _pair(pp, pd, dd + ridge, py, ridge * k0 - dy)
-        c = ym - a * pm[:, None] + k * dm
-        # Where c would be negative it is 0: the same sums, not centred.
-        a0, k0_ = _pair(
-            pp + total * pm[:, None] ** 2, pd + total * pm[:, None] * dm, dd + total * dm**2 + ridge,
-            py + total * pm[:, None] * ym, ridge * k0 - dy - total * dm * ym,
-        )  # fmt: skip
-        a, k, c = np.where(c < 0, a0, a), np.where(c < 0, k0_, k), np.maximum(c, 0.0)
-        off = ym - c - a * pm[:, None] + k * dm
-        sse = total * off**2 + yy - 2 * a * py + 2 * k * dy + a**2 * pp - 2 * a * k * pd + k**2 * dd
-        cost = sse + ridge * (k - k0) ** 2 - 2 * variance / phi * log_prior
-        g, t = np.unravel_index(np.argmin(cost), cost.shape)
-        error = y - c[g, t] - a[g, t] * p[g] + k[g, t] * d[t]
-        spread = 1.4826 * np.median(np.abs(error)) + 1e-9
-        robust = np.minimum(1.0, 1.5 * spread / np.maximum(np.abs(error), 1e-300))
-        variance = max(float(sse[g, t]) / max(total - 4 * total / len(y), 1.0), 1e-10)
-        u = error * np.sqrt(w)
-        rho = min(max(float(u[1:] @ u[:-1]) / max(float(u @ u), 1e-300), 0.0), 0.95)
-        phi = (1 - rho) / (1 + rho)
-    if a[g, t] == 0:
-        x, yc = S - S @ weight / weight.sum(), y - y @ weight / weight.sum()
-        if x @ (weight * yc) > 0.5 * math.sqrt(x**2 @ weight * (yc**2 @ weight) + 1e-30):  # correlated with time
-            return "the loss rises"
-    likelihood = np.exp(-0.5 * phi / variance * (cost - cost.min()))
-    likelihood /= likelihood.sum()
-    ends = c[..., None] + a[..., None] * p_end[:, None] - k[..., None] * d_end  # [G, tau, curve]
-    mean = np.einsum("gt,gtm->m", likelihood, ends)
-    between = np.einsum("gt,gtm->m", likelihood, (ends - mean) ** 2)
-    ga, gk = p_end[:, None] - pm[:, None, None], dm[:, None] - d_end
-    det = pp * (dd + ridge) - pd**2
-    inside = (dd + ridge)[:, None] * ga**2 + 2 * pd[..., None] * ga * gk + pp[..., None] * gk**2
-    within = variance / phi * (1 / total + np.einsum("gt,gtm->m", likelihood / det, inside))
-    ahead = np.log2(np.maximum(S_end / S_now, 1.0))
-    law = prior.misfit * np.abs(mean - mean[0]) * ahead**1.5 + prior.floor
-    sd = np.sqrt(between + within + law**2)
-    parameters = {
-        "c": c[g, t] * scale,
-        "a": a[g, t] * scale * (S_now * (1 + b[g])) ** alpha[g],
-        "b": b[g] * S_now,
-        "alpha": alpha[g],
-        "k": k[g, t] * scale,
-        "tau": TAUS[t],
-    }
-    return mean * scale, sd * scale, {name: float(value) for name, value in parameters.items()}
+    def _decide(self, done: int) -> None:
+        blocks = "blocks" in self.parts and self.rule in ("fot", "bacon") and self.block_rms is not None
+        rms = self.block_rms().double().flatten().to(self.points.device) if blocks else self.points.new_zeros(0)
+        buffers = (self.points, self.fisher, self.stats.sums)
+        values = torch.cat([*(b.flatten() for b in buffers), rms / self.ranks])
+        values = self.reduce(values).tolist()  # the one synchronisation
+        for buffer in buffers:
+            buffer.zero_()
+        W = self.every
+        self._learn(done, values[:W], values[W : 2 * W])
+        (ps, pn, as_, an), sums, rms = (values[2 * W : 2 * W + 4], values[2 * W + 4 :][: len(FIELDS)],
+                                        values[2 * W + 4 + len(FIELDS) :])  # fmt: skip
+        self.lrs = []
+        warm = done >= self.warmup * self.total
+        x = GradientStats.means(sums)
+        if x and warm and all(map(math.isfinite, x.values())):
+            self.average = {k: self.beta * self.average.get(k, 0.0) + (1 - self.beta) * x[k] for k in FIELDS[1:]}
+            self.weight = self.beta * self.weight + 1 - self.beta
+            self.reference = [self.reference[0] + x["slope"], self.reference[1] + x["curvature"]]
+        x = {k: v / self.weight for k, v in self.average.items()}
+        h = (as_ / an) / (ps / pn) if min(ps, pn, as_, an) > 0 else None
+        forecast = self.forecaster.forecast(self.total, lambda step: self.planned(step - 1))
+        row = {"forecast": forecast.mean, "sd": forecast.sd, "reason": forecast.reason, "D": None, "sd_D": None,
+               "target": None, "eta_opt": None, "bound": False, "h": h, "gate": 1.0}  # fmt: skip
+        row |= {k: x.get(k) for k in ("g2", "noise", "slope", "after", "curvature")}
+        if forecast.mean is not None:
+            row |= {"D": float(forecast.curve[0, 1]) - forecast.mean, "sd_D": forecast.sd}
+        getattr(self, f"_{self.rule.removeprefix('fot-')}")(done, warm, x, row)
+        if rms and warm and done >= 2 * W:  # B has moved
+            self.blocks = block_multipliers(list(zip(rms[::2], rms[1::2], strict=True)))
+        self.counts["decisions"] += 1
+        self.counts["bound"] += row["bound"]
+        self.decision = row | {"multiplier": self.multiplier, "blocks": self.blocks, "lr": self.planned(done)}
+        self.decided = True
 
+    def _learn(self, done: int, nll: list[float], tokens: list[float]) -> None:
+        """One point a step for the forecaster; steps that nobody observed are not points."""
+        first = done - len(self.lrs)
+        for i, lr in enumerate(self.lrs):
+            slot = (first + i) % self.every
+            if not tokens[slot] > 0:
+                continue
+            loss = nll[slot] / tokens[slot]
+            self.forecaster.update(first + i + 1, loss, lr)
+            if math.isfinite(loss):
+                self.history = [*self.history[1 - LITERAL_POINTS :], [first + i + 1, loss]]
 
-def _pair(pp, pd, dd, py, kd):
-    """Minimum over a, k >= 0 of the quadratic with normal equations [pp, -pd; -pd, dd] (a, k) = (py, kd)."""
-    det = pp * dd - pd**2
-    a, k = (dd * py + pd * kd) / det, (pd * py + pp * kd) / det
-    a, k = np.where(k < 0, py / pp, a), np.maximum(k, 0.0)
-    k = np.where(a < 0, np.maximum(kd / dd, 0.0), k)
-    return np.maximum(a, 0.0), k
+    def _fot(self, done: int, warm: bool, x: dict, row: dict) -> None:
+        D, sd = row["D"], row["sd_D"]
+        here = float(self.base_lrs[0]) * self._share(done)
+        if D is not None and D > 0 and sd / D < 0.5 and self.same_units and "forecast" in self.parts:
+            ahead = self.total - done
+            to_come = ahead / 64 * sum(self._share(done + (i + 0.5) / 64 * ahead) for i in range(64))
+            row["target"] = D * self._share(done) / max(to_come, self._share(done))
+        m = 1.0
+        if x and warm:
+            row["eta_opt"] = solve_step(x["slope"], x["curvature"], None)[0]
+            if row["target"] is not None or "noise" in self.parts:
+                eta, row["bound"] = solve_step(x["slope"], x["curvature"], row["target"])
+                m = min(max(eta / here, 0.5), 2.0) ** self.weight if here > 0 else 1.0
+        row["gate"] = gate_of(row["h"]) if "gate" in self.parts else 1.0
+        self.multiplier = m * row["gate"]
 
+    def _literal(self, done: int, warm: bool, x: dict, row: dict) -> None:
+        h = row["h"]
+        self.literal_gate *= 1.5 if h is not None and h < 0.7 else 0.7 if h is not None and h > 1.3 else 1.0
+        row["gate"] = self.literal_gate
+        steps, losses = zip(*self.history, strict=True) if self.history else ((), ())
+        D = literal_forecast(steps, losses, done) - literal_forecast(steps, losses, self.total)
+        row |= {"forecast": None, "sd": None, "reason": "", "sd_D": None, "D": D}
+        lr = math.nan
+        if x and x["batch2"] > 0 and x["step2"] > 0:
+            row["target"] = D / (self.total - done)
+            lr = 2 * (x["noise"] + x["curvature"] / x["step2"]) * row["target"] / x["batch2"] * self.literal_gate
+        if not math.isfinite(lr) or not warm:
+            self.counts["not_finite"] += not math.isfinite(lr)
+            return
+        wanted = lr / float(self.base_lrs[0])
+        self.multiplier = min(max(wanted, LITERAL_LOWEST), 1.0)
+        row["bound"] = wanted != self.multiplier
+        self.counts["clipped"] += row["bound"]
 
-def literal_forecast(steps: Sequence[float], losses: Sequence[float], total: float, points: int = 150) -> float:
-    """The published rule: l(total) from l = a (t + b)^-alpha, one Newton step in log space on the last ``points``.
+    def _snac(self, done: int, warm: bool, x: dict, row: dict) -> None:
+        if x:
+            self.multiplier = snac_factor(x["noise"], x["g2"])
 
-    The step starts from the least-squares line of log l over log t (b = 0), where the residual's Hessian is
-    replaced by J'J (Gauss-Newton). nan where the step leaves the law's domain (t + b <= 0, overflow, losses that are
-    not positive): the caller counts it. Kept to be compared with `Forecaster`.
-    """
-    t, loss = (np.asarray(v, dtype=np.float64)[-points:] for v in (steps, losses))
-    keep = (t > 0) & (loss > 0) & np.isfinite(loss)
-    t, log_l = t[keep], np.log(loss[keep])
-    if len(t) < 4 or not total > 0:
-        return math.nan
-    A = np.stack([np.ones_like(t), -np.log(t)], 1)
-    (log_a, alpha), *_ = np.linalg.lstsq(A, log_l, rcond=None)
-    J = np.column_stack([A, -alpha / t])
-    (da, dalpha, b), *_ = np.linalg.lstsq(J, log_l - A @ [log_a, alpha], rcond=None)
-    log_a, alpha = log_a + da, alpha + dalpha
-    if not min(t[0], total) + b > 0:
-        return math.nan
-    value = log_a - alpha * math.log(total + b)
-    return math.exp(value) if abs(value) < 100 else math.nan
+    def _bacon(self, done: int, warm: bool, x: dict, row: dict) -> None:
+        if x:
+            row["eta_opt"] = solve_step(x["slope"], x["curvature"], None)[0]
+            self.multiplier = bacon_factor(row["eta_opt"], solve_step(*self.reference, None)[0])
 
 
 def main(argv: list[str] | None = None) -> None:

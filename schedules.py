@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 SCHEDULES = ("cosine", "linear", "constant", "wsd", "rex")
+ADAPTIVE = ("snac", "bacon", "fot", "fot-literal")  # they measure: fot.FoT runs them
 
 
 def lr_factor(
@@ -35,8 +36,32 @@ def lr_factor(
     return floor + (1 - floor) * falling
 
 
+def snac_factor(noise: float, signal: float) -> float:
+    """SNAC's share of the peak learning rate: 1 / (1 + B_noise / B), in [1/100, 1].
+
+    B_noise / B = ``noise`` / ``signal`` = (tr(Sigma) / B) / |G|^2, the simple noise scale of McCandlish et al. (2018)
+    in batches. SNAC has no public definition: this is our reading, a learning rate scaled by the signal's share of the
+    squared gradient. The lowest share, also where the signal is lost in the noise, is ours too: at 0 nothing moves.
+    """
+    noise = max(noise, 0.0)
+    share = signal / (signal + noise) if signal > 0 and math.isfinite(signal + noise) else 0.0
+    return min(max(share, 0.01), 1.0)
+
+
+def bacon_factor(eta: float, reference: float) -> float:
+    """BACON's factor on a linear decay: clip(eta_opt / eta_ref, 1/2, 2).
+
+    ``eta``: the step that gains most of the noisy quadratic now (0 and inf are allowed); ``reference``: the same of the
+    sums over the run so far. BACON has no public definition: this is our reading, a budget's linear decay bent by
+    curvature. 1 where the reference sets no scale.
+    """
+    if not 0 < reference < math.inf or math.isnan(eta):
+        return 1.0
+    return min(max(eta / reference, 0.5), 2.0)
+
+
 def plot(out: str | Path, *, total: int = 1000, warmup: float = 0.05, floor: float = 0.0, decay: float = 0.2) -> None:
-    """All schedules over ``total`` steps, as a PNG."""
+    """All schedules over ``total`` steps, as a PNG. BACON and FoT's m bend the linear one by at most a factor of 2."""
     from matplotlib.figure import Figure
 
     from eval.plots import HUES, styled
@@ -48,6 +73,9 @@ def plot(out: str | Path, *, total: int = 1000, warmup: float = 0.05, floor: flo
         for name, colour in zip(SCHEDULES, HUES.values(), strict=False):
             lr = [lr_factor(name, step, total, warmup=warmup, floor=floor, decay=decay) for step in range(total)]
             axes.plot(range(1, total + 1), lr, color=colour, label=name)
+        # The measuring rules need a run; with a noise scale that grows like this, SNAC would do that.
+        snac = [snac_factor(4 * s / total, 1.0) * lr_factor("constant", s, total, warmup=warmup) for s in range(total)]
+        axes.plot(range(1, total + 1), snac, color="0.6", linestyle=":", label="snac at B_noise/B = 4t/T")
         axes.set(xlabel="optimizer step", ylabel="share of the peak learning rate", xlim=(0, total), ylim=(0, 1.04))
         axes.legend(loc="lower left")
         figure.savefig(partial, format="png")

@@ -26,13 +26,14 @@ from data.lm import NAMES, load_corpus, load_text_set
 from data.windows import Windows, flip_labels
 from eval.calibration import Calibration, fit_temperature, temperature_sums
 from eval.text import distinct_n
+from fot import FoT, parse_parts
 from kernels import linear_moments, linear_score
 from losses import ALPHA_SCHEDULES, LOSSES, alpha_at, make_score
 from model.generate import sample
 from model.gpt2 import GPT2, SIZES, GPT2Config, decay_groups, flops_per_token, parameter_count
 from model.hub import load_hf
 from runlog import opt
-from schedules import SCHEDULES, lr_factor
+from schedules import ADAPTIVE, SCHEDULES, lr_factor
 
 # ----------------------------------------------------------------------------------------------
 # config
@@ -70,9 +71,13 @@ class Config:
     batch: int = opt(256, "sequences in an optimizer step, over all ranks")
     micro_batch: int = opt(16, "sequences in one forward of one rank, at most; the rest is accumulated")
     lr: float = opt(6e-4, "peak learning rate")
-    lr_schedule: str = opt("cosine", "learning-rate schedule", SCHEDULES)
+    schedule: str = opt("cosine", "learning-rate schedule (or --lr-schedule); the last four measure and decide as "
+                        "they go, see fot.py", SCHEDULES + ADAPTIVE)
     lr_warmup: float = opt(0.02, "learning-rate warm-up, as a fraction of the steps")
-    lr_floor: float = opt(0.1, "learning rate at the end, as a fraction of the peak")
+    lr_floor: float = opt(0.1, "learning rate at the end, as a fraction of the peak; fot and bacon fall to 0")
+    fot_parts: str = opt("envelope,noise,forecast,gate,blocks", "fot: the parts of the rule that are on, or none")
+    fot_window: int = opt(32, "snac, bacon, fot: steps between two decisions")
+    fot_beta: float = opt(0.9, "snac, bacon, fot: averaging of the measurements over decisions")
     weight_decay: float = opt(0.1, "AdamW weight decay of the matrices")
     beta1: float = opt(0.9, "AdamW beta1")
     beta2: float = opt(0.95, "AdamW beta2")
@@ -97,6 +102,7 @@ class Config:
     wandb: str = opt("", "Weights & Biases project to log to as well (WANDB_MODE=offline works)")
 
 
+SOURCES = ("train_lm.py", "losses.py", "schedules.py", "fot.py", "gradient_stats.py", "forecast.py")
 # Settings that a resumed run may change: where and how it computes, not what.
 FREE = ("out", "resume", "resume_from", "cache", "wandb", "micro_batch", "device", "kernels", "compile", "fsdp",
         "checkpoint_activations")
@@ -108,15 +114,18 @@ def check(cfg: Config, world: runlog.World) -> None:
                  "eps", "tail_smoothing"):
         if not 0 <= getattr(cfg, name) <= 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)} is outside [0, 1]")
-    for name in ("steps", "batch", "micro_batch", "seq_len", "eval_every", "log_every", "sample_tokens"):
+    for name in ("steps", "batch", "micro_batch", "seq_len", "eval_every", "log_every", "sample_tokens", "fot_window"):
         if getattr(cfg, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)} must be at least 1")
     for name in ("seed", "lr", "weight_decay", "clip", "gamma", "patience", "temperature", "top_k"):
         if not 0 <= getattr(cfg, name) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)} must be finite and not negative")
-    for name in ("dropout", "beta1", "beta2"):
+    for name in ("dropout", "beta1", "beta2", "fot_beta"):
         if not 0 <= getattr(cfg, name) < 1:
-            raise ValueError(f"--{name} {getattr(cfg, name)} is outside [0, 1)")
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)} is outside [0, 1)")
+    if cfg.schedule in ADAPTIVE and cfg.lr_warmup == 1:
+        raise ValueError(f"--lr-warmup 1 leaves no step to --schedule {cfg.schedule}")
+    parse_parts(cfg.fot_parts)
     if not 0 < cfg.top_p <= 1:
         raise ValueError(f"--top-p {cfg.top_p} is outside (0, 1]")
     if cfg.batch % world.size:
@@ -203,6 +212,7 @@ def final_metrics(model: GPT2, sets: dict[str, Windows | None], cfg: Config, wor
 
 
 def main(argv: list[str] | None = None) -> int:
+    argv = ["--schedule" if a == "--lr-schedule" else a for a in (sys.argv[1:] if argv is None else argv)]
     cfg = runlog.parse_config(Config, argv, __doc__)
     with runlog.user_errors():
         world = runlog.start_world(cfg.device)
@@ -282,6 +292,11 @@ def main(argv: list[str] | None = None) -> int:
     # -- optimizer -----------------------------------------------------------------------------
     groups = decay_groups(model, cfg.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=True)
+    fot = None
+    if cfg.schedule in ADAPTIVE:  # fed the NLL, which stays one score while dpsm's mixture moves; only CE's is the loss
+        fot = FoT(optimizer, cfg.steps, rule=cfg.schedule, parts=parse_parts(cfg.fot_parts), warmup=cfg.lr_warmup,
+                  every=cfg.fot_window, beta=cfg.fot_beta, same_units=cfg.loss == "ce", ranks=world.size,
+                  reduce=world.all_reduce)
 
     # -- state: everything that a resumed run needs ----------------------------------------------
     step, tokens_seen, train_seconds, joules = 0, 0, 0.0, 0.0
@@ -294,13 +309,14 @@ def main(argv: list[str] | None = None) -> int:
         step, tokens_seen = checkpoint["step"], checkpoint["tokens_seen"]
         train_seconds, joules = checkpoint["train_seconds"], checkpoint["joules"]
         best, stale = checkpoint["best"], checkpoint["stale"]
+        fot is None or fot.load_state_dict(checkpoint["fot"])
         sums.copy_(checkpoint["sums"])
         watch.state.copy_(checkpoint["watch"])
         if world.main:  # a sum over ranks goes on at one of them
             window.load_state_dict(checkpoint["window"])
         if not runlog.set_rng_states(checkpoint["rng"], world) and cfg.dropout and world.main:
             print(f"resuming {len(checkpoint['rng'])} ranks on {world.size}: dropout masks will differ from here on")
-    run.start(asdict(cfg) | {"script": "train_lm.py"}, [Path(__file__), Path(__file__).with_name("losses.py")],
+    run.start(asdict(cfg) | {"script": "train_lm.py"}, [Path(__file__).with_name(name) for name in SOURCES],
               step if checkpoint else None)
     if checkpoint:
         run.log("event", step, event="resumed", world_size=world.size)
@@ -327,7 +343,7 @@ def main(argv: list[str] | None = None) -> int:
         run.save("last.pt", state | {
             "optimizer": moments_of_adam, "alpha": alpha_of(step), "tokens_seen": tokens_seen, "stale": stale,
             "train_seconds": train_seconds, "joules": joules, "sums": sums.cpu(), "watch": watch.state.cpu(),
-            "window": total.state_dict(), "rng": runlog.rng_states(world)})
+            "window": total.state_dict(), "fot": fot and fot.state_dict(), "rng": runlog.rng_states(world)})
 
     def log_row(kind: str, **values) -> None:
         row = run.log(kind, step, tokens=tokens_seen, train_seconds=train_seconds, **values)
@@ -350,9 +366,10 @@ def main(argv: list[str] | None = None) -> int:
         if cfg.label_noise:
             y, flipped = flip_labels(y, shape.vocab_size, cfg.label_noise, cfg.label_noise_steps, cfg.seed, step)
         count = (y != -100).sum()
-        x, y = runlog.to_device(x[mine], device), runlog.to_device(y[mine], device)
+        x, y = runlog.to_device(x[mine], device), runlog.to_device(targets := y[mine], device)
         alpha.fill_(alpha_of(step))
-        lr = cfg.lr * lr_factor(cfg.lr_schedule, step, cfg.steps, warmup=cfg.lr_warmup, floor=cfg.lr_floor)
+        lr = fot.get_last_lr()[0] if fot else cfg.lr * lr_factor(cfg.schedule, step, cfg.steps, warmup=cfg.lr_warmup,
+                                                                 floor=cfg.lr_floor)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
@@ -360,22 +377,30 @@ def main(argv: list[str] | None = None) -> int:
         # average gradients over ranks, hence the world size.
         denominator = runlog.to_device(count.float() / world.size, device)
         loss = torch.zeros((), device=device)
-        for i in range(0, share, micro):
-            last = i + micro == share
+        measured = fot is not None and fot.wants_micro and not cfg.fsdp  # FSDP has no gradient of a micro-batch
+        rows = math.ceil(share / 2) if measured and micro == share else micro  # it compares a part with the whole
+        for i in range(0, share, rows):
+            last = i + rows >= share
             if cfg.fsdp:
                 model.set_requires_gradient_sync(last)
             with contextlib.nullcontext() if last or world.size == 1 or cfg.fsdp else trained.no_sync():
-                hidden = trained(x[i : i + micro]).flatten(0, 1)
-                part, moments = linear_score(hidden, model.head_weight, y[i : i + micro].flatten(), score,
+                hidden = trained(x[i : i + rows]).flatten(0, 1)
+                part, moments = linear_score(hidden, model.head_weight, y[i : i + rows].flatten(), score,
                                              denominator=denominator, tail=cfg.tail_smoothing, impl=cfg.kernels)
                 part.backward()
             loss += part.detach() / world.size
             window.update(moments)
+            if fot:
+                fot.observe(-moments.log_p.sum(), moments.valid.sum())
+                if measured and i == 0 and not last:
+                    fot.micro(float(targets[:rows].ne(-100).sum() / count))
         world.all_reduce(loss)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         finite = torch.isfinite(norm) & torch.isfinite(loss)
         optimizer.found_inf = (~finite).float()  # fused AdamW leaves everything as it is where this is 1
+        if fot:
+            fot.clipped_by = (norm / (cfg.clip or math.inf)).clamp(min=1)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         watch.update(loss, finite)
@@ -385,6 +410,10 @@ def main(argv: list[str] | None = None) -> int:
         tokens_seen += int(count)  # of a tensor on the CPU
         step += 1
         bar.update()
+        if fot:
+            fot.step()
+            if fot.decided:
+                log_row("fot", **fot.decision)
 
         # Ranks see a signal at different moments: several of them agree at log lines.
         at_log, at_eval = step % cfg.log_every == 0, step % cfg.eval_every == 0 or step == cfg.steps
@@ -414,8 +443,9 @@ def main(argv: list[str] | None = None) -> int:
                 log_row("train", loss=mean_loss, **shown, alpha=used_alpha, lr=lr, grad_norm=mean_norm,
                         clip_rate=clip_rate, flipped_tokens=flips * n, steps=n, skipped=health["skipped"],
                         tokens_per_second=rate * tokens_per_step)
-                bar.set_postfix_str(f"loss {mean_loss:.3f} ppl {m['ppl']:.1f} ece {m['ece10']:.3f} "
-                                    f"a {used_alpha:.2f} lr {lr:.1e} {rate * tokens_per_step:,.0f} tok/s")
+                bar.set_postfix_str(f"loss {mean_loss:.3f} {f'| {fot} | ' if fot else ''}ppl {m['ppl']:.1f} "
+                                    f"ece {m['ece10']:.3f} a {used_alpha:.2f} lr {lr:.1e} "
+                                    f"{rate * tokens_per_step:,.0f} tok/s")
             window.reset()
             sums.zero_()
         if health["worst_streak"] >= 3:
@@ -488,6 +518,7 @@ def main(argv: list[str] | None = None) -> int:
         "clip_rate": sum(r["clip_rate"] * r["steps"] for r in rows) / total if total else None,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU", "world_size": world.size,
         "dtype": str(dtype).removeprefix("torch."),
+        **({f"{cfg.schedule}_{k}": v for k, v in fot.counts.items()} if fot else {}),
     }
     runlog.write_json(run / "calibration.json", bins)
     runlog.write_json(run / "samples.json", samples)

@@ -5,7 +5,7 @@ import math
 import pytest
 
 import schedules
-from schedules import SCHEDULES, lr_factor
+from schedules import SCHEDULES, bacon_factor, lr_factor, snac_factor
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -38,6 +38,19 @@ def test_rex_is_above_linear_and_matches_its_published_form():
 def test_wsd_decays_over_its_share_alone():
     lr = [lr_factor("wsd", step, 100, decay=0.3) for step in range(101)]
     assert lr[:71] == [1.0] * 71 and lr[85] == pytest.approx(0.5, rel=1e-12)
+
+
+def test_snac_is_the_signals_share_of_the_gradient():
+    assert snac_factor(noise=3.0, signal=1.0) == 0.25  # B_noise = 3 B
+    assert snac_factor(0.0, 1.0) == snac_factor(-0.1, 1.0) == 1.0  # an unbiased estimate of 0 may be below it
+    assert snac_factor(1e9, 1.0) == snac_factor(1.0, 0.0) == snac_factor(1.0, -1.0) == 0.01
+    assert snac_factor(math.nan, 1.0) == snac_factor(1.0, math.inf) == 0.01
+
+
+def test_bacon_follows_the_best_step_within_a_factor_of_2():
+    assert bacon_factor(0.03, 0.02) == pytest.approx(1.5, rel=1e-15)
+    assert (bacon_factor(0.0, 0.02), bacon_factor(math.inf, 0.02)) == (0.5, 2.0)
+    assert bacon_factor(1.0, 0.0) == bacon_factor(1.0, math.inf) == bacon_factor(math.nan, 1.0) == 1.0
 
 
 def test_unknown_schedule():
