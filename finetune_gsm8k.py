@@ -198,7 +198,7 @@ def evaluate(model: Qwen3, heldout: Rows, score, cfg: Config, world: runlog.Worl
 
 
 def main(argv: list[str] | None = None) -> int:
-    argv = ["--schedule" if a == "--lr-schedule" else a for a in (sys.argv[1:] if argv is None else argv)]
+    argv = [a.replace("--lr-schedule", "--schedule", 1) for a in (sys.argv[1:] if argv is None else argv)]
     cfg = runlog.parse_config(Config, argv, __doc__)
     with runlog.user_errors():
         world = runlog.start_world(cfg.device)

@@ -71,17 +71,17 @@ SIZES = PUBLISHED | {  # for tests and runs on a CPU
 # none: plain values for small models from a random start.
 PRESETS = {
     "bart": dict(
-        steps=20000, batch=80, lr=3e-5, lr_schedule="polynomial", lr_warmup=0.025, weight_decay=0.01, beta2=0.999,
+        steps=20000, batch=80, lr=3e-5, schedule="polynomial", lr_warmup=0.025, weight_decay=0.01, beta2=0.999,
         clip=0.1, dropout=0.1, attention_dropout=0.1, label_smoothing=0.1, max_source=1024, max_target=128,
         beams=4, length_penalty=2.0, min_new_tokens=55, max_new_tokens=141, no_repeat_ngram=3, early_stopping=True,
     ),
     "pegasus": dict(
-        steps=210000, batch=256, lr=5e-5, lr_schedule="constant", lr_warmup=0.0, weight_decay=0.0, beta2=0.999,
+        steps=210000, batch=256, lr=5e-5, schedule="constant", lr_warmup=0.0, weight_decay=0.0, beta2=0.999,
         clip=0.0, dropout=0.1, attention_dropout=0.1, label_smoothing=0.1, max_source=1024, max_target=128,
         beams=8, length_penalty=0.8, min_new_tokens=0, max_new_tokens=127, no_repeat_ngram=0, early_stopping=False,
     ),
     "none": dict(
-        steps=1000, batch=32, lr=1e-3, lr_schedule="linear", lr_warmup=0.05, weight_decay=0.01, beta2=0.98,
+        steps=1000, batch=32, lr=1e-3, schedule="linear", lr_warmup=0.05, weight_decay=0.01, beta2=0.98,
         clip=1.0, dropout=0.0, attention_dropout=0.0, label_smoothing=0.0, max_source=1024, max_target=128,
         beams=4, length_penalty=1.0, min_new_tokens=0, max_new_tokens=127, no_repeat_ngram=3, early_stopping=True,
     ),
@@ -132,7 +132,7 @@ class Config:
     batch: int | None = opt(None, "pairs in an optimizer step, over all ranks")
     micro_batch: int = opt(8, "pairs in one forward of one rank, at most; the rest is accumulated")
     lr: float | None = opt(None, "peak learning rate")
-    lr_schedule: str | None = opt(None, "learning-rate schedule", (*SCHEDULES, "polynomial"))
+    schedule: str | None = opt(None, "learning-rate schedule (or --lr-schedule)", (*SCHEDULES, "polynomial"))
     lr_power: float = opt(1.0, "polynomial: exponent of the decay")
     lr_warmup: float | None = opt(None, "learning-rate warm-up, as a fraction of the steps")
     lr_floor: float = opt(0.0, "learning rate at the end, as a fraction of the peak")
@@ -227,8 +227,8 @@ def decoding(cfg: Config, tokenizer: SummaryTokenizer) -> Decoding:
 
 def lr_at(cfg: Config, step: int) -> float:
     """The learning rate before ``step``; polynomial is linear raised to --lr-power after the warm-up (fairseq)."""
-    if cfg.lr_schedule != "polynomial":
-        return cfg.lr * lr_factor(cfg.lr_schedule, step, cfg.steps, warmup=cfg.lr_warmup, floor=cfg.lr_floor)
+    if cfg.schedule != "polynomial":
+        return cfg.lr * lr_factor(cfg.schedule, step, cfg.steps, warmup=cfg.lr_warmup, floor=cfg.lr_floor)
     factor = lr_factor("linear", step, cfg.steps, warmup=cfg.lr_warmup)
     if step >= cfg.lr_warmup * cfg.steps:
         factor = cfg.lr_floor + (1 - cfg.lr_floor) * factor**cfg.lr_power
@@ -369,6 +369,7 @@ def final_metrics(model: Seq2Seq, sets: dict[str, TokenPairs | None], cfg: Confi
 
 
 def main(argv: list[str] | None = None) -> int:
+    argv = [a.replace("--lr-schedule", "--schedule", 1) for a in (sys.argv[1:] if argv is None else argv)]
     cfg = with_preset(runlog.parse_config(Config, argv, __doc__))
     with runlog.user_errors():
         world = runlog.start_world(cfg.device)

@@ -212,7 +212,7 @@ def final_metrics(model: GPT2, sets: dict[str, Windows | None], cfg: Config, wor
 
 
 def main(argv: list[str] | None = None) -> int:
-    argv = ["--schedule" if a == "--lr-schedule" else a for a in (sys.argv[1:] if argv is None else argv)]
+    argv = [a.replace("--lr-schedule", "--schedule", 1) for a in (sys.argv[1:] if argv is None else argv)]
     cfg = runlog.parse_config(Config, argv, __doc__)
     with runlog.user_errors():
         world = runlog.start_world(cfg.device)

@@ -201,7 +201,8 @@ def gradient(
         if c is None:
             torch.mul(p, a[rows], out=result)
         else:
-            torch.mul(torch.addcmul(a[rows], c[rows], p, out=factor), p, out=result)
+            # Three passes, as addcmul with two broadcast operands is not vectorised.
+            torch.mul(torch.mul(p, c[rows], out=factor).add_(a[rows]), p, out=result)
         if b is not None:
             result.add_(b[rows] if live is None else torch.where(live, b[rows], 0.0))
         if t is not None:

@@ -289,7 +289,7 @@ def test_presets():
     assert resolved("--loss", "dpsm", "--label-smoothing", "0.1").label_smoothing == 0.1
     assert resolved("--lr", "1e-5").lr == 1e-5 and resolved("--lr", "0").lr == 0
     pegasus = resolved("--preset", "pegasus", "--model", "x", "--data", "xsum")
-    assert (pegasus.beams, pegasus.max_source, pegasus.max_target, pegasus.lr_schedule) == (8, 512, 64, "constant")
+    assert (pegasus.beams, pegasus.max_source, pegasus.max_target, pegasus.schedule) == (8, 512, 64, "constant")
     for name in finetune_seq2seq.PRESETS:
         assert set(finetune_seq2seq.PRESETS[name]) == set(finetune_seq2seq.PRESETS["bart"])
 
