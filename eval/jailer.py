@@ -197,13 +197,14 @@ class _Jail:
             _mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
         except OSError:  # a container that masks /proc; then there is none
             _mount("none", "/proc", "tmpfs", MS_RDONLY)
-        _mount("scratch", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, f"size={SCRATCH_BYTES},nr_inodes=4096,mode=755")
-        _write_program("/tmp/program.py", job["code"])
-        os.mkdir("/tmp/scratch", 0o700)
-        os.chown("/tmp/scratch", NOBODY, NOBODY)
+        # Not over /tmp, where the packages that the program may import can lie.
+        _mount("scratch", "/jail", "tmpfs", MS_NOSUID | MS_NODEV, f"size={SCRATCH_BYTES},nr_inodes=4096,mode=755")
+        _write_program("/jail/program.py", job["code"])
+        os.mkdir("/jail/scratch", 0o700)
+        os.chown("/jail/scratch", NOBODY, NOBODY)
         program = os.fork()
         if not program:
-            self._become_program(limits, "/tmp/program.py", "/tmp/scratch", (stdin, ends))
+            self._become_program(limits, "/jail/program.py", "/jail/scratch", (stdin, ends))
         while True:
             pid, raw = os.wait()
             if pid == program:
@@ -434,7 +435,7 @@ def _put(path: str, text: str) -> None:
 
 
 def _build_root(visible: list[str]) -> None:
-    """A new root of ``visible``, read-only, devices, and places for /proc and /tmp; the old one is let go."""
+    """A new root of ``visible``, read-only, devices, places for /proc and the scratch folder; the old one is let go."""
     _mount(None, "/", None, MS_REC | MS_PRIVATE)
     sources = {path: os.open(path, os.O_PATH) for path in (*visible, *DEVICES)}  # /tmp is about to be covered
     links = {path: os.readlink(path) for path in SYSTEM if os.path.islink(path)}
@@ -458,7 +459,7 @@ def _build_root(visible: list[str]) -> None:
     # The kernel mounts a fresh /proc only where one is in sight; each program's own covers this one.
     _place(f"{new}/proc", folder=True)
     _mount("/proc", f"{new}/proc", None, MS_BIND | MS_REC)
-    _place(f"{new}/tmp", folder=True)
+    _place(f"{new}/jail", folder=True)
     os.chdir(new)
     if _libc().syscall(ctypes.c_long(PIVOT_ROOT[platform.machine()]), b".", b"."):
         raise OSError(ctypes.get_errno(), f"pivot_root: {os.strerror(ctypes.get_errno())}")
