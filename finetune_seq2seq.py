@@ -67,8 +67,8 @@ SIZES = PUBLISHED | {  # for tests and runs on a CPU
 # bart: fairseq's fine-tuning recipe for CNN/DailyMail (examples/bart/README.summarization.md; 65,536 tokens a step,
 # some 80 pairs), decoding as transformers' configuration of bart-large-cnn. Lengths count <s> and </s>.
 # pegasus: after the paper's appendix C; its numbers, XSUM below and BART's decoding are from memory and have still to
-# be checked against their sources. The paper used Adafactor and Google's length penalty, ((5 + n) / 6)^0.8; here every preset
-# has AdamW, this one without weight decay, and n^0.8.
+# be checked against their sources. The paper used Adafactor and Google's length penalty, ((5 + n) / 6)^0.8; here
+# every preset has AdamW, this one without weight decay, and n^0.8.
 # none: plain values for small models from a random start.
 PRESETS = {
     "bart": dict(

@@ -8,8 +8,9 @@ S runs at sqrt(lr / peak). D in [0, 1] is how far the learning rate has come dow
 smoothed over ``tau`` of S. So k is what the loss falls when the learning rate falls to 0 at the end of the run.
 c + a S^-alpha with an annealing term that has momentum is Tissue et al. (2024, "Scaling Law with Learning Rate
 Annealing", there S runs at lr); a smoothing that slows down as the learning rate falls is in the decay term of Luo et
-al. (2025, "A Multi-Power Law for Loss Curve Prediction Across Learning Rate Schedules"). Ours are the square root in S and the slow growth of the annealing gain: with them k nearly agrees between cosine and WSD runs of a
-model, and a prior can be carried from one to the other. Without learning rates S is the step and D is 0.
+al. (2025, "A Multi-Power Law for Loss Curve Prediction Across Learning Rate Schedules"). Ours are the square root
+in S and the slow growth of the annealing gain: with them k nearly agrees between cosine and WSD runs of a model,
+and a prior can be carried from one to the other. Without learning rates S is the step and D is 0.
 """
 
 import math
