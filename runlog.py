@@ -253,6 +253,9 @@ def training_state(model, optimizer) -> tuple[dict, dict]:
     """State dicts of a plain, DDP or FSDP2 model and its optimizer. Every rank must call it."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
+    if hasattr(optimizer, "eval"):  # Schedule-Free, whose step torch's way of loading cannot take; it is never sharded
+        return model.state_dict(), optimizer.state_dict()
+
     return get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
@@ -260,6 +263,10 @@ def restore_training_state(model, optimizer, checkpoint: dict) -> None:
     """Loads what ``training_state`` gave, under the checkpoint's keys model and optimizer."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
+    if hasattr(optimizer, "eval"):
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        return
     set_state_dict(
         model,
         optimizer,

@@ -4,12 +4,15 @@ python -m schedules plot --out schedules.png
 """
 
 import argparse
+import contextlib
 import math
 import os
 from pathlib import Path
 
 SCHEDULES = ("cosine", "linear", "constant", "wsd", "rex")
 ADAPTIVE = ("snac", "bacon", "fot", "fot-literal")  # they measure: fot.FoT runs them
+FREE = "schedule-free"  # an optimizer of its own, under a constant learning rate
+RULES = (*SCHEDULES, *ADAPTIVE, FREE)
 
 
 def lr_factor(
@@ -21,14 +24,15 @@ def lr_factor(
     and Hutter, 2017), ``linear`` to ``floor``, ``constant``, ``wsd``: constant, then linear to
     ``floor`` over the last ``decay * total`` steps (warm-up, stable, decay; Hu et al., 2024), or ``rex``:
     (1 - x) / (1 - x/2) to ``floor``, which stays high and falls late (Chen et al., 2022, "REX: Revisiting
-    Budgeted Training with an Improved Schedule"). Raises ValueError for an unknown name.
+    Budgeted Training with an Improved Schedule"); ``schedule-free`` is constant here. Raises ValueError for an
+    unknown name.
     """
-    if name not in SCHEDULES:
-        raise ValueError(f"unknown schedule {name!r}; expected one of {', '.join(SCHEDULES)}")
+    if name not in (*SCHEDULES, FREE):
+        raise ValueError(f"unknown schedule {name!r}; expected one of {', '.join((*SCHEDULES, FREE))}")
     rise = warmup * total
     if step < rise:
         return (step + 1) / (math.ceil(rise) + 1)
-    if name == "constant":
+    if name in ("constant", FREE):
         return 1.0
     begin = max(rise, (1 - decay) * total) if name == "wsd" else rise
     x = min(max((step - begin) / max(total - begin, 1), 0.0), 1.0)
@@ -58,6 +62,40 @@ def bacon_factor(eta: float, reference: float) -> float:
     if not 0 < reference < math.inf or math.isnan(eta):
         return 1.0
     return min(max(eta / reference, 0.5), 2.0)
+
+
+def schedule_free_adamw(groups, lr: float, *, betas: tuple[float, float], eps: float = 1e-8, weight_decay: float = 0.0):
+    """AdamWScheduleFree of the package schedulefree (Defazio et al., 2024, "The Road Less Scheduled"), ready to train.
+
+    It holds as many numbers as Adam: z in the place of the mean gradient. Its warm-up is left to the caller, who sets
+    the groups' lr; it skips no step by itself, so do not call ``step`` with a gradient that is not finite.
+    Raises ValueError where the package is missing.
+    """
+    try:
+        from schedulefree import AdamWScheduleFree
+    except ImportError as e:
+        raise ValueError(f"--schedule {FREE} needs the package schedulefree ({e}): pip install schedulefree") from e
+    optimizer = AdamWScheduleFree(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+    optimizer.train()
+    return optimizer
+
+
+@contextlib.contextmanager
+def averaged(optimizer):
+    """Inside, the weights are Schedule-Free's averages, which are the ones to evaluate and to export; after it they are
+    bit for bit what they were. Nothing for any other optimizer. Costs a copy of the weights meanwhile."""
+    if not hasattr(optimizer, "eval"):
+        yield
+        return
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
+    kept = [p.detach().clone() for p in weights]
+    optimizer.eval()
+    try:
+        yield
+    finally:
+        optimizer.train()
+        for p, was in zip(weights, kept, strict=True):
+            p.detach().copy_(was)  # eval and train are inverse up to rounding only
 
 
 def plot(out: str | Path, *, total: int = 1000, warmup: float = 0.05, floor: float = 0.0, decay: float = 0.2) -> None:

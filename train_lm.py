@@ -11,6 +11,7 @@ is in its folder; `python -m eval.report runs/A runs/B --out DIR` compares runs.
 """
 
 import contextlib
+import copy
 import math
 import statistics
 import sys
@@ -33,7 +34,7 @@ from model.generate import sample
 from model.gpt2 import GPT2, SIZES, GPT2Config, decay_groups, flops_per_token, parameter_count
 from model.hub import load_hf
 from runlog import opt
-from schedules import ADAPTIVE, SCHEDULES, lr_factor
+from schedules import ADAPTIVE, FREE, RULES, averaged, lr_factor, schedule_free_adamw
 
 # ----------------------------------------------------------------------------------------------
 # config
@@ -71,8 +72,8 @@ class Config:
     batch: int = opt(256, "sequences in an optimizer step, over all ranks")
     micro_batch: int = opt(16, "sequences in one forward of one rank, at most; the rest is accumulated")
     lr: float = opt(6e-4, "peak learning rate")
-    schedule: str = opt("cosine", "learning-rate schedule (or --lr-schedule); the last four measure and decide as "
-                        "they go, see fot.py", SCHEDULES + ADAPTIVE)
+    schedule: str = opt("cosine", "learning-rate schedule (or --lr-schedule); snac, bacon and fot measure and decide "
+                        "as they go, see fot.py", RULES)
     lr_warmup: float = opt(0.02, "learning-rate warm-up, as a fraction of the steps")
     lr_floor: float = opt(0.1, "learning rate at the end, as a fraction of the peak; fot and bacon fall to 0")
     fot_parts: str = opt("envelope,noise,forecast,gate,blocks", "fot: the parts of the rule that are on, or none")
@@ -104,7 +105,7 @@ class Config:
 
 SOURCES = ("train_lm.py", "losses.py", "schedules.py", "fot.py", "gradient_stats.py", "forecast.py")
 # Settings that a resumed run may change: where and how it computes, not what.
-FREE = ("out", "resume", "resume_from", "cache", "wandb", "micro_batch", "device", "kernels", "compile", "fsdp",
+CHANGEABLE = ("out", "resume", "resume_from", "cache", "wandb", "micro_batch", "device", "kernels", "compile", "fsdp",
         "checkpoint_activations")
 
 
@@ -125,6 +126,8 @@ def check(cfg: Config, world: runlog.World) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)} is outside [0, 1)")
     if cfg.schedule in ADAPTIVE and cfg.lr_warmup == 1:
         raise ValueError(f"--lr-warmup 1 leaves no step to --schedule {cfg.schedule}")
+    if cfg.schedule == FREE and cfg.fsdp:
+        raise ValueError(f"--schedule {FREE} knows no --fsdp; use DDP, or another schedule")
     parse_parts(cfg.fot_parts)
     if not 0 < cfg.top_p <= 1:
         raise ValueError(f"--top-p {cfg.top_p} is outside (0, 1]")
@@ -220,14 +223,14 @@ def main(argv: list[str] | None = None) -> int:
         device = world.device
         out = Path(cfg.out or f"runs/{Path(cfg.data).name}-{cfg.model}-{cfg.loss}-s{cfg.seed}")
         run = runlog.RunFolder(out, world)
-        run.check(asdict(cfg), cfg.resume, FREE)
+        run.check(asdict(cfg), cfg.resume, CHANGEABLE)
         checkpoint = None
         if cfg.resume:
             path = Path(cfg.resume_from or run / "last.pt")
             checkpoint = runlog.load_checkpoint(path)
             if "optimizer" not in checkpoint:
                 raise ValueError(f"{path} holds weights only; resume from last.pt or previous.pt")
-            runlog.same_config(path, checkpoint["config"], asdict(cfg), FREE)
+            runlog.same_config(path, checkpoint["config"], asdict(cfg), CHANGEABLE)
 
         # -- data ------------------------------------------------------------------------------
         with world.main_first():
@@ -291,7 +294,10 @@ def main(argv: list[str] | None = None) -> int:
 
     # -- optimizer -----------------------------------------------------------------------------
     groups = decay_groups(model, cfg.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=True)
+    betas = cfg.beta1, cfg.beta2
+    with runlog.user_errors():
+        optimizer = (schedule_free_adamw(groups, cfg.lr, betas=betas) if cfg.schedule == FREE
+                     else torch.optim.AdamW(groups, lr=cfg.lr, betas=betas, fused=True))
     fot = None
     if cfg.schedule in ADAPTIVE:  # fed the NLL, which stays one score while dpsm's mixture moves; only CE's is the loss
         fot = FoT(optimizer, cfg.steps, rule=cfg.schedule, parts=parse_parts(cfg.fot_parts), warmup=cfg.lr_warmup,
@@ -305,7 +311,8 @@ def main(argv: list[str] | None = None) -> int:
     sums = torch.zeros(5, dtype=torch.float64, device=device)  # likewise: steps, loss, gradient norm, clipped, flipped
     watch = runlog.DivergenceWatch(device)
     if checkpoint:
-        runlog.restore_training_state(model, optimizer, checkpoint)
+        runlog.restore_training_state(model, optimizer, checkpoint | {"model": checkpoint.get("iterate")
+                                                                      or checkpoint["model"]})
         step, tokens_seen = checkpoint["step"], checkpoint["tokens_seen"]
         train_seconds, joules = checkpoint["train_seconds"], checkpoint["joules"]
         best, stale = checkpoint["best"], checkpoint["stale"]
@@ -331,7 +338,11 @@ def main(argv: list[str] | None = None) -> int:
 
     def save(is_best: bool) -> None:
         """last.pt and, if these are the best weights so far, best.pt. All ranks take part; rank 0 writes."""
-        weights, moments_of_adam = runlog.training_state(model, optimizer)
+        weights, moments = runlog.training_state(model, optimizer)
+        iterate = weights if cfg.schedule == FREE else None  # what goes on is not what is evaluated
+        if iterate:
+            with averaged(optimizer):
+                weights = copy.deepcopy(runlog.training_state(model, optimizer)[0])
         state = {"model": weights, "model_config": asdict(shape), "config": asdict(cfg), "step": step, "best": best,
                  "data_hash": corpus.train.hash,
                  "tokenizer": {"files": corpus.tokenizer.files(), "eos_id": corpus.tokenizer.eos_id}}
@@ -341,9 +352,10 @@ def main(argv: list[str] | None = None) -> int:
         total.load_state_dict(window.state_dict())
         total.all_reduce()
         run.save("last.pt", state | {
-            "optimizer": moments_of_adam, "alpha": alpha_of(step), "tokens_seen": tokens_seen, "stale": stale,
-            "train_seconds": train_seconds, "joules": joules, "sums": sums.cpu(), "watch": watch.state.cpu(),
-            "window": total.state_dict(), "fot": fot and fot.state_dict(), "rng": runlog.rng_states(world)})
+            "optimizer": moments, "iterate": iterate, "alpha": alpha_of(step), "tokens_seen": tokens_seen,
+            "stale": stale, "train_seconds": train_seconds, "joules": joules, "sums": sums.cpu(),
+            "watch": watch.state.cpu(), "window": total.state_dict(), "fot": fot and fot.state_dict(),
+            "rng": runlog.rng_states(world)})
 
     def log_row(kind: str, **values) -> None:
         row = run.log(kind, step, tokens=tokens_seen, train_seconds=train_seconds, **values)
@@ -401,7 +413,8 @@ def main(argv: list[str] | None = None) -> int:
         optimizer.found_inf = (~finite).float()  # fused AdamW leaves everything as it is where this is 1
         if fot:
             fot.clipped_by = (norm / (cfg.clip or math.inf)).clamp(min=1)
-        optimizer.step()
+        if cfg.schedule != FREE or finite:  # Schedule-Free reads no found_inf: a synchronisation for it
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         watch.update(loss, finite)
         clipped = (norm > (cfg.clip or math.inf)).float()
@@ -453,7 +466,8 @@ def main(argv: list[str] | None = None) -> int:
             break
         if at_eval:
             windows = sets["val"]
-            m = numbers(evaluate(model, windows, cfg, world)[0], windows)
+            with averaged(optimizer):
+                m = numbers(evaluate(model, windows, cfg, world)[0], windows)
             log_row("val", **m)
             bar.write(f"step {step}: validation ppl {m['ppl']:.3f}, nll {m['nll']:.4f}, ece {m['ece10']:.4f}, "
                       f"brier {m['brier']:.4f}", file=sys.stderr)

@@ -377,8 +377,10 @@ def rows(out, kind):
     return [{k: v for k, v in row.items() if k not in timing} for row in found]
 
 
-@pytest.mark.parametrize("rule", ["fot", "fot-literal"])
+@pytest.mark.parametrize("rule", ["fot", "fot-literal", "schedule-free"])
 def test_train_lm_resumes_exactly_and_logs_each_decision(rule, base, tmp_path, monkeypatch):
+    if rule == "schedule-free":
+        pytest.importorskip("schedulefree", reason="schedulefree is not installed")
     flags = [*base, "--schedule", rule]
     assert train(flags, tmp_path / "whole") == 0
     original = Windows.batch_indices
@@ -395,6 +397,13 @@ def test_train_lm_resumes_exactly_and_logs_each_decision(rule, base, tmp_path, m
     assert train(flags, tmp_path / "cut", "--resume") == 0
     for kind in ("train", "fot", "val"):
         assert rows(tmp_path / "cut", kind) == rows(tmp_path / "whole", kind)
+    if rule == "schedule-free":  # its averages are what is evaluated and kept, its iterates what goes on
+        state = runlog.load_checkpoint(tmp_path / "whole" / "last.pt")
+        assert state["iterate"].keys() == state["model"].keys()
+        assert any(not torch.equal(state["iterate"][k], w) for k, w in state["model"].items())
+        summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
+        assert summary["val_nll"] == pytest.approx(rows(tmp_path / "whole", "val")[-1]["nll"], rel=1e-6)
+        return
     decided = rows(tmp_path / "whole", "fot")
     assert [r["step"] for r in decided] == list(range(4, 29, 4))
     assert {"forecast", "sd", "D", "target", "g2", "noise", "curvature", "bound", "gate", "lr"} <= set(decided[-1])

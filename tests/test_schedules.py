@@ -3,9 +3,10 @@
 import math
 
 import pytest
+import torch
 
 import schedules
-from schedules import SCHEDULES, bacon_factor, lr_factor, snac_factor
+from schedules import SCHEDULES, averaged, bacon_factor, lr_factor, schedule_free_adamw, snac_factor
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -65,3 +66,33 @@ def test_plot_command(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         schedules.main(["plot", "--decay", "1.5"])
     assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_schedule_free_averages_inside_and_goes_on_with_the_same_bits():
+    """Under a constant learning rate the averages are the plain mean of all iterates z so far."""
+    pytest.importorskip("schedulefree", reason="schedulefree is not installed")
+    torch.manual_seed(0)
+    w = torch.nn.Parameter(torch.randn(7))
+    optimizer = schedule_free_adamw([w], 0.1, betas=(0.9, 0.95))
+    zs = []
+    for _ in range(9):
+        w.grad = w.detach() - 1 + 0.3 * torch.randn(7)
+        optimizer.step()
+        zs.append(optimizer.state[w]["z"].clone())
+        before = w.detach().clone()
+        with averaged(optimizer):
+            # Equal weights, as the learning rate is constant; 1e-6 is fp32 rounding of nine steps.
+            torch.testing.assert_close(w.detach(), torch.stack(zs).mean(0), rtol=1e-6, atol=1e-6)
+        assert torch.equal(before, w.detach())
+
+
+def test_averaged_is_nothing_for_another_optimizer():
+    w = torch.nn.Parameter(torch.ones(3))
+    with averaged(torch.optim.AdamW([w])):
+        assert torch.equal(w.detach(), torch.ones(3))
+
+
+def test_schedule_free_says_what_is_missing(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "schedulefree", None)
+    with pytest.raises(ValueError, match="pip install schedulefree"):
+        schedule_free_adamw([torch.nn.Parameter(torch.ones(1))], 0.1, betas=(0.9, 0.95))
