@@ -8,13 +8,14 @@
 
 The rule, decided anew every W = 32 steps (eta: learning rate, u: Adam's direction, G: expected gradient, H: Hessian):
 
-    lr     = peak * envelope(t) * clip(m, 1/2, 2) * gate * block, the envelope a warm-up, then linear to zero
-    m      = eta / (peak * envelope(t)); 1 during warm-up and without a measurement. After n decisions with one, it is
-             clip(m, 1/2, 2)^(1 - beta^n) that is taken: a single noisy reading must not double the learning rate
-    eta    = eta_opt = G'u / u'Hu, the step that gains most of the noisy quadratic, eta G'u - eta^2 u'Hu / 2;
-             where the forecast is sure, sd(D) / D < 1/2, the least step that gains the target. Where no step gains it,
-             eta_opt, and a bound hit is counted
-    target = D * envelope(t) / (sum of the envelope to come), with D = l(now) - l(T)
+    lr     = peak * envelope(t) * m * gate * block
+    m      = clip(eta_opt / peak, 1/4, 4), with eta_opt = G'u / u'Hu, the step that gains most of the noisy quadratic
+             eta G'u - eta^2 u'Hu / 2. It begins at 1/4 and at most doubles in 40 steps, so that a peak which is too
+             high is found out on the way up: a network that was thrown far away early does not come back in the run.
+             Without a measurement its aim is 1
+    envelope  a warm-up, then linear to zero; where the forecast is sure, sd(D) / D < 1/2, with D = l(now) - l(T), the
+             decay may wait or pause: of holding the learning rate for 0, 1/4, 1/2 or 3/4 of the steps that are left,
+             and then falling to zero, that is planned whose forecast ends lowest
     gate   = linear in h, the Fisher of an answer token over a prompt token's: 1.5 to h = 0.7, 1 at 1, 0.7 from 1.3
     block  = sqrt(the answer's share of the squared gradient) over its geometric mean, in [1/2, 2] at geometric mean 1
 
@@ -42,11 +43,13 @@ from schedules import ADAPTIVE, bacon_factor, lr_factor, snac_factor
 __all__ = ["CLOCK", "HUGE", "PARTS", "FoT", "Forecast", "Forecaster", "Prior", "literal_forecast", "parse_parts"]
 
 PARTS = ("envelope", "noise", "forecast", "gate", "blocks")
+RANGE, DOUBLING = 4.0, 40.0  # of m: its bounds, and the fewest steps to double in
+HOLDS, PLAN_EVERY = (0.0, 0.25, 0.5, 0.75), 2  # shares of the steps to come; decisions from plan to plan
 SAMPLES, SAMPLE_EVERY = 2, 8  # measurements of the gradient between decisions, and the fewest steps between two
 LITERAL_POINTS, LITERAL_LOWEST = 150, 0.01
 SETTINGS = ("rule", "parts", "total", "warmup", "every", "beta", "same_units")
-PLAIN = ("multiplier", "literal_gate", "blocks", "average", "weight", "reference", "lrs", "history", "decision",
-         "counts", "previous_lr", "_began", "last_epoch", "_step_count", "_last_lr")  # fmt: skip
+PLAIN = ("multiplier", "m", "level", "hold", "literal_gate", "blocks", "average", "weight", "reference", "lrs",
+         "history", "decision", "counts", "previous_lr", "_began", "last_epoch", "_step_count", "_last_lr")  # fmt: skip
 
 
 def parse_parts(text: str) -> tuple[str, ...]:
@@ -146,7 +149,10 @@ class FoT(LRScheduler):
         self.fisher = torch.zeros(4, dtype=torch.float64, device=device)  # prompt: sum, tokens; answer: sum, tokens
         self.clipped_by: Tensor | None = None  # set it before optimizer.step(): (norm / max_norm).clamp(min=1)
         self._began = False  # whether the last step began a sample
-        self.multiplier, self.literal_gate = 1.0, 1.0
+        self.careful = rule == "fot" and "noise" in self.parts and self.measures and every < total
+        self.m = 1 / RANGE if self.careful else 1.0
+        self.multiplier, self.literal_gate = self.m, 1.0
+        self.level, self.hold = 1.0, self.warmup * total  # of the envelope, and the step until which it stays there
         self.blocks: list[float] = []
         self.average: dict[str, float] = {}  # of the measurements, not yet divided by ``weight``
         self.weight, self.reference = 0.0, [0.0, 0.0]
@@ -154,7 +160,7 @@ class FoT(LRScheduler):
         self.history: list[list[float]] = []  # fot-literal: step and loss
         self.decision: dict = {}
         self.decided = False  # whether the last call of step() decided
-        self.counts = {"decisions": 0, "bound": 0, "clipped": 0, "not_finite": 0}
+        self.counts = {"decisions": 0, "bound": 0, "infeasible": 0, "clipped": 0, "not_finite": 0}
         self.previous_lr = 0.0
         optimizer.register_step_pre_hook(self._before_step)
         super().__init__(optimizer)
@@ -233,7 +239,10 @@ class FoT(LRScheduler):
 
     def _share(self, step: float) -> float:
         falls = self.rule == "bacon" or (self.rule == "fot" and "envelope" in self.parts)
-        return lr_factor("linear" if falls else "constant", step, self.total, warmup=self.warmup)
+        if not falls or step < self.warmup * self.total:
+            return lr_factor("constant", step, self.total, warmup=self.warmup)
+        x = min(max((step - self.hold) / max(self.total - self.hold, 1), 0.0), 1.0)
+        return self.level * (1 - x)
 
     def state_dict(self) -> dict:
         """Plain numbers, strings and lists; `load_state_dict` goes on bit for bit. Every rank must call it."""
@@ -287,7 +296,7 @@ class FoT(LRScheduler):
         self.lrs = []
         warm = done >= self.warmup * self.total
         x = GradientStats.means(sums)
-        if x and warm and all(map(math.isfinite, x.values())):
+        if x and (warm or self.careful) and all(map(math.isfinite, x.values())):
             self.average = {k: self.beta * self.average.get(k, 0.0) + (1 - self.beta) * x[k] for k in FIELDS[1:]}
             self.weight = self.beta * self.weight + 1 - self.beta
             self.reference = [self.reference[0] + x["slope"], self.reference[1] + x["curvature"]]
@@ -295,7 +304,8 @@ class FoT(LRScheduler):
         h = (as_ / an) / (ps / pn) if min(ps, pn, as_, an) > 0 else None
         forecast = self.forecaster.forecast(self.total, lambda step: self.planned(step - 1))
         row = {"forecast": forecast.mean, "sd": forecast.sd, "reason": forecast.reason, "D": None, "sd_D": None,
-               "target": None, "eta_opt": None, "bound": False, "h": h, "gate": 1.0}  # fmt: skip
+               "target": None, "infeasible": False, "hold": None, "eta_opt": None, "bound": False, "h": h,
+               "gate": 1.0}  # fmt: skip
         row |= {k: x.get(k) for k in ("g2", "noise", "slope", "after", "curvature")}
         if forecast.mean is not None:
             row |= {"D": float(forecast.curve[0, 1]) - forecast.mean, "sd_D": forecast.sd}
@@ -304,6 +314,7 @@ class FoT(LRScheduler):
             self.blocks = block_multipliers(list(zip(rms[::2], rms[1::2], strict=True)))
         self.counts["decisions"] += 1
         self.counts["bound"] += row["bound"]
+        self.counts["infeasible"] += row["infeasible"]
         self.decision = row | {"multiplier": self.multiplier, "blocks": self.blocks, "lr": self.planned(done)}
         self.decided = True
 
@@ -321,19 +332,41 @@ class FoT(LRScheduler):
 
     def _fot(self, done: int, warm: bool, x: dict, row: dict) -> None:
         D, sd = row["D"], row["sd_D"]
-        here = float(self.base_lrs[0]) * self._share(done)
-        if D is not None and D > 0 and sd / D < 0.5 and self.same_units and "forecast" in self.parts:
-            ahead = self.total - done
-            to_come = ahead / 64 * sum(self._share(done + (i + 0.5) / 64 * ahead) for i in range(64))
-            row["target"] = D * self._share(done) / max(to_come, self._share(done))
-        m = 1.0
-        if x and warm:
+        if warm and D is not None and D > 0 and sd / D < 0.5 and self.same_units:
+            if "forecast" in self.parts and "envelope" in self.parts and self.counts["decisions"] % PLAN_EVERY == 0:
+                self._plan(done, row)
+            to_come = sum(self._share(done + (i + 0.5) / 64 * (self.total - done)) for i in range(64)) / 64
+            row["target"] = row["D"] * self._share(done) / max(to_come * (self.total - done), self._share(done))
+        aim = 1.0
+        if x:
             row["eta_opt"] = solve_step(x["slope"], x["curvature"], None)[0]
-            if row["target"] is not None or "noise" in self.parts:
-                eta, row["bound"] = solve_step(x["slope"], x["curvature"], row["target"])
-                m = min(max(eta / here, 0.5), 2.0) ** self.weight if here > 0 else 1.0
+            row["infeasible"] = solve_step(x["slope"], x["curvature"], row["target"])[1]
+            aim = min(max(row["eta_opt"] / float(self.base_lrs[0]), 1 / RANGE), RANGE)
+        if self.careful:
+            self.m = min(aim, self.m * 2 ** (self.every / DOUBLING))
+            row["bound"] = bool(x) and aim in (1 / RANGE, RANGE)
         row["gate"] = gate_of(row["h"]) if "gate" in self.parts else 1.0
-        self.multiplier = m * row["gate"]
+        self.multiplier = self.m * row["gate"]
+
+    def _plan(self, done: int, row: dict) -> None:
+        """Holds the learning rate for as long as the forecast says that this ends lowest."""
+        level, hold = self.level, self.hold
+        if hold < done:  # it is falling: a plan that holds goes on from where it is
+            self.level = self._share(done)
+        plans = []
+        for share in HOLDS:
+            self.hold = done + share * (self.total - done)
+            plans.append(self.forecaster.forecast(self.total, lambda step: self.planned(step - 1)))
+        ends = [math.inf if f.mean is None else f.mean for f in plans]
+        best = ends.index(min(ends))
+        if best == 0 and hold < done:
+            self.level, self.hold = level, hold  # nothing new
+        else:
+            self.hold = done + HOLDS[best] * (self.total - done)
+        forecast = plans[best]
+        if forecast.mean is not None:
+            row |= {"forecast": forecast.mean, "sd": forecast.sd, "sd_D": forecast.sd, "hold": self.hold,
+                    "D": float(forecast.curve[0, 1]) - forecast.mean}  # fmt: skip
 
     def _literal(self, done: int, warm: bool, x: dict, row: dict) -> None:
         h = row["h"]

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 # GPT-2's published sizes, GPT-3 XL's shape (Brown et al., 2020, table 2.1), and two for a CPU.
 SIZES: dict[str, dict] = {
+    "pico": dict(n_layer=2, n_head=2, n_embd=64),
     "nano": dict(n_layer=4, n_head=4, n_embd=128),
     "mini": dict(n_layer=6, n_head=6, n_embd=384),
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768),

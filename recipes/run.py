@@ -3,6 +3,7 @@
     python -m recipes.run recipes/demo.toml
     python -m recipes.run recipes/wikitext103.toml --nproc 8 --set steps=1000
     python -m recipes.run recipes/wikitext103.toml --dry-run
+    python -m recipes.run recipes/fot_small.toml --jobs 2          # small runs side by side on one machine or GPU
 
 A recipe is a TOML file: ``script``, ``out``, a table ``flags`` that all cells share, a table ``grid``
 of lists whose product is taken, and optionally ``arm``, an array of tables of flags, each an arm of
@@ -11,11 +12,14 @@ command continues a grid.
 """
 
 import argparse
+import importlib
 import itertools
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
@@ -59,6 +63,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--set", action="append", default=[], metavar="FLAG=VALUE", help="override a flag in every cell"
     )
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="runs side by side, their output in FOLDER.log (default: 1)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the commands only")
     args = parser.parse_args(argv)
     with user_errors():
@@ -74,10 +81,16 @@ def main(argv: list[str] | None = None) -> int:
         bad = [s for s in args.set if "=" not in s]
         if bad:
             raise ValueError(f"--set {bad[0]}: expected FLAG=VALUE")
+        if args.jobs < 1 or (args.jobs > 1 and args.nproc > 1):
+            raise ValueError(f"--jobs {args.jobs} with --nproc {args.nproc}: expected 1 or more, and not both above 1")
         extra = {k.replace("-", "_"): v for k, v in (s.split("=", 1) for s in args.set)}
         todo = cells(recipe, extra)
     root = args.out or Path(recipe["out"])
     folders = [root / name for name, _ in todo]
+
+    if args.jobs > 1 and not args.dry_run:
+        code = side_by_side(recipe["script"], folders, [flags for _, flags in todo], args.jobs)
+        return code or report(folders, root, recipe)
 
     child = None
     signal.signal(signal.SIGINT, lambda *_: None)  # the terminal sends it to the run as well, which saves
@@ -96,10 +109,62 @@ def main(argv: list[str] | None = None) -> int:
         if code or not (folder / "summary.json").exists():
             print(f"{folder} has not finished (exit code {code}); the same command goes on from here", file=sys.stderr)
             return code or 1
-    if args.dry_run:
-        return 0
-    report = [sys.executable, "-m", "eval.report", *map(str, folders), "--out", str(root / "report")]
-    return subprocess.call(report + (["--title", recipe["title"]] if "title" in recipe else []))
+    return 0 if args.dry_run else report(folders, root, recipe)
+
+
+def report(folders: list[Path], root: Path, recipe: dict) -> int:
+    line = [sys.executable, "-m", "eval.report", *map(str, folders), "--out", str(root / "report")]
+    return subprocess.call(line + (["--title", recipe["title"]] if "title" in recipe else []))
+
+
+def side_by_side(script: str, folders: list[Path], flags: list[dict], jobs: int) -> int:
+    """Runs what has not finished, ``jobs`` at a time. Returns 0, or the exit code of the first run that failed; those
+    beside it go on to their end, and no new one begins. SIGINT and SIGTERM make all of them save and stop."""
+    from tqdm import tqdm
+
+    os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // jobs, 1)))
+    context = multiprocessing.get_context("forkserver")  # imports once: a small run takes little longer than that
+    context.set_forkserver_preload([Path(script).stem])
+    wanted = [(folder, command(script, folder, f, 1)[2:]) for folder, f in zip(folders, flags, strict=True)
+              if not (folder / "summary.json").exists()]  # fmt: skip
+    bar = tqdm(total=len(folders), initial=len(folders) - len(wanted), unit="run", dynamic_ncols=True)
+    running, failed, stopped = {}, 0, []
+
+    def stop(number, _):
+        stopped.append(number)
+        for process in running.values():
+            if number == signal.SIGTERM:  # a terminal's SIGINT goes to the runs as well
+                process.terminate()
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+    while running or (wanted and not failed and not stopped):
+        while wanted and len(running) < jobs and not failed and not stopped:
+            folder, line = wanted.pop(0)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            running[folder] = context.Process(target=run_cell, args=(script, line, f"{folder}.log"))
+            running[folder].start()
+        time.sleep(0.05)
+        for folder, process in [(f, p) for f, p in running.items() if p.exitcode is not None]:
+            del running[folder]
+            if process.exitcode or not (folder / "summary.json").exists():
+                bar.write(f"{folder} has not finished (exit code {process.exitcode}), see {folder}.log; the same "
+                          "command goes on from here", file=sys.stderr)  # fmt: skip
+                failed = failed or process.exitcode or 1
+            else:
+                bar.update()
+                bar.set_postfix_str(folder.name)
+    bar.close()
+    return failed or bool(stopped)
+
+
+def run_cell(script: str, line: list[str], log: str) -> None:
+    """One run in a process of its own, its output in the file ``log``."""
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.argv = [script, *line]
+    sys.exit(importlib.import_module(Path(script).stem).main(line))
 
 
 if __name__ == "__main__":

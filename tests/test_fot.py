@@ -16,7 +16,7 @@ import torch
 import runlog
 import train_lm
 from data.windows import Windows
-from fot import PARTS, FoT, block_multipliers, gate_of, parse_parts, solve_step
+from fot import DOUBLING, HOLDS, PARTS, RANGE, FoT, block_multipliers, gate_of, parse_parts, solve_step
 from gradient_stats import GradientStats
 from schedules import ADAPTIVE, lr_factor
 
@@ -147,7 +147,7 @@ def test_block_multipliers_have_geometric_mean_1():
 # the scheduler
 
 
-def drive(rule, losses, total, *, scale=1.0, start=0, stop=None, state=None, reduce=None, **options):
+def drive(rule, losses, total, *, scale=1.0, start=0, stop=None, state=None, reduce=None, seen=None, **options):
     """Adam on a noisy bowl under ``rule``, told of ``losses``: (learning rates, scheduler, state at the end)."""
     generator = torch.Generator().manual_seed(1)
     w = torch.nn.Parameter(torch.ones(6))
@@ -171,6 +171,8 @@ def drive(rule, losses, total, *, scale=1.0, start=0, stop=None, state=None, red
         fot.observe_segments(fisher[t], torch.arange(5) < 2, torch.arange(5) > 2)
         optimizer.step()
         fot.step()
+        if fot.decided and seen is not None:
+            seen.append(fot.decision | {"step": t + 1})
     return lrs, fot, {"w": w.detach().clone(), "optimizer": optimizer.state_dict(), "fot": fot.state_dict()}
 
 
@@ -182,7 +184,7 @@ def falling(n):
 def test_any_history_gives_a_learning_rate_in_range(rule):
     h = hypothesis()
     losses = h.strategies.floats(allow_nan=True, allow_infinity=True) | h.strategies.floats(0, 10)
-    top = 0.1 * 2 * 1.5 if rule == "fot" else 0.2  # peak, m and gate; bacon's factor
+    top = 0.1 * RANGE * 1.5 if rule == "fot" else 0.2  # peak, m and gate; bacon's factor
 
     @h.settings(max_examples=12, deadline=None, derandomize=True)
     @h.given(
@@ -220,29 +222,73 @@ def test_the_envelope_alone_is_linear_to_zero():
     assert lrs[4:] == [0.1] * 36
 
 
-def test_the_rule_as_it_is_written():
-    """The logged decisions give the learning rates: m from eta_opt, the gate, their bounds; and from a sure forecast
-    the target, D times this step's share of the envelope to come."""
-    lrs, fot, _ = drive("fot", falling(48), 48, parts=("envelope", "noise", "gate"), stop=41)
-    d = fot.decision
-    assert d["h"] > 0 and d["gate"] == gate_of(d["h"]) and d["target"] is None
-    peak_here = 0.1 * lr_factor("linear", 40, 48, warmup=0.1)
-    assert fot.weight == pytest.approx(1 - 0.9**9, rel=1e-12)  # of ten decisions the first saw no whole sample
-    m = min(max(d["eta_opt"] / peak_here, 0.5), 2.0) ** fot.weight
-    assert d["multiplier"] == pytest.approx(m * d["gate"], rel=1e-12)
-    assert [lrs[40], d["lr"]] == pytest.approx([peak_here * m * d["gate"]] * 2, rel=1e-12)
-    assert (
-        d["eta_opt"] == pytest.approx(d["slope"] / d["curvature"]) if d["curvature"] > 0 else d["eta_opt"] == math.inf
-    )
+def test_m_begins_low_rises_slowly_and_follows_the_best_step():
+    """From the logged decisions: m is the best step over the peak, in its range, and no faster than DOUBLING up."""
+    lrs, fot, _ = drive("fot", falling(200), 200, parts=("envelope", "noise", "gate"), stop=197, seen=(rows := []))
+    assert lrs[:4] == [0.1 / RANGE * lr_factor("linear", t, 200, warmup=0.1) for t in range(4)]
+    m, rise, free = 1 / RANGE, 2 ** (4 / DOUBLING), 0
+    for d in rows:
+        aim = min(max(d["eta_opt"] / 0.1, 1 / RANGE), RANGE) if d["eta_opt"] is not None else 1.0
+        free += aim < m * rise
+        m = min(aim, m * rise)
+        assert d["gate"] == gate_of(d["h"]) and d["multiplier"] == pytest.approx(m * d["gate"], rel=1e-12)
+        assert d["bound"] == (aim in (RANGE, 1 / RANGE))
+        if d["eta_opt"] is not None:
+            best = d["slope"] / d["curvature"] if d["curvature"] > 0 else math.inf
+            assert d["eta_opt"] == pytest.approx(best if d["slope"] > 0 else 0.0)
+    assert 5 < free < len(rows) - 5  # both the limit and the measurement were seen at work
+    assert lrs[196] == pytest.approx(0.1 * m * d["gate"] * lr_factor("linear", 196, 200, warmup=0.1), rel=1e-12)
+    assert fot.weight == pytest.approx(1 - 0.9 ** (len(rows) - 1), rel=1e-12)  # the first saw no whole sample
 
-    losses = [2 + 3 / (1 + t) for t in range(400)]
-    _, fot, _ = drive("fot", losses, 400, parts=("envelope", "forecast"), stop=61)
-    d = fot.decision
-    assert d["D"] > 0 and d["sd_D"] / d["D"] < 0.5, d  # smooth: it is sure
-    # A linear envelope: the sum to come is half its value times the steps.
-    assert d["target"] == pytest.approx(d["D"] * 2 / 340, rel=1e-9)
-    _, fot, _ = drive("fot", losses, 400, parts=("envelope", "forecast"), stop=61, same_units=False)
-    assert fot.decision["target"] is None and fot.decision["sd_D"] / fot.decision["D"] < 0.5
+
+def test_without_the_noise_part_or_a_decision_m_is_1():
+    lrs, _, _ = drive("fot", falling(40), 40, parts=("envelope", "forecast"), stop=3)
+    assert lrs == [0.1 * lr_factor("linear", t, 40, warmup=0.1) for t in range(3)]
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))], lr=0.1)
+    assert FoT(optimizer, 20, every=20).get_last_lr() == [0.1]  # W is the whole run: it would stay at the bottom
+
+
+def test_where_nothing_can_be_measured_m_goes_to_1_and_stays():
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))], lr=0.1)
+    fot = FoT(optimizer, 400, every=5, parts=("noise",))
+    for _ in range(200):
+        optimizer.param_groups[0]["params"][0].grad = torch.full((2,), math.nan)  # no sample is finite
+        optimizer.step()
+        fot.step()
+    assert fot.get_last_lr() == [0.1] and fot.decision["eta_opt"] is None
+
+
+def test_the_forecast_holds_the_learning_rate_while_that_ends_lower():
+    """On a curve that falls for long, a sure forecast holds, and near the end it decays to zero; on a flat one there
+    is nothing to hold for."""
+    rows = []
+    lrs, fot, _ = drive("fot", [2 + 3 / (1 + t / 20) for t in range(400)], 400, parts=("envelope", "forecast"),
+                        seen=rows)  # fmt: skip
+    sure = [d for d in rows if d["target"] is not None]
+    planned = [d for d in rows if d["hold"] is not None]
+    assert len(planned) > 10 and all(d["D"] > 0 for d in sure)
+    assert all(d["sd_D"] >= 0.5 * d["D"] for d in rows if d["target"] is None and d["D"] and d["step"] > 40)
+    after = lrs[40:]  # the warm-up
+    assert all(a >= b for a, b in zip(after, after[1:], strict=False))  # it holds, it never rises
+    assert sum(a == b for a, b in zip(after, after[1:], strict=False)) > 200
+    assert fot.get_last_lr() == [0.0] and lrs[-1] < 0.05 * max(lrs)
+    for d in planned[:3]:  # the plan it logs is one of the shares of the steps that were left
+        step = d["step"]
+        assert any(d["hold"] == pytest.approx(step + share * (400 - step)) for share in HOLDS)
+    # The target: what this step has to gain, D over the envelope to come in units of the present one.
+    d = planned[0]
+    ahead = [drive_share(d, t) for t in range(d["step"], 400)]
+    assert d["target"] == pytest.approx(d["D"] / sum(ahead), rel=0.02)  # the sum is taken at 64 points
+
+    lrs, fot, _ = drive("fot", [2.0] * 400, 400, parts=("envelope", "forecast"))
+    assert lrs == [0.1 * lr_factor("linear", t, 400, warmup=0.1) for t in range(400)]
+    _, fot, _ = drive("fot", falling(400), 400, parts=("envelope", "forecast"), stop=300, same_units=False)
+    assert fot.decision["hold"] is fot.decision["target"] is None
+
+
+def drive_share(d, t):
+    """The envelope at step t over that at the decision, when the plan is to hold until d["hold"] of 400."""
+    return min(1.0, (400 - t) / (400 - d["hold"]))
 
 
 def test_the_literal_rule_number_for_number():
