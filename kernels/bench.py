@@ -4,16 +4,21 @@
     python -m kernels.bench --n 3072 --v 512 --d 384 --dtype fp32 --csv bench.csv
     python -m kernels.bench --csv bench.csv --plot bench.png
     python -m kernels.bench --audit-2k --trace traces   # one batch of 2,000 tokens through every score
+    python -m kernels.bench --train-step --csv step.csv # a whole training step, DPSM against torch's CE
+    python -m kernels.bench --paths --csv paths.csv     # one read or two, sizes of chunks (GPU)
+    python -m kernels.bench --claims --csv all.csv      # shapes and training step, then every claim's verdict (GPU)
 
 The providers take turns in one process, so that what else the machine does falls on all of them, and
 the table gives medians and their ratio to the literal form. Forward is without gradient; step is forward
 and backward. Peak memory is what one step needs beyond the inputs, in units of one logits tensor: on CUDA
 from the allocator, on CPU in a fresh process from the high-water mark of resident memory. "of copy" is the
 speed of one read and one write of the logits over that of copying them, measured in the same turns: how
-close a step comes to the memory limit. The error is that of the gradient of the (first) leaf on 64 tokens,
-against float64 autograd of the same loss, relative to its largest entry.
+close a step comes to the memory limit. "x products" is a linear loss's time over that of its bare matrix products, and
+"beside MB" its peak less the gradients. The error is |gradient - exact| / |exact| in the 2-norm, of the leaf where it
+is larger, on 64 tokens (512 on a GPU), exact being float64 autograd of the same loss.
 
-What is not installed is named. ``in place`` overwrites the logits, so its later rounds see other values;
+What is not installed, or fails, is named, and has its row in the CSV, which is written anew after every row: a run
+that is cut off keeps what it has. ``in place`` overwrites the logits, so its later rounds see other values;
 the work does not depend on them.
 """
 
@@ -80,18 +85,7 @@ def measure_times(functions: dict, leaves, targets, repeats: int, forward: bool,
     times = {name: [] for name in jobs}
     for turn in range(repeats + (3 if cuda else 1)):  # the first rounds warm up, and compile
         for name, job in jobs.items():
-            if cuda:
-                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                torch.cuda.synchronize()
-                begin.record()
-                job()
-                end.record()
-                torch.cuda.synchronize()
-                seconds = begin.elapsed_time(end) / 1000
-            else:
-                start = time.perf_counter()
-                job()
-                seconds = time.perf_counter() - start
+            seconds = time_once(job, "cuda" if cuda else "cpu")
             if turn >= (3 if cuda else 1):
                 times[name].append(seconds)
             for leaf in (*leaves, *own.get(name, ())):
@@ -99,9 +93,24 @@ def measure_times(functions: dict, leaves, targets, repeats: int, forward: bool,
     return times
 
 
+def time_once(job, device: str) -> float:
+    """Seconds of one call: on CUDA between events, the device idle before and after."""
+    if device == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        begin.record()
+        job()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1000
+    start = time.perf_counter()
+    job()
+    return time.perf_counter() - start
+
+
 def gradient_error(function, linear: bool, v: int, d: int, dtype: str, device: str, name: str) -> float:
-    """Largest error of the gradient of the first leaf, over its largest entry, on 64 tokens."""
-    leaves, targets = make_inputs(linear, 64, v, d, dtype, device)
+    """Relative error of a leaf's gradient in the 2-norm, the larger of the leaves, on a few tokens."""
+    leaves, targets = make_inputs(linear, 512 if device == "cuda" else 64, v, d, dtype, device)
     exact = [x.detach().double().requires_grad_() for x in leaves]
     log_p = (exact[0] @ exact[1].t() if linear else exact[0]).log_softmax(-1)
     log_p_y = log_p.gather(1, targets[:, None])[:, 0]
@@ -109,7 +118,8 @@ def gradient_error(function, linear: bool, v: int, d: int, dtype: str, device: s
     alpha = ALPHA if "DPSM" in name else 0.0
     ((1 - alpha) * -log_p_y + alpha * brier).mean().backward()
     run_once(function, leaves, targets)
-    return ((leaves[0].grad.double() - exact[0].grad).abs().max() / exact[0].grad.abs().max()).item()
+    pairs = zip(leaves, exact, strict=True)
+    return max(((x.grad.double() - e.grad).norm() / e.grad.norm()).item() for x, e in pairs)
 
 
 def measure_memory(function, linear: bool, n: int, v: int, d: int, dtype: str, device: str) -> int:
@@ -175,12 +185,16 @@ def where_and_when(device: str) -> dict:
     return machine | dict(torch=torch.__version__, triton=version, date=date)
 
 
-def bench(linear: bool, n: int, v: int, d: int, args) -> list[dict]:
-    """One row a provider, printed as a table."""
+def bench(linear: bool, n: int, v: int, d: int, args, add) -> None:
+    """Calls ``add`` with one row a provider, printed as a table; a provider that is not there has its reason in
+    ``missing``."""
     functions, missing = providers(linear, args.device)
     leaves, targets = make_inputs(linear, n, v, d, args.dtype, args.device)
+    if args.device == "cuda":
+        missing |= drop_failing(functions, leaves, targets)
     step = measure_times(functions, leaves, targets, args.repeats, forward=False, copy=not linear)
     forward = measure_times(functions, leaves, targets, args.repeats, forward=True, copy=False)
+    gradient_bytes = sum(x.nbytes for x in leaves)
     del leaves
     copy = step.pop("copy", None)
     base = "linear + literal DPSM" if linear else "literal DPSM"
@@ -188,13 +202,19 @@ def bench(linear: bool, n: int, v: int, d: int, args) -> list[dict]:
     about = where_and_when(args.device)
     print(f"N={n} V={v} D={d if linear else '-'} {args.dtype} on {about['device']}, {about['threads']} CPU threads")
     print(
-        f"{'provider':29} {'forward ms':>11} {'step ms':>9} {'x literal':>9} {'of copy':>8} "
-        f"{'peak, logits':>12} {'error':>9}"
+        f"{'provider':29} {'forward ms':>11} {'step ms':>9} {'x literal':>9} "
+        f"{'x products' if linear else 'of copy':>10} {'peak, logits':>12} {'beside MB':>9} {'error':>9}"
     )
-    rows = []
-    for name, function in functions.items():
+
+    def ratio_to(name, other):
         # Ratios within a round first: what slows a round down slows both.
-        ratio = statistics.median(a / b for a, b in zip(step[name], step[base], strict=True))
+        if other not in step:
+            return None
+        return statistics.median(a / b for a, b in zip(step[name], step[other], strict=True))
+
+    shape = dict(n=n, v=v, d=d if linear else None, dtype=args.dtype)
+    for name, function in functions.items():
+        ratio, products = ratio_to(name, base), ratio_to(name, "matrix products")
         share = None
         if copy:
             share = statistics.median(c / t for c, t in zip(copy, step[name], strict=True))
@@ -205,25 +225,51 @@ def bench(linear: bool, n: int, v: int, d: int, args) -> list[dict]:
         error = None
         if name != "matrix products":
             error = gradient_error(function, linear, v, d, args.dtype, args.device, name)
-        row = dict(provider=name, n=n, v=v, d=d if linear else None, dtype=args.dtype)
+        row = dict(provider=name) | shape
         row |= dict(forward_ms=1e3 * statistics.median(forward[name]), step_ms=1e3 * statistics.median(step[name]))
         row |= dict(best_step_ms=1e3 * min(step[name]), ratio_to_literal=ratio, share_of_copy=share)
+        row |= dict(ratio_to_products=products, beside_bytes=peak - gradient_bytes)
         row |= dict(gb_per_s=None if linear else 2e-9 * logits_bytes / statistics.median(step[name]))
         row |= dict(peak_bytes=peak, peak_logits=peak / logits_bytes, gradient_error=error, repeats=args.repeats)
-        rows.append(row | about)
-        share = "" if share is None else f"{100 * share:.0f} %"
+        add(row | about)
+        shown = ["" if x is None else f"{x:.3f}" for x in (ratio, products)]
+        shown[1] = shown[1] if share is None else f"{100 * share:.0f} %"
         error = "" if error is None else f"{error:.1e}"
         print(
-            f"{name:29} {row['forward_ms']:11.3f} {row['step_ms']:9.3f} {ratio:9.3f} {share:>8} "
-            f"{row['peak_logits']:12.2f} {error:>9}",
+            f"{name:29} {row['forward_ms']:11.3f} {row['step_ms']:9.3f} {shown[0]:>9} {shown[1]:>10} "
+            f"{row['peak_logits']:12.2f} {row['beside_bytes'] / 1e6:9.0f} {error:>9}",
             flush=True,
         )
     for name, why in missing.items():
+        add(dict(provider=name) | shape | dict(missing=why) | about)
         print(f"{name:29} {why}")
-    return rows
 
 
-def audit_2k(args) -> list[dict]:
+def drop_failing(functions: dict, leaves, targets) -> dict[str, str]:
+    """Runs each once and takes out of ``functions``: whatever does not fit in memory, and peers that fail.
+    {name: why}."""
+    missing = {}
+    for name, function in list(functions.items()):
+        try:
+            own = [leaves[0].detach().clone().requires_grad_()] if name.endswith("in place") else leaves
+            run_once(function, own, targets)
+            run_once(function, own, targets, forward=True)
+            torch.cuda.synchronize()
+        except torch.OutOfMemoryError:
+            missing[name] = "out of memory"
+        except Exception as e:  # another project's kernel, on a version of its choice
+            if name in LOSSES or name in LINEAR:
+                raise
+            missing[name] = f"failed: {type(e).__name__}: {e}".splitlines()[0][:200]
+        if name in missing:
+            del functions[name]
+            for leaf in leaves:
+                leaf.grad = None
+            torch.cuda.empty_cache()
+    return missing
+
+
+def audit_2k(args, add) -> None:
     """One fixed batch of 2,000 tokens through every score: time, memory, FLOPs and joules of a step."""
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -241,7 +287,6 @@ def audit_2k(args) -> list[dict]:
     meter, about = EnergyMeter(torch.device(args.device)), where_and_when(args.device)
     print(f"2,000 tokens, V={v} D={d} {args.dtype} on {about['device']}; ours with every moment and the Fisher")
     print(f"{'loss':29} {'step ms':>9} {'x torch CE':>10} {'peak MB':>9} {'GFLOP':>8} {'joules a step':>14}")
-    rows = []
     for name, function in functions.items():
         ranges = torch.cuda.nvtx.range(name) if args.nvtx else nullcontext()
         before = meter.read()
@@ -266,10 +311,9 @@ def audit_2k(args) -> list[dict]:
         ratio = statistics.median(a / b for a, b in zip(times[name], times["linear + torch CE"], strict=True))
         row = dict(loss=name, n=n, v=v, d=d, dtype=args.dtype, step_ms=1e3 * statistics.median(times[name]))
         row |= dict(ratio_to_torch_ce=ratio, peak_bytes=peak, flops=flops.get_total_flops(), joules=joules)
-        rows.append(row | about)
+        add(row | about)
         shown = ["" if x is None else x for x in (peak and f"{peak / 1e6:.0f}", joules and f"{joules:.3f}")]
         print(f"{name:29} {row['step_ms']:9.3f} {ratio:10.3f} {shown[0]:>9} {row['flops'] / 1e9:8.1f} {shown[1]:>14}")
-    return rows
 
 
 def write_trace(function, leaves, targets, file: Path) -> None:
@@ -283,6 +327,16 @@ def write_trace(function, leaves, targets, file: Path) -> None:
     profiler.export_chrome_trace(str(file))
 
 
+def write_csv(rows: list[dict], file: str) -> None:
+    """All rows, with every column that one of them has; the file is replaced whole."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with open(f"{file}.tmp", "w", newline="") as opened:
+        writer = csv.DictWriter(opened, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(f"{file}.tmp", file)
+
+
 def write_plot(rows: list[dict], file: str) -> None:
     """Step times of the providers, one panel a shape."""
     import matplotlib
@@ -290,6 +344,7 @@ def write_plot(rows: list[dict], file: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    rows = [r for r in rows if r.get("step_ms")]
     shapes = list(dict.fromkeys((r["n"], r["v"], r["d"]) for r in rows))
     figure, axes = plt.subplots(1, len(shapes), figsize=(6.5 * len(shapes), 4.2), squeeze=False, layout="constrained")
     for axis, shape in zip(axes[0], shapes, strict=True):
@@ -322,7 +377,13 @@ def main(argv=None) -> int:
     parser.add_argument("--csv", metavar="FILE", help="also write the rows there")
     parser.add_argument("--json", metavar="FILE", help="likewise")
     parser.add_argument("--plot", metavar="FILE", help="step times as a PNG")
-    parser.add_argument("--audit-2k", action="store_true", help="2,000 tokens through every score instead")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--audit-2k", action="store_true", help="2,000 tokens through every score instead")
+    mode.add_argument("--train-step", action="store_true", help="a training step of GPT-2 instead (a tiny one on CPU)")
+    mode.add_argument(
+        "--paths", action="store_true", help="one read of a row or two, and sizes of chunks, instead (GPU)"
+    )
+    mode.add_argument("--claims", action="store_true", help="all shapes and the training step, then verdicts (GPU)")
     parser.add_argument("--trace", metavar="FOLDER", help="with --audit-2k: torch.profiler traces")
     parser.add_argument("--nvtx", action="store_true", help="with --audit-2k: an NVTX range a score, for Nsight")
     parser.add_argument("--memory-of", choices=(*LOSSES, *LINEAR, "F.linear_cross_entropy"), help=argparse.SUPPRESS)
@@ -334,8 +395,12 @@ def main(argv=None) -> int:
         wrong = "--trace and --nvtx go with --audit-2k"
     elif args.nvtx and args.device != "cuda":
         wrong = "--nvtx needs a CUDA device"
-    elif args.plot and args.audit_2k:
-        wrong = "--plot is of the bench; leave out --audit-2k"
+    elif args.plot and (args.audit_2k or args.train_step or args.paths or args.claims):
+        wrong = "--plot is of the bench; leave out --audit-2k, --train-step, --paths and --claims"
+    elif (args.paths or args.claims) and args.device != "cuda":
+        wrong = f"--{'paths' if args.paths else 'claims'} needs a GPU; torch sees no CUDA device or --device is cpu"
+    elif args.claims and (args.dtype or "bf16") != "bf16":
+        wrong = f"--claims is about bf16, got --dtype {args.dtype}"
     if wrong:
         print(f"kernels.bench: cannot do this: {wrong}", file=sys.stderr)
         return 2
@@ -348,21 +413,35 @@ def main(argv=None) -> int:
         function = providers(linear, args.device)[0][args.memory_of]
         print(measure_memory(function, linear, args.n, args.v, args.d, args.dtype, args.device))
         return 0
+    rows = []
+
+    def add(row: dict) -> None:
+        rows.append(row)
+        if args.csv:
+            write_csv(rows, args.csv)
+
     if args.audit_2k:
-        rows = audit_2k(args)
-    else:
+        audit_2k(args, add)
+    elif args.paths:
+        from kernels.paths import paths
+
+        paths(args, add)
+    elif not args.train_step:
         shapes = [SHAPES[s] for s in args.shape or (SHAPES if cuda else ())]
-        if args.n or args.v or args.d or not shapes:
+        if not args.claims and (args.n or args.v or args.d or not shapes):
             shapes = [(args.n or 2048, args.v or 50257, args.d)]
-        rows = []
         for n, v, d in shapes:
-            rows += bench(False, n, v, d, args)
-            rows += bench(True, n, v, d, args) if d else []
-    if args.csv:
-        with open(args.csv, "w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+            bench(False, n, v, d, args, add)
+            if d:
+                bench(True, n, v, d, args, add)
+    if args.train_step or args.claims:
+        from kernels.train_step import train_step
+
+        train_step(args, add)
+    if args.claims:
+        from kernels.claims import print_table, verdicts
+
+        print_table(verdicts(rows))
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
     if args.plot:

@@ -12,6 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from kernels.chunks import cuda_chunk, products_widen, row_stride
 from kernels.moments import (
     Moments,
     Partials,
@@ -29,10 +30,9 @@ from kernels.moments import (
 
 REDUCTIONS = ("mean", "sum", "none")
 
-# Bytes of logits a chunk. Small enough to be no burden beside the model, large enough that the
-# matrix products run at full speed and the fp32 d_weight is not read and written too often.
+# Bytes of logits a chunk on CPU; for CUDA see chunks.py. Small enough to be no burden beside the model, large
+# enough that the matrix products run at full speed and the fp32 d_weight is not read and written too often.
 CPU_BUDGET = 128 * 2**20
-CUDA_BUDGET = 256 * 2**20
 
 
 def linear_score(
@@ -72,9 +72,12 @@ def linear_score(
     and can run once. "none" returns the weighted loss of each token, [N] fp32, and computes the logits
     again in backward.
 
-    ``chunk`` is the number of tokens at a time, by default what fits a fixed budget. Raises ValueError
-    for arguments that do not fit together; targets are checked on CPU only. Inside torch.compile the
-    score must have been made outside of the compiled function (kernels.compilable).
+    ``chunk`` is the number of tokens at a time, by default what fits a fixed budget on CPU and what
+    chunks.chunk_rows chooses on CUDA: within 300 MB beside inputs and gradients, except where the fp32 sum of
+    d_weight beside a 16-bit gradient takes more by itself (4 V D bytes; 622 MB at 151936 x 1024).
+
+    Raises ValueError for arguments that do not fit together; targets are checked on CPU only. Inside
+    torch.compile the score must have been made outside of the compiled function (kernels.compilable).
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"unknown reduction {reduction!r}; expected one of {', '.join(REDUCTIONS)}")
@@ -163,11 +166,12 @@ class Head:
         self.stats, self.correct = new_stats(hidden, self.n)
         self.weights = None if weights is None else weights.detach().to(self.stats.dtype)
         self.can_keep_w = hidden.dtype == self.stats.dtype and self.module.CAN_KEEP_W
-        # Rows on 16-byte boundaries whatever V is.
-        self.stride = -(-self.vocab // 64) * 64 if hidden.is_cuda else self.vocab
-        if chunk is None:
-            budget = CUDA_BUDGET if hidden.is_cuda else CPU_BUDGET
-            most = max(1, budget // (self.stride * hidden.element_size()))
+        self.stride = row_stride(self.vocab) if hidden.is_cuda else self.vocab
+        if chunk is None and hidden.is_cuda:
+            sizes = hidden.element_size(), weight.element_size()
+            chunk = cuda_chunk(self.n, self.vocab, hidden.shape[1], *sizes, device)
+        elif chunk is None:
+            most = max(1, CPU_BUDGET // (self.stride * hidden.element_size()))
             chunk = -(-self.n // max(1, -(-self.n // most)))  # chunks of equal size
         chunk = max(1, min(chunk, self.n))
         self.chunks = [slice(i, min(i + chunk, self.n)) for i in range(0, self.n, chunk)]
@@ -302,8 +306,7 @@ class Head:
     def new_grads(self, wants) -> list[Tensor | None]:
         """Buffers for d_hidden, d_weight in fp32 (fp64 for fp64), and d_bias likewise."""
         d_hidden = torch.empty_like(self.h) if wants[0] else None
-        overwritten = self.h.dtype == self.stats.dtype and self.n > 0  # by the first chunk, see accumulate
-        new = torch.empty if overwritten else torch.zeros
+        new = torch.empty if self.n else torch.zeros  # the first chunk overwrites, see accumulate
         wide = dict(dtype=self.stats.dtype, device=self.h.device)
         d_weight = new((self.vocab, self.h.shape[1]), **wide) if wants[1] else None
         return [d_hidden, d_weight, torch.zeros(self.vocab, **wide) if wants[2] else None]
@@ -324,15 +327,16 @@ class Head:
             d_bias += logits.sum(0, dtype=d_bias.dtype)
         if d_weight is None:
             return
-        if logits.dtype == d_weight.dtype:
-            if rows.start == 0:
-                torch.mm(logits.t(), self.h[rows], out=d_weight)
+        g, h, first = logits.t(), self.h[rows], rows.start == 0
+        if g.dtype == d_weight.dtype:
+            torch.mm(g, h, out=d_weight) if first else d_weight.addmm_(g, h)
+        elif products_widen(g.device):  # the sum in the product's own epilogue: no second [V, D] tensor
+            if first:
+                torch.mm(g, h, out_dtype=torch.float32, out=d_weight)
             else:
-                d_weight.addmm_(logits.t(), self.h[rows])
-        elif logits.is_cuda:  # the sum in the product's own epilogue: no second [V, D] tensor in fp32
-            torch.addmm(d_weight, logits.t(), self.h[rows], out_dtype=torch.float32, out=d_weight)
+                torch.addmm(d_weight, g, h, out_dtype=torch.float32, out=d_weight)
         else:
-            d_weight.add_(logits.t() @ self.h[rows])
+            d_weight.copy_(g @ h) if first else d_weight.add_(g @ h)
 
     def gradient_of(self, score, kept, upstream: Tensor, wants) -> list[Tensor | None]:
         """Gradients of sum(upstream * weights * losses), from the logits computed once more."""
@@ -375,10 +379,15 @@ def scaled(grads, grad: Tensor, denominator: Tensor | None, dtypes, inplace: boo
     """The gradients of the sum, times upstream over the denominator, in their inputs' dtypes."""
     # Together, as either alone can underflow in fp16.
     scale = grad if denominator is None else grad / denominator
-    return [
-        None if g is None else (g.mul_(scale) if inplace else g * scale).to(dtype)
-        for g, dtype in zip(grads, dtypes, strict=True)
-    ]
+
+    def one(g: Tensor, dtype: torch.dtype) -> Tensor:
+        if not inplace:
+            return (g * scale).to(dtype)
+        if g.dtype == dtype:
+            return g.mul_(scale)
+        return torch.mul(g, scale, out=torch.empty_like(g, dtype=dtype))  # one read, one write
+
+    return [None if g is None else one(g, dtype) for g, dtype in zip(grads, dtypes, strict=True)]
 
 
 class _Recompute(torch.autograd.Function):

@@ -63,7 +63,8 @@ RESIDENT_HOPPER, RESIDENT_AMPERE, RESIDENT_FP32 = 200, 160, 64
 VECTOR_BYTES = 16
 
 
-@triton.jit
+# The number of tokens, which stats_stride is, says nothing of alignment: without this an odd one, or 1, compiles anew.
+@triton.jit(do_not_specialize=["stats_stride"])
 def moments_kernel(
     z_ptr,
     z_stride,
@@ -167,7 +168,7 @@ def gradient_kernel(
     store_row(out_ptr, lo, start, slots, shift, V, g.to(out_ptr.dtype.element_ty), broken, W)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stats_stride"])
 def score_kernel(
     z_ptr,
     z_stride,
@@ -363,10 +364,12 @@ def fused_score(
     losses: Tensor,
     fisher: Tensor,
     out: Tensor | None,
+    shape: dict | None = None,
 ) -> None:
     """The score ``name`` of triton_scores on logits [N, V]: fills stats, correct, losses and fisher, all 0
     where ``mask`` is False, and writes the gradient of sum(weights * losses) to ``out`` (None: no gradient),
-    which may be the logits themselves. ``knob``: its parameter, 0-d fp32 on the device."""
+    which may be the logits themselves. ``knob``: its parameter, 0-d fp32 on the device. ``shape``: launch constants
+    in place of ``_resident_shape``'s, to measure others."""
     n, vocab = logits.shape
     if n == 0:
         return
@@ -394,7 +397,7 @@ def fused_score(
             HAS_MASK=mask is not None,
             HAS_WEIGHTS=weights is not None,
             GRADIENT=out is not None,
-            **_resident_shape(vocab, width, logits.dtype, _capability(logits.device)),
+            **(shape or _resident_shape(vocab, width, logits.dtype, _capability(logits.device))),
         )
 
 
@@ -434,17 +437,22 @@ def _shape(vocab: int, width: int) -> dict:
     return {"K": max(1, 16 // width), "R": 32 * warps, "W": width, "num_warps": warps}
 
 
-def _resident_shape(vocab: int, width: int, dtype: torch.dtype, capability: int) -> dict:
-    """As ``_shape``, with PIECES the number of blocks of a row that is held on chip, or 0; PACKED as unpacked."""
+def held_shape(vocab: int, width: int, dtype: torch.dtype) -> dict:
+    """As ``_shape`` for a row held on chip in PIECES blocks, whether it fits or not; PACKED as unpacked."""
     plain = _shape(vocab, width)
-    lanes = 32 * plain["num_warps"]
-    pieces = triton.cdiv(vocab + width - 1, lanes * width)
-    packed = dtype == torch.bfloat16
-    most = (RESIDENT_HOPPER if capability >= 90 else RESIDENT_AMPERE) if packed else RESIDENT_FP32
-    if width == 1 or pieces * width > most:
-        return plain | {"PIECES": 0, "PACKED": False}
-    packed &= os.environ.get("TRITON_INTERPRET") != "1"  # no assembly there
+    pieces = triton.cdiv(vocab + width - 1, 32 * plain["num_warps"] * width)
+    packed = dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") != "1"  # no assembly there
     return plain | {"K": 1, "PIECES": pieces, "PACKED": packed}
+
+
+def _resident_shape(vocab: int, width: int, dtype: torch.dtype, capability: int) -> dict:
+    """``held_shape`` where a row fits on chip, else ``_shape`` with PIECES = 0."""
+    held = held_shape(vocab, width, dtype)
+    hopper = RESIDENT_HOPPER if capability >= 90 else RESIDENT_AMPERE
+    most = hopper if dtype == torch.bfloat16 else RESIDENT_FP32
+    if width == 1 or held["PIECES"] * width > most:
+        return _shape(vocab, width) | {"PIECES": 0, "PACKED": False}
+    return held
 
 
 @functools.cache
