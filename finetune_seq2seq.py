@@ -13,9 +13,9 @@ value, and config.json holds them all. Everything a run leaves behind is in its 
 """
 
 import contextlib
+import copy
 import dataclasses
 import math
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -24,7 +24,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import runlog
@@ -32,67 +31,30 @@ from data.summaries import (
     SETS,
     Bucketed,
     SummaryTokenizer,
-    TokenPairs,
     collate,
-    encode_pairs,
-    fold,
-    in_order,
-    load_summaries,
     padding_share,
     swapped_references,
     tokenizer_for_training,
     tokenizer_of_model,
 )
-from eval.calibration import Calibration, fit_temperature, temperature_sums
-from eval.summaries import bert_model, bert_score, rouge_scores, summary_metrics, write_predictions
-from kernels import linear_moments, linear_score
+from data.summary_sets import encode_sets, load_texts
+from eval import seq2seq as measure
+from eval.calibration import Calibration
+from eval.summaries import bert_model, rouge_scores
+from fot import FoT, parse_parts
+from kernels import linear_score
 from losses import ALPHA_SCHEDULES, LOSSES, alpha_at, brier, make_score, smoothing
-from model.beam import Decoding
 from model.gpt2 import decay_groups, parameter_count
-from model.seq2seq import SIZES as PUBLISHED
-from model.seq2seq import Seq2Seq, Seq2SeqConfig, bart_config, pegasus_config
+from model.seq2seq import SIZES, Seq2Seq, training_flops
 from model.seq2seq_hub import load_seq2seq
+from recipes.presets import PAPER_SCHEDULES, PRESETS, check_fit, paper_lr_factor, preset_values
 from runlog import opt
-from schedules import SCHEDULES, lr_factor
-
-SIZES = PUBLISHED | {  # for tests and runs on a CPU
-    "bart-tiny": lambda **changes: bart_config(2, 128, 4, **changes),
-    "pegasus-tiny": lambda **changes: pegasus_config(2, 128, 4, **changes),
-}
+from schedules import ADAPTIVE, FREE, RULES, averaged, lr_factor, schedule_free_adamw
 
 # fmt: off
 # ----------------------------------------------------------------------------------------------
 # config
 
-# bart: fairseq's fine-tuning recipe for CNN/DailyMail (examples/bart/README.summarization.md; 65,536 tokens a step,
-# some 80 pairs), decoding as transformers' configuration of bart-large-cnn. Lengths count <s> and </s>.
-# pegasus: after the paper's appendix C; its numbers, XSUM below and BART's decoding are from memory and have still to
-# be checked against their sources. The paper used Adafactor and Google's length penalty, ((5 + n) / 6)^0.8; here
-# every preset has AdamW, this one without weight decay, and n^0.8.
-# none: plain values for small models from a random start.
-PRESETS = {
-    "bart": dict(
-        steps=20000, batch=80, lr=3e-5, schedule="polynomial", lr_warmup=0.025, weight_decay=0.01, beta2=0.999,
-        clip=0.1, dropout=0.1, attention_dropout=0.1, label_smoothing=0.1, max_source=1024, max_target=128,
-        beams=4, length_penalty=2.0, min_new_tokens=55, max_new_tokens=141, no_repeat_ngram=3, early_stopping=True,
-    ),
-    "pegasus": dict(
-        steps=210000, batch=256, lr=5e-5, schedule="constant", lr_warmup=0.0, weight_decay=0.0, beta2=0.999,
-        clip=0.0, dropout=0.1, attention_dropout=0.1, label_smoothing=0.1, max_source=1024, max_target=128,
-        beams=8, length_penalty=0.8, min_new_tokens=0, max_new_tokens=127, no_repeat_ngram=0, early_stopping=False,
-    ),
-    "none": dict(
-        steps=1000, batch=32, lr=1e-3, schedule="linear", lr_warmup=0.05, weight_decay=0.01, beta2=0.98,
-        clip=1.0, dropout=0.0, attention_dropout=0.0, label_smoothing=0.0, max_source=1024, max_target=128,
-        beams=4, length_penalty=1.0, min_new_tokens=0, max_new_tokens=127, no_repeat_ngram=3, early_stopping=True,
-    ),
-}
-# Where the published recipe for XSum is another one.
-XSUM = {
-    "bart": dict(steps=15000, beams=6, length_penalty=1.0, min_new_tokens=10, max_new_tokens=61),
-    "pegasus": dict(steps=130000, lr=1e-4, max_source=512, max_target=64, max_new_tokens=63),
-    "none": {},
-}
 TRAINING_LOSSES = tuple(name for name in LOSSES if name != "smoothing")  # here a flag of ce and dpsm
 
 
@@ -133,10 +95,14 @@ class Config:
     batch: int | None = opt(None, "pairs in an optimizer step, over all ranks")
     micro_batch: int = opt(8, "pairs in one forward of one rank, at most; the rest is accumulated")
     lr: float | None = opt(None, "peak learning rate")
-    schedule: str | None = opt(None, "learning-rate schedule (or --lr-schedule)", (*SCHEDULES, "polynomial"))
+    schedule: str | None = opt(None, "learning-rate schedule (or --lr-schedule); snac, bacon and fot measure and "
+                               "decide as they go, see fot.py", (*RULES, *PAPER_SCHEDULES))
+    fot_parts: str = opt("envelope,noise,forecast,gate,blocks", "fot: the parts of the rule that are on, or none")
+    fot_window: int = opt(32, "snac, bacon, fot: steps between two decisions")
+    fot_beta: float = opt(0.9, "snac, bacon, fot: averaging of the measurements over decisions")
     lr_power: float = opt(1.0, "polynomial: exponent of the decay")
     lr_warmup: float | None = opt(None, "learning-rate warm-up, as a fraction of the steps")
-    lr_floor: float = opt(0.0, "learning rate at the end, as a fraction of the peak")
+    lr_floor: float = opt(0.0, "learning rate at the end, as a fraction of the peak; fot and bacon fall to 0")
     weight_decay: float | None = opt(None, "AdamW weight decay of the matrices")
     beta1: float = opt(0.9, "AdamW beta1")
     beta2: float | None = opt(None, "AdamW beta2")
@@ -166,40 +132,40 @@ class Config:
     wandb: str = opt("", "Weights & Biases project to log to as well (WANDB_MODE=offline works)")
 
 
+SOURCES = ("finetune_seq2seq.py", "recipes/presets.py", "losses.py", "schedules.py", "fot.py", "gradient_stats.py",
+           "forecast.py")
 # Settings that a resumed run may change: where and how it computes, not what.
-FREE = ("out", "resume", "resume_from", "cache", "wandb", "micro_batch", "generate_batch", "device", "kernels",
-        "compile", "checkpoint_activations", "bertscore")
+CHANGEABLE = ("out", "resume", "resume_from", "cache", "wandb", "micro_batch", "generate_batch", "device",
+              "kernels", "compile", "checkpoint_activations", "bertscore")
 
 
 def with_preset(cfg: Config) -> Config:
     """``cfg`` with every None replaced by its preset's value for the data; label smoothing is the CE baseline's."""
-    values = PRESETS[cfg.preset] | (XSUM[cfg.preset] if Path(cfg.data).name == "xsum" else {})
-    if cfg.loss != "ce":
-        values = values | {"label_smoothing": 0.0}
+    values = preset_values(cfg.preset, cfg.data, cfg.loss)
     return dataclasses.replace(cfg, **{k: v for k, v in values.items() if getattr(cfg, k) is None})
 
 
 def check(cfg: Config, world: runlog.World) -> None:
     """Raises ValueError, one line, for settings that cannot be meant."""
-    for name in ("warmup", "alpha_max", "alpha_start", "noise_references", "lr_warmup", "lr_floor", "label_smoothing",
-                 "tail_smoothing"):
-        if not 0 <= getattr(cfg, name) <= 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)} is outside [0, 1]")
-    for name in ("steps", "batch", "micro_batch", "eval_every", "log_every", "generate_batch"):
-        if getattr(cfg, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)} must be at least 1")
-    for name in ("seed", "lr", "lr_power", "weight_decay", "clip", "gamma", "patience", "min_words", "profile",
-                 "validation_examples", "test_examples"):
-        if not 0 <= getattr(cfg, name) < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)} must be finite and not negative")
-    for name in ("dropout", "attention_dropout", "beta1", "beta2"):
-        if not 0 <= getattr(cfg, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)} is outside [0, 1)")
-    for name in ("max_source", "max_target"):
-        if getattr(cfg, name) < 3:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)} leaves no room for text; at least 3")
+    bounds = (
+        ("warmup alpha_max alpha_start noise_references lr_warmup lr_floor label_smoothing tail_smoothing",
+         lambda v: 0 <= v <= 1, "is outside [0, 1]"),
+        ("steps batch micro_batch eval_every log_every generate_batch fot_window",
+         lambda v: v >= 1, "must be at least 1"),
+        ("seed lr lr_power weight_decay clip gamma patience min_words profile validation_examples test_examples",
+         lambda v: 0 <= v < math.inf, "must be finite and not negative"),
+        ("dropout attention_dropout beta1 beta2 fot_beta", lambda v: 0 <= v < 1, "is outside [0, 1)"),
+        ("max_source max_target", lambda v: v >= 3, "leaves no room for text; at least 3"),
+    )
+    for names, holds, wrong in bounds:
+        for name in names.split():
+            if not holds(getattr(cfg, name)):
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)} {wrong}")
     if cfg.batch % world.size:
         raise ValueError(f"--batch {cfg.batch} is not divisible by the {world.size} ranks; change one of them")
+    if cfg.schedule in ADAPTIVE and cfg.lr_warmup == 1:
+        raise ValueError(f"--lr-warmup 1 leaves no step to --schedule {cfg.schedule}")
+    parse_parts(cfg.fot_parts)
     swapped_references(cfg.batch, cfg.noise_references, cfg.seed, 0)
     if cfg.tail_smoothing and cfg.loss not in ("brier", "spherical"):
         raise ValueError(f"--tail-smoothing is defined for brier and spherical, not --loss {cfg.loss}")
@@ -218,22 +184,10 @@ def check(cfg: Config, world: runlog.World) -> None:
         bert_model(cfg.bertscore)
 
 
-def decoding(cfg: Config, tokenizer: SummaryTokenizer) -> Decoding:
-    """The search of the final evaluation. EOS is not forced at the limit: the share of beams that end is measured."""
-    return Decoding(
-        cfg.max_new_tokens, cfg.min_new_tokens, cfg.beams, cfg.length_penalty, cfg.no_repeat_ngram,
-        cfg.early_stopping, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id, forced_bos_id=tokenizer.bos_id,
-    )
-
-
 def lr_at(cfg: Config, step: int) -> float:
-    """The learning rate before ``step``; polynomial is linear raised to --lr-power after the warm-up (fairseq)."""
-    if cfg.schedule != "polynomial":
-        return cfg.lr * lr_factor(cfg.schedule, step, cfg.steps, warmup=cfg.lr_warmup, floor=cfg.lr_floor)
-    factor = lr_factor("linear", step, cfg.steps, warmup=cfg.lr_warmup)
-    if step >= cfg.lr_warmup * cfg.steps:
-        factor = cfg.lr_floor + (1 - cfg.lr_floor) * factor**cfg.lr_power
-    return cfg.lr * factor
+    """The learning rate before ``step``."""
+    factor, more = (paper_lr_factor, {"power": cfg.lr_power}) if cfg.schedule in PAPER_SCHEDULES else (lr_factor, {})
+    return cfg.lr * factor(cfg.schedule, step, cfg.steps, warmup=cfg.lr_warmup, floor=cfg.lr_floor, **more)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -249,120 +203,12 @@ def random_model(cfg: Config, tokenizer: SummaryTokenizer, dtype: torch.dtype) -
     return Seq2Seq(SIZES[cfg.size](**ids, **rates), dtype)
 
 
-def check_fit(model: Seq2Seq, cfg: Config) -> None:
-    """Raises ValueError for a model that the preset or the limits cannot be used with."""
-    what, kind, longest = cfg.model or cfg.size, model.config.kind, model.config.max_position_embeddings
-    if cfg.preset not in (kind, "none"):
-        raise ValueError(f"{what} is a {kind}: --preset {cfg.preset} is not its recipe; use {kind} or none")
-    for name in ("max_source", "max_target", "max_new_tokens"):
-        if getattr(cfg, name) > longest:
-            flag = f"--{name.replace('_', '-')} {getattr(cfg, name)}"
-            raise ValueError(f"{flag} is more than the {longest} positions of {what}; lower it")
-
-
 def score_of(cfg: Config, alpha: Tensor) -> Callable:
     """The training loss of a token, from its Moments."""
     if not cfg.label_smoothing:
         return make_score(cfg.loss, alpha=alpha, gamma=cfg.gamma, tail=cfg.tail_smoothing)
     smoothed = smoothing(cfg.label_smoothing)
     return smoothed if cfg.loss == "ce" else lambda m: (1 - alpha) * smoothed(m) + alpha * brier(m)
-
-
-def training_flops(config: Seq2SeqConfig, S, T):
-    """FLOPs of one training step on a pair of ``S`` source and ``T`` target tokens (numbers or arrays).
-
-    A multiply-add is 2, forward once and backward twice; the decoder's attention is not discounted for its causal
-    half, an embedding look-up multiplies nothing, and recomputation does not count, as in PaLM's appendix B.
-    """
-    D, E, G = config.d_model, config.encoder_ffn_dim, config.decoder_ffn_dim
-    encoder = config.encoder_layers * (S * (4 * D * D + 2 * D * E) + 2 * S * S * D)
-    decoder = config.decoder_layers * (T * (6 * D * D + 2 * D * G) + S * 2 * D * D + 2 * T * (T + S) * D)
-    return 6 * (encoder + decoder + T * D * config.vocab_size)
-
-
-def load_finetuned(run_folder: str | Path, checkpoint: str = "best.pt", device: str | torch.device = "cpu"):
-    """The model of a run, in eval mode and without dropout, its SummaryTokenizer, and its config as a dict.
-
-    Raises ValueError, one line, for a folder without a whole checkpoint of that name.
-    """
-    kept = runlog.load_checkpoint(Path(run_folder) / checkpoint)
-    dtype = getattr(torch, kept["dtype"])
-    model = Seq2Seq(Seq2SeqConfig(**kept["model_config"]), dtype)
-    model.load_state_dict(kept["model"])
-    return model.to(device).eval(), SummaryTokenizer.from_state(kept["tokenizer"]), kept["config"]
-
-
-# ----------------------------------------------------------------------------------------------
-# evaluation: token-level on the references, then of generated summaries; both split over the ranks
-
-
-def multiple_of(device: torch.device) -> int:
-    return 8 if device.type == "cuda" else 1  # what tensor cores like
-
-
-def forward(model, source: Tensor, mask: Tensor | None, labels: Tensor, device: torch.device, shift: Callable):
-    """Hidden states [N, D] and labels [N] of a collated batch, N = batch x target length, on ``device``."""
-    source, labels = runlog.to_device(source, device), runlog.to_device(labels, device)
-    mask = mask if mask is None else runlog.to_device(mask, device)
-    return model(source, mask, shift(labels)).flatten(0, 1), labels.flatten()
-
-
-@torch.no_grad()
-def evaluate(model: Seq2Seq, pairs: TokenPairs, cfg: Config, world: runlog.World, scale: float | None = None,
-             keep: list | None = None) -> tuple[Calibration, Calibration | None]:
-    """Calibration of ``model`` on every token of the references of ``pairs``, given those before it; with ``scale`` =
-    1/temperature a second one of the scaled logits. ``keep`` collects (hidden [N, D], targets [N]) of this rank."""
-    was_training = model.training
-    model.eval()
-    raw, scaled = Calibration(world.device), Calibration(world.device) if scale else None
-    for rows in in_order(pairs, cfg.micro_batch)[world.rank :: world.size]:
-        batch = collate(pairs, rows, multiple=multiple_of(world.device))
-        hidden, y = forward(model, *batch, world.device, model.shift_right)
-        head = dict(weight=model.head_weight, targets=y, bias=model.head_bias, impl=cfg.kernels)
-        raw.update(linear_moments(hidden, **head))
-        if scaled is not None:
-            scaled.update(linear_moments(hidden, **head, scale=scale))
-        if keep is not None:
-            keep.append((hidden[y != -100], y[y != -100]))
-    model.train(was_training)
-    if world.size > 1:
-        for c in (raw, scaled):
-            c is None or c.all_reduce()
-    return raw, scaled
-
-
-def numbers(c: Calibration) -> dict[str, float]:
-    m = c.compute()
-    m["eval_tokens"] = m.pop("tokens")
-    return m
-
-
-def final_metrics(model: Seq2Seq, sets: dict[str, TokenPairs | None], cfg: Config, world: runlog.World):
-    """Temperature on validation, then every set before and after it: (summary entries, reliability bins)."""
-    head, bias, kept = model.head_weight, model.head_bias, []
-    finite = math.isfinite(evaluate(model, sets["val"], cfg, world, keep=kept)[0].compute()["nll"])
-
-    def sums(beta: float) -> Tensor:
-        parts = [temperature_sums(F.linear(h, head.to(h.dtype), bias if bias is None else bias.to(h.dtype)), y, beta)
-                 for hs, ys in kept for h, y in zip(hs.split(1024), ys.split(1024), strict=True)]
-        none = torch.zeros(1, 4, dtype=torch.float64, device=world.device)  # of a rank without a batch
-        return world.all_reduce(torch.cat([none, *(p[None] for p in parts)]).sum(0))
-
-    with torch.no_grad():
-        fit = fit_temperature(sums) if finite else None  # weights that yield inf or nan have no temperature
-    kept.clear()
-    entries, bins = {"temperature": fit and fit.temperature, "temperature_at_bound": fit and fit.at_bound}, {}
-    keys = ("nll", "ppl", "ece10", "ece100", "ece10_mass", "brier", "spherical", "accuracy", "entropy")
-    for name, pairs in sets.items():
-        if pairs is None:
-            entries |= {f"{name}_{k}{suffix}": None for k in keys for suffix in ("", "_t")}
-            continue
-        raw, scaled = evaluate(model, pairs, cfg, world, scale=fit and 1 / fit.temperature)
-        bins[name] = {"raw": raw.bins(300), "scaled": scaled and scaled.bins(300)}
-        before, after = numbers(raw), numbers(scaled) if scaled else {}
-        entries |= {f"{name}_{k}": before[k] for k in keys} | {f"{name}_{k}_t": after.get(k) for k in keys}
-        entries[f"{name}_tokens"] = before["eval_tokens"]
-    return entries, bins
 
 
 # ----------------------------------------------------------------------------------------------
@@ -379,24 +225,18 @@ def main(argv: list[str] | None = None) -> int:
         named = Path(cfg.model or cfg.size).name
         out = Path(cfg.out or f"runs/{Path(cfg.data).name}-{named}-{cfg.loss}-s{cfg.seed}")
         run = runlog.RunFolder(out, world)
-        run.check(asdict(cfg), cfg.resume, FREE)
+        run.check(asdict(cfg), cfg.resume, CHANGEABLE)
         checkpoint = None
         if cfg.resume:
             path = Path(cfg.resume_from or run / "last.pt")
             checkpoint = runlog.load_checkpoint(path)
             if "optimizer" not in checkpoint:
                 raise ValueError(f"{path} holds weights only; resume from last.pt or previous.pt")
-            runlog.same_config(path, checkpoint["config"], asdict(cfg), FREE)
+            runlog.same_config(path, checkpoint["config"], asdict(cfg), CHANGEABLE)
 
         # -- data ------------------------------------------------------------------------------
-        texts = load_summaries(cfg.data, ("train",) if cfg.fold else ("train", "validation", "test"),
-                               min_words=cfg.min_words)
-        if texts["train"] is None or not (cfg.fold or texts["validation"]):
-            lacks = "training" if texts["train"] is None else "validation"
-            raise ValueError(f"{cfg.data} has no {lacks} split; add its file, or validate on a part with --fold 1/5")
-        texts["ood"] = None
-        if cfg.eval_data:
-            texts["ood"] = load_summaries(cfg.eval_data, ("test",), min_words=cfg.min_words)["test"]
+        texts = load_texts(cfg.data, cfg.eval_data, folded=bool(cfg.fold), min_words=cfg.min_words)
+        limits = dict(val=cfg.validation_examples, test=cfg.test_examples, ood=cfg.test_examples)
 
         # -- model: parameters in fp32, activations in dtype -----------------------------------
         bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and device.type == "cuda")
@@ -411,19 +251,11 @@ def main(argv: list[str] | None = None) -> int:
             with world.main_first():
                 tokenizer = tokenizer_for_training(cfg.tokenizer, texts["train"], cfg.cache, bos=bos)
             model = random_model(cfg, tokenizer, dtype)
-        check_fit(model, cfg)
-        options = decoding(cfg, tokenizer)
+        check_fit(cfg, model.config, cfg.model or cfg.size)
+        options = measure.decoding(cfg, tokenizer)
         with world.main_first():
-            tokens = {name: part and encode_pairs(part, tokenizer, cfg.cache, cfg.max_source, cfg.max_target)
-                      for name, part in texts.items()}
-        train, sets = tokens["train"], {"val": tokens.get("validation"), "test": tokens.get("test")}
-        if cfg.fold:
-            kept, held = fold(len(train), cfg.fold)
-            train, sets["val"] = train.take(kept), train.take(held)
-        sets["ood"] = tokens["ood"]
-        for name, limit in (("val", cfg.validation_examples), ("test", cfg.test_examples), ("ood", cfg.test_examples)):
-            if sets[name] is not None and 0 < limit < len(sets[name]):
-                sets[name] = sets[name].take(np.arange(limit))
+            train, sets, about = encode_sets(texts, tokenizer, cfg.cache, cfg.max_source, cfg.max_target,
+                                             part=cfg.fold, limits=limits)
         batches = Bucketed(train, cfg.batch, cfg.seed)
         if checkpoint and checkpoint["data_hash"] != train.hash:
             raise ValueError(f"--resume: {cfg.data} is not the text that {out} was trained on; restore it")
@@ -431,12 +263,14 @@ def main(argv: list[str] | None = None) -> int:
     share = cfg.batch // world.size
     micro = next(m for m in range(min(cfg.micro_batch, share), 0, -1) if share % m == 0)
 
-    def micro_batches(rows: np.ndarray, rank: int) -> list[np.ndarray]:
-        """Places of the global batch, which is sorted by length, that ``rank`` runs together."""
-        return [rows[rank :: world.size][i : i + micro] for i in range(0, share, micro)]
+    def micro_batches(rank: int, mixed: bool = False) -> list[np.ndarray]:
+        """Places of the global batch, which is sorted by length, that ``rank`` runs together: of like lengths, or
+        ``mixed``, of every length and in two parts at least, where a part is measured against the whole."""
+        mine, n = np.arange(cfg.batch)[rank :: world.size], max(2, share // micro)
+        return [mine[i::n] for i in range(n)] if mixed else np.split(mine, share // micro)
 
-    padding = padding_share(train, (part for step in range(batches.per_epoch) for rank in range(world.size)
-                                    for part in micro_batches(batches.indices(step), rank)))
+    padding = padding_share(train, (batches.indices(step)[part] for step in range(batches.per_epoch)
+                                    for rank in range(world.size) for part in micro_batches(rank)))
     shape = dataclasses.replace(model.config, dropout=0.0, attention_dropout=0.0)  # of the model, not its training
     model.to(device).checkpoint_activations = cfg.checkpoint_activations
     parameters = parameter_count(model)
@@ -467,7 +301,15 @@ def main(argv: list[str] | None = None) -> int:
 
     # -- optimizer -----------------------------------------------------------------------------
     groups = decay_groups(model, cfg.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=True)
+    betas = cfg.beta1, cfg.beta2
+    with runlog.user_errors():
+        optimizer = (schedule_free_adamw(groups, cfg.lr, betas=betas) if cfg.schedule == FREE
+                     else torch.optim.AdamW(groups, lr=cfg.lr, betas=betas, fused=True))
+    fot = None
+    if cfg.schedule in ADAPTIVE:  # fed the NLL, which stays one score while dpsm's mixture moves; only CE's is the loss
+        fot = FoT(optimizer, cfg.steps, rule=cfg.schedule, parts=parse_parts(cfg.fot_parts), warmup=cfg.lr_warmup,
+                  every=cfg.fot_window, beta=cfg.fot_beta, same_units=cfg.loss == "ce" and not cfg.label_smoothing,
+                  ranks=world.size, reduce=world.all_reduce)
 
     # -- state: everything that a resumed run needs ----------------------------------------------
     step, tokens_seen, train_seconds, joules = 0, 0, 0.0, 0.0
@@ -476,43 +318,35 @@ def main(argv: list[str] | None = None) -> int:
     sums = torch.zeros(6, dtype=torch.float64, device=device)  # likewise: steps, loss, norm, clipped, swapped, tokens
     watch = runlog.DivergenceWatch(device)
     if checkpoint:
-        runlog.restore_training_state(model, optimizer, checkpoint)
+        runlog.restore_training_state(model, optimizer, checkpoint | {"model": checkpoint.get("iterate")
+                                                                      or checkpoint["model"]})
         step, tokens_seen = checkpoint["step"], checkpoint["tokens_seen"]
         train_seconds, joules = checkpoint["train_seconds"], checkpoint["joules"]
         best, stale = checkpoint["best"], checkpoint["stale"]
+        fot is None or fot.load_state_dict(checkpoint["fot"])
         sums.copy_(checkpoint["sums"])
         watch.state.copy_(checkpoint["watch"])
         if world.main:  # a sum over ranks goes on at one of them
             window.load_state_dict(checkpoint["window"])
         if not runlog.set_rng_states(checkpoint["rng"], world) and cfg.dropout and world.main:
             print(f"resuming {len(checkpoint['rng'])} ranks on {world.size}: dropout masks will differ from here on")
-    run.start(asdict(cfg) | {"script": "finetune_seq2seq.py"},
-              [Path(__file__), Path(__file__).with_name("losses.py")], step if checkpoint else None)
+    run.start(asdict(cfg) | {"script": "finetune_seq2seq.py"}, [Path(__file__).parent / name for name in SOURCES],
+              step if checkpoint else None)
     if checkpoint:
         run.log("event", step, event="resumed", world_size=world.size)
     energy = runlog.EnergyMeter(device)
-    about = {}
-    for name, part in texts.items():
-        if part is None:
-            continue
-        pairs = tokens[name]
-        about[name] = {"set": part.name, "origin": part.origin, "pairs": len(part.pairs), "partial": part.partial,
-                       "removed": part.removed, "truncated": pairs.truncated}
-        if world.main:
-            cut = ", ".join(f"{n:,} {what}" for what, n in pairs.truncated.items())
-            print(f"{part.label}; cut to {cfg.max_source} and {cfg.max_target} tokens: {cut}")
     if world.main:
+        print("\n".join(split["label"] for split in about.values()))
         print(f"{out}: {named}, {parameters / 1e6:.1f} M parameters, loss {cfg.loss}, {dtype} on {world.size} x "
               f"{device.type}, {len(train):,} pairs, {cfg.batch} a step, padding {100 * padding:.1f} %")
 
     if cfg.profile:
         trained.train()
         alpha.fill_(alpha_of(cfg.steps - 1))
-        batch = collate(train, micro_batches(batches.indices(0), world.rank)[0], multiple=multiple_of(device))
-        cost = profile(trained, model, score, batch, cfg, world, energy)
+        batch = collate(train, batches.indices(0)[micro_batches(world.rank)[0]], multiple=measure.multiple_of(device))
+        cost = measure.profile(trained, model, score, batch, world, energy, steps=cfg.profile, tail=cfg.tail_smoothing,
+                       impl=cfg.kernels)
         if world.main:
-            peak = runlog.peak_flops(device, dtype)
-            cost["mfu"] = cost["flops_per_second"] / peak if peak else None
             runlog.write_json(run / "profile.json", cost)
             print("\n".join(f"{k:24} {v}" for k, v in cost.items()))
         return runlog.finish(run, None, 0)
@@ -522,7 +356,11 @@ def main(argv: list[str] | None = None) -> int:
 
     def save(is_best: bool) -> None:
         """last.pt and, if these are the best weights so far, best.pt. All ranks take part; rank 0 writes."""
-        weights, moments_of_adam = runlog.training_state(model, optimizer)
+        weights, moments = runlog.training_state(model, optimizer)
+        iterate = weights if cfg.schedule == FREE else None  # what goes on is not what is evaluated
+        if iterate:
+            with averaged(optimizer):
+                weights = copy.deepcopy(runlog.training_state(model, optimizer)[0])
         state = {"model": weights, "model_config": asdict(shape), "config": asdict(cfg), "step": step, "best": best,
                  "data_hash": train.hash, "tokenizer": tokenizer.state(),
                  "dtype": str(dtype).removeprefix("torch.")}
@@ -532,9 +370,10 @@ def main(argv: list[str] | None = None) -> int:
         total.load_state_dict(window.state_dict())
         total.all_reduce()
         run.save("last.pt", state | {
-            "optimizer": moments_of_adam, "alpha": alpha_of(step), "tokens_seen": tokens_seen, "stale": stale,
-            "train_seconds": train_seconds, "joules": joules, "sums": sums.cpu(), "watch": watch.state.cpu(),
-            "window": total.state_dict(), "rng": runlog.rng_states(world)})
+            "optimizer": moments, "iterate": iterate, "alpha": alpha_of(step), "tokens_seen": tokens_seen,
+            "stale": stale, "train_seconds": train_seconds, "joules": joules, "sums": sums.cpu(),
+            "watch": watch.state.cpu(), "window": total.state_dict(), "fot": fot and fot.state_dict(),
+            "rng": runlog.rng_states(world)})
 
     def log_row(kind: str, **values) -> None:
         row = run.log(kind, step, tokens=tokens_seen, train_seconds=train_seconds, **values)
@@ -556,7 +395,7 @@ def main(argv: list[str] | None = None) -> int:
         count = int(train.target_lengths[targets].sum())
         seen = count + int(train.source_lengths[rows].sum())
         alpha.fill_(alpha_of(step))
-        lr = lr_at(cfg, step)
+        lr = fot.get_last_lr()[0] if fot else lr_at(cfg, step)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
@@ -564,22 +403,30 @@ def main(argv: list[str] | None = None) -> int:
         # gradients over ranks, hence the world size.
         denominator = torch.full((), count / world.size, device=device)
         loss = torch.zeros((), device=device)
-        parts = micro_batches(np.arange(cfg.batch), world.rank)
+        measured = fot is not None and fot.wants_micro and share > 1
+        parts = micro_batches(world.rank, mixed=measured)
         for i, part in enumerate(parts):
-            batch = collate(train, rows[part], targets[part], multiple_of(device))
+            batch = collate(train, rows[part], targets[part], measure.multiple_of(device))
             last = i + 1 == len(parts)
             with contextlib.nullcontext() if last or world.size == 1 else trained.no_sync():
-                hidden, y = forward(trained, *batch, device, model.shift_right)
+                hidden, y = measure.forward(trained, *batch, device, model.shift_right)
                 piece, moments = linear_score(hidden, model.head_weight, y, score, bias=model.head_bias,
                                               denominator=denominator, tail=cfg.tail_smoothing, impl=cfg.kernels)
                 piece.backward()
             loss += piece.detach() / world.size
             window.update(moments)
+            if fot:
+                fot.observe(-moments.log_p.sum(), moments.valid.sum())
+                if measured and i == 0:
+                    fot.micro(int(train.target_lengths[targets[part]].sum()) / count)
         world.all_reduce(loss)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
         finite = torch.isfinite(norm) & torch.isfinite(loss)
         optimizer.found_inf = (~finite).float()  # fused AdamW leaves everything as it is where this is 1
-        optimizer.step()
+        if fot:
+            fot.clipped_by = (norm / (cfg.clip or math.inf)).clamp(min=1)
+        if cfg.schedule != FREE or finite:  # Schedule-Free reads no found_inf: a synchronisation for it
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         watch.update(loss, finite)
         clipped = (norm > (cfg.clip or math.inf)).float()
@@ -588,6 +435,10 @@ def main(argv: list[str] | None = None) -> int:
         tokens_seen += seen
         step += 1
         bar.update()
+        if fot:
+            fot.step()
+            if fot.decided:
+                log_row("fot", **fot.decision)
 
         # Ranks see a signal at different moments: several of them agree at log lines.
         at_log, at_eval = step % cfg.log_every == 0, step % cfg.eval_every == 0 or step == cfg.steps
@@ -617,15 +468,17 @@ def main(argv: list[str] | None = None) -> int:
                 log_row("train", loss=mean_loss, **shown, alpha=used_alpha, lr=lr, grad_norm=mean_norm,
                         clip_rate=clip_rate, swapped_references=swaps * n, steps=n, step_tokens=step_tokens,
                         skipped=health["skipped"], tokens_per_second=rate)
-                bar.set_postfix_str(f"loss {mean_loss:.3f} ppl {m['ppl']:.1f} ece {m['ece10']:.3f} "
-                                    f"a {used_alpha:.2f} lr {lr:.1e} {rate:,.0f} tok/s")
+                bar.set_postfix_str(f"loss {mean_loss:.3f} {f'| {fot} | ' if fot else ''}ppl {m['ppl']:.1f} "
+                                    f"ece {m['ece10']:.3f} a {used_alpha:.2f} lr {lr:.1e} {rate:,.0f} tok/s")
             window.reset()
             sums.zero_()
         if health["worst_streak"] >= 3:
             ending = "diverged"
             break
         if at_eval:
-            m = numbers(evaluate(model, sets["val"], cfg, world)[0])
+            with averaged(optimizer):
+                now, _ = measure.evaluate(model, sets["val"], world, batch=cfg.micro_batch, impl=cfg.kernels)
+            m = measure.numbers(now)
             log_row("val", **m)
             bar.write(f"step {step}: validation ppl {m['ppl']:.3f}, nll {m['nll']:.4f}, ece {m['ece10']:.4f}, "
                       f"brier {m['brier']:.4f}", file=sys.stderr)
@@ -665,111 +518,42 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{out}: no validation had a finite NLL, so there are no best weights; lower --lr", file=sys.stderr)
         return runlog.finish(run, wandb_run, 1)
     kept = runlog.load_checkpoint(run / f"{cfg.report}.pt")
-    final, _, _ = load_finetuned(out, f"{cfg.report}.pt", device)
-    entries, bins = final_metrics(final, sets, cfg, world)
-    # What is summarised: the test sets; without one, and to select on a fold, the validation set.
-    todo = [name for name in ("test", "ood") if sets[name] is not None] if entries["temperature"] else []
-    if entries["temperature"] and sets["test"] is None:
-        todo = ["val", *todo]
-    written, speeds = {}, {}
-    for name in todo:
-        path = run / f"predictions-{name}.jsonl"
-        written[name], speeds[name] = write_predictions(final, sets[name], options, path, world, key=kept["step"],
-                                                        batch=cfg.generate_batch, multiple=multiple_of(device))
+    final, _, _ = measure.load_finetuned(out, f"{cfg.report}.pt", device)
+    entries, bins = measure.final_metrics(final, sets, world, batch=cfg.micro_batch, impl=cfg.kernels)
+    written = {}  # of weights that yield inf or nan there is nothing to read
+    if entries["temperature"]:
+        written = measure.summarise(final, sets, options, out, world, key=kept["step"], batch=cfg.generate_batch)
     if not world.main:
         return runlog.finish(run, wandb_run, 0)
-    for name, rows in written.items():
-        predictions, references = ([r[k] for r in rows] for k in ("prediction", "reference"))
-        measured = summary_metrics(predictions, references)
-        measured |= {"ended": statistics.fmean(r["ended"] for r in rows), "generate_tokens_per_second": speeds[name],
-                     "summary_tokens": statistics.fmean(r["tokens"] for r in rows)}
-        if cfg.bertscore:
-            with runlog.user_errors():  # the summaries are on the disk; --resume takes another --bertscore
-                measured |= bert_score(predictions, references, cfg.bertscore, device=device.type)
+    for name, (rows, speed) in written.items():
+        with runlog.user_errors():  # the summaries are on the disk; --resume takes another --bertscore
+            measured = measure.generation_metrics(rows, speed, bertscore=cfg.bertscore, device=device.type)
         entries |= {f"{name}_{k}": v for k, v in measured.items()}
-    rows = runlog.read_metrics(run / "metrics.jsonl", "train")
-    total = sum(r["steps"] for r in rows)
-    # The first window pays for cold caches.
-    later = rows[1:] or rows
-    milliseconds = [1000 * r["step_tokens"] / r["tokens_per_second"] for r in later]
-    median = statistics.median(milliseconds) if milliseconds else None
-    rate = statistics.median(r["tokens_per_second"] for r in later) if later else None
-    peak = runlog.peak_flops(device, dtype)
-    cut = {"val": cfg.validation_examples, "test": cfg.test_examples, "ood": cfg.test_examples}
     summary = {
         "script": "finetune_seq2seq.py", "loss": cfg.loss, "label_smoothing": cfg.label_smoothing,
         "alpha_schedule": cfg.alpha_schedule if cfg.loss == "dpsm" else None, "preset": cfg.preset,
         "steps": step, "seed": cfg.seed, "parameters": parameters, "tokens_seen": tokens_seen, "reported": cfg.report,
         "reported_step": kept["step"], "best_step": best["step"], "best_val_nll": best["nll"], "stopped_early": ending,
         "data": about, "partial": any(a["partial"] for a in about.values()), "fold": cfg.fold or None,
-        "examples_limit": {name: n for name, n in cut.items() if n and sets[name] is not None},
+        "examples_limit": {name: n for name, n in limits.items() if n and sets[name] is not None},
         **entries,
-        "padding": padding, "swapped_references": sum(r["swapped_references"] for r in rows),
-        "tokens_per_second": rate, "ms_per_step_median": median, "train_seconds": train_seconds,
-        "peak_memory_bytes": memory,
+        **measure.efficiency(runlog.read_metrics(run / "metrics.jsonl", "train"), flops_per_token,
+                     runlog.peak_flops(device, dtype), world.size),
+        "padding": padding, "train_seconds": train_seconds, "peak_memory_bytes": memory,
         "peak_memory_of": "CUDA allocations" if device.type == "cuda" else "process resident set",
-        "flops_per_token": flops_per_token,
-        "mfu": rate * flops_per_token / (peak * world.size) if peak and rate else None,
         "energy_joules": joules if meter is not None else None,
         "divergences": int(watch.read()["divergences"]), "skipped_steps": int(watch.read()["skipped"]),
-        "clip_rate": sum(r["clip_rate"] * r["steps"] for r in rows) / total if total else None,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU", "world_size": world.size,
         "dtype": str(dtype).removeprefix("torch."),
+        **({f"{cfg.schedule}_{k}": v for k, v in fot.counts.items()} if fot else {}),
     }
     runlog.write_json(run / "calibration.json", bins)
     runlog.write_json(run / "summary.json", summary)
     if wandb_run:
         wandb_run.summary.update(summary)
-    e = entries
-    after = "; at temperature {temperature:.3f} nll {val_nll_t:.4f}, ece {val_ece10_t:.4f}" if e["temperature"] else ""
-    print(f"{out}: validation ppl {e['val_ppl']:.3f}, nll {e['val_nll']:.4f}, ece {e['val_ece10']:.4f}, brier "
-          f"{e['val_brier']:.4f}{after.format(**e)}; {rate or 0:,.0f} tokens/s")
-    for name in written:
-        of = about[{"val": "train" if cfg.fold else "validation"}.get(name, name)]
-        notes = [f"part {cfg.fold}" if name == "val" and cfg.fold else "", of["partial"]]
-        notes += [f"the first {cut[name]}" if 0 < cut[name] == len(sets[name]) else ""]
-        notes = "; ".join(note for note in notes if note)
-        scores = ", ".join(f"{k} {e[f'{name}_{k}']:.2f}" for k in ("rouge1", "rouge2", "rougeL", "rougeLsum"))
-        print(f"{of['set']} {name}{f' ({notes})' if notes else ''}, {e[f'{name}_examples']} summaries: {scores}, "
-              f"{100 * e[f'{name}_ended']:.0f} % ended, {speeds[name] or 0:,.0f} tokens/s")
+    print("\n".join(measure.describe(out.as_posix(), summary)))
     print(f"compare runs with: python -m eval.report {out} ... --out DIR")
     return runlog.finish(run, wandb_run, 0)
-
-
-def profile(trained, model: Seq2Seq, score: Callable, batch: tuple, cfg: Config, world: runlog.World, energy) -> dict:
-    """The cost of forward and backward of one fixed micro-batch, over --profile steps after three that warm up.
-
-    GPU utilisation and joules come from NVML and are None where there is none. Gradients accumulate and are dropped.
-    """
-    device, seconds, busy = world.device, [], []
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    for step in range(cfg.profile + 3):
-        if step == 3:
-            start = energy.read()
-        wait()
-        clock = time.perf_counter()
-        hidden, y = forward(trained, *batch, device, model.shift_right)
-        loss, _ = linear_score(hidden, model.head_weight, y, score, bias=model.head_bias, tail=cfg.tail_smoothing,
-                               impl=cfg.kernels)
-        loss.backward()
-        wait()
-        if step >= 3:
-            seconds.append(time.perf_counter() - clock)
-            if energy.read() is not None:
-                busy.append(torch.cuda.utilization(device))
-        model.zero_grad(set_to_none=True)
-    joules = None if start is None else (energy.read() - start) / cfg.profile
-    source, mask, labels = batch
-    tokens = int(source.numel() if mask is None else mask.sum()) + int((labels != -100).sum())
-    flops = float(len(source) * training_flops(model.config, source.shape[1], labels.shape[1]))
-    median = statistics.median(seconds)
-    return {
-        "pairs": len(source), "source_tokens": source.shape[1], "target_tokens": labels.shape[1],
-        "tokens": tokens, "ms_forward_backward": 1000 * median, "tokens_per_second": tokens / median,
-        "peak_memory_bytes": runlog.peak_memory(device), "gpu_utilisation": statistics.fmean(busy) if busy else None,
-        "joules_per_step": joules, "flops": flops, "flops_per_second": flops / median,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-    }
 
 
 if __name__ == "__main__":

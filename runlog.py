@@ -149,6 +149,7 @@ def start_world(device: str = "auto") -> World:
     log = logging.getLogger("scorecast")  # what the modules have to say, once, on rank 0
     log.handlers = [logging.StreamHandler()]  # of the stderr that is there now
     log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    log.propagate = False  # a package that gives the root logger a handler, as absl does, would double each line
     return World(rank, size, here)
 
 

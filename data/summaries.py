@@ -69,15 +69,17 @@ def load_summaries(
 ) -> dict[str, Summaries | None]:
     """The asked-for splits of a set, each None where the set has no such split.
 
-    A name in SETS is $LM_DATA/NAME where that is a folder, else the hub's set through ``datasets``. A folder has
-    {train,validation,test}.jsonl or .csv with an article (or document, source) and highlights (or summary, target) a
-    row; lists of sentences are joined, and of several target summaries the first counts. Rows whose article or summary
-    is empty, or whose article has fewer than ``min_words`` words, are left out and counted. Raises ValueError, one
-    line, for a set that cannot be had, a broken row or a missing column (with its line), and a split left empty.
+    A name in SETS is $LM_DATA/NAME where that is a folder, else the hub's set through ``datasets``; any other is a
+    folder, or one in $LM_DATA. It has {train,validation,test}.jsonl or .csv with an article (or document, source) and
+    highlights (or summary, target) a row; lists of sentences are joined, and of several target summaries the first
+    counts. Rows whose article or summary is empty, or whose article has fewer than ``min_words`` words, are left out
+    and counted. Raises ValueError, one line, for a set that cannot be had, a broken row or a missing column (with its
+    line), and a split left empty.
     """
     name = str(name_or_folder)
     root = os.environ.get("LM_DATA")
-    folder = Path(root) / name if root and name in SETS and (Path(root) / name).is_dir() else Path(name)
+    here = name not in SETS and Path(name).is_dir()
+    folder = Path(root) / name if root and not here and (Path(root) / name).is_dir() else Path(name)
     local = folder.is_dir()
     if not local and name not in SETS:
         known = ", ".join(SETS)

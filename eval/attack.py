@@ -23,8 +23,9 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -319,8 +320,9 @@ def load_target(run: Path, checkpoint: str, data: str, device: torch.device, bat
     """The model of a run of finetune_seq2seq.py with that run's limits and search, or a model's plain folder with the
     published ones of its kind; and what to record of it."""
     from data.summaries import tokenizer_of_model
-    from finetune_seq2seq import Config, decoding, load_finetuned, with_preset
+    from eval.seq2seq import decoding, load_finetuned
     from model.seq2seq_hub import load_seq2seq
+    from recipes.presets import preset_values
 
     config = _config_of(run)
     if "model_type" in config:
@@ -328,12 +330,11 @@ def load_target(run: Path, checkpoint: str, data: str, device: torch.device, bat
         model = load_seq2seq(run, dtype=dtype).to(device)
         tokenizer = tokenizer_of_model(str(run), model.config)
         files = sorted([*run.glob("*.safetensors"), *run.glob("pytorch_model*.bin")])
-        settings = with_preset(Config(model=str(run), preset=model.config.kind, data=data))
-        positions = model.config.max_position_embeddings
-        settings = replace(settings, max_source=min(settings.max_source, positions))
+        settings = SimpleNamespace(**preset_values(model.config.kind, data))
+        settings.max_source = min(settings.max_source, model.config.max_position_embeddings)
     else:
         model, tokenizer, kept = load_finetuned(run, checkpoint, device)
-        settings = Config(**kept)
+        settings = SimpleNamespace(**kept)
         files = [run / checkpoint]
     search = decoding(settings, tokenizer)
     about = {"decoding": asdict(search), "max_source": settings.max_source, "max_target": settings.max_target}

@@ -15,7 +15,8 @@ from losses import LOSSES
 
 # Config fields that do not make another arm.
 BOOKKEEPING = set(
-    "seed out resume resume_from cache device log_every eval_every prompt sample_tokens temperature top_k top_p".split()
+    "seed out resume resume_from cache device log_every eval_every prompt sample_tokens temperature top_k top_p "
+    "generate_batch bertscore profile".split()
 )
 # Fields that only some losses read; elsewhere their value means nothing.
 KNOBS = {
@@ -23,9 +24,14 @@ KNOBS = {
     "eps": ("smoothing",),
     "tail_smoothing": ("brier", "spherical"),
 }
+KNOBS["label_smoothing"] = ("ce", "dpsm")
 KNOBS |= dict.fromkeys(("warmup", "alpha_schedule", "alpha_max", "alpha_start"), ("dpsm",))
 # Arms that differ in one of these answer different questions.
-SETTING = "script data tokenizer seq_len model init_from steps batch label_noise label_noise_steps report".split()
+SETTING = (
+    "script data tokenizer seq_len model init_from steps batch label_noise label_noise_steps report "
+    "size fold min_words max_source max_target noise_references validation_examples test_examples "
+    "beams length_penalty min_new_tokens max_new_tokens no_repeat_ngram early_stopping".split()
+)
 # Arms that differ in one of these cannot be compared in speed and memory.
 SYSTEM = "dtype kernels compile micro_batch checkpoint_activations fsdp".split()
 
@@ -166,8 +172,20 @@ def load_run(folder: str | Path) -> Run:
     if not rows["train"] and not rows["val"]:
         raise ValueError(f"{folder / 'metrics.jsonl'} holds no train or val rows; the run has not logged anything yet")
     files["calibration"] = read_bins(folder / "calibration.json")
-    samples = read_json(folder / "samples.json", list)
+    samples = read_json(folder / "samples.json", list) or summaries_made(folder)
     return Run(folder, train=rows["train"], val=rows["val"], events=rows["event"], samples=samples, **files)
+
+
+def summaries_made(folder: Path, count: int = 3) -> list[dict]:
+    """The first generated summaries of a run, with the references as prompts; none where it generated none."""
+    path = next((p for s in ("test", "val") if (p := folder / f"predictions-{s}.jsonl").is_file()), None)
+    if path is None:
+        return []
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:count] if line]
+        return [{"prompt": f"reference: {row['reference']}", "text": row["prediction"]} for row in rows]
+    except (json.JSONDecodeError, TypeError, KeyError) as e:
+        raise ValueError(f"{path} holds no summaries ({e}); remove it, or let the run write it again") from e
 
 
 def arm_config(config: dict) -> dict:

@@ -298,26 +298,42 @@ def reliability(arms: list, split: str, bins: int = 10) -> bytes | None:
 # a grid of two settings
 
 
+GRID_PANELS = {  # key of a cell: factor, title, whether more is better
+    "rouge1": (1, "ROUGE-1", True),
+    "rouge2": (1, "ROUGE-2", True),
+    "rougeL": (1, "ROUGE-L", True),
+    "rougeLsum": (1, "ROUGE-Lsum", True),
+    "ppl": (1, "perplexity", False),
+    "ece10": (100, "ECE, 10 bins (%)", False),
+    "nll": (1, "NLL (nats a token)", False),
+}
+
+
 @styled
-def heat_maps(loss: str, x_name: str, y_name: str, cells: dict[tuple, dict]) -> bytes:
-    """Perplexity and ECE over two settings; ``cells`` maps (x, y) to {"ppl", "ece10"}, either may be None."""
+def heat_maps(name: str, x_name: str, y_name: str, cells: dict[tuple, dict], split: str = "validation") -> bytes:
+    """A panel for each of GRID_PANELS that is in the cells, over two settings; ``cells`` maps (x, y) to a dict with the
+    panels' values, each of which may be None or inf. Brighter is better; the best is bold."""
     xs, ys = sorted({x for x, _ in cells}), sorted({y for _, y in cells})
-    fig = new_figure(max(2 * (0.85 * len(xs) + 1.6), 7), max(0.6 * len(ys) + 1.7, 3.2))
-    for ax, (key, scale, title) in zip(
-        fig.subplots(1, 2),
-        (("ppl", 1, "validation perplexity"), ("ece10", 100, "validation ECE, 10 bins (%)")),
-        strict=True,
-    ):
+    panels = [(key, *GRID_PANELS[key]) for key in GRID_PANELS if any(key in cell for cell in cells.values())]
+    columns = min(len(panels), 3)
+    lines = math.ceil(len(panels) / columns)
+    width, height = columns * (0.85 * len(xs) + 1.6), lines * max(0.6 * len(ys) + 1.7, 3.2 if lines == 1 else 2.4)
+    fig = new_figure(max(width, 3.5 * columns), height)
+    grid = fig.subplots(lines, columns, squeeze=False)
+    for ax in grid.flat[len(panels) :]:
+        ax.set_visible(False)
+    for ax, (key, scale, title, higher) in zip(grid.flat, panels, strict=False):
         values = [[cells.get((x, y), {}).get(key) for x in xs] for y in ys]
         table = [[math.nan if v is None else scale * v for v in row] for row in values]
         finite = [v for row in table for v in row if math.isfinite(v)]
         low, high = (min(finite), max(finite)) if finite else (0, 1)
-        ax.imshow(table, cmap="cividis_r", aspect="auto", origin="lower", vmin=low, vmax=high)
+        ax.imshow(table, cmap="cividis" if higher else "cividis_r", aspect="auto", origin="lower", vmin=low, vmax=high)
         for i, row in enumerate(table):
             for j, v in enumerate(row):
-                dark = math.isfinite(v) and high > low and (v - low) / (high - low) > 0.55
-                best = "bold" if v == low else "normal"
-                text = f"{v:.2f}" if math.isfinite(v) else "-"
+                worse = ((high - v) if higher else (v - low)) / (high - low) if high > low else 0
+                dark = math.isfinite(v) and worse > 0.55
+                best = "bold" if v == (high if higher else low) else "normal"
+                text = (f"{v:.3f}" if key == "nll" else f"{v:.2f}") if math.isfinite(v) else "-"
                 ax.text(
                     j, i, text, ha="center", va="center", color="white" if dark else INK, fontsize=8.5, fontweight=best
                 )
@@ -325,10 +341,11 @@ def heat_maps(loss: str, x_name: str, y_name: str, cells: dict[tuple, dict]) -> 
         ax.set_yticks(range(len(ys)), [f"{y:g}" for y in ys])
         ax.set_xlabel(x_name)
         ax.set_ylabel(y_name)
-        ax.set_title(f"{loss}: {title}")
+        ax.set_title(f"{title} {'↑' if higher else '↓'}")
         ax.grid(False)
         ax.tick_params(length=0)
         ax.spines[:].set_visible(False)
+    fig.suptitle(f"{name}: {split}", x=0.01, ha="left", fontsize=10)
     return png(fig)
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import runlog
+from eval.columns import COST, DELTAS, QUALITY, SUMMARIES, Cell, Column
 from eval.compare import (
     Arm,
     Verdict,
@@ -37,14 +38,6 @@ from eval.stats import holm, paired, summarize
 # tables
 
 
-class Cell(NamedTuple):
-    text: str
-    sub: str = ""  # smaller, after or under the text
-    bold: bool = False
-    tone: str = ""  # "good", "bad" or "unsure"
-    colour: str = ""  # of the arm, as in the figures
-
-
 class Table(NamedTuple):
     head: list[Cell]
     rows: list[list[Cell]]
@@ -55,49 +48,6 @@ class Table(NamedTuple):
 def table(head: str, rows: list[list[Cell]], *, columns: tuple = (), left: int = 1, note: str = "") -> Table:
     """A table with the headings in ``head``, separated by commas, and then those of ``columns``."""
     return Table([*map(Cell, head.split(", ")), *(column.head for column in columns)], rows, left, note)
-
-
-class Column(NamedTuple):
-    key: str  # in summary.json, without val_, test_ or ood_
-    name: str
-    unit: str
-    better: str  # "lower", "higher" or ""
-    scale: float = 1.0
-    digits: int = 4
-
-    @property
-    def head(self) -> Cell:
-        arrow = {"lower": "↓", "higher": "↑", "": ""}[self.better]
-        return Cell(self.name, f"{self.unit}\u00a0{arrow}".strip())
-
-    def format(self, v: float) -> str:
-        return f"{v:,.{self.digits}f}" if abs(v) < 1e7 else f"{v:.3e}"
-
-
-QUALITY = (
-    Column("ppl", "PPL", "per token", "lower", digits=2),
-    Column("nll", "NLL", "nats per token", "lower"),
-    Column("bits_per_byte", "bits/byte", "bits", "lower"),
-    Column("ece10", "ECE", "10 bins, %", "lower", 100, 2),
-    Column("ece100", "ECE", "100 bins, %", "lower", 100, 2),
-    Column("ece10_mass", "ECE", "10 equal-mass bins, %", "lower", 100, 2),
-    Column("brier", "Brier", "0 to 2", "lower"),
-    Column("spherical", "Spherical", "loss, 0 to 1", "lower"),
-    Column("accuracy", "Accuracy", "%", "higher", 100, 2),
-    Column("temperature", "T", "fitted", "", 1, 3),
-    Column("nll_t", "NLL after T", "nats per token", "lower"),
-    Column("ece10_t", "ECE after T", "10 bins, %", "lower", 100, 2),
-)
-DELTAS = ("ppl", "nll", "ece10", "brier", "accuracy", "nll_t", "ece10_t")
-COST = (
-    Column("ms_per_step_median", "step", "ms, median", "lower", 1, 1),
-    Column("tokens_per_second", "throughput", "tokens/s", "higher", 1, 0),
-    Column("peak_memory_bytes", "peak memory", "MB = 1e6 bytes", "lower", 1e-6, 0),
-    Column("train_seconds", "training", "s", "lower", 1, 1),
-    Column("flops_per_token", "FLOPs a token", "1e9", "lower", 1e-9, 3),
-    Column("mfu", "MFU", "%", "higher", 100, 1),
-    Column("energy_joules", "energy", "kJ", "lower", 1e-3, 2),
-)
 
 
 class Row(NamedTuple):
@@ -155,7 +105,8 @@ def final_table(arms: list[Arm], split: str) -> Table | None:
         return None
     comparable = not setting_differences(*(row.arm for row in rows))
     body = [[Cell(row.label, colour=row.arm.colour), Cell(str(len(row.arm.finished)))] for row in rows]
-    for column in QUALITY:
+    columns = [column for column in QUALITY if any(row.values(column, split) for row in rows)]
+    for column in columns:
         values = [row.values(column, split) for row in rows]
         best = best_row(column, values) if comparable else None
         for i, v in enumerate(values):
@@ -166,12 +117,36 @@ def final_table(arms: list[Arm], split: str) -> Table | None:
         "is further from every other than their two standard deviations together, which takes two seeds of each arm. "
         "T is fitted on validation."
     )
-    return table("arm, seeds", body, columns=QUALITY, note=note if split == "val" else "")
+    return table("arm, seeds", body, columns=columns, note=note if split == "val" else "")
+
+
+def summary_table(arms: list[Arm], split: str) -> Table | None:
+    """What was generated for ``split``, a row an arm; a column that no arm has is left out, None where there is none.
+
+    Of one seed a ROUGE has the bootstrap interval over texts that the run computed, of several +- sd over seeds.
+    """
+    arms = [arm for arm in arms if arm.values(f"{split}_rouge1")]
+    columns = [c for c in SUMMARIES if any(arm.values(f"{split}_{c.key}") for arm in arms)]
+    comparable = not setting_differences(*arms)
+    body = [[Cell(a.label, colour=a.colour), Cell(f"{a.mean(f'{split}_examples'):,.0f}")] for a in arms]
+    for column in columns:
+        values = [Row("", arm, False).values(column, split) for arm in arms]
+        best = best_row(column, values) if comparable else None
+        for i, (arm, v) in enumerate(zip(arms, values, strict=True)):
+            cell = spread(column, v, len(arm.finished))
+            ends = [arm.values(f"{split}_{column.key}_{end}") for end in ("low", "high")]
+            if len(v) == 1 and all(ends):
+                low, high = (column.format(column.scale * next(iter(end.values()))) for end in ends)
+                cell = cell._replace(sub=f"{low} to {high}")
+            body[i].append(cell._replace(bold=i == best))
+    hashes = {str(run.summary.get(f"{split}_bertscore_hash")) for arm in arms for run in arm.finished} - {"None"}
+    note = SUMMARY_NOTE + "".join(f" BERTScore: {name}." for name in sorted(hashes))
+    return table("arm, texts", body, columns=columns, note=note) if arms else None
 
 
 def delta_table(arms: list[Arm]) -> Table | None:
     """Differences from CE over shared seeds, with p by paired t-test, Holm-corrected over the arms of a column."""
-    columns = [c for c in QUALITY if c.key in DELTAS]
+    columns = [c for c in (*QUALITY, *SUMMARIES) if c.key in DELTAS or c.key.startswith("rouge")]
     compared = [(row, reference(row.arm, arms, "ce")[0]) for row in final_rows(arms)]
     compared = [(row, ce) for row, ce in compared if ce and (row.after or ce is not row.arm)]
     body, tests = [], []
@@ -187,6 +162,8 @@ def delta_table(arms: list[Arm]) -> Table | None:
             tests.append(line)
     if not body:
         return None
+    kept = [j for j, c in enumerate(columns) if c.key in DELTAS or any(line[j] for line in tests)]
+    columns, tests = [columns[j] for j in kept], [[line[j] for j in kept] for line in tests]
     for j, column in enumerate(columns):
         corrected = holm([line[j].p if line[j] else math.nan for line in tests])
         for cells, line, p in zip(body, tests, corrected, strict=True):
@@ -276,6 +253,15 @@ def find_warnings(arms: list[Arm]) -> list[str]:
             out.append(f"{name} diverged {run.summary['divergences']} time(s) on the way.")
         if run.summary.get("temperature_at_bound"):
             out.append(f"{name}: its temperature {run.summary.get('temperature')} stands at the bound of the search.")
+    parts = []
+    for run in (run for arm in done for run in arm.finished):
+        sets = run.summary.get("data")
+        for name, of in sets.items() if isinstance(sets, dict) else ():
+            parts += [f"{of.get('set')} {name} is {of['partial']}"] if of.get("partial") else []
+        limits = run.summary.get("examples_limit") or {}
+        parts += [f"{name}: the first {n:,} pairs" for name, n in limits.items()]
+    if parts:
+        out.append(f"Not of whole sets: {'; '.join(dict.fromkeys(parts))}.")
     single = [arm.label for arm in done if len(arm.finished) < 2]
     if single:
         out.append(f"One seed only ({some(single)}): a difference may be chance, and no claim about it is powered.")
@@ -334,7 +320,7 @@ def sample_blocks(arms: list[Arm]) -> list[tuple]:
     rows = [
         [Cell(a.label, colour=a.colour), *(spread(c, a.values(c.key), len(a.finished)) for c in columns)]
         for a in arms
-        if a.finished
+        if any(a.values(c.key) for c in columns)
     ]
     blocks, texts = [("table", table("arm", rows, columns=columns))] if rows else [], {}
     for arm in arms:
@@ -354,24 +340,35 @@ def shown(arms: list[Arm], limit: int) -> list[Arm]:
     return [a for a in arms if a in kept]
 
 
-def grids(arms: list[Arm]) -> list[tuple[str, str, str, dict]]:
-    """(loss, x, y, cells) for each loss whose arms vary in exactly two numeric fields, two values of each or more."""
+def grids(arms: list[Arm]) -> list[tuple[str, str, str, dict, str]]:
+    """(title, x, y, cells, split) for each loss whose arms vary in exactly two numeric fields, two values of each or
+    more. Of three such fields the one with the fewest values goes into the title, a grid for each of its values.
+    ``cells``: (x, y) -> means of PPL and ECE, or of ROUGE, ECE and NLL on the ``split`` that was summarised."""
     out = []
     for loss in dict.fromkeys(a.loss for a in arms):
         same = [a for a in arms if a.loss == loss and a.finished]
         fields = differing([a.config for a in same])
-        values = [{number(a.config.get(k)) for a in same} for k in fields]
-        if len(fields) == 2 and all(None not in v and len(v) >= 2 for v in values):
-            cells = {}
-            for arm in same:
-                means = {k: arm.mean(f"val_{k}") for k in ("ppl", "ece10")}
-                cells[tuple(number(arm.config[k]) for k in fields)] = means
-            out.append((loss, *fields, cells))
+        values = {k: {number(a.config.get(k)) for a in same} for k in fields}
+        if len(fields) not in (2, 3) or any(None in v or len(v) < 2 for v in values.values()):
+            continue
+        third = min(reversed(fields), key=lambda k: len(values[k])) if len(fields) == 3 else None
+        x, y = (k for k in fields if k != third)
+        split = next((s for s in SPLITS if any(a.values(f"{s}_rouge1") for a in same)), None)
+        keys = ("rouge1", "rouge2", "rougeL", "rougeLsum", "ece10", "nll") if split else ("ppl", "ece10")
+        for level in sorted(values[third]) if third else [None]:
+            cells = {
+                (number(a.config[x]), number(a.config[y])): {k: a.mean(f"{split or 'val'}_{k}") for k in keys}
+                for a in same
+                if third is None or number(a.config[third]) == level
+            }
+            out.append((f"{loss}, {third} {level:g}" if third else loss, x, y, cells, split or "val"))
     return out
 
 
 def build(folders: list[str | Path], title: str = "") -> Report:
     """Reads the run folders and makes the whole report in memory. Raises ValueError, one line, for bad input."""
+    from eval.gsm8k_tables import answer_blocks
+
     try:
         from eval import plots
     except ImportError as e:
@@ -380,7 +377,10 @@ def build(folders: list[str | Path], title: str = "") -> Report:
     arms, warnings = group_arms(runs)
     plots.assign_colours(arms)
     done = [run for arm in arms for run in arm.finished]
-    report = Report(title or "Scorecast report", arms, find_warnings(arms) + warnings, verdicts(arms))
+    # The claims are of language models and of DPSM: without both there is nothing to hold against them.
+    claimed = any(a.loss == "dpsm" or a.config.get("script", "train_lm.py") == "train_lm.py" for a in arms)
+    found = verdicts(arms) if claimed else []
+    report = Report(title or "Scorecast report", arms, find_warnings(arms) + warnings, found)
     blocks = report.blocks
 
     def figure(name: str, data: bytes | None, caption: str) -> None:
@@ -388,7 +388,11 @@ def build(folders: list[str | Path], title: str = "") -> Report:
             report.figures[name] = data
             blocks.append(("figure", name, caption))
 
-    what = ", ".join(dict.fromkeys(f"{show(a.config.get('model'))} on {show(a.config.get('data'))}" for a in arms))
+    what = ", ".join(
+        dict.fromkeys(
+            f"{show(a.config.get('model') or a.config.get('size'))} on {show(a.config.get('data'))}" for a in arms
+        )
+    )
     seeds = ", ".join(sorted({str(run.seed) for arm in arms for run in arm.runs}))
     devices = "; ".join(sorted({str(run.environment.get("device") or "-") for arm in arms for run in arm.runs}))
     total = sum(len(arm.runs) for arm in arms)
@@ -399,12 +403,15 @@ def build(folders: list[str | Path], title: str = "") -> Report:
     for split, name in SPLITS.items():
         found = final_table(arms, split)
         blocks += [("h", f"Results, {name}"), ("table", found)] if found else []
+        made = summary_table(arms, split)
+        blocks += [("h3", f"Summaries, {name}"), ("table", made)] if made else []
     if not done:
         blocks.append(("p", "No run has finished: there are curves, and no final numbers yet."))
+    blocks += answer_blocks(arms)
     deltas = delta_table(arms)
     blocks += [("h", "Differences from CE, validation"), ("table", deltas)] if deltas else []
 
-    blocks += [("h", "The claims of DPSM"), ("p", VERDICT_NOTE)]
+    blocks += [("h", "The claims of DPSM"), ("p", VERDICT_NOTE)] if claimed else []
     for i, label in enumerate(dict.fromkeys(v.arm for v in report.verdicts)):
         part = ("table", verdict_table([v for v in report.verdicts if v.arm == label]))
         blocks += [("h3", label), part] if i == 0 else [("fold", label, [part])]
@@ -414,9 +421,9 @@ def build(folders: list[str | Path], title: str = "") -> Report:
     blocks.append(("h", "Learning curves"))
     figure("curves", plots.learning_curves(few), CURVES_NOTE + cut)
     figure("training", plots.training_curves(few), TRAINING_NOTE + cut)
-    for k, (loss, x, y, cells) in enumerate(grids(arms), 1):
-        blocks.append(("h", f"{loss}: {x} and {y}"))
-        figure(f"grid_{k}", plots.heat_maps(loss, x, y, cells), GRID_NOTE)
+    for k, (name, x, y, cells, split) in enumerate(grids(arms), 1):
+        blocks.append(("h", f"{name}: {x} and {y}"))
+        figure(f"grid_{k}", plots.heat_maps(name, x, y, cells, SPLITS[split]), GRID_NOTE)
     few, head = shown([arm for arm in arms if arm.finished], 6), len(blocks)
     for split, name in SPLITS.items():
         figure(f"reliability_{split}", plots.reliability(few, split), f"{name.capitalize()}. {RELIABILITY_NOTE}")
@@ -442,6 +449,10 @@ CURVES_NOTE = (
 )
 TRAINING_NOTE = "Means since the row before. Losses of different scores have different scales: compare the NLL."
 GRID_NOTE = "Means over seeds, the best in bold. It was chosen on the set that is shown: the best of many is flattered."
+SUMMARY_NOTE = (
+    "Of the generated summaries. ROUGE: rouge-score with stemming, Lsum on newline-split sentences; R1, R2 and RL as "
+    "files2rouge has them, BART's published convention. Under a ROUGE of one seed: its 95 % bootstrap interval."
+)
 RELIABILITY_NOTE = (
     "Confidence of the likeliest token; bins of all seeds added up, ECE the mean over seeds as in the table. Bars"
     " under the diagonal: too sure; over it: too modest. A logarithmic count of tokens stands below each."
@@ -503,6 +514,8 @@ def print_summary(report: Report) -> None:
         speed = {} if row.after else row.arm.values("tokens_per_second")
         print(f"{line} {spread(COST[1], speed, n).text:>9}")
     labels = list(dict.fromkeys(v.arm for v in report.verdicts))
+    if not labels:
+        return
     print(f"\n{'claims of ' + short(labels[0], 29):<39} {'value':<29} {'threshold':<16} {'holds':<5} verdict")
     for v in (v for v in report.verdicts if v.arm == labels[0]):
         start = f"{v.criterion.number} {v.criterion.name:<37}"

@@ -134,6 +134,8 @@ SIZES = {
     "bart-base": lambda **changes: bart_config(6, 768, 12, **changes),
     "bart-large": lambda **changes: bart_config(12, 1024, 16, **changes),
     "pegasus-large": lambda **changes: pegasus_config(16, 1024, 16, **changes),
+    "bart-tiny": lambda **changes: bart_config(2, 128, 4, **changes),  # these two for tests and runs on a CPU
+    "pegasus-tiny": lambda **changes: pegasus_config(2, 128, 4, **changes),
 }
 
 
@@ -410,6 +412,18 @@ class Seq2Seq(nn.Module):
         inputs_BT = labels_BT.roll(1, dims=1)
         inputs_BT[:, 0] = self.config.decoder_start_token_id
         return inputs_BT.masked_fill(inputs_BT == -100, self.config.pad_token_id)
+
+
+def training_flops(config: Seq2SeqConfig, S, T):
+    """FLOPs of one training step on a pair of ``S`` source and ``T`` target tokens (numbers or arrays).
+
+    A multiply-add is 2, forward once and backward twice; the decoder's attention is not discounted for its causal
+    half, an embedding look-up multiplies nothing, and recomputation does not count, as in PaLM's appendix B.
+    """
+    D, E, G = config.d_model, config.encoder_ffn_dim, config.decoder_ffn_dim
+    encoder = config.encoder_layers * (S * (4 * D * D + 2 * D * E) + 2 * S * S * D)
+    decoder = config.decoder_layers * (T * (6 * D * D + 2 * D * G) + S * 2 * D * D + 2 * T * (T + S) * D)
+    return 6 * (encoder + decoder + T * D * config.vocab_size)
 
 
 def attention_mask(mask_BS: Tensor | None, like_BS: Tensor) -> Tensor | None:

@@ -1,5 +1,6 @@
 """Shared fixtures. Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before import."""
 
+import logging
 import os
 
 import torch
@@ -24,6 +25,13 @@ def words(n: int) -> str:
     if n >= 20:
         return DECADES[n // 10] + (f"-{UNITS[n % 10]}" if n % 10 else "")
     return TENS[n - 10] if n >= 10 else UNITS[n]
+
+
+@pytest.fixture(autouse=True)
+def heard():
+    """runlog.start_world keeps our log lines from the root logger, where caplog must hear them in the next test."""
+    yield
+    logging.getLogger("scorecast").propagate = True
 
 
 @pytest.fixture(scope="session")

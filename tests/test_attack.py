@@ -15,9 +15,10 @@ import eval.attack as script
 from data.summaries import Pair, Summaries, tokenizer_for_training
 from data.wordlists import WordLists, load_lists, read_neighbours
 from eval.attack import Target, attack_all, calibration_of, chosen
+from eval.seq2seq import decoding
 from eval.textfooler import AttackOptions, attack_article, attack_group
 from eval.words import Words, by_tagger, like, part_of_speech, suffix_class
-from finetune_seq2seq import Config, decoding, with_preset
+from finetune_seq2seq import Config, with_preset
 from model.seq2seq import Seq2Seq, bart_config
 from model.seq2seq_hub import save_seq2seq
 

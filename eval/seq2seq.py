@@ -1,0 +1,281 @@
+"""What finetune_seq2seq.py measures: calibration on the references, a temperature, generated summaries, cost of a step.
+
+Nothing here trains. ``world`` is runlog.World: sets are split over the ranks, and every rank must make each call.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import runlog
+from data.summaries import SummaryTokenizer, TokenPairs, collate, in_order
+from eval.calibration import Calibration, fit_temperature, temperature_sums
+from eval.summaries import ROUGE, bert_score, summary_metrics, write_predictions
+from kernels import linear_moments, linear_score
+from model.beam import Decoding
+from model.seq2seq import Seq2Seq, Seq2SeqConfig, training_flops
+
+KEYS = ("nll", "ppl", "ece10", "ece100", "ece10_mass", "brier", "spherical", "accuracy", "entropy")
+
+
+def load_finetuned(run_folder: str | Path, checkpoint: str = "best.pt", device: str | torch.device = "cpu"):
+    """The model of a run, in eval mode and without dropout, its SummaryTokenizer, and its config as a dict.
+
+    Raises ValueError, one line, for a folder without a whole checkpoint of that name.
+    """
+    kept = runlog.load_checkpoint(Path(run_folder) / checkpoint)
+    model = Seq2Seq(Seq2SeqConfig(**kept["model_config"]), getattr(torch, kept["dtype"]))
+    model.load_state_dict(kept["model"])
+    return model.to(device).eval(), SummaryTokenizer.from_state(kept["tokenizer"]), kept["config"]
+
+
+def decoding(settings, tokenizer: SummaryTokenizer) -> Decoding:
+    """The search of the final evaluation, from anything with finetune_seq2seq.py's decoding flags as attributes. EOS
+    is not forced at the limit: the share of beams that end is measured."""
+    s = settings
+    return Decoding(
+        s.max_new_tokens,
+        s.min_new_tokens,
+        s.beams,
+        s.length_penalty,
+        s.no_repeat_ngram,
+        s.early_stopping,
+        eos_id=tokenizer.eos_id,
+        pad_id=tokenizer.pad_id,
+        forced_bos_id=tokenizer.bos_id,
+    )
+
+
+# ----------------------------------------------------------------------------------------------
+# token-level, on the references
+
+
+def multiple_of(device: torch.device) -> int:
+    """What batches are padded to a multiple of: tensor cores like 8."""
+    return 8 if device.type == "cuda" else 1
+
+
+def forward(model, source: Tensor, mask: Tensor | None, labels: Tensor, device: torch.device, shift: Callable):
+    """Hidden states [N, D] and labels [N] of a collated batch, N = batch x target length, on ``device``."""
+    source, labels = runlog.to_device(source, device), runlog.to_device(labels, device)
+    mask = mask if mask is None else runlog.to_device(mask, device)
+    return model(source, mask, shift(labels)).flatten(0, 1), labels.flatten()
+
+
+@torch.no_grad()
+def evaluate(
+    model: Seq2Seq,
+    pairs: TokenPairs,
+    world: runlog.World,
+    *,
+    batch: int = 8,
+    scale: float | None = None,
+    keep: list | None = None,
+    impl: str = "auto",
+) -> tuple[Calibration, Calibration | None]:
+    """Calibration of ``model`` on every token of the references of ``pairs``, given those before it; with ``scale`` =
+    1/temperature a second one of the scaled logits. ``keep`` collects (hidden [N, D], targets [N]) of this rank."""
+    was_training = model.training
+    model.eval()
+    raw, scaled = Calibration(world.device), Calibration(world.device) if scale else None
+    for rows in in_order(pairs, batch)[world.rank :: world.size]:
+        collated = collate(pairs, rows, multiple=multiple_of(world.device))
+        hidden, y = forward(model, *collated, world.device, model.shift_right)
+        head = dict(weight=model.head_weight, targets=y, bias=model.head_bias, impl=impl)
+        raw.update(linear_moments(hidden, **head))
+        if scaled is not None:
+            scaled.update(linear_moments(hidden, **head, scale=scale))
+        if keep is not None:
+            keep.append((hidden[y != -100], y[y != -100]))
+    model.train(was_training)
+    if world.size > 1:
+        for c in (raw, scaled):
+            c is None or c.all_reduce()
+    return raw, scaled
+
+
+def numbers(c: Calibration) -> dict[str, float]:
+    """What is reported of one evaluation."""
+    m = c.compute()
+    m["eval_tokens"] = m.pop("tokens")
+    return m
+
+
+def final_metrics(
+    model: Seq2Seq, sets: dict[str, TokenPairs | None], world: runlog.World, *, batch: int = 8, impl: str = "auto"
+) -> tuple[dict, dict]:
+    """Temperature on ``sets["val"]``, then every set before and after it: (summary entries, reliability bins). A set
+    that is None has its entries, which are None; so has a temperature that weights with nan or inf do not have."""
+    head, bias, kept = model.head_weight, model.head_bias, []
+    how = dict(batch=batch, impl=impl)
+    finite = math.isfinite(evaluate(model, sets["val"], world, keep=kept, **how)[0].compute()["nll"])
+
+    def sums(beta: float) -> Tensor:
+        parts = [
+            temperature_sums(F.linear(h, head.to(h.dtype), bias if bias is None else bias.to(h.dtype)), y, beta)
+            for hs, ys in kept
+            for h, y in zip(hs.split(1024), ys.split(1024), strict=True)
+        ]
+        none = torch.zeros(1, 4, dtype=torch.float64, device=world.device)  # of a rank without a batch
+        return world.all_reduce(torch.cat([none, *(p[None] for p in parts)]).sum(0))
+
+    with torch.no_grad():
+        fit = fit_temperature(sums) if finite else None
+    kept.clear()
+    entries, bins = {"temperature": fit and fit.temperature, "temperature_at_bound": fit and fit.at_bound}, {}
+    for name, pairs in sets.items():
+        if pairs is None:
+            entries |= {f"{name}_{k}{suffix}": None for k in KEYS for suffix in ("", "_t")}
+            continue
+        raw, scaled = evaluate(model, pairs, world, scale=fit and 1 / fit.temperature, **how)
+        bins[name] = {"raw": raw.bins(300), "scaled": scaled and scaled.bins(300)}
+        before, after = numbers(raw), numbers(scaled) if scaled else {}
+        entries |= {f"{name}_{k}": before[k] for k in KEYS} | {f"{name}_{k}_t": after.get(k) for k in KEYS}
+        entries[f"{name}_tokens"] = before["eval_tokens"]
+    return entries, bins
+
+
+# ----------------------------------------------------------------------------------------------
+# generated summaries, and what a step costs
+
+
+def generation_metrics(rows: list[dict], speed: float | None, *, bertscore: str = "", device: str = "cpu") -> dict:
+    """Everything of eval.summaries about ``rows`` (of write_predictions): ROUGE with its interval, lengths, Distinct-n,
+    the share of searches that ended before the limit, tokens a summary, and BERTScore where ``bertscore`` names a
+    model. Raises ValueError for one that cannot be loaded."""
+    predictions, references = ([r[k] for r in rows] for k in ("prediction", "reference"))
+    out = summary_metrics(predictions, references)
+    out |= {"ended": statistics.fmean(r["ended"] for r in rows), "generate_tokens_per_second": speed}
+    out["summary_tokens"] = statistics.fmean(r["tokens"] for r in rows)
+    return out | (bert_score(predictions, references, bertscore, device=device) if bertscore else {})
+
+
+def summarise(
+    model: Seq2Seq,
+    sets: dict[str, TokenPairs | None],
+    options: Decoding,
+    folder: Path,
+    world: runlog.World,
+    *,
+    key: int,
+    batch: int,
+) -> dict[str, tuple[list[dict], float | None]]:
+    """What `eval.summaries.write_predictions` gives for each set that is summarised, into ``folder``: the test sets, or
+    the validation set where there is no test set, as when a fold selects; and ood. ``key``: the step of the weights."""
+    todo = [name for name in ("test", "ood") if sets[name] is not None]
+    todo = todo if sets["test"] is not None else ["val", *todo]
+    return {
+        name: write_predictions(
+            model,
+            sets[name],
+            options,
+            folder / f"predictions-{name}.jsonl",
+            world,
+            key=key,
+            batch=batch,
+            multiple=multiple_of(world.device),
+        )
+        for name in todo
+    }
+
+
+def efficiency(rows: list[dict], flops_per_token: float, peak: float | None, ranks: int) -> dict:
+    """Summary entries from the train rows of metrics.jsonl: medians over log windows, the first of which pays for cold
+    caches and is left out; ``peak`` FLOP/s of one of ``ranks`` devices, or None."""
+    total, later = sum(r["steps"] for r in rows), rows[1:] or rows
+    rate = statistics.median(r["tokens_per_second"] for r in later) if later else None
+    milliseconds = [1000 * r["step_tokens"] / r["tokens_per_second"] for r in later]
+    return {
+        "tokens_per_second": rate,
+        "ms_per_step_median": statistics.median(milliseconds) if later else None,
+        "flops_per_token": flops_per_token,
+        "mfu": rate * flops_per_token / (peak * ranks) if peak and rate else None,
+        "clip_rate": sum(r["clip_rate"] * r["steps"] for r in rows) / total if total else None,
+        "swapped_references": sum(r["swapped_references"] for r in rows),
+    }
+
+
+def describe(name: str, summary: dict) -> list[str]:
+    """The last lines of a run, from its summary: validation before and after the temperature, then a line for each set
+    that was summarised, with what it is a part of."""
+    s = summary
+    after = "; at temperature {temperature:.3f} nll {val_nll_t:.4f}, ece {val_ece10_t:.4f}" if s["temperature"] else ""
+    out = [
+        f"{name}: validation ppl {s['val_ppl']:.3f}, nll {s['val_nll']:.4f}, ece {s['val_ece10']:.4f}, brier "
+        f"{s['val_brier']:.4f}{after.format(**s)}; {s['tokens_per_second'] or 0:,.0f} tokens/s"
+    ]
+    for split in ("val", "test", "ood"):
+        count = s.get(f"{split}_examples")
+        if count is None:
+            continue
+        of = s["data"][{"val": "train" if s["fold"] else "validation"}.get(split, split)]
+        notes = [f"part {s['fold']}" if split == "val" and s["fold"] else "", of["partial"]]
+        notes += [f"the first {count}" if s["examples_limit"].get(split) == count else ""]
+        notes = "; ".join(note for note in notes if note)
+        scores = ", ".join(f"{k} {s[f'{split}_{k}']:.2f}" for k in ROUGE)
+        out.append(
+            f"{of['set']} {split}{f' ({notes})' if notes else ''}, {count} summaries: {scores}, "
+            f"{100 * s[f'{split}_ended']:.0f} % ended, {s[f'{split}_generate_tokens_per_second'] or 0:,.0f} tokens/s"
+        )
+    return out
+
+
+def profile(
+    trained,
+    model: Seq2Seq,
+    score: Callable,
+    batch: tuple,
+    world: runlog.World,
+    energy: runlog.EnergyMeter,
+    *,
+    steps: int,
+    tail: float = 0.0,
+    impl: str = "auto",
+) -> dict:
+    """The cost of forward and backward of one fixed, collated ``batch``, over ``steps`` after three that warm up.
+
+    ``trained`` is ``model`` or what wraps it. GPU utilisation and joules come from NVML and are None where there is
+    none; peak FLOP/s are known of some GPUs only. Gradients accumulate and are dropped.
+    """
+    device, seconds, busy = world.device, [], []
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    for step in range(steps + 3):
+        if step == 3:
+            start = energy.read()
+        wait()
+        clock = time.perf_counter()
+        hidden, y = forward(trained, *batch, device, model.shift_right)
+        loss, _ = linear_score(hidden, model.head_weight, y, score, bias=model.head_bias, tail=tail, impl=impl)
+        loss.backward()
+        wait()
+        if step >= 3:
+            seconds.append(time.perf_counter() - clock)
+            if energy.read() is not None:
+                busy.append(torch.cuda.utilization(device))
+        model.zero_grad(set_to_none=True)
+    joules = None if start is None else (energy.read() - start) / steps
+    source, mask, labels = batch
+    tokens = int(source.numel() if mask is None else mask.sum()) + int((labels != -100).sum())
+    flops = float(len(source) * training_flops(model.config, source.shape[1], labels.shape[1]))
+    median, peak = statistics.median(seconds), runlog.peak_flops(device, model.dtype)
+    return {
+        "pairs": len(source),
+        "source_tokens": source.shape[1],
+        "target_tokens": labels.shape[1],
+        "tokens": tokens,
+        "ms_forward_backward": 1000 * median,
+        "tokens_per_second": tokens / median,
+        "peak_memory_bytes": runlog.peak_memory(device),
+        "gpu_utilisation": statistics.fmean(busy) if busy else None,
+        "joules_per_step": joules,
+        "flops": flops,
+        "flops_per_second": flops / median,
+        "mfu": flops / median / peak if peak else None,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+    }
