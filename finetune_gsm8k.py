@@ -22,14 +22,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 import runlog
 from data.gsm8k import FORMATS, load_gsm8k, split_heldout
-from data.packing import Rows, batch_indices, pack
+from data.packing import batch_indices, pack
 from data.prompts import PROMPTS, Prompter, make_examples, make_targets
-from eval.answers import forget, generate, grade, write_jsonl
+from eval.answers import examine, forget, heldout_metrics
 from eval.calibration import Calibration
+from fot import FoT, parse_parts
 from kernels import linear_score
 from losses import ALPHA_SCHEDULES, LOSSES, alpha_at, make_score
 from model.decode import Request, cache_length
@@ -39,6 +39,8 @@ from model.lora import (
     LoRAConfig,
     adapter_tensors,
     add_lora,
+    block_parameters,
+    flops_per_token,
     load_adapter,
     load_base,
     merged,
@@ -46,9 +48,9 @@ from model.lora import (
     segment_rms,
     set_segments,
 )
-from model.qwen3 import Qwen3
 from runlog import opt
-from schedules import SCHEDULES, lr_factor
+from schedules import ADAPTIVE, RULES, averaged, lr_factor, schedule_free_adamw
+from schedules import FREE as SCHEDULE_FREE
 
 # ----------------------------------------------------------------------------------------------
 # config
@@ -93,9 +95,13 @@ class Config:
     micro_batch: int = opt(16, "packed rows in one forward of one rank, at most; the rest is accumulated")
     optimizer: str = opt("adamw", "paged-adamw8bit is bitsandbytes', on CUDA", ("adamw", "paged-adamw8bit"))
     lr: float = opt(2e-4, "peak learning rate")
-    schedule: str = opt("cosine", "learning-rate schedule (or --lr-schedule)", SCHEDULES)
+    schedule: str = opt("cosine", "learning-rate schedule (or --lr-schedule); snac, bacon, fot and fot-literal measure "
+                        "and decide as they go, see fot.py", RULES)
     lr_warmup: float = opt(0.03, "learning-rate warm-up, as a fraction of the steps")
-    lr_floor: float = opt(0.0, "learning rate at the end, as a fraction of the peak")
+    lr_floor: float = opt(0.0, "learning rate at the end, as a fraction of the peak; fot and bacon fall to 0")
+    fot_parts: str = opt("envelope,noise,forecast,gate,blocks", "fot: the parts of the rule that are on, or none")
+    fot_window: int = opt(32, "snac, bacon, fot: steps between two decisions")
+    fot_beta: float = opt(0.9, "snac, bacon, fot: averaging of the measurements over decisions")
     weight_decay: float = opt(0.0, "AdamW weight decay of the adapters")
     beta1: float = opt(0.9, "AdamW beta1")
     beta2: float = opt(0.999, "AdamW beta2")
@@ -120,6 +126,7 @@ class Config:
     wandb: str = opt("", "Weights & Biases project to log to as well (WANDB_MODE=offline works)")
 
 
+SOURCES = ("finetune_gsm8k.py", "losses.py", "schedules.py", "fot.py", "gradient_stats.py", "forecast.py")
 # Settings that a resumed run may change: where and how it computes, not what.
 FREE = ("out", "resume", "resume_from", "cache", "wandb", "micro_batch", "device", "kernels", "checkpoint_activations",
         "eval_batch")
@@ -131,15 +138,22 @@ def check(cfg: Config, world: runlog.World) -> None:
         if not 0 <= getattr(cfg, name) <= 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)} is outside [0, 1]")
     for name in ("rank", "steps", "batch", "micro_batch", "seq_len", "heldout", "eval_every", "log_every", "eval_batch",
-                 "generate_tokens"):
+                 "generate_tokens", "fot_window"):
         if getattr(cfg, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)} must be at least 1")
     for name in ("seed", "lr", "weight_decay", "clip", "gamma", "eval_problems", "samples", "temperature"):
         if not 0 <= getattr(cfg, name) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)} must be finite and not negative")
-    for name in ("beta1", "beta2"):
+    for name in ("beta1", "beta2", "fot_beta"):
         if not 0 <= getattr(cfg, name) < 1:
-            raise ValueError(f"--{name} {getattr(cfg, name)} is outside [0, 1)")
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)} is outside [0, 1)")
+    if cfg.schedule == SCHEDULE_FREE and cfg.optimizer != "adamw":
+        raise ValueError(f"--schedule {cfg.schedule} is an optimizer of its own, not --optimizer {cfg.optimizer}")
+    if cfg.schedule in ADAPTIVE and cfg.lr_warmup == 1:
+        raise ValueError(f"--lr-warmup 1 leaves no step to --schedule {cfg.schedule}")
+    if cfg.tail_smoothing and "gate" in fot_measures(cfg):
+        raise ValueError(f"--schedule {cfg.schedule} reads a Fisher that --tail-smoothing {cfg.tail_smoothing} has "
+                         "not; leave gate out of fot's --fot-parts")
     if cfg.batch % world.size:
         raise ValueError(f"--batch {cfg.batch} is not divisible by the {world.size} ranks; change one of them")
     if cfg.tail_smoothing and cfg.loss not in ("brier", "spherical"):
@@ -160,37 +174,11 @@ def ks(cfg: Config) -> list[int]:
     return [int(k) for k in cfg.k.split(",")]
 
 
-# ----------------------------------------------------------------------------------------------
-# evaluation
-
-
-def loss_positions(rows: Rows, loss_on: str, everything: bool = False) -> Tensor:
-    """Flat positions of ``rows`` with a target in the loss, or with any; int64, on the CPU."""
-    return (rows.targets_RT != -100 if everything or loss_on == "all" else rows.answer_RT).flatten().nonzero()[:, 0]
-
-
-@torch.no_grad()
-def evaluate(model: Qwen3, heldout: Rows, score, cfg: Config, world: runlog.World) -> dict[str, float]:
-    """The training score and the calibration of every held-out target, rows split over the ranks."""
-    was_training = model.training
-    model.eval()
-    calibration = Calibration(world.device)
-    total = torch.zeros(2, dtype=torch.float64, device=world.device)
-    for begin in range(world.rank * cfg.micro_batch, len(heldout), world.size * cfg.micro_batch):
-        part = heldout[begin : begin + cfg.micro_batch]
-        at = loss_positions(part, cfg.loss_on)
-        y = part.targets_RT.flatten()[at].to(world.device)
-        hidden = model(part.tokens_RT.to(world.device), documents_BT=part.documents_RT.to(world.device))
-        loss, moments = linear_score(hidden.flatten(0, 1)[at.to(world.device)], model.head_weight, y, score,
-                                     reduction="sum", tail=cfg.tail_smoothing, impl=cfg.kernels)
-        calibration.update(moments)
-        total += torch.stack([loss.double(), torch.full_like(loss, len(at)).double()])
-    model.train(was_training)
-    calibration.all_reduce()
-    loss, count = world.all_reduce(total).tolist()
-    m = calibration.compute()
-    shown = {k: m[k] for k in ("nll", "ppl", "ece10", "brier", "accuracy", "entropy")}
-    return {"loss": loss / count, **shown, "eval_tokens": m["tokens"]}
+def fot_measures(cfg: Config) -> set[str]:
+    """What the rule of --schedule reads beyond the loss: "gate", the Fisher of both segments; "blocks", their RMS."""
+    parts = parse_parts(cfg.fot_parts)
+    reads = {"fot": ("gate", "blocks"), "bacon": ("blocks",)}.get(cfg.schedule, ())
+    return {part for part in reads if part in parts} | ({"gate"} if cfg.schedule == "fot-literal" else set())
 
 
 # ----------------------------------------------------------------------------------------------
@@ -243,8 +231,7 @@ def main(argv: list[str] | None = None) -> int:
                              f"positions of {cfg.model}")
         torch.manual_seed(cfg.seed)
         if checkpoint:
-            fields = checkpoint["lora"]
-            add_lora(model, LoRAConfig(**fields | {"targets": tuple(fields["targets"])}))
+            add_lora(model, LoRAConfig(**checkpoint["lora"] | {"targets": tuple(checkpoint["lora"]["targets"])}))
             with torch.no_grad():
                 for key, tensor in adapter_tensors(model).items():
                     tensor.copy_(checkpoint["model"][key])
@@ -254,9 +241,16 @@ def main(argv: list[str] | None = None) -> int:
             add_lora(model, lora)
         trainable = [p for p in model.parameters() if p.requires_grad]
 
-        # -- optimizer -------------------------------------------------------------------------
-        settings = {"lr": cfg.lr, "betas": (cfg.beta1, cfg.beta2), "weight_decay": cfg.weight_decay}
-        optimizer = make_optimizer(cfg.optimizer, trainable, settings, device)
+        # -- optimizer: a group for each block where the rule gives each its own multiplier ----
+        reads = fot_measures(cfg)
+        groups = [{"params": p, "block": i} for i, p in enumerate(block_parameters(model))]
+        optimizer = make_optimizer(cfg, groups if "blocks" in reads else trainable, device)
+        fot = None
+        if cfg.schedule in ADAPTIVE:  # fed the NLL, which stays one score while dpsm's mixture moves
+            fot = FoT(optimizer, cfg.steps, rule=cfg.schedule, parts=parse_parts(cfg.fot_parts), warmup=cfg.lr_warmup,
+                      every=cfg.fot_window, beta=cfg.fot_beta, same_units=cfg.loss == "ce", ranks=world.size,
+                      reduce=world.all_reduce,
+                      block_rms=(lambda: segment_rms(model, reset=False)) if "blocks" in reads else None)
 
     model.checkpoint_activations = cfg.checkpoint_activations
     if device.type == "cuda":
@@ -285,6 +279,7 @@ def main(argv: list[str] | None = None) -> int:
     watch = runlog.DivergenceWatch(device)
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
+        fot is None or fot.load_state_dict(checkpoint["fot"])
         step, tokens_seen = checkpoint["step"], checkpoint["tokens_seen"]
         train_seconds, joules = checkpoint["train_seconds"], checkpoint["joules"]
         sums.copy_(checkpoint["sums"])
@@ -294,8 +289,8 @@ def main(argv: list[str] | None = None) -> int:
             window.load_state_dict(checkpoint["window"])
         if not runlog.set_rng_states(checkpoint["rng"], world) and cfg.lora_dropout and world.main:
             print(f"resuming {len(checkpoint['rng'])} ranks on {world.size}: dropout masks will differ from here on")
-    run.start(asdict(cfg) | {"script": "finetune_gsm8k.py"},
-              [Path(__file__), Path(__file__).with_name("losses.py")], step if checkpoint else None)
+    run.start(asdict(cfg) | {"script": "finetune_gsm8k.py"}, [Path(__file__).with_name(name) for name in SOURCES],
+              step if checkpoint else None)
     if checkpoint:
         run.log("event", step, event="resumed", world_size=world.size)
     if world.main and step < cfg.steps:
@@ -321,7 +316,7 @@ def main(argv: list[str] | None = None) -> int:
             "config": asdict(cfg), "step": step, "data_hash": data_hash, "optimizer": optimizer.state_dict(),
             "alpha": alpha_of(step), "tokens_seen": tokens_seen, "train_seconds": train_seconds, "joules": joules,
             "sums": sums.cpu(), "room": room, "watch": watch.state.cpu(), "window": total.state_dict(),
-            "rng": runlog.rng_states(world)})
+            "fot": fot and fot.state_dict(), "rng": runlog.rng_states(world)})
 
     def log_row(kind: str, **values) -> None:
         row = run.log(kind, step, tokens=tokens_seen, train_seconds=train_seconds, **values)
@@ -343,48 +338,67 @@ def main(argv: list[str] | None = None) -> int:
         count = sum(e.targets(cfg.loss_on) for e in batch)  # the global batch's targets
         room += torch.tensor([rows.targets_RT.numel(), rows.targets_RT.numel() - rows.tokens])
         alpha.fill_(alpha_of(step))
-        lr = cfg.lr * lr_factor(cfg.schedule, step, cfg.steps, warmup=cfg.lr_warmup, floor=cfg.lr_floor)
-        for group in optimizer.param_groups:
+        # FoT has set the groups' own; what is logged is without the multipliers of blocks.
+        lr = fot.planned(step) if fot else cfg.lr * lr_factor(cfg.schedule, step, cfg.steps, warmup=cfg.lr_warmup,
+                                                              floor=cfg.lr_floor)
+        for group in optimizer.param_groups if fot is None else ():
             group["lr"] = lr
 
         # The loss is the sum over the global batch's targets divided by their number. DDP averages gradients over
-        # ranks, hence the world size. The last step of a log line is the probe: the head also sees the targets outside
-        # the loss, with weight 0, so that the prompt has its Fisher; the gradient is the same.
-        probe = (step + 1) % cfg.log_every == 0
+        # ranks, hence the world size. In a probe, the last step of a log line or before a decision, the head also sees
+        # the targets outside the loss, with weight 0, so that the prompt has its Fisher; the gradient is the same.
+        probe, deciding = (step + 1) % cfg.log_every == 0, fot is not None and (step + 1) % cfg.fot_window == 0
+        gated = deciding and "gate" in reads
+        everything = probe or gated
+        segments = (probe and cfg.segment_rms) or (deciding and "blocks" in reads)
+        if segments:
+            segment_rms(model)  # begins anew: both readers want this step's alone
+        measured, size = fot is not None and fot.wants_micro and len(rows) > 1, cfg.micro_batch
+        if measured:  # a part is compared with the whole, a random one: pack puts the longest examples first
+            rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(step))]
+            size = min(size, math.ceil(len(rows) / 2))
         fisher = torch.zeros(4, dtype=torch.float64, device=device)  # sum and number, of the prompt and of the answer
         denominator = torch.tensor(count / world.size, device=device)
         loss = torch.zeros((), device=device)
-        for i in range(0, len(rows), cfg.micro_batch):
-            part = rows[i : i + cfg.micro_batch]
-            if cfg.segment_rms:
-                set_segments(model, part.answer_RT if probe else None)
-            at = loss_positions(part, cfg.loss_on, everything=probe)
+        for i in range(0, len(rows), size):
+            part = rows[i : i + size]
+            if cfg.segment_rms or "blocks" in reads:
+                set_segments(model, part.answer_RT if segments else None)
+            at = part.positions("all" if everything else cfg.loss_on)
             answer = part.answer_RT.flatten()[at]
             inside = runlog.to_device(answer | (cfg.loss_on == "all"), device)
             y, answer = runlog.to_device(part.targets_RT.flatten()[at], device), runlog.to_device(answer, device)
             at = runlog.to_device(at, device)
-            last = i + cfg.micro_batch >= len(rows)
+            last = i + size >= len(rows)
             with contextlib.nullcontext() if last or world.size == 1 else trained.no_sync():
                 hidden = trained(runlog.to_device(part.tokens_RT, device),
                                  documents_BT=runlog.to_device(part.documents_RT, device))
                 part_loss, moments = linear_score(
                     hidden.flatten(0, 1).index_select(0, at), model.head_weight, y, score, denominator=denominator,
-                    weights=inside.float() if probe else None, fisher=probe and not cfg.tail_smoothing,
+                    weights=inside.float() if everything else None, fisher=everything and not cfg.tail_smoothing,
                     tail=cfg.tail_smoothing, impl=cfg.kernels)
                 part_loss.backward()
             loss += part_loss.detach() / world.size
             if moments.fisher is not None:
                 by = torch.stack([~answer, answer]).double()  # [2, N]
                 fisher += torch.stack([by @ moments.fisher.double(), by.sum(1)], dim=1).flatten()
+                if gated:
+                    fot.observe_segments(moments.fisher, ~answer, answer)
             moments.valid = moments.valid & inside
             window.update(moments)
+            if fot:
+                fot.observe(-moments.log_p.where(moments.valid, 0).sum(), moments.valid.sum())
+                if measured and i == 0:
+                    fot.micro(len(part.positions(cfg.loss_on)) / count)
         world.all_reduce(loss)
         norm = torch.nn.utils.clip_grad_norm_(trainable, cfg.clip or math.inf)
         finite = torch.isfinite(norm) & torch.isfinite(loss)
-        if cfg.optimizer == "adamw":
+        if fot:
+            fot.clipped_by = (norm / (cfg.clip or math.inf)).clamp(min=1)
+        if isinstance(optimizer, torch.optim.AdamW):
             optimizer.found_inf = (~finite).float()  # fused AdamW leaves everything as it is where this is 1
             optimizer.step()
-        elif finite:  # bitsandbytes' knows no such flag: one synchronisation a step
+        elif finite:  # the others know no such flag: one synchronisation a step
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         watch.update(loss, finite)
@@ -393,6 +407,10 @@ def main(argv: list[str] | None = None) -> int:
         tokens_seen += sum(e.length for e in batch)
         step += 1
         bar.update()
+        if fot:
+            fot.step()
+            if fot.decided:
+                log_row("fot", **fot.decision)
 
         # Ranks see a signal at different moments: several of them agree at log lines.
         at_log, at_eval = step % cfg.log_every == 0, step % cfg.eval_every == 0 or step == cfg.steps
@@ -420,8 +438,8 @@ def main(argv: list[str] | None = None) -> int:
                 extra = {f"fisher_{of}": total[i] / total[i + 1] if total[i + 1] else None
                          for of, i in (("prompt", 0), ("answer", 2))}
             if probe and cfg.segment_rms:
-                extra |= dict(zip(("block_rms_prompt", "block_rms_answer"), segment_rms(model).t().tolist(),
-                                  strict=True))
+                rms = segment_rms(model, reset=False).t().tolist()
+                extra |= {"block_rms_prompt": rms[0], "block_rms_answer": rms[1]}
             if n:
                 m = window.compute()
                 mean_loss, mean_norm, clip_rate = (v / n for v in means)
@@ -430,8 +448,8 @@ def main(argv: list[str] | None = None) -> int:
                 log_row("train", loss=mean_loss, **shown, alpha=used_alpha, lr=lr, grad_norm=mean_norm,
                         clip_rate=clip_rate, steps=n, skipped=health["skipped"], tokens_per_second=rate,
                         padding=float(room[1] / room[0]), epoch=step * cfg.batch / len(train), **extra)
-                bar.set_postfix_str(f"loss {mean_loss:.3f} ppl {m['ppl']:.2f} ece {m['ece10']:.3f} "
-                                    f"a {used_alpha:.2f} lr {lr:.1e} {rate:,.0f} tok/s")
+                bar.set_postfix_str(f"loss {mean_loss:.3f} {f'| {fot} | ' if fot else ''}ppl {m['ppl']:.2f} "
+                                    f"ece {m['ece10']:.3f} a {used_alpha:.2f} lr {lr:.1e} {rate:,.0f} tok/s")
             window.reset()
             sums.zero_()
             room.zero_()
@@ -439,7 +457,9 @@ def main(argv: list[str] | None = None) -> int:
             ending = "diverged"
             break
         if at_eval:
-            m = evaluate(model, heldout_rows, score, cfg, world)
+            with averaged(optimizer):
+                m = heldout_metrics(model, heldout_rows, score, cfg.loss_on, world, rows=cfg.micro_batch,
+                                    tail=cfg.tail_smoothing, impl=cfg.kernels)
             log_row("val", **m)
             bar.write(f"step {step}: held-out loss {m['loss']:.4f}, nll {m['nll']:.4f}, ece {m['ece10']:.4f}",
                       file=sys.stderr)
@@ -455,8 +475,8 @@ def main(argv: list[str] | None = None) -> int:
     if ending == "diverged":
         stop.restore()
         if world.main:
-            good = next((p for p in (run / "last.pt",) if p.exists()), None)
-            advice = f"Last good checkpoint: {good}" if good else "No checkpoint had been written; lower --lr"
+            good = (run / "last.pt").exists()
+            advice = f"Last good checkpoint: {run}/last.pt" if good else "No checkpoint had been written; lower --lr"
             print(f"{out}: the loss was not finite in three steps running; stopped at step {step}. {advice}",
                   file=sys.stderr)
         return runlog.finish(run, wandb_run, 1)
@@ -468,49 +488,37 @@ def main(argv: list[str] | None = None) -> int:
 
     # -- final evaluation: answers to the test problems, and what they are worth ------------------
     memory = runlog.peak_memory(device)
-    if cfg.segment_rms:
-        set_segments(model, None)
-    if world.main:
-        save_adapter(model, run / "adapter", cfg.model)
-    began = time.perf_counter()
-    final = (merged(model) if cfg.merge else model).eval()
-    with runlog.user_errors():
-        made = generate(final, test, prompter, run.path, world, max_new_tokens=cfg.generate_tokens,
-                        batch=cfg.eval_batch, samples=cfg.samples, temperature=cfg.temperature, seed=cfg.seed,
-                        stop=[s for s in cfg.stop.split("|") if s],
-                        calculator=cfg.format == "text" and cfg.calculator, stopping=lambda: bool(stop.signal))
-    stop.restore()
-    if made is None:
+    set_segments(model, None)
+    with runlog.user_errors(), averaged(optimizer):
         if world.main:
-            print(f"{stop.signal}: stopped while generating; the same command with --resume goes on from the answers "
-                  f"in {out}")
+            save_adapter(model, run / "adapter", cfg.model)
+        final = (merged(model) if cfg.merge else model).eval()
+        graded = examine(final, test, prompter, run.path, world, format=cfg.format, k=ks(cfg),
+                         max_new_tokens=cfg.generate_tokens, batch=cfg.eval_batch, samples=cfg.samples,
+                         temperature=cfg.temperature, seed=cfg.seed, stop=[s for s in cfg.stop.split("|") if s],
+                         calculator=cfg.format == "text" and cfg.calculator, stopping=lambda: bool(stop.signal))
+    stop.restore()
+    if graded is None:
+        if world.main:
+            print(f"{stop.signal}: stopped while generating; the same command with --resume goes on from its answers")
         return runlog.finish(run, wandb_run, 0)
     if not world.main:
         return runlog.finish(run, wandb_run, 0)
-    answers, new_tokens, reused = made
-    generate_seconds = time.perf_counter() - began
-    graded, verdicts = grade(answers, test, cfg.format, ks(cfg))
-    eval_seconds = time.perf_counter() - began
-    write_jsonl(run / "outputs.jsonl", [a for a in answers if not a["sample"]])
-    if cfg.samples:
-        write_jsonl(run / "outputs_sampled.jsonl", [a for a in answers if a["sample"]])
-    write_jsonl(run / "verdicts.jsonl", verdicts)
-    forget(run.path)
     rows, vals = (runlog.read_metrics(run / "metrics.jsonl", kind) for kind in ("train", "val"))
     # The first window pays for compilation and cold caches.
     rates = [r["tokens_per_second"] for r in (rows[1:] or rows)]
-    finals = vals[-1] if vals else {}
+    rate, finals = statistics.median(rates) if rates else None, vals[-1] if vals else {}
+    inside = sum(e.targets(cfg.loss_on) for e in train) / sum(e.length for e in train)
+    flops, peak = flops_per_token(model.config, model.lora, cfg.seq_len, inside), runlog.peak_flops(device, dtype)
     summary = {
         "script": "finetune_gsm8k.py", "loss": cfg.loss, "alpha_schedule": cfg.alpha_schedule if cfg.loss == "dpsm"
         else None, "format": cfg.format, "steps": step, "seed": cfg.seed, "parameters": parameters,
         "tokens_seen": tokens_seen, **graded,
-        "eval_problems": len(test), "eval_seconds": eval_seconds, "outputs_reused": reused,
-        "generate_seconds": generate_seconds, "generated_tokens_per_second": new_tokens / generate_seconds,
-        "outputs_at_limit": sum(a["ended"] == "length" for a in answers) / len(answers),
         "final_train_loss": rows[-1]["loss"] if rows else None,
-        "final_heldout_loss": finals.get("loss"), "final_heldout_nll": finals.get("nll"),
-        "final_heldout_ece10": finals.get("ece10"), "final_heldout_brier": finals.get("brier"),
-        "tokens_per_second": statistics.median(rates) if rates else None, "train_seconds": train_seconds,
+        "final_heldout_loss": finals.get("loss"), **{f"{name}_{k}": finals.get(k) for name in ("final_heldout", "val")
+                                                     for k in ("nll", "ppl", "ece10", "brier", "accuracy", "entropy")},
+        "tokens_per_second": rate, "train_seconds": train_seconds, "flops_per_token": flops,
+        "mfu": rate * flops / (peak * world.size) if peak and rate else None,
         "padding": statistics.fmean(r["padding"] for r in rows) if rows else None,
         "peak_memory_bytes": memory,
         "peak_memory_of": "CUDA allocations" if device.type == "cuda" else "process resident set",
@@ -518,29 +526,33 @@ def main(argv: list[str] | None = None) -> int:
         "divergences": int(watch.read()["divergences"]), "skipped_steps": int(watch.read()["skipped"]),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU", "world_size": world.size,
         "dtype": str(dtype).removeprefix("torch."), "base": cfg.base,
+        **({f"{cfg.schedule}_{k}": v for k, v in fot.counts.items()} if fot else {}),
     }
     runlog.write_json(run / "summary.json", summary)
     if wandb_run:
         wandb_run.summary.update(summary)
-    ways = ", ".join(f"{k.rpartition('_')[2]} {100 * graded[k]:.2f} %" for k in
-                     ("pass_at_1_strict", "pass_at_1_flexible", "pass_at_1_code") if graded[k] is not None)
+    ways = ", ".join(f"{rule} {100 * v:.2f} %" for rule in ("strict", "flexible", "code")
+                     if (v := graded[f"pass_at_1_{rule}"]) is not None)
     print(f"{out}: pass@1 {ways} on {len(test)} problems; held-out loss {finals.get('loss', math.nan):.4f}; "
-          f"{summary['tokens_per_second'] or 0:,.0f} tokens/s in training, {new_tokens / generate_seconds:,.0f} in "
-          "generation")
+          f"{rate or 0:,.0f} tokens/s in training, "
+          f"{graded['generated_tokens_per_second']:,.0f} in generation")
     print(f"compare answers: python -m eval.gsm8k {run / 'outputs.jsonl'} OTHER/outputs.jsonl --format {cfg.format}")
     return runlog.finish(run, wandb_run, 0)
 
 
-def make_optimizer(name: str, parameters: list, settings: dict, device: torch.device) -> torch.optim.Optimizer:
-    """Raises ValueError where bitsandbytes' paged optimizer cannot run."""
-    if name == "adamw":
+def make_optimizer(cfg: Config, parameters: list, device: torch.device) -> torch.optim.Optimizer:
+    """Raises ValueError where bitsandbytes' paged optimizer cannot run, or where a package is missing."""
+    settings = {"lr": cfg.lr, "betas": (cfg.beta1, cfg.beta2), "weight_decay": cfg.weight_decay}
+    if cfg.schedule == SCHEDULE_FREE:
+        return schedule_free_adamw(parameters, **settings)
+    if cfg.optimizer == "adamw":
         return torch.optim.AdamW(parameters, fused=True, **settings)
     if device.type != "cuda":
-        raise ValueError(f"--optimizer {name} needs a CUDA device; use --optimizer adamw")
+        raise ValueError(f"--optimizer {cfg.optimizer} needs a CUDA device; use --optimizer adamw")
     try:
         from bitsandbytes.optim import PagedAdamW8bit
     except ImportError as error:
-        raise ValueError(f"--optimizer {name} needs bitsandbytes ({error}); use --optimizer adamw") from None
+        raise ValueError(f"--optimizer {cfg.optimizer} needs bitsandbytes ({error}); use --optimizer adamw") from None
     return PagedAdamW8bit(parameters, **settings)
 
 

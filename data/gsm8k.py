@@ -259,7 +259,7 @@ def _step(equation: str, steps: list[_Step], asked: set) -> tuple[_Step | None, 
     if not any(token in ("+", "-", "*", "/", "**", "//", "%") for token in tokens[1:]):
         return None, ""
     names = {step.name: step.value for step in steps}
-    exact = _value("".join(tokens), {})
+    exact = evaluate(parts[0])
     words = [_reuse(token, steps, asked) for token in tokens]
     # The steps before may be unrounded where the sentence rounds: its own numbers are the fallback.
     for candidate in (words, tokens):
@@ -269,6 +269,15 @@ def _step(equation: str, steps: list[_Step], asked: set) -> tuple[_Step | None, 
             name = f"step_{len(steps) + 1}"
             return _Step(name, result, stated), f"{name} = {code}"
     raise Refused("an annotation is false" if exact is not None else "an annotation cannot be computed")
+
+
+def evaluate(expression: str) -> Fraction | None:
+    """The exact value of what an annotation computes, "48/2" or "$1,200 x 20%"; None where it is no arithmetic, or
+    Python could not compute it either (a division by zero, an exponent above 64)."""
+    try:
+        return _value("".join(_tokens(expression)), {})
+    except Refused:
+        return None
 
 
 def _tokens(expression: str) -> list[str]:
@@ -284,7 +293,8 @@ def _tokens(expression: str) -> list[str]:
         position = match.end()
         token = _literal(number) if number else _PYTHON.get(sign, sign)
         if token == "%" and not re.match(r"\s*[\d.(]", expression[position:]):  # else it is a remainder
-            tokens[-1:] = ["(", tokens[-1], "/", "100", ")"] if tokens else ["%"]
+            begin = _operand(tokens)
+            tokens[begin:] = ["(", *tokens[begin:], "/", "100", ")"] if tokens else ["%"]
             continue
         if tokens and (number or token == "(") and (tokens[-1] == ")" or tokens[-1][-1].isdigit()):
             tokens.append("*")  # 2(3)
@@ -292,6 +302,16 @@ def _tokens(expression: str) -> list[str]:
     if not tokens:
         raise Refused("an annotation has no expression")
     return tokens
+
+
+def _operand(tokens: list[str]) -> int:
+    """Where the last operand begins: at a number, or at the parenthesis that the last token closes."""
+    depth = 0
+    for i in range(len(tokens) - 1, -1, -1):
+        depth += (tokens[i] == ")") - (tokens[i] == "(")
+        if depth <= 0:
+            return i
+    return 0
 
 
 def _literal(number: str) -> str:

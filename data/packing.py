@@ -47,8 +47,12 @@ class Rows:
     def __len__(self) -> int:
         return len(self.tokens_RT)
 
-    def __getitem__(self, part: slice) -> "Rows":
+    def __getitem__(self, part: slice | Tensor) -> "Rows":
         return Rows(self.tokens_RT[part], self.targets_RT[part], self.documents_RT[part], self.answer_RT[part])
+
+    def positions(self, loss_on: str) -> Tensor:
+        """Flat positions whose target the loss is of, the answers' or all; int64, on the CPU."""
+        return (self.targets_RT != IGNORE if loss_on == "all" else self.answer_RT).flatten().nonzero()[:, 0]
 
     @property
     def tokens(self) -> int:

@@ -151,10 +151,7 @@ def calculate(text: str) -> str:
     found = re.search(r"<<([^<>=]+)=$", text)
     if not found:
         return ""
-    try:
-        value = gsm8k._value("".join(gsm8k._tokens(found[1])), {})
-    except gsm8k.Refused:
-        return ""
+    value = gsm8k.evaluate(found[1])
     if value is None or abs(value) >= 10**15:
         return ""
     return (str(int(value)) if value.denominator == 1 else f"{float(value):.4f}".rstrip("0").rstrip(".")) + ">>"

@@ -1,8 +1,10 @@
-"""Generated answers to GSM8K problems: made in one stream, kept as they end, graded by every rule."""
+"""What a model makes of problems it was not trained on: the loss of their answers, and answers of its own, which are
+made in one stream, kept as they end, and graded by every rule."""
 
 import contextlib
 import hashlib
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -10,11 +12,41 @@ from typing import NamedTuple
 import torch
 
 from data.gsm8k import Problem
+from data.packing import Rows
 from data.prompts import Prompter, calculate
+from eval.calibration import Calibration
 from eval.gsm8k import Sample, grade_code, grade_text, scores
+from kernels import linear_score
 from model.decode import Request, decode
 from model.qwen3 import Qwen3
 from runlog import World, write_bytes
+
+
+@torch.no_grad()
+def heldout_metrics(
+    model: Qwen3, heldout: Rows, score, loss_on: str, world: World, *, rows: int, tail: float = 0.0, impl: str = "auto"
+) -> dict[str, float]:
+    """The training ``score`` and the calibration of every held-out target, of the answers or of all; ``rows`` of them
+    in one forward, split over the ranks."""
+    was_training = model.training
+    model.eval()
+    calibration = Calibration(world.device)
+    total = torch.zeros(2, dtype=torch.float64, device=world.device)
+    for begin in range(world.rank * rows, len(heldout), world.size * rows):
+        part = heldout[begin : begin + rows]
+        at = part.positions(loss_on)
+        y = part.targets_RT.flatten()[at].to(world.device)
+        hidden = model(part.tokens_RT.to(world.device), documents_BT=part.documents_RT.to(world.device))
+        hidden = hidden.flatten(0, 1)[at.to(world.device)]
+        loss, moments = linear_score(hidden, model.head_weight, y, score, reduction="sum", tail=tail, impl=impl)
+        calibration.update(moments)
+        total += torch.stack([loss.double(), torch.full_like(loss, len(at)).double()])
+    model.train(was_training)
+    calibration.all_reduce()
+    loss, count = world.all_reduce(total).tolist()
+    m = calibration.compute()
+    shown = {k: m[k] for k in ("nll", "ppl", "ece10", "brier", "accuracy", "entropy")}
+    return {"loss": loss / count, **shown, "eval_tokens": m["tokens"]}
 
 
 class Answers(NamedTuple):
@@ -96,6 +128,43 @@ def generate(
         return None
     made = _read(folder)
     return Answers([made[w] for w in wanted], totals[0], sum(w in done for w in wanted))
+
+
+def examine(
+    model: Qwen3,
+    problems: list[Problem],
+    prompter: Prompter,
+    folder: Path,
+    world: World,
+    *,
+    format: str,
+    k: Sequence[int],
+    samples: int = 0,
+    **how,
+) -> dict | None:
+    """Summary entries of the model's answers: generated (``how``: the arguments of `generate`), graded as ``format``
+    says, and written to ``folder``/outputs.jsonl, outputs_sampled.jsonl and verdicts.jsonl by rank 0. None where the
+    generation was stopped early; other ranks get nothing in it."""
+    began = time.perf_counter()
+    made = generate(model, problems, prompter, folder, world, samples=samples, **how)
+    if made is None or not world.main:
+        return None if made is None else {}
+    answers, new_tokens, reused = made
+    seconds = time.perf_counter() - began
+    entries, verdicts = grade(answers, problems, format, k)
+    write_jsonl(folder / "outputs.jsonl", [a for a in answers if not a["sample"]])
+    if samples:
+        write_jsonl(folder / "outputs_sampled.jsonl", [a for a in answers if a["sample"]])
+    write_jsonl(folder / "verdicts.jsonl", verdicts)
+    forget(folder)
+    return entries | {
+        "eval_problems": len(problems),
+        "eval_seconds": time.perf_counter() - began,
+        "generate_seconds": seconds,
+        "generated_tokens_per_second": new_tokens / seconds,
+        "outputs_reused": reused,
+        "outputs_at_limit": sum(a["ended"] == "length" for a in answers) / len(answers),
+    }
 
 
 def _read(folder: Path) -> dict[tuple[str, int], dict]:

@@ -16,8 +16,8 @@ for numbers. The comparison is numeric, where the harness compares strings after
 full stop: 18.00 is 18 here and not there.
 
 ``--format code``: an output is a program, or holds one in a fenced block (the last counts). It is run in eval.sandbox;
-its answer is the last number it printed. A program that did not end by itself with exit code 0 is invalid and wrong,
-whatever it printed before.
+its answer is the last number it printed, of a tuple or list its first element. A program that did not end by itself
+with exit code 0 is invalid and wrong, whatever it printed before.
 """
 
 import argparse
@@ -46,6 +46,8 @@ _AMOUNT = re.compile(
     rf"\s*[{_CURRENCY}%°]?\s*(?P<unit>[^\W\d_][^\d=+*/<>]*)?"
 )
 _NUMBER = re.compile(r"[-−]?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d{1,3})?|[-−]?\.\d+(?:[eE][-+]?\d{1,3})?")
+# A tuple or list as Python prints it, with a number in the first place.
+_SEQUENCE = re.compile(r"[(\[]([-+]?[\d.][\d.eE+-]*),(?: [^()\[\]]*)?[)\]]")
 # Every fence with its label, or the end of a block that is not Python would count as the start of one that is.
 _FENCE = re.compile(r"^```[ \t]*([^\s`]*)[^\n`]*\n(.*?)(?:^```[ \t]*$|\Z)", re.MULTILINE | re.DOTALL)
 _PYTHON = ("", "python", "py", "python3")
@@ -94,11 +96,15 @@ def parse_number(text: str | None) -> Fraction | None:
 def last_number(text: str) -> Fraction | None:
     """The last number in a program's output, its last line read as a whole first ("answer: 1/2" holds 2, "1/2" is 0.5).
 
+    Of a line that is a tuple or a list, "(7, 2)", the first element counts: Program of Thoughts' rule for a solver that
+    returns several values (Chen et al., 2022; ``floatify_ans`` in their code), which their verdicts follow.
     None where there is none; a last line of nan, inf or words is not skipped in favour of an earlier line.
     """
     line = text.rstrip().rpartition("\n")[2]
     if (value := parse_number(line)) is not None:
         return value
+    if several := _SEQUENCE.fullmatch(line.strip()):
+        return parse_number(several[1])
     found = _NUMBER.findall(line)
     return parse_number(found[-1]) if found else None
 

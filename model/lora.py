@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from model.hub import _read_json
-from model.qwen3 import Linear, Qwen3, load_qwen3
+from model.qwen3 import Linear, Qwen3, Qwen3Config, load_qwen3
 from model.weights import check_shapes, read_shapes, read_tensors, staged
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -320,6 +320,29 @@ def block_parameters(model: Qwen3) -> list[list[nn.Parameter]]:
     for layer in _adapted(model).values():
         blocks[layer.block] += [layer.lora_A, layer.lora_B]
     return blocks
+
+
+def flops_per_token(config: Qwen3Config, lora: LoRAConfig, block: int, loss_share: float = 1.0) -> float:
+    """FLOPs of one LoRA training step per token at sequence length ``block``.
+
+    PaLM's count (Chowdhery et al., 2022, appendix B: a multiply-add is 2, attention 12 L T H K without a discount for
+    its causal half, an embedding look-up and recomputation nothing), of what LoRA runs: a frozen matrix [out, in] takes
+    4 out in, forward and the gradient of its input, none of itself; an adapter of rank r takes 6 r (in + out). The head
+    takes 4 V D for each target of the loss, ``loss_share`` of all tokens. Nothing that trains is before the first
+    block's q, k and v, so that these have no gradient of an input; all three are taken to be adapted, or none.
+    """
+    c, r, total = config, lora.r, 0
+    D, K, H, J = c.hidden_size, c.head_dim, c.num_attention_heads, c.num_key_value_heads
+    for name, n_out, n_in in (
+        *(("q_proj", H * K, D), ("k_proj", J * K, D), ("v_proj", J * K, D), ("o_proj", D, H * K)),
+        *(("gate_proj", c.intermediate_size, D), ("up_proj", c.intermediate_size, D)),
+        ("down_proj", D, c.intermediate_size),
+    ):
+        adapter = r * (n_in + n_out) if name in lora.targets else 0
+        total += c.num_hidden_layers * (4 * n_out * n_in + 6 * adapter)
+        if name in ("q_proj", "k_proj", "v_proj"):
+            total -= 2 * n_out * n_in + (2 * r * n_in if adapter else 0)
+    return total + 12 * c.num_hidden_layers * block * H * K + 4 * loss_share * c.vocab_size * D
 
 
 def set_segments(model: Qwen3, answer_mask: Tensor | None) -> None:

@@ -10,8 +10,18 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from model import lora
-from model.lora import LoRAConfig, LoRALinear, NF4Linear, add_lora, load_adapter, load_base, save_adapter
-from model.qwen3 import load_qwen3, save_qwen3
+from model.lora import (
+    TARGETS,
+    LoRAConfig,
+    LoRALinear,
+    NF4Linear,
+    add_lora,
+    flops_per_token,
+    load_adapter,
+    load_base,
+    save_adapter,
+)
+from model.qwen3 import Qwen3, Qwen3Config, load_qwen3, save_qwen3
 
 # As in tests/test_qwen3.py: the order of fp32 sums costs under 1e-5 of logits of order 1 to 10; 1e-4 is promised.
 LOGITS_TOLERANCE = 1e-4
@@ -527,3 +537,31 @@ def test_bases_that_cannot_be_had_are_one_line(folder, monkeypatch):
     with pytest.raises(ValueError, match="pip install bitsandbytes, or take base 'bf16'") as error:
         load_base(folder, "nf4")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("targets, share", [(TARGETS, 1.0), (("q_proj", "k_proj", "v_proj", "up_proj"), 0.25)])
+def test_flops_are_those_torch_counts(targets, share):
+    """Forward and backward of a tiny model, its loss on a share of the tokens, exactly: torch counts products only, and
+    has to be told of the one in place."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from kernels import linear_score
+    from losses import ce
+
+    config = Qwen3Config(96, 32, 48, 3, 4, 2, head_dim=16, tie_word_embeddings=True)
+    lora = LoRAConfig(r=4, targets=targets)
+    torch.manual_seed(0)
+    model = Qwen3(config)
+    add_lora(model, lora)
+    tokens_BT = torch.randint(96, (2, 16))
+
+    def in_place(_, left, right, *args, out_shape=None, **kwargs):
+        return 2 * left[0] * left[1] * right[1]
+
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place})
+    with counter, sdpa_kernel(SDPBackend.MATH):
+        hidden = model(tokens_BT).flatten(0, 1)[: int(32 * share)]
+        loss, _ = linear_score(hidden, model.head_weight, tokens_BT.flatten()[: len(hidden)], ce, impl="torch")
+        loss.backward()
+    assert counter.get_total_flops() == 32 * flops_per_token(config, lora, 16, share)
