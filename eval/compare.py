@@ -53,6 +53,7 @@ class Run:
     summary: dict
     calibration: dict[tuple[str, str], Calibration]  # by split and "raw" or "scaled"
     samples: list[dict]
+    fot: list[dict]  # what a rule that measures decided
 
     @property
     def finished(self) -> bool:
@@ -130,7 +131,7 @@ def read_rows(path: Path, unfinished: bool) -> dict[str, list[dict]]:
     Of an ``unfinished`` run a last line without its newline is dropped: it was being written. A row at a step
     that its kind has passed means that the run went back to a checkpoint: what came after it is replaced.
     """
-    rows = {"train": [], "val": [], "event": []}
+    rows = {"train": [], "val": [], "event": [], "fot": []}
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else [""]
     tail = lines.pop()
     if tail and not unfinished:
@@ -173,7 +174,8 @@ def load_run(folder: str | Path) -> Run:
         raise ValueError(f"{folder / 'metrics.jsonl'} holds no train or val rows; the run has not logged anything yet")
     files["calibration"] = read_bins(folder / "calibration.json")
     samples = read_json(folder / "samples.json", list) or summaries_made(folder)
-    return Run(folder, train=rows["train"], val=rows["val"], events=rows["event"], samples=samples, **files)
+    found = {"train": rows["train"], "val": rows["val"], "events": rows["event"], "fot": rows["fot"]}
+    return Run(folder, samples=samples, **found, **files)
 
 
 def summaries_made(folder: Path, count: int = 3) -> list[dict]:

@@ -30,6 +30,7 @@ HUES = {
     "smoothing": "#E69F00",
 }
 OTHER = "#56B4E9"
+BOWL = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8a5a2b", "#7f7f7f", "#6a3d9a")
 STYLES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
 INK, FAINT = "#222222", "#8a8a8a"
 RC = {
@@ -346,6 +347,33 @@ def heat_maps(name: str, x_name: str, y_name: str, cells: dict[tuple, dict], spl
         ax.tick_params(length=0)
         ax.spines[:].set_visible(False)
     fig.suptitle(f"{name}: {split}", x=0.01, ha="left", fontsize=10)
+    return png(fig)
+
+
+@styled
+def bowl(rules: list) -> bytes:
+    """Validation NLL over the peak learning rate, a line a rule (eval.bowl.Rule)."""
+    fig = new_figure(8.2, 4.6)
+    ax = fig.subplots()
+    finite = [v for r in rules for lr in r.runs for v in r.nll(lr).values() if math.isfinite(v)]
+    for k, rule in enumerate(rules):
+        own = rule.config["schedule"] == "fot"
+        colour = INK if own else BOWL[k % len(BOWL)]
+        peaks = [lr for lr in sorted(rule.runs) if math.isfinite(rule.mean(lr))]
+        ax.plot(peaks, [rule.mean(lr) for lr in peaks], color=colour, label=rule.label, marker="o", markersize=3.5,
+                linewidth=2.2 if own else 1.3, linestyle=STYLES[k // len(BOWL) % len(STYLES)] if not own else
+                STYLES[sum(r.config["schedule"] == "fot" for r in rules[:k]) % len(STYLES)])  # fmt: skip
+        low, high = ([f(rule.nll(lr).values()) for lr in peaks] for f in (min, max))
+        ax.fill_between(peaks, low, high, color=colour, alpha=0.12, linewidth=0)
+    ax.set_xscale("log")
+    peaks = sorted({lr for r in rules for lr in r.runs})
+    ax.set_xticks(peaks, [f"{lr:g}" for lr in peaks])
+    ax.xaxis.set_minor_locator(ticker.NullLocator())
+    if finite:
+        low, high = min(finite), max(finite)
+        ax.set_ylim(low - 0.03 * (high - low), high + 0.03 * (high - low))
+    ax.set(xlabel="peak learning rate", ylabel="validation NLL (nats a token)")
+    fig.legend(loc="outside right center")
     return png(fig)
 
 

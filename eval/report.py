@@ -367,6 +367,7 @@ def grids(arms: list[Arm]) -> list[tuple[str, str, str, dict, str]]:
 
 def build(folders: list[str | Path], title: str = "") -> Report:
     """Reads the run folders and makes the whole report in memory. Raises ValueError, one line, for bad input."""
+    from eval.bowl import bowl_blocks
     from eval.gsm8k_tables import answer_blocks
 
     try:
@@ -378,7 +379,9 @@ def build(folders: list[str | Path], title: str = "") -> Report:
     plots.assign_colours(arms)
     done = [run for arm in arms for run in arm.finished]
     # The claims are of language models and of DPSM: without both there is nothing to hold against them.
-    claimed = any(a.loss == "dpsm" or a.config.get("script", "train_lm.py") == "train_lm.py" for a in arms)
+    bowls, pictures = bowl_blocks(arms)
+    trained = not bowls and any(a.config.get("script", "train_lm.py") == "train_lm.py" for a in arms)
+    claimed = trained or any(a.loss == "dpsm" for a in arms)
     found = verdicts(arms) if claimed else []
     report = Report(title or "Scorecast report", arms, find_warnings(arms) + warnings, found)
     blocks = report.blocks
@@ -400,16 +403,18 @@ def build(folders: list[str | Path], title: str = "") -> Report:
     blocks.append(("p", f"{what}. {count}, on {devices}. Written {datetime.datetime.now():%Y-%m-%d %H:%M}."))
     if report.warnings:
         blocks.append(("warn", report.warnings))
+    blocks += bowls
+    report.figures |= pictures
     for split, name in SPLITS.items():
         found = final_table(arms, split)
-        blocks += [("h", f"Results, {name}"), ("table", found)] if found else []
+        blocks += section(f"Results, {name}", [("table", found)] if found else [], folded=bool(bowls))
         made = summary_table(arms, split)
         blocks += [("h3", f"Summaries, {name}"), ("table", made)] if made else []
     if not done:
         blocks.append(("p", "No run has finished: there are curves, and no final numbers yet."))
     blocks += answer_blocks(arms)
-    deltas = delta_table(arms)
-    blocks += [("h", "Differences from CE, validation"), ("table", deltas)] if deltas else []
+    deltas = None if bowls else delta_table(arms)  # of CE there would be as many as there are rules
+    blocks += section("Differences from CE, validation", [("table", deltas)] if deltas else [])
 
     blocks += [("h", "The claims of DPSM"), ("p", VERDICT_NOTE)] if claimed else []
     for i, label in enumerate(dict.fromkeys(v.arm for v in report.verdicts)):
@@ -461,6 +466,13 @@ RELIABILITY_NOTE = (
 
 def plural(n: int, word: str) -> str:
     return f"{n} {word}" + ("s" if n != 1 else "")
+
+
+def section(heading: str, blocks: list[tuple], folded: bool = False) -> list[tuple]:
+    """``blocks`` under a heading, or to be unfolded; none where there are none."""
+    if not blocks:
+        return []
+    return [("fold", heading, blocks)] if folded else [("h", heading), *blocks]
 
 
 def write(report: Report, out: str | Path) -> None:
