@@ -9,10 +9,11 @@
 The rule, decided anew every W = 32 steps (eta: learning rate, u: Adam's direction, G: expected gradient, H: Hessian):
 
     lr     = peak * envelope(t) * m * gate * block
-    m      = clip(eta_opt / peak, 1/4, 4), with eta_opt = G'u / u'Hu, the step that gains most of the noisy quadratic
-             eta G'u - eta^2 u'Hu / 2. It begins at 1/4 and at most doubles in 40 steps, so that a peak which is too
-             high is found out on the way up: a network that was thrown far away early does not come back in the run.
-             Without a measurement its aim is 1
+    m      = clip(2 eta_opt / peak, 1/4, 4), with eta_opt = G'u / u'Hu, the step that gains most of the noisy quadratic
+             eta G'u - eta^2 u'Hu / 2. At 2 eta_opt a step gains nothing: there the loss under a constant learning rate
+             comes to rest, and the envelope's decay is what cashes in. Following eta_opt itself would decay twice.
+             m begins at 1/4 and at most doubles in 40 steps, so that a peak which is too high is found out on the way
+             up: a network that was thrown far away early does not come back in the run. Unmeasured, it aims at 1
     envelope  a warm-up, then linear to zero; where the forecast is sure, sd(D) / D < 1/2, with D = l(now) - l(T), the
              decay may wait or pause: of holding the learning rate for 0, 1/4, 1/2 or 3/4 of the steps that are left,
              and then falling to zero, that is planned whose forecast ends lowest
@@ -43,7 +44,7 @@ from schedules import ADAPTIVE, bacon_factor, lr_factor, snac_factor
 __all__ = ["CLOCK", "HUGE", "PARTS", "FoT", "Forecast", "Forecaster", "Prior", "literal_forecast", "parse_parts"]
 
 PARTS = ("envelope", "noise", "forecast", "gate", "blocks")
-RANGE, DOUBLING = 4.0, 40.0  # of m: its bounds, and the fewest steps to double in
+AIM, RANGE, DOUBLING = 2.0, 4.0, 40.0  # of m: its aim in eta_opt, its bounds, and the fewest steps to double in
 HOLDS, PLAN_EVERY = (0.0, 0.25, 0.5, 0.75), 2  # shares of the steps to come; decisions from plan to plan
 SAMPLES, SAMPLE_EVERY = 2, 8  # measurements of the gradient between decisions, and the fewest steps between two
 LITERAL_POINTS, LITERAL_LOWEST = 150, 0.01
@@ -341,7 +342,7 @@ class FoT(LRScheduler):
         if x:
             row["eta_opt"] = solve_step(x["slope"], x["curvature"], None)[0]
             row["infeasible"] = solve_step(x["slope"], x["curvature"], row["target"])[1]
-            aim = min(max(row["eta_opt"] / float(self.base_lrs[0]), 1 / RANGE), RANGE)
+            aim = min(max(AIM * row["eta_opt"] / float(self.base_lrs[0]), 1 / RANGE), RANGE)
         if self.careful:
             self.m = min(aim, self.m * 2 ** (self.every / DOUBLING))
             row["bound"] = bool(x) and aim in (1 / RANGE, RANGE)

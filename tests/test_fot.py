@@ -223,12 +223,12 @@ def test_the_envelope_alone_is_linear_to_zero():
 
 
 def test_m_begins_low_rises_slowly_and_follows_the_best_step():
-    """From the logged decisions: m is the best step over the peak, in its range, and no faster than DOUBLING up."""
+    """From the logged decisions: m is twice the best step over the peak, in its range, and no faster than DOUBLING."""
     lrs, fot, _ = drive("fot", falling(200), 200, parts=("envelope", "noise", "gate"), stop=197, seen=(rows := []))
     assert lrs[:4] == [0.1 / RANGE * lr_factor("linear", t, 200, warmup=0.1) for t in range(4)]
     m, rise, free = 1 / RANGE, 2 ** (4 / DOUBLING), 0
     for d in rows:
-        aim = min(max(d["eta_opt"] / 0.1, 1 / RANGE), RANGE) if d["eta_opt"] is not None else 1.0
+        aim = min(max(2 * d["eta_opt"] / 0.1, 1 / RANGE), RANGE) if d["eta_opt"] is not None else 1.0
         free += aim < m * rise
         m = min(aim, m * rise)
         assert d["gate"] == gate_of(d["h"]) and d["multiplier"] == pytest.approx(m * d["gate"], rel=1e-12)
