@@ -14,12 +14,14 @@ The rule, decided anew every W = 32 steps (eta: learning rate, u: Adam's directi
              comes to rest, and the envelope's decay is what cashes in. Following eta_opt itself would decay twice.
              m begins at 1/4 and at most doubles in 40 steps, so that a peak which is too high is found out on the way
              up: a network that was thrown far away early does not come back in the run. Unmeasured, it aims at 1
-    envelope  a warm-up, then linear to zero; where the forecast is sure, sd(D) / D < 1/2, with D = l(now) - l(T), the
+    envelope = a warm-up, then linear to zero; where the forecast is sure, sd(D) / D < 1/2 with D = l(now) - l(T), the
              decay may wait or pause: of holding the learning rate for 0, 1/4, 1/2 or 3/4 of the steps that are left,
-             and then falling to zero, that is planned whose forecast ends lowest
+             and then falling to zero, that is planned whose forecast ends lowest (every second decision)
     gate   = linear in h, the Fisher of an answer token over a prompt token's: 1.5 to h = 0.7, 1 at 1, 0.7 from 1.3
     block  = sqrt(the answer's share of the squared gradient) over its geometric mean, in [1/2, 2] at geometric mean 1
 
+Logged beside them: the descent that a step has to gain, D times its share of the envelope to come (``target``), and
+whether no step of the quadratic gains it (``infeasible``); ``bound`` says that m stands at an end of its range.
 `gradient_stats` says how G'u and u'Hu are measured. The published rule, "fot-literal", takes the largest lr with
 lr g^2 / (2 (sigma^2 + lam)) <= D / T_left: D from one Newton step on the last 150 losses, g^2 the batch's squared
 gradient norm, sigma^2 = tr(Sigma) / B, lam = u'Hu / u'u; its gate multiplies a state by 1.5 below h = 0.7 and by 0.7
