@@ -358,13 +358,15 @@ def main(argv: list[str] | None = None) -> int:
             rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(step))]
             size = min(size, math.ceil(len(rows) / 2))
         fisher = torch.zeros(4, dtype=torch.float64, device=device)  # sum and number, of the prompt and of the answer
-        denominator = torch.tensor(count / world.size, device=device)
+        denominator = runlog.to_device(torch.tensor(count / world.size), device)
         loss = torch.zeros((), device=device)
         for i in range(0, len(rows), size):
             part = rows[i : i + size]
             if cfg.segment_rms or "blocks" in reads:
                 set_segments(model, part.answer_RT if segments else None)
-            at = part.positions("all" if everything else cfg.loss_on)
+            # For the gate alone an eighth of the prompt's targets will do: their head costs as much as the answer's.
+            thin = 8 if gated and not probe and cfg.loss_on != "all" else 1
+            at = part.positions("all" if everything else cfg.loss_on, thin)
             answer = part.answer_RT.flatten()[at]
             inside = runlog.to_device(answer | (cfg.loss_on == "all"), device)
             y, answer = runlog.to_device(part.targets_RT.flatten()[at], device), runlog.to_device(answer, device)

@@ -22,13 +22,15 @@ All are linear in sums over the parameters, so samples, ranks and shards are ave
 sums stay on the device. A sample takes one pass over gradients and moments at one step and half of one at the next.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 FIELDS = ("samples", "g2", "noise", "slope", "after", "curvature", "step2", "batch2")
-CHUNK = 1 << 26  # parameters whose temporaries are held at a time
+# Parameters that are read at a time: on a GPU few kernels, on a CPU temporaries that stay in a core's cache.
+CHUNK = {"cuda": 1 << 26, "cpu": 1 << 16}
 
 
 class GradientStats:
@@ -42,32 +44,21 @@ class GradientStats:
         self.sharded = any(hasattr(p, "to_local") for group in optimizer.param_groups for p in group["params"])
         self.small: tuple[float, list[Tensor | None]] | None = None  # share and gradients of a micro-batch
 
-    def _groups(
-        self, small: list[Tensor | None] | None
-    ) -> Iterator[tuple[dict, list[tuple[list[Tensor], ...]], Tensor]]:
-        """(group, chunks of (gradients, mean, square, the micro-batch's gradients if there are), steps so far) of the
-        groups that Adam has begun to move."""
-        place = 0
+    def _groups(self, small: list[Tensor | None] | None) -> Iterator[tuple[tuple[float, ...], list, Tensor]]:
+        """((beta1, beta2, eps), (gradient, mean, square, and the micro-batch's gradient if there is) of each parameter
+        that Adam has begun to move, steps so far); one for all groups of these settings."""
+        found, steps, place = {}, {}, 0
         for group in self.optimizer.param_groups:
-            held, step = [], None
+            key = (float(group["betas"][0]), float(group["betas"][1]), float(group["eps"]))
             for p in group["params"]:
                 state, part = self.optimizer.state.get(p), small and small[place]
                 place += 1
                 if p.grad is not None and state and "exp_avg_sq" in state and (small is None or part is not None):
-                    held.append([_flat(x) for x in (p.grad, state["exp_avg"], state["exp_avg_sq"])])
-                    held[-1] += [] if small is None else [part.float()]
-                    step = torch.as_tensor(state["step"])
-            if not held:
-                continue
-            chunks, size = [[]], 0
-            for tensors in held:
-                if size and size + tensors[0].numel() > CHUNK:
-                    chunks.append([])
-                    size = 0
-                size += tensors[0].numel()
-                chunks[-1].append(tensors)
-            lists = [tuple(list(x) for x in zip(*chunk, strict=True)) for chunk in chunks]
-            yield group, lists, step.to(self.sums.device, torch.float64, non_blocking=True)
+                    tensors = [_flat(x) for x in (p.grad, state["exp_avg"], state["exp_avg_sq"])]
+                    found.setdefault(key, []).append(tensors + ([] if small is None else [part]))
+                    steps[key] = torch.as_tensor(state["step"])
+        for key, held in found.items():
+            yield key, held, steps[key].to(self.sums.device, torch.float64, non_blocking=True)
 
     @torch.no_grad()
     def micro(self, share: float) -> None:
@@ -75,12 +66,11 @@ class GradientStats:
         has on all ranks. ``.grad`` must hold that micro-batch's part of the batch's gradient (DDP: under no_sync)."""
         if not 0 < share < 1:
             return
-        # Of the micro-batch itself: DDP multiplies each rank's part by their number. In bfloat16 until the step, for
-        # the memory: its rounding is 2^-9 of an element and has no sign.
+        # In bfloat16 until the step, for the memory: its rounding is 2^-9 of an element and has no sign.
         self.small = (
             share,
             [
-                None if p.grad is None else (_flat(p.grad) / (share * self.ranks)).bfloat16()
+                None if p.grad is None else _flat(p.grad).bfloat16()
                 for group in self.optimizer.param_groups
                 for p in group["params"]
             ],
@@ -94,25 +84,32 @@ class GradientStats:
         measurements are of the unclipped gradient. A sample with a value that is not finite, or that the optimizer
         will skip (``found_inf``), is left out.
         """
-        (share, small), self.small = self.small or (None, None), None
+        (share, small), self.small = (self.small if begin else None) or (None, None), None
+        # From the part that was kept to the micro-batch's own gradient: DDP multiplies each rank's by their number.
+        scale = 1.0 if share is None else 1 / (share * self.ranks)
         parts = []
-        for group, chunks, step in self._groups(small if begin else None):
-            beta2, dots = float(group["betas"][1]), []
-            for g, m, v, *micro in chunks:
-                before = _root(v, beta2, step, float(group["eps"]))  # independent of g
-                dots.append([_dot(g, g), _dot(torch._foreach_div(g, before), m)])
-                if not begin:
-                    continue
-                mp = torch._foreach_div(m, before)
-                v = torch._foreach_mul(v, beta2)
-                new = (1 - beta2) * (share if micro else 1.0)
-                torch._foreach_addcmul_(v, *((micro[0], micro[0]) if micro else (g, g)), value=new)
-                root = _root(v, beta2, step + 1, float(group["eps"]))  # nearly the step's own; see the top
-                other = micro[0] if micro else m
-                op = torch._foreach_div(micro[0], root) if micro else mp
-                dots[-1] += [_dot(other, other), _dot(op, other), _dot(mp, mp)]
-                dots[-1].append(_dot(op, g) if micro else _dot(torch._foreach_div(g, root), g))
-            parts.append((float(group["betas"][0]), step, *(sum(d) for d in zip(*dots, strict=True))))
+        for (beta1, beta2, eps), held, step in self._groups(small):
+            # 1 / P = sqrt(v / bias) + eps = s (sqrt(v) + eps / s): s goes to the sums instead of to each element.
+            beta2 = max(beta2, 1e-12)  # it is divided by
+            s, new_s = (1 - beta2**step).rsqrt(), math.sqrt(beta2) * (1 - beta2 ** (step + 1)).rsqrt()
+            new, dots = (1 / beta2 - 1) * (1.0 if share is None else scale**2 * share), []
+            for g, m, v, *micro in _chunks(held, CHUNK[self.sums.device.type]):
+                mp = v.sqrt().add_(eps / s)
+                torch.div(m, mp, out=mp)  # independent of g
+                dots.append([torch.dot(mp, g)])
+                if begin:
+                    o = micro[0].float() if micro else g
+                    op = torch.addcmul(v, o, o, value=new).sqrt_().add_(eps / new_s)
+                    torch.div(o, op, out=op)  # nearly the step's own P; see the top
+                    other = o if micro else m
+                    dots[-1] += [torch.dot(g, g), torch.dot(other, other)]
+                    dots[-1] += [torch.dot(op if micro else mp, other), torch.dot(mp, mp), torch.dot(op, g)]
+            gm, *more = torch.stack([torch.stack(d) for d in dots]).sum(0, dtype=torch.float64).unbind()
+            if begin:
+                gg, oo, opo, mpmp, xpg = more
+                opo = opo * scale**2 / (s if share is None else new_s)
+                more = [gg, oo * scale**2, opo, mpmp / s**2, xpg * scale / new_s]
+            parts.append((beta1, step, gm / s, *more))
         if not parts:
             return
         found = getattr(self.optimizer, "found_inf", None)
@@ -121,7 +118,7 @@ class GradientStats:
         weight = torch.full_like(self.pending, 1.0 if self.sharded else 1 / self.ranks)
         weight[0] = 1 / self.ranks
         clip = torch.ones_like(skipped) if clipped_by is None else clipped_by.to(skipped)
-        after = clip * sum(gm / (1 - beta1**step) for beta1, step, _, gm, *_ in parts) * weight[1]
+        after = clip * sum(gm / (1 - beta1**step) for beta1, step, gm, *_ in parts) * weight[1]
         if lr > 0:
             n, g2, noise, slope, step2, batch2 = self.pending.unbind()
             ended = torch.stack([n, g2, noise, slope, after, (slope - after) / lr, step2, batch2])
@@ -131,16 +128,8 @@ class GradientStats:
         if not begin:
             return
         total = torch.zeros_like(self.pending[1:])
-        for (
-            beta1,
-            step,
-            gg,
-            gm,
-            oo,
-            opo,
-            mpmp,
-            xpg,
-        ) in parts:  # o: the micro-batch's gradient, else Adam's mean; x: o or g
+        # o: the micro-batch's gradient, else Adam's mean; x: o or g
+        for beta1, step, gm, gg, oo, opo, mpmp, xpg in parts:
             power = beta1**step
             bias, next_bias = 1 - power, 1 - power * beta1
             if small is not None:
@@ -168,16 +157,18 @@ def _flat(x: Tensor) -> Tensor:
     return x.detach().reshape(-1).float()
 
 
-def _root(v: list[Tensor], beta2: float, step: Tensor, eps: float) -> list[Tensor]:
-    """sqrt(v / bias correction) + eps: one over P."""
-    root = torch._foreach_sqrt(v)
-    torch._foreach_mul_(root, (1 - beta2**step).rsqrt().float())
-    torch._foreach_add_(root, eps)
-    return root
-
-
-def _dot(a: list[Tensor], b: list[Tensor]) -> Tensor:
-    return torch.stack([torch.dot(x, y) for x, y in zip(a, b, strict=True)]).sum(dtype=torch.float64)
+def _chunks(held: list[list[Tensor]], limit: int) -> Iterator[list[Tensor]]:
+    """The tensors of all parameters one after the other, in vectors of at most ``limit`` elements."""
+    waiting, size = [], 0
+    for tensors in held:
+        for pieces in zip(*(x.split(limit) for x in tensors), strict=True):
+            if size + pieces[0].numel() > limit:
+                yield [x[0] if len(x) == 1 else torch.cat(x) for x in zip(*waiting, strict=True)]
+                waiting, size = [], 0
+            waiting.append(pieces)
+            size += pieces[0].numel()
+    if waiting:
+        yield [x[0] if len(x) == 1 else torch.cat(x) for x in zip(*waiting, strict=True)]
 
 
 def keeps_moments(optimizer: torch.optim.Optimizer) -> bool:

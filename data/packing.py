@@ -50,9 +50,14 @@ class Rows:
     def __getitem__(self, part: slice | Tensor) -> "Rows":
         return Rows(self.tokens_RT[part], self.targets_RT[part], self.documents_RT[part], self.answer_RT[part])
 
-    def positions(self, loss_on: str) -> Tensor:
-        """Flat positions whose target the loss is of, the answers' or all; int64, on the CPU."""
-        return (self.targets_RT != IGNORE if loss_on == "all" else self.answer_RT).flatten().nonzero()[:, 0]
+    def positions(self, loss_on: str, every: int = 1) -> Tensor:
+        """Flat positions whose target the loss is of, the answers' or all; int64, on the CPU. Of all, only each
+        ``every``-th that is not an answer's."""
+        chosen = self.answer_RT
+        if loss_on == "all":
+            prompt = self.targets_RT != IGNORE
+            chosen = chosen | prompt if every == 1 else chosen | (prompt & (torch.arange(prompt.shape[1]) % every == 0))
+        return chosen.flatten().nonzero()[:, 0]
 
     @property
     def tokens(self) -> int:

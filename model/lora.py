@@ -379,7 +379,8 @@ def segment_rms(model: Qwen3, reset: bool = True) -> Tensor:
     segments = next(iter(_adapted(model).values())).segments
     if segments.squares is None:
         return torch.zeros(len(model.layers), 2)
-    elements = torch.tensor(segments.elements, dtype=torch.float32).clamp_(min=1).to(segments.squares.device)
+    elements = torch.tensor(segments.elements, dtype=torch.float32).clamp_(min=1)
+    elements = elements.to(segments.squares.device, non_blocking=True)
     rms = (segments.squares / elements[:, None]).sqrt_()
     if reset:
         segments.squares.zero_()
