@@ -472,21 +472,9 @@ def main(argv: list[str] | None = None) -> int:
             save()
         clock, meter = time.perf_counter(), energy.read()  # evaluation and checkpoints are not training time
     bar.close()
-    if ending:
-        run.log("event", step, event=ending, signal=stop.signal)
-    if ending == "diverged":
+    if (code := runlog.ends_here(run, ending, step, stop.signal)) is not None:
         stop.restore()
-        if world.main:
-            good = (run / "last.pt").exists()
-            advice = f"Last good checkpoint: {run}/last.pt" if good else "No checkpoint had been written; lower --lr"
-            print(f"{out}: the loss was not finite in three steps running; stopped at step {step}. {advice}",
-                  file=sys.stderr)
-        return runlog.finish(run, wandb_run, 1)
-    if ending == "stopped":
-        stop.restore()
-        if world.main:
-            print(f"{stop.signal}: saved {run / 'last.pt'} at step {step}; the same command with --resume goes on")
-        return runlog.finish(run, wandb_run, 0)
+        return runlog.finish(run, wandb_run, code)
 
     # -- final evaluation: answers to the test problems, and what they are worth ------------------
     memory = runlog.peak_memory(device)
@@ -522,12 +510,8 @@ def main(argv: list[str] | None = None) -> int:
         "tokens_per_second": rate, "train_seconds": train_seconds, "flops_per_token": flops,
         "mfu": rate * flops / (peak * world.size) if peak and rate else None,
         "padding": statistics.fmean(r["padding"] for r in rows) if rows else None,
-        "peak_memory_bytes": memory,
-        "peak_memory_of": "CUDA allocations" if device.type == "cuda" else "process resident set",
-        "energy_joules": joules if meter is not None else None,
-        "divergences": int(watch.read()["divergences"]), "skipped_steps": int(watch.read()["skipped"]),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU", "world_size": world.size,
-        "dtype": str(dtype).removeprefix("torch."), "base": cfg.base,
+        **runlog.system_entries(world, dtype, memory, joules if meter is not None else None, watch.read()),
+        "base": cfg.base,
         **({f"{cfg.schedule}_{k}": v for k, v in fot.counts.items()} if fot else {}),
     }
     runlog.write_json(run / "summary.json", summary)

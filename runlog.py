@@ -25,6 +25,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from schedules import averaged
+
 # ----------------------------------------------------------------------------------------------
 # command line
 
@@ -251,11 +253,16 @@ def to_device(t: Tensor, device: torch.device) -> Tensor:
 
 
 def training_state(model, optimizer) -> tuple[dict, dict]:
-    """State dicts of a plain, DDP or FSDP2 model and its optimizer. Every rank must call it."""
+    """State dicts of a plain, DDP or FSDP2 model and its optimizer; of Schedule-Free the weights are the averages, and
+    the optimizer's holds the iterate. Every rank must call it."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
     if hasattr(optimizer, "eval"):  # Schedule-Free, whose step torch's way of loading cannot take; it is never sharded
-        return model.state_dict(), optimizer.state_dict()
+        # What goes on is not what is evaluated.
+        iterate = {k: v.detach().clone() for k, v in model.state_dict().items()}
+        with averaged(optimizer):
+            weights = {k: v.detach().clone() for k, v in model.state_dict().items()}
+        return weights, optimizer.state_dict() | {"iterate": iterate}
 
     return get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
@@ -265,8 +272,8 @@ def restore_training_state(model, optimizer, checkpoint: dict) -> None:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
     if hasattr(optimizer, "eval"):
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        model.load_state_dict(checkpoint["optimizer"]["iterate"])
+        optimizer.load_state_dict({k: v for k, v in checkpoint["optimizer"].items() if k != "iterate"})
         return
     set_state_dict(
         model,
@@ -478,6 +485,36 @@ def start_wandb(project: str, out: Path, config: dict):
     import wandb
 
     return wandb.init(project=project, name=out.name, id=out.name, dir=str(out), config=config, resume="allow")
+
+
+def ends_here(run: RunFolder, ending: str | None, step: int, signal_name: str | None) -> int | None:
+    """Logs why the loop ended (diverged, stopped, early_stop; None: at its last step). The exit code of a run that ends
+    with it, after a line on rank 0 that says how to go on; None where the final evaluation follows."""
+    if ending:
+        run.log("event", step, event=ending, signal=signal_name)
+    if ending == "diverged" and run.world.main:
+        good = next((p for p in (run / "last.pt", run / "best.pt") if p.exists()), None)
+        advice = f"Last good checkpoint: {good}" if good else "No checkpoint had been written; lower --lr"
+        print(f"{run.path}: the loss was not finite in three steps running; stopped at step {step}. {advice}",
+              file=sys.stderr)  # fmt: skip
+    if ending == "stopped" and run.world.main:
+        print(f"{signal_name}: saved {run / 'last.pt'} at step {step}; the same command with --resume goes on")
+    return {"diverged": 1, "stopped": 0}.get(ending)
+
+
+def system_entries(world: World, dtype: torch.dtype, memory: int | None, joules: float | None, health: dict) -> dict:
+    """Entries of summary.json that every script has. ``health``: what ``DivergenceWatch.read`` gave at the end."""
+    cuda = world.device.type == "cuda"
+    return {
+        "peak_memory_bytes": memory,
+        "peak_memory_of": "CUDA allocations" if cuda else "process resident set",
+        "energy_joules": joules,
+        "divergences": int(health["divergences"]),
+        "skipped_steps": int(health["skipped"]),
+        "device": torch.cuda.get_device_name(world.device) if cuda else "CPU",
+        "world_size": world.size,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
 
 
 def finish(run: RunFolder, wandb_run, code: int) -> int:

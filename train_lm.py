@@ -11,7 +11,6 @@ is in its folder; `python -m eval.report runs/A runs/B --out DIR` compares runs.
 """
 
 import contextlib
-import copy
 import math
 import statistics
 import sys
@@ -311,8 +310,7 @@ def main(argv: list[str] | None = None) -> int:
     sums = torch.zeros(5, dtype=torch.float64, device=device)  # likewise: steps, loss, gradient norm, clipped, flipped
     watch = runlog.DivergenceWatch(device)
     if checkpoint:
-        runlog.restore_training_state(model, optimizer, checkpoint | {"model": checkpoint.get("iterate")
-                                                                      or checkpoint["model"]})
+        runlog.restore_training_state(model, optimizer, checkpoint)
         step, tokens_seen = checkpoint["step"], checkpoint["tokens_seen"]
         train_seconds, joules = checkpoint["train_seconds"], checkpoint["joules"]
         best, stale = checkpoint["best"], checkpoint["stale"]
@@ -339,10 +337,6 @@ def main(argv: list[str] | None = None) -> int:
     def save(is_best: bool) -> None:
         """last.pt and, if these are the best weights so far, best.pt. All ranks take part; rank 0 writes."""
         weights, moments = runlog.training_state(model, optimizer)
-        iterate = weights if cfg.schedule == FREE else None  # what goes on is not what is evaluated
-        if iterate:
-            with averaged(optimizer):
-                weights = copy.deepcopy(runlog.training_state(model, optimizer)[0])
         state = {"model": weights, "model_config": asdict(shape), "config": asdict(cfg), "step": step, "best": best,
                  "data_hash": corpus.train.hash,
                  "tokenizer": {"files": corpus.tokenizer.files(), "eos_id": corpus.tokenizer.eos_id}}
@@ -352,7 +346,7 @@ def main(argv: list[str] | None = None) -> int:
         total.load_state_dict(window.state_dict())
         total.all_reduce()
         run.save("last.pt", state | {
-            "optimizer": moments, "iterate": iterate, "alpha": alpha_of(step), "tokens_seen": tokens_seen,
+            "optimizer": moments, "alpha": alpha_of(step), "tokens_seen": tokens_seen,
             "stale": stale, "train_seconds": train_seconds, "joules": joules, "sums": sums.cpu(),
             "watch": watch.state.cpu(), "window": total.state_dict(), "fot": fot and fot.state_dict(),
             "rng": runlog.rng_states(world)})
@@ -484,19 +478,8 @@ def main(argv: list[str] | None = None) -> int:
         clock, meter = time.perf_counter(), energy.read()  # evaluation and checkpoints are not training time
     bar.close()
     stop.restore()
-    if ending:
-        run.log("event", step, event=ending, signal=stop.signal)
-    if ending == "diverged":
-        if world.main:
-            good = next((p for p in (run / "last.pt", run / "best.pt") if p.exists()), None)
-            advice = f"Last good checkpoint: {good}" if good else "No checkpoint had been written; lower --lr"
-            print(f"{out}: the loss was not finite in three steps running; stopped at step {step}. {advice}",
-                  file=sys.stderr)
-        return runlog.finish(run, wandb_run, 1)
-    if ending == "stopped":
-        if world.main:
-            print(f"{stop.signal}: saved {run / 'last.pt'} at step {step}; the same command with --resume goes on")
-        return runlog.finish(run, wandb_run, 0)
+    if (code := runlog.ends_here(run, ending, step, stop.signal)) is not None:
+        return runlog.finish(run, wandb_run, code)
 
     # -- final evaluation: of the file that stays, on every rank -----------------------------------
     memory = runlog.peak_memory(device)
@@ -524,14 +507,9 @@ def main(argv: list[str] | None = None) -> int:
         **entries,
         **{f"distinct_{n}": distinct_n([s["text"] for s in samples], n) for n in (1, 2)},
         "tokens_per_second": rate, "ms_per_step_median": median, "train_seconds": train_seconds,
-        "peak_memory_bytes": memory,
-        "peak_memory_of": "CUDA allocations" if device.type == "cuda" else "process resident set",
         "flops_per_token": flops, "mfu": rate * flops / (peak * world.size) if peak and rate else None,
-        "energy_joules": joules if meter is not None else None,
-        "divergences": int(watch.read()["divergences"]), "skipped_steps": int(watch.read()["skipped"]),
         "clip_rate": sum(r["clip_rate"] * r["steps"] for r in rows) / total if total else None,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU", "world_size": world.size,
-        "dtype": str(dtype).removeprefix("torch."),
+        **runlog.system_entries(world, dtype, memory, joules if meter is not None else None, watch.read()),
         **({f"{cfg.schedule}_{k}": v for k, v in fot.counts.items()} if fot else {}),
     }
     runlog.write_json(run / "calibration.json", bins)

@@ -274,7 +274,8 @@ def test_rules_that_measure_resume_exactly(rule, base, tmp_path, monkeypatch):
     assert decisions == rows(tmp_path / "run", "fot") and nll[-1] < nll[0]
     if rule == "schedule-free":  # the checkpoint has the averages, which were evaluated, and the iterate
         kept = runlog.load_checkpoint(tmp_path / "run" / "last.pt")
-        assert not decisions and any(not torch.equal(kept["model"][k], kept["iterate"][k]) for k in kept["model"])
+        iterate = kept["optimizer"]["iterate"]
+        assert not decisions and any(not torch.equal(w, iterate[k]) for k, w in kept["model"].items())
     else:
         assert [r["step"] for r in decisions] == [4, 8, 12]
         assert summary_of(tmp_path / "run")[f"{rule}_decisions"] == 3

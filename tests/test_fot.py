@@ -445,8 +445,9 @@ def test_train_lm_resumes_exactly_and_logs_each_decision(rule, base, tmp_path, m
         assert rows(tmp_path / "cut", kind) == rows(tmp_path / "whole", kind)
     if rule == "schedule-free":  # its averages are what is evaluated and kept, its iterates what goes on
         state = runlog.load_checkpoint(tmp_path / "whole" / "last.pt")
-        assert state["iterate"].keys() == state["model"].keys()
-        assert any(not torch.equal(state["iterate"][k], w) for k, w in state["model"].items())
+        iterate = state["optimizer"]["iterate"]
+        assert iterate.keys() == state["model"].keys()
+        assert any(not torch.equal(iterate[k], w) for k, w in state["model"].items())
         summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
         assert summary["val_nll"] == pytest.approx(rows(tmp_path / "whole", "val")[-1]["nll"], rel=1e-6)
         return
