@@ -15,7 +15,7 @@ from eval.stats import paired, summarize, verdict
 
 RIVALS_NOTE = (
     "Validation NLL, mean ± standard deviation over seeds, by peak learning rate; bold: the best of a column. Regret: "
-    "NLL less the lowest cell of this table, averaged over the peaks and seeds that every rule has finished."
+    "NLL less the lowest cell of this table, averaged over the grid; a dash for a rule that has not finished all of it."
 )
 CLAIMS_NOTE = (
     "Regret: differences of the mean regret, seed by seed. Best peak: differences at each rule's own best peak. Met, "
@@ -82,18 +82,19 @@ def bowls(arms: list[Arm]) -> list[tuple[str, list[Rule]]]:
     return result
 
 
-def common(rules: list[Rule]) -> tuple[list[float], list]:
-    """Peaks and seeds that every rule has."""
-    peaks = sorted(set.intersection(*(set(r.runs) for r in rules)))
-    seeds = [set(r.runs[lr]) for r in rules for lr in peaks]
-    return peaks, sorted(set.intersection(*seeds), key=str) if seeds else []
-
-
 def regrets(rules: list[Rule]) -> dict[str, dict]:
-    """label -> seed -> mean regret over the common peaks, nats a token."""
-    peaks, seeds = common(rules)
+    """label -> seed -> mean regret over the grid, nats a token; {} for a rule that lacks a part of the largest grid of
+    peaks and seeds, be it that a run diverged or has not ended: a mean over easier peaks is no regret."""
+    cells = {r.label: {(lr, seed) for lr, by in r.runs.items() for seed in by} for r in rules}
+    full = max(cells.values(), key=len)
+    peaks, seeds = sorted({lr for lr, _ in full}), sorted({seed for _, seed in full}, key=str)
     lowest = min(rule.mean(lr) for rule in rules for lr in rule.runs)
-    return {r.label: {s: statistics.fmean(r.nll(lr)[s] for lr in peaks) - lowest for s in seeds} for r in rules}
+    return {
+        r.label: {s: statistics.fmean(r.nll(lr)[s] for lr in peaks) - lowest for s in seeds}
+        if cells[r.label] >= full == {(lr, s) for lr in peaks for s in seeds}
+        else {}
+        for r in rules
+    }
 
 
 def spread(values: list[float], digits: int = 3) -> str:

@@ -54,7 +54,7 @@ def answer_table(arms: list[Arm]) -> Table:
             values = {seed: column.scale * v for seed, v in arm.values(column.key).items()}
             cell = spread(column, values, len(arm.finished))
             interval = arm.finished[0].summary.get(f"{column.key}_ci95") if len(values) == 1 else None
-            if interval:
+            if interval and None not in interval:  # of one problem there is none
                 low, high = (column.format(column.scale * v) for v in interval)
                 cell = cell._replace(sub=f"[{low}, {high}]")
             cells.append(cell)

@@ -72,7 +72,9 @@ def test_a_diverged_run_is_seen_and_spoils_no_other(tmp_path):
     [(_, rules)] = bowls(arms_of(*folders))
     heads, rows = rule_rows(rules)
     assert {r[0].text: r[4].text for r in rows}["fot"] == "-"
-    assert regrets(rules)["linear"][1] == pytest.approx((3.6 + 3.1) / 2 - 3.0)  # over the peaks that all have
+    assert regrets(rules)["linear"][1] == pytest.approx((3.6 + 3.1 + 3.5) / 3 - 3.0)
+    assert regrets(rules)["fot"] == {} and rows[-1][0].text == "fot" and rows[-1][5].text == "-"  # not flattered
+    assert claim_rows(rules)[0][3].text == "not comparable"
     last = claim_rows(rules)[-1]
     assert [c.text for c in last] == ["no divergence where linear has none", "1 of 3 peaks", "no", "not met"]
 

@@ -25,7 +25,8 @@ def write_run(folder, schedule: str, seed: int, right: set[int], format: str = "
     summary = {"steps": 10, "seed": seed, "val_nll": 2.0 + seed / 100, "val_ppl": 7.4, "invalid_programs": None}
     summary |= dict.fromkeys(("pass_at_1_strict", "pass_at_1_flexible", "pass_at_1_code"))
     for rule in rules:
-        summary |= {f"pass_at_1_{rule}": value, f"pass_at_1_{rule}_ci95": [value / 2, 2 * value]}
+        interval = [value / 2, 2 * value] if problems > 1 else [None, None]  # as the grader has it of one problem
+        summary |= {f"pass_at_1_{rule}": value, f"pass_at_1_{rule}_ci95": interval}
     verdicts = [
         {"id": f"test/{i}", "correct": {rule: i in right for rule in rules}, "sample": 0} for i in range(problems)
     ] + [{"id": "test/0", "correct": {rule: True for rule in rules}, "sample": 1}]
@@ -56,6 +57,12 @@ def test_arms_are_compared_by_problem(tmp_path):
     shown = {row[0].text: row for row in answer_table(arms).rows}
     assert len(shown) == 3
     assert any(cell.text == "30.00" and cell.sub == "[15.00, 60.00]" for row in shown.values() for cell in row)
+
+
+def test_one_problem_has_no_interval(tmp_path):
+    write_run(tmp_path / "a", "cosine", 1, {0}, problems=1)
+    [row] = answer_table(group_arms([load_run(tmp_path / "a")])[0]).rows
+    assert [(c.text, c.sub) for c in row if c.text == "100.00"] == [("100.00", "")] * 2
 
 
 def test_report_of_runs_on_gsm8k(tmp_path, capsys):
