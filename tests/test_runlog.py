@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import re
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,3 +122,33 @@ def test_a_broken_recipe_is_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         recipe_run.main([str(tmp_path / "r.toml")])
     assert stopped.value.code == 2 and re.search("r.toml is not TOML", capsys.readouterr().err)
+
+
+def test_recipes_run_side_by_side_go_on_and_say_what_failed(corpus, tmp_path, monkeypatch, capfd):
+    """Two runs at a time, each in its folder with its log, then their report; what has finished is left alone, and a run
+    that fails is named with its log."""
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    recipe = tmp_path / "two.toml"
+    recipe.write_text(
+        f'script = "train_lm.py"\nout = "{tmp_path / "runs"}"\n[flags]\ndata = "{corpus}"\ncache = "{tmp_path / "cache"}"\n'
+        'tokenizer = "bpe:320"\nmodel = "pico"\nseq_len = 32\nbatch = 4\nsteps = 3\nsample_tokens = 2\ndevice = "cpu"\n'
+        "[grid]\nseed = [1, 2, 3]\n"
+    )
+    try:
+        assert recipe_run.main([str(recipe), "--jobs", "2"]) == 0
+        done = [tmp_path / "runs" / f"seed{seed}" for seed in (1, 2, 3)]
+        assert all((d / "summary.json").exists() and "validation ppl" in (d.parent / f"{d.name}.log").read_text()
+                   for d in done)  # fmt: skip
+        assert (tmp_path / "runs" / "report" / "report.md").exists()
+        before = [(d / "summary.json").stat().st_mtime_ns for d in done]
+        capfd.readouterr()
+        assert (
+            recipe_run.main([str(recipe), "--jobs", "2", "--set", "loss=nonsense", "--out", str(tmp_path / "b")]) != 0
+        )
+        assert f"{tmp_path / 'b' / 'seed1'}.log" in capfd.readouterr().err
+        assert recipe_run.main([str(recipe), "--jobs", "2"]) == 0
+        assert before == [(d / "summary.json").stat().st_mtime_ns for d in done]
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
