@@ -125,13 +125,14 @@ def test_a_broken_recipe_is_one_line(tmp_path, capsys):
 
 
 def test_recipes_run_side_by_side_go_on_and_say_what_failed(corpus, tmp_path, monkeypatch, capfd):
-    """Two runs at a time, each in its folder with its log, then their report; what has finished is left alone, and a run
-    that fails is named with its log."""
+    """Two runs at a time, each in its folder with its log, then their report; what has finished is left alone, and a
+    run that fails is named with its log."""
     handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     recipe = tmp_path / "two.toml"
     recipe.write_text(
-        f'script = "train_lm.py"\nout = "{tmp_path / "runs"}"\n[flags]\ndata = "{corpus}"\ncache = "{tmp_path / "cache"}"\n'
+        f'script = "train_lm.py"\nout = "{tmp_path / "runs"}"\n[flags]\ndata = "{corpus}"\n'
+        f'cache = "{tmp_path / "cache"}"\n'
         'tokenizer = "bpe:320"\nmodel = "pico"\nseq_len = 32\nbatch = 4\nsteps = 3\nsample_tokens = 2\ndevice = "cpu"\n'
         "[grid]\nseed = [1, 2, 3]\n"
     )
