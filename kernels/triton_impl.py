@@ -6,27 +6,28 @@ CPU tensors under TRITON_INTERPRET=1, which must be set before this module is im
 
 moments_kernel   one read of a row: its Stats
 gradient_kernel  one read and one write: p_j (a + c p_j) + b + t [p_j in tail] over or beside the logits
-score_kernel     a score of triton_scores from logits to Stats, loss, Fisher and gradient in one launch. A
-                 row that fits on chip is read once and held as loaded; a longer one is read a second
-                 time from its end, where the cache still has it.
+score_kernel     a score of triton_scores from logits to Stats, loss, Fisher and gradient in one launch. It holds
+                 the beginning of a row on chip as loaded, up to HELD vectors a lane, and reads that once: all of
+                 50257 bf16 logits. What is longer it reads on, and a second time from its end, where the cache
+                 still has it.
 
 What makes them fast, and what ``python -m kernels.audit`` checks without a GPU:
 
-16-byte accesses for any V. A row of an odd number of 2-byte logits starts anywhere, so a program starts
-at the last 16-byte boundary before its row (never before the tensor) and ends at the first one after it;
-what is not of the row is masked in registers. Such an access shares its 16 bytes with a valid element, so
-it cannot touch a page that the tensor does not. Only whole vectors of the row are stored 16 bytes at a
-time, and the at most two broken ones element by element.
+16-byte accesses for any V. A row of an odd number of 2-byte logits starts anywhere, so that its first and its last
+vector of 16 bytes may be another row's too. Those two and the target's are left out, and their elements dealt to
+lanes one by one. No lane masks an element, and no element needs a comparison.
 
-One exponential an element. A lane keeps its own running maximum over the K x W elements it reads at a
-time, and rescales its sums once for all of them; no lane waits for another before the row is done.
+Few instructions an element, which on this hardware is what keeps a kernel of one exponential from running at the
+speed of memory: about 19 for loss, all moments, Fisher and gradient. Two logits stay in the register in which they
+came, maxima are taken of both at once, the powers go into their sums by fused multiply-adds, and two FADDs and a
+test that bring nothing (of minus infinity, of ties) wait for the row's sums to show that they are needed; the
+few rows that have such entries are gone through once more.
 
-No comparison an element. The target, the ends of the row, ties at the maximum and logits of -inf are
-looked for in the few blocks, or rows, that can have them.
+No lane waits for another before its part of the row is done: each has its own maximum, and moves its sums to another
+by a power of two.
 """
 
 import contextlib
-import functools
 import os
 
 import torch
@@ -37,30 +38,43 @@ from torch import Tensor
 from kernels import triton_scores
 from kernels.moments import Coefficients, Stats
 from kernels.triton_rows import (
+    FILL,
     LOG2E,
-    add_powers,
+    add_blocks,
+    add_edge,
+    add_word,
+    base_of,
+    careful_sums,
+    edge,
+    element,
+    entries_of,
     finish_row,
     gradient_of,
-    held_piece,
-    is_broken,
-    off_target,
-    online_sums,
+    higher,
+    is_whole,
+    load_words,
+    lowest,
+    needs_care,
+    no_sums,
+    over_lanes,
+    part_of,
     per_lane,
     place,
-    slot_numbers,
-    store_row,
-    unpacked,
+    store_gradient,
+    store_words,
+    top_of,
 )
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CAN_KEEP_W = False
 SCORES = triton_scores.SCORES
 
-# Elements of a row that score_kernel holds in a lane's registers, 8 warps a row: bf16 as loaded, two to a
-# register (V up to 51 k on Hopper; compiled for Ampere, the same code needs a few registers more than there
-# are), other types in fp32 (V up to 16 k). kernels.audit shows what fits without spilling.
-RESIDENT_HOPPER, RESIDENT_AMPERE, RESIDENT_FP32 = 200, 160, 64
+# Vectors of a row that score_kernel holds in a lane's registers, 4 each, where that is the whole row, and where more
+# follows; and the registers that it may take: two programs of 8 warps (V up to 51 k in bf16) or one of 16 a
+# multiprocessor. kernels.audit shows what fits without spilling, kernels.bench --paths what is fast.
+HELD, HELD_OF_MORE, REGISTERS, MOST_WARPS = 25, 18, 128, 16
 VECTOR_BYTES = 16
+LEFT = tl.constexpr(2)  # what score_kernel writes to ``correct`` of a row that it has left to rest_kernel
 
 
 # The number of tokens, which stats_stride is, says nothing of alignment: without this an odd one, or 1, compiles anew.
@@ -75,6 +89,7 @@ def moments_kernel(
     tail,
     V,
     TAIL: tl.constexpr,
+    PACKED: tl.constexpr,
     K: tl.constexpr,
     R: tl.constexpr,
     W: tl.constexpr,
@@ -83,29 +98,50 @@ def moments_kernel(
     row = tl.program_id(0).to(tl.int64)
     y = tl.load(targets_ptr + row).to(tl.int32)
     z_y = tl.load(z_ptr + row * z_stride + y).to(tl.float32)
-    lo, shift, end = place(row, z_stride, V, W)
-    slots = slot_numbers(K, R, W)
-    BLOCK: tl.constexpr = K * R * W
-    top, sums = online_sums(z_ptr, lo, shift, end, V, y, slots, K, R, W)
+    origin, shift, first, last, ty = place(row, z_stride, V, y, W)
+    none = tl.zeros([R], tl.float32)
+    z_e, _at, _mine, off = edge(z_ptr, origin, shift, first, last, ty, V, y, R, W)
+    top, count, sums = add_edge(none + FILL, none, (none, none, none, none, none, none), z_e, off, R)
+    top, count, sums = add_blocks(z_ptr, origin, 0, first, last, ty, top, count, sums, K, R, W, PACKED)
+    top, sums = over_lanes(top, count, sums)
     out = stats_ptr + row
-    ref, w, _log_p, _r1, p_y, n, _r2, _r3, _r4, _mean, off, target_log_p, y_live = finish_row(
-        out, stats_stride, correct_ptr + row, True, z_ptr, lo, shift, end, V, y, z_y, top, sums, slots, BLOCK
+    live, beaten = V - 1.0, z_y <= top
+    if needs_care(top, sums[5], z_y):
+        top, sums, live, beaten = careful_sums(z_ptr, origin, shift, last, V, y, z_y, True, R, W)
+    ref, w, _log_p, _r1, p_y, n, _r2, _r3, _r4, _mean, off_log, target_log_p, y_live = finish_row(
+        out, stats_stride, correct_ptr + row, True, z_y, top, sums, live, beaten
     )
     if TAIL:
         # A second read, of a row that is still in the cache.
-        k = 0.0
-        tail_t = 0.0
-        for start in range(0, end, BLOCK):
-            i = start + slots
-            z = tl.load(z_ptr + lo + i, mask=i < end, other=float("-inf")).to(tl.float32)
-            z = off_target(z, i - shift, V, y)
-            inside = (tl.exp2((z - ref) * LOG2E) * w < tail / n) & (z != float("-inf"))
-            k += tl.sum(per_lane(inside.to(tl.float32)), 0)
-            tail_t += tl.sum(per_lane(tl.where(inside, z - ref, 0.0)), 0)
+        k = tl.zeros([R, 4], tl.float32)
+        tail_t = tl.zeros([R, 4], tl.float32)
+        for start in range(0, last + 1, R):
+            for half in tl.static_range(W // 4):
+                z, _j = element(z_ptr, origin, start + tl.arange(0, R), half, shift, V, y, W)
+                inside = (tl.exp2((z - ref) * LOG2E) * w < tail / n) & (z != float("-inf"))
+                k += inside.to(tl.float32)
+                tail_t += tl.where(inside, z - ref, 0.0)
+        k = tl.sum(tl.sum(k, 1), 0)
+        tail_t = tl.sum(tl.sum(tail_t, 1), 0)
         y_in = tl.where(p_y < tail / n, y_live, 0.0)
-        tl.store(out + 4 * stats_stride, (tail_t + k * off + y_in * target_log_p) / n)
+        tl.store(out + 4 * stats_stride, (tail_t + k * off_log + y_in * target_log_p) / n)
         tl.store(out + 11 * stats_stride, k + y_in)
         tl.store(out + 12 * stats_stride, k)
+
+
+@triton.jit
+def any_gradient(z, ref, scale, a, c, b, t, limit, HAS_C: tl.constexpr, HAS_B: tl.constexpr, HAS_T: tl.constexpr):
+    """p (a + c p) + b + t [p < limit] with p = scale exp(z - ref), of any z, 0 for -inf."""
+    p = tl.exp2((z - ref) * LOG2E) * scale
+    factor = a
+    if HAS_C:
+        factor = tl.fma(p, c, a)
+    g = p * factor
+    if HAS_B:
+        g += tl.where(z != float("-inf"), b, 0.0)
+    if HAS_T:
+        g += tl.where((p < limit) & (z != float("-inf")), t, 0.0)
+    return g
 
 
 @triton.jit
@@ -134,38 +170,58 @@ def gradient_kernel(
     R: tl.constexpr,
     W: tl.constexpr,
 ):
-    """One program a block of a row: p_j (a + c p_j) + b + t [p_j in tail], and ``target`` at y."""
+    """One program K vectors a lane of a row: p_j (a + c p_j) + b + t [p_j in tail], and ``target`` at y."""
+    DTYPE: tl.constexpr = z_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
-    BLOCK: tl.constexpr = K * R * W
-    start = tl.program_id(1) * BLOCK
     y = tl.load(targets_ptr + row).to(tl.int32)
-    lo, shift, end = place(row, z_stride, V, W)
-    slots = slot_numbers(K, R, W)
-    i = start + slots
-    broken = is_broken(start, shift, V, y, BLOCK)
-    z = tl.load(z_ptr + lo + i, mask=i < end, other=float("-inf")).to(tl.float32)
-    if broken:
-        z = off_target(z, i - shift, V, y)
-    total = tl.load(sum_ptr + row)
-    in_loss = True
-    if HAS_MASK:
-        in_loss = tl.load(mask_ptr + row) != 0
-        total = tl.where(in_loss, total, 1.0)
-    p = tl.exp2((z - tl.load(ref_ptr + row)) * LOG2E) * (tl.load(r1_ptr + row) / total)
-    factor = tl.load(a_ptr + row)
-    if HAS_C:
-        factor += tl.load(c_ptr + row) * p
-    g = p * factor
-    if HAS_B:
-        g += tl.where(z != float("-inf"), tl.load(b_ptr + row), 0.0)
-    if HAS_T:
-        in_tail = (p < tail / tl.maximum(tl.load(support_ptr + row), 1.0)) & (z != float("-inf"))
-        g += tl.where(in_tail, tl.load(t_ptr + row), 0.0)
-    if broken:
-        g = tl.where(i - shift == y, tl.load(target_ptr + row), g)
+    origin, shift, first, last, ty = place(row, z_stride, V, y, W)
     if HAS_MASK:  # an ignored row and its coefficients may hold anything
-        g = tl.where(in_loss, g, 0.0)
-    store_row(out_ptr, lo, start, slots, shift, V, g.to(out_ptr.dtype.element_ty), broken, W)
+        on = tl.load(mask_ptr + row) != 0
+    ref = tl.load(ref_ptr + row)
+    scale = tl.load(r1_ptr + row) / tl.load(sum_ptr + row)
+    a, c, b, t = tl.load(a_ptr + row), tl.load(c_ptr + row), tl.load(b_ptr + row), tl.load(t_ptr + row)
+    limit = tail / tl.maximum(tl.load(support_ptr + row), 1.0)
+    start = tl.program_id(1) * (K * R)
+    lane = tl.arange(0, R)
+    for k in tl.static_range(K):
+        v = start + k * R + lane
+        live = is_whole(v, first, last, ty, True, True)
+        word = load_words(z_ptr, origin, v, live)
+        low = any_gradient(part_of(word, 0, 0, DTYPE), ref, scale, a, c, b, t, limit, HAS_C, HAS_B, HAS_T)
+        high = low
+        if DTYPE != tl.float32:
+            high = any_gradient(part_of(word, 1, 0, DTYPE), ref, scale, a, c, b, t, limit, HAS_C, HAS_B, HAS_T)
+        if HAS_MASK:
+            low, high = tl.where(on, low, 0.0), tl.where(on, high, 0.0)
+        store_words(out_ptr, origin, v, live, low, high, R)
+    if tl.program_id(1) == 0:
+        z, at, mine, off = edge(z_ptr, origin, shift, first, last, ty, V, y, R, W)
+        g = any_gradient(z, ref, scale, a, c, b, t, limit, HAS_C, HAS_B, HAS_T)
+        g = tl.where(off, g, tl.load(target_ptr + row))
+        if HAS_MASK:
+            g = tl.where(on, g, 0.0)
+        tl.store(out_ptr + at, g.to(out_ptr.dtype.element_ty), mask=mine)
+
+
+@triton.jit
+def scored(
+    out, stride, correct_ptr, loss_ptr, fisher_ptr, knob_ptr, keep, z_y, top, sums, live, beaten, SCORE: tl.constexpr
+):
+    """Stats, loss and Fisher of a row from its sums, stored; the coefficients of its gradient, e (a + c e) + b with e
+    relative to the maximum, its value at the target, and the maximum."""
+    ref, w, log_p, r1, p_y, n, r2, r3, r4, mean_log_p, _off, _target_log_p, _y_live = finish_row(
+        out, stride, correct_ptr, keep, z_y, top, sums, live, beaten
+    )
+    loss, g0, g1, g2, gm = SCORE(log_p, r1, r2, mean_log_p, p_y, tl.load(knob_ptr))
+    tl.store(loss_ptr, tl.where(keep, loss, 0.0))
+    # As derived at the head of moments.py.
+    c = 2.0 * g2
+    a = -g0 + g1 * p_y - c * r2 - gm
+    b = gm / n
+    target = -(a * r1 + c * r2 + (n - 1.0) * b)
+    fisher = a * a * r2 + 2.0 * a * c * r3 + c * c * r4 + 2.0 * b * (a * r1 + c * r2) + (n - 1.0) * b * b
+    tl.store(fisher_ptr, tl.where(keep, fisher + target * target, 0.0))
+    return a * w, c * w * w, b, target, ref
 
 
 @triton.jit(do_not_specialize=["stats_stride"])
@@ -189,6 +245,7 @@ def score_kernel(
     HAS_WEIGHTS: tl.constexpr,
     GRADIENT: tl.constexpr,
     PIECES: tl.constexpr,
+    MORE: tl.constexpr,
     PACKED: tl.constexpr,
     K: tl.constexpr,
     R: tl.constexpr,
@@ -196,95 +253,147 @@ def score_kernel(
 ):
     """One program a row: Stats, the loss, |dL/dz|^2, and the gradient of weight * loss to ``out``.
 
-    PIECES > 0: the row is held on chip in that many blocks. A row outside the loss is not read at all.
+    The first PIECES vectors of each lane are held on chip; MORE: what follows is read K vectors a lane at a time, and
+    for the gradient again. What is rare is left to rest_kernel, and said so in ``correct``.
     """
+    DTYPE: tl.constexpr = z_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
-    BLOCK: tl.constexpr = K * R * W
-    minus_inf = float("-inf")
+    correct_ptr += row
+    if HAS_MASK:
+        if tl.load(mask_ptr + row) == 0:
+            tl.store(correct_ptr, LEFT)
+            return
     y = tl.load(targets_ptr + row).to(tl.int32)
+    origin, shift, first, last, ty = place(row, z_stride, V, y, W)
+    lane = tl.arange(0, R)
+
+    # Straight code, no branch between the pieces: the assembler would spill the row at each of them.
+    held = ()
+    for k in tl.static_range(PIECES):
+        live = is_whole(k * R + lane, first, last, ty, k == 0, MORE or k >= PIECES - 2)
+        held = held + (load_words(z_ptr, origin, k * R + lane, live),)
+    best = lowest(R, PACKED)
+    for k in tl.static_range(PIECES):
+        best = higher(best, held[k], DTYPE, PACKED)
+    new_top = top_of(best, PACKED)
+    base = base_of(new_top)
+    fresh = no_sums(R)
+    for k in tl.static_range(PIECES):
+        live = is_whole(k * R + lane, first, last, ty, k == 0, MORE or k >= PIECES - 2)
+        fresh = add_word(held[k], live, base, tl.num_programs(1) - 1, fresh, R, DTYPE)
+    sums = per_lane(fresh)
+    count = entries_of(lane, tl.minimum(last, PIECES * R), first, ty, R, W)
+    z_e, at, _mine, off = edge(z_ptr, origin, shift, first, last, ty, V, y, R, W)
+    top, count, sums = add_edge(new_top, count, sums, z_e, off, R)
+    if MORE:
+        top, count, sums = add_blocks(z_ptr, origin, PIECES * R, first, last, ty, top, count, sums, K, R, W, PACKED)
+    top, sums = over_lanes(top, count, sums)
+
+    z_y = tl.load(z_ptr + row * z_stride + y).to(tl.float32)
+    if needs_care(top, sums[5], z_y):
+        tl.store(correct_ptr, LEFT)
+        return
+    out = stats_ptr + row
+    aw, cw, b, target, ref = scored(
+        out, stats_stride, correct_ptr, loss_ptr + row, fisher_ptr + row, knob_ptr, True, z_y, top, sums, V - 1.0,
+        z_y <= top, SCORE,
+    )  # fmt: skip
+    if GRADIENT:
+        # Read back, so that the compiler holds the row as it was loaded and not its exponentials.
+        tl.debug_barrier()
+        ref = tl.load(out + 13 * stats_stride, volatile=True)
+        zero = tl.num_programs(2) - 1
+        row += zero
+        lane += zero
+        y = tl.load(targets_ptr + row).to(tl.int32)
+        origin, shift, first, last, ty = place(row, z_stride, V, y, W)
+        if HAS_WEIGHTS:
+            weight = tl.load(weights_ptr + row)
+            on = weight != 0.0  # 0 times an infinite loss is no gradient
+            aw, cw = tl.where(on, aw * weight, 0.0), tl.where(on, cw * weight, 0.0)
+            b, target = tl.where(on, b * weight, 0.0), tl.where(on, target * weight, 0.0)
+        tl.store(out_ptr + row * z_stride + y, target.to(out_ptr.dtype.element_ty))
+        base = base_of(ref)
+        scale = tl.exp2(tl.fma(-ref, LOG2E, base))  # exponentials are relative to base, coefficients to the maximum
+        aw, cw = aw * scale, cw * scale * scale
+        if MORE:
+            blocks = (tl.maximum(last - PIECES * R, 0) + K * R - 1) // (K * R)
+            for n_block in range(0, blocks):
+                start = PIECES * R + (blocks - 1 - n_block) * (K * R)
+                for k in tl.static_range(K):
+                    v = start + k * R + lane
+                    live = is_whole(v, first, last, ty, True, True)
+                    word = load_words(z_ptr, origin, v, live)
+                    store_gradient(out_ptr, origin, v, live, word, 0, base, aw, cw, b, HAS_B, R, DTYPE)
+        for k in tl.static_range(PIECES):
+            live = is_whole(k * R + lane, first, last, ty, k == 0, MORE or k >= PIECES - 2)
+            store_gradient(out_ptr, origin, k * R + lane, live, held[k], zero, base, aw, cw, b, HAS_B, R, DTYPE)
+        z_e, at, _mine, off = edge(z_ptr, origin, shift, first, last, ty, V, y, R, W)
+        g = gradient_of(tl.fma(z_e, LOG2E, -base), aw, cw, b, HAS_B)
+        tl.store(out_ptr + at, g.to(out_ptr.dtype.element_ty), mask=off)
+
+
+@triton.jit(do_not_specialize=["stats_stride"])
+def rest_kernel(
+    z_ptr,
+    z_stride,
+    out_ptr,
+    targets_ptr,
+    mask_ptr,
+    weights_ptr,
+    knob_ptr,
+    stats_ptr,
+    stats_stride,
+    correct_ptr,
+    loss_ptr,
+    fisher_ptr,
+    V,
+    SCORE: tl.constexpr,
+    HAS_B: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    R: tl.constexpr,
+    W: tl.constexpr,
+):
+    """What score_kernel has left: rows outside of the loss, which are not read and get 0 everywhere, and those that
+    ``needs_care`` names."""
+    DTYPE: tl.constexpr = z_ptr.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64)
+    correct_ptr += row
+    if tl.load(correct_ptr) != LEFT:
+        return
+    y = tl.load(targets_ptr + row).to(tl.int32)
+    origin, shift, first, last, ty = place(row, z_stride, V, y, W)
+    lane = tl.arange(0, R)
     keep = True
     if HAS_MASK:
         keep = tl.load(mask_ptr + row) != 0
-    lo, shift, end = place(row, z_stride, V, W)
-    slots = slot_numbers(K, R, W)
-    read = end
-    if HAS_MASK:
-        read = tl.multiple_of(tl.where(keep, end, 0), W)
-
-    if PIECES > 0:
-        # Straight code, no branch between the pieces: ptxas would spill the row at each of them.
-        held = ()
-        lanes = tl.zeros([R], tl.float32) + minus_inf
-        for k in tl.static_range(PIECES):
-            left = tl.multiple_of(read - k * BLOCK, W)
-            held = held + (tl.load(z_ptr + lo + k * BLOCK + slots, mask=slots < left, other=minus_inf),)
-        for k in tl.static_range(PIECES):
-            z = held_piece(held[k], 0, slots, shift - k * BLOCK, V, y, (k == 0) or (k >= PIECES - 2), PACKED)
-            lanes = tl.maximum(lanes, tl.max(tl.max(z, 2), 0))
-        top = tl.max(lanes, 0)
-        ref = tl.where(top == minus_inf, 0.0, top)
-        none = tl.zeros([R], tl.float32)
-        s1, s2, s3, s4, s_et, s_t, live = none, none, none, none, none, none, none
-        for k in tl.static_range(PIECES):
-            z = held_piece(
-                held[k], tl.num_programs(1) - 1, slots, shift - k * BLOCK, V, y, (k == 0) or (k >= PIECES - 2), PACKED
-            )
-            t = z - ref
-            is_live = t != minus_inf
-            finite = tl.where(is_live, t, 0.0)
-            s1, s2, s3, s4, s_et = add_powers(t, finite, s1, s2, s3, s4, s_et)
-            s_t += per_lane(finite)
-            live += per_lane(tl.where(is_live, 1.0, 0.0))
-        sums = (
-            tl.sum(s1, 0), tl.sum(s2, 0), tl.sum(s3, 0), tl.sum(s4, 0), tl.sum(s_et, 0), tl.sum(s_t, 0), tl.sum(live, 0)
-        )  # fmt: skip
-    else:
-        top, sums = online_sums(z_ptr, lo, shift, read, V, y, slots, K, R, W)
-
-    z_y = tl.load(z_ptr + lo + shift + y).to(tl.float32)
-    out = stats_ptr + row
-    ref, w, log_p, r1, p_y, n, r2, r3, r4, mean_log_p, _off, _target_log_p, _y_live = finish_row(
-        out, stats_stride, correct_ptr + row, keep, z_ptr, lo, shift, read, V, y, z_y, top, sums, slots, BLOCK
-    )
-    knob = tl.load(knob_ptr)
-    loss, g0, g1, g2, gm = SCORE(log_p, r1, r2, mean_log_p, p_y, knob)
-    tl.store(loss_ptr + row, tl.where(keep, loss, 0.0))
-    # Coefficients of the gradient, as derived at the head of moments.py.
-    c = 2.0 * g2
-    a = -g0 + g1 * p_y - c * r2 - gm
-    b = gm / n
-    target = -(a * r1 + c * r2 + (n - 1.0) * b)
-    fisher = a * a * r2 + 2.0 * a * c * r3 + c * c * r4 + 2.0 * b * (a * r1 + c * r2) + (n - 1.0) * b * b
-    tl.store(fisher_ptr + row, tl.where(keep, fisher + target * target, 0.0))
+    z_y = tl.load(z_ptr + row * z_stride + y).to(tl.float32)
+    top, sums, count, beaten = careful_sums(z_ptr, origin, shift, last, V, y, z_y, keep, R, W)
+    aw, cw, b, target, ref = scored(
+        stats_ptr + row, stats_stride, correct_ptr, loss_ptr + row, fisher_ptr + row, knob_ptr, keep, z_y, top, sums,
+        count, beaten, SCORE,
+    )  # fmt: skip
+    on = keep
     if GRADIENT:
         if HAS_WEIGHTS:
             weight = tl.load(weights_ptr + row)
-            on = keep & (weight != 0.0)  # 0 times an infinite loss is no gradient
-            a, b, c, target = a * weight, b * weight, c * weight, target * weight
-        else:
-            on = keep
-        aw = a * w
-        cw = c * w * w
-        if PIECES > 0:
-            # Read back, so that the compiler holds the row as it was loaded and not its exponentials.
-            tl.debug_barrier()
-            ref = tl.load(out + 13 * stats_stride, volatile=True)
-            for k in tl.static_range(PIECES):
-                g = gradient_of(unpacked(held[k], tl.num_programs(2) - 1, PACKED), ref, aw, cw, b, on, HAS_B)
-                # The first piece and the last two can reach beyond the row.
-                g = g.to(out_ptr.dtype.element_ty)
-                store_row(out_ptr, lo, k * BLOCK, slots, shift, V, g, (k == 0) or (k >= PIECES - 2), W)
-        else:
-            blocks = (end + BLOCK - 1) // BLOCK
-            for n_block in range(0, blocks):
-                start = (blocks - 1 - n_block) * BLOCK
-                i = start + slots
-                z = tl.load(z_ptr + lo + i, mask=i < read, other=minus_inf).to(tl.float32)
-                g = gradient_of(z, ref, aw, cw, b, on, HAS_B)
-                broken = (start < shift) | (start + BLOCK > shift + V)
-                store_row(out_ptr, lo, start, slots, shift, V, g.to(out_ptr.dtype.element_ty), broken, W)
-        tl.debug_barrier()  # the lane that wrote there has written
-        tl.store(out_ptr + lo + shift + y, tl.where(on, target, 0.0).to(out_ptr.dtype.element_ty))
+            on = on & (weight != 0.0)  # 0 times an infinite loss is no gradient
+            aw, cw, b, target = aw * weight, cw * weight, b * weight, target * weight
+        end = tl.where(on, last, 0)
+        for start in range(0, last, R):
+            v = start + lane
+            live = is_whole(v, first, last, ty, True, True)
+            word = load_words(z_ptr, origin, v, is_whole(v, first, end, ty, True, True))
+            low = any_gradient(part_of(word, 0, 0, DTYPE), ref, 1.0, aw, cw, b, 0.0, 0.0, True, HAS_B, False)
+            high = low
+            if DTYPE != tl.float32:
+                high = any_gradient(part_of(word, 1, 0, DTYPE), ref, 1.0, aw, cw, b, 0.0, 0.0, True, HAS_B, False)
+            store_words(out_ptr, origin, v, live, tl.where(on, low, 0.0), tl.where(on, high, 0.0), R)
+        z_e, at, mine, off = edge(z_ptr, origin, shift, first, last, ty, V, y, R, W)
+        g = tl.where(off, any_gradient(z_e, ref, 1.0, aw, cw, b, 0.0, 0.0, True, HAS_B, False), target)
+        tl.store(out_ptr + at, tl.where(on, g, 0.0).to(out_ptr.dtype.element_ty), mask=mine)
 
 
 def forward(logits: Tensor, targets: Tensor, stats: Tensor, correct: Tensor, tail: float) -> None:
@@ -292,6 +401,7 @@ def forward(logits: Tensor, targets: Tensor, stats: Tensor, correct: Tensor, tai
     n, vocab = logits.shape
     if n == 0:
         return
+    logits, _ = _aligned(logits)
     with _on(logits):
         moments_kernel[(n,)](
             logits,
@@ -303,7 +413,7 @@ def forward(logits: Tensor, targets: Tensor, stats: Tensor, correct: Tensor, tai
             tail,
             vocab,
             TAIL=tail > 0,
-            **_shape(vocab, _vector(logits)),
+            **_shape(vocab, logits.dtype),
         )
 
 
@@ -325,12 +435,13 @@ def gradient(
         return
     _check_out(logits, out)
     a, c, b, t, target = (None if x is None else x.contiguous() for x in coefficients)
-    shape = _shape(vocab, min(_vector(logits), _vector(out)))
+    shape = _shape(vocab, logits.dtype)
+    logits, result = _aligned(logits, out)
     with _on(logits):
         gradient_kernel[(n, triton.cdiv(vocab + shape["W"] - 1, shape["K"] * shape["R"] * shape["W"]))](
             logits,
             logits.stride(0),
-            out,
+            result,
             targets,
             targets if mask is None else mask.view(torch.uint8),
             stats.row_max,
@@ -348,8 +459,10 @@ def gradient(
             HAS_B=b is not None,
             HAS_T=t is not None,
             HAS_MASK=mask is not None,
-            **shape,
+            **{k: v for k, v in shape.items() if k != "PACKED"},
         )
+    if result is not out:
+        out.copy_(result)
 
 
 def fused_score(
@@ -369,36 +482,41 @@ def fused_score(
     """The score ``name`` of triton_scores on logits [N, V]: fills stats, correct, losses and fisher, all 0
     where ``mask`` is False, and writes the gradient of sum(weights * losses) to ``out`` (None: no gradient),
     which may be the logits themselves. ``knob``: its parameter, 0-d fp32 on the device. ``shape``: launch constants
-    in place of ``_resident_shape``'s, to measure others."""
+    in place of ``score_shape``'s, to measure others."""
     n, vocab = logits.shape
     if n == 0:
         return
     if out is not None:
         _check_out(logits, out)
-    width = _vector(logits) if out is None else min(_vector(logits), _vector(out))
+    logits, result = _aligned(logits, out)
     score = SCORES[name]
+    arguments = (
+        logits,
+        logits.stride(0),
+        logits if result is None else result,
+        targets,
+        targets if mask is None else mask.view(torch.uint8),
+        losses if weights is None else weights,
+        knob,
+        stats,
+        stats.stride(0),
+        correct.view(torch.uint8),
+        losses,
+        fisher,
+        vocab,
+    )
+    constants = dict(
+        SCORE=score.function,
+        HAS_B=score.reads_mean,
+        HAS_MASK=mask is not None,
+        HAS_WEIGHTS=weights is not None,
+        GRADIENT=out is not None,
+    )
     with _on(logits):
-        score_kernel[(n,)](
-            logits,
-            logits.stride(0),
-            logits if out is None else out,
-            targets,
-            targets if mask is None else mask.view(torch.uint8),
-            losses if weights is None else weights,
-            knob,
-            stats,
-            stats.stride(0),
-            correct.view(torch.uint8),
-            losses,
-            fisher,
-            vocab,
-            SCORE=score.function,
-            HAS_B=score.reads_mean,
-            HAS_MASK=mask is not None,
-            HAS_WEIGHTS=weights is not None,
-            GRADIENT=out is not None,
-            **(shape or _resident_shape(vocab, width, logits.dtype, _capability(logits.device))),
-        )
+        score_kernel[(n,)](*arguments, **constants, **(shape or score_shape(vocab, logits.dtype)))
+        rest_kernel[(n,)](*arguments, **constants, **_rest_shape(vocab, logits.dtype))
+    if result is not out:
+        out.copy_(result)
 
 
 @triton.jit
@@ -426,41 +544,47 @@ def _check_out(logits: Tensor, out: Tensor) -> None:
         raise ValueError(f"the gradient's strides {out.stride()} are not those of the logits, {logits.stride()}")
 
 
-def _vector(tensor: Tensor) -> int:
-    """Elements of one access: 16 bytes where the tensor starts at a multiple of that, else one."""
-    return 1 if tensor.data_ptr() % VECTOR_BYTES else VECTOR_BYTES // tensor.element_size()
+def _aligned(logits: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Both as they are where they start at multiples of 16 bytes, else copies: the kernels read no others."""
+    if any(x is not None and x.data_ptr() % VECTOR_BYTES for x in (logits, out)):
+        logits = logits.clone(memory_format=torch.contiguous_format)
+        out = None if out is None else torch.empty_like(logits)
+    return logits, out
 
 
-def _shape(vocab: int, width: int) -> dict:
-    """Blocks of K x R x W slots: 16 elements a lane, as its loads in flight and few enough registers."""
-    warps = max(1, min(8, triton.next_power_of_2(vocab) // 512))
-    return {"K": max(1, 16 // width), "R": 32 * warps, "W": width, "num_warps": warps}
+def _vectors(vocab: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Elements of a vector, and the vectors that a row can touch."""
+    width = VECTOR_BYTES // dtype.itemsize
+    return width, triton.cdiv(vocab + width - 1, width)
 
 
-def held_shape(vocab: int, width: int, dtype: torch.dtype) -> dict:
-    """As ``_shape`` for a row held on chip in PIECES blocks, whether it fits or not; PACKED as unpacked."""
-    plain = _shape(vocab, width)
-    pieces = triton.cdiv(vocab + width - 1, 32 * plain["num_warps"] * width)
+def _launch(dtype: torch.dtype, width: int, warps: int, per_go: int) -> dict:
     packed = dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") != "1"  # no assembly there
-    return plain | {"K": 1, "PIECES": pieces, "PACKED": packed}
+    return {"PACKED": packed, "K": per_go, "R": 32 * warps, "W": width, "num_warps": warps}
 
 
-def _resident_shape(vocab: int, width: int, dtype: torch.dtype, capability: int) -> dict:
-    """``held_shape`` where a row fits on chip, else ``_shape`` with PIECES = 0."""
-    held = held_shape(vocab, width, dtype)
-    hopper = RESIDENT_HOPPER if capability >= 90 else RESIDENT_AMPERE
-    most = hopper if dtype == torch.bfloat16 else RESIDENT_FP32
-    if width == 1 or held["PIECES"] * width > most:
-        return _shape(vocab, width) | {"PIECES": 0, "PACKED": False}
-    return held
+def _shape(vocab: int, dtype: torch.dtype) -> dict:
+    """Launch constants of the kernels that read K vectors a lane at a time."""
+    width, vectors = _vectors(vocab, dtype)
+    return _launch(dtype, width, max(1, min(8, triton.next_power_of_2(vectors) // 128)), 4)
 
 
-@functools.cache
-def _capability(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+def _rest_shape(vocab: int, dtype: torch.dtype) -> dict:
+    """Launch constants of rest_kernel."""
+    return {name: value for name, value in _shape(vocab, dtype).items() if name in ("R", "W", "num_warps")}
+
+
+def score_shape(vocab: int, dtype: torch.dtype, warps: int = 0, held: int | None = None) -> dict:
+    """Launch constants of score_kernel: the fewest warps whose lanes hold the row in HELD vectors each, or ``warps``;
+    MORE where the row is longer than that. ``held``: vectors a lane instead of HELD or HELD_OF_MORE."""
+    width, vectors = _vectors(vocab, dtype)
+    if not warps:
+        warps = min(MOST_WARPS, triton.next_power_of_2(triton.cdiv(vectors, 32 * HELD)))
+    pieces = triton.cdiv(vectors, 32 * warps)
+    if held is None:
+        held = HELD if pieces <= HELD else HELD_OF_MORE
+    shape = {"PIECES": min(pieces, held), "MORE": pieces > held, "maxnreg": REGISTERS}
+    return shape | _launch(dtype, width, warps, 2)
 
 
 def _on(tensor: Tensor):

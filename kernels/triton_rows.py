@@ -1,6 +1,11 @@
 """What the Triton kernels do with one row: where it lies in memory, its sums, its Stats, its gradient.
 
 See triton_impl for the kernels, and for why rows are read as they are.
+
+A row is read in vectors of 16 bytes, of which a lane has one at a time: [R, 4] words of 32 bits, in each one
+fp32 logit or two of 16 bits. The vectors that hold the target, or begin or end outside of the row, are left to
+``edge``: at most three, an element a lane. So everything else is whole vectors of other entries, without a test
+an element. What a lane has in the place of a vector that is not its own is FILL, whose exponential is 0.
 """
 
 import triton
@@ -8,8 +13,9 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-# Under this e t is 0 in fp32, and e times minus infinity would not be a number.
-T_MIN = tl.constexpr(-1000.0)
+FILL = tl.constexpr(-(2.0**120))  # finite, also as a sum of many times LOG2E
+FILL_FP16 = tl.constexpr(-65504.0)
+NO_TOP = tl.constexpr(-65300.0)  # a maximum up to here may be a FILL, or so near to one that its exponential counts
 
 
 @triton.jit
@@ -32,95 +38,317 @@ def log1p_exp(x):
     return 2.0 * s * (1.0 + t * series)
 
 
+# --- where a row lies ----------------------------------------------------------------------------------
+
+
 @triton.jit
-def place(row, stride, V, W: tl.constexpr):
-    """(lo, shift, end) of a row: it starts ``shift`` elements after the W-aligned element ``lo`` of the
-    tensor, and slots lo ... lo + end cover it, end a multiple of W."""
+def place(row, stride, V, y, W: tl.constexpr):
+    """(origin, shift, first, last, ty) of a row in vectors of W elements: it starts ``shift`` elements after
+    vector ``origin`` of the tensor; counted from there its whole vectors are first ... last - 1, and the target
+    is in vector ty."""
     start = row * stride
-    lo = tl.multiple_of(start // W * W, W)
-    shift = (start - lo).to(tl.int32)
-    return lo, shift, tl.multiple_of((shift + V + W - 1) // W * W, W)
+    origin = start // W
+    shift = (start - origin * W).to(tl.int32)
+    return origin, shift, (shift > 0).to(tl.int32), (shift + V) // W, (shift + y) // W
 
 
 @triton.jit
-def slot_numbers(K: tl.constexpr, R: tl.constexpr, W: tl.constexpr):
-    """[K, R, W] consecutive slots. W lie beside each other in one lane, and K such groups belong to it."""
-    k, r, w = tl.arange(0, K), tl.arange(0, R), tl.arange(0, W)
-    return (k[:, None, None] * R + r[None, :, None]) * W + w[None, None, :]
+def edge(ptr, origin, shift, first, last, ty, V, y, R: tl.constexpr, W: tl.constexpr):
+    """(z, at, mine, off), [R]: the elements of the vectors that are not whole or hold the target, one a lane; their
+    places in the tensor, whether there is one, and whether it is not the target."""
+    lane = tl.arange(0, R)
+    which = lane // W
+    vector = tl.where(which == 0, 0, tl.where(which == 1, ty, last))
+    slot = vector * W + lane % W
+    # Only comparisons of blocks: the interpreter takes no mask that was a scalar's.
+    mine = (which == 1) | ((which < first) & (which < ty)) | ((which == 2) & (vector != ty))
+    mine = mine & (slot >= shift) & (slot < shift + V)
+    off = mine & (slot != shift + y)
+    at = origin * W + slot
+    z = tl.load(ptr + at, mask=off, other=0.0).to(tl.float32)
+    return tl.where(off, z, FILL), at, mine, off
 
 
 @triton.jit
-def per_lane(x):
-    return tl.sum(tl.sum(x, 2), 0)
+def is_whole(v, first, last, ty, START: tl.constexpr, END: tl.constexpr):
+    """Whether vectors v are whole and without the target; START, END: whether those of the row's ends are among
+    them."""
+    live = v != ty
+    if START:
+        live = live & (v >= first)
+    if END:
+        live = live & (v < last)
+    return live
 
 
 @triton.jit
-def is_broken(start, shift, V, y, BLOCK: tl.constexpr):
-    """Whether the block of slots at ``start`` holds slots outside the row, or the target."""
-    at = y + shift - start
-    return (start < shift) | (start + BLOCK > shift + V) | ((at >= 0) & (at < BLOCK))
+def entries_of(lane, upto, first, ty, R: tl.constexpr, W: tl.constexpr):
+    """How many entries a lane has in whole vectors up to ``upto``, of which it has every R-th."""
+    vectors = (tl.maximum(upto - lane, 0) + R - 1) // R
+    vectors -= ((lane == 0) & (first > 0) & (upto > 0)).to(tl.int32)
+    vectors -= ((ty >= first) & (ty < upto) & (ty % R == lane)).to(tl.int32)
+    return (vectors * W).to(tl.float32)
 
 
 @triton.jit
-def off_target(z, j, V, y):
-    return tl.where((j >= 0) & (j < V) & (j != y), z, float("-inf"))
+def word_places(ptr, origin, v):
+    base = ptr.to(tl.pointer_type(tl.int32)) + tl.multiple_of(origin * 4, 4)
+    return base + (v * 4)[:, None] + tl.arange(0, 4)[None, :]
 
 
 @triton.jit
-def add_powers(t, finite, s1, s2, s3, s4, s_et):
-    """Adds exp(t)^k, k = 1 ... 4, and exp(t) t to the lanes' sums; ``finite`` is t, and anything finite for -inf."""
-    e = tl.exp2(t * LOG2E)
+def load_words(ptr, origin, v, live):
+    """[R, 4] words, FILL where not ``live``."""
+    if ptr.dtype.element_ty == tl.float32:
+        fill = tl.full([], FILL, tl.float32).to(tl.int32, bitcast=True)
+    elif ptr.dtype.element_ty == tl.bfloat16:
+        fill = -0x047F0480  # FILL twice, 0xFB80FB80
+    else:
+        fill = -0x04000401  # FILL_FP16 twice, 0xFBFFFBFF
+    return tl.load(word_places(ptr, origin, v), mask=live[:, None], other=fill)
+
+
+@triton.jit
+def part_of(word, half: tl.constexpr, zero, DTYPE: tl.constexpr):
+    """The logits in one half of the words, in fp32; of fp32 words the whole. ``zero`` is one that the compiler does
+    not know to be 0: it would otherwise keep what another pass over the words has unpacked, in twice the registers."""
+    if DTYPE == tl.float32:
+        z = word.to(tl.float32, bitcast=True)
+    elif DTYPE == tl.bfloat16:
+        if half == 0:
+            z = (word << (16 + zero)).to(tl.float32, bitcast=True)
+        else:
+            z = (word & (zero - 65536)).to(tl.float32, bitcast=True)
+    else:
+        z = (word >> (16 * half + zero)).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return z
+
+
+@triton.jit
+def store_words(ptr, origin, v, live, low, high, R: tl.constexpr):
+    """[R, 4] values of the words' halves (fp32: of the words, ``low``) over whole vectors."""
+    if ptr.dtype.element_ty == tl.float32:
+        places = ptr + tl.multiple_of(origin * 4, 4) + (v * 4)[:, None] + tl.arange(0, 4)[None, :]
+        tl.store(places, low, mask=live[:, None])
+    else:
+        g = tl.reshape(tl.join(low, high).to(ptr.dtype.element_ty), [R, 8])
+        places = ptr + tl.multiple_of(origin * 8, 8) + (v * 8)[:, None] + tl.arange(0, 8)[None, :]
+        tl.store(places, g, mask=live[:, None])
+
+
+# --- its sums ------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def higher(best, word, DTYPE: tl.constexpr, PACKED: tl.constexpr):
+    """The running maximum of words: packed as they are, or in fp32."""
+    if PACKED:
+        best = tl.inline_asm_elementwise(
+            "max.bf16x2 $0, $1, $2;", "=r,r,r", [best, word], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        best = tl.maximum(best, part_of(word, 0, 0, DTYPE))
+        if DTYPE != tl.float32:
+            best = tl.maximum(best, part_of(word, 1, 0, DTYPE))
+    return best
+
+
+@triton.jit
+def lowest(R: tl.constexpr, PACKED: tl.constexpr):
+    """What ``higher`` starts from."""
+    if PACKED:
+        best = tl.full([R, 4], -0x047F0480, tl.int32)
+    else:
+        best = tl.full([R, 4], FILL, tl.float32)
+    return best
+
+
+@triton.jit
+def top_of(best, PACKED: tl.constexpr):
+    """[R]: the maximum of each lane."""
+    if PACKED:
+        best = tl.maximum(part_of(best, 0, 0, tl.bfloat16), part_of(best, 1, 0, tl.bfloat16))
+    return tl.max(best, 1)
+
+
+@triton.jit
+def base_of(top):
+    """What exponents are taken relative to, for a maximum: an integer power of two, so that a lane's sums move to
+    another maximum without rounding, and so that it is the same wherever it is computed."""
+    return tl.floor(top * LOG2E)
+
+
+@triton.jit
+def add_term(z, base, s1, s2, s3, s4, s_ex, s_x):
+    """Adds e^k, k = 1 ... 4, e x, and x to the sums, with x = z LOG2E - base and e = 2^x."""
+    x = tl.fma(z, LOG2E, -base)
+    e = tl.exp2(x)
     e2 = e * e
-    s1 += per_lane(e)
-    s2 += per_lane(e2)
-    s3 += per_lane(e2 * e)
-    s4 += per_lane(e2 * e2)
-    s_et += per_lane(e * finite)
-    return s1, s2, s3, s4, s_et
+    return s1 + e, s2 + e2, tl.fma(e2, e, s3), tl.fma(e2, e2, s4), tl.fma(e, x, s_ex), s_x + x
 
 
 @triton.jit
-def sum_of(t, broken, K: tl.constexpr, R: tl.constexpr, W: tl.constexpr):
-    """Per lane the sum of t and the number of its elements. -inf counts in a block inside the row, where
-    it makes the sum -inf (the row is then scanned again), and not in a broken one."""
-    count = tl.full([R], K * W, tl.float32)
-    total = per_lane(t)
-    if broken:
-        live = t != float("-inf")
-        count = per_lane(live.to(tl.float32))
-        total = per_lane(tl.where(live, t, 0.0))
-    return total, count
+def add_word(word, live, base, zero, sums, R: tl.constexpr, DTYPE: tl.constexpr):
+    """``add_term`` for [R, 4] words, to sums of [R, 2]; x counts only where ``live``."""
+    s1, s2, s3, s4, s_ex, s_x = sums
+    part = tl.zeros([R, 2], tl.float32)
+    left, right = tl.split(tl.reshape(word, [R, 2, 2]))
+    base = base[:, None]
+    z = part_of(left, 0, zero, DTYPE)
+    s1, s2, s3, s4, s_ex, part = add_term(z, base, s1, s2, s3, s4, s_ex, part)
+    z = part_of(right, 0, zero, DTYPE)
+    s1, s2, s3, s4, s_ex, part = add_term(z, base, s1, s2, s3, s4, s_ex, part)
+    if DTYPE != tl.float32:
+        z = part_of(left, 1, zero, DTYPE)
+        s1, s2, s3, s4, s_ex, part = add_term(z, base, s1, s2, s3, s4, s_ex, part)
+        z = part_of(right, 1, zero, DTYPE)
+        s1, s2, s3, s4, s_ex, part = add_term(z, base, s1, s2, s3, s4, s_ex, part)
+    return s1, s2, s3, s4, s_ex, s_x + tl.where(live, tl.sum(part, 1), 0.0)
 
 
 @triton.jit
-def scan_row(z_ptr, lo, shift, end, V, y, z_y, ref, slots, BLOCK: tl.constexpr):
-    """For the rows that need it: entries that beat or tie the target from before it, live ones, and their
-    sum relative to ref."""
-    ahead = 0
-    live_count = 0.0
-    total = 0.0
-    for start in range(0, end, BLOCK):
-        i = start + slots
-        z = tl.load(z_ptr + lo + i, mask=i < end, other=float("-inf")).to(tl.float32)
-        j = i - shift
-        z = off_target(z, j, V, y)
-        live = z != float("-inf")
-        ahead += tl.sum(per_lane(((z > z_y) | ((z == z_y) & (j < y) & live)).to(tl.int32)), 0)
-        live_count += tl.sum(per_lane(live.to(tl.float32)), 0)
-        total += tl.sum(per_lane(tl.where(live, z - ref, 0.0)), 0)
-    return ahead, live_count, total
+def no_sums(R: tl.constexpr):
+    none = tl.zeros([R, 2], tl.float32)
+    return none, none, none, none, none, tl.zeros([R], tl.float32)
 
 
 @triton.jit
-def finish_row(out, stride, correct_ptr, keep, z_ptr, lo, shift, end, V, y, z_y, top, sums, slots, BLOCK: tl.constexpr):
-    """The row's Stats from its sums, stored, 0 where ``keep`` is false; those that the callers go on with."""
-    s1, s2, s3, s4, s_et, s_t, live = sums
+def rescaled(sums, count, moved):
+    """Sums relative to another base: the old less the new is ``moved``, at most 0."""
+    s1, s2, s3, s4, s_ex, s_x = sums
+    shrink = tl.exp2(moved)
+    shrink2 = shrink * shrink
+    # In this order, as a lane without entries has moved = -2^120, and 0 for its count and for shrink.
+    s_ex = tl.fma(shrink * moved, s1, shrink * s_ex)
+    return shrink * s1, shrink2 * s2, shrink2 * shrink * s3, shrink2 * shrink2 * s4, s_ex, tl.fma(moved, count, s_x)
+
+
+@triton.jit
+def per_lane(words):
+    """[R]: sums of [R, 2] added up."""
+    s1, s2, s3, s4, s_ex, s_x = words
+    return tl.sum(s1, 1), tl.sum(s2, 1), tl.sum(s3, 1), tl.sum(s4, 1), tl.sum(s_ex, 1), s_x
+
+
+@triton.jit
+def added(a, b):
+    return a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3], a[4] + b[4], a[5] + b[5]
+
+
+@triton.jit
+def add_edge(top, count, sums, z, off, R: tl.constexpr):
+    """What each lane has, its maximum, the number of its elements and their sums, and one more where ``off``."""
+    new_top = tl.maximum(top, z)
+    base = base_of(new_top)
+    none = tl.zeros([R], tl.float32)
+    s1, s2, s3, s4, s_ex, s_x = add_term(z, base, none, none, none, none, none, none)
+    one = off.to(tl.float32)
+    sums = added(
+        rescaled(sums, count, base_of(top) - base), (s1 * one, s2 * one, s3 * one, s4 * one, s_ex * one, s_x * one)
+    )
+    return new_top, count + one, sums
+
+
+@triton.jit
+def add_blocks(
+    ptr, origin, begin, first, last, ty, top, count, sums, K: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
+    PACKED: tl.constexpr,
+):  # fmt: skip
+    """The row's vectors from ``begin`` on, K a lane at a time, added to what each lane has: its maximum, the number
+    of its elements and their sums."""
+    DTYPE: tl.constexpr = ptr.dtype.element_ty
+    lane = tl.arange(0, R)
+    for start in range(begin, last, K * R):
+        words = ()
+        for k in tl.static_range(K):
+            v = start + k * R + lane
+            words = words + (load_words(ptr, origin, v, is_whole(v, first, last, ty, True, True)),)
+        best = lowest(R, PACKED)
+        for k in tl.static_range(K):
+            best = higher(best, words[k], DTYPE, PACKED)
+        new_top = tl.maximum(top, top_of(best, PACKED))
+        base = base_of(new_top)
+        sums = rescaled(sums, count, base_of(top) - base)
+        fresh = no_sums(R)
+        for k in tl.static_range(K):
+            v = start + k * R + lane
+            live = is_whole(v, first, last, ty, True, True)
+            fresh = add_word(words[k], live, base, 0, fresh, R, DTYPE)
+            count += tl.where(live, W * 1.0, 0.0)
+        sums = added(sums, per_lane(fresh))
+        top = new_top
+    return top, count, sums
+
+
+@triton.jit
+def over_lanes(top, count, sums):
+    """(maximum, sums) of the row from those of its lanes: of exp(t)^k, exp(t) t and t, with t = z - maximum."""
+    most = tl.max(top, 0)
+    s1, s2, s3, s4, s_ex, s_x = rescaled(sums, count, tl.fma(-most, LOG2E, base_of(top)))
+    s_et, s_t = tl.sum(s_ex, 0) * LN2, tl.sum(s_x, 0) * LN2
+    return most, (tl.sum(s1, 0), tl.sum(s2, 0), tl.sum(s3, 0), tl.sum(s4, 0), s_et, s_t)
+
+
+@triton.jit
+def element(ptr, origin, v, half: tl.constexpr, shift, V, y, W: tl.constexpr):
+    """(z, j), [R, 4]: entries of vectors that need not be whole, -inf outside of the row and at the target, and their
+    places in the row."""
+    word = tl.load(word_places(ptr, origin, v), mask=(v * W < shift + V)[:, None], other=0)
+    j = (v * W)[:, None] + tl.arange(0, 4)[None, :] * (W // 4) + half - shift
+    z = part_of(word, half, 0, ptr.dtype.element_ty)
+    return tl.where((j >= 0) & (j < V) & (j != y), z, float("-inf")), j
+
+
+@triton.jit
+def careful_sums(ptr, origin, shift, last, V, y, z_y, keep, R: tl.constexpr, W: tl.constexpr):
+    """(maximum, sums as ``over_lanes``, live entries, whether one beats the target or ties it from before it), of a row
+    where any entry may be infinite, in two passes; nothing is read unless ``keep``."""
+    lane = tl.arange(0, R)
     minus_inf = float("-inf")
+    end = tl.where(keep, last + 1, 0)
+    best = tl.full([R], minus_inf, tl.float32)
+    for start in range(0, end, R):
+        for half in tl.static_range(W // 4):
+            z, _j = element(ptr, origin, start + lane, half, shift, V, y, W)
+            best = tl.maximum(best, tl.max(z, 1))
+    top = tl.max(best, 0)
     ref = tl.where(top == minus_inf, 0.0, top)
-    beaten = z_y <= top
-    if ((z_y == top) & (top != minus_inf)) | (s_t == minus_inf):
-        ahead, live, s_t = scan_row(z_ptr, lo, shift, end, V, y, z_y, ref, slots, BLOCK)
-        beaten = ahead > 0
+    none = tl.zeros([R], tl.float32)
+    s1, s2, s3, s4, s_et, s_t, count = none, none, none, none, none, none, none
+    ahead = tl.zeros([R], tl.int32)
+    for start in range(0, end, R):
+        for half in tl.static_range(W // 4):
+            z, j = element(ptr, origin, start + lane, half, shift, V, y, W)
+            live = z != minus_inf
+            t = tl.where(live, z - ref, 0.0)
+            e = tl.where(live, tl.exp2(t * LOG2E), 0.0)
+            e2 = e * e
+            s1, s2 = s1 + tl.sum(e, 1), s2 + tl.sum(e2, 1)
+            s3, s4 = s3 + tl.sum(e2 * e, 1), s4 + tl.sum(e2 * e2, 1)
+            s_et, s_t = s_et + tl.sum(e * t, 1), s_t + tl.sum(t, 1)
+            count += tl.sum(live.to(tl.float32), 1)
+            ahead += tl.sum(((z > z_y) | ((z == z_y) & (j < y) & live)).to(tl.int32), 1)
+    sums = (tl.sum(s1, 0), tl.sum(s2, 0), tl.sum(s3, 0), tl.sum(s4, 0), tl.sum(s_et, 0), tl.sum(s_t, 0))
+    return top, sums, tl.sum(count, 0), tl.sum(ahead, 0) > 0
+
+
+# --- its Stats -----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def needs_care(top, s_t, z_y):
+    """Whether ``careful_sums`` must have a look: only then can there be ties with the target, entries that are not
+    finite, or none at all."""
+    return (z_y == top) | (s_t - s_t != 0.0) | (top <= NO_TOP)
+
+
+@triton.jit
+def finish_row(out, stride, correct_ptr, keep, z_y, top, sums, live, beaten):
+    """The row's Stats, stored, 0 where ``keep`` is false; those that the callers go on with. ``live``: entries beside
+    the target that are not -inf; ``beaten``: whether one of them is the argmax."""
+    minus_inf = float("-inf")
+    s1, s2, s3, s4, s_et, s_t = sums
+    ref = tl.where(top == minus_inf, 0.0, top)
     alone = s1 == 0.0  # no other entry in the vocabulary: V = 1, or all others at -inf
     beaten = beaten & (alone == 0)
     log_sum = tl.log2(tl.where(alone, 1.0, s1)) * LN2
@@ -160,95 +388,26 @@ def finish_row(out, stride, correct_ptr, keep, z_ptr, lo, shift, end, V, y, z_y,
     return ref, w, log_p, r1, p_y, n, r2, r3, r4, mean_log_p, off, target_log_p, y_live
 
 
-@triton.jit
-def online_sums(z_ptr, lo, shift, end, V, y, slots, K: tl.constexpr, R: tl.constexpr, W: tl.constexpr):
-    """One pass over a row: its maximum, and the sums relative to it."""
-    BLOCK: tl.constexpr = K * R * W
-    minus_inf = float("-inf")
-    zero = tl.zeros([R], tl.float32)
-    top = zero + minus_inf
-    s1, s2, s3, s4, s_et, s_t, live = zero, zero, zero, zero, zero, zero, zero
-    for start in range(0, end, BLOCK):
-        i = start + slots
-        z = tl.load(z_ptr + lo + i, mask=i < end, other=minus_inf).to(tl.float32)
-        broken = is_broken(start, shift, V, y, BLOCK)
-        if broken:
-            z = off_target(z, i - shift, V, y)
-        new_top = tl.maximum(top, tl.max(tl.max(z, 2), 0))
-        ref = tl.where(new_top == minus_inf, 0.0, new_top)  # -inf - -inf is not a number
-        shrink = tl.exp2((top - ref) * LOG2E)
-        moved = tl.where(top == minus_inf, 0.0, top - ref)
-        shrink2 = shrink * shrink
-        s_t += moved * live
-        s_et = shrink * (s_et + moved * s1)
-        s1 *= shrink
-        s2 *= shrink2
-        s3 *= shrink2 * shrink
-        s4 *= shrink2 * shrink2
-        t = z - ref[None, :, None]
-        s1, s2, s3, s4, s_et = add_powers(t, tl.maximum(t, T_MIN), s1, s2, s3, s4, s_et)
-        part, count = sum_of(t, broken, K, R, W)
-        s_t += part
-        live += count
-        top = new_top
-    # The lanes together.
-    most = tl.max(top, 0)
-    ref = tl.where(most == minus_inf, 0.0, most)
-    shrink = tl.exp2((top - ref) * LOG2E)
-    moved = tl.where(top == minus_inf, 0.0, top - ref)
-    shrink2 = shrink * shrink
-    s_et = tl.sum(shrink * (s_et + moved * s1), 0)
-    s_t = tl.sum(s_t + moved * live, 0)
-    s3, s4 = tl.sum(shrink2 * shrink * s3, 0), tl.sum(shrink2 * shrink2 * s4, 0)
-    return most, (tl.sum(shrink * s1, 0), tl.sum(shrink2 * s2, 0), s3, s4, s_et, s_t, tl.sum(live, 0))
+# --- its gradient --------------------------------------------------------------------------------------
 
 
 @triton.jit
-def store_row(out_ptr, lo, start, slots, shift, V, g, broken, W: tl.constexpr):
-    """g over the block of slots at ``start``: whole vectors at once, and in a broken block the rest one by one."""
-    # Relative to the block, so that all blocks share the lane's few slot numbers.
-    first = tl.multiple_of((shift > 0).to(tl.int32) * W - start, W)
-    last = tl.multiple_of((shift + V) // W * W - start, W)
-    whole = (slots >= first) & (slots < last)
-    tl.store(out_ptr + lo + start + slots, g, mask=whole)
-    if W > 1:
-        if broken:
-            inside = (slots >= shift - start) & (slots < shift + V - start)
-            tl.store(out_ptr + lo + start + slots, g, mask=inside & (whole == 0))
-
-
-@triton.jit
-def unpacked(z, zero, PACKED: tl.constexpr):
-    """z in fp32. PACKED, for bf16: two at a time by a byte permutation whose selectors contain ``zero``, a 0
-    that the compiler does not know to be one, so that it cannot keep what another pass has unpacked."""
-    if PACKED:
-        bits = tl.inline_asm_elementwise(
-            "prmt.b32 $0, $2, 0, $4; prmt.b32 $1, $2, 0, $5;",
-            "=r,=r,r,r,r,r,r",
-            [z, zero + 0x1044, zero + 0x3244],
-            dtype=tl.int32,
-            is_pure=True,
-            pack=2,
-        )
-        return bits.to(tl.float32, bitcast=True)
-    return z.to(tl.float32)
-
-
-@triton.jit
-def held_piece(z, zero, slots, shift, V, y, at_end: tl.constexpr, PACKED: tl.constexpr):
-    """A piece of a row in fp32, -inf at the target and, where it can reach beyond the row, outside of it.
-    Done anew at each use: an unpacked copy would take twice the registers."""
-    z = unpacked(z, zero, PACKED)
-    if at_end:
-        z = tl.where((slots >= shift) & (slots < shift + V), z, float("-inf"))
-    return tl.where(slots == shift + y, float("-inf"), z)
-
-
-@triton.jit
-def gradient_of(z, ref, aw, cw, b, on, HAS_B: tl.constexpr):
-    """e (aw + cw e) + b with e = exp(z - ref), 0 unless ``on``. The target's place is for the caller to fill."""
-    e = tl.exp2((z - ref) * LOG2E)
-    g = e * (aw + cw * e)
+def gradient_of(x, a, c, b, HAS_B: tl.constexpr):
+    """e (a + c e) + b with e = 2^x."""
+    e = tl.exp2(x)
+    g = e * tl.fma(c, e, a)
     if HAS_B:
-        g += tl.where(z != float("-inf"), b, 0.0)
-    return tl.where(on, g, 0.0)
+        g += b
+    return g
+
+
+@triton.jit
+def store_gradient(
+    ptr, origin, v, live, word, zero, base, a, c, b, HAS_B: tl.constexpr, R: tl.constexpr, DTYPE: tl.constexpr
+):
+    """``gradient_of`` the logits in [R, 4] words of DTYPE, x relative to ``base``, over whole vectors."""
+    low = gradient_of(tl.fma(part_of(word, 0, zero, DTYPE), LOG2E, -base), a, c, b, HAS_B)
+    high = low
+    if DTYPE != tl.float32:
+        high = gradient_of(tl.fma(part_of(word, 1, zero, DTYPE), LOG2E, -base), a, c, b, HAS_B)
+    store_words(ptr, origin, v, live, low, high, R)

@@ -296,19 +296,36 @@ def test_rows_are_on_file_as_they_come(tmp_path, monkeypatch):
         assert [r["provider"] for r in csv.DictReader(opened)] == seen[:2]
 
 
-def test_one_read_and_two_reads_are_the_same_numbers():
-    """What --paths forces, by the interpreter: both launch shapes of the one kernel."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_shape_of_the_score_kernel_gives_the_same_numbers(dtype):
+    """What --paths forces, by the interpreter: a row held whole, in part, and not at all."""
     triton_impl = pytest.importorskip("kernels.triton_impl")
     if torch.cuda.is_available():
         pytest.skip("the device tests cover it")
-    z, y, knob = torch.randn(3, 700), torch.tensor([0, 350, 699]), torch.tensor(0.4)
+    v, knob = 2900, torch.tensor(0.4)
+    z, y = torch.randn(3, v).to(dtype), torch.tensor([0, v // 2, v - 1])
+    shapes = [triton_impl.score_shape(v, dtype, warps=1, held=held) for held in (25, 9, 3, 0)]
+    assert [s["MORE"] for s in shapes] == [False, dtype == torch.float32 or v > 9 * 256, True, True]
+    assert [s["PIECES"] for s in shapes][1:] == [9, 3, 0]
     results = []
-    for shape in (triton_impl.held_shape(700, 4, z.dtype), triton_impl._shape(700, 4) | dict(PIECES=0, PACKED=False)):
+    for shape in shapes:
         stats, correct = torch.empty(15, 3), torch.empty(3, dtype=torch.bool)
         loss, fisher, out = torch.empty(3), torch.empty(3), torch.empty_like(z)
         triton_impl.fused_score("dpsm", knob, z, y, None, None, stats, correct, loss, fisher, out, shape=shape)
-        results.append([loss, fisher, out])
-    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+        results.append([loss, fisher, out, *stats[[0, 1, 2, 3, 5, 6, 7, 8]]])
+    for other in results[1:]:
+        torch.testing.assert_close(other[2], results[0][2], rtol=2**-8 if dtype == torch.bfloat16 else 2e-5, atol=1e-9)
+        torch.testing.assert_close(other[:2] + other[3:], results[0][:2] + results[0][3:], rtol=2e-6, atol=1e-7)
+
+
+def test_paths_begin_with_the_shape_that_is_chosen():
+    triton_impl = pytest.importorskip("kernels.triton_impl")
+    from kernels.paths import shapes_of
+
+    for v in (50257, 151936):
+        shapes = shapes_of(v, torch.bfloat16)
+        assert next(iter(shapes.values())) == triton_impl.score_shape(v, torch.bfloat16)
+        assert len(shapes) >= 4 and (8, 0) in shapes and (16, 0) in shapes
 
 
 def test_chunks_are_timed_beside_the_products():
