@@ -5,7 +5,7 @@
     python -m kernels.bench --csv bench.csv --plot bench.png
     python -m kernels.bench --audit-2k --trace traces   # one batch of 2,000 tokens through every score
     python -m kernels.bench --train-step --csv step.csv # a whole training step, DPSM against torch's CE
-    python -m kernels.bench --paths --csv paths.csv     # one read or two, sizes of chunks (GPU)
+    python -m kernels.bench --paths --csv paths.csv     # how a row is held, sizes of chunks (GPU)
     python -m kernels.bench --claims --csv all.csv      # shapes and training step, then every claim's verdict (GPU)
 
 The providers take turns in one process, so that what else the machine does falls on all of them, and
@@ -381,7 +381,7 @@ def main(argv=None) -> int:
     mode.add_argument("--audit-2k", action="store_true", help="2,000 tokens through every score instead")
     mode.add_argument("--train-step", action="store_true", help="a training step of GPT-2 instead (a tiny one on CPU)")
     mode.add_argument(
-        "--paths", action="store_true", help="one read of a row or two, and sizes of chunks, instead (GPU)"
+        "--paths", action="store_true", help="ways to hold a row, and sizes of chunks, instead (GPU)"
     )
     mode.add_argument("--claims", action="store_true", help="all shapes and the training step, then verdicts (GPU)")
     parser.add_argument("--trace", metavar="FOLDER", help="with --audit-2k: torch.profiler traces")

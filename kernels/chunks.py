@@ -7,10 +7,10 @@ multiprocessors. Large chunks cost memory, linearly.
 
 With a bf16 gradient the fp32 sum of d_weight is itself beside it: 2 V D bytes while the chunks run, 4 V D while
 backward narrows it. That is 154 MB at (V, D) = (50257, 768), within the allowance; but 622 MB at (151936, 1024), and
-there no chunk helps. To need less, d_weight would have to be summed in bf16 (its error grows with the number of
-chunks), or a slice of the vocabulary finished at a time, which takes its logits for all tokens: a second product,
-4/3 of the work. So a chunk is then given as much as the sum takes anyway. With fp32 weights the sum is the
-gradient, and the bf16 copy of the weight is what is beside it.
+there no chunk helps. To need less, d_weight would have to be summed in bf16 (8192 tokens in 10 chunks: an error of
+3.7e-3 in place of 1.7e-3, measured on a CPU at 8192 x 512), or a slice of the vocabulary finished at a time, which
+takes its logits for all tokens: a second product, 4/3 of the work. So a chunk is then given as much as the sum takes
+anyway. With fp32 weights the sum is the gradient, and the bf16 copy of the weight is what is beside it.
 """
 
 import functools
