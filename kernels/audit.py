@@ -37,6 +37,7 @@ VOCABULARIES = (50257, 151936)
 # One instruction a line: /*0040*/  @P0 LDG.E.128 R4, ...
 OPCODE = re.compile(r"\s*/\*[0-9a-f]+\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+OPTIONS = ("num_warps", "maxnreg", "enable_fp_fusion")  # of a launch; its other constants are the kernel's
 
 
 def variants(capability: int, vocab: int, dtype: str) -> list[tuple[str, object, dict]]:
@@ -84,7 +85,7 @@ def compile_for(kernel, constants: dict, capability: int, dtype: str, vocab: int
     constexprs = {name: constants[name] for name in kernel.arg_names if name in constants}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
     target = GPUTarget("cuda", capability, 32)
-    options = {name: constants[name] for name in ("num_warps", "maxnreg") if name in constants}
+    options = {name: constants[name] for name in OPTIONS if name in constants}
     return triton.compile(source, target=target, options=options)
 
 

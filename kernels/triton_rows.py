@@ -54,8 +54,8 @@ def place(row, stride, V, y, W: tl.constexpr):
 
 @triton.jit
 def edge(ptr, origin, shift, first, last, ty, V, y, R: tl.constexpr, W: tl.constexpr):
-    """(z, at, mine, off), [R]: the elements of the vectors that are not whole or hold the target, one a lane; their
-    places in the tensor, whether there is one, and whether it is not the target."""
+    """(z, at, mine, off), [R]: the elements of the vectors that are not whole or hold the target, one a lane (R is at
+    least 3 W); their places in the tensor, whether there is one, and whether it is another than the target."""
     lane = tl.arange(0, R)
     which = lane // W
     vector = tl.where(which == 0, 0, tl.where(which == 1, ty, last))
