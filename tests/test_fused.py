@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -558,3 +559,27 @@ for name, r in rows.items():
 """
     done = subprocess.run([sys.executable, "-c", command], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-1500:]
+
+
+def test_instructions_are_counted_as_often_as_they_run():
+    from kernels.audit import executed
+
+    code = """
+        /*0000*/                   S2R R1, SR_TID.X ;
+.L_x_1:
+        /*0010*/              @!P0 LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0020*/                   LDG.E.128 R8, desc[UR4][R2.64+0x10] ;
+        /*0030*/                   MUFU.EX2 R12, R4 ;
+        /*0040*/               @P1 BRA `(.L_x_1) ;
+        /*0050*/               @P2 BRA `(.L_x_3) ;
+.L_x_2:
+        /*0060*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0070*/               @P1 BRA `(.L_x_2) ;
+.L_x_3:
+        /*0080*/                   EXIT ;
+.L_x_4:
+        /*0090*/                   BRA `(.L_x_4);
+"""
+    run = executed(code.splitlines(), 2, 3)
+    loop = ["LDG.E.128", "LDG.E.128", "MUFU.EX2", "BRA"]
+    assert Counter(run) == Counter(["S2R", *3 * loop, "BRA", "EXIT", "BRA"])  # the last is padding behind the end
