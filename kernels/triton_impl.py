@@ -304,6 +304,7 @@ def score_kernel(
         tl.debug_barrier()
         ref = tl.load(out + 13 * stats_stride, volatile=True)
         zero = tl.num_programs(2) - 1
+        # The row's place anew, for the compiler another one: kept since above it would cost registers.
         row += zero
         lane += zero
         y = tl.load(targets_ptr + row).to(tl.int32)
