@@ -1,6 +1,6 @@
 """What the Triton kernels do with one row: where it lies in memory, its sums, its Stats, its gradient.
 
-See triton_impl for the kernels, and for why rows are read as they are.
+See triton_kernels for the kernels, and for why rows are read as they are.
 
 A row is read in vectors of 16 bytes, of which a lane has one at a time: [R, 4] words of 32 bits, in each one
 fp32 logit or two of 16 bits. The vectors that hold the target, or begin or end outside of the row, are left to
