@@ -7,7 +7,7 @@ BIN := .venv/bin
 .PHONY: demo test lint clean
 
 demo: .venv/installed
-	$(BIN)/python -m recipes.run recipes/demo.toml
+	$(BIN)/python -m eval.campaign recipes/demo.toml
 
 test: .venv/installed-dev
 	$(BIN)/ruff check .

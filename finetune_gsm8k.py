@@ -23,15 +23,13 @@ from pathlib import Path
 
 import torch
 
-import runlog
 from data.gsm8k import FORMATS, load_gsm8k, split_heldout
 from data.packing import batch_indices, pack
 from data.prompts import PROMPTS, Prompter, make_examples, make_targets
 from eval.answers import examine, forget, heldout_metrics
 from eval.calibration import Calibration
-from fot import FoT, parse_parts
 from kernels import linear_score
-from losses import ALPHA_SCHEDULES, LOSSES, alpha_at, make_score
+from kernels.losses import ALPHA_SCHEDULES, LOSSES, alpha_at, make_score
 from model.decode import Request, cache_length
 from model.lora import (
     BASES,
@@ -48,9 +46,32 @@ from model.lora import (
     segment_rms,
     set_segments,
 )
-from runlog import opt
-from schedules import ADAPTIVE, RULES, averaged, lr_factor, schedule_free_adamw
-from schedules import FREE as SCHEDULE_FREE
+from runtime.cli import StopRequest, opt, parse_config, user_errors
+from runtime.folder import (
+    RunFolder,
+    ends_here,
+    finish,
+    load_checkpoint,
+    read_metrics,
+    same_config,
+    start_wandb,
+    write_json,
+)
+from runtime.machine import (
+    EnergyMeter,
+    World,
+    peak_flops,
+    peak_memory,
+    rng_states,
+    set_rng_states,
+    start_world,
+    system_entries,
+    to_device,
+)
+from runtime.meter import DivergenceWatch
+from schedules.fot import FoT, parse_parts
+from schedules.rules import ADAPTIVE, RULES, averaged, lr_factor, schedule_free_adamw
+from schedules.rules import FREE as SCHEDULE_FREE
 
 # ----------------------------------------------------------------------------------------------
 # config
@@ -126,13 +147,12 @@ class Config:
     wandb: str = opt("", "Weights & Biases project to log to as well (WANDB_MODE=offline works)")
 
 
-SOURCES = ("finetune_gsm8k.py", "losses.py", "schedules.py", "fot.py", "gradient_stats.py", "forecast.py")
 # Settings that a resumed run may change: where and how it computes, not what.
 FREE = ("out", "resume", "resume_from", "cache", "wandb", "micro_batch", "device", "kernels", "checkpoint_activations",
         "eval_batch")
 
 
-def check(cfg: Config, world: runlog.World) -> None:
+def check(cfg: Config, world: World) -> None:
     """Raises ValueError, one line, for settings that cannot be meant."""
     for name in ("warmup", "alpha_max", "alpha_start", "lr_warmup", "lr_floor", "eps", "tail_smoothing"):
         if not 0 <= getattr(cfg, name) <= 1:
@@ -187,20 +207,20 @@ def fot_measures(cfg: Config) -> set[str]:
 
 def main(argv: list[str] | None = None) -> int:
     argv = [a.replace("--lr-schedule", "--schedule", 1) for a in (sys.argv[1:] if argv is None else argv)]
-    cfg = runlog.parse_config(Config, argv, __doc__)
-    with runlog.user_errors():
-        world = runlog.start_world(cfg.device)
+    cfg = parse_config(Config, argv, __doc__)
+    with user_errors():
+        world = start_world(cfg.device)
         check(cfg, world)
         device = world.device
         name = f"gsm8k-{Path(cfg.model).name}-{cfg.format}-{cfg.loss}-s{cfg.seed}"
         out = Path(cfg.out or f"runs/{name}")
-        run = runlog.RunFolder(out, world)
+        run = RunFolder(out, world)
         run.check(asdict(cfg), cfg.resume, FREE)
         checkpoint = None
         if cfg.resume:
             path = Path(cfg.resume_from or run / "last.pt")
-            checkpoint = runlog.load_checkpoint(path)
-            runlog.same_config(path, checkpoint["config"], asdict(cfg), FREE)
+            checkpoint = load_checkpoint(path)
+            same_config(path, checkpoint["config"], asdict(cfg), FREE)
 
         # -- data ------------------------------------------------------------------------------
         with world.main_first():
@@ -276,7 +296,7 @@ def main(argv: list[str] | None = None) -> int:
     window = Calibration(device)  # calibration of the targets trained on since the last log line
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # likewise: steps, loss, gradient norm, clipped
     room = torch.zeros(2, dtype=torch.float64)  # likewise, on the CPU and this rank: positions, those without a token
-    watch = runlog.DivergenceWatch(device)
+    watch = DivergenceWatch(device)
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
         fot is None or fot.load_state_dict(checkpoint["fot"])
@@ -287,17 +307,16 @@ def main(argv: list[str] | None = None) -> int:
         watch.state.copy_(checkpoint["watch"])
         if world.main:  # a sum over ranks goes on at one of them
             window.load_state_dict(checkpoint["window"])
-        if not runlog.set_rng_states(checkpoint["rng"], world) and cfg.lora_dropout and world.main:
+        if not set_rng_states(checkpoint["rng"], world) and cfg.lora_dropout and world.main:
             print(f"resuming {len(checkpoint['rng'])} ranks on {world.size}: dropout masks will differ from here on")
-    run.start(asdict(cfg) | {"script": "finetune_gsm8k.py"}, [Path(__file__).with_name(name) for name in SOURCES],
-              step if checkpoint else None)
+    run.start(asdict(cfg) | {"script": "finetune_gsm8k.py"}, step if checkpoint else None)
     if checkpoint:
         run.log("event", step, event="resumed", world_size=world.size)
     if world.main and step < cfg.steps:
         forget(run.path)
-    energy = runlog.EnergyMeter(device)
-    stop = runlog.StopRequest()
-    wandb_run = runlog.start_wandb(cfg.wandb, out, asdict(cfg)) if cfg.wandb and world.main else None
+    energy = EnergyMeter(device)
+    stop = StopRequest()
+    wandb_run = start_wandb(cfg.wandb, out, asdict(cfg)) if cfg.wandb and world.main else None
     parameters = sum(p.numel() for p in trainable)
     if world.main:
         first = pack([train[i] for i in batch_indices(len(train), 0, cfg.batch, cfg.seed)], cfg.seq_len)
@@ -316,7 +335,7 @@ def main(argv: list[str] | None = None) -> int:
             "config": asdict(cfg), "step": step, "data_hash": data_hash, "optimizer": optimizer.state_dict(),
             "alpha": alpha_of(step), "tokens_seen": tokens_seen, "train_seconds": train_seconds, "joules": joules,
             "sums": sums.cpu(), "room": room, "watch": watch.state.cpu(), "window": total.state_dict(),
-            "fot": fot and fot.state_dict(), "rng": runlog.rng_states(world)})
+            "fot": fot and fot.state_dict(), "rng": rng_states(world)})
 
     def log_row(kind: str, **values) -> None:
         row = run.log(kind, step, tokens=tokens_seen, train_seconds=train_seconds, **values)
@@ -358,7 +377,7 @@ def main(argv: list[str] | None = None) -> int:
             rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(step))]
             size = min(size, math.ceil(len(rows) / 2))
         fisher = torch.zeros(4, dtype=torch.float64, device=device)  # sum and number, of the prompt and of the answer
-        denominator = runlog.to_device(torch.tensor(count / world.size), device)
+        denominator = to_device(torch.tensor(count / world.size), device)
         loss = torch.zeros((), device=device)
         for i in range(0, len(rows), size):
             part = rows[i : i + size]
@@ -368,13 +387,13 @@ def main(argv: list[str] | None = None) -> int:
             thin = 8 if gated and not probe and cfg.loss_on != "all" else 1
             at = part.positions("all" if everything else cfg.loss_on, thin)
             answer = part.answer_RT.flatten()[at]
-            inside = runlog.to_device(answer | (cfg.loss_on == "all"), device)
-            y, answer = runlog.to_device(part.targets_RT.flatten()[at], device), runlog.to_device(answer, device)
-            at = runlog.to_device(at, device)
+            inside = to_device(answer | (cfg.loss_on == "all"), device)
+            y, answer = to_device(part.targets_RT.flatten()[at], device), to_device(answer, device)
+            at = to_device(at, device)
             last = i + size >= len(rows)
             with contextlib.nullcontext() if last or world.size == 1 else trained.no_sync():
-                hidden = trained(runlog.to_device(part.tokens_RT, device),
-                                 documents_BT=runlog.to_device(part.documents_RT, device))
+                hidden = trained(to_device(part.tokens_RT, device),
+                                 documents_BT=to_device(part.documents_RT, device))
                 part_loss, moments = linear_score(
                     hidden.flatten(0, 1).index_select(0, at), model.head_weight, y, score, denominator=denominator,
                     weights=inside.float() if everything else None, fisher=everything and not cfg.tail_smoothing,
@@ -472,14 +491,14 @@ def main(argv: list[str] | None = None) -> int:
             save()
         clock, meter = time.perf_counter(), energy.read()  # evaluation and checkpoints are not training time
     bar.close()
-    if (code := runlog.ends_here(run, ending, step, stop.signal)) is not None:
+    if (code := ends_here(run, ending, step, stop.signal)) is not None:
         stop.restore()
-        return runlog.finish(run, wandb_run, code)
+        return finish(run, wandb_run, code)
 
     # -- final evaluation: answers to the test problems, and what they are worth ------------------
-    memory = runlog.peak_memory(device)
+    memory = peak_memory(device)
     set_segments(model, None)
-    with runlog.user_errors(), averaged(optimizer):
+    with user_errors(), averaged(optimizer):
         if world.main:
             save_adapter(model, run / "adapter", cfg.model)
         final = (merged(model) if cfg.merge else model).eval()
@@ -491,15 +510,15 @@ def main(argv: list[str] | None = None) -> int:
     if graded is None:
         if world.main:
             print(f"{stop.signal}: stopped while generating; the same command with --resume goes on from its answers")
-        return runlog.finish(run, wandb_run, 0)
+        return finish(run, wandb_run, 0)
     if not world.main:
-        return runlog.finish(run, wandb_run, 0)
-    rows, vals = (runlog.read_metrics(run / "metrics.jsonl", kind) for kind in ("train", "val"))
+        return finish(run, wandb_run, 0)
+    rows, vals = (read_metrics(run / "metrics.jsonl", kind) for kind in ("train", "val"))
     # The first window pays for compilation and cold caches.
     rates = [r["tokens_per_second"] for r in (rows[1:] or rows)]
     rate, finals = statistics.median(rates) if rates else None, vals[-1] if vals else {}
     inside = sum(e.targets(cfg.loss_on) for e in train) / sum(e.length for e in train)
-    flops, peak = flops_per_token(model.config, model.lora, cfg.seq_len, inside), runlog.peak_flops(device, dtype)
+    flops, peak = flops_per_token(model.config, model.lora, cfg.seq_len, inside), peak_flops(device, dtype)
     summary = {
         "script": "finetune_gsm8k.py", "loss": cfg.loss, "alpha_schedule": cfg.alpha_schedule if cfg.loss == "dpsm"
         else None, "format": cfg.format, "steps": step, "seed": cfg.seed, "parameters": parameters,
@@ -510,11 +529,11 @@ def main(argv: list[str] | None = None) -> int:
         "tokens_per_second": rate, "train_seconds": train_seconds, "flops_per_token": flops,
         "mfu": rate * flops / (peak * world.size) if peak and rate else None,
         "padding": statistics.fmean(r["padding"] for r in rows) if rows else None,
-        **runlog.system_entries(world, dtype, memory, joules if meter is not None else None, watch.read()),
+        **system_entries(world, dtype, memory, joules if meter is not None else None, watch.read()),
         "base": cfg.base,
         **({f"{cfg.schedule}_{k}": v for k, v in fot.counts.items()} if fot else {}),
     }
-    runlog.write_json(run / "summary.json", summary)
+    write_json(run / "summary.json", summary)
     if wandb_run:
         wandb_run.summary.update(summary)
     ways = ", ".join(f"{rule} {100 * v:.2f} %" for rule in ("strict", "flexible", "code")
@@ -523,7 +542,7 @@ def main(argv: list[str] | None = None) -> int:
           f"{rate or 0:,.0f} tokens/s in training, "
           f"{graded['generated_tokens_per_second']:,.0f} in generation")
     print(f"compare answers: python -m eval.gsm8k {run / 'outputs.jsonl'} OTHER/outputs.jsonl --format {cfg.format}")
-    return runlog.finish(run, wandb_run, 0)
+    return finish(run, wandb_run, 0)
 
 
 def make_optimizer(cfg: Config, parameters: list, device: torch.device) -> torch.optim.Optimizer:

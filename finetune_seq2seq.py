@@ -25,7 +25,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import runlog
 from data.summaries import (
     SETS,
     Bucketed,
@@ -40,15 +39,37 @@ from data.summary_sets import encode_sets, load_texts
 from eval import seq2seq as measure
 from eval.calibration import Calibration
 from eval.summaries import bert_model, rouge_scores
-from fot import FoT, parse_parts
 from kernels import linear_score
-from losses import ALPHA_SCHEDULES, LOSSES, alpha_at, brier, make_score, smoothing
+from kernels.losses import ALPHA_SCHEDULES, LOSSES, alpha_at, brier, make_score, smoothing
 from model.gpt2 import decay_groups, parameter_count
 from model.seq2seq import SIZES, Seq2Seq, training_flops
 from model.seq2seq_hub import load_seq2seq
 from recipes.presets import PAPER_SCHEDULES, PRESETS, check_fit, paper_lr_factor, preset_values
-from runlog import opt
-from schedules import ADAPTIVE, FREE, RULES, averaged, lr_factor, schedule_free_adamw
+from runtime.cli import StopRequest, opt, parse_config, user_errors
+from runtime.folder import (
+    RunFolder,
+    ends_here,
+    finish,
+    load_checkpoint,
+    read_metrics,
+    same_config,
+    start_wandb,
+    write_json,
+)
+from runtime.machine import (
+    EnergyMeter,
+    World,
+    peak_flops,
+    peak_memory,
+    rng_states,
+    set_rng_states,
+    start_world,
+    system_entries,
+)
+from runtime.meter import DivergenceWatch
+from runtime.optim import restore_training_state, training_state
+from schedules.fot import FoT, parse_parts
+from schedules.rules import ADAPTIVE, FREE, RULES, averaged, lr_factor, schedule_free_adamw
 
 # fmt: off
 # ----------------------------------------------------------------------------------------------
@@ -131,8 +152,6 @@ class Config:
     wandb: str = opt("", "Weights & Biases project to log to as well (WANDB_MODE=offline works)")
 
 
-SOURCES = ("finetune_seq2seq.py", "recipes/presets.py", "losses.py", "schedules.py", "fot.py", "gradient_stats.py",
-           "forecast.py")
 # Settings that a resumed run may change: where and how it computes, not what.
 CHANGEABLE = ("out", "resume", "resume_from", "cache", "wandb", "micro_batch", "generate_batch", "device",
               "kernels", "compile", "checkpoint_activations", "bertscore")
@@ -144,7 +163,7 @@ def with_preset(cfg: Config) -> Config:
     return dataclasses.replace(cfg, **{k: v for k, v in values.items() if getattr(cfg, k) is None})
 
 
-def check(cfg: Config, world: runlog.World) -> None:
+def check(cfg: Config, world: World) -> None:
     """Raises ValueError, one line, for settings that cannot be meant."""
     bounds = (
         ("warmup alpha_max alpha_start noise_references lr_warmup lr_floor label_smoothing tail_smoothing",
@@ -216,22 +235,22 @@ def score_of(cfg: Config, alpha: Tensor) -> Callable:
 
 def main(argv: list[str] | None = None) -> int:
     argv = [a.replace("--lr-schedule", "--schedule", 1) for a in (sys.argv[1:] if argv is None else argv)]
-    cfg = with_preset(runlog.parse_config(Config, argv, __doc__))
-    with runlog.user_errors():
-        world = runlog.start_world(cfg.device)
+    cfg = with_preset(parse_config(Config, argv, __doc__))
+    with user_errors():
+        world = start_world(cfg.device)
         check(cfg, world)
         device = world.device
         named = Path(cfg.model or cfg.size).name
         out = Path(cfg.out or f"runs/{Path(cfg.data).name}-{named}-{cfg.loss}-s{cfg.seed}")
-        run = runlog.RunFolder(out, world)
+        run = RunFolder(out, world)
         run.check(asdict(cfg), cfg.resume, CHANGEABLE)
         checkpoint = None
         if cfg.resume:
             path = Path(cfg.resume_from or run / "last.pt")
-            checkpoint = runlog.load_checkpoint(path)
+            checkpoint = load_checkpoint(path)
             if "optimizer" not in checkpoint:
                 raise ValueError(f"{path} holds weights only; resume from last.pt or previous.pt")
-            runlog.same_config(path, checkpoint["config"], asdict(cfg), CHANGEABLE)
+            same_config(path, checkpoint["config"], asdict(cfg), CHANGEABLE)
 
         # -- data ------------------------------------------------------------------------------
         texts = load_texts(cfg.data, cfg.eval_data, folded=bool(cfg.fold), min_words=cfg.min_words)
@@ -301,7 +320,7 @@ def main(argv: list[str] | None = None) -> int:
     # -- optimizer -----------------------------------------------------------------------------
     groups = decay_groups(model, cfg.weight_decay)
     betas = cfg.beta1, cfg.beta2
-    with runlog.user_errors():
+    with user_errors():
         optimizer = (schedule_free_adamw(groups, cfg.lr, betas=betas) if cfg.schedule == FREE
                      else torch.optim.AdamW(groups, lr=cfg.lr, betas=betas, fused=True))
     fot = None
@@ -315,9 +334,9 @@ def main(argv: list[str] | None = None) -> int:
     best, stale = {"step": None, "nll": math.inf}, 0
     window = Calibration(device)  # calibration of the tokens trained on since the last log line
     sums = torch.zeros(6, dtype=torch.float64, device=device)  # likewise: steps, loss, norm, clipped, swapped, tokens
-    watch = runlog.DivergenceWatch(device)
+    watch = DivergenceWatch(device)
     if checkpoint:
-        runlog.restore_training_state(model, optimizer, checkpoint)
+        restore_training_state(model, optimizer, checkpoint)
         step, tokens_seen = checkpoint["step"], checkpoint["tokens_seen"]
         train_seconds, joules = checkpoint["train_seconds"], checkpoint["joules"]
         best, stale = checkpoint["best"], checkpoint["stale"]
@@ -326,13 +345,12 @@ def main(argv: list[str] | None = None) -> int:
         watch.state.copy_(checkpoint["watch"])
         if world.main:  # a sum over ranks goes on at one of them
             window.load_state_dict(checkpoint["window"])
-        if not runlog.set_rng_states(checkpoint["rng"], world) and cfg.dropout and world.main:
+        if not set_rng_states(checkpoint["rng"], world) and cfg.dropout and world.main:
             print(f"resuming {len(checkpoint['rng'])} ranks on {world.size}: dropout masks will differ from here on")
-    run.start(asdict(cfg) | {"script": "finetune_seq2seq.py"}, [Path(__file__).parent / name for name in SOURCES],
-              step if checkpoint else None)
+    run.start(asdict(cfg) | {"script": "finetune_seq2seq.py"}, step if checkpoint else None)
     if checkpoint:
         run.log("event", step, event="resumed", world_size=world.size)
-    energy = runlog.EnergyMeter(device)
+    energy = EnergyMeter(device)
     if world.main:
         print("\n".join(split["label"] for split in about.values()))
         print(f"{out}: {named}, {parameters / 1e6:.1f} M parameters, loss {cfg.loss}, {dtype} on {world.size} x "
@@ -345,16 +363,16 @@ def main(argv: list[str] | None = None) -> int:
         cost = measure.profile(trained, model, score, batch, world, energy, steps=cfg.profile, tail=cfg.tail_smoothing,
                        impl=cfg.kernels)
         if world.main:
-            runlog.write_json(run / "profile.json", cost)
+            write_json(run / "profile.json", cost)
             print("\n".join(f"{k:24} {v}" for k, v in cost.items()))
-        return runlog.finish(run, None, 0)
+        return finish(run, None, 0)
 
-    stop = runlog.StopRequest()
-    wandb_run = runlog.start_wandb(cfg.wandb, out, asdict(cfg)) if cfg.wandb and world.main else None
+    stop = StopRequest()
+    wandb_run = start_wandb(cfg.wandb, out, asdict(cfg)) if cfg.wandb and world.main else None
 
     def save(is_best: bool) -> None:
         """last.pt and, if these are the best weights so far, best.pt. All ranks take part; rank 0 writes."""
-        weights, moments = runlog.training_state(model, optimizer)
+        weights, moments = training_state(model, optimizer)
         state = {"model": weights, "model_config": asdict(shape), "config": asdict(cfg), "step": step, "best": best,
                  "data_hash": train.hash, "tokenizer": tokenizer.state(),
                  "dtype": str(dtype).removeprefix("torch.")}
@@ -367,7 +385,7 @@ def main(argv: list[str] | None = None) -> int:
             "optimizer": moments, "alpha": alpha_of(step), "tokens_seen": tokens_seen,
             "stale": stale, "train_seconds": train_seconds, "joules": joules, "sums": sums.cpu(),
             "watch": watch.state.cpu(), "window": total.state_dict(), "fot": fot and fot.state_dict(),
-            "rng": runlog.rng_states(world)})
+            "rng": rng_states(world)})
 
     def log_row(kind: str, **values) -> None:
         row = run.log(kind, step, tokens=tokens_seen, train_seconds=train_seconds, **values)
@@ -489,27 +507,27 @@ def main(argv: list[str] | None = None) -> int:
         clock, meter = time.perf_counter(), energy.read()  # evaluation and checkpoints are not training time
     bar.close()
     stop.restore()
-    if (code := runlog.ends_here(run, ending, step, stop.signal)) is not None:
-        return runlog.finish(run, wandb_run, code)
+    if (code := ends_here(run, ending, step, stop.signal)) is not None:
+        return finish(run, wandb_run, code)
 
     # -- final evaluation: of the file that stays, on every rank -----------------------------------
-    memory = runlog.peak_memory(device)
+    memory = peak_memory(device)
     if world.size > 1:
         torch.distributed.barrier()
     if cfg.report == "best" and best["step"] is None:
         if world.main:
             print(f"{out}: no validation had a finite NLL, so there are no best weights; lower --lr", file=sys.stderr)
-        return runlog.finish(run, wandb_run, 1)
-    kept = runlog.load_checkpoint(run / f"{cfg.report}.pt")
+        return finish(run, wandb_run, 1)
+    kept = load_checkpoint(run / f"{cfg.report}.pt")
     final, _, _ = measure.load_finetuned(out, f"{cfg.report}.pt", device)
     entries, bins = measure.final_metrics(final, sets, world, batch=cfg.micro_batch, impl=cfg.kernels)
     written = {}  # of weights that yield inf or nan there is nothing to read
     if entries["temperature"]:
         written = measure.summarise(final, sets, options, out, world, key=kept["step"], batch=cfg.generate_batch)
     if not world.main:
-        return runlog.finish(run, wandb_run, 0)
+        return finish(run, wandb_run, 0)
     for name, (rows, speed) in written.items():
-        with runlog.user_errors():  # the summaries are on the disk; --resume takes another --bertscore
+        with user_errors():  # the summaries are on the disk; --resume takes another --bertscore
             measured = measure.generation_metrics(rows, speed, bertscore=cfg.bertscore, device=device.type)
         entries |= {f"{name}_{k}": v for k, v in measured.items()}
     summary = {
@@ -520,19 +538,19 @@ def main(argv: list[str] | None = None) -> int:
         "data": about, "partial": any(a["partial"] for a in about.values()), "fold": cfg.fold or None,
         "examples_limit": {name: n for name, n in limits.items() if n and sets[name] is not None},
         **entries,
-        **measure.efficiency(runlog.read_metrics(run / "metrics.jsonl", "train"), flops_per_token,
-                     runlog.peak_flops(device, dtype), world.size),
+        **measure.efficiency(read_metrics(run / "metrics.jsonl", "train"), flops_per_token,
+                     peak_flops(device, dtype), world.size),
         "padding": padding, "train_seconds": train_seconds,
-        **runlog.system_entries(world, dtype, memory, joules if meter is not None else None, watch.read()),
+        **system_entries(world, dtype, memory, joules if meter is not None else None, watch.read()),
         **({f"{cfg.schedule}_{k}": v for k, v in fot.counts.items()} if fot else {}),
     }
-    runlog.write_json(run / "calibration.json", bins)
-    runlog.write_json(run / "summary.json", summary)
+    write_json(run / "calibration.json", bins)
+    write_json(run / "summary.json", summary)
     if wandb_run:
         wandb_run.summary.update(summary)
     print("\n".join(measure.describe(out.as_posix(), summary)))
     print(f"compare runs with: python -m eval.report {out} ... --out DIR")
-    return runlog.finish(run, wandb_run, 0)
+    return finish(run, wandb_run, 0)
 
 
 if __name__ == "__main__":

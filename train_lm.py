@@ -21,19 +21,41 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import runlog
 from data.lm import NAMES, load_corpus, load_text_set
 from data.windows import Windows, flip_labels
 from eval.calibration import Calibration, fit_temperature, temperature_sums
 from eval.text import distinct_n
-from fot import FoT, parse_parts
 from kernels import linear_moments, linear_score
-from losses import ALPHA_SCHEDULES, LOSSES, alpha_at, make_score
+from kernels.losses import ALPHA_SCHEDULES, LOSSES, alpha_at, make_score
 from model.generate import sample
 from model.gpt2 import GPT2, SIZES, GPT2Config, decay_groups, flops_per_token, parameter_count
-from model.hub import load_hf
-from runlog import opt
-from schedules import ADAPTIVE, FREE, RULES, averaged, lr_factor, schedule_free_adamw
+from model.gpt2_hub import load_hf
+from runtime.cli import StopRequest, opt, parse_config, user_errors
+from runtime.folder import (
+    RunFolder,
+    ends_here,
+    finish,
+    load_checkpoint,
+    read_metrics,
+    same_config,
+    start_wandb,
+    write_json,
+)
+from runtime.machine import (
+    EnergyMeter,
+    World,
+    peak_flops,
+    peak_memory,
+    rng_states,
+    set_rng_states,
+    start_world,
+    system_entries,
+    to_device,
+)
+from runtime.meter import DivergenceWatch
+from runtime.optim import restore_training_state, training_state
+from schedules.fot import FoT, parse_parts
+from schedules.rules import ADAPTIVE, FREE, RULES, averaged, lr_factor, schedule_free_adamw
 
 # ----------------------------------------------------------------------------------------------
 # config
@@ -102,13 +124,12 @@ class Config:
     wandb: str = opt("", "Weights & Biases project to log to as well (WANDB_MODE=offline works)")
 
 
-SOURCES = ("train_lm.py", "losses.py", "schedules.py", "fot.py", "gradient_stats.py", "forecast.py")
 # Settings that a resumed run may change: where and how it computes, not what.
 CHANGEABLE = ("out", "resume", "resume_from", "cache", "wandb", "micro_batch", "device", "kernels", "compile", "fsdp",
         "checkpoint_activations")
 
 
-def check(cfg: Config, world: runlog.World) -> None:
+def check(cfg: Config, world: World) -> None:
     """Raises ValueError, one line, for settings that cannot be meant."""
     for name in ("warmup", "alpha_max", "alpha_start", "label_noise", "label_noise_steps", "lr_warmup", "lr_floor",
                  "eps", "tail_smoothing"):
@@ -147,7 +168,7 @@ def check(cfg: Config, world: runlog.World) -> None:
 
 
 @torch.no_grad()
-def evaluate(model: GPT2, windows: Windows, cfg: Config, world: runlog.World, scale: float | None = None,
+def evaluate(model: GPT2, windows: Windows, cfg: Config, world: World, scale: float | None = None,
              keep: list | None = None) -> tuple[Calibration, Calibration | None]:
     """Calibration of ``model`` on every token of ``windows``; with ``scale`` = 1/temperature a second one
     of the scaled logits. ``keep`` collects (hidden [N, D], targets [N]) pairs, for the temperature fit."""
@@ -182,7 +203,7 @@ def numbers(c: Calibration, windows: Windows) -> dict[str, float]:
     return m
 
 
-def final_metrics(model: GPT2, sets: dict[str, Windows | None], cfg: Config, world: runlog.World):
+def final_metrics(model: GPT2, sets: dict[str, Windows | None], cfg: Config, world: World):
     """Temperature on validation, then every set before and after it: (summary entries, reliability bins)."""
     head, kept = model.head_weight, []
     finite = math.isfinite(evaluate(model, sets["val"], cfg, world, keep=kept)[0].compute()["nll"])
@@ -215,21 +236,21 @@ def final_metrics(model: GPT2, sets: dict[str, Windows | None], cfg: Config, wor
 
 def main(argv: list[str] | None = None) -> int:
     argv = [a.replace("--lr-schedule", "--schedule", 1) for a in (sys.argv[1:] if argv is None else argv)]
-    cfg = runlog.parse_config(Config, argv, __doc__)
-    with runlog.user_errors():
-        world = runlog.start_world(cfg.device)
+    cfg = parse_config(Config, argv, __doc__)
+    with user_errors():
+        world = start_world(cfg.device)
         check(cfg, world)
         device = world.device
         out = Path(cfg.out or f"runs/{Path(cfg.data).name}-{cfg.model}-{cfg.loss}-s{cfg.seed}")
-        run = runlog.RunFolder(out, world)
+        run = RunFolder(out, world)
         run.check(asdict(cfg), cfg.resume, CHANGEABLE)
         checkpoint = None
         if cfg.resume:
             path = Path(cfg.resume_from or run / "last.pt")
-            checkpoint = runlog.load_checkpoint(path)
+            checkpoint = load_checkpoint(path)
             if "optimizer" not in checkpoint:
                 raise ValueError(f"{path} holds weights only; resume from last.pt or previous.pt")
-            runlog.same_config(path, checkpoint["config"], asdict(cfg), CHANGEABLE)
+            same_config(path, checkpoint["config"], asdict(cfg), CHANGEABLE)
 
         # -- data ------------------------------------------------------------------------------
         with world.main_first():
@@ -294,7 +315,7 @@ def main(argv: list[str] | None = None) -> int:
     # -- optimizer -----------------------------------------------------------------------------
     groups = decay_groups(model, cfg.weight_decay)
     betas = cfg.beta1, cfg.beta2
-    with runlog.user_errors():
+    with user_errors():
         optimizer = (schedule_free_adamw(groups, cfg.lr, betas=betas) if cfg.schedule == FREE
                      else torch.optim.AdamW(groups, lr=cfg.lr, betas=betas, fused=True))
     fot = None
@@ -308,9 +329,9 @@ def main(argv: list[str] | None = None) -> int:
     best, stale = {"step": None, "nll": math.inf}, 0
     window = Calibration(device)  # calibration of the tokens trained on since the last log line
     sums = torch.zeros(5, dtype=torch.float64, device=device)  # likewise: steps, loss, gradient norm, clipped, flipped
-    watch = runlog.DivergenceWatch(device)
+    watch = DivergenceWatch(device)
     if checkpoint:
-        runlog.restore_training_state(model, optimizer, checkpoint)
+        restore_training_state(model, optimizer, checkpoint)
         step, tokens_seen = checkpoint["step"], checkpoint["tokens_seen"]
         train_seconds, joules = checkpoint["train_seconds"], checkpoint["joules"]
         best, stale = checkpoint["best"], checkpoint["stale"]
@@ -319,15 +340,14 @@ def main(argv: list[str] | None = None) -> int:
         watch.state.copy_(checkpoint["watch"])
         if world.main:  # a sum over ranks goes on at one of them
             window.load_state_dict(checkpoint["window"])
-        if not runlog.set_rng_states(checkpoint["rng"], world) and cfg.dropout and world.main:
+        if not set_rng_states(checkpoint["rng"], world) and cfg.dropout and world.main:
             print(f"resuming {len(checkpoint['rng'])} ranks on {world.size}: dropout masks will differ from here on")
-    run.start(asdict(cfg) | {"script": "train_lm.py"}, [Path(__file__).with_name(name) for name in SOURCES],
-              step if checkpoint else None)
+    run.start(asdict(cfg) | {"script": "train_lm.py"}, step if checkpoint else None)
     if checkpoint:
         run.log("event", step, event="resumed", world_size=world.size)
-    energy = runlog.EnergyMeter(device)
-    stop = runlog.StopRequest()
-    wandb_run = runlog.start_wandb(cfg.wandb, out, asdict(cfg)) if cfg.wandb and world.main else None
+    energy = EnergyMeter(device)
+    stop = StopRequest()
+    wandb_run = start_wandb(cfg.wandb, out, asdict(cfg)) if cfg.wandb and world.main else None
     tokens_per_step = cfg.batch * cfg.seq_len
     if world.main:
         print(f"{out}: {cfg.model}, {parameters / 1e6:.1f} M parameters, loss {cfg.loss}, {dtype} on {world.size} x "
@@ -336,7 +356,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def save(is_best: bool) -> None:
         """last.pt and, if these are the best weights so far, best.pt. All ranks take part; rank 0 writes."""
-        weights, moments = runlog.training_state(model, optimizer)
+        weights, moments = training_state(model, optimizer)
         state = {"model": weights, "model_config": asdict(shape), "config": asdict(cfg), "step": step, "best": best,
                  "data_hash": corpus.train.hash,
                  "tokenizer": {"files": corpus.tokenizer.files(), "eos_id": corpus.tokenizer.eos_id}}
@@ -349,7 +369,7 @@ def main(argv: list[str] | None = None) -> int:
             "optimizer": moments, "alpha": alpha_of(step), "tokens_seen": tokens_seen,
             "stale": stale, "train_seconds": train_seconds, "joules": joules, "sums": sums.cpu(),
             "watch": watch.state.cpu(), "window": total.state_dict(), "fot": fot and fot.state_dict(),
-            "rng": runlog.rng_states(world)})
+            "rng": rng_states(world)})
 
     def log_row(kind: str, **values) -> None:
         row = run.log(kind, step, tokens=tokens_seen, train_seconds=train_seconds, **values)
@@ -372,7 +392,7 @@ def main(argv: list[str] | None = None) -> int:
         if cfg.label_noise:
             y, flipped = flip_labels(y, shape.vocab_size, cfg.label_noise, cfg.label_noise_steps, cfg.seed, step)
         count = (y != -100).sum()
-        x, y = runlog.to_device(x[mine], device), runlog.to_device(targets := y[mine], device)
+        x, y = to_device(x[mine], device), to_device(targets := y[mine], device)
         alpha.fill_(alpha_of(step))
         lr = fot.get_last_lr()[0] if fot else cfg.lr * lr_factor(cfg.schedule, step, cfg.steps, warmup=cfg.lr_warmup,
                                                                  floor=cfg.lr_floor)
@@ -381,7 +401,7 @@ def main(argv: list[str] | None = None) -> int:
 
         # The loss is the sum over the global batch's targets divided by their number. DDP and FSDP
         # average gradients over ranks, hence the world size.
-        denominator = runlog.to_device(count.float() / world.size, device)
+        denominator = to_device(count.float() / world.size, device)
         loss = torch.zeros((), device=device)
         measured = fot is not None and fot.wants_micro and not cfg.fsdp  # FSDP has no gradient of a micro-batch
         rows = math.ceil(share / 2) if measured and micro == share else micro  # it compares a part with the whole
@@ -478,28 +498,28 @@ def main(argv: list[str] | None = None) -> int:
         clock, meter = time.perf_counter(), energy.read()  # evaluation and checkpoints are not training time
     bar.close()
     stop.restore()
-    if (code := runlog.ends_here(run, ending, step, stop.signal)) is not None:
-        return runlog.finish(run, wandb_run, code)
+    if (code := ends_here(run, ending, step, stop.signal)) is not None:
+        return finish(run, wandb_run, code)
 
     # -- final evaluation: of the file that stays, on every rank -----------------------------------
-    memory = runlog.peak_memory(device)
+    memory = peak_memory(device)
     if world.size > 1:
         torch.distributed.barrier()
-    kept = runlog.load_checkpoint(run / f"{cfg.report}.pt")
+    kept = load_checkpoint(run / f"{cfg.report}.pt")
     final = GPT2(shape, dtype)
     final.load_state_dict(kept["model"])
     final.to(device).eval()
     entries, bins = final_metrics(final, sets, cfg, world)
     if not world.main:
-        return runlog.finish(run, wandb_run, 0)
+        return finish(run, wandb_run, 0)
     samples = write_samples(final, corpus.tokenizer, sets["val"], cfg) if entries["temperature"] else []
-    rows = runlog.read_metrics(run / "metrics.jsonl", "train")
+    rows = read_metrics(run / "metrics.jsonl", "train")
     total = sum(r["steps"] for r in rows)
     # The first window pays for compilation and cold caches.
     milliseconds = [1000 * tokens_per_step / r["tokens_per_second"] for r in (rows[1:] or rows)]
     median = statistics.median(milliseconds) if milliseconds else None
     rate = tokens_per_step * 1000 / median if median else None
-    flops, peak = flops_per_token(shape, cfg.seq_len), runlog.peak_flops(device, dtype)
+    flops, peak = flops_per_token(shape, cfg.seq_len), peak_flops(device, dtype)
     summary = {
         "script": "train_lm.py", "loss": cfg.loss, "alpha_schedule": cfg.alpha_schedule if cfg.loss == "dpsm" else None,
         "steps": step, "seed": cfg.seed, "parameters": parameters, "tokens_seen": tokens_seen, "reported": cfg.report,
@@ -509,12 +529,12 @@ def main(argv: list[str] | None = None) -> int:
         "tokens_per_second": rate, "ms_per_step_median": median, "train_seconds": train_seconds,
         "flops_per_token": flops, "mfu": rate * flops / (peak * world.size) if peak and rate else None,
         "clip_rate": sum(r["clip_rate"] * r["steps"] for r in rows) / total if total else None,
-        **runlog.system_entries(world, dtype, memory, joules if meter is not None else None, watch.read()),
+        **system_entries(world, dtype, memory, joules if meter is not None else None, watch.read()),
         **({f"{cfg.schedule}_{k}": v for k, v in fot.counts.items()} if fot else {}),
     }
-    runlog.write_json(run / "calibration.json", bins)
-    runlog.write_json(run / "samples.json", samples)
-    runlog.write_json(run / "summary.json", summary)
+    write_json(run / "calibration.json", bins)
+    write_json(run / "samples.json", samples)
+    write_json(run / "summary.json", summary)
     if wandb_run:
         wandb_run.summary.update(summary)
     e = entries
@@ -522,7 +542,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{out}: validation ppl {e['val_ppl']:.3f}, nll {e['val_nll']:.4f}, ece {e['val_ece10']:.4f}, brier "
           f"{e['val_brier']:.4f}{after.format(**e)}; {rate or 0:,.0f} tokens/s")
     print(f"compare runs with: python -m eval.report {out} ... --out DIR")
-    return runlog.finish(run, wandb_run, 0)
+    return finish(run, wandb_run, 0)
 
 
 def check_start(have: GPT2Config, cfg: Config) -> None:

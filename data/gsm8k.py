@@ -20,7 +20,7 @@ calculator annotations, ``48/2 = <<48/2=24>>24 clips``, and end in a line ``####
 - The answer is the latest step that equals the gold answer. Where there is none, the last sentence may state one thing
   more: the answer as a percentage (a step times 100), which is the only arithmetic that is ever added. The gold answer
   is never written into a program: a solution whose steps do not derive it is refused.
-- Every program is run in eval.sandbox, and kept if what it prints equals the gold answer.
+- Every program is run in sandbox.run, and kept if what it prints equals the gold answer.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from eval.gsm8k import last_number, parse_number, same_number
-from eval.sandbox import Limits, run_many
+from sandbox.run import Limits, run_many
 
 ROWS = {"train": 7473, "test": 1319}
 FORMATS = ("text", "code")
@@ -427,7 +427,8 @@ def coverage_table(problems: int, refused: Sequence[tuple[str, str]], *, example
 
 
 def main(arguments: list[str] | None = None) -> None:
-    from runlog import user_errors, write_bytes
+    from runtime.cli import user_errors
+    from runtime.folder import write_bytes
 
     parser = argparse.ArgumentParser(prog="python -m data.gsm8k", description="Make GSM8K's training targets.")
     parser.add_argument("--data", default="gsm8k", help="gsm8k, or a folder of train.jsonl and test.jsonl")

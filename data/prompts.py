@@ -13,9 +13,9 @@ from pathlib import Path
 from data import gsm8k
 from data.gsm8k import Problem, code_targets, coverage_table
 from data.packing import Example
-from model.hub import CONFIG, _folder
+from model.gpt2_hub import CONFIG, _folder
 from model.qwen3 import read_config
-from runlog import write_json
+from runtime.folder import write_json
 
 PROMPTS = ("chat", "plain")
 # What follows the question, by prompt format and by what is asked for.

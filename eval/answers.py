@@ -19,7 +19,8 @@ from eval.gsm8k import Sample, grade_code, grade_text, scores
 from kernels import linear_score
 from model.decode import Request, decode
 from model.qwen3 import Qwen3
-from runlog import World, write_bytes
+from runtime.folder import write_bytes
+from runtime.machine import World
 
 
 @torch.no_grad()

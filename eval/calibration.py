@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from losses import brier, ce, spherical
+from kernels.losses import brier, ce, spherical
 
 BASE_BINS = 3000
 SCORES = ("nll", "brier", "spherical", "entropy")

@@ -15,7 +15,7 @@ Extraction is lm-evaluation-harness': strict is the first ``#### NUMBER``, flexi
 for numbers. The comparison is numeric, where the harness compares strings after taking out commas, dollars and a last
 full stop: 18.00 is 18 here and not there.
 
-``--format code``: an output is a program, or holds one in a fenced block (the last counts). It is run in eval.sandbox;
+``--format code``: an output is a program, or holds one in a fenced block (the last counts). It is run in sandbox.run;
 its answer is the last number it printed, of a tuple or list its first element. A program that did not end by itself
 with exit code 0 is invalid and wrong, whatever it printed before.
 """
@@ -210,11 +210,11 @@ def grade_code(
     limits=None,
     progress: str = "",
 ) -> list[Verdict]:
-    """Runs each output's program in eval.sandbox and compares what it printed last. ``limits``: sandbox.Limits.
+    """Runs each output's program in sandbox.run and compares what it printed last. ``limits``: sandbox.Limits.
 
     ``samples`` may be a generator that still makes them: it is read as workers get free.
     """
-    from eval.sandbox import run_many
+    from sandbox.run import run_many
 
     taken: list[Sample] = []
 
@@ -310,8 +310,9 @@ def compare(a: Sequence[Score], b: Sequence[Score], *, one_sample: bool) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     from data.gsm8k import load_gsm8k
-    from eval.sandbox import Limits
-    from runlog import user_errors, write_bytes
+    from runtime.cli import user_errors
+    from runtime.folder import write_bytes
+    from sandbox.run import Limits
 
     parser = argparse.ArgumentParser(prog="python -m eval.gsm8k", description="Grade outputs for GSM8K.")
     parser.add_argument("outputs", nargs="+", help='one or two JSONL files of {"id", "output"}')

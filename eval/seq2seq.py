@@ -1,6 +1,6 @@
 """What finetune_seq2seq.py measures: calibration on the references, a temperature, generated summaries, cost of a step.
 
-Nothing here trains. ``world`` is runlog.World: sets are split over the ranks, and every rank must make each call.
+Nothing here trains. ``world`` is World: sets are split over the ranks, and every rank must make each call.
 """
 
 import math
@@ -13,13 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import runlog
 from data.summaries import SummaryTokenizer, TokenPairs, collate, in_order
 from eval.calibration import Calibration, fit_temperature, temperature_sums
 from eval.summaries import ROUGE, bert_score, summary_metrics, write_predictions
 from kernels import linear_moments, linear_score
 from model.beam import Decoding
 from model.seq2seq import Seq2Seq, Seq2SeqConfig, training_flops
+from runtime.folder import load_checkpoint
+from runtime.machine import EnergyMeter, World, peak_flops, peak_memory, to_device
 
 KEYS = ("nll", "ppl", "ece10", "ece100", "ece10_mass", "brier", "spherical", "accuracy", "entropy")
 
@@ -29,7 +30,7 @@ def load_finetuned(run_folder: str | Path, checkpoint: str = "best.pt", device: 
 
     Raises ValueError, one line, for a folder without a whole checkpoint of that name.
     """
-    kept = runlog.load_checkpoint(Path(run_folder) / checkpoint)
+    kept = load_checkpoint(Path(run_folder) / checkpoint)
     model = Seq2Seq(Seq2SeqConfig(**kept["model_config"]), getattr(torch, kept["dtype"]))
     model.load_state_dict(kept["model"])
     return model.to(device).eval(), SummaryTokenizer.from_state(kept["tokenizer"]), kept["config"]
@@ -63,8 +64,8 @@ def multiple_of(device: torch.device) -> int:
 
 def forward(model, source: Tensor, mask: Tensor | None, labels: Tensor, device: torch.device, shift: Callable):
     """Hidden states [N, D] and labels [N] of a collated batch, N = batch x target length, on ``device``."""
-    source, labels = runlog.to_device(source, device), runlog.to_device(labels, device)
-    mask = mask if mask is None else runlog.to_device(mask, device)
+    source, labels = to_device(source, device), to_device(labels, device)
+    mask = mask if mask is None else to_device(mask, device)
     return model(source, mask, shift(labels)).flatten(0, 1), labels.flatten()
 
 
@@ -72,7 +73,7 @@ def forward(model, source: Tensor, mask: Tensor | None, labels: Tensor, device: 
 def evaluate(
     model: Seq2Seq,
     pairs: TokenPairs,
-    world: runlog.World,
+    world: World,
     *,
     batch: int = 8,
     scale: float | None = None,
@@ -108,7 +109,7 @@ def numbers(c: Calibration) -> dict[str, float]:
 
 
 def final_metrics(
-    model: Seq2Seq, sets: dict[str, TokenPairs | None], world: runlog.World, *, batch: int = 8, impl: str = "auto"
+    model: Seq2Seq, sets: dict[str, TokenPairs | None], world: World, *, batch: int = 8, impl: str = "auto"
 ) -> tuple[dict, dict]:
     """Temperature on ``sets["val"]``, then every set before and after it: (summary entries, reliability bins). A set
     that is None has its entries, which are None; so has a temperature that weights with nan or inf do not have."""
@@ -161,7 +162,7 @@ def summarise(
     sets: dict[str, TokenPairs | None],
     options: Decoding,
     folder: Path,
-    world: runlog.World,
+    world: World,
     *,
     key: int,
     batch: int,
@@ -231,8 +232,8 @@ def profile(
     model: Seq2Seq,
     score: Callable,
     batch: tuple,
-    world: runlog.World,
-    energy: runlog.EnergyMeter,
+    world: World,
+    energy: EnergyMeter,
     *,
     steps: int,
     tail: float = 0.0,
@@ -263,7 +264,7 @@ def profile(
     source, mask, labels = batch
     tokens = int(source.numel() if mask is None else mask.sum()) + int((labels != -100).sum())
     flops = float(len(source) * training_flops(model.config, source.shape[1], labels.shape[1]))
-    median, peak = statistics.median(seconds), runlog.peak_flops(device, model.dtype)
+    median, peak = statistics.median(seconds), peak_flops(device, model.dtype)
     return {
         "pairs": len(source),
         "source_tokens": source.shape[1],
@@ -271,7 +272,7 @@ def profile(
         "tokens": tokens,
         "ms_forward_backward": 1000 * median,
         "tokens_per_second": tokens / median,
-        "peak_memory_bytes": runlog.peak_memory(device),
+        "peak_memory_bytes": peak_memory(device),
         "gpu_utilisation": statistics.fmean(busy) if busy else None,
         "joules_per_step": joules,
         "flops": flops,

@@ -20,7 +20,7 @@ from data.summaries import collate, in_order
 from eval.stats import bootstrap_interval
 from eval.text import distinct_n
 from model.generate import generate
-from runlog import write_bytes
+from runtime.folder import write_bytes
 
 ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
@@ -231,7 +231,7 @@ def write_predictions(
 
     Each batch is appended to this rank's part file beside ``path`` when it is done; what the parts of an earlier,
     killed call hold under the same ``key`` (say, the step of the weights) is not made again. When all is there ``path``
-    gets it in one piece and the parts go. ``world``: runlog.World; every rank must call it. ``multiple``: sources are
+    gets it in one piece and the parts go. ``world``: machine.World; every rank must call it. ``multiple``: sources are
     padded to a multiple of it. A row has index, id, key, prediction, reference, tokens (EOS included), ended (by EOS,
     not by the limit) and score.
     """

@@ -1,7 +1,7 @@
 """Softmax moments, scores over logits or over a linear head without its logits, and the Fisher of each token."""
 
 from kernels.compiled import compilable
-from kernels.linear import linear_moments, linear_score
+from kernels.head import linear_moments, linear_score
 from kernels.logits import ProperScoreLoss, logits_score
 from kernels.moments import Moments, softmax_moments, token_fisher
 from kernels.parallel import parallel_linear_score

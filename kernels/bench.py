@@ -273,7 +273,7 @@ def audit_2k(args, add) -> None:
     """One fixed batch of 2,000 tokens through every score: time, memory, FLOPs and joules of a step."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    from runlog import EnergyMeter
+    from runtime.machine import EnergyMeter
 
     n, (v, d) = 2000, (args.v or 50257, args.d or 768)
     functions = {
@@ -435,7 +435,7 @@ def main(argv=None) -> int:
             if d:
                 bench(True, n, v, d, args, add)
     if args.train_step or args.claims:
-        from kernels.train_step import train_step
+        from races.train_step import train_step
 
         train_step(args, add)
     if args.claims:

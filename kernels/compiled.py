@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kernels.linear import Head, scaled
+from kernels.head import Head, scaled
 from kernels.moments import Moments, Stats, as_moments, new_stats
 
 _SCORES = weakref.WeakValueDictionary()

@@ -176,7 +176,7 @@ class ProperScoreLoss(nn.Module):
         """The function of the Moments, reading this module's alpha."""
         if not isinstance(self.given, str):
             return self.given
-        from losses import make_score  # which imports this package
+        from kernels.losses import make_score  # which imports this package
 
         if self.built[0] != id(self.alpha):  # .to() and copy.deepcopy give the module another tensor
             self.built = id(self.alpha), make_score(self.given, alpha=self.alpha, **self.knobs)
@@ -187,7 +187,7 @@ class ProperScoreLoss(nn.Module):
 
     def set_step(self, step: int, total: int) -> float:
         """Sets alpha for optimizer step ``step`` (0-based) of ``total``, and returns it."""
-        from losses import alpha_at
+        from kernels.losses import alpha_at
 
         value = alpha_at(step, total, **self.ramp)
         self.alpha.fill_(value)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.linear import REDUCTIONS, GradientInForward, Head
+from kernels.head import REDUCTIONS, GradientInForward, Head
 from kernels.moments import Coefficients, Moments, Stats, fisher_of, gradient_coefficients, mask_stats, score_partials
 
 # What a rank contributes for each token, all of its own entries without the target.

@@ -15,8 +15,8 @@ import torch
 from kernels import linear_score
 from kernels.bench import DTYPES, SHAPES, make_inputs, run_once, time_once, where_and_when
 from kernels.chunks import TILE, cuda_chunk
+from kernels.losses import dpsm
 from kernels.providers import ALPHA, matrix_products
-from losses import dpsm
 
 ROWS = (("bf16", 50257), ("bf16", 151936), ("fp32", 50257))
 TOKENS = 4096

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from kernels import linear_score, logits_score, softmax_moments
 from kernels.chunks import row_stride
-from losses import brier, ce, dpsm, focal, smoothing, spherical
+from kernels.losses import brier, ce, dpsm, focal, smoothing, spherical
 
 ALPHA = 0.5
 

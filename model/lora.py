@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from model.hub import _read_json
+from model.gpt2_hub import _read_json
 from model.qwen3 import Linear, Qwen3, Qwen3Config, load_qwen3
 from model.weights import check_shapes, read_shapes, read_tensors, staged
 

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.hub import CONFIG, INDEX, WEIGHTS, _folder, _read_json
+from model.gpt2_hub import CONFIG, INDEX, WEIGHTS, _folder, _read_json
 from model.weights import check_shapes, read_shapes, read_tensors, staged, weight_files, write_tensors
 
 # What Qwen3 here fixes: the values of each option of config.json that mean the same function, the first of them

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.hub import CONFIG, INDEX, WEIGHTS, _folder, _read_json
+from model.gpt2_hub import CONFIG, INDEX, WEIGHTS, _folder, _read_json
 from model.seq2seq import SHAPE, TOKEN_IDS, Seq2Seq, Seq2SeqConfig, sinusoids
 from model.weights import read_tensors, staged, weight_files, write_tensors
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from model.hub import INDEX, WEIGHTS, _read_json
+from model.gpt2_hub import INDEX, WEIGHTS, _read_json
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -8,7 +8,7 @@ the published models, whose max_length counts the decoder's start token, so that
 import math
 from pathlib import Path
 
-from schedules import lr_factor
+from schedules.rules import lr_factor
 
 PAPER_SCHEDULES = ("polynomial", "inverse-sqrt")
 

@@ -25,10 +25,11 @@ import torch
 from data.gsm8k import load_gsm8k, split_heldout, text_target
 from data.packing import Example, batch_indices, pack
 from kernels import linear_score
-from losses import ce
+from kernels.losses import ce
 from model.qwen3 import Qwen3, Qwen3Config, save_qwen3
-from runlog import keep_freed_memory, to_device, user_errors
-from schedules import lr_factor
+from runtime.cli import user_errors
+from runtime.machine import keep_freed_memory, to_device
+from schedules.rules import lr_factor
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
 HELDOUT = 256  # problems of train that the base does not read: finetune_gsm8k.py's default, and fewer nest in it

@@ -29,7 +29,7 @@ def words(n: int) -> str:
 
 @pytest.fixture(autouse=True)
 def heard():
-    """runlog.start_world keeps our log lines from the root logger, where caplog must hear them in the next test."""
+    """machine.start_world keeps our log lines from the root logger, where caplog must hear them in the next test."""
     yield
     logging.getLogger("scorecast").propagate = True
 

@@ -16,15 +16,16 @@ import pytest
 import torch
 
 import finetune_gsm8k
-import runlog
 from data.packing import Example, batch_indices, fit, pack
 from data.prompts import Prompter, calculate
-from fot import block_multipliers, gate_of
 from kernels import linear_score
-from losses import brier
+from kernels.losses import brier
 from model.decode import Finished, Request, decode
 from model.qwen3 import load_qwen3
-from schedules import ADAPTIVE
+from runtime.folder import load_checkpoint, read_metrics
+from runtime.machine import World
+from schedules.fot import block_multipliers, gate_of
+from schedules.rules import ADAPTIVE
 
 ROOT = Path(__file__).parent.parent
 TIMING = {"train_seconds", "tokens_per_second"}
@@ -113,7 +114,7 @@ def tune(flags, out, *more) -> int:
 def rows(out, kind) -> list[dict]:
     """Metrics without what depends on the clock."""
     return [
-        {k: v for k, v in r.items() if k not in TIMING} for r in runlog.read_metrics(Path(out) / "metrics.jsonl", kind)
+        {k: v for k, v in r.items() if k not in TIMING} for r in read_metrics(Path(out) / "metrics.jsonl", kind)
     ]
 
 
@@ -389,7 +390,7 @@ def test_the_adapter_is_the_trained_one(text_run, model):
     _, out = text_run
     loaded = load_base(model, "fp32", torch.float32)
     load_adapter(loaded, out / "adapter", str(model))
-    kept = runlog.load_checkpoint(out / "last.pt")["model"]
+    kept = load_checkpoint(out / "last.pt")["model"]
     tensors = adapter_tensors(loaded)
     assert set(kept) == set(tensors)
     assert all(torch.equal(kept[name], tensors[name]) for name in kept)
@@ -414,12 +415,12 @@ def test_resume_is_exact(text_run, tmp_path, monkeypatch, stop_at):
     sigterm_at(monkeypatch, stop_at - 1)
     assert tune(flags, tmp_path / "cut") == 0
     monkeypatch.undo()
-    assert runlog.load_checkpoint(tmp_path / "cut" / "last.pt")["step"] == stop_at
+    assert load_checkpoint(tmp_path / "cut" / "last.pt")["step"] == stop_at
     assert not (tmp_path / "cut" / "summary.json").exists()
     assert tune(flags, tmp_path / "cut", "--resume") == 0
     for kind in ("train", "val"):
         assert rows(tmp_path / "cut", kind) == rows(whole, kind)
-    ours, theirs = (runlog.load_checkpoint(out / "last.pt")["model"] for out in (tmp_path / "cut", whole))
+    ours, theirs = (load_checkpoint(out / "last.pt")["model"] for out in (tmp_path / "cut", whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     for name in ("outputs.jsonl", "outputs_sampled.jsonl"):
         assert (tmp_path / "cut" / name).read_bytes() == (whole / name).read_bytes()
@@ -606,7 +607,7 @@ def test_the_calculator_and_the_stop_strings_reach_decoding(model, problems, tmp
         load_gsm8k(problems, "test")[:1],
         prompter,
         tmp_path,
-        runlog.World(0, 1, torch.device("cpu")),
+        World(0, 1, torch.device("cpu")),
         max_new_tokens=60,
         batch=1,
         stop=["Question:"],
@@ -691,11 +692,11 @@ def test_rules_resume_exactly(base, fot_run, tmp_path, monkeypatch, rule, stop_a
     sigterm_at_batch(monkeypatch, stop_at - 1)
     assert tune(flags, tmp_path / "cut") == 0
     monkeypatch.undo()
-    assert runlog.load_checkpoint(tmp_path / "cut" / "last.pt")["step"] == stop_at
+    assert load_checkpoint(tmp_path / "cut" / "last.pt")["step"] == stop_at
     assert tune(flags, tmp_path / "cut", "--resume") == 0
     for kind in ("train", "val", "fot"):
         assert rows(tmp_path / "cut", kind) == rows(whole, kind)
-    ours, theirs = (runlog.load_checkpoint(out / "last.pt") for out in (tmp_path / "cut", whole))
+    ours, theirs = (load_checkpoint(out / "last.pt") for out in (tmp_path / "cut", whole))
     assert all(torch.equal(ours["model"][name], theirs["model"][name]) for name in theirs["model"])
     rates = [[g["lr"] for g in kept["optimizer"]["param_groups"]] for kept in (ours, theirs)]
     assert rates[0] == rates[1]
@@ -720,7 +721,7 @@ def test_schedule_free_evaluates_its_averages(base, tmp_path):
     from model.lora import adapter_tensors, load_adapter, load_base
 
     assert tune([*base, *FOT], tmp_path / "run", "--schedule", "schedule-free") == 0
-    kept = runlog.load_checkpoint(tmp_path / "run" / "last.pt")
+    kept = load_checkpoint(tmp_path / "run" / "last.pt")
     adapter = tmp_path / "run" / "adapter"
     assert tune([*base, *FOT], tmp_path / "again", "--adapter", adapter, "--lr", 0, "--steps", 1) == 0
     last = rows(tmp_path / "run", "val")[-1]["nll"]

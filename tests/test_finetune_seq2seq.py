@@ -21,13 +21,15 @@ from conftest import words
 import eval.seq2seq
 import eval.summaries
 import finetune_seq2seq
-import runlog
 from data.summaries import Bucketed, SummaryTokenizer, encode_pairs, load_summaries
 from kernels import linear_score
-from losses import brier, ce
+from kernels.losses import brier, ce
 from model.seq2seq import Seq2Seq, bart_config, pegasus_config, training_flops
 from model.seq2seq_hub import save_seq2seq
 from recipes.presets import PRESETS, XSUM
+from runtime.cli import parse_config
+from runtime.folder import load_checkpoint, read_metrics
+from runtime.machine import World, start_world
 
 ROOT = Path(__file__).parent.parent
 CLOCK = {"train_seconds", "tokens_per_second", "ms_per_step_median", "peak_memory_bytes"}
@@ -90,12 +92,12 @@ def summary_of(out) -> dict:
 def rows(out, kind) -> list[dict]:
     """Metrics without what depends on the clock."""
     return [
-        {k: v for k, v in r.items() if k not in CLOCK} for r in runlog.read_metrics(Path(out) / "metrics.jsonl", kind)
+        {k: v for k, v in r.items() if k not in CLOCK} for r in read_metrics(Path(out) / "metrics.jsonl", kind)
     ]
 
 
 def weights(out, name="last.pt") -> dict:
-    return runlog.load_checkpoint(Path(out) / name)["model"]
+    return load_checkpoint(Path(out) / name)["model"]
 
 
 def predictions(out, name="test") -> list[dict]:
@@ -140,7 +142,7 @@ def test_run_folder_is_complete(dpsm_run, capsys):
 
 
 def test_the_report_reads_it(dpsm_run, tmp_path):
-    from eval import report
+    from eval.report import build as report
 
     assert report.main([str(dpsm_run), "--out", str(tmp_path / "report")]) in (0, None)
     assert "dpsm" in (tmp_path / "report" / "report.md").read_text()
@@ -152,7 +154,7 @@ def test_load_finetuned_is_the_reported_model(dpsm_run, sums, tmp_path):
     assert not model.training and config["loss"] == "dpsm"
     part = load_summaries(sums, ("validation",), min_words=20)["validation"]
     pairs = encode_pairs(part, tokenizer, tmp_path, 96, 48)
-    again = eval.seq2seq.evaluate(model, pairs, runlog.World(0, 1, torch.device("cpu")), batch=5)[0].compute()
+    again = eval.seq2seq.evaluate(model, pairs, World(0, 1, torch.device("cpu")), batch=5)[0].compute()
     assert again["nll"] == pytest.approx(summary_of(dpsm_run)["val_nll"], rel=1e-5)  # fp32, other padding
     assert isinstance(again, dict) and isinstance(tokenizer, SummaryTokenizer)
 
@@ -189,7 +191,7 @@ def test_a_log_line_is_said_once(capsys):
     root = logging.StreamHandler()
     logging.getLogger().addHandler(root)
     try:
-        runlog.start_world("cpu")
+        start_world("cpu")
         logging.getLogger("scorecast").info("a line")
     finally:
         logging.getLogger().removeHandler(root)
@@ -224,7 +226,7 @@ def test_a_stopped_run_resumes_exactly(dpsm_flags, dpsm_run, tmp_path, monkeypat
         assert train(dpsm_flags, tmp_path / "run") == 0
     assert "--resume" in capsys.readouterr().out
     assert not (tmp_path / "run" / "summary.json").exists()
-    assert runlog.load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 5
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 5
     assert train(dpsm_flags, tmp_path / "run", "--resume") == 0
     same_run(dpsm_run, tmp_path / "run")
 
@@ -273,7 +275,7 @@ def test_rules_that_measure_resume_exactly(rule, base, tmp_path, monkeypatch):
     decisions, nll = rows(tmp_path / "whole", "fot"), [r["nll"] for r in rows(tmp_path / "whole", "val")]
     assert decisions == rows(tmp_path / "run", "fot") and nll[-1] < nll[0]
     if rule == "schedule-free":  # the checkpoint has the averages, which were evaluated, and the iterate
-        kept = runlog.load_checkpoint(tmp_path / "run" / "last.pt")
+        kept = load_checkpoint(tmp_path / "run" / "last.pt")
         iterate = kept["optimizer"]["iterate"]
         assert not decisions and any(not torch.equal(w, iterate[k]) for k, w in kept["model"].items())
     else:
@@ -340,7 +342,7 @@ def test_batch_ranks_and_accumulation_give_one_loss_curve(base, tmp_path):
 
 
 def resolved(*flags):
-    return finetune_seq2seq.with_preset(runlog.parse_config(finetune_seq2seq.Config, list(flags)))
+    return finetune_seq2seq.with_preset(parse_config(finetune_seq2seq.Config, list(flags)))
 
 
 def test_presets():
@@ -448,7 +450,7 @@ def test_a_fixed_bias_of_the_logits_counts(base, dpsm_run, sums, tmp_path):
     model.register_buffer("final_logits_bias", bias)
     part = load_summaries(sums, ("validation",), min_words=20)["validation"]
     pairs = encode_pairs(part, tokenizer, tmp_path, 96, 48)
-    world, keep = runlog.World(0, 1, torch.device("cpu")), []
+    world, keep = World(0, 1, torch.device("cpu")), []
     got = eval.seq2seq.evaluate(model, pairs, world, keep=keep)[0].compute()["nll"]
     hidden, y = (torch.cat(part) for part in zip(*keep, strict=True))
     expected = F.cross_entropy(hidden @ model.head_weight.t() + bias, y).item()

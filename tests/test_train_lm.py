@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import runlog
 import train_lm
 from data.windows import Windows
-from losses import alpha_at
+from kernels.losses import alpha_at
+from runtime.folder import load_checkpoint, read_metrics
 
 ROOT = Path(__file__).parent.parent
 TIMING = {"train_seconds", "tokens_per_second"}
@@ -45,12 +45,12 @@ def train(flags, out, *more) -> int:
 def rows(out, kind) -> list[dict]:
     """Metrics without what depends on the clock."""
     return [
-        {k: v for k, v in r.items() if k not in TIMING} for r in runlog.read_metrics(Path(out) / "metrics.jsonl", kind)
+        {k: v for k, v in r.items() if k not in TIMING} for r in read_metrics(Path(out) / "metrics.jsonl", kind)
     ]
 
 
 def weights(out, name="last.pt") -> dict:
-    return runlog.load_checkpoint(Path(out) / name)["model"]
+    return load_checkpoint(Path(out) / name)["model"]
 
 
 def torchrun(ranks, flags, out, *more):
@@ -109,7 +109,7 @@ def test_alpha_follows_the_optimizer_step(dpsm_run, tmp_path):
         assert len(rows(folder, "train")) > 5
         for r in rows(folder, "train"):
             assert r["alpha"] == pytest.approx(alpha_at(r["step"] - 1, 12, warmup=0.5), rel=1e-6)  # fp32
-        assert runlog.load_checkpoint(folder / "last.pt")["alpha"] == alpha_at(12, 12, warmup=0.5) == 1.0
+        assert load_checkpoint(folder / "last.pt")["alpha"] == alpha_at(12, 12, warmup=0.5) == 1.0
 
 
 def test_losses_are_golden(base, tmp_path):
@@ -180,7 +180,7 @@ def test_a_stopped_run_resumes_exactly(dpsm_run, tmp_path, monkeypatch, capsys):
         assert train(flags, tmp_path / "run") == 0
     assert "--resume" in capsys.readouterr().out
     assert not (tmp_path / "run" / "summary.json").exists()
-    assert runlog.load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 7
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 7
     assert train(flags, tmp_path / "run", "--resume") == 0
     same_run(whole, tmp_path / "run")
 
@@ -214,7 +214,7 @@ def test_kill_9_during_a_checkpoint_write_loses_nothing_that_was_saved(dpsm_run,
         timeout=120,
     ).returncode
     assert code == -9
-    assert runlog.load_checkpoint(out / "last.pt")["step"] == 4
+    assert load_checkpoint(out / "last.pt")["step"] == 4
     assert train(flags, out, "--resume") == 0
     same_run(whole, out)
     assert not list(out.glob("*.tmp*"))
@@ -252,7 +252,7 @@ def test_a_checkpoint_can_be_continued_on_other_ranks(base, tmp_path):
     for name, more in (("fsdp", ()), ("to_fsdp", ("--resume", "--resume-from", tmp_path / "one" / "previous.pt"))):
         ran = torchrun(2, flags, tmp_path / name, "--fsdp", *more)
         assert ran.returncode == 0, ran.stderr[-3000:]
-    assert runlog.load_checkpoint(tmp_path / "fsdp" / "previous.pt")["step"] == 8
+    assert load_checkpoint(tmp_path / "fsdp" / "previous.pt")["step"] == 8
     assert train(flags, tmp_path / "fsdp", "--resume", "--resume-from", tmp_path / "fsdp" / "previous.pt") == 0
     close(tmp_path / "one", tmp_path / "fsdp")
     close(tmp_path / "one", tmp_path / "to_fsdp")
@@ -290,7 +290,7 @@ def test_patience_and_best_weights(base, tmp_path, monkeypatch):
     assert [r["step"] for r in rows(out, "val")] == [4, 8, 12, 16]
     assert summary["stopped_early"] == "early_stop" and summary["steps"] == 16
     assert summary["reported_step"] == summary["best_step"] == 8 and summary["best_val_nll"] == 4.0
-    assert runlog.load_checkpoint(out / "last.pt")["step"] == 16
+    assert load_checkpoint(out / "last.pt")["step"] == 16
     # The reported numbers are of the best weights, not of the last.
     assert train(base, tmp_path / "same", "--steps", 60, "--eval-every", 8, "--patience", 1) == 0
     val = next(r for r in rows(tmp_path / "same", "val") if r["step"] == 8)
@@ -319,12 +319,12 @@ def test_out_of_domain_set_and_wandb_offline(base, corpus, tmp_path, monkeypatch
 def test_export_loads_in_transformers_and_back(dpsm_run, base, tmp_path):
     """A trained checkpoint as a Hugging Face folder: same logits, same text, and a start for another run."""
     transformers = pytest.importorskip("transformers")
-    from model import hub
+    from model import gpt2_hub as hub
     from model.gpt2 import GPT2, GPT2Config
 
     _, out = dpsm_run
     assert hub.main([str(out / "best.pt"), str(tmp_path / "hf")]) in (0, None)
-    checkpoint = runlog.load_checkpoint(out / "best.pt")
+    checkpoint = load_checkpoint(out / "best.pt")
     ours = GPT2(GPT2Config(**checkpoint["model_config"])).eval()
     ours.load_state_dict(checkpoint["model"])
     theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "hf").eval()
@@ -422,7 +422,7 @@ def test_broken_checkpoints_are_named(base, tmp_path, capsys):
         (out / "last.pt").write_bytes(bad)
         fails(capsys, r"last\.pt is truncated or corrupt; an older good one is .*previous\.pt", base, out, "--resume")
     assert train(base, out, "--resume", "--resume-from", out / "previous.pt") == 0
-    assert runlog.load_checkpoint(out / "last.pt")["step"] == 12
+    assert load_checkpoint(out / "last.pt")["step"] == 12
 
 
 def test_changed_text_is_noticed(base, corpus, tmp_path, capsys):
@@ -435,7 +435,7 @@ def test_changed_text_is_noticed(base, corpus, tmp_path, capsys):
 
 
 def test_tokenizer_larger_than_the_model(base, dpsm_run, tmp_path, capsys):
-    from model import hub
+    from model import gpt2_hub as hub
 
     hub.main([str(dpsm_run[1] / "best.pt"), str(tmp_path / "hf")])
     flags = ["bpe:400" if f == "bpe:320" else f for f in base]
@@ -472,5 +472,5 @@ def test_non_finite_loss_skips_then_stops(base, tmp_path, capsys):
     assert summary["skipped_steps"] == summary["divergences"] == 1
     assert all(torch.isfinite(w).all() for w in weights(out / "one").values())
     assert re.search(r"three steps running.*Last good checkpoint: .*last\.pt", capsys.readouterr().err)
-    assert runlog.load_checkpoint(out / "three" / "last.pt")["step"] == 4
+    assert load_checkpoint(out / "three" / "last.pt")["step"] == 4
     assert not (out / "three" / "summary.json").exists()

@@ -1,0 +1,3 @@
+from eval.attack.run import main
+
+raise SystemExit(main())

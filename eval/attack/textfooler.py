@@ -1,0 +1,200 @@
+"""The TextFooler recipe (Jin et al., "Is BERT Really Robust?", AAAI 2020) over any loss of a text.
+
+Delete each word in turn and rank the words by what that does to the loss; then, the most important first, try the
+neighbours of the word, keep those of its part of speech that leave the meaning close enough, and take the one that
+does most harm. A query is one text through ``loss_of``.
+"""
+
+import math
+import random
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from data.wordlists import WordLists
+from eval.attack.words import SameClass, Words, exchangeable, like, same_suffix_class
+
+
+@dataclass(frozen=True)
+class AttackOptions:
+    """Bounds of the attack on one article. Raises ValueError for values out of range."""
+
+    queries: int = 1000  # texts put through the model, the unchanged one among them
+    goal: float = 0.5  # rise of the loss, nats per token, at which an attack has succeeded and ends; inf: none
+    max_changed: float = 0.15  # share of the article's words that may be exchanged, rounded down
+    candidates: int = 50  # of a word, the nearest first
+    min_similarity: float | None = None  # cosine of the window around a word, before and after; needs embed_of
+    window: int = 15  # words in it
+    keep_names: bool = True  # capitalised words inside a sentence stay
+
+    def __post_init__(self):
+        for name in ("queries", "candidates", "window"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}={value!r}: expected a whole number, 1 or more")
+        if not self.goal > 0:
+            raise ValueError(f"goal={self.goal!r}: expected a rise of the loss above 0, or inf for no end")
+        if not 0 <= self.max_changed <= 1:
+            raise ValueError(f"max_changed={self.max_changed!r}: expected a share in [0, 1]")
+        if self.min_similarity is not None and not -1 <= self.min_similarity <= 1:
+            raise ValueError(f"min_similarity={self.min_similarity!r}: expected a cosine in [-1, 1]")
+
+
+@dataclass(frozen=True)
+class Attack:
+    """What became of one article. ``stop``: goal, budget (of queries), share (of changed words) or words (none left).
+
+    ``words`` counts the article's words that were open to the bound on changes, ``changed`` has (index, old, new).
+    """
+
+    text: str
+    changed: tuple[tuple[int, str, str], ...]
+    queries: int
+    loss_before: float
+    loss_after: float
+    words: int
+    stop: str
+
+    @property
+    def rate(self) -> float:
+        """The share of the words that was exchanged."""
+        return len(self.changed) / self.words if self.words else 0.0
+
+
+def attack_article(
+    text: str,
+    loss_of: Callable[[list[str]], Sequence[float]],
+    lists: WordLists,
+    options: AttackOptions,
+    rng: random.Random,
+    *,
+    same_class: SameClass | None = same_suffix_class,
+    embed_of: Callable[[list[str]], Tensor] | None = None,
+    limit: int | None = None,
+) -> Attack:
+    """One article under attack. ``loss_of`` scores many texts in one call, each a query.
+
+    ``same_class`` is the part-of-speech check, None for none; ``embed_of`` gives vectors [n, D] of texts and is not
+    counted as queries; words from ``limit`` on (what the model does not read) stay as they are. ``rng`` draws the
+    words to rank where the budget is too small for all: half of it, less the first query, is for ranking. Raises
+    ValueError for a loss that is not finite.
+    """
+
+    def losses(asked):
+        return loss_of([candidate for _, candidate in asked])
+
+    return attack_group([text], losses, lists, options, [rng], same_class, embed_of, [limit])[0]
+
+
+def attack_group(
+    texts: Sequence[str],
+    loss_of: Callable[[list[tuple[int, str]]], Sequence[float]],
+    lists: WordLists,
+    options: AttackOptions,
+    rngs: Sequence[random.Random],
+    same_class: SameClass | None = same_suffix_class,
+    embed_of: Callable[[list[str]], Tensor] | None = None,
+    limits: Sequence[int | None] | None = None,
+) -> list[Attack]:
+    """`attack_article` for several articles at a time: a call of ``loss_of`` gets (article, text) for all that are
+    still under attack, so that a GPU sees full batches. Each article's result is that of an attack on it alone, where
+    ``loss_of`` does not depend on its other texts (a model's does, by rounding)."""
+    if (options.min_similarity is None) != (embed_of is None):
+        raise ValueError("min_similarity and embed_of go together: give both or neither")
+    limits = [None] * len(texts) if limits is None else limits
+    searches = [
+        _search(text, lists, options, rng, same_class, embed_of, limit)
+        for text, rng, limit in zip(texts, rngs, limits, strict=True)
+    ]
+    waiting = {k: next(search) for k, search in enumerate(searches)}
+    results: dict[int, Attack] = {}
+    while waiting:
+        asked = [(k, text) for k, wanted in waiting.items() for text in wanted]
+        losses = [float(loss) for loss in loss_of(asked)]
+        if len(losses) != len(asked):
+            raise ValueError(f"loss_of gave {len(losses)} losses for {len(asked)} texts")
+        if bad := [loss for loss in losses if not math.isfinite(loss)]:
+            raise ValueError(f"the loss of an article is {bad[0]}, expected a finite number (a diverged model?)")
+        answers, waiting_next = iter(losses), {}
+        for k, wanted in waiting.items():
+            try:
+                waiting_next[k] = searches[k].send([next(answers) for _ in wanted])
+            except StopIteration as end:
+                results[k] = end.value
+        waiting = waiting_next
+    return [results[k] for k in range(len(texts))]
+
+
+def _search(text, lists, options, rng, same_class, embed_of, limit) -> Generator[list[str], list[float], Attack]:
+    """One article's attack: yields texts, is sent their losses, returns the Attack."""
+    words = Words(text)
+    read = len(words.chunks) if limit is None else min(limit, len(words.chunks))
+    found: dict[int, list[str]] = {}
+    for i in range(read):
+        if exchangeable(words, i, options.keep_names):
+            near = lists.candidates(words.cores[i])[: options.candidates]
+            near = [like(words.cores[i], c) for c in near]
+            if near and same_class is not None:
+                near = [c for c, ok in zip(near, same_class(words, i, near), strict=True) if ok]
+            if near:
+                found[i] = near
+    allowed = int(options.max_changed * read + 1e-9)  # 0.15 * 20 is 3
+    (before,) = yield [text]
+    spent, loss, changes = 1, before, {}
+
+    def end(stop: str) -> Attack:
+        changed = tuple((i, words.cores[i], changes[i]) for i in sorted(changes))
+        return Attack(words.render(changes), changed, spent, before, loss, read, stop)
+
+    if not found:
+        return end("words")
+    if not allowed:
+        return end("share")
+    ranked = list(found)
+    most = (options.queries - spent) // 2
+    if most == 0:
+        return end("budget")
+    if len(ranked) > most:
+        ranked = sorted(rng.sample(ranked, most))
+    losses = yield [words.without(i) for i in ranked]
+    spent += len(ranked)
+    importance = dict(zip(ranked, losses, strict=True))
+    others = [i for i in found if i not in importance]
+    rng.shuffle(others)
+    cut = False  # whether the budget left something untried
+    # Stable: of equals the earlier word. What was not ranked comes last, should any budget be left for it.
+    for i in sorted(ranked, key=lambda i: -importance[i]) + others:
+        if len(changes) == allowed:
+            return end("share")
+        if spent == options.queries:
+            return end("budget")
+        near = [(c, 0.0) for c in found[i]]
+        if embed_of is not None:
+            near = _similar(words, i, found[i], changes, options, embed_of)
+        cut |= len(near) > options.queries - spent
+        near = near[: options.queries - spent]
+        if not near:
+            continue
+        losses = yield [words.render(changes | {i: c}) for c, _ in near]
+        spent += len(near)
+        reached = [j for j, value in enumerate(losses) if value - before >= options.goal]
+        if reached:  # of those that succeed the most similar; without similarities the nearest neighbour
+            best = max(reached, key=lambda j: near[j][1])
+        else:
+            best = max(range(len(near)), key=losses.__getitem__)
+        if losses[best] > loss:
+            changes[i], loss = near[best][0], losses[best]
+        if reached:
+            return end("goal")
+    return end("budget" if cut else "words")
+
+
+def _similar(words, i, candidates, changes, options, embed_of) -> list[tuple[str, float]]:
+    """The candidates whose window is near enough to that of the ORIGINAL text, with the cosine."""
+    windows = [words.window(i, options.window, {})]
+    windows += [words.window(i, options.window, changes | {i: c}) for c in candidates]
+    vectors_ND = embed_of(windows).float()
+    cosines = cosine_similarity(vectors_ND[1:], vectors_ND[:1]).tolist()
+    return [(c, cos) for c, cos in zip(candidates, cosines, strict=True) if cos >= options.min_similarity]

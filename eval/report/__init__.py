@@ -1,0 +1,1 @@
+"""Reports over run folders: tables, curves and verdicts as one page."""

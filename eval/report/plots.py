@@ -1,0 +1,402 @@
+"""The report's pictures: each is a function from arms to PNG bytes, None where there is nothing to draw.
+
+An arm is `eval.report.runs.Arm`: a label, a colour, a line style, and runs with their `val` and `train` rows,
+config, summary and calibration bins. Figures are built without pyplot, so that no display is needed and no
+state is shared.
+"""
+
+import colorsys
+import io
+import math
+import statistics
+import textwrap
+
+import matplotlib
+from matplotlib import ticker
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from eval.calibration import Calibration
+
+# Okabe & Ito's palette (2008), distinct under the common colour-vision deficiencies; yellow is left out on white.
+HUES = {
+    "ce": "#333333",
+    "dpsm": "#D55E00",
+    "brier": "#0072B2",
+    "spherical": "#009E73",
+    "focal": "#CC79A7",
+    "smoothing": "#E69F00",
+}
+OTHER = "#56B4E9"
+BOWL = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8a5a2b", "#7f7f7f", "#6a3d9a")
+STYLES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
+INK, FAINT = "#222222", "#8a8a8a"
+RC = {
+    "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 10, "axes.labelsize": 9, "legend.fontsize": 9,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": FAINT, "axes.linewidth": 0.8,
+    "axes.titlelocation": "left", "axes.titleweight": "bold", "text.color": INK, "axes.labelcolor": INK,
+    "axes.grid": True, "grid.color": "#e6e6e6", "grid.linewidth": 0.7, "axes.axisbelow": True,
+    "xtick.color": "#555555", "ytick.color": "#555555", "xtick.labelsize": 8, "ytick.labelsize": 8,
+    "legend.frameon": False, "hatch.linewidth": 0.6,
+}  # fmt: skip
+styled = matplotlib.rc_context(RC)  # a decorator: the settings hold inside the function and nowhere else
+
+
+def assign_colours(arms: list) -> None:
+    """Sets ``colour`` and ``style`` of every arm: the hue says the loss, shade and dashes which of its arms."""
+    for loss in {arm.loss for arm in arms}:
+        same = [arm for arm in arms if arm.loss == loss]
+        hue = HUES.get(loss, OTHER)
+        r, g, b = (int(hue[i : i + 2], 16) / 255 for i in (1, 3, 5))
+        h, lightness, s = colorsys.rgb_to_hls(r, g, b)
+        for k, arm in enumerate(same):  # one arm has the hue itself, several go from dark to light
+            shade = lightness if len(same) == 1 else 0.7 * lightness + (0.72 - 0.7 * lightness) * k / (len(same) - 1)
+            arm.colour = "#" + "".join(f"{round(255 * c):02x}" for c in colorsys.hls_to_rgb(h, shade, s))
+            arm.style = STYLES[k % len(STYLES)]
+
+
+# ----------------------------------------------------------------------------------------------
+# learning curves
+
+
+def points(run, kind: str, x: str, y: str) -> list[tuple[int, float, float]]:
+    """(step, x, y) of the rows of ``kind`` in which both are finite numbers."""
+    rows = ((row.get("step"), row.get(x), row.get(y)) for row in getattr(run, kind))
+    return [row for row in rows if all(isinstance(v, int | float) and math.isfinite(v) for v in row)]
+
+
+def band(runs: list, kind: str, x: str, y: str) -> tuple[list, list, list, list]:
+    """Over the steps that all ``runs`` have: mean x, mean y, smallest and largest y."""
+    tables = [{step: (a, b) for step, a, b in points(run, kind, x, y)} for run in runs]
+    steps = sorted(set.intersection(*map(set, tables))) if tables else []
+    columns = [([t[s][0] for t in tables], [t[s][1] for t in tables]) for s in steps]
+    return (
+        [statistics.fmean(a) for a, _ in columns],
+        [statistics.fmean(b) for _, b in columns],
+        [min(b) for _, b in columns],
+        [max(b) for _, b in columns],
+    )
+
+
+def draw_arm(ax, arm, kind: str, x: str, y: str) -> None:
+    """Mean and range of the finished runs; unfinished ones, or runs that share no steps, one thin line each."""
+    finished = [run for run in arm.runs if run.finished]
+    xs, ys, low, high = band(finished, kind, x, y)
+    shared = len(xs) >= 2 or len(finished) == 1
+    if shared and xs:
+        dots = {"marker": "o", "markersize": 3.2} if kind == "val" and len(xs) <= 25 else {}
+        ax.plot(xs, ys, color=arm.colour, linestyle=arm.style, linewidth=1.7, **dots)
+        if len(finished) > 1:
+            ax.fill_between(xs, low, high, color=arm.colour, alpha=0.18, linewidth=0)
+    for run in arm.runs:
+        if not run.finished or not shared:
+            rows = points(run, kind, x, y)
+            ax.plot(
+                [r[1] for r in rows],
+                [r[2] for r in rows],
+                color=arm.colour,
+                linestyle=arm.style,
+                linewidth=0.9,
+                alpha=0.7,
+            )
+            if rows and not run.finished:
+                ax.plot(rows[-1][1], rows[-1][2], "x", color=arm.colour, markersize=6)
+
+
+def frame(arms: list, kind: str, y: str, skip: float) -> tuple[float, float] | None:
+    """Smallest and largest value after the first ``skip`` of each run's steps, or None: a view of these is not
+    flattened by the fall from initialisation."""
+    values = []
+    for run in (run for arm in arms for run in arm.runs):
+        rows = points(run, kind, "step", y)
+        values += [value for step, _, value in rows if step > skip * rows[-1][0]]
+    return (min(values), max(values)) if values else None
+
+
+def thousands(v: float, _=None) -> str:
+    return f"{v / 1000:g}k" if abs(v) >= 10_000 else f"{v:g}"
+
+
+def decade_ticks(ax, low: float, high: float) -> None:
+    """Readable numbers on a logarithmic y axis, whatever its range."""
+    if high / low < 12:
+        ax.yaxis.set_major_locator(ticker.MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+    else:
+        ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter(ticker.FuncFormatter(thousands))
+    ax.yaxis.set_minor_locator(ticker.NullLocator())
+
+
+def empty(ax, text: str = "not recorded") -> None:
+    ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", va="center", color=FAINT)
+    ax.set_xticks([])
+    ax.set_yticks([])
+    ax.grid(False)
+
+
+@styled
+def learning_curves(arms: list) -> bytes | None:
+    """Validation perplexity and ECE over training seconds and over steps."""
+    if not any(points(run, "val", "step", y) for arm in arms for run in arm.runs for y in ("ppl", "ece10")):
+        return None
+    fig = new_figure(10, 6.6)
+    axes = fig.subplots(2, 2, sharey="row")
+    for col, (x, x_label) in enumerate((("train_seconds", "training time (s)"), ("step", "optimizer step"))):
+        for row, (y, y_label) in enumerate(
+            (("ppl", "validation perplexity"), ("ece10", "validation ECE, 10 bins (%)"))
+        ):
+            ax = axes[row][col]
+            for arm in arms:
+                draw_arm(ax, arm, "val", x, y)
+            ax.set_xlabel(x_label)
+            ax.set_xlim(left=0)
+            ax.xaxis.set_major_formatter(ticker.FuncFormatter(thousands))
+            ax.set_title(f"{'Perplexity' if y == 'ppl' else 'ECE'} by {'time' if col == 0 else 'step'}")
+            if col == 0:
+                ax.set_ylabel(y_label)
+            view = frame(arms, "val", y, skip=0.2)
+            if view and y == "ppl":
+                low, high = view[0], min(view[1], 30 * view[0])  # a diverging run leaves the frame
+                margin = max((high / low) ** 0.06, 1.005)
+                low, high = low / margin, high * margin
+                ax.set_yscale("log")
+                ax.set_ylim(low, high)
+                decade_ticks(ax, low, high)
+            elif view:
+                ax.set_ylim(0, view[1] * 1.08 or 1)
+                ax.yaxis.set_major_formatter(ticker.FuncFormatter(lambda v, _: f"{100 * v:g}"))
+            else:
+                empty(ax)
+    arm_legend(fig, arms)
+    return png(fig)
+
+
+TRAIN_PANELS = (
+    ("loss", "training loss, each its own score", "Loss"),
+    ("nll", "training NLL (nats a token)", "NLL"),
+    ("alpha", "alpha, share of Brier", "Alpha"),
+    ("lr", "learning rate", "Learning rate"),
+    ("grad_norm", "gradient norm before clipping", "Gradient norm"),
+    ("clip_rate", "share of steps clipped (%)", "Clip rate"),
+)
+
+
+@styled
+def training_curves(arms: list) -> bytes | None:
+    """Training loss, NLL, alpha, learning rate, gradient norm and clip rate over steps."""
+    if not any(run.train for arm in arms for run in arm.runs):
+        return None
+    fig = new_figure(10, 8.2)
+    for ax, (key, label, title) in zip(fig.subplots(3, 2).flat, TRAIN_PANELS, strict=True):
+        drawn = [arm for arm in arms if key != "alpha" or arm.loss == "dpsm"]  # others have none, and log 0
+        for arm in drawn:
+            draw_arm(ax, arm, "train", "step", key)
+        ax.set_title(title)
+        ax.set_xlabel("optimizer step")
+        ax.set_ylabel(label)
+        ax.set_xlim(left=0)
+        ax.xaxis.set_major_formatter(ticker.FuncFormatter(thousands))
+        view = frame(drawn, "train", key, skip=0.05 if key in ("loss", "nll") else 0)
+        if view is None:
+            empty(ax)
+        elif key in ("loss", "nll"):
+            margin = 0.05 * (view[1] - view[0]) or 0.1
+            ax.set_ylim(view[0] - margin, view[1] + margin)
+        elif key == "grad_norm" and view[0] > 0:
+            ax.set_yscale("log")
+            decade_ticks(ax, *ax.get_ylim())
+        elif key in ("alpha", "clip_rate"):
+            ax.set_ylim(-0.03, 1.05)
+            if key == "clip_rate":
+                ax.yaxis.set_major_formatter(ticker.FuncFormatter(lambda v, _: f"{100 * v:g}"))
+    arm_legend(fig, arms)
+    return png(fig)
+
+
+# ----------------------------------------------------------------------------------------------
+# reliability
+
+
+def pooled(arm, split: str, which: str, bins: int) -> tuple[dict, float] | None:
+    """Reliability of the bins of all finished runs added up, and the mean of the runs' own ECE (as in the tables)."""
+    each = [run.calibration.get((split, which)) for run in arm.runs if run.finished]
+    each = [c for c in each if c is not None and c.count.sum() > 0]
+    if not each:
+        return None
+    parts = [c.bins(bins) for c in each]
+    total = {key: [sum(column) for column in zip(*(part[key] for part in parts), strict=True)] for key in parts[0]}
+    return Calibration.from_bins(total).reliability(bins), statistics.fmean(c.ece(bins) for c in each)
+
+
+@styled
+def reliability(arms: list, split: str, bins: int = 10) -> bytes | None:
+    """A column an arm: accuracy by confidence, its gap to the diagonal, and counts, before and after temperature."""
+    drawn = [(arm, [pooled(arm, split, which, bins) for which in ("raw", "scaled")]) for arm in arms]
+    drawn = [(arm, pair) for arm, pair in drawn if any(pair)]
+    if not drawn:
+        return None
+    width = max(2.35 * len(drawn) + 0.5, 5)
+    fig = new_figure(width, 7.6)
+    grid = fig.subplots(
+        4, len(drawn), sharex=True, sharey="row", squeeze=False, gridspec_kw={"height_ratios": (3, 1, 3, 1)}
+    )
+    for col, (arm, pair) in enumerate(drawn):
+        for half, found in enumerate(pair):
+            ax, below = grid[2 * half][col], grid[2 * half + 1][col]
+            ax.plot([0, 1], [0, 1], color=INK, linewidth=0.9, linestyle=(0, (4, 2)), zorder=4)
+            ax.set_xlim(0, 1)
+            ax.set_ylim(0, 1)
+            ax.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
+            ax.set_yticks([0, 0.5, 1], ["0", "0.5", "1"])
+            below.set_yscale("log")
+            below.yaxis.set_minor_locator(ticker.NullLocator())
+            below.yaxis.set_major_locator(ticker.LogLocator(numticks=4))
+            state = ("before", "after")[half]
+            for axis in (ax, below) if col else ():
+                axis.tick_params(left=False)
+            if found is None:
+                ax.set_title(textwrap.fill(arm.label, 26) if half == 0 else "", fontsize=9)
+                ax.text(0.5, 0.5, "not recorded", ha="center", color=FAINT)
+                continue
+            curve, ece = found
+            for lo, count, confidence, accuracy in zip(
+                *(curve[k] for k in ("lo", "count", "confidence", "accuracy")), strict=True
+            ):
+                if count:
+                    box = {"x": lo + 0.5 / bins, "width": 0.92 / bins}
+                    ax.bar(height=accuracy, color=arm.colour, alpha=0.85, linewidth=0, zorder=2, **box)
+                    ax.bar(
+                        height=confidence - accuracy,
+                        bottom=accuracy,
+                        facecolor="#dcdcdccc",
+                        edgecolor="#555555",
+                        linewidth=0.6,
+                        hatch="/////",
+                        zorder=3,
+                        **box,
+                    )
+                    ax.hlines(accuracy, lo, lo + 1 / bins, color=arm.colour, linewidth=2.2, zorder=5)
+                    below.bar(height=count, color=arm.colour, alpha=0.85, linewidth=0, **box)
+            title = f"{state} T: ECE {100 * ece:.2f} %"
+            ax.set_title(f"{textwrap.fill(arm.label, 26)}\n{title}" if half == 0 else title, fontsize=9)
+            below.set_ylim(bottom=0.7)
+        grid[3][col].set_xlabel("confidence")
+    for half in (0, 2):
+        grid[half][0].set_ylabel("accuracy")
+        grid[half + 1][0].set_ylabel("tokens")
+    handles = [
+        Line2D([], [], color=INK, linestyle=(0, (4, 2)), label="perfect"),
+        Line2D([], [], color=FAINT, linewidth=2.2, label="accuracy"),
+        Patch(facecolor="#dcdcdccc", edgecolor="#555555", hatch="/////", label="gap to the mean confidence"),
+    ]
+    fig.legend(handles=handles, loc="outside lower center", ncols=3)
+    return png(fig)
+
+
+# ----------------------------------------------------------------------------------------------
+# a grid of two settings
+
+
+GRID_PANELS = {  # key of a cell: factor, title, whether more is better
+    "rouge1": (1, "ROUGE-1", True),
+    "rouge2": (1, "ROUGE-2", True),
+    "rougeL": (1, "ROUGE-L", True),
+    "rougeLsum": (1, "ROUGE-Lsum", True),
+    "ppl": (1, "perplexity", False),
+    "ece10": (100, "ECE, 10 bins (%)", False),
+    "nll": (1, "NLL (nats a token)", False),
+}
+
+
+@styled
+def heat_maps(name: str, x_name: str, y_name: str, cells: dict[tuple, dict], split: str = "validation") -> bytes:
+    """A panel for each of GRID_PANELS that is in the cells, over two settings; ``cells`` maps (x, y) to a dict with the
+    panels' values, each of which may be None or inf. Brighter is better; the best is bold."""
+    xs, ys = sorted({x for x, _ in cells}), sorted({y for _, y in cells})
+    panels = [(key, *GRID_PANELS[key]) for key in GRID_PANELS if any(key in cell for cell in cells.values())]
+    columns = min(len(panels), 3)
+    lines = math.ceil(len(panels) / columns)
+    width, height = columns * (0.85 * len(xs) + 1.6), lines * max(0.6 * len(ys) + 1.7, 3.2 if lines == 1 else 2.4)
+    fig = new_figure(max(width, 3.5 * columns), height)
+    grid = fig.subplots(lines, columns, squeeze=False)
+    for ax in grid.flat[len(panels) :]:
+        ax.set_visible(False)
+    for ax, (key, scale, title, higher) in zip(grid.flat, panels, strict=False):
+        values = [[cells.get((x, y), {}).get(key) for x in xs] for y in ys]
+        table = [[math.nan if v is None else scale * v for v in row] for row in values]
+        finite = [v for row in table for v in row if math.isfinite(v)]
+        low, high = (min(finite), max(finite)) if finite else (0, 1)
+        ax.imshow(table, cmap="cividis" if higher else "cividis_r", aspect="auto", origin="lower", vmin=low, vmax=high)
+        for i, row in enumerate(table):
+            for j, v in enumerate(row):
+                worse = ((high - v) if higher else (v - low)) / (high - low) if high > low else 0
+                dark = math.isfinite(v) and worse > 0.55
+                best = "bold" if v == (high if higher else low) else "normal"
+                text = (f"{v:.3f}" if key == "nll" else f"{v:.2f}") if math.isfinite(v) else "-"
+                ax.text(
+                    j, i, text, ha="center", va="center", color="white" if dark else INK, fontsize=8.5, fontweight=best
+                )
+        ax.set_xticks(range(len(xs)), [f"{x:g}" for x in xs])
+        ax.set_yticks(range(len(ys)), [f"{y:g}" for y in ys])
+        ax.set_xlabel(x_name)
+        ax.set_ylabel(y_name)
+        ax.set_title(f"{title} {'↑' if higher else '↓'}")
+        ax.grid(False)
+        ax.tick_params(length=0)
+        ax.spines[:].set_visible(False)
+    fig.suptitle(f"{name}: {split}", x=0.01, ha="left", fontsize=10)
+    return png(fig)
+
+
+@styled
+def bowl(rules: list) -> bytes:
+    """Validation NLL over the peak learning rate, a line a rule (eval.report.bowl.Rule)."""
+    fig = new_figure(8.2, 4.6)
+    ax = fig.subplots()
+    finite = [v for r in rules for lr in r.runs for v in r.nll(lr).values() if math.isfinite(v)]
+    for k, rule in enumerate(rules):
+        own = rule.config["schedule"] == "fot"
+        colour = INK if own else BOWL[k % len(BOWL)]
+        peaks = [lr for lr in sorted(rule.runs) if math.isfinite(rule.mean(lr))]
+        ax.plot(peaks, [rule.mean(lr) for lr in peaks], color=colour, label=rule.label, marker="o", markersize=3.5,
+                linewidth=2.2 if own else 1.3, linestyle=STYLES[k // len(BOWL) % len(STYLES)] if not own else
+                STYLES[sum(r.config["schedule"] == "fot" for r in rules[:k]) % len(STYLES)])  # fmt: skip
+        low, high = ([f(rule.nll(lr).values()) for lr in peaks] for f in (min, max))
+        ax.fill_between(peaks, low, high, color=colour, alpha=0.12, linewidth=0)
+    ax.set_xscale("log")
+    peaks = sorted({lr for r in rules for lr in r.runs})
+    ax.set_xticks(peaks, [f"{lr:g}" for lr in peaks])
+    ax.xaxis.set_minor_locator(ticker.NullLocator())
+    if finite:
+        low, high = min(finite), max(finite)
+        ax.set_ylim(low - 0.03 * (high - low), high + 0.03 * (high - low))
+    ax.set(xlabel="peak learning rate", ylabel="validation NLL (nats a token)")
+    fig.legend(loc="outside right center")
+    return png(fig)
+
+
+# ----------------------------------------------------------------------------------------------
+# figures
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """A figure of inches, laid out without overlaps."""
+    fig = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(fig)
+    return fig
+
+
+def arm_legend(fig: Figure, arms: list) -> None:
+    handles = [Line2D([], [], color=a.colour, linestyle=a.style, linewidth=2, label=a.label) for a in arms]
+    if any(not run.finished for arm in arms for run in arm.runs):
+        handles.append(Line2D([], [], color=FAINT, linewidth=0.9, marker="x", label="unfinished run"))
+    widest = max(len(h.get_label()) for h in handles)
+    fig.legend(handles=handles, loc="outside upper center", ncols=max(1, min(len(handles), 110 // (widest + 8))))
+
+
+def png(fig: Figure, dpi: int = 140) -> bytes:
+    buffer = io.BytesIO()
+    fig.savefig(buffer, format="png", dpi=dpi, facecolor="white")
+    return buffer.getvalue()

@@ -1,0 +1,331 @@
+"""LoRA fine-tuning and generation beside transformers + peft: same random weights, tokens and sizes, in one run.
+
+    python -m races.peft_gsm8k --base nf4 --out runs/race-nf4                       # Qwen3-0.6B's shape, on a GPU
+    python -m races.peft_gsm8k --base bf16 --batch 64 --seq-len 512 --out runs/race-bf16
+    python -m races.peft_gsm8k --shape mini --base fp32 --batch 4 --seq-len 128 --prompts 16 --new-tokens 32 \\
+        --eval-batches 8,16 --device cpu --out runs/race-cpu
+
+Turns are processes of their own and alternate (theirs, ours, theirs, ...), because machines are shared and drift; each
+round gives one ratio a pair, and the medians are printed. A training turn takes the largest micro-batch that fits, from
+--batch down by halves; its time is the median step after two that are not counted, its memory the peak of the process.
+An evaluation turn generates from plain dense weights, what merged adapters are, at the best of --eval-batches, which
+it finds on two batches of each. Every prompt gets all --new-tokens: continuous batching gains nothing from early ends.
+Theirs is what their users run: bfloat16 autocast over fp32 adapters, scaled_dot_product_attention, left padding.
+"""
+
+import argparse
+import csv
+import datetime
+import io
+import json
+import statistics
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from kernels import linear_score
+from kernels.losses import ce
+from model.decode import Request, decode
+from model.lora import BASES, LoRAConfig, add_lora, load_base
+from model.qwen3 import Qwen3, Qwen3Config, load_qwen3, save_qwen3
+from runtime.cli import user_errors
+from runtime.folder import write_bytes
+from runtime.machine import peak_memory, start_world
+
+SHAPES = {
+    "0.6b": Qwen3Config(151936, 1024, 3072, 28, 16, 8, 128, 40960, rope_theta=1e6, tie_word_embeddings=True),
+    "mini": Qwen3Config(8192, 512, 1536, 6, 8, 4, 64, 4096, rope_theta=1e6, tie_word_embeddings=True),
+    "tiny": Qwen3Config(300, 64, 128, 2, 4, 2, 16, 512, tie_word_embeddings=True),
+}
+SIDES = ("theirs", "ours")
+FIELDS = ("round", "part", "side", "batch", "tokens_per_second", "seconds", "peak_memory_bytes")
+
+
+# ----------------------------------------------------------------------------------------------
+# training
+
+
+def our_loss(folder: Path, base: str, rank: int, dtype: torch.dtype, device: torch.device):
+    model = load_base(folder, base, dtype, device)
+    add_lora(model, LoRAConfig(rank))
+
+    def loss(tokens_BT):
+        hidden = model(tokens_BT[:, :-1]).flatten(0, 1)
+        return linear_score(hidden, model.head_weight, tokens_BT[:, 1:].flatten(), ce)[0]
+
+    return model, loss
+
+
+def their_loss(folder: Path, base: str, rank: int, dtype: torch.dtype, device: torch.device):
+    import peft
+    import transformers
+
+    quantised = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=torch.float32 if base == "fp32" else torch.bfloat16,
+        attn_implementation="sdpa",
+        device_map={"": device},
+        quantization_config=quantised if base == "nf4" else None,
+    )
+    config = peft.LoraConfig(r=rank, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = peft.get_peft_model(model, config)
+    model.config.use_cache = False
+
+    def loss(tokens_BT):
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            # The labels are shifted inside, and the last logits computed for nothing: so few that it does not count.
+            return model(input_ids=tokens_BT, labels=tokens_BT).loss
+
+    return model, loss
+
+
+def train_turn(args, side: str, device: torch.device) -> dict:
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    torch.manual_seed(0)
+    make = our_loss if side == "ours" else their_loss
+    model, loss_of = make(args.model, args.base, args.rank, dtype, device)
+    model.train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+    vocab = SHAPES[args.shape].vocab_size
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(vocab, (args.batch, args.seq_len + 1), generator=generator).to(device)
+
+    def step(micro: int) -> None:
+        for part in tokens.split(micro):
+            (loss_of(part) * len(part) / args.batch).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    micro, seconds = min(args.micro_batch or args.batch, args.batch), []
+    while True:
+        try:
+            step(micro)
+            break
+        except torch.OutOfMemoryError:
+            if micro == 1:
+                raise ValueError(f"{side}: not one sequence of {args.seq_len} tokens fits the memory") from None
+        optimizer.zero_grad(set_to_none=True)  # outside the handler, whose traceback holds the activations
+        torch.cuda.empty_cache()
+        micro //= 2
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    for i in range(args.steps + 1):
+        began = time.perf_counter()
+        step(micro)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        if i:
+            seconds.append(time.perf_counter() - began)
+    took = statistics.median(seconds)
+    return {
+        "batch": micro,
+        "tokens_per_second": args.batch * args.seq_len / took,
+        "seconds": took,
+        "peak_memory_bytes": peak_memory(device),
+    }
+
+
+# ----------------------------------------------------------------------------------------------
+# generation
+
+
+def prompts_of(args) -> list[list[int]]:
+    """Random tokens, 60 to 220 of them as GSM8K's questions with Qwen3's tokenizer and chat turns have; seeded."""
+    generator = torch.Generator().manual_seed(2)
+    lengths = torch.randint(args.prompt_tokens // 4, args.prompt_tokens + 1, (args.prompts,), generator=generator)
+    vocab = SHAPES[args.shape].vocab_size
+    return [torch.randint(1, vocab, (n,), generator=generator).tolist() for n in lengths.tolist()]
+
+
+def our_generate(folder: Path, dtype: torch.dtype, device: torch.device):
+    model = load_qwen3(folder, dtype, dtype, device).eval()
+
+    def generate(prompts, batch: int, new: int) -> int:
+        stream = decode(model, [Request(p, new) for p in prompts], batch)
+        return sum(len(one.tokens) for ended in stream for one in ended)
+
+    return generate
+
+
+def their_generate(folder: Path, dtype: torch.dtype, device: torch.device):
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation="sdpa", device_map={"": device}
+    ).eval()
+
+    def generate(prompts, batch: int, new: int) -> int:
+        made = 0
+        ordered = sorted(prompts, key=len)  # batches of like lengths: as little padding as can be had
+        for i in range(0, len(ordered), batch):
+            part = ordered[i : i + batch]
+            width = max(map(len, part))
+            tokens = torch.tensor([[0] * (width - len(p)) + p for p in part], device=device)
+            mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in part], device=device)
+            out = model.generate(
+                input_ids=tokens,
+                attention_mask=mask,
+                max_new_tokens=new,
+                min_new_tokens=new,
+                do_sample=False,
+                pad_token_id=0,
+                eos_token_id=None,
+            )
+            made += len(part) * (out.shape[1] - width)
+        return made
+
+    return generate
+
+
+def evaluate_turn(args, side: str, device: torch.device) -> dict:
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    generate = (our_generate if side == "ours" else their_generate)(args.model, dtype, device)
+    prompts = prompts_of(args)
+
+    def timed(some, batch: int) -> tuple[float, float]:
+        """(tokens/s, seconds)"""
+        began = time.perf_counter()
+        made = generate(some, batch, args.new_tokens)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds = time.perf_counter() - began
+        if made != len(some) * args.new_tokens:
+            raise ValueError(f"{side} made {made} tokens, expected {len(some) * args.new_tokens}")
+        return made / seconds, seconds
+
+    rates = {}
+    batches = [int(b) for b in args.eval_batches.split(",")]
+    generate(prompts[: batches[0]], batches[0], 2)  # libraries set themselves up
+    for batch in batches if len(batches) > 1 else ():
+        try:
+            rates[batch] = timed(prompts[: 2 * batch], batch)[0]
+        except torch.OutOfMemoryError:
+            pass  # the batch is too large for this side: it has no rate
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    if len(batches) > 1 and not rates:
+        raise ValueError(f"{side}: none of --eval-batches {args.eval_batches} fits the memory")
+    best = max(rates, key=rates.get) if rates else batches[0]
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    rate, seconds = timed(prompts, best)
+    return {"batch": best, "tokens_per_second": rate, "seconds": seconds, "peak_memory_bytes": peak_memory(device)}
+
+
+# ----------------------------------------------------------------------------------------------
+# the race
+
+
+def versions() -> str:
+    def of(package: str) -> str:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return "none"
+
+    return " ".join(f"{p} {of(p)}" for p in ("torch", "transformers", "peft", "bitsandbytes"))
+
+
+def run_turn(part: str, side: str, argv: list[str], model: Path) -> dict:
+    line = [sys.executable, "-m", "races.peft_gsm8k", *argv, "--model", str(model), "--turn", f"{part}:{side}"]
+    ran = subprocess.run(line, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    if ran.returncode:
+        raise ValueError(f"the turn {part}:{side} failed: {' '.join(ran.stderr.strip().splitlines()[-1:])}")
+    return json.loads(ran.stdout.strip().splitlines()[-1])
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="0.6b", choices=SHAPES, help="(default: %(default)s, Qwen3-0.6B's)")
+    parser.add_argument("--base", default="nf4", choices=BASES, help="(default: %(default)s)")
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=64, help="sequences in a training step (default: %(default)s)")
+    parser.add_argument("--micro-batch", type=int, default=0, help="the first to try (default: the batch)")
+    parser.add_argument("--seq-len", type=int, default=512, help="(default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps of a training turn (default: %(default)s)")
+    parser.add_argument("--prompts", type=int, default=1319, help="0 is no evaluation (default: %(default)s)")
+    parser.add_argument("--prompt-tokens", type=int, default=220, help="longest prompt (default: %(default)s)")
+    parser.add_argument("--new-tokens", type=int, default=256, help="(default: %(default)s)")
+    parser.add_argument("--eval-batches", default="64,128,256,512", help="(default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--out", type=Path, default=Path("runs/race-peft"))
+    parser.add_argument("--model", type=Path, help="folder of the weights (default: random ones in --out)")
+    parser.add_argument("--turn", default="", help="PART:SIDE: that turn alone, in this process; its row as JSON")
+    args = parser.parse_args(argv)
+    with user_errors():
+        for name in ("rank", "batch", "seq_len", "steps", "new_tokens", "rounds", "prompt_tokens"):
+            if getattr(args, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least 1")
+        if not all(b.isdigit() and int(b) for b in args.eval_batches.split(",")):
+            raise ValueError(f"--eval-batches {args.eval_batches!r}: expected batch sizes separated by commas")
+        device = start_world(args.device).device
+        if args.turn:
+            part, _, side = args.turn.partition(":")
+            if part not in ("train", "evaluate") or side not in SIDES:
+                raise ValueError(f"--turn {args.turn!r}: expected train or evaluate, a colon, and theirs or ours")
+            row = (train_turn if part == "train" else evaluate_turn)(args, side, device)
+            print(json.dumps(row))
+            return 0
+        if args.out.exists():
+            raise ValueError(f"{args.out} exists; give another --out")
+        args.out.mkdir(parents=True)
+        if args.model is None:
+            torch.manual_seed(0)
+            save_qwen3(Qwen3(SHAPES[args.shape]), args.out / "model", dtype=torch.bfloat16)
+        parts = ("train", "evaluate") if args.prompts else ("train",)
+        rows, model = [], (args.model or args.out / "model").resolve()
+        for i in range(args.rounds):
+            for part in parts:
+                for side in SIDES if i % 2 == 0 else SIDES[::-1]:
+                    row = {"round": i + 1, "part": part, "side": side} | run_turn(part, side, argv, model)
+                    rows.append(row)
+                    print(
+                        f"round {i + 1} {part} {side}: {row['tokens_per_second']:,.0f} tokens/s at batch "
+                        f"{row['batch']}, peak {row['peak_memory_bytes'] / 1e6:,.0f} MB",
+                        flush=True,
+                    )
+        write_csv(args.out / "race.csv", rows, args, device)
+    for part in parts:
+        for key, word in (("tokens_per_second", "tokens/s"), ("peak_memory_bytes", "peak memory")):
+            pairs = [
+                {r["side"]: r[key] for r in rows if r["part"] == part and r["round"] == i + 1}
+                for i in range(args.rounds)
+            ]
+            ratio = statistics.median(p["ours"] / p["theirs"] for p in pairs)
+            print(f"{part}: {word}, ours over theirs {ratio:.3f} (median of {args.rounds} rounds)")
+    print(f"{args.out / 'race.csv'}")
+    return 0
+
+
+def write_csv(path: Path, rows: list[dict], args, device: torch.device) -> None:
+    """A row a turn, with the device, the date, the versions and the sizes."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    same = {
+        "shape": args.shape,
+        "base": args.base,
+        "rank": args.rank,
+        "step_batch": args.batch,
+        "seq_len": args.seq_len,
+    }
+    same |= {"prompts": args.prompts, "new_tokens": args.new_tokens, "device": name, "versions": versions()}
+    same |= {"date": datetime.datetime.now(datetime.UTC).date().isoformat()}
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, [*FIELDS, *same])
+    writer.writeheader()
+    writer.writerows(row | same for row in rows)
+    write_bytes(path, lambda file: file.write(text.getvalue().encode()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

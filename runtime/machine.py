@@ -1,0 +1,161 @@
+"""This process among its peers, its device, and what the device can say of itself."""
+
+import contextlib
+import ctypes
+import dataclasses
+import logging
+import os
+import platform
+import sys
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """This process among its peers: ``rank`` of ``size``, on ``device``."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def all_reduce(self, x: Tensor, op=dist.ReduceOp.SUM) -> Tensor:
+        """In place over all ranks; nothing to do for one process."""
+        if self.size > 1:
+            dist.all_reduce(x, op)
+        return x
+
+    @contextlib.contextmanager
+    def main_first(self):
+        """Rank 0 runs the body alone, the others after it: for caches that are written once."""
+        if self.size > 1 and not self.main:
+            dist.barrier()
+        yield
+        if self.size > 1 and self.main:
+            dist.barrier()
+
+
+def start_world(device: str = "auto") -> World:
+    """Joins torchrun's process group when there is one (NCCL on CUDA, gloo on CPU).
+
+    ``device`` is auto, cpu or cuda. Raises ValueError when cuda is asked for and there is none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda, but torch sees no CUDA device; use --device cpu or check the driver")
+    cuda = device != "cpu" and torch.cuda.is_available()
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if cuda and local >= torch.cuda.device_count():
+        raise ValueError(f"local rank {local} has no GPU: {torch.cuda.device_count()} visible; lower --nproc_per_node")
+    here = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(here)
+    else:
+        keep_freed_memory()
+    if "RANK" in os.environ and not dist.is_initialized():
+        # NCCL for tensors on the GPU, gloo for the Python objects that checkpoints gather.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    log = logging.getLogger("scorecast")  # what the modules have to say, once, on rank 0
+    log.handlers = [logging.StreamHandler()]  # of the stderr that is there now
+    log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    log.propagate = False  # a package that gives the root logger a handler, as absl does, would double each line
+    return World(rank, size, here)
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc to keep freed activations for the next step instead of giving them back to the kernel.
+
+    By default each large tensor is mapped anew and its pages are faulted in and zeroed, some 4 % of a
+    training step on CPU. Nothing happens where the C library is another one.
+    """
+    libc = ctypes.CDLL(None)
+    if platform.libc_ver()[0] == "glibc":
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no request is a mapping of its own
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing is given back
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Dense tensor-core peak in FLOP/s from NVIDIA's data sheets (SXM), None where it is not known."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return None
+    name = torch.cuda.get_device_name(device)
+    sheet = {"H200": 989.4e12, "GH200": 989.4e12, "H100 PCIe": 756e12, "H100": 989.4e12, "A100": 312e12}
+    return next((v for k, v in sheet.items() if k in name), None)
+
+
+class EnergyMeter:
+    """Joules of this process's GPU from NVML's counter; ``read()`` is None where there is none."""
+
+    def __init__(self, device: torch.device):
+        self._handle = None
+        if device.type == "cuda":
+            try:
+                import pynvml
+            except ImportError:
+                return  # optional package; the summary then says null
+            pynvml.nvmlInit()
+            uuid = str(torch.cuda.get_device_properties(device).uuid)
+            self._nvml, self._handle = pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}".encode())
+
+    def read(self) -> float | None:
+        if self._handle is None:
+            return None
+        return self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) / 1000  # millijoules
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak bytes: allocated by torch on CUDA, resident set of the process on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def to_device(t: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on ``device``, through pinned memory and without waiting where that is CUDA."""
+    return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t
+
+
+def rng_states(world: World) -> list[dict]:
+    """The generator states of every rank, in rank order. Every rank must call it."""
+    mine = {"cpu": torch.get_rng_state()}
+    if world.device.type == "cuda":
+        mine["cuda"] = torch.cuda.get_rng_state(world.device)
+    if world.size == 1:
+        return [mine]
+    states = [None] * world.size
+    dist.all_gather_object(states, mine)
+    return states
+
+
+def set_rng_states(states: list[dict], world: World) -> bool:
+    """Restores this rank's generators; False, and nothing done, where they are of another number of ranks."""
+    if len(states) != world.size:
+        return False
+    mine = states[world.rank]
+    torch.set_rng_state(mine["cpu"])
+    if "cuda" in mine and world.device.type == "cuda":
+        torch.cuda.set_rng_state(mine["cuda"], world.device)
+    return True
+
+
+def system_entries(world: World, dtype: torch.dtype, memory: int | None, joules: float | None, health: dict) -> dict:
+    """Entries of summary.json that every script has. ``health``: what ``DivergenceWatch.read`` gave at the end."""
+    cuda = world.device.type == "cuda"
+    return {
+        "peak_memory_bytes": memory,
+        "peak_memory_of": "CUDA allocations" if cuda else "process resident set",
+        "energy_joules": joules,
+        "divergences": int(health["divergences"]),
+        "skipped_steps": int(health["skipped"]),
+        "device": torch.cuda.get_device_name(world.device) if cuda else "CPU",
+        "world_size": world.size,
+        "dtype": str(dtype).removeprefix("torch."),
+    }

@@ -1,0 +1,448 @@
+"""Replays recorded loss curves: how far were forecasts made on the way from where the run ended?
+
+    python -m schedules backtest curves/*.csv --out runs/backtest
+    python -m schedules backtest curves/**/*.csv --plans plans.json --leave-out
+
+A curve is a csv with a header or a jsonl file with `step`, a loss and, where known, the learning rate. The final loss
+is the mean over the points in the last 2 % of the steps, and every method is asked for the loss at their mean step.
+`fot` is given the learning rates to come, as a scheduler would know them; `fot-blind` holds the last one, whatever the
+run did.
+"""
+
+import argparse
+import csv
+import fnmatch
+import io
+import json
+import math
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from runtime.cli import user_errors
+from schedules.fot import Forecast, Forecaster, Prior, literal_forecast
+from schedules.rules import lr_factor
+
+FRACTIONS = (0.1, 0.25, 0.5, 0.75)
+SHIPPED = Prior()
+FLOORS = (0.0005, 0.001, 0.0015, 0.002, 0.003)
+LAST = 0.02  # of the steps make the final loss
+METHODS = ("fot", "fot-blind", "persistence", "slope", "literal", "power")
+STEP_NAMES = ("step", "_step")
+LOSS_NAMES = ("loss", "val_loss", "train_loss")
+LR_NAMES = ("lr", "learning_rate", "optim/learning_rate_group0")
+
+
+class Curve(NamedTuple):
+    name: str
+    family: str  # the folder in which it differs from the other files
+    step: np.ndarray  # [N] float64, increasing
+    loss: np.ndarray  # [N] float64, may hold nan and inf
+    lr: np.ndarray | None  # [N] float64
+
+
+class Row(NamedTuple):
+    """One forecast."""
+
+    file: str
+    family: str
+    method: str
+    fraction: float  # of the last step
+    step: float  # of the last point that was seen
+    end: float  # the step asked for
+    final: float
+    forecast: float | None
+    sd: float | None
+    planned: bool  # whether it used the learning rates to come
+    reason: str
+
+    @property
+    def error(self) -> float | None:
+        """Signed, in per cent of the final loss."""
+        return None if self.forecast is None else 100 * (self.forecast - self.final) / abs(self.final)
+
+
+# ----------------------------------------------------------------------------------------------
+# curves
+
+
+def read_curve(path: str | Path, *, loss: str | None = None, family: str = "", plan: dict | None = None) -> Curve:
+    """A csv (with a header) or jsonl file as a curve.
+
+    The loss is the column ``loss``, or the first of loss, val_loss, train_loss and *CrossEntropyLoss that is there.
+    Rows of a jsonl file that lack it, or are of another "kind" than the first that has it, are passed over. ``plan``
+    holds the arguments of `schedules.lr_factor` ("schedule" for its name) for a file without learning rates. Raises
+    ValueError with the line number for a line that cannot be read and for steps that do not increase.
+    """
+    path = Path(path)
+    rows = _csv_rows(path) if path.suffix == ".csv" else _jsonl_rows(path)
+    names = {name: None for _, row in rows for name in row}
+    step_name = next((n for n in STEP_NAMES if n in names), None)
+    lr_name = next((n for n in LR_NAMES if n in names), None)
+    candidates = [n for n in LOSS_NAMES if n in names] + [n for n in names if n.endswith("CrossEntropyLoss")]
+    loss_name = loss or next(iter(candidates), None)
+    if step_name is None or loss_name not in names:
+        wanted = loss or f"one of {', '.join(LOSS_NAMES)}, *CrossEntropyLoss"
+        raise ValueError(f"{path}: columns {', '.join(names) or 'none'}; expected step and {wanted}")
+    if path.suffix != ".csv":
+        rows = [(number, row) for number, row in rows if row.get(loss_name) is not None]
+        rows = [(number, row) for number, row in rows if row.get("kind") == rows[0][1].get("kind")]
+    points = []
+    for number, row in rows:
+        step, value = (_number(path, number, name, row.get(name)) for name in (step_name, loss_name))
+        lr = _number(path, number, lr_name, row.get(lr_name)) if lr_name else math.nan
+        if not math.isfinite(step) or (points and step <= points[-1][0]):
+            after = f" after step {points[-1][0]:g}" if points else ""
+            raise ValueError(f"{path}, line {number}: step {step:g}{after}; expected steps that increase")
+        if lr_name and not (math.isfinite(lr) and lr >= 0):
+            raise ValueError(f"{path}, line {number}: learning rate {lr}; expected a finite number, 0 or more")
+        points.append((step, value, lr))
+    if len(points) < 2:
+        raise ValueError(f"{path}: {len(points)} points, expected at least 2")
+    steps, losses, lrs = np.array(points).T
+    if not lr_name and plan:
+        arguments = {k: v for k, v in plan.items() if k != "schedule"}
+        try:
+            lrs = np.array([lr_factor(plan.get("schedule", "wsd"), s, steps[-1], **arguments) for s in steps])
+        except TypeError:
+            raise ValueError(f"plan {plan}; expected schedule, warmup, floor and decay") from None
+    return Curve(path.stem, family, steps, losses, lrs if lr_name or plan else None)
+
+
+def _csv_rows(path: Path) -> list[tuple[int, dict]]:
+    with open(path, newline="", encoding="utf-8") as file:
+        reader = csv.reader(file)
+        header = next(reader, None) or []
+        rows = []
+        for values in reader:
+            if len(values) != len(header):
+                raise ValueError(f"{path}, line {reader.line_num}: {len(values)} values, expected {len(header)}")
+            rows.append((reader.line_num, dict(zip(header, values, strict=True))))
+    return rows
+
+
+def _jsonl_rows(path: Path) -> list[tuple[int, dict]]:
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number}: {line[:40]!r} is not a JSON object")
+        rows.append((number, row))
+    return rows
+
+
+def _number(path: Path, line: int, name: str, value) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{path}, line {line}: {name} is {value!r}, expected a number") from None
+
+
+def read_curves(files: list[str], *, loss: str | None = None, plans: dict | None = None) -> list[Curve]:
+    """All ``files``; ``plans`` maps patterns of paths to plans (see `read_curve`), the first that matches holds."""
+    parents = [Path(file).resolve().parent for file in files]
+    common = Path(os.path.commonpath(parents)) if parents else Path()
+    curves = []
+    for file, parent in zip(files, parents, strict=True):
+        family = next(iter(parent.relative_to(common).parts), common.name)
+        plan = next((plan for pattern, plan in (plans or {}).items() if fnmatch.fnmatch(file, pattern)), None)
+        curves.append(read_curve(file, loss=loss, family=family, plan=plan))
+    return curves
+
+
+# ----------------------------------------------------------------------------------------------
+# forecasts
+
+
+def target(curve: Curve) -> tuple[float, float, int]:
+    """(step, final loss, number of points in its mean): the points in the last 2 % of the steps."""
+    last = np.flatnonzero(curve.step > (1 - LAST) * curve.step[-1])
+    return float(curve.step[last].mean()), float(curve.loss[last].mean()), len(last)
+
+
+def halfway(curve: Curve, fraction: float, prior: Prior = SHIPPED) -> tuple[Forecaster, np.ndarray | None]:
+    """The forecaster when ``fraction`` of the steps are done, and the learning rates from there to the `target`."""
+    end, _, _ = target(curve)
+    seen = int(np.searchsorted(curve.step, fraction * curve.step[-1], side="right"))
+    forecaster = Forecaster(prior=prior)
+    for i in range(seen):
+        forecaster.update(curve.step[i], curve.loss[i], None if curve.lr is None else curve.lr[i])
+    if curve.lr is None or not seen:
+        return forecaster, None
+    return forecaster, np.interp(np.linspace(curve.step[seen - 1], end, 1025)[1:], curve.step, curve.lr)
+
+
+def fot_at(curve: Curve, fraction: float, *, planned: bool, prior: Prior) -> Forecast:
+    """The forecast that `Forecaster` would have made when ``fraction`` of the steps were done."""
+    end, _, width = target(curve)
+    forecaster, plan = halfway(curve, fraction, prior)
+    return forecaster.forecast(end, plan if planned else None, window=width)
+
+
+def rival(method: str, step: np.ndarray, loss: np.ndarray, end: float, last: float) -> float:
+    """A forecast of the loss at ``end`` by one of the simple methods from the finite points so far; nan for none.
+
+    ``persistence``: the mean over the last ``last`` steps; ``slope``: the least-squares line through the last fifth of
+    the points; ``literal``: `fot.literal_forecast`; ``power``: a (t + b)^-alpha, least squares in log space.
+    """
+    if method == "persistence":
+        return float(loss[step > step[-1] - last].mean())
+    if method == "slope":
+        tail = max(len(step) // 5, 2)
+        t = step[-tail:] - step[-1]
+        slope, now = np.polyfit(t, loss[-tail:], 1) if len(t) > 1 else (0.0, loss[-1])
+        return float(now + slope * (end - step[-1]))
+    if method == "literal":
+        return literal_forecast(step, loss, end)
+    best = (math.inf, math.nan)
+    if len(step) < 4 or (loss <= 0).any():
+        return math.nan
+    for b in np.concatenate([[1.0], np.geomspace(0.003, 1.0, 9) * step[-1]]):
+        A = np.stack([np.ones_like(step), np.log(step + b)], 1)
+        x, *_ = np.linalg.lstsq(A, np.log(loss), rcond=None)
+        best = min(best, (float(((A @ x - np.log(loss)) ** 2).sum()), math.exp(x[0] + x[1] * math.log(end + b))))
+    return best[1]
+
+
+def replay(curve: Curve, prior: Prior = SHIPPED, fractions=FRACTIONS, methods=METHODS) -> list[Row]:
+    """Every method's forecast of the final loss at every fraction of the run."""
+    end, final, _ = target(curve)
+    if not math.isfinite(final):
+        raise ValueError(f"{curve.name}: the final loss is {final}, there is nothing to be near to")
+    rows = []
+    for fraction in fractions:
+        keep = (curve.step <= fraction * curve.step[-1]) & np.isfinite(curve.loss)
+        step, loss = curve.step[keep], curve.loss[keep]
+        for method in methods:
+            planned, mean, sd, reason = False, None, None, ""
+            if method.startswith("fot"):
+                forecast = fot_at(curve, fraction, planned=method == "fot", prior=prior)
+                mean, sd, planned, reason = forecast.mean, forecast.sd, forecast.planned, forecast.reason
+            elif len(step) < 2:
+                reason = f"{len(step)} points"
+            else:
+                value = rival(method, step, loss, end, LAST * curve.step[-1])
+                mean, reason = (value, "") if math.isfinite(value) else (None, "left the law's domain")
+            now = float(step[-1]) if len(step) else math.nan
+            rows.append(Row(curve.name, curve.family, method, fraction, now, end, final, mean, sd, planned, reason))
+    return rows
+
+
+class Summary(NamedTuple):
+    """What a group of forecasts is worth; errors in per cent of the final loss."""
+
+    n: int  # forecasts made
+    none: int  # "no forecast"
+    median: float  # of |error|
+    worst: float
+    bias: float  # mean signed error
+    ratio: float  # median |error| / that of persistence on the same curves
+    cover68: float  # share of finals inside the interval, nan without one
+    cover95: float
+
+
+def summarize(rows: list[Row], rows_all: list[Row]) -> Summary:
+    """Figures of ``rows`` (one method, one fraction); persistence is looked up in ``rows_all``."""
+    made = [row for row in rows if row.forecast is not None]
+    errors = np.array([row.error for row in made])
+    if not made:
+        return Summary(0, len(rows), *[math.nan] * 6)
+    same = {(row.file, row.family, row.fraction) for row in made}
+    base = [abs(r.error) for r in rows_all if r.method == "persistence" and (r.file, r.family, r.fraction) in same]
+    # An sd of 0 is an interval too, and covers nothing but the point.
+    misses = [(abs(row.forecast - row.final), row.sd) for row in made if row.sd is not None]
+    cover = [float(np.mean([e <= limit * sd for e, sd in misses])) if misses else math.nan for limit in (1.0, 1.96)]
+    median = float(np.median(np.abs(errors)))
+    ratio = median / max(float(np.median(base)), 1e-12) if base else math.nan
+    return Summary(
+        len(made), len(rows) - len(made), median, float(np.abs(errors).max()), float(errors.mean()), ratio, *cover
+    )
+
+
+def table(rows: list[Row], fractions=FRACTIONS, methods=METHODS) -> str:
+    """The summary of every method at every fraction as text."""
+    lines = ["at    method       n  none  median %  worst %   bias %  /persist  in 68 %  in 95 %"]
+    for fraction in fractions:
+        for method in methods:
+            group = [row for row in rows if row.fraction == fraction and row.method == method]
+            if not group:
+                continue
+            s = summarize(group, rows)
+            name = method + ("*" if any(row.planned for row in group) else "")
+            values = [_cell(s.median, 9, 2), _cell(s.worst, 8, 2), _cell(s.bias, 8, 2, "+"), _cell(s.ratio, 9, 2)]
+            values += [_cell(100 * s.cover68, 8, 0), _cell(100 * s.cover95, 8, 0)]
+            lines.append(f"{fraction:<5.0%} {name:<11} {s.n:>2} {s.none:>5} " + " ".join(values))
+    return "\n".join(lines)
+
+
+def _cell(value: float, width: int, digits: int, sign: str = "") -> str:
+    if math.isnan(value):
+        return "-".rjust(width)
+    return f"{value:{sign}{width}.{digits}f}" if abs(value) < 1e4 else f"{value:{sign}{width}.1e}"
+
+
+# ----------------------------------------------------------------------------------------------
+# pictures
+
+
+def fans(curves: list[Curve], prior: Prior, fractions=FRACTIONS, columns: int = 3) -> bytes:
+    """A panel a curve: the loss, and from each fraction of it the forecast with one and two standard deviations."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from eval.report.plots import HUES, INK, RC, thousands
+
+    colours = [HUES[name] for name in ("smoothing", "focal", "brier", "spherical")]
+    with matplotlib.rc_context(RC):
+        rows = math.ceil(len(curves) / columns)
+        figure = Figure(figsize=(4.6 * columns, 2.9 * rows + 0.5), dpi=110, layout="constrained")
+        FigureCanvasAgg(figure)
+        panels = figure.subplots(rows, columns, squeeze=False).ravel()
+        for panel, curve in zip(panels, curves, strict=False):
+            end, final, _ = target(curve)
+            panel.plot(curve.step, curve.loss, color="#b5b5b5", linewidth=0.8, label="recorded")
+            bounds = [final]
+            for fraction, colour in zip(fractions, colours * len(fractions), strict=False):
+                forecast = fot_at(curve, fraction, planned=True, prior=prior)
+                if forecast.mean is None:
+                    continue
+                step, mean, sd = forecast.curve.T
+                for width, alpha in ((1.96, 0.13), (1.0, 0.25)):
+                    panel.fill_between(
+                        step, mean - width * sd, mean + width * sd, color=colour, alpha=alpha, linewidth=0
+                    )
+                panel.plot(step, mean, color=colour, linewidth=1.4, label=f"from {fraction:.0%}")
+                bounds += [mean.min(), mean[0]]
+            panel.plot(end, final, "o", color=INK, markersize=4, label="final")
+            finite = curve.loss[np.isfinite(curve.loss) & (curve.step > fractions[0] * curve.step[-1])]
+            low, high = min(bounds), max(*bounds, *(np.quantile(finite, [0.9]) if len(finite) else []))
+            margin = 0.12 * (high - low) + 1e-9
+            panel.set_ylim(low - margin, high + margin)
+            panel.set_title(f"{curve.family}: {curve.name}"[:52], fontsize=8)
+            panel.xaxis.set_major_formatter(thousands)
+        for panel in panels[len(curves) :]:
+            panel.set_visible(False)
+        handles = {label: h for p in panels for h, label in zip(*p.get_legend_handles_labels(), strict=True)}
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+# ----------------------------------------------------------------------------------------------
+# what other runs teach
+
+
+def learn_prior(curves: list[Curve], base: Prior = SHIPPED) -> Prior:
+    """``base`` with what ``curves`` teach; every family weighs the same.
+
+    The mean and sd of k / loss are from whole runs whose learning rate came down by at least 30 %, fitted with no prior
+    on k. The floor of the sd is then the smallest of `FLOORS` with which 68 % of the finals are inside one standard
+    deviation of the forecasts at half and at three quarters. Raises ValueError when no learning rate came down.
+    """
+    shares: dict[str, list[float]] = {}
+    for curve in curves:
+        if curve.lr is None or curve.lr[-1] > 0.7 * curve.lr.max():
+            continue
+        forecaster, _ = halfway(curve, 1.0, base._replace(k_sd=10.0))
+        forecast = forecaster.forecast(curve.step[-1] + 1)
+        if forecast.mean is not None:
+            shares.setdefault(curve.family, []).append(forecast.parameters["k"] / forecast.mean)
+    if not shares:
+        raise ValueError("no curve with a learning rate that came down, nothing to learn a prior from")
+    k_mean = float(np.mean([np.mean(v) for v in shares.values()]))
+    k_sd = math.sqrt(np.mean([np.mean((np.array(v) - k_mean) ** 2) for v in shares.values()]))
+    prior = base._replace(k_mean=k_mean, k_sd=max(k_sd, 0.001))
+    inside: dict[str, list[list[bool]]] = {}
+    for curve in curves:
+        end, final, width = target(curve)
+        for fraction in (0.5, 0.75):
+            forecaster, plan = halfway(curve, fraction, prior)
+            for i, floor in enumerate(FLOORS if plan is not None else ()):
+                forecaster.prior = prior._replace(floor=floor)
+                forecast = forecaster.forecast(end, plan, window=width)
+                if forecast.mean is not None:
+                    hits = inside.setdefault(curve.family, [[] for _ in FLOORS])[i]
+                    hits.append(abs(forecast.mean - final) < forecast.sd)
+    shares = [[np.mean(hits[i]) for hits in inside.values() if hits[i]] for i in range(len(FLOORS))]
+    covered = [np.mean(share) if share else 0.0 for share in shares]
+    floor = next((f for f, share in zip(FLOORS, covered, strict=False) if share >= 0.68), FLOORS[-1])
+    return prior._replace(floor=floor)
+
+
+def left_out(curves: list[Curve], base: Prior = SHIPPED) -> dict[str, Prior]:
+    """For every family the prior that the other families teach. Raises ValueError for fewer than two."""
+    families = list(dict.fromkeys(curve.family for curve in curves))
+    if len(families) < 2:
+        raise ValueError(f"--leave-out needs curves from two folders or more, all are in {families[0]}")
+    return {family: learn_prior([curve for curve in curves if curve.family != family], base) for family in families}
+
+
+# ----------------------------------------------------------------------------------------------
+# command line
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m schedules backtest", description=__doc__.splitlines()[0])
+    parser.add_argument("files", nargs="+", help="csv or jsonl curves")
+    parser.add_argument("--out", default="runs/backtest", help="folder for the results (default: runs/backtest)")
+    parser.add_argument("--loss", help="column of the loss (default: loss, val_loss, train_loss, *CrossEntropyLoss)")
+    parser.add_argument(
+        "--plans", help="json: pattern of paths -> schedule, warmup, floor, decay; for files without lr"
+    )
+    parser.add_argument("--leave-out", action="store_true", help="again, each family with a prior learnt on the others")
+    args = parser.parse_args(argv)
+    with user_errors():
+        curves = read_curves(args.files, loss=args.loss, plans=_read_plans(args.plans))
+        priors = {"prior: as shipped": {curve.family: SHIPPED for curve in curves}}
+        if args.leave_out:
+            priors["prior: learnt on the other families"] = left_out(curves)
+        out = Path(args.out)
+        out.mkdir(parents=True, exist_ok=True)
+        for i, (title, prior) in enumerate(priors.items()):
+            rows = [row for curve in curves for row in replay(curve, prior[curve.family])]
+            print(f"\n{title}; {len(curves)} curves (* = given the learning rates to come)\n{table(rows)}")
+            for family in dict.fromkeys(curve.family for curve in curves):
+                if 1 < len(prior) < 10:
+                    p = prior[family]
+                    mine = [row for row in rows if row.family == family and row.method.startswith("fot")]
+                    print(
+                        f"\n{family} (k = {p.k_mean:.4f} +- {p.k_sd:.4f}, floor {p.floor:g} of the loss)\n{table(mine)}"
+                    )
+            write_rows(rows, out / ("forecasts.csv" if i == 0 else "forecasts-left-out.csv"))
+        for page in range(0, len(curves), 12):
+            _write(out / f"fans-{page // 12 + 1}.png", fans(curves[page : page + 12], SHIPPED))
+        print(f"\nevery forecast and the fans are in {out}/")
+
+
+def write_rows(rows: list[Row], path: Path) -> None:
+    """Every forecast as a line of csv; an empty field where there is none."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*Row._fields, "error_percent"])
+    writer.writerows([*row, row.error] for row in rows)
+    _write(path, text.getvalue().encode())
+
+
+def _write(path: Path, data: bytes) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(data)
+    os.replace(partial, path)
+
+
+def _read_plans(path: str | None) -> dict | None:
+    if path is None:
+        return None
+    try:
+        plans = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise ValueError(f"{path}: not JSON ({e})") from None
+    if not isinstance(plans, dict) or not all(isinstance(plan, dict) for plan in plans.values()):
+        raise ValueError(f'{path}: expected an object such as {{"*run1*": {{"schedule": "wsd", "decay": 0.2}}}}')
+    return plans

@@ -1,0 +1,414 @@
+"""Forecast-On-Trajectory: a learning rate steered by a forecast of the loss the run will end with.
+
+    python -m schedules backtest FILES...     replays recorded loss curves (eval/backtest.py; --help lists its flags)
+
+    fot = FoT(optimizer, total=steps, warmup=0.02)         # peak learning rates: those of the optimizer's groups
+    for step in range(steps):
+        loss.backward(); fot.observe(nll_sum, tokens); optimizer.step(); fot.step()
+
+The rule, decided anew every W = 32 steps (eta: learning rate, u: Adam's direction, G: expected gradient, H: Hessian):
+
+    lr     = peak * envelope(t) * m * gate * block
+    m      = clip(2 eta_opt / peak, 1/4, 4), with eta_opt = G'u / u'Hu, the step that gains most of the noisy quadratic
+             eta G'u - eta^2 u'Hu / 2. At 2 eta_opt a step gains nothing: there the loss under a constant learning rate
+             comes to rest, and the envelope's decay is what cashes in. Following eta_opt itself would decay twice.
+             m begins at 1/4 and at most doubles in 40 steps, so that a peak which is too high is found out on the way
+             up: a network that was thrown far away early does not come back in the run. Unmeasured, it aims at 1
+    envelope = a warm-up, then linear to zero; where the forecast is sure, sd(D) / D < 1/2 with D = l(now) - l(T), the
+             decay may wait or pause: of holding the learning rate for 0, 1/4, 1/2 or 3/4 of the steps that are left,
+             and then falling to zero, that is planned whose forecast ends lowest (every second decision)
+    gate   = linear in h, the Fisher of an answer token over a prompt token's: 1.5 to h = 0.7, 1 at 1, 0.7 from 1.3
+    block  = sqrt(the answer's share of the squared gradient) over its geometric mean, in [1/2, 2] at geometric mean 1
+
+Logged beside them: the descent that a step has to gain, D times its share of the envelope to come (``target``), and
+whether no step of the quadratic gains it (``infeasible``); ``bound`` says that m stands at an end of its range.
+`gradient_stats` says how G'u and u'Hu are measured. The published rule, "fot-literal", takes the largest lr with
+lr g^2 / (2 (sigma^2 + lam)) <= D / T_left: D from one Newton step on the last 150 losses, g^2 the batch's squared
+gradient norm, sigma^2 = tr(Sigma) / B, lam = u'Hu / u'u; its gate multiplies a state by 1.5 below h = 0.7 and by 0.7
+above 1.3. Its two guards: a value that is not finite leaves the learning rate as it was, and the learning rate is
+clipped to [peak / 100, peak]; both are counted. "snac" and "bacon" are the rules of schedules.py on the same
+measurements.
+"""
+
+import logging
+import math
+import sys
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
+
+from schedules.forecast import CLOCK, HUGE, Forecast, Forecaster, Prior, literal_forecast
+from schedules.gradient_stats import FIELDS, GradientStats, keeps_moments
+from schedules.rules import ADAPTIVE, bacon_factor, lr_factor, snac_factor
+
+__all__ = ["CLOCK", "HUGE", "PARTS", "FoT", "Forecast", "Forecaster", "Prior", "literal_forecast", "parse_parts"]
+
+PARTS = ("envelope", "noise", "forecast", "gate", "blocks")
+AIM, RANGE, DOUBLING = 2.0, 4.0, 40.0  # of m: its aim in eta_opt, its bounds, and the fewest steps to double in
+HOLDS, PLAN_EVERY = (0.0, 0.25, 0.5, 0.75), 2  # shares of the steps to come; decisions from plan to plan
+SAMPLES, SAMPLE_EVERY = 2, 8  # measurements of the gradient between decisions, and the fewest steps between two
+LITERAL_POINTS, LITERAL_LOWEST = 150, 0.01
+SETTINGS = ("rule", "parts", "total", "warmup", "every", "beta", "same_units")
+PLAIN = ("multiplier", "m", "level", "hold", "literal_gate", "blocks", "average", "weight", "reference", "lrs",
+         "history", "decision", "counts", "previous_lr", "_began", "last_epoch", "_step_count", "_last_lr")  # fmt: skip
+
+
+def parse_parts(text: str) -> tuple[str, ...]:
+    """Parts of the rule from a comma-separated list; "none" is no part. Raises ValueError for an unknown one."""
+    parts = tuple(p.strip() for p in text.split(",") if p.strip()) if text.strip() != "none" else ()
+    unknown = [p for p in parts if p not in PARTS]
+    if unknown or (not parts and text.strip() != "none"):
+        raise ValueError(f"FoT parts {text!r}: expected some of {','.join(PARTS)}, or none")
+    return parts
+
+
+def gate_of(h: float | None) -> float:
+    """The Fisher gate: continuous, stateless, in [0.7, 1.5]; 1 where h was not measured."""
+    if h is None or not math.isfinite(h):
+        return 1.0
+    if h < 1:
+        return min(1 + 0.5 * (1 - h) / 0.3, 1.5)
+    return max(1 - (h - 1), 0.7)
+
+
+def block_multipliers(rms: Sequence[Sequence[float]]) -> list[float]:
+    """Multipliers in [1/2, 2] of geometric mean 1 from [[prompt, answer], ...] RMS gradients of the blocks; all 1 where
+    any block has none. Shares, not sizes: Adam already divides by a block's size."""
+    if not rms or not all(math.isfinite(p) and math.isfinite(a) and a > 0 for p, a in rms):
+        return [1.0] * len(rms)
+    logs = [-0.5 * math.log2(1 + (p / a) ** 2) for p, a in rms]
+    low, high = -max(logs) - 1, -min(logs) + 1  # the shift at which the clipped logs have mean 0
+    for _ in range(60):
+        middle = 0.5 * (low + high)
+        total = sum(min(max(v + middle, -1.0), 1.0) for v in logs)
+        low, high = (low, middle) if total > 0 else (middle, high)
+    return [2.0 ** min(max(v + low, -1.0), 1.0) for v in logs]
+
+
+def solve_step(slope: float, curvature: float, target: float | None) -> tuple[float, bool]:
+    """(eta, bound hit): the smallest eta with eta slope - eta^2 curvature / 2 = target; the best eta where there is no
+    target or none reaches it. 0 where the slope does not fall, inf where the curvature sets no bound."""
+    if not slope > 0:
+        return 0.0, target is not None
+    if target is not None:
+        inside = slope**2 - 2 * curvature * target
+        if inside >= 0:
+            return 2 * target / (slope + math.sqrt(inside)), False
+    return (slope / curvature if curvature > 0 else math.inf), target is not None
+
+
+class FoT(LRScheduler):
+    """A torch learning-rate scheduler: call ``step()`` after each optimizer step, whatever the number of micro-batches.
+
+    ``optimizer``: an Adam or AdamW; with another one nothing can be measured and m stays 1 (one line says so).
+    ``total``: optimizer steps of the run. ``rule``: fot, fot-literal, snac or bacon. ``parts``: of fot, see PARTS.
+    ``warmup``: share of the steps. ``every``: W. ``beta``: of the average of numerators and of denominators over
+    decisions. ``same_units``: whether `observe` is given the trained loss itself; where it is not (NLL beside a
+    Brier run), the forecast is made and logged, and does not steer. ``ranks`` and ``reduce``: data-parallel ranks and
+    an in-place sum over them. ``block_rms``: gives a tensor [blocks, 2], prompt and answer, for optimizer groups with
+    a "block" key.
+    Raises ValueError for settings that cannot be meant.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        total: int,
+        *,
+        rule: str = "fot",
+        parts: Sequence[str] = PARTS,
+        warmup: float = 0.0,
+        every: int = 32,
+        beta: float = 0.9,
+        same_units: bool = True,
+        ranks: int = 1,
+        reduce: Callable[[Tensor], Tensor] | None = None,
+        block_rms: Callable[[], Tensor] | None = None,
+    ):
+        if rule not in ADAPTIVE:
+            raise ValueError(f"rule {rule!r}: expected one of {', '.join(ADAPTIVE)}")
+        for name, value in (("total", total), ("every", every), ("ranks", ranks)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r}: expected a whole number of steps or ranks, at least 1")
+        for name, value in (("warmup", warmup), ("beta", beta)):
+            if not 0 <= value < 1:
+                raise ValueError(f"{name}={value!r}: expected a share in [0, 1)")
+        self.rule, self.parts = rule, parse_parts(",".join(parts) or "none")
+        self.total, self.warmup = total, float(warmup)
+        self.every, self.beta, self.same_units = every, float(beta), bool(same_units)
+        self.ranks, self.reduce, self.block_rms = ranks, reduce or (lambda x: x), block_rms
+        log = logging.getLogger("scorecast")
+        if every >= total:
+            log.warning("fot: W = %d is not shorter than the run of %d steps: nothing will be decided", every, total)
+        self.measures = keeps_moments(optimizer)
+        if not self.measures:
+            log.warning("fot: %s keeps no readable moments: the step is not measured", type(optimizer).__name__)
+        self.forecaster = Forecaster()
+        self.stats = GradientStats(optimizer, ranks)
+        device = self.stats.sums.device
+        self.points = torch.zeros(2, every, dtype=torch.float64, device=device)  # sum of NLL and tokens of each step
+        self.fisher = torch.zeros(4, dtype=torch.float64, device=device)  # prompt: sum, tokens; answer: sum, tokens
+        self.clipped_by: Tensor | None = None  # set it before optimizer.step(): (norm / max_norm).clamp(min=1)
+        self._began = False  # whether the last step began a sample
+        self.careful = rule == "fot" and "noise" in self.parts and self.measures and every < total
+        self.m = 1 / RANGE if self.careful else 1.0
+        self.multiplier, self.literal_gate = self.m, 1.0
+        self.level, self.hold = 1.0, self.warmup * total  # of the envelope, and the step until which it stays there
+        self.blocks: list[float] = []
+        self.average: dict[str, float] = {}  # of the measurements, not yet divided by ``weight``
+        self.weight, self.reference = 0.0, [0.0, 0.0]
+        self.lrs: list[float] = []  # of this window's steps
+        self.history: list[list[float]] = []  # fot-literal: step and loss
+        self.decision: dict = {}
+        self.decided = False  # whether the last call of step() decided
+        self.counts = {"decisions": 0, "bound": 0, "infeasible": 0, "clipped": 0, "not_finite": 0}
+        self.previous_lr = 0.0
+        optimizer.register_step_pre_hook(self._before_step)
+        super().__init__(optimizer)
+
+    # -- what the loop tells it -----------------------------------------------------------------
+
+    def observe(self, nll: Tensor | float, tokens: Tensor | float = 1.0) -> None:
+        """Sum of the NLL over some tokens of the coming step, and their number; call it per micro-batch. A tensor is
+        read without a synchronisation. Give a score that stays the same during the run."""
+        slot = self.last_epoch % self.every
+        for row, value in enumerate((nll, tokens)):
+            self.points[row, slot].add_(value.detach() if isinstance(value, Tensor) else value)
+
+    def observe_segments(self, fisher_N: Tensor, prompt_N: Tensor, answer_N: Tensor) -> None:
+        """Per-token Fisher (`kernels.token_fisher`) of some tokens of the coming step, and bool masks of the prompt's
+        and the answer's among them. Call it per micro-batch, at steps of your choice."""
+        masks = torch.stack([prompt_N, answer_N]).to(fisher_N.dtype)
+        self.fisher += torch.stack([masks @ fisher_N.detach(), masks.sum(1)], 1).flatten()
+
+    @property
+    def wants_micro(self) -> bool:
+        """Whether the coming step is one that is measured: then call `micro` after the first of several backwards."""
+        t = self.last_epoch
+        return self.measures and t > 0 and t % min(max(SAMPLE_EVERY, self.every // SAMPLES), self.every) == 0
+
+    def micro(self, share: float) -> None:
+        """See `GradientStats.micro`."""
+        self.stats.micro(share)
+
+    def watch(self, model: torch.nn.Module):
+        """For a loop that is not ours (transformers.Trainer): observes the loss of each training forward of ``model``.
+        Where the Trainer divides by the batch's tokens itself, the forwards' parts are added up. Returns the hook."""
+
+        def hook(module, args, kwargs, output):
+            loss = output.get("loss") if hasattr(output, "get") else getattr(output, "loss", None)
+            if not module.training or loss is None:
+                return
+            count = kwargs.get("num_items_in_batch")
+            if count is None:
+                self.observe(loss.mean())
+            else:
+                self.observe(loss.mean() * count, (kwargs["labels"] != -100).sum())
+
+        return model.register_forward_hook(hook, with_kwargs=True)
+
+    def _before_step(self, optimizer, args, kwargs) -> None:
+        if self.wants_micro or self._began:
+            self.stats.sample(self.wants_micro, self.previous_lr, self.clipped_by)
+        self._began = self.wants_micro
+        self.clipped_by = None
+
+    # -- the protocol ---------------------------------------------------------------------------
+
+    def step(self, epoch: int | None = None) -> None:
+        """After each optimizer step; every W steps it decides (``decided``, ``decision``)."""
+        self.decided = False
+        if self.last_epoch >= 0:  # not the call that LRScheduler's constructor makes
+            done = self.last_epoch + 1
+            self.previous_lr = self.planned(self.last_epoch)
+            self.lrs.append(self.previous_lr)
+            if done % self.every == 0 and done < self.total:
+                self._decide(done)
+        super().step(epoch)
+
+    def get_lr(self) -> list[float]:
+        share = self._share(self.last_epoch) * self.multiplier
+        blocks = self.blocks or [1.0]
+        return [
+            float(base) * share * (blocks[group["block"]] if group.get("block", len(blocks)) < len(blocks) else 1.0)
+            for base, group in zip(self.base_lrs, self.optimizer.param_groups, strict=True)
+        ]
+
+    def planned(self, step: float) -> float:
+        """The first group's learning rate, block aside, before ``step``, if nothing is decided anew until then."""
+        return float(self.base_lrs[0]) * self._share(step) * self.multiplier
+
+    def _share(self, step: float) -> float:
+        falls = self.rule == "bacon" or (self.rule == "fot" and "envelope" in self.parts)
+        if not falls or step < self.warmup * self.total:
+            return lr_factor("constant", step, self.total, warmup=self.warmup)
+        x = min(max((step - self.hold) / max(self.total - self.hold, 1), 0.0), 1.0)
+        return self.level * (1 - x)
+
+    def state_dict(self) -> dict:
+        """Plain numbers, strings and lists; `load_state_dict` goes on bit for bit. Every rank must call it."""
+        buffers = {k: self.reduce(b.clone()).tolist() for k, b in self._buffers().items()}
+        plain = {k: getattr(self, k) for k in PLAIN}
+        return {"settings": self._settings(), "forecaster": self.forecaster.state_dict(), "buffers": buffers} | plain
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Raises ValueError for the state of another rule or run length, and for what is not a state of FoT."""
+        if missing := {"settings", "forecaster", "buffers", *PLAIN} - set(state_dict):
+            raise ValueError(f"this is no state of FoT: {', '.join(sorted(missing))} missing")
+        if state_dict["settings"] != self._settings():
+            raise ValueError(f"FoT's state is of {state_dict['settings']}, this one is {self._settings()}")
+        self.forecaster.load_state_dict(state_dict["forecaster"])
+        for name, buffer in self._buffers().items():
+            buffer.copy_(torch.tensor(state_dict["buffers"][name], dtype=torch.float64) / self.ranks)
+        for name in PLAIN:
+            value = state_dict[name]
+            setattr(self, name, value.copy() if isinstance(value, list | dict) else value)
+        for group, lr in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            group["lr"] = lr
+
+    def _settings(self) -> dict:
+        return {k: list(v) if isinstance(v := getattr(self, k), tuple) else v for k in SETTINGS}
+
+    def _buffers(self) -> dict[str, Tensor]:
+        return {"points": self.points, "fisher": self.fisher, "sums": self.stats.sums, "pending": self.stats.pending}
+
+    def __str__(self) -> str:
+        f = self.decision
+        if not f:
+            return f"forecast from step {self.every}"
+        if f["forecast"] is None:
+            return "no forecast"
+        return f"forecast {f['forecast']:.4g} +- {f['sd']:.2g} at step {self.total}"
+
+    # -- the decision ---------------------------------------------------------------------------
+
+    def _decide(self, done: int) -> None:
+        blocks = "blocks" in self.parts and self.rule in ("fot", "bacon") and self.block_rms is not None
+        rms = self.block_rms().double().flatten().to(self.points.device) if blocks else self.points.new_zeros(0)
+        buffers = (self.points, self.fisher, self.stats.sums)
+        values = torch.cat([*(b.flatten() for b in buffers), rms / self.ranks])
+        values = self.reduce(values).tolist()  # the one synchronisation
+        for buffer in buffers:
+            buffer.zero_()
+        W = self.every
+        self._learn(done, values[:W], values[W : 2 * W])
+        (ps, pn, as_, an), sums, rms = (values[2 * W : 2 * W + 4], values[2 * W + 4 :][: len(FIELDS)],
+                                        values[2 * W + 4 + len(FIELDS) :])  # fmt: skip
+        self.lrs = []
+        warm = done >= self.warmup * self.total
+        x = GradientStats.means(sums)
+        if x and (warm or self.careful) and all(map(math.isfinite, x.values())):
+            self.average = {k: self.beta * self.average.get(k, 0.0) + (1 - self.beta) * x[k] for k in FIELDS[1:]}
+            self.weight = self.beta * self.weight + 1 - self.beta
+            self.reference = [self.reference[0] + x["slope"], self.reference[1] + x["curvature"]]
+        x = {k: v / self.weight for k, v in self.average.items()}
+        h = (as_ / an) / (ps / pn) if min(ps, pn, as_, an) > 0 else None
+        forecast = self.forecaster.forecast(self.total, lambda step: self.planned(step - 1))
+        row = {"forecast": forecast.mean, "sd": forecast.sd, "reason": forecast.reason, "D": None, "sd_D": None,
+               "target": None, "infeasible": False, "hold": None, "eta_opt": None, "bound": False, "h": h,
+               "gate": 1.0}  # fmt: skip
+        row |= {k: x.get(k) for k in ("g2", "noise", "slope", "after", "curvature")}
+        if forecast.mean is not None:
+            row |= {"D": float(forecast.curve[0, 1]) - forecast.mean, "sd_D": forecast.sd}
+        getattr(self, f"_{self.rule.removeprefix('fot-')}")(done, warm, x, row)
+        if rms and warm and done >= 2 * W:  # B has moved
+            self.blocks = block_multipliers(list(zip(rms[::2], rms[1::2], strict=True)))
+        self.counts["decisions"] += 1
+        self.counts["bound"] += row["bound"]
+        self.counts["infeasible"] += row["infeasible"]
+        self.decision = row | {"multiplier": self.multiplier, "blocks": self.blocks, "lr": self.planned(done)}
+        self.decided = True
+
+    def _learn(self, done: int, nll: list[float], tokens: list[float]) -> None:
+        """One point a step for the forecaster; steps that nobody observed are not points."""
+        first = done - len(self.lrs)
+        for i, lr in enumerate(self.lrs):
+            slot = (first + i) % self.every
+            if not tokens[slot] > 0:
+                continue
+            loss = nll[slot] / tokens[slot]
+            self.forecaster.update(first + i + 1, loss, lr)
+            if math.isfinite(loss):
+                self.history = [*self.history[1 - LITERAL_POINTS :], [first + i + 1, loss]]
+
+    def _fot(self, done: int, warm: bool, x: dict, row: dict) -> None:
+        D, sd = row["D"], row["sd_D"]
+        if warm and D is not None and D > 0 and sd / D < 0.5 and self.same_units:
+            if "forecast" in self.parts and "envelope" in self.parts and self.counts["decisions"] % PLAN_EVERY == 0:
+                self._plan(done, row)
+            to_come = sum(self._share(done + (i + 0.5) / 64 * (self.total - done)) for i in range(64)) / 64
+            row["target"] = row["D"] * self._share(done) / max(to_come * (self.total - done), self._share(done))
+        aim = 1.0
+        if x:
+            row["eta_opt"] = solve_step(x["slope"], x["curvature"], None)[0]
+            row["infeasible"] = solve_step(x["slope"], x["curvature"], row["target"])[1]
+            aim = min(max(AIM * row["eta_opt"] / float(self.base_lrs[0]), 1 / RANGE), RANGE)
+        if self.careful:
+            self.m = min(aim, self.m * 2 ** (self.every / DOUBLING))
+            row["bound"] = bool(x) and aim in (1 / RANGE, RANGE)
+        row["gate"] = gate_of(row["h"]) if "gate" in self.parts else 1.0
+        self.multiplier = self.m * row["gate"]
+
+    def _plan(self, done: int, row: dict) -> None:
+        """Holds the learning rate for as long as the forecast says that this ends lowest."""
+        level, hold = self.level, self.hold
+        if hold < done:  # it is falling: a plan that holds goes on from where it is
+            self.level = self._share(done)
+        plans = []
+        for share in HOLDS:
+            self.hold = done + share * (self.total - done)
+            plans.append(self.forecaster.forecast(self.total, lambda step: self.planned(step - 1)))
+        ends = [math.inf if f.mean is None else f.mean for f in plans]
+        best = ends.index(min(ends))
+        if best == 0 and hold < done:
+            self.level, self.hold = level, hold  # nothing new
+        else:
+            self.hold = done + HOLDS[best] * (self.total - done)
+        forecast = plans[best]
+        if forecast.mean is not None:
+            row |= {"forecast": forecast.mean, "sd": forecast.sd, "sd_D": forecast.sd, "hold": self.hold,
+                    "D": float(forecast.curve[0, 1]) - forecast.mean}  # fmt: skip
+
+    def _literal(self, done: int, warm: bool, x: dict, row: dict) -> None:
+        h = row["h"]
+        self.literal_gate *= 1.5 if h is not None and h < 0.7 else 0.7 if h is not None and h > 1.3 else 1.0
+        row["gate"] = self.literal_gate
+        steps, losses = zip(*self.history, strict=True) if self.history else ((), ())
+        D = literal_forecast(steps, losses, done) - literal_forecast(steps, losses, self.total)
+        row |= {"forecast": None, "sd": None, "reason": "", "sd_D": None, "D": D}
+        lr = math.nan
+        if x and x["batch2"] > 0 and x["step2"] > 0:
+            row["target"] = D / (self.total - done)
+            lr = 2 * (x["noise"] + x["curvature"] / x["step2"]) * row["target"] / x["batch2"] * self.literal_gate
+        if not math.isfinite(lr) or not warm:
+            self.counts["not_finite"] += not math.isfinite(lr)
+            return
+        wanted = lr / float(self.base_lrs[0])
+        self.multiplier = min(max(wanted, LITERAL_LOWEST), 1.0)
+        row["bound"] = wanted != self.multiplier
+        self.counts["clipped"] += row["bound"]
+
+    def _snac(self, done: int, warm: bool, x: dict, row: dict) -> None:
+        if x:
+            self.multiplier = snac_factor(x["noise"], x["g2"])
+
+    def _bacon(self, done: int, warm: bool, x: dict, row: dict) -> None:
+        if x:
+            row["eta_opt"] = solve_step(x["slope"], x["curvature"], None)[0]
+            self.multiplier = bacon_factor(row["eta_opt"], solve_step(*self.reference, None)[0])
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] != "backtest":
+        print("usage: python -m schedules backtest FILES... (--help lists the flags)", file=sys.stderr)
+        sys.exit(0 if argv[:1] in (["-h"], ["--help"]) else 2)
+    from schedules.backtest import main as backtest
+
+    backtest(argv[1:])
+
+
+if __name__ == "__main__":
+    main()

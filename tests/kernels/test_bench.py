@@ -1,0 +1,335 @@
+"""The size of linear_score's chunks and its memory, and what kernels.bench says of the claims: logic, not speed."""
+
+import csv
+import os
+import weakref
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kernels import bench, claims, linear_score, losses
+from kernels import head as linear
+from kernels.chunks import ALLOWANCE, TILE, bytes_beside, chunk_rows, cuda_chunk, row_stride, weight_bytes_beside
+
+HEADS = {"gpt2": (8192, 50257, 768), "qwen3": (8192, 151936, 1024)}
+PLENTY = 80 * 10**9
+
+# --- the size of a chunk --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [0, 1, 127, 128, 129, 2000, 8192, 100_000])
+@pytest.mark.parametrize("v", [1, 507, 50257, 151936, 2_000_000])
+@pytest.mark.parametrize("d", [64, 768, 4096])
+def test_chunks_fit_and_are_whole_tiles(n, v, d):
+    for itemsize in (2, 4):
+        for sms in (1, 108, 132):
+            before = 0
+            for free in (10**6, 10**8, 10**9, PLENTY):
+                for beside in (0, 10**8):
+                    rows = chunk_rows(n, v, d, itemsize, sms, free, beside)
+                    assert 1 <= rows <= max(1, n)
+                    assert rows == 1 or rows * row_stride(v) * itemsize <= min(ALLOWANCE - beside, free // 2)
+                    if rows < n and rows > TILE:
+                        assert rows % TILE == 0
+                rows = chunk_rows(n, v, d, itemsize, sms, free)
+                assert rows >= before, "less rows with more memory"
+                before = rows
+
+
+def test_chunks_do_not_grow_with_the_vocabulary():
+    rows = [chunk_rows(8192, v, 768, 2, 132, PLENTY) for v in (1000, 32000, 50257, 65536, 128256, 151936, 500_000)]
+    assert all(a >= b for a, b in pairwise(rows)) and rows[0] == 8192
+
+
+def test_a_last_chunk_of_a_few_rows_is_avoided():
+    # 1152 fit; 8 chunks of 1024 cost less than 7 of 1152 and one of 128.
+    free = 2 * 1152 * row_stride(50257) * 2
+    assert chunk_rows(8192, 50257, 768, 2, 128, free) == 1024
+
+
+@pytest.mark.parametrize("name, rows, megabytes", [("gpt2", 2048, 283.2), ("qwen3", 1024, 622.3)])
+def test_choice_at_the_heads_of_the_claims(name, rows, megabytes):
+    # GPT-2's head is within the 300 MB, Qwen3's is not: the fp32 sum of d_weight alone takes 622.3 MB in backward.
+    n, v, d = HEADS[name]
+    chosen = chunk_rows(n, v, d, 2, 132, PLENTY, weight_bytes_beside(v, d, 2, 2))
+    assert chosen == rows
+    assert bytes_beside(n, v, d, chosen, 2, 2) / 1e6 == pytest.approx(megabytes, abs=0.1)
+    assert bytes_beside(n, v, d, 1, 2, 2) == 4 * v * d  # what no chunk can go below
+    # With fp32 weights the sum is the gradient, and the bf16 copy of the weight is what is beside.
+    assert bytes_beside(n, v, d, chosen, 2, 4) == chosen * row_stride(v) * 2 + 2 * v * d
+
+
+def test_the_device_is_asked_once_a_shape(monkeypatch):
+    asked, short = [], False
+
+    def memory(device):
+        asked.append(device)
+        return (2 * 10**8 if short else 10 * 10**9), 80 * 10**9
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", memory)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 5 * 10**8)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 4 * 10**8)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
+    cuda_chunk.cache_clear()
+    device = torch.device("cuda", 0)
+    sizes = [cuda_chunk(n, 50257, 768, 2, 2, device) for n in (8192, 8192, 4096)]
+    assert sizes == [2048, 2048, 2048] and len(asked) == 2
+    short = True  # 200 MB of the driver's and 100 MB of the allocator's, of which half: 1490 rows
+    cuda_chunk.cache_clear()
+    assert cuda_chunk(8192, 50257, 768, 2, 2, device) <= 1490
+    cuda_chunk.cache_clear()
+
+
+class Live(TorchDispatchMode):
+    """Peak bytes of the storages alive that operations returned, other than those of ``known``."""
+
+    def __init__(self, *known):
+        super().__init__()
+        self.known = {x.untyped_storage().data_ptr() for x in known}
+        self.alive, self.peak, self.marks = {}, 0, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(x, torch.Tensor):
+                storage = x.untyped_storage()
+                key = storage._cdata
+                if key not in self.alive and storage.data_ptr() not in self.known:
+                    self.alive[key] = storage.nbytes()
+                    weakref.finalize(storage, self.alive.pop, key, None)
+        self.peak = max(self.peak, sum(self.alive.values()))
+        return out
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("rows", [8, 256])
+def test_memory_is_what_the_accounting_says(rows, weight_dtype, monkeypatch):
+    """The GPU's way on CPU tensors: a kernel without scratch, products written and added in fp32."""
+    n, v, d = 256, 4096, 64
+    hidden = torch.randn(n, d).bfloat16().requires_grad_()
+    weight = torch.randn(v, d).to(weight_dtype).requires_grad_()
+    targets = torch.randint(v, (n,))
+    calls = []
+
+    def mm(a, b, out_dtype=None, out=None, real=torch.mm):
+        if out_dtype is None:
+            return real(a, b, out=out)
+        calls.append("mm")
+        with torch.utils._python_dispatch._disable_current_modes():
+            return out.copy_(a.float() @ b.float())
+
+    def addmm(total, a, b, out_dtype=None, out=None):
+        calls.append("addmm")
+        assert out is total and out_dtype == torch.float32
+        with torch.utils._python_dispatch._disable_current_modes():
+            return out.add_(a.float() @ b.float())
+
+    def fused_score(name, knob, logits, targets, mask, weights, stats, correct, losses, fisher, out):
+        for x in (stats, correct, losses, fisher, out):
+            x.zero_()
+
+    kernel = SimpleNamespace(SCORES={"ce"}, DTYPES=(torch.bfloat16,), CAN_KEEP_W=False, fused_score=fused_score)
+    monkeypatch.setattr(linear, "choose_impl", lambda impl, tensor: kernel)
+    monkeypatch.setattr(linear, "products_widen", lambda device: True)
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(torch, "addmm", addmm)
+    with Live(hidden, weight, targets) as live:
+        loss, _ = linear_score(hidden, weight, targets, losses.ce, chunk=rows)
+        grads = torch.autograd.grad(loss, (hidden, weight))
+    beside = live.peak - sum(g.nbytes for g in grads)
+    want = bytes_beside(n, v, d, rows, 2, weight.element_size())
+    # Beside it what is of size N, the 15 statistics of a token and a dozen vectors; the rows have V = 64 k here.
+    assert want <= beside <= want + 200 * n, (beside, want)
+    assert calls == ["mm"] + ["addmm"] * (n // rows - 1)
+
+
+# --- the table of claims ----------------------------------------------------------------------------------
+
+
+def figures(**changes):
+    """Rows as a run would leave them in which every claim just holds."""
+    rows = []
+    for v, d in ((50257, 768), (151936, 1024)):
+        common = dict(n=8192, v=v, dtype="bf16")
+        logits = {"ours DPSM": 1.02, "ours CE": 1.0, "Liger CE": 1.53, "torch.compile CE": 1.53}
+        for name, ms in logits.items():
+            share = 0.85 if v == 50257 else 0.75
+            rows.append(dict(provider=name, d=None, step_ms=ms, share_of_copy=share) | common)
+        linear_rows = {claims.FULL: 1.02, "linear_score CE": 1.0, "linear + literal DPSM": 5.0}
+        for name, ms in linear_rows.items():
+            row = dict(provider=name, d=d, step_ms=ms, ratio_to_products=1.1, beside_bytes=300e6, gradient_error=0.004)
+            rows.append(row | common)
+        rows[-3]["gradient_error"] = 0.005
+    for name in ("DPSM, Fisher", "torch CE", "compiled torch CE"):
+        ours = name.startswith("DPSM")
+        row = dict(provider=f"step: {name}", n=8192, v=50257, d=768, dtype="bf16", step_ms=99.0 if ours else 100.0)
+        rows.append(row | dict(peak_bytes=9e9 if ours else 10e9))
+    for row in rows:
+        row |= changes.get(row["provider"], {})
+    return rows
+
+
+def by_verdict(rows):
+    table = claims.verdicts(rows)
+    return {v: [r for r in table if r["verdict"] == v] for v in ("met", "not met", "not measured")}
+
+
+def test_every_claim_has_its_line():
+    table = by_verdict(figures())
+    assert len(table["met"]) == 20 and not table["not met"] and not table["not measured"]
+    assert len(by_verdict([])["not measured"]) == 20
+
+
+@pytest.mark.parametrize("change, lines", [
+    ({"ours DPSM": dict(share_of_copy=0.74)}, 2),
+    ({"Liger CE": dict(step_ms=1.52)}, 2),
+    ({"torch.compile CE": dict(step_ms=1.52)}, 2),
+    ({"ours CE": dict(step_ms=0.99)}, 2),
+    ({"linear_score CE": dict(step_ms=0.99)}, 2),
+    ({claims.FULL: dict(ratio_to_products=1.11)}, 2),
+    ({claims.FULL: dict(beside_bytes=301e6)}, 2),
+    ({claims.FULL: dict(gradient_error=0.0051)}, 2),
+    ({"step: torch CE": dict(step_ms=98.0)}, 1),
+    ({"step: DPSM, Fisher": dict(peak_bytes=11e9)}, 2),
+])  # fmt: skip
+def test_a_claim_that_does_not_hold_is_said_not_to(change, lines):
+    table = by_verdict(figures(**change))
+    assert len(table["not met"]) == lines and len(table["met"]) == 20 - lines
+
+
+def test_a_missing_peer_is_named_and_other_runs_do_not_count(tmp_path, capsys):
+    gone = dict(step_ms=None, missing="not installed: No module named 'liger_kernel'")
+    rows = figures(**{"Liger CE": gone})
+    rows += [r | dict(dtype="fp32", step_ms=0.1) for r in figures()] + [r | dict(n=64) for r in figures()]
+    table = by_verdict(rows)
+    assert len(table["not measured"]) == 2 and len(table["met"]) == 18
+    assert all("liger_kernel" in r["measured"] for r in table["not measured"])
+    # The same from the file, by the command.
+    file = tmp_path / "rows.csv"
+    bench.write_csv(rows, str(file))
+    assert claims.main([str(file)]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("not measured  (Liger CE: not installed: No module named 'liger_kernel')") == 2
+    assert shown.count("  met") == 18
+
+
+def test_claims_of_a_file_that_is_none(tmp_path, capsys):
+    other = tmp_path / "other.csv"
+    other.write_text("a,b\n1,2\n")
+    for file in (other, tmp_path / "absent.csv"):
+        assert claims.main([str(file)]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+# --- the bench's other modes ------------------------------------------------------------------------------
+
+
+def test_training_step_of_a_tiny_model(tmp_path, capsys):
+    file = tmp_path / "step.csv"
+    assert bench.main(["--train-step", "--repeats", "1", "--device", "cpu", "--csv", str(file)]) == 0
+    with open(file) as opened:
+        rows = {r["provider"]: r for r in csv.DictReader(opened)}
+    assert set(rows) == {"step: torch CE", "step: our CE", "step: DPSM, Fisher"}
+    assert all(float(r["step_ms"]) > 0 and r["peak_bytes"] == "" for r in rows.values())
+    assert "step: DPSM, Fisher" in capsys.readouterr().out
+
+
+def test_sides_of_the_training_step_compute_their_loss():
+    from races.train_step import sides
+
+    hidden, weight, targets = torch.randn(6, 8), torch.randn(30, 8), torch.randint(30, (6,))
+    values = {name: loss_of(hidden, weight, targets) for name, loss_of in sides("cpu").items()}
+    torch.testing.assert_close(values["step: torch CE"], values["step: our CE"])
+    want = bench.LINEAR["linear + literal DPSM"](hidden, weight, targets)
+    torch.testing.assert_close(values["step: DPSM, Fisher"], want)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--paths", "--device", "cpu"], "--paths needs a GPU"),
+    (["--claims", "--device", "cpu"], "--claims needs a GPU"),
+    (["--train-step", "--plot", "x.png"], "--plot is of the bench"),
+])  # fmt: skip
+def test_modes_that_cannot_be_say_so_in_one_line(arguments, message, capsys):
+    assert bench.main(arguments) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and message in err
+
+
+def test_a_peer_that_fails_is_named_and_one_of_ours_is_not_hidden(monkeypatch):
+    def fails(*_):
+        raise AttributeError("no such kernel\nsecond line")
+
+    def too_large(*_):
+        raise torch.OutOfMemoryError("8 GiB")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    leaves, targets = bench.make_inputs(False, 4, 9, 0, "fp32", "cpu")
+    functions = {"ours CE": bench.LOSSES["ours CE"], "Liger CE": fails, "literal DPSM": too_large}
+    missing = bench.drop_failing(functions, leaves, targets)
+    assert missing == {"Liger CE": "failed: AttributeError: no such kernel", "literal DPSM": "out of memory"}
+    assert list(functions) == ["ours CE"]
+    with pytest.raises(AttributeError):
+        bench.drop_failing({"ours CE": fails}, leaves, targets)
+
+
+def test_rows_are_on_file_as_they_come(tmp_path, monkeypatch):
+    # Cut off after the second provider: its row and the first one's are there, whole.
+    file, seen = tmp_path / "bench.csv", []
+
+    def memory(name, *_):
+        seen.append(name)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return 10**6
+
+    monkeypatch.setattr(bench, "measure_memory_apart", memory)
+    with pytest.raises(KeyboardInterrupt):
+        bench.main(["--n", "8", "--v", "30", "--d", "4", "--repeats", "1", "--device", "cpu", "--csv", str(file)])
+    with open(file) as opened:
+        assert [r["provider"] for r in csv.DictReader(opened)] == seen[:2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_shape_of_the_score_kernel_gives_the_same_numbers(dtype):
+    """What --paths forces, by the interpreter: a row held whole, in part, and not at all."""
+    triton_impl = pytest.importorskip("kernels.triton_impl")
+    if torch.cuda.is_available():
+        pytest.skip("the device tests cover it")
+    v, knob = 2900, torch.tensor(0.4)
+    z, y = torch.randn(3, v).to(dtype), torch.tensor([0, v // 2, v - 1])
+    shapes = [triton_impl.score_shape(v, dtype, warps=1, held=held) for held in (25, 9, 3, 0)]
+    assert [s["MORE"] for s in shapes] == [False, dtype == torch.float32 or v > 9 * 256, True, True]
+    assert [s["PIECES"] for s in shapes][1:] == [9, 3, 0]
+    results = []
+    for shape in shapes:
+        stats, correct = torch.empty(15, 3), torch.empty(3, dtype=torch.bool)
+        loss, fisher, out = torch.empty(3), torch.empty(3), torch.empty_like(z)
+        triton_impl.fused_score("dpsm", knob, z, y, None, None, stats, correct, loss, fisher, out, shape=shape)
+        results.append([loss, fisher, out, *stats[[0, 1, 2, 3, 5, 6, 7, 8]]])
+    for other in results[1:]:
+        torch.testing.assert_close(other[2], results[0][2], rtol=2**-8 if dtype == torch.bfloat16 else 2e-5, atol=1e-9)
+        torch.testing.assert_close(other[:2] + other[3:], results[0][:2] + results[0][3:], rtol=2e-6, atol=1e-7)
+
+
+def test_paths_begin_with_the_shape_that_is_chosen():
+    triton_impl = pytest.importorskip("kernels.triton_impl")
+    from kernels.paths import shapes_of
+
+    for v in (50257, 151936):
+        shapes = shapes_of(v, torch.bfloat16)
+        assert next(iter(shapes.values())) == triton_impl.score_shape(v, torch.bfloat16)
+        assert len(shapes) >= 4 and (8, 0) in shapes and (16, 0) in shapes
+
+
+def test_chunks_are_timed_beside_the_products():
+    from kernels.paths import time_chunks
+
+    ratios = time_chunks(8, 30, 4, "fp32", "cpu", 1, (2, 8))
+    assert list(ratios) == [2, 8] and all(x > 0 for x in ratios.values())

@@ -1,0 +1,157 @@
+"""Propriety of the scores, their ranges, and the alpha schedule."""
+
+import math
+
+import pytest
+import torch
+
+from kernels import linear_score, losses, softmax_moments
+
+PROPER = {
+    "ce": losses.ce,
+    "brier": losses.brier,
+    "spherical": losses.spherical,
+    "dpsm 0": losses.dpsm(0.0),
+    "dpsm 0.3": losses.dpsm(0.3),
+    "dpsm 1": losses.dpsm(1.0),
+}
+IMPROPER = {
+    "focal": (losses.focal(2.0), 0.0),
+    "smoothing": (losses.smoothing(0.1), 0.0),
+    "brier tail": (losses.tail_smoothed("brier", 0.3), 0.3),
+    "spherical tail": (losses.tail_smoothed("spherical", 0.3), 0.3),
+}
+
+
+def expected_loss(score, logits, q, tail=0.0):
+    """E_{y ~ q} score(softmax(logits), y) for one row of logits [V]."""
+    V = len(q)
+    m = softmax_moments(logits.expand(V, V).contiguous(), torch.arange(V), tail=tail)
+    return (q * score(m)).sum()
+
+
+def random_logits(seed, V=12, scale=1.5):
+    return torch.randn(V, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale
+
+
+@pytest.mark.parametrize("name", PROPER)
+@pytest.mark.parametrize("seed", range(5))
+def test_proper_scores_are_least_at_the_truth(name, seed):
+    score, truth = PROPER[name], random_logits(seed).requires_grad_()
+    q = truth.detach().softmax(-1)
+    best = expected_loss(score, truth, q)
+    (grad,) = torch.autograd.grad(best, truth)
+    assert grad.abs().max() < 1e-14  # a stationary point, to the rounding of float64
+    for other in range(20):
+        # From far away to very near: at 0.01 the excess is some 1e-5 of the loss.
+        for distance in (2.0, 0.3, 0.01):
+            elsewhere = truth.detach() + distance * random_logits(100 + 50 * seed + other)
+            assert expected_loss(score, elsewhere, q) > best.detach()
+
+
+@pytest.mark.parametrize("name", IMPROPER)
+def test_improper_losses_are_least_elsewhere(name):
+    score, tail = IMPROPER[name]
+    truth = random_logits(0).requires_grad_()
+    q = truth.detach().softmax(-1)
+    at_truth = expected_loss(score, truth, q, tail)
+    (grad,) = torch.autograd.grad(at_truth, truth)
+    assert grad.abs().max() > 1e-3
+    assert expected_loss(score, truth.detach() - 0.1 * grad, q, tail) < at_truth.detach()
+
+
+@pytest.mark.parametrize("name, low, high", [("brier", 0, 2), ("spherical", 0, 1)])
+def test_bounded_scores_reach_their_bounds(name, low, high):
+    sure = torch.tensor([[60.0, 0.0, 0.0]])
+    right, wrong = (losses.make_score(name)(softmax_moments(sure, torch.tensor([y]))).item() for y in (0, 1))
+    assert right == pytest.approx(low, abs=1e-6) and wrong == pytest.approx(high, abs=1e-6)
+
+
+def test_brier_has_its_plus_one():
+    logits, targets = torch.randn(6, 9), torch.arange(6)
+    p = logits.softmax(-1)
+    want = p.square().sum(-1) - 2 * p[range(6), targets] + 1
+    assert torch.allclose(losses.brier(softmax_moments(logits, targets)), want, atol=1e-6)
+
+
+def test_dpsm_runs_from_ce_to_brier():
+    m = softmax_moments(torch.randn(6, 9), torch.arange(6))
+    assert torch.equal(losses.dpsm(0.0)(m), losses.ce(m)) and torch.equal(losses.dpsm(1.0)(m), losses.brier(m))
+    alpha = torch.tensor(0.0)
+    score = losses.dpsm(alpha)
+    alpha.fill_(0.25)
+    assert torch.allclose(score(m), 0.75 * losses.ce(m) + 0.25 * losses.brier(m))
+
+
+def test_focal_is_ce_at_gamma_zero_and_finite_below_one():
+    logits = torch.randn(6, 9)
+    logits[0, 0] = 200.0  # p_y rounds to 1
+    logits.requires_grad_()
+    m = softmax_moments(logits, torch.arange(6))
+    assert torch.allclose(losses.focal(0.0)(m), losses.ce(m))
+    losses.focal(0.5)(m).sum().backward()
+    assert logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", [*PROPER, *IMPROPER])
+def test_tokens_outside_the_loss_score_zero(name):
+    score, tail = (PROPER[name], 0.0) if name in PROPER else IMPROPER[name]
+    logits = torch.randn(4, 9, requires_grad=True)
+    m = softmax_moments(logits, torch.tensor([-100, 3, -100, 4]), tail=tail)
+    score(m).sum().backward()
+    assert (score(m)[[0, 2]] == 0).all() and (score(m)[[1, 3]] != 0).all()
+    assert (logits.grad[[0, 2]] == 0).all() and logits.grad.isfinite().all()
+
+
+def test_a_score_of_ones_own_is_one_line():
+    hidden, weight = torch.randn(10, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True)
+    targets = torch.randint(30, (10,))
+    loss, m = linear_score(hidden, weight, targets, lambda m: losses.ce(m) + losses.spherical(m))
+    p = (hidden @ weight.t()).softmax(-1)
+    p_y = p[range(10), targets]
+    want = (-p_y.log() + 1 - p_y / p.norm(dim=-1)).mean()
+    assert torch.allclose(loss, want, atol=1e-5) and m.vocab_size == 30
+    grads = [torch.autograd.grad(x, (hidden, weight)) for x in (loss, want)]
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*grads, strict=True))
+
+
+def test_names_and_knobs():
+    m = softmax_moments(torch.randn(6, 9), torch.arange(6), tail=0.2)
+    for name in losses.LOSSES:
+        assert losses.make_score(name)(m).shape == (6,)
+    assert torch.equal(losses.make_score("dpsm", alpha=0.2)(m), losses.dpsm(0.2)(m))
+    assert torch.equal(losses.make_score("focal", gamma=1.0)(m), losses.focal(1.0)(m))
+    assert torch.equal(losses.make_score("smoothing", eps=0.3)(m), losses.smoothing(0.3)(m))
+    assert torch.equal(losses.make_score("brier", tail=0.2)(m), losses.tail_smoothed("brier", 0.2)(m))
+    for bad in (dict(name="hinge"), dict(name="ce", tail=0.1)):
+        with pytest.raises(ValueError, match="hinge|tail smoothing"):
+            losses.make_score(**bad)
+    with pytest.raises(ValueError, match="tail smoothing"):
+        losses.tail_smoothed("ce", 0.1)
+    with pytest.raises(ValueError, match="tail=0.2"):
+        losses.tail_smoothed("brier", 0.2)(softmax_moments(torch.randn(1, 9), torch.tensor([0])))
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_alpha_rises_from_zero_to_its_maximum(schedule):
+    alphas = [losses.alpha_at(t, 1000, warmup=0.2, schedule=schedule, alpha_max=0.8) for t in range(1001)]
+    assert alphas[0] == 0 and alphas[100] == pytest.approx(0.4) and alphas[200:] == [pytest.approx(0.8)] * 801
+    assert all(a <= b for a, b in zip(alphas, alphas[1:], strict=False))
+
+
+def test_alpha_starts_where_it_is_told():
+    def at(t):
+        return losses.alpha_at(t, 1000, warmup=0.1, start=0.5)
+
+    assert at(0) == at(500) == 0 and at(550) == pytest.approx(0.5) and at(600) == at(999) == 1
+
+
+def test_alpha_edges():
+    assert losses.alpha_at(0, 10, warmup=0.0) == 1  # nothing to wait for
+    assert losses.alpha_at(4, 10, warmup=0.0, start=0.5) == 0 and losses.alpha_at(5, 10, warmup=0.0, start=0.5) == 1
+    assert losses.alpha_at(0, 10, schedule="fixed", alpha_max=0.7) == 0.7
+    assert losses.alpha_at(0, 10) == 0 and losses.alpha_at(1, 10) == 1  # the default warm-up is a tenth
+    cosine = losses.alpha_at(25, 1000, warmup=0.1, schedule="cosine")
+    assert cosine == pytest.approx(0.5 * (1 - math.cos(math.pi / 4)))
+    with pytest.raises(ValueError, match="schedule"):
+        losses.alpha_at(0, 10, schedule="step")

@@ -1,0 +1,98 @@
+"""Learning-rate schedules: their ends, their shapes, and the picture of them."""
+
+import math
+
+import pytest
+import torch
+
+from schedules import rules
+from schedules.rules import SCHEDULES, averaged, bacon_factor, lr_factor, schedule_free_adamw, snac_factor
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("warmup", [0.0, 0.07, 0.5])
+def test_every_schedule_rises_once_then_never_again(name, warmup):
+    total = 97
+    lr = [lr_factor(name, step, total, warmup=warmup, floor=0.1) for step in range(total)]
+    rise = math.ceil(warmup * total)
+    assert all(0 < x <= 1 for x in lr)
+    assert all(a < b for a, b in zip(lr[:rise], lr[1 : rise + 1], strict=True))
+    assert all(a >= b for a, b in zip(lr[rise:], lr[rise + 1 :], strict=False))
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEDULES if name != "constant"])
+@pytest.mark.parametrize("floor", [0.0, 0.25])
+def test_decaying_schedules_end_at_the_floor_and_stay(name, floor):
+    assert lr_factor(name, 0, 100, floor=floor) == 1.0
+    assert lr_factor(name, 100, 100, floor=floor) == lr_factor(name, 250, 100, floor=floor) == floor
+    assert lr_factor(name, 99, 100, floor=floor) > floor
+
+
+def test_rex_is_above_linear_and_matches_its_published_form():
+    for step in range(1, 100):
+        x = step / 100
+        # Chen et al.: lr0 (1 - x) / (1/2 + 1/2 (1 - x)); 1e-15 is rounding.
+        assert lr_factor("rex", step, 100) == pytest.approx((1 - x) / (0.5 + 0.5 * (1 - x)), rel=1e-15)
+        assert lr_factor("rex", step, 100) > lr_factor("linear", step, 100)
+
+
+def test_wsd_decays_over_its_share_alone():
+    lr = [lr_factor("wsd", step, 100, decay=0.3) for step in range(101)]
+    assert lr[:71] == [1.0] * 71 and lr[85] == pytest.approx(0.5, rel=1e-12)
+
+
+def test_snac_is_the_signals_share_of_the_gradient():
+    assert snac_factor(noise=3.0, signal=1.0) == 0.25  # B_noise = 3 B
+    assert snac_factor(0.0, 1.0) == snac_factor(-0.1, 1.0) == 1.0  # an unbiased estimate of 0 may be below it
+    assert snac_factor(1e9, 1.0) == snac_factor(1.0, 0.0) == snac_factor(1.0, -1.0) == 0.01
+    assert snac_factor(math.nan, 1.0) == snac_factor(1.0, math.inf) == 0.01
+
+
+def test_bacon_follows_the_best_step_within_a_factor_of_2():
+    assert bacon_factor(0.03, 0.02) == pytest.approx(1.5, rel=1e-15)
+    assert (bacon_factor(0.0, 0.02), bacon_factor(math.inf, 0.02)) == (0.5, 2.0)
+    assert bacon_factor(1.0, 0.0) == bacon_factor(1.0, math.inf) == bacon_factor(math.nan, 1.0) == 1.0
+
+
+def test_unknown_schedule():
+    with pytest.raises(ValueError, match="unknown schedule 'rexx'; expected one of cosine"):
+        lr_factor("rexx", 0, 10)
+
+
+def test_plot_command(tmp_path, capsys):
+    rules.main(["plot", "--out", str(tmp_path / "new" / "lr.png"), "--steps", "50"])
+    assert (tmp_path / "new" / "lr.png").read_bytes().startswith(b"\x89PNG")
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["lr.png"]
+    with pytest.raises(SystemExit) as stop:
+        rules.main(["plot", "--decay", "1.5"])
+    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_schedule_free_averages_inside_and_goes_on_with_the_same_bits():
+    """Under a constant learning rate the averages are the plain mean of all iterates z so far."""
+    pytest.importorskip("schedulefree", reason="schedulefree is not installed")
+    torch.manual_seed(0)
+    w = torch.nn.Parameter(torch.randn(7))
+    optimizer = schedule_free_adamw([w], 0.1, betas=(0.9, 0.95))
+    zs = []
+    for _ in range(9):
+        w.grad = w.detach() - 1 + 0.3 * torch.randn(7)
+        optimizer.step()
+        zs.append(optimizer.state[w]["z"].clone())
+        before = w.detach().clone()
+        with averaged(optimizer):
+            # Equal weights, as the learning rate is constant; 1e-6 is fp32 rounding of nine steps.
+            torch.testing.assert_close(w.detach(), torch.stack(zs).mean(0), rtol=1e-6, atol=1e-6)
+        assert torch.equal(before, w.detach())
+
+
+def test_averaged_is_nothing_for_another_optimizer():
+    w = torch.nn.Parameter(torch.ones(3))
+    with averaged(torch.optim.AdamW([w])):
+        assert torch.equal(w.detach(), torch.ones(3))
+
+
+def test_schedule_free_says_what_is_missing(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "schedulefree", None)
+    with pytest.raises(ValueError, match="pip install schedulefree"):
+        schedule_free_adamw([torch.nn.Parameter(torch.ones(1))], 0.1, betas=(0.9, 0.95))
