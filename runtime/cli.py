@@ -44,7 +44,7 @@ def opt(
     """A dataclass field that is a flag, with its one-line help.
 
     ``choices``: the values that a string may take. ``within``: an interval such as "[0, 1)" that a number
-    must lie in. ``role``: a key of ROLES. ``only``: other flags and the values of them under which this one is read, all
+    must lie in. ``role``: a key of ROLES. ``only``: other flags and their values under which this one is read, all
     of which must hold; given elsewhere it is refused. ``group``: begins a section of --help. ``alias``: another name.
     """
     if role not in ROLES:
