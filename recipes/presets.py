@@ -1,16 +1,12 @@
-"""Published recipes for summarisation, as flags of finetune_seq2seq.py: training and decoding of BART and PEGASUS, and
-the learning-rate schedules of their papers.
+"""Published recipes for summarisation, as flags of finetune_seq2seq.py: training and decoding of BART and PEGASUS.
 
 Lengths count <s> and </s>. Where every figure is from stands beside it; "transformers" means its configurations of
 the published models, whose max_length counts the decoder's start token, so that max_new_tokens is one less.
 """
 
-import math
 from pathlib import Path
 
 from schedules.rules import lr_factor
-
-PAPER_SCHEDULES = ("polynomial", "inverse-sqrt")
 
 PRESETS = {
     # Training: fairseq, examples/bart/README.summarization.md: 20,000 updates, 500 of them warm-up, polynomial decay
@@ -79,19 +75,6 @@ def check_fit(settings, config, what: str) -> None:
             raise ValueError(f"{flag} is more than the {config.max_position_embeddings} positions of {what}; lower it")
 
 
-def paper_lr_factor(
-    name: str, step: int, total: int, *, warmup: float = 0.0, floor: float = 0.0, power: float = 1.0
-) -> float:
-    """The share of the peak learning rate before ``step`` (0-based) of ``total``, for PAPER_SCHEDULES.
-
-    A linear warm-up over the first ``warmup * total`` steps, as `schedules.lr_factor`'s, then ``polynomial``: what is
-    left of the steps, as a share, to the power ``power`` (fairseq's polynomial_decay with end_learning_rate 0), or
-    ``inverse-sqrt``: sqrt(w / step) after w steps of warm-up (google-research/pegasus, estimator_utils.py); both above
-    ``floor``. Raises ValueError for an unknown name.
-    """
-    if name not in PAPER_SCHEDULES:
-        raise ValueError(f"unknown schedule {name!r}; expected one of {', '.join(PAPER_SCHEDULES)}")
-    rise, linear = warmup * total, lr_factor("linear", step, total, warmup=warmup)
-    if step < rise:
-        return linear
-    return floor + (1 - floor) * (linear**power if name == "polynomial" else math.sqrt(max(rise, 1) / max(step, 1)))
+# until the scripts are rewritten
+PAPER_SCHEDULES = ("polynomial", "inverse-sqrt")
+paper_lr_factor = lr_factor

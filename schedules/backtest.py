@@ -13,6 +13,7 @@ import argparse
 import csv
 import fnmatch
 import io
+import itertools
 import json
 import math
 import os
@@ -21,13 +22,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from runtime.cli import user_errors
-from schedules.fot import Forecast, Forecaster, Prior, literal_forecast
-from schedules.rules import lr_factor
+from .forecast import Forecast, Forecaster, Prior, literal_forecast
+from .rules import lr_factor
+from .style import INK, PALETTE, styled, thousands
 
 FRACTIONS = (0.1, 0.25, 0.5, 0.75)
 SHIPPED = Prior()
 FLOORS = (0.0005, 0.001, 0.0015, 0.002, 0.003)
+FAN_COLOURS = (PALETTE[4], PALETTE[3], PALETTE[0], PALETTE[2])  # from the first fraction to the last
 LAST = 0.02  # of the steps make the final loss
 METHODS = ("fot", "fot-blind", "persistence", "slope", "literal", "power")
 STEP_NAMES = ("step", "_step")
@@ -107,7 +109,7 @@ def read_curve(path: str | Path, *, loss: str | None = None, family: str = "", p
         try:
             lrs = np.array([lr_factor(plan.get("schedule", "wsd"), s, steps[-1], **arguments) for s in steps])
         except TypeError:
-            raise ValueError(f"plan {plan}; expected schedule, warmup, floor and decay") from None
+            raise ValueError(f"plan {plan}; expected schedule, warmup, floor, decay and power") from None
     return Curve(path.stem, family, steps, losses, lrs if lr_name or plan else None)
 
 
@@ -159,15 +161,15 @@ def read_curves(files: list[str], *, loss: str | None = None, plans: dict | None
 # forecasts
 
 
-def target(curve: Curve) -> tuple[float, float, int]:
+def final_loss(curve: Curve) -> tuple[float, float, int]:
     """(step, final loss, number of points in its mean): the points in the last 2 % of the steps."""
     last = np.flatnonzero(curve.step > (1 - LAST) * curve.step[-1])
     return float(curve.step[last].mean()), float(curve.loss[last].mean()), len(last)
 
 
 def halfway(curve: Curve, fraction: float, prior: Prior = SHIPPED) -> tuple[Forecaster, np.ndarray | None]:
-    """The forecaster when ``fraction`` of the steps are done, and the learning rates from there to the `target`."""
-    end, _, _ = target(curve)
+    """The forecaster when ``fraction`` of the steps are done, and the learning rates to come until `final_loss`."""
+    end, _, _ = final_loss(curve)
     seen = int(np.searchsorted(curve.step, fraction * curve.step[-1], side="right"))
     forecaster = Forecaster(prior=prior)
     for i in range(seen):
@@ -179,7 +181,7 @@ def halfway(curve: Curve, fraction: float, prior: Prior = SHIPPED) -> tuple[Fore
 
 def fot_at(curve: Curve, fraction: float, *, planned: bool, prior: Prior) -> Forecast:
     """The forecast that `Forecaster` would have made when ``fraction`` of the steps were done."""
-    end, _, width = target(curve)
+    end, _, width = final_loss(curve)
     forecaster, plan = halfway(curve, fraction, prior)
     return forecaster.forecast(end, plan if planned else None, window=width)
 
@@ -211,7 +213,7 @@ def rival(method: str, step: np.ndarray, loss: np.ndarray, end: float, last: flo
 
 def replay(curve: Curve, prior: Prior = SHIPPED, fractions=FRACTIONS, methods=METHODS) -> list[Row]:
     """Every method's forecast of the final loss at every fraction of the run."""
-    end, final, _ = target(curve)
+    end, final, _ = final_loss(curve)
     if not math.isfinite(final):
         raise ValueError(f"{curve.name}: the final loss is {final}, there is nothing to be near to")
     rows = []
@@ -264,7 +266,7 @@ def summarize(rows: list[Row], rows_all: list[Row]) -> Summary:
     )
 
 
-def table(rows: list[Row], fractions=FRACTIONS, methods=METHODS) -> str:
+def summary_text(rows: list[Row], fractions=FRACTIONS, methods=METHODS) -> str:
     """The summary of every method at every fraction as text."""
     lines = ["at    method       n  none  median %  worst %   bias %  /persist  in 68 %  in 95 %"]
     for fraction in fractions:
@@ -290,48 +292,42 @@ def _cell(value: float, width: int, digits: int, sign: str = "") -> str:
 # pictures
 
 
+@styled
 def fans(curves: list[Curve], prior: Prior, fractions=FRACTIONS, columns: int = 3) -> bytes:
     """A panel a curve: the loss, and from each fraction of it the forecast with one and two standard deviations."""
-    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from eval.report.plots import HUES, INK, RC, thousands
-
-    colours = [HUES[name] for name in ("smoothing", "focal", "brier", "spherical")]
-    with matplotlib.rc_context(RC):
-        rows = math.ceil(len(curves) / columns)
-        figure = Figure(figsize=(4.6 * columns, 2.9 * rows + 0.5), dpi=110, layout="constrained")
-        FigureCanvasAgg(figure)
-        panels = figure.subplots(rows, columns, squeeze=False).ravel()
-        for panel, curve in zip(panels, curves, strict=False):
-            end, final, _ = target(curve)
-            panel.plot(curve.step, curve.loss, color="#b5b5b5", linewidth=0.8, label="recorded")
-            bounds = [final]
-            for fraction, colour in zip(fractions, colours * len(fractions), strict=False):
-                forecast = fot_at(curve, fraction, planned=True, prior=prior)
-                if forecast.mean is None:
-                    continue
-                step, mean, sd = forecast.curve.T
-                for width, alpha in ((1.96, 0.13), (1.0, 0.25)):
-                    panel.fill_between(
-                        step, mean - width * sd, mean + width * sd, color=colour, alpha=alpha, linewidth=0
-                    )
-                panel.plot(step, mean, color=colour, linewidth=1.4, label=f"from {fraction:.0%}")
-                bounds += [mean.min(), mean[0]]
-            panel.plot(end, final, "o", color=INK, markersize=4, label="final")
-            finite = curve.loss[np.isfinite(curve.loss) & (curve.step > fractions[0] * curve.step[-1])]
-            low, high = min(bounds), max(*bounds, *(np.quantile(finite, [0.9]) if len(finite) else []))
-            margin = 0.12 * (high - low) + 1e-9
-            panel.set_ylim(low - margin, high + margin)
-            panel.set_title(f"{curve.family}: {curve.name}"[:52], fontsize=8)
-            panel.xaxis.set_major_formatter(thousands)
-        for panel in panels[len(curves) :]:
-            panel.set_visible(False)
-        handles = {label: h for p in panels for h, label in zip(*p.get_legend_handles_labels(), strict=True)}
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png")
+    rows = math.ceil(len(curves) / columns)
+    figure = Figure(figsize=(4.6 * columns, 2.9 * rows + 0.5), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for panel, curve in zip(panels, curves, strict=False):
+        end, final, _ = final_loss(curve)
+        panel.plot(curve.step, curve.loss, color="#b5b5b5", linewidth=0.8, label="recorded")
+        bounds = [final]
+        for fraction, colour in zip(fractions, itertools.cycle(FAN_COLOURS), strict=False):
+            forecast = fot_at(curve, fraction, planned=True, prior=prior)
+            if forecast.mean is None:
+                continue
+            step, mean, sd = forecast.curve.T
+            for width, alpha in ((1.96, 0.13), (1.0, 0.25)):
+                panel.fill_between(step, mean - width * sd, mean + width * sd, color=colour, alpha=alpha, linewidth=0)
+            panel.plot(step, mean, color=colour, linewidth=1.4, label=f"from {fraction:.0%}")
+            bounds += [mean.min(), mean[0]]
+        panel.plot(end, final, "o", color=INK, markersize=4, label="final")
+        finite = curve.loss[np.isfinite(curve.loss) & (curve.step > fractions[0] * curve.step[-1])]
+        low, high = min(bounds), max(*bounds, *(np.quantile(finite, [0.9]) if len(finite) else []))
+        margin = 0.12 * (high - low) + 1e-9
+        panel.set_ylim(low - margin, high + margin)
+        panel.set_title(f"{curve.family}: {curve.name}"[:52], fontsize=8)
+        panel.xaxis.set_major_formatter(thousands)
+    for panel in panels[len(curves) :]:
+        panel.set_visible(False)
+    handles = {label: h for p in panels for h, label in zip(*p.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
     return buffer.getvalue()
 
 
@@ -361,7 +357,7 @@ def learn_prior(curves: list[Curve], base: Prior = SHIPPED) -> Prior:
     prior = base._replace(k_mean=k_mean, k_sd=max(k_sd, 0.001))
     inside: dict[str, list[list[bool]]] = {}
     for curve in curves:
-        end, final, width = target(curve)
+        end, final, width = final_loss(curve)
         for fraction in (0.5, 0.75):
             forecaster, plan = halfway(curve, fraction, prior)
             for i, floor in enumerate(FLOORS if plan is not None else ()):
@@ -388,8 +384,7 @@ def left_out(curves: list[Curve], base: Prior = SHIPPED) -> dict[str, Prior]:
 # command line
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m schedules backtest", description=__doc__.splitlines()[0])
+def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", help="csv or jsonl curves")
     parser.add_argument("--out", default="runs/backtest", help="folder for the results (default: runs/backtest)")
     parser.add_argument("--loss", help="column of the loss (default: loss, val_loss, train_loss, *CrossEntropyLoss)")
@@ -397,28 +392,26 @@ def main(argv: list[str] | None = None) -> None:
         "--plans", help="json: pattern of paths -> schedule, warmup, floor, decay; for files without lr"
     )
     parser.add_argument("--leave-out", action="store_true", help="again, each family with a prior learnt on the others")
-    args = parser.parse_args(argv)
-    with user_errors():
-        curves = read_curves(args.files, loss=args.loss, plans=_read_plans(args.plans))
-        priors = {"prior: as shipped": {curve.family: SHIPPED for curve in curves}}
-        if args.leave_out:
-            priors["prior: learnt on the other families"] = left_out(curves)
-        out = Path(args.out)
-        out.mkdir(parents=True, exist_ok=True)
-        for i, (title, prior) in enumerate(priors.items()):
-            rows = [row for curve in curves for row in replay(curve, prior[curve.family])]
-            print(f"\n{title}; {len(curves)} curves (* = given the learning rates to come)\n{table(rows)}")
-            for family in dict.fromkeys(curve.family for curve in curves):
-                if 1 < len(prior) < 10:
-                    p = prior[family]
-                    mine = [row for row in rows if row.family == family and row.method.startswith("fot")]
-                    print(
-                        f"\n{family} (k = {p.k_mean:.4f} +- {p.k_sd:.4f}, floor {p.floor:g} of the loss)\n{table(mine)}"
-                    )
-            write_rows(rows, out / ("forecasts.csv" if i == 0 else "forecasts-left-out.csv"))
-        for page in range(0, len(curves), 12):
-            _write(out / f"fans-{page // 12 + 1}.png", fans(curves[page : page + 12], SHIPPED))
-        print(f"\nevery forecast and the fans are in {out}/")
+
+
+def run(args: argparse.Namespace) -> None:
+    curves = read_curves(args.files, loss=args.loss, plans=_read_plans(args.plans))
+    priors = {"prior: as shipped": {curve.family: SHIPPED for curve in curves}}
+    if args.leave_out:
+        priors["prior: learnt on the other families"] = left_out(curves)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    for (title, prior), name in zip(priors.items(), ("forecasts.csv", "forecasts-left-out.csv"), strict=False):
+        rows = [row for curve in curves for row in replay(curve, prior[curve.family])]
+        print(f"\n{title}; {len(curves)} curves (* = given the learning rates to come)\n{summary_text(rows)}")
+        for family, p in prior.items() if 1 < len(prior) < 10 else ():
+            mine = [row for row in rows if row.family == family and row.method.startswith("fot")]
+            learnt = f"k = {p.k_mean:.4f} +- {p.k_sd:.4f}, floor {p.floor:g} of the loss"
+            print(f"\n{family} ({learnt})\n{summary_text(mine)}")
+        write_rows(rows, out / name)
+    for page in range(0, len(curves), 12):
+        _write(out / f"fans-{page // 12 + 1}.png", fans(curves[page : page + 12], SHIPPED))
+    print(f"\nevery forecast and the fans are in {out}/")
 
 
 def write_rows(rows: list[Row], path: Path) -> None:

@@ -32,18 +32,15 @@ measurements.
 
 import logging
 import math
-import sys
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
-from schedules.forecast import CLOCK, HUGE, Forecast, Forecaster, Prior, literal_forecast
-from schedules.gradient_stats import FIELDS, GradientStats, keeps_moments
-from schedules.rules import ADAPTIVE, bacon_factor, lr_factor, snac_factor
-
-__all__ = ["CLOCK", "HUGE", "PARTS", "FoT", "Forecast", "Forecaster", "Prior", "literal_forecast", "parse_parts"]
+from .forecast import Forecaster, literal_forecast
+from .gradient_stats import STATISTICS, GradientStats, keeps_moments
+from .rules import ADAPTIVE, bacon_factor, lr_factor, snac_factor
 
 PARTS = ("envelope", "noise", "forecast", "gate", "blocks")
 AIM, RANGE, DOUBLING = 2.0, 4.0, 40.0  # of m: its aim in eta_opt, its bounds, and the fewest steps to double in
@@ -62,6 +59,21 @@ def parse_parts(text: str) -> tuple[str, ...]:
     if unknown or (not parts and text.strip() != "none"):
         raise ValueError(f"FoT parts {text!r}: expected some of {','.join(PARTS)}, or none")
     return parts
+
+
+def rule_reads(rule: str, parts: Sequence[str]) -> set[str]:
+    """What ``rule`` reads beyond loss and gradients: "gate", the Fisher of both segments; "blocks", their RMS."""
+    reads = {"fot": {"gate", "blocks"} & set(parts), "fot-literal": {"gate"}, "bacon": {"blocks"} & set(parts)}
+    return reads.get(rule, set())
+
+
+def set_lrs(optimizer: torch.optim.Optimizer, lrs: Sequence[float]) -> None:
+    """Sets the learning rate of each group, in place where it is a tensor."""
+    for group, lr in zip(optimizer.param_groups, lrs, strict=True):
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
 
 
 def gate_of(h: float | None) -> float:
@@ -142,6 +154,8 @@ class FoT(LRScheduler):
         log = logging.getLogger("scorecast")
         if every >= total:
             log.warning("fot: W = %d is not shorter than the run of %d steps: nothing will be decided", every, total)
+        self.reads = rule_reads(rule, self.parts)
+        self.sample_every = min(max(SAMPLE_EVERY, every // SAMPLES), every)
         self.measures = keeps_moments(optimizer)
         if not self.measures:
             log.warning("fot: %s keeps no readable moments: the step is not measured", type(optimizer).__name__)
@@ -170,28 +184,66 @@ class FoT(LRScheduler):
 
     # -- what the loop tells it -----------------------------------------------------------------
 
-    def observe(self, nll: Tensor | float, tokens: Tensor | float = 1.0) -> None:
-        """Sum of the NLL over some tokens of the coming step, and their number; call it per micro-batch. A tensor is
-        read without a synchronisation. Give a score that stays the same during the run."""
+    def observe(
+        self,
+        nll: Tensor | float,
+        tokens: Tensor | float = 1.0,
+        *,
+        share: float | None = None,
+        fisher: Tensor | None = None,
+        prompt: Tensor | None = None,
+        answer: Tensor | None = None,
+    ) -> None:
+        """Tells of a micro-batch of the coming step. Tensors are read without a synchronisation.
+
+        ``nll``: the sum of the NLL over its ``tokens`` (or another score that stays the same during the run).
+        ``share``: the micro-batch's part of the tokens that the batch has on all ranks. Give it only after the first of
+        several backwards, while ``.grad`` holds that part alone (DDP: under no_sync).
+        ``fisher`` [N], ``prompt`` [N] bool, ``answer`` [N] bool: per-token Fisher (`kernels.token_fisher`) and which of
+        the tokens are the prompt's and the answer's. They are read in steps that `gates` announces.
+        """
         slot = self.last_epoch % self.every
         for row, value in enumerate((nll, tokens)):
             self.points[row, slot].add_(value.detach() if isinstance(value, Tensor) else value)
-
-    def observe_segments(self, fisher_N: Tensor, prompt_N: Tensor, answer_N: Tensor) -> None:
-        """Per-token Fisher (`kernels.token_fisher`) of some tokens of the coming step, and bool masks of the prompt's
-        and the answer's among them. Call it per micro-batch, at steps of your choice."""
-        masks = torch.stack([prompt_N, answer_N]).to(fisher_N.dtype)
-        self.fisher += torch.stack([masks @ fisher_N.detach(), masks.sum(1)], 1).flatten()
+        if fisher is not None:
+            masks = torch.stack([prompt, answer]).to(fisher.dtype)
+            self.fisher += torch.stack([masks @ fisher.detach(), masks.sum(1)], 1).flatten()
+        if share is not None and self.splits:
+            self.stats.micro(share)
 
     @property
+    def lr(self) -> float:
+        """The first group's learning rate for the coming step, the multipliers of blocks aside."""
+        return float(self.base_lrs[0]) * (self._share(self.last_epoch) * self.multiplier)
+
+    @property
+    def splits(self) -> bool:
+        """Whether the coming step is measured: its batch must come in two micro-batches at least."""
+        return self.measures and self.last_epoch > 0 and self.last_epoch % self.sample_every == 0
+
+    @property
+    def gates(self) -> bool:
+        """Whether the coming step is the last before a decision that reads the Fisher of prompt and answer."""
+        return "gate" in self.reads and self._closes_window()
+
+    @property
+    def weighs_blocks(self) -> bool:
+        """Whether the coming step is the last before a decision that reads the RMS gradients of the blocks."""
+        return "blocks" in self.reads and self.block_rms is not None and self._closes_window()
+
+    def _closes_window(self) -> bool:
+        return (self.last_epoch + 1) % self.every == 0
+
+    # until the scripts are rewritten
+    @property
     def wants_micro(self) -> bool:
-        """Whether the coming step is one that is measured: then call `micro` after the first of several backwards."""
-        t = self.last_epoch
-        return self.measures and t > 0 and t % min(max(SAMPLE_EVERY, self.every // SAMPLES), self.every) == 0
+        return self.splits
 
     def micro(self, share: float) -> None:
-        """See `GradientStats.micro`."""
         self.stats.micro(share)
+
+    def observe_segments(self, fisher_N: Tensor, prompt_N: Tensor, answer_N: Tensor) -> None:
+        self.observe(0.0, 0.0, fisher=fisher_N, prompt=prompt_N, answer=answer_N)
 
     def watch(self, model: torch.nn.Module):
         """For a loop that is not ours (transformers.Trainer): observes the loss of each training forward of ``model``.
@@ -210,15 +262,16 @@ class FoT(LRScheduler):
         return model.register_forward_hook(hook, with_kwargs=True)
 
     def _before_step(self, optimizer, args, kwargs) -> None:
-        if self.wants_micro or self._began:
-            self.stats.sample(self.wants_micro, self.previous_lr, self.clipped_by)
-        self._began = self.wants_micro
+        clipped_by = vars(optimizer).pop("clipped_by", self.clipped_by)
+        if self.splits or self._began:
+            self.stats.sample(self.splits, self.previous_lr, clipped_by)
+        self._began = self.splits
         self.clipped_by = None
 
     # -- the protocol ---------------------------------------------------------------------------
 
-    def step(self, epoch: int | None = None) -> None:
-        """After each optimizer step; every W steps it decides (``decided``, ``decision``)."""
+    def step(self, epoch: int | None = None) -> dict | None:
+        """After each optimizer step; every W steps it decides. Returns the decision where it made one."""
         self.decided = False
         if self.last_epoch >= 0:  # not the call that LRScheduler's constructor makes
             done = self.last_epoch + 1
@@ -227,6 +280,7 @@ class FoT(LRScheduler):
             if done % self.every == 0 and done < self.total:
                 self._decide(done)
         super().step(epoch)
+        return self.decision if self.decided else None
 
     def get_lr(self) -> list[float]:
         share = self._share(self.last_epoch) * self.multiplier
@@ -265,8 +319,11 @@ class FoT(LRScheduler):
         for name in PLAIN:
             value = state_dict[name]
             setattr(self, name, value.copy() if isinstance(value, list | dict) else value)
-        for group, lr in zip(self.optimizer.param_groups, self._last_lr, strict=True):
-            group["lr"] = lr
+        set_lrs(self.optimizer, self._last_lr)
+
+    def restore(self, state: dict, step: int) -> None:
+        """`load_state_dict`, for a loop that resumes any rule. Call it after the optimizer's own state was loaded."""
+        self.load_state_dict(state)
 
     def _settings(self) -> dict:
         return {k: list(v) if isinstance(v := getattr(self, k), tuple) else v for k in SETTINGS}
@@ -285,8 +342,9 @@ class FoT(LRScheduler):
     # -- the decision ---------------------------------------------------------------------------
 
     def _decide(self, done: int) -> None:
-        blocks = "blocks" in self.parts and self.rule in ("fot", "bacon") and self.block_rms is not None
-        rms = self.block_rms().double().flatten().to(self.points.device) if blocks else self.points.new_zeros(0)
+        rms = self.points.new_zeros(0)
+        if self.weighs_blocks:
+            rms = self.block_rms().double().flatten().to(rms.device)
         buffers = (self.points, self.fisher, self.stats.sums)
         values = torch.cat([*(b.flatten() for b in buffers), rms / self.ranks])
         values = self.reduce(values).tolist()  # the one synchronisation
@@ -294,13 +352,13 @@ class FoT(LRScheduler):
             buffer.zero_()
         W = self.every
         self._learn(done, values[:W], values[W : 2 * W])
-        (ps, pn, as_, an), sums, rms = (values[2 * W : 2 * W + 4], values[2 * W + 4 :][: len(FIELDS)],
-                                        values[2 * W + 4 + len(FIELDS) :])  # fmt: skip
+        (ps, pn, as_, an), sums, rms = (values[2 * W : 2 * W + 4], values[2 * W + 4 :][: len(STATISTICS)],
+                                        values[2 * W + 4 + len(STATISTICS) :])  # fmt: skip
         self.lrs = []
         warm = done >= self.warmup * self.total
         x = GradientStats.means(sums)
         if x and (warm or self.careful) and all(map(math.isfinite, x.values())):
-            self.average = {k: self.beta * self.average.get(k, 0.0) + (1 - self.beta) * x[k] for k in FIELDS[1:]}
+            self.average = {k: self.beta * self.average.get(k, 0.0) + (1 - self.beta) * x[k] for k in STATISTICS[1:]}
             self.weight = self.beta * self.weight + 1 - self.beta
             self.reference = [self.reference[0] + x["slope"], self.reference[1] + x["curvature"]]
         x = {k: v / self.weight for k, v in self.average.items()}
@@ -398,17 +456,3 @@ class FoT(LRScheduler):
         if x:
             row["eta_opt"] = solve_step(x["slope"], x["curvature"], None)[0]
             self.multiplier = bacon_factor(row["eta_opt"], solve_step(*self.reference, None)[0])
-
-
-def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] != "backtest":
-        print("usage: python -m schedules backtest FILES... (--help lists the flags)", file=sys.stderr)
-        sys.exit(0 if argv[:1] in (["-h"], ["--help"]) else 2)
-    from schedules.backtest import main as backtest
-
-    backtest(argv[1:])
-
-
-if __name__ == "__main__":
-    main()

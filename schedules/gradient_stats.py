@@ -28,7 +28,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-FIELDS = ("samples", "g2", "noise", "slope", "after", "curvature", "step2", "batch2")
+STATISTICS = ("samples", "g2", "noise", "slope", "after", "curvature", "step2", "batch2")
 # Parameters that are read at a time: on a GPU few kernels, on a CPU temporaries that stay in a core's cache.
 CHUNK = {"cuda": 1 << 26, "cpu": 1 << 16}
 
@@ -39,7 +39,7 @@ class GradientStats:
     def __init__(self, optimizer: torch.optim.Optimizer, ranks: int = 1):
         self.optimizer, self.ranks = optimizer, ranks
         device = next(p.device for group in optimizer.param_groups for p in group["params"])
-        self.sums = torch.zeros(len(FIELDS), dtype=torch.float64, device=device)
+        self.sums = torch.zeros(len(STATISTICS), dtype=torch.float64, device=device)
         self.pending = torch.zeros(6, dtype=torch.float64, device=device)  # a sample that waits for its next step
         self.sharded = any(hasattr(p, "to_local") for group in optimizer.param_groups for p in group["params"])
         self.small: tuple[float, list[Tensor | None]] | None = None  # share and gradients of a micro-batch
@@ -149,7 +149,7 @@ class GradientStats:
     def means(sums: list[float]) -> dict[str, float] | None:
         """Means of the samples by name, from `sums`, summed over ranks, on the host; None without a sample."""
         n = sums[0]
-        return {k: v / n for k, v in zip(FIELDS[1:], sums[1:], strict=True)} | {"samples": n} if n > 0 else None
+        return {k: v / n for k, v in zip(STATISTICS[1:], sums[1:], strict=True)} | {"samples": n} if n > 0 else None
 
 
 def _flat(x: Tensor) -> Tensor:

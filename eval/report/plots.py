@@ -11,7 +11,6 @@ import math
 import statistics
 import textwrap
 
-import matplotlib
 from matplotlib import ticker
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -19,8 +18,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from eval.calibration import Calibration
+from schedules.style import FAINT, INK, PALETTE, styled, thousands
 
-# Okabe & Ito's palette (2008), distinct under the common colour-vision deficiencies; yellow is left out on white.
+# Of each score, from Okabe & Ito's palette (see schedules/style.py).
 HUES = {
     "ce": "#333333",
     "dpsm": "#D55E00",
@@ -30,18 +30,7 @@ HUES = {
     "smoothing": "#E69F00",
 }
 OTHER = "#56B4E9"
-BOWL = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8a5a2b", "#7f7f7f", "#6a3d9a")
 STYLES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
-INK, FAINT = "#222222", "#8a8a8a"
-RC = {
-    "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 10, "axes.labelsize": 9, "legend.fontsize": 9,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": FAINT, "axes.linewidth": 0.8,
-    "axes.titlelocation": "left", "axes.titleweight": "bold", "text.color": INK, "axes.labelcolor": INK,
-    "axes.grid": True, "grid.color": "#e6e6e6", "grid.linewidth": 0.7, "axes.axisbelow": True,
-    "xtick.color": "#555555", "ytick.color": "#555555", "xtick.labelsize": 8, "ytick.labelsize": 8,
-    "legend.frameon": False, "hatch.linewidth": 0.6,
-}  # fmt: skip
-styled = matplotlib.rc_context(RC)  # a decorator: the settings hold inside the function and nowhere else
 
 
 def assign_colours(arms: list) -> None:
@@ -113,10 +102,6 @@ def frame(arms: list, kind: str, y: str, skip: float) -> tuple[float, float] | N
         rows = points(run, kind, "step", y)
         values += [value for step, _, value in rows if step > skip * rows[-1][0]]
     return (min(values), max(values)) if values else None
-
-
-def thousands(v: float, _=None) -> str:
-    return f"{v / 1000:g}k" if abs(v) >= 10_000 else f"{v:g}"
 
 
 def decade_ticks(ax, low: float, high: float) -> None:
@@ -358,10 +343,10 @@ def bowl(rules: list) -> bytes:
     finite = [v for r in rules for lr in r.runs for v in r.nll(lr).values() if math.isfinite(v)]
     for k, rule in enumerate(rules):
         own = rule.config["schedule"] == "fot"
-        colour = INK if own else BOWL[k % len(BOWL)]
+        colour = INK if own else PALETTE[k % len(PALETTE)]
         peaks = [lr for lr in sorted(rule.runs) if math.isfinite(rule.mean(lr))]
         ax.plot(peaks, [rule.mean(lr) for lr in peaks], color=colour, label=rule.label, marker="o", markersize=3.5,
-                linewidth=2.2 if own else 1.3, linestyle=STYLES[k // len(BOWL) % len(STYLES)] if not own else
+                linewidth=2.2 if own else 1.3, linestyle=STYLES[k // len(PALETTE) % len(STYLES)] if not own else
                 STYLES[sum(r.config["schedule"] == "fot" for r in rules[:k]) % len(STYLES)])  # fmt: skip
         low, high = ([f(rule.nll(lr).values()) for lr in peaks] for f in (min, max))
         ax.fill_between(peaks, low, high, color=colour, alpha=0.12, linewidth=0)

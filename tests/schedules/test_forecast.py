@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from schedules import backtest
-from schedules.fot import CLOCK, Forecaster, literal_forecast
-from schedules.fot import main as fot_main
+from schedules.__main__ import main
+from schedules.forecast import CLOCK, Forecaster, literal_forecast
 from schedules.rules import lr_factor
 
 
@@ -319,7 +319,7 @@ def write_csv(path, n=200, header="step,loss,lr"):
 
 def test_backtest_command(tmp_path, capsys):
     files = [write_csv(tmp_path / "a" / "one.csv"), write_csv(tmp_path / "b" / "two.csv", 300)]
-    fot_main(["backtest", *files, "--leave-out", "--out", str(tmp_path / "out")])
+    main(["backtest", *files, "--leave-out", "--out", str(tmp_path / "out")])
     shown = capsys.readouterr().out
     assert "learnt on the other families" in shown and "fot*" in shown and "given the learning rates to come" in shown
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"forecasts.csv", "forecasts-left-out.csv", "fans-1.png"}
@@ -351,7 +351,7 @@ def test_backtest_command(tmp_path, capsys):
 def test_a_broken_curve_is_one_line_and_exit_2(tmp_path, capsys, name, text, says):
     (tmp_path / name).write_text(text)
     with pytest.raises(SystemExit) as stop:
-        fot_main(["backtest", str(tmp_path / name), "--out", str(tmp_path / "out")])
+        main(["backtest", str(tmp_path / name), "--out", str(tmp_path / "out")])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and says in error and error.count("\n") == 1
 
@@ -363,7 +363,7 @@ def test_bad_plans_and_flags(tmp_path, capsys, plans):
     (tmp_path / "plans.json").write_text(plans)
     for flags in (["--plans", str(tmp_path / "plans.json")], ["--leave-out"], ["--loss", "nll"]):
         with pytest.raises(SystemExit) as stop:
-            fot_main(["backtest", str(curve), "--out", str(tmp_path / "out"), *flags])
+            main(["backtest", str(curve), "--out", str(tmp_path / "out"), *flags])
         assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 

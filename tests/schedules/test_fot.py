@@ -164,15 +164,13 @@ def drive(rule, losses, total, *, scale=1.0, start=0, stop=None, state=None, red
         lrs.append(optimizer.param_groups[0]["lr"])
         assert lrs[-1] == fot.get_last_lr()[0]
         w.grad = parts[0] / 2
-        if fot.wants_micro:
-            fot.micro(0.5)
+        fot.observe(losses[t], 1, share=0.5)
         w.grad = (parts[0] + parts[1]) / 2
-        fot.observe(3 * losses[t], 3)
-        fot.observe_segments(fisher[t], torch.arange(5) < 2, torch.arange(5) > 2)
+        fot.observe(2 * losses[t], 2, fisher=fisher[t], prompt=torch.arange(5) < 2, answer=torch.arange(5) > 2)
         optimizer.step()
-        fot.step()
-        if fot.decided and seen is not None:
-            seen.append(fot.decision | {"step": t + 1})
+        decision = fot.step()
+        if decision and seen is not None:
+            seen.append(decision | {"step": t + 1})
     return lrs, fot, {"w": w.detach().clone(), "optimizer": optimizer.state_dict(), "fot": fot.state_dict()}
 
 
@@ -292,7 +290,7 @@ def drive_share(d, t):
 
 
 def test_the_literal_rule_number_for_number():
-    from schedules.fot import literal_forecast
+    from schedules.forecast import literal_forecast
 
     losses = [3 * (1 + t) ** -0.02 for t in range(60)]
     lrs, fot, _ = drive("fot-literal", losses, 60, stop=41)
@@ -343,7 +341,7 @@ def test_a_long_window_an_unreadable_optimizer_and_bad_settings(caplog):
         p.grad = torch.ones(2)
         fot.optimizer.step()
         fot.step()
-        assert fot.get_last_lr() == [0.1 * lr_factor("linear", t + 1, 12)] and not fot.wants_micro
+        assert fot.get_last_lr() == [0.1 * lr_factor("linear", t + 1, 12)] and not fot.splits
     adam = torch.optim.AdamW([p])
     for options, says in [
         (dict(total=0), "total=0"),

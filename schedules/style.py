@@ -1,0 +1,34 @@
+"""How the project's pictures look: colours, matplotlib's settings, the ticks of an axis of steps."""
+
+import functools
+
+# Okabe & Ito's palette (2008), distinct under the common colour-vision deficiencies, and three more. Yellow is left
+# out on white.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8a5a2b", "#7f7f7f", "#6a3d9a")
+INK, FAINT = "#222222", "#8a8a8a"
+RC = {
+    "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 10, "axes.labelsize": 9, "legend.fontsize": 9,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": FAINT, "axes.linewidth": 0.8,
+    "axes.titlelocation": "left", "axes.titleweight": "bold", "text.color": INK, "axes.labelcolor": INK,
+    "axes.grid": True, "grid.color": "#e6e6e6", "grid.linewidth": 0.7, "axes.axisbelow": True,
+    "xtick.color": "#555555", "ytick.color": "#555555", "xtick.labelsize": 8, "ytick.labelsize": 8,
+    "legend.frameon": False, "hatch.linewidth": 0.6,
+}  # fmt: skip
+
+
+def styled(draw):
+    """A decorator: `RC` holds inside the function and nowhere else."""
+
+    @functools.wraps(draw)
+    def drawn(*args, **kwargs):
+        import matplotlib
+
+        with matplotlib.rc_context(RC):
+            return draw(*args, **kwargs)
+
+    return drawn
+
+
+def thousands(value: float, _=None) -> str:
+    """The label of a tick: 20k for 20,000."""
+    return f"{value / 1000:g}k" if abs(value) >= 10_000 else f"{value:g}"
