@@ -291,8 +291,10 @@ def main(argv: list[str] | None = None) -> int:
     if cfg.profile:
         alpha.fill_(alpha_of(cfg.steps - 1))
         batch = summaries.collate(train, batches.indices(0)[places[0]], multiple=measure.multiple_of(device))
-        how = dict(steps=cfg.profile, tail=cfg.tail_smoothing, impl=cfg.kernels)
-        measure.write_profile(run, trained, model, score, batch, **how)
+        cost = measure.profile(trained, model, score, batch, world, steps=cfg.profile, **impl)
+        if world.main:
+            run.write("profile", cost)
+            print("\n".join(f"{k:24} {v}" for k, v in cost.items()))
         return run.finish(0)
 
     # -- loop ----------------------------------------------------------------------------------

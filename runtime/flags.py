@@ -5,12 +5,12 @@ import dataclasses
 
 from kernels.losses import ALPHA_SCHEDULES, LOSSES
 from runtime.cli import opt
-from schedules.rules import ADAPTIVE, FREE, RULES
+from schedules.rules import ADAPTIVE, RULES, SCHEDULE_FREE
 
 DPSM = {"loss": ("dpsm",)}
 RAMP = DPSM | {"alpha_schedule": ("linear", "cosine")}
 MEASURING = {"schedule": ADAPTIVE}
-FALLING = {"schedule": tuple(name for name in RULES if name not in (*ADAPTIVE, FREE, "constant"))}
+FALLING = {"schedule": tuple(name for name in RULES if name not in (*ADAPTIVE, SCHEDULE_FREE, "constant"))}
 SHARE, COUNT, POSITIVE, DECAY = "[0, 1]", "[1, inf)", "[0, inf)", "[0, 1)"
 
 FLAGS = {

@@ -235,11 +235,15 @@ class RunFolder:
             print(f"{signal_name}: saved {self / 'last.pt'} at step {step}; the same command with --resume goes on")
         return {"diverged": 1, "stopped": 0}.get(ending)
 
+    def write(self, name: str, content) -> None:
+        """NAME.json, by rank 0."""
+        if self.world.main:
+            write_json(self / f"{name}.json", content)
+
     def summarise(self, summary: dict, **files) -> None:
         """Writes ``files``, name -> content of NAME.json, and, last, summary.json: then the run has finished."""
-        for name, content in files.items():
-            write_json(self / f"{name}.json", content)
-        write_json(self / "summary.json", summary)
+        for name, content in (files | {"summary": summary}).items():
+            self.write(name, content)
         if self._wandb:
             self._wandb.summary.update(summary)
 

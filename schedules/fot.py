@@ -52,8 +52,9 @@ PLAIN = ("multiplier", "m", "level", "hold", "literal_gate", "blocks", "average"
          "history", "decision", "counts", "previous_lr", "_began", "last_epoch", "_step_count", "_last_lr")  # fmt: skip
 
 
-def parse_parts(text: str) -> tuple[str, ...]:
-    """Parts of the rule from a comma-separated list; "none" is no part. Raises ValueError for an unknown one."""
+def parse_parts(parts: str | Sequence[str]) -> tuple[str, ...]:
+    """Parts of the rule, from names or a comma-separated list; "none" is none. Raises ValueError for an unknown one."""
+    text = parts if isinstance(parts, str) else ",".join(parts) or "none"
     parts = tuple(p.strip() for p in text.split(",") if p.strip()) if text.strip() != "none" else ()
     unknown = [p for p in parts if p not in PARTS]
     if unknown or (not parts and text.strip() != "none"):
@@ -61,9 +62,10 @@ def parse_parts(text: str) -> tuple[str, ...]:
     return parts
 
 
-def rule_reads(rule: str, parts: Sequence[str]) -> set[str]:
+def rule_reads(rule: str, parts: str | Sequence[str]) -> set[str]:
     """What ``rule`` reads beyond loss and gradients: "gate", the Fisher of both segments; "blocks", their RMS."""
-    reads = {"fot": {"gate", "blocks"} & set(parts), "fot-literal": {"gate"}, "bacon": {"blocks"} & set(parts)}
+    parts = set(parse_parts(parts))
+    reads = {"fot": {"gate", "blocks"} & parts, "fot-literal": {"gate"}, "bacon": {"blocks"} & parts}
     return reads.get(rule, set())
 
 
@@ -147,7 +149,7 @@ class FoT(LRScheduler):
         for name, value in (("warmup", warmup), ("beta", beta)):
             if not 0 <= value < 1:
                 raise ValueError(f"{name}={value!r}: expected a share in [0, 1)")
-        self.rule, self.parts = rule, parse_parts(",".join(parts) or "none")
+        self.rule, self.parts = rule, parse_parts(parts)
         self.total, self.warmup = total, float(warmup)
         self.every, self.beta, self.same_units = every, float(beta), bool(same_units)
         self.ranks, self.reduce, self.block_rms = ranks, reduce or (lambda x: x), block_rms

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .fot import PARTS, FoT, set_lrs
+from .fot import PARTS, FoT, parse_parts, set_lrs
 from .rules import ADAPTIVE, RULES, lr_factor
 
 
@@ -67,7 +67,7 @@ def make_rule(
     floor: float = 0.0,
     decay: float = 0.2,
     power: float = 1.0,
-    parts: Sequence[str] = PARTS,
+    parts: Sequence[str] | str = PARTS,
     every: int = 32,
     beta: float = 0.9,
     same_units: bool = True,
@@ -88,7 +88,7 @@ def make_rule(
         optimizer,
         total,
         rule=name,
-        parts=parts,
+        parts=parse_parts(parts),
         warmup=warmup,
         every=every,
         beta=beta,
