@@ -277,13 +277,8 @@ def test_evaluation_reads_the_whole_set_whatever_the_batch(base, tmp_path):
 
 def test_patience_and_best_weights(base, tmp_path, monkeypatch):
     """Validations at steps 4, 8, 12, 16 with a scripted NLL: the second is the best, two worse ones end the run."""
-    original, script = train_lm.numbers, iter([5.0, 4.0, 4.5, 4.2])
-
-    def numbers(*args):
-        m = original(*args)
-        return m | {"nll": next(script, m["nll"])}
-
-    monkeypatch.setattr(train_lm, "numbers", numbers)
+    original, script = train_lm.Meter.judge, iter([5.0, 4.0, 4.5, 4.2])
+    monkeypatch.setattr(train_lm.Meter, "judge", lambda self, nll: original(self, next(script, nll)))
     out = tmp_path / "run"
     assert train(base, out, "--steps", 60, "--patience", 2, "--report", "best") == 0
     summary = json.loads((out / "summary.json").read_text())
