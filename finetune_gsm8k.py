@@ -311,9 +311,7 @@ def main(argv: list[str] | None = None) -> int:
             with averaged(optimizer):
                 held_out = answers.forwards(model, heldout_rows, cfg.loss_on, cfg.micro_batch, world)
                 found = evaluate(model, held_out, world, score=score, **impl)
-            m = {"loss": found.loss} | metrics.measure(found.raw)
-            meter.log("val", **m)
-            meter.say("held-out loss {loss:.4f}, nll {nll:.4f}, ece {ece10:.4f}".format(**m))
+            meter.judge({"loss": found.loss} | metrics.measure(found.raw))
         if meter.saves:
             save()
         meter.go_on()

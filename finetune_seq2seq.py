@@ -348,10 +348,7 @@ def main(argv: list[str] | None = None) -> int:
         if meter.at_eval:
             with averaged(optimizer):
                 found = evaluate(model, forwards(model, sets["val"], cfg.micro_batch, world), world, impl=cfg.kernels)
-            m = metrics.measure(found.raw)
-            meter.log("val", **m)
-            meter.say("validation ppl {ppl:.3f}, nll {nll:.4f}, ece {ece10:.4f}, brier {brier:.4f}".format(**m))
-            best = meter.judge(m["nll"])
+            best = meter.judge(metrics.measure(found.raw))
         if meter.saves:
             save(best)
         meter.go_on()
@@ -359,8 +356,7 @@ def main(argv: list[str] | None = None) -> int:
         return run.finish(code)
 
     # -- evaluation: of the file that stays, on every rank ---------------------------------------
-    if world.size > 1:
-        torch.distributed.barrier()
+    world.wait()
     if cfg.report == "best" and meter.best["step"] is None:
         if world.main:
             print(f"{out}: no validation had a finite NLL, so there are no best weights; lower --lr", file=sys.stderr)

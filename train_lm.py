@@ -259,10 +259,7 @@ def main(argv: list[str] | None = None) -> int:
         if meter.at_eval:
             with averaged(optimizer):
                 found = evaluate(model, forwards(model, sets["val"], cfg.micro_batch, world), world, impl=cfg.kernels)
-            m = metrics.measure(found.raw, size=sets["val"].bytes)
-            meter.log("val", **m)
-            meter.say("validation ppl {ppl:.3f}, nll {nll:.4f}, ece {ece10:.4f}, brier {brier:.4f}".format(**m))
-            best = meter.judge(m["nll"])
+            best = meter.judge(metrics.measure(found.raw, size=sets["val"].bytes))
         if meter.saves:
             save(best)
         meter.go_on()
@@ -270,8 +267,7 @@ def main(argv: list[str] | None = None) -> int:
         return run.finish(code)
 
     # -- evaluation: of the file that stays, on every rank ---------------------------------------
-    if world.size > 1:
-        torch.distributed.barrier()
+    world.wait()
     kept = load_checkpoint(run / f"{cfg.report}.pt")
     final = GPT2(shape, dtype)
     final.load_state_dict(kept["model"])

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 PLACES = {
     "train": "rows of kind train in metrics.jsonl",
+    "line": "the line that a validation prints",
     "final": "summary.json, of each set, before and after temperature",
     "table": "the report's table of its kind",
     "delta": "the report's differences from CE",
@@ -43,13 +44,15 @@ def bits_per_byte(calibration, numbers: dict) -> float | None:
 
 # Of next-token probabilities on a set. nll, ppl, brier, spherical, accuracy, entropy and ECE are in every Calibration.
 TOKENS = (
-    Metric("ppl", "PPL", "per token", "lower", 1, 2, "train final table delta terminal grid", bar="ppl {:.1f}"),
-    Metric("nll", "NLL", "nats per token", "lower", shown="train final table delta grid"),
+    Metric("ppl", "PPL", "per token", "lower", 1, 2, "train line final table delta terminal grid", bar="ppl {:.1f}"),
+    Metric("nll", "NLL", "nats per token", "lower", shown="train line final table delta grid"),
     Metric("bits_per_byte", "bits/byte", "bits", "lower", shown="final table", of=bits_per_byte),
-    Metric("ece10", "ECE", "10 bins, %", "lower", 100, 2, "train final table delta terminal grid", bar="ece {:.3f}"),
+    Metric(
+        "ece10", "ECE", "10 bins, %", "lower", 100, 2, "train line final table delta terminal grid", bar="ece {:.3f}"
+    ),
     Metric("ece100", "ECE", "100 bins, %", "lower", 100, 2, "final table"),
     Metric("ece10_mass", "ECE", "10 equal-mass bins, %", "lower", 100, 2, "final table"),
-    Metric("brier", "Brier", "0 to 2", "lower", shown="train final table delta terminal"),
+    Metric("brier", "Brier", "0 to 2", "lower", shown="train line final table delta terminal"),
     Metric("spherical", "Spherical", "loss, 0 to 1", "lower", shown="final table"),
     Metric("accuracy", "Accuracy", "%", "higher", 100, 2, "train final table delta"),
     Metric("entropy", "Entropy", "nats", "", shown="train final"),

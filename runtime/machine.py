@@ -33,6 +33,11 @@ class World:
             dist.all_reduce(x, op)
         return x
 
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        if self.size > 1:
+            dist.barrier()
+
     def any(self, flag: bool) -> bool:
         """Whether ``flag`` holds on one rank or more. Every rank must call it."""
         return bool(self.all_reduce(torch.tensor(int(flag), device=self.device)))
@@ -54,11 +59,11 @@ class World:
     @contextlib.contextmanager
     def main_first(self):
         """Rank 0 runs the body alone, the others after it: for caches that are written once."""
-        if self.size > 1 and not self.main:
-            dist.barrier()
+        if not self.main:
+            self.wait()
         yield
-        if self.size > 1 and self.main:
-            dist.barrier()
+        if self.main:
+            self.wait()
 
 
 def start_world(device: str = "auto") -> World:

@@ -197,14 +197,21 @@ class Meter:
         parts += [f"{name} {row[key]:{digits}}" for name, key, digits in (("a", "alpha", ".2f"), ("lr", "lr", ".1e"))]
         return " ".join([*parts, f"{row['tokens_per_second']:,.0f} tok/s"])
 
-    def judge(self, nll: float) -> bool:
-        """After a validation: whether these are the best weights so far. Ends the run where its patience is over."""
-        self.stale = 0 if nll < self.best["nll"] else self.stale + 1
-        if self.stale == 0:
-            self.best = {"step": self.step, "nll": nll}
+    def judge(self, numbers: dict) -> bool:
+        """Logs and prints a validation. Whether these are the best weights so far, by ``numbers["nll"]``; ends the run
+        where its patience is over."""
+        self.log("val", **numbers)
+        line = ["loss"] * ("loss" in numbers) + [m.key for m in self.table.shown(self.table.TOKENS, "line")]
+        if self.world.main:
+            text = ", ".join(f"{key} {numbers[key]:.4f}" for key in line)
+            self.bar.write(f"step {self.step}: validation {text}", file=sys.stderr)
+        best = numbers["nll"] < self.best["nll"]
+        self.stale = 0 if best else self.stale + 1
+        if best:
+            self.best = {"step": self.step, "nll": numbers["nll"]}
         if self.patience and self.stale >= self.patience:
             self.ending = self.ending or "early_stop"
-        return self.stale == 0
+        return best
 
     @property
     def saves(self) -> bool:
@@ -215,11 +222,6 @@ class Meter:
     def log(self, kind: str, **values) -> None:
         """A row of metrics.jsonl, with the step, the tokens and the training seconds so far."""
         self.run.log(kind, self.step, tokens=self.tokens, train_seconds=self.seconds, **values)
-
-    def say(self, text: str) -> None:
-        """A line above the bar, on rank 0."""
-        if self.world.main:
-            self.bar.write(text, file=sys.stderr)
 
     # -- afterwards -----------------------------------------------------------------------------
 

@@ -91,13 +91,16 @@ def test_no_row_where_no_step_was_finite(meter):
     assert meter.due() and meter.row(alpha=0, lr=0) is None
 
 
-def test_best_stale_and_patience(tmp_path):
-    meter = new_meter(tmp_path, patience=2)
+def test_best_stale_and_patience(tmp_path, capsys):
+    meter, others = new_meter(tmp_path, patience=2), {"ppl": 1.0, "ece10": 0.1, "brier": 0.5}
+    meter.start()
     meter.step = 4
-    assert meter.judge(5.0) and meter.best == {"step": 4, "nll": 5.0}
+    assert meter.judge(others | {"nll": 5.0}) and meter.best == {"step": 4, "nll": 5.0}
     meter.step = 8
-    assert not meter.judge(5.5) and meter.ending is None
-    assert not meter.judge(5.0) and meter.ending == "early_stop"
+    assert not meter.judge(others | {"nll": 5.5}) and meter.ending is None
+    assert not meter.judge(others | {"nll": 5.0}) and meter.ending == "early_stop"
+    meter.end()
+    assert "step 8: validation ppl 1.0000, nll 5.5000, ece10 0.1000, brier 0.5000" in capsys.readouterr().err
 
 
 def test_no_checkpoint_after_a_step_that_is_not_finite(meter):
