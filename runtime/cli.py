@@ -135,12 +135,11 @@ def parser_of(cls, description: str = "") -> Parser:
         about = f.metadata
         section = parser.add_argument_group(about["group"]) if about["group"] else section
         kind = next((t for t in typing.get_args(hints[f.name]) if t is not type(None)), hints[f.name])
-        notes = [about["within"]] if about["within"] else []
+        notes = [", ".join(c or repr(c) for c in about["choices"] or ()), about["within"]]
         notes += [f"default: {f.default}"] if f.default not in (None, "") else []
+        notes = [note for note in notes if note]
         help = about["help"] + (f" ({'; '.join(notes)})" if notes else "")
         names = [flag_name(f.name)] + ([about["alias"]] if about["alias"] else [])
-        if about["choices"]:
-            help = f"{', '.join(c or repr(c) for c in about['choices'])}: {help}"
         how = {"dest": f.name, "default": argparse.SUPPRESS, "help": help.replace("%", "%%")}
         if kind is bool:
             how["action"] = argparse.BooleanOptionalAction
