@@ -28,12 +28,11 @@ import sys
 import tempfile
 import time
 import warnings
-from collections import defaultdict
+from collections import defaultdict, namedtuple
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -44,7 +43,7 @@ from kernels.losses import ce
 from model.gpt2 import GPT2, SIZES, GPT2Config, decay_groups
 from model.lora import BASES, LoRAConfig, add_lora, block_parameters, load_base, segment_rms, set_segments
 from model.qwen3 import Qwen3, save_qwen3
-from races.common import check_least, device_name, race_parser, synchronize, today, versions, write_csv
+from races import common
 from races.peft_gsm8k import SHAPES as QWEN3
 from runtime.cli import user_errors
 from runtime.machine import start_world, to_device
@@ -60,13 +59,8 @@ COLUMNS = ("part", "linear_ms", "fot_ms", "added_percent", "low_percent", "high_
 FEWEST_WINDOWS = 5  # the whole range of five holds the median with a chance of 15 in 16
 
 
-class Shape(NamedTuple):
-    vocab: int
-    seq_len: int  # tokens of a row
-    batch: int  # sequences; problems for Qwen3
-    micro_batch: int  # rows in one forward
-
-
+# Tokens in the vocabulary and of a row, the batch (sequences; problems for Qwen3), rows in one forward.
+Shape = namedtuple("Shape", "vocab seq_len batch micro_batch")
 SHAPES = {
     "pico": Shape(512, 32, 8, 8),
     "nano": Shape(4096, 128, 16, 16),
@@ -101,7 +95,7 @@ class Clock:
 
     def take(self) -> dict[str, float]:
         """Milliseconds of each part since the last call; "" begins anew and is no part."""
-        synchronize(self.device)
+        common.synchronize(self.device)
         total = defaultdict(float)
         for (_, before), (part, now) in zip(self.marks, self.marks[1:], strict=False):
             if part:
@@ -307,11 +301,11 @@ def race(sides: list[Side], batch_of: Callable, args, windows: int, *, count: bo
         for turn in range(args.window // args.turn):
             batches = [batch_of(sides[0].steps + i) for i in range(args.turn)]
             for side in sides if (window + turn) % 2 == 0 else sides[::-1]:
-                synchronize(device)
+                common.synchronize(device)
                 began, began_cpu = time.perf_counter(), time.process_time()
                 for batch in batches:
                     train_step(side, batch)
-                synchronize(device)
+                common.synchronize(device)
                 if count:
                     side.turns.append((window, time.perf_counter() - began, time.process_time() - began_cpu))
 
@@ -364,7 +358,7 @@ def cost_rows(sides: list[Side], parts: list[dict[str, float]], steps: int, args
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, torch.device]:
     """The flags, with what depends on the shape and the device filled in. Raises ValueError for one out of range."""
-    parser = race_parser(__doc__)
+    parser = common.race_parser(__doc__)
     parser.add_argument("--shape", default="gpt2", choices=SHAPES, help="(default: %(default)s)")
     parser.add_argument("--batch", type=int, help="sequences, or problems for Qwen3, in a step (default: the shape's)")
     parser.add_argument("--micro-batch", type=int, help="rows in one forward (default: the shape's)")
@@ -381,7 +375,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, torch.device]:
     args.seq_len = shape.seq_len if args.seq_len is None else args.seq_len
     args.batch = shape.batch if args.batch is None else args.batch
     args.micro_batch = min(shape.micro_batch, args.batch) if args.micro_batch is None else args.micro_batch
-    check_least(args, batch=2, micro_batch=1, seq_len=16, rank=1, window=8)
+    common.check_least(args, batch=2, micro_batch=1, seq_len=16, rank=1, window=8)
     if args.window % 2:
         raise ValueError(f"--window {args.window}: expected an even number, windows are counted from half to half")
     if args.steps < 2 * args.window or args.steps % args.window:
@@ -411,7 +405,7 @@ def main(argv: list[str] | None = None) -> int:
     trained = sum(p.numel() for p in sides[0].parameters) / 1e6
     print(
         f"{args.shape}, {args.batch} x {args.seq_len} in micro-batches of {args.micro_batch}, W = {args.window}: "
-        f"{trained:.2f} M trained parameters on {device_name(device)}",
+        f"{trained:.2f} M trained parameters on {common.device_name(device)}",
         flush=True,
     )
 
@@ -450,7 +444,11 @@ def main(argv: list[str] | None = None) -> int:
         without = ("base", "rank") if args.shape in SIZES else ("compile",)
         same = {name: getattr(args, name) for name in names} | dict.fromkeys(without, "")
         same |= {f"syncs_{side}": syncs.get(side, "") for side in SIDES}
-        write_csv(args.csv, rows, same | {"device": device_name(device), "versions": versions(), "date": today()})
+        common.write_csv(
+            args.csv,
+            rows,
+            same | {"device": common.device_name(device), "versions": common.versions(), "date": common.today()},
+        )
         print(args.csv)
     return 0
 

@@ -25,20 +25,7 @@ from kernels.losses import ce
 from model.decode import Request, decode
 from model.lora import BASES, LoRAConfig, add_lora, load_base
 from model.qwen3 import Qwen3, Qwen3Config, load_qwen3, save_qwen3
-from races.common import (
-    check_least,
-    check_new,
-    command,
-    device_name,
-    forget_peak,
-    median_ratio,
-    output_of,
-    race_parser,
-    seconds_of,
-    today,
-    versions,
-    write_csv,
-)
+from races import common
 from runtime.cli import user_errors
 from runtime.machine import peak_memory, start_world
 
@@ -130,8 +117,8 @@ def train_turn(args, side: str, device: torch.device) -> dict:
         optimizer.zero_grad(set_to_none=True)  # outside the handler, whose traceback holds the activations
         torch.cuda.empty_cache()
         micro //= 2
-    forget_peak(device)
-    seconds = [seconds_of(lambda: step(micro), device) for _ in range(args.steps + 1)]
+    common.forget_peak(device)
+    seconds = [common.seconds_of(lambda: step(micro), device) for _ in range(args.steps + 1)]
     took = statistics.median(seconds[1:])
     return turn_row(micro, args.batch * args.seq_len / took, took, device)
 
@@ -195,7 +182,7 @@ def evaluate_turn(args, side: str, device: torch.device) -> dict:
     def timed(some, batch: int) -> tuple[float, float]:
         """(tokens/s, seconds)"""
         made = []
-        seconds = seconds_of(lambda: made.append(generate(some, batch, args.new_tokens)), device)
+        seconds = common.seconds_of(lambda: made.append(generate(some, batch, args.new_tokens)), device)
         if made[0] != len(some) * args.new_tokens:
             raise ValueError(f"{side} made {made[0]} tokens, expected {len(some) * args.new_tokens}")
         return made[0] / seconds, seconds
@@ -208,11 +195,11 @@ def evaluate_turn(args, side: str, device: torch.device) -> dict:
             rates[batch] = timed(prompts[: 2 * batch], batch)[0]
         except torch.OutOfMemoryError:
             pass  # the batch is too large for this side: it has no rate
-        forget_peak(device)
+        common.forget_peak(device)
     if len(batches) > 1 and not rates:
         raise ValueError(f"{side}: none of --eval-batches {args.eval_batches} fits the memory")
     best = max(rates, key=rates.get) if rates else batches[0]
-    forget_peak(device)
+    common.forget_peak(device)
     return turn_row(best, *timed(prompts, best), device)
 
 
@@ -222,14 +209,14 @@ def evaluate_turn(args, side: str, device: torch.device) -> dict:
 
 def run_turn(part: str, side: str, argv: list[str], model: Path) -> dict:
     turn = f"{part}:{side}"
-    line = command("-m", "races.peft_gsm8k", *argv, model=model, turn=turn)
-    printed = output_of(line, f"the turn {turn} failed", cwd=Path(__file__).parent.parent)
+    line = common.command("-m", "races.peft_gsm8k", *argv, model=model, turn=turn)
+    printed = common.output_of(line, f"the turn {turn} failed", cwd=Path(__file__).parent.parent)
     return json.loads(printed.strip().splitlines()[-1])
 
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    parser = race_parser(__doc__)
+    parser = common.race_parser(__doc__)
     parser.add_argument("--shape", default="0.6b", choices=SHAPES, help="(default: %(default)s, Qwen3-0.6B's)")
     parser.add_argument("--base", default="nf4", choices=BASES, help="(default: %(default)s)")
     parser.add_argument("--rank", type=int, default=64)
@@ -248,7 +235,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--turn", default="", help="PART:SIDE: that turn alone, in this process; its row as JSON")
     args = parser.parse_args(argv)
     with user_errors():
-        check_least(args, rank=1, batch=1, seq_len=1, steps=1, new_tokens=1, rounds=1, prompt_tokens=1)
+        common.check_least(args, rank=1, batch=1, seq_len=1, steps=1, new_tokens=1, rounds=1, prompt_tokens=1)
         if not all(b.isdigit() and int(b) for b in args.eval_batches.split(",")):
             raise ValueError(f"--eval-batches {args.eval_batches!r}: expected batch sizes separated by commas")
         device = start_world(args.device).device
@@ -258,7 +245,7 @@ def main(argv: list[str] | None = None) -> int:
                 raise ValueError(f"--turn {args.turn!r}: expected train or evaluate, a colon, and theirs or ours")
             print(json.dumps((train_turn if part == "train" else evaluate_turn)(args, side, device)))
             return 0
-        check_new(args.out)
+        common.check_new(args.out)
         args.out.mkdir(parents=True)
         if args.model is None:
             torch.manual_seed(0)
@@ -277,11 +264,11 @@ def main(argv: list[str] | None = None) -> int:
                     )
         same = {name: getattr(args, name) for name in ("shape", "base", "rank")} | {"step_batch": args.batch}
         same |= {name: getattr(args, name) for name in ("seq_len", "prompts", "new_tokens")}
-        same |= {"device": device_name(device), "versions": versions(), "date": today()}
-        write_csv(args.out / "race.csv", rows, same)
+        same |= {"device": common.device_name(device), "versions": common.versions(), "date": common.today()}
+        common.write_csv(args.out / "race.csv", rows, same)
     for part in parts:
         for key, word in (("tokens_per_second", "tokens/s"), ("peak_memory_bytes", "peak memory")):
-            ratio = median_ratio((row for row in rows if row["part"] == part), key, "ours", "theirs")
+            ratio = common.median_ratio((row for row in rows if row["part"] == part), key, "ours", "theirs")
             print(f"{part}: {word}, ours over theirs {ratio:.3f} (median of {args.rounds} rounds)")
     print(f"{args.out / 'race.csv'}")
     return 0

@@ -23,17 +23,7 @@ from model.beam import Decoding
 from model.generate import generate
 from model.gpt2 import decay_groups
 from model.seq2seq import SIZES, Seq2Seq, Seq2SeqConfig
-from races.common import (
-    check_least,
-    check_new,
-    cuda_peak,
-    forget_peak,
-    median_ratio,
-    race_parser,
-    seconds_of,
-    today,
-    write_csv,
-)
+from races import common
 from runtime.cli import user_errors
 from runtime.folder import environment, write_json
 
@@ -64,7 +54,7 @@ def our_model(config: Seq2SeqConfig, dtype: torch.dtype, device: torch.device) -
 
 def train(side: str, config: Seq2SeqConfig, batch: int, args, steps: int) -> tuple[float, int | None]:
     """(median milliseconds of ``steps`` training steps after --warm ones, peak bytes on CUDA) of one side."""
-    forget_peak(args.device)
+    common.forget_peak(args.device)
     torch.manual_seed(0)
     device, theirs = args.device, side == "transformers"
     model = their_model(config, torch.float32, device) if theirs else our_model(config, args.dtype, device)
@@ -94,15 +84,15 @@ def train(side: str, config: Seq2SeqConfig, batch: int, args, steps: int) -> tup
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    seconds = [seconds_of(step, device) for _ in range(args.warm + steps)]
-    return 1000 * statistics.median(seconds[args.warm :]), cuda_peak(device)
+    seconds = [common.seconds_of(step, device) for _ in range(args.warm + steps)]
+    return 1000 * statistics.median(seconds[args.warm :]), common.cuda_peak(device)
 
 
 @torch.no_grad()
 def decode(side: str, config: Seq2SeqConfig, batch: int, args) -> tuple[float, int | None]:
     """(milliseconds of generating --new-tokens with --beams for a whole batch, the faster of two after one that warms
     up; peak bytes on CUDA) of one side."""
-    forget_peak(args.device)
+    common.forget_peak(args.device)
     torch.manual_seed(0)
     device, n = args.device, args.new_tokens
     build = their_model if side == "transformers" else our_model
@@ -119,10 +109,10 @@ def decode(side: str, config: Seq2SeqConfig, batch: int, args) -> tuple[float, i
             made = generate(model, source, options, compile=None if args.compile == "none" else {}).tokens.shape[2]
         lengths.append(made)
 
-    seconds = [seconds_of(run, device) for _ in range(3)]
+    seconds = [common.seconds_of(run, device) for _ in range(3)]
     if set(lengths) != {n}:
         raise ValueError(f"{side} generated {lengths} tokens, expected {n}: there is nothing to compare")
-    return 1000 * min(seconds[1:]), cuda_peak(device)
+    return 1000 * min(seconds[1:]), common.cuda_peak(device)
 
 
 def fitting(task, sides: tuple[str, ...], batch: int, device: torch.device) -> int:
@@ -140,7 +130,7 @@ def fitting(task, sides: tuple[str, ...], batch: int, device: torch.device) -> i
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = race_parser(__doc__)
+    parser = common.race_parser(__doc__)
     parser.add_argument("model", choices=[name for name in SIZES if name.startswith("bart")])
     parser.add_argument("--batch", type=int, default=64, help="pairs in a step, halved until they fit (default: 64)")
     parser.add_argument("--source", type=int, default=1024, help="tokens of a source (default: 1024)")
@@ -160,9 +150,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/race_transformers"))
     args = parser.parse_args(argv)
     with user_errors():
-        check_least(args, batch=1, source=1, target=1, steps=1, warm=0, beams=2, new_tokens=1, generate_batch=1)
-        check_least(args, rounds=1, vocab=16)
-        check_new(args.out)
+        common.check_least(args, batch=1, source=1, target=1, steps=1, warm=0, beams=2, new_tokens=1, generate_batch=1)
+        common.check_least(args, rounds=1, vocab=16)
+        common.check_new(args.out)
         args.device = torch.device(args.device)
         bf16 = args.dtype == "bfloat16" or (args.dtype == "auto" and args.device.type == "cuda")
         args.dtype = torch.bfloat16 if bf16 else torch.float32
@@ -205,11 +195,11 @@ def write_results(rows: list[dict], args) -> None:
     env = environment(args.device) | {"git_diff": None}
     about = {"model": args.model, "source": args.source, "target": args.target, "dtype": str(args.dtype).split(".")[1]}
     about |= {"compile": args.compile, "beams": args.beams, "new_tokens": args.new_tokens, "device": env["device"]}
-    about |= {"torch": torch.__version__, "transformers": transformers.__version__, "date": today()}
-    write_csv(args.out / "race.csv", rows, about)
+    about |= {"torch": torch.__version__, "transformers": transformers.__version__, "date": common.today()}
+    common.write_csv(args.out / "race.csv", rows, about)
 
     def ratio(task: str, side: str, base: str) -> float:
-        return median_ratio((row for row in rows if row["task"] == task), "tokens_per_second", side, base)
+        return common.median_ratio((row for row in rows if row["task"] == task), "tokens_per_second", side, base)
 
     ratios = {
         "train_ce_over_transformers": ratio("train", "ce", "transformers"),
