@@ -1,6 +1,6 @@
 """What finetune_seq2seq.py measures: calibration on the references, a temperature, generated summaries, cost of a step.
 
-Nothing here trains. ``world`` is World: sets are split over the ranks, and every rank must make each call.
+Nothing here trains. Sets are split over the ranks of ``world``, and every rank must make each call.
 """
 
 import math
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.summaries import SummaryTokenizer, TokenPairs, collate, in_order
+from data.windows import IGNORE
 from eval.calibration import Calibration, fit_temperature, temperature_sums
 from eval.summaries import ROUGE, bert_score, summary_metrics, write_predictions
 from kernels import linear_moments, linear_score
@@ -22,6 +23,7 @@ from model.seq2seq import Seq2Seq, Seq2SeqConfig, training_flops
 from runtime.folder import load_checkpoint
 from runtime.machine import EnergyMeter, World, peak_flops, peak_memory, to_device
 
+PROFILE_WARM_UP = 3  # steps
 KEYS = ("nll", "ppl", "ece10", "ece100", "ece10_mass", "brier", "spherical", "accuracy", "entropy")
 
 
@@ -37,16 +39,17 @@ def load_finetuned(run_folder: str | Path, checkpoint: str = "best.pt", device: 
 
 
 def decoding(settings, tokenizer: SummaryTokenizer) -> Decoding:
-    """The search of the final evaluation, from anything with finetune_seq2seq.py's decoding flags as attributes. EOS
-    is not forced at the limit: the share of beams that end is measured."""
-    s = settings
+    """The search of the final evaluation. ``settings`` has finetune_seq2seq.py's decoding flags as attributes.
+
+    EOS is not forced at the limit, because the share of beams that end is measured.
+    """
     return Decoding(
-        s.max_new_tokens,
-        s.min_new_tokens,
-        s.beams,
-        s.length_penalty,
-        s.no_repeat_ngram,
-        s.early_stopping,
+        max_new_tokens=settings.max_new_tokens,
+        min_new_tokens=settings.min_new_tokens,
+        num_beams=settings.beams,
+        length_penalty=settings.length_penalty,
+        no_repeat_ngram=settings.no_repeat_ngram,
+        early_stopping=settings.early_stopping,
         eos_id=tokenizer.eos_id,
         pad_id=tokenizer.pad_id,
         forced_bos_id=tokenizer.bos_id,
@@ -58,7 +61,7 @@ def decoding(settings, tokenizer: SummaryTokenizer) -> Decoding:
 
 
 def multiple_of(device: torch.device) -> int:
-    """What batches are padded to a multiple of: tensor cores like 8."""
+    """Lengths of batches are padded to a multiple of this: tensor cores like 8."""
     return 8 if device.type == "cuda" else 1
 
 
@@ -147,14 +150,14 @@ def final_metrics(
 
 
 def generation_metrics(rows: list[dict], speed: float | None, *, bertscore: str = "", device: str = "cpu") -> dict:
-    """Everything of eval.summaries about ``rows`` (of write_predictions): ROUGE with its interval, lengths, Distinct-n,
-    the share of searches that ended before the limit, tokens a summary, and BERTScore where ``bertscore`` names a
-    model. Raises ValueError for one that cannot be loaded."""
-    predictions, references = ([r[k] for r in rows] for k in ("prediction", "reference"))
-    out = summary_metrics(predictions, references)
+    """All of eval.summaries about ``rows`` (of write_predictions), BERTScore where ``bertscore`` names a model, the
+    share of searches that ended before the limit, and tokens a summary. Raises ValueError for a model that cannot be
+    loaded."""
+    texts = [[row[name] for row in rows] for name in ("prediction", "reference")]
+    out = summary_metrics(*texts)
     out |= {"ended": statistics.fmean(r["ended"] for r in rows), "generate_tokens_per_second": speed}
     out["summary_tokens"] = statistics.fmean(r["tokens"] for r in rows)
-    return out | (bert_score(predictions, references, bertscore, device=device) if bertscore else {})
+    return out | (bert_score(*texts, bertscore, device=device) if bertscore else {})
 
 
 def summarise(
@@ -167,28 +170,19 @@ def summarise(
     key: int,
     batch: int,
 ) -> dict[str, tuple[list[dict], float | None]]:
-    """What `eval.summaries.write_predictions` gives for each set that is summarised, into ``folder``: the test sets, or
-    the validation set where there is no test set, as when a fold selects; and ood. ``key``: the step of the weights."""
-    todo = [name for name in ("test", "ood") if sets[name] is not None]
-    todo = todo if sets["test"] is not None else ["val", *todo]
+    """`write_predictions` of each set that is summarised, into ``folder``: the test sets and ood, or, where there is no
+    test set, as when a fold selects, the validation set and ood. ``key``: the step of the weights."""
+    names = ["val" if sets["test"] is None else "test"] + ["ood"] * (sets["ood"] is not None)
+    how = dict(key=key, batch=batch, multiple=multiple_of(world.device))
     return {
-        name: write_predictions(
-            model,
-            sets[name],
-            options,
-            folder / f"predictions-{name}.jsonl",
-            world,
-            key=key,
-            batch=batch,
-            multiple=multiple_of(world.device),
-        )
-        for name in todo
+        name: write_predictions(model, sets[name], options, folder / f"predictions-{name}.jsonl", world, **how)
+        for name in names
     }
 
 
 def efficiency(rows: list[dict], flops_per_token: float, peak: float | None, ranks: int) -> dict:
-    """Summary entries from the train rows of metrics.jsonl: medians over log windows, the first of which pays for cold
-    caches and is left out; ``peak`` FLOP/s of one of ``ranks`` devices, or None."""
+    """Summary entries from the train rows of metrics.jsonl: medians over log windows without the first, which pays for
+    cold caches. ``peak``: FLOP/s of one of ``ranks`` devices, or None."""
     total, later = sum(r["steps"] for r in rows), rows[1:] or rows
     rate = statistics.median(r["tokens_per_second"] for r in later) if later else None
     milliseconds = [1000 * r["step_tokens"] / r["tokens_per_second"] for r in later]
@@ -204,7 +198,7 @@ def efficiency(rows: list[dict], flops_per_token: float, peak: float | None, ran
 
 def describe(name: str, summary: dict) -> list[str]:
     """The last lines of a run, from its summary: validation before and after the temperature, then a line for each set
-    that was summarised, with what it is a part of."""
+    that was summarised."""
     s = summary
     after = "; at temperature {temperature:.3f} nll {val_nll_t:.4f}, ece {val_ece10_t:.4f}" if s["temperature"] else ""
     out = [
@@ -216,9 +210,10 @@ def describe(name: str, summary: dict) -> list[str]:
         if count is None:
             continue
         of = s["data"][{"val": "train" if s["fold"] else "validation"}.get(split, split)]
-        notes = [f"part {s['fold']}" if split == "val" and s["fold"] else "", of["partial"]]
-        notes += [f"the first {count}" if s["examples_limit"].get(split) == count else ""]
-        notes = "; ".join(note for note in notes if note)
+        notes = [f"part {s['fold']}"] if split == "val" and s["fold"] else []
+        notes += [of["partial"]] if of["partial"] else []
+        notes += [f"the first {count}"] if s["examples_limit"].get(split) == count else []
+        notes = "; ".join(notes)
         scores = ", ".join(f"{k} {s[f'{split}_{k}']:.2f}" for k in ROUGE)
         out.append(
             f"{of['set']} {split}{f' ({notes})' if notes else ''}, {count} summaries: {scores}, "
@@ -239,15 +234,15 @@ def profile(
     tail: float = 0.0,
     impl: str = "auto",
 ) -> dict:
-    """The cost of forward and backward of one fixed, collated ``batch``, over ``steps`` after three that warm up.
+    """The cost of forward and backward of one fixed, collated ``batch``, over ``steps`` after some that warm up.
 
-    ``trained`` is ``model`` or what wraps it. GPU utilisation and joules come from NVML and are None where there is
-    none; peak FLOP/s are known of some GPUs only. Gradients accumulate and are dropped.
+    ``trained`` is ``model`` or what wraps it. GPU utilisation and joules come from NVML and are None without it; so is
+    mfu on a device whose peak FLOP/s are not known. Gradients are dropped.
     """
     device, seconds, busy = world.device, [], []
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    for step in range(steps + 3):
-        if step == 3:
+    for step in range(steps + PROFILE_WARM_UP):
+        if step == PROFILE_WARM_UP:
             start = energy.read()
         wait()
         clock = time.perf_counter()
@@ -255,14 +250,14 @@ def profile(
         loss, _ = linear_score(hidden, model.head_weight, y, score, bias=model.head_bias, tail=tail, impl=impl)
         loss.backward()
         wait()
-        if step >= 3:
+        if step >= PROFILE_WARM_UP:
             seconds.append(time.perf_counter() - clock)
             if energy.read() is not None:
                 busy.append(torch.cuda.utilization(device))
         model.zero_grad(set_to_none=True)
     joules = None if start is None else (energy.read() - start) / steps
     source, mask, labels = batch
-    tokens = int(source.numel() if mask is None else mask.sum()) + int((labels != -100).sum())
+    tokens = int(source.numel() if mask is None else mask.sum()) + int((labels != IGNORE).sum())
     flops = float(len(source) * training_flops(model.config, source.shape[1], labels.shape[1]))
     median, peak = statistics.median(seconds), peak_flops(device, model.dtype)
     return {

@@ -357,7 +357,7 @@ def toy_rows(pairs):
     rows = []
     for pair in pairs:
         found = attack(Toy(movie=0.5, city=0.25), text=pair.article, seed=pair.id, queries=9)
-        row = {"id": pair.id, "article": found.text} | {f: getattr(found, f) for f in script.FIELDS}
+        row = {"id": pair.id, "article": found.text} | {f: getattr(found, f) for f in script.KEPT}
         rows.append(json.loads(json.dumps(row | {"summary_before": pair.article, "summary_after": found.text})))
     return rows
 
