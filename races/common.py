@@ -60,6 +60,22 @@ def forget_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
+def largest_that_fits(run: Callable[[int], object], batch: int, complaint: str) -> int:
+    """The largest of ``batch``, its half, its quarter, ... whose ``run`` does not end the memory.
+
+    Raises ValueError, the ``complaint``, where a batch of one does.
+    """
+    while True:
+        try:
+            run(batch)
+            return batch
+        except torch.OutOfMemoryError:
+            if batch == 1:
+                raise ValueError(complaint) from None
+        torch.cuda.empty_cache()  # outside the handler, whose traceback holds the activations
+        batch //= 2
+
+
 def cuda_peak(device: torch.device) -> int | None:
     """Peak bytes that torch allocated; None on a CPU, where the resident set belongs to all sides."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
@@ -95,16 +111,16 @@ def today() -> str:
     return datetime.datetime.now(datetime.UTC).date().isoformat()
 
 
-def versions() -> str:
-    """Of the packages that decide a race, in one cell."""
-
-    def of(package: str) -> str:
+def here_and_now(device: torch.device) -> dict[str, str]:
+    """The last columns of a CSV: the device, the versions that decide a race, and the date."""
+    found = {}
+    for package in ("torch", "transformers", "peft", "bitsandbytes"):
         try:
-            return version(package)
+            found[package] = version(package)
         except PackageNotFoundError:
-            return "none"
-
-    return " ".join(f"{p} {of(p)}" for p in ("torch", "transformers", "peft", "bitsandbytes"))
+            found[package] = "none"
+    versions = " ".join(f"{package} {version}" for package, version in found.items())
+    return {"device": device_name(device), "versions": versions, "date": today()}
 
 
 def write_csv(path: Path, rows: list[dict], same: dict) -> None:

@@ -23,13 +23,12 @@ FoT's cost hardly depends on the tokens of a step, so its share does. Say the ba
 import argparse
 import copy
 import math
-import statistics
 import sys
 import tempfile
 import time
 import warnings
 from collections import defaultdict, namedtuple
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -117,29 +116,24 @@ class Side:
     clock: Clock
     fot: FoT | None = None
     steps: int = 0
-    turns: list[tuple[int, float, float]] = field(default_factory=list)  # those that count: (window, seconds, CPU time)
+    turns: list[tuple[float, float]] = field(default_factory=list)  # those that count: (seconds, of them CPU time)
 
     def __post_init__(self):
-        if self.fot is None:
-            return
-        stats, forecaster = self.fot.stats, self.fot.forecaster
+        if self.fot:
+            self.mark_around(self.fot.stats, "sample", "optimizer", "gradient statistics")
+            self.mark_around(self.fot.forecaster, "forecast", "decision", "forecasts")
 
-        def sample(*args, _sample=stats.sample):
-            self.clock.mark("optimizer")
-            _sample(*args)
-            self.clock.mark("gradient statistics")
+    def mark_around(self, owner, name: str, before: str, part: str) -> None:
+        """Makes a method of ``owner`` a part of its own; ``before`` is the part that it interrupts."""
+        method = getattr(owner, name)
 
-        def forecast(*args, _forecast=forecaster.forecast):
-            self.clock.mark("decision")
-            found = _forecast(*args)
-            self.clock.mark("forecasts")
+        def marked(*args):
+            self.clock.mark(before)
+            found = method(*args)
+            self.clock.mark(part)
             return found
 
-        stats.sample, forecaster.forecast = sample, forecast
-
-
-# ----------------------------------------------------------------------------------------------
-# the training steps, as in the scripts
+        setattr(owner, name, marked)
 
 
 def lm_step(side: Side, tokens_BT: torch.Tensor, micro: int) -> None:
@@ -230,10 +224,6 @@ def end(side: Side, loss: torch.Tensor) -> None:
         side.clock.mark("decision" if side.fot.decided else "schedule")
 
 
-# ----------------------------------------------------------------------------------------------
-# models and batches
-
-
 def zipf(shape: tuple[int, ...], vocab: int, seed: int) -> torch.Tensor:
     """Random tokens with the frequencies of words, p(rank) ~ 1 / rank, so that the loss falls and can be forecast."""
     weights = 1.0 / torch.arange(1, vocab + 1)
@@ -284,10 +274,6 @@ def make_sides(args, device: torch.device, total: int) -> list[Side]:
     return sides
 
 
-# ----------------------------------------------------------------------------------------------
-# the race
-
-
 def train_step_of(args) -> Callable[[Side, torch.Tensor | Rows], None]:
     return partial(lm_step if args.shape in SIZES else lora_step, micro=args.micro_batch)
 
@@ -307,7 +293,7 @@ def race(sides: list[Side], batch_of: Callable, args, windows: int, *, count: bo
                     train_step(side, batch)
                 common.synchronize(device)
                 if count:
-                    side.turns.append((window, time.perf_counter() - began, time.process_time() - began_cpu))
+                    side.turns.append((time.perf_counter() - began, time.process_time() - began_cpu))
 
 
 def synchronisations(side: Side, batch_of: Callable, args) -> int:
@@ -325,10 +311,10 @@ def synchronisations(side: Side, batch_of: Callable, args) -> int:
     return sum("synchronizing CUDA operation" in str(w.message) for w in caught)
 
 
-def interval(shares: list[float]) -> tuple[float, float, float]:
+def interval(shares: Sequence[float]) -> list[float]:
     """The median of the windows' shares and its 95 % bootstrap interval, 10,000 resamples of whole windows."""
     drawn = np.random.default_rng(0).choice(shares, (10_000, len(shares)))
-    return statistics.median(shares), *(float(q) for q in np.quantile(np.median(drawn, axis=1), (0.025, 0.975)))
+    return [float(np.median(shares)), *np.quantile(np.median(drawn, axis=1), (0.025, 0.975)).tolist()]
 
 
 def judge(low: float, high: float, claim: float, windows: int) -> str:
@@ -340,14 +326,11 @@ def judge(low: float, high: float, claim: float, windows: int) -> str:
 
 def cost_rows(sides: list[Side], parts: list[dict[str, float]], steps: int, args, cpu: bool) -> Iterator[dict]:
     """Rows of COLUMNS: the median step, and in CPU time on a CPU; FoT's own parts together; then every part."""
-    for column, name in ((1, "step"), (2, "step, CPU time"))[: 2 if cpu else 1]:
-        windows = [defaultdict(float), defaultdict(float)]
-        for side, sums in zip(sides, windows, strict=True):
-            for turn in side.turns:
-                sums[turn[0]] += turn[column]
-        found = interval([100 * (fot / linear - 1) for linear, fot in zip(*(w.values() for w in windows), strict=True)])
-        medians = (1000 * statistics.median(turn[column] for turn in side.turns) / args.turn for side in sides)
-        yield dict(zip(COLUMNS, (name, *medians, *found), strict=True))
+    took = np.array([side.turns for side in sides]).reshape(len(sides), -1, args.window // args.turn, 2)
+    for clock, name in enumerate(("step", "step, CPU time")[: 2 if cpu else 1]):
+        linear, fot = took[..., clock].sum(2)  # of each window
+        medians = (1000 * np.median(took[..., clock], (1, 2)) / args.turn).tolist()
+        yield dict(zip(COLUMNS, (name, *medians, *interval(100 * (fot / linear - 1))), strict=True))
     whole = sum(parts[0].values())
     timed = sum(parts[1][name] for name in OWN_PARTS)
     yield {"part": "timed alone", "linear_ms": 0.0, "fot_ms": timed / steps, "added_percent": 100 * timed / whole}
@@ -444,11 +427,7 @@ def main(argv: list[str] | None = None) -> int:
         without = ("base", "rank") if args.shape in SIZES else ("compile",)
         same = {name: getattr(args, name) for name in names} | dict.fromkeys(without, "")
         same |= {f"syncs_{side}": syncs.get(side, "") for side in SIDES}
-        common.write_csv(
-            args.csv,
-            rows,
-            same | {"device": common.device_name(device), "versions": common.versions(), "date": common.today()},
-        )
+        common.write_csv(args.csv, rows, same | common.here_and_now(device))
         print(args.csv)
     return 0
 

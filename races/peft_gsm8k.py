@@ -38,10 +38,6 @@ SIDES = ("theirs", "ours")
 PARTS = ("train", "evaluate")
 
 
-# ----------------------------------------------------------------------------------------------
-# training
-
-
 def our_loss(folder: Path, base: str, rank: int, dtype: torch.dtype, device: torch.device):
     model = load_base(folder, base, dtype, device)
     add_lora(model, LoRAConfig(rank))
@@ -100,31 +96,19 @@ def train_turn(args, side: str, device: torch.device) -> dict:
     tokens = torch.randint(vocab, (args.batch, args.seq_len + 1), generator=generator).to(device)
 
     def step(micro: int) -> None:
+        optimizer.zero_grad(set_to_none=True)
         for part in tokens.split(micro):
             (loss_of(part) * len(part) / args.batch).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
 
-    micro = min(args.micro_batch or args.batch, args.batch)
-    while True:
-        try:
-            step(micro)
-            break
-        except torch.OutOfMemoryError:
-            if micro == 1:
-                raise ValueError(f"{side}: not one sequence of {args.seq_len} tokens fits the memory") from None
-        optimizer.zero_grad(set_to_none=True)  # outside the handler, whose traceback holds the activations
-        torch.cuda.empty_cache()
-        micro //= 2
+    first = min(args.micro_batch or args.batch, args.batch)
+    complaint = f"{side}: not one sequence of {args.seq_len} tokens fits the memory"
+    micro = common.largest_that_fits(step, first, complaint)
     common.forget_peak(device)
     seconds = [common.seconds_of(lambda: step(micro), device) for _ in range(args.steps + 1)]
     took = statistics.median(seconds[1:])
     return turn_row(micro, args.batch * args.seq_len / took, took, device)
-
-
-# ----------------------------------------------------------------------------------------------
-# generation
 
 
 def prompts_of(args) -> list[list[int]]:
@@ -203,10 +187,6 @@ def evaluate_turn(args, side: str, device: torch.device) -> dict:
     return turn_row(best, *timed(prompts, best), device)
 
 
-# ----------------------------------------------------------------------------------------------
-# the race
-
-
 def run_turn(part: str, side: str, argv: list[str], model: Path) -> dict:
     turn = f"{part}:{side}"
     line = common.command("-m", "races.peft_gsm8k", *argv, model=model, turn=turn)
@@ -264,8 +244,7 @@ def main(argv: list[str] | None = None) -> int:
                     )
         same = {name: getattr(args, name) for name in ("shape", "base", "rank")} | {"step_batch": args.batch}
         same |= {name: getattr(args, name) for name in ("seq_len", "prompts", "new_tokens")}
-        same |= {"device": common.device_name(device), "versions": common.versions(), "date": common.today()}
-        common.write_csv(args.out / "race.csv", rows, same)
+        common.write_csv(args.out / "race.csv", rows, same | common.here_and_now(device))
     for part in parts:
         for key, word in (("tokens_per_second", "tokens/s"), ("peak_memory_bytes", "peak memory")):
             ratio = common.median_ratio((row for row in rows if row["part"] == part), key, "ours", "theirs")

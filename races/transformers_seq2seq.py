@@ -11,6 +11,7 @@ halved for all sides. Generation runs every row to --new-tokens. In bf16, transf
 Trainer does, and both generate from bf16 weights. Peak memory is measured on CUDA only.
 """
 
+import argparse
 import statistics
 import sys
 from pathlib import Path
@@ -28,7 +29,6 @@ from runtime.cli import user_errors
 from runtime.folder import environment, write_json
 
 SIDES = ("transformers", "ce", "dpsm")
-GENERATING_SIDES = SIDES[:2]  # a score does not change decoding
 
 
 def their_model(config: Seq2SeqConfig, dtype: torch.dtype, device: torch.device):
@@ -52,8 +52,8 @@ def our_model(config: Seq2SeqConfig, dtype: torch.dtype, device: torch.device) -
     return Seq2Seq(config, dtype).to(device)
 
 
-def train(side: str, config: Seq2SeqConfig, batch: int, args, steps: int) -> tuple[float, int | None]:
-    """(median milliseconds of ``steps`` training steps after --warm ones, peak bytes on CUDA) of one side."""
+def train(side: str, config: Seq2SeqConfig, batch: int, args) -> tuple[float, int | None]:
+    """(median milliseconds of --steps training steps after --warm ones, peak bytes on CUDA) of one side."""
     common.forget_peak(args.device)
     torch.manual_seed(0)
     device, theirs = args.device, side == "transformers"
@@ -84,7 +84,7 @@ def train(side: str, config: Seq2SeqConfig, batch: int, args, steps: int) -> tup
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    seconds = [common.seconds_of(step, device) for _ in range(args.warm + steps)]
+    seconds = [common.seconds_of(step, device) for _ in range(args.warm + args.steps)]
     return 1000 * statistics.median(seconds[args.warm :]), common.cuda_peak(device)
 
 
@@ -115,18 +115,8 @@ def decode(side: str, config: Seq2SeqConfig, batch: int, args) -> tuple[float, i
     return 1000 * min(seconds[1:]), common.cuda_peak(device)
 
 
-def fitting(task, sides: tuple[str, ...], batch: int, device: torch.device) -> int:
-    """The largest of ``batch``, its half, ... with which ``task(side, batch)`` runs on every side."""
-    while device.type == "cuda":
-        try:
-            for side in sides:
-                task(side, batch)
-            break
-        except torch.OutOfMemoryError as e:
-            if batch == 1:
-                raise ValueError("a batch of one does not fit on this device; choose a smaller model") from e
-            batch //= 2
-    return batch
+# Of a task: how a turn is measured, and who takes part. A score does not change decoding.
+TASKS = {"train": (train, SIDES), "generate": (decode, SIDES[:2])}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -161,25 +151,25 @@ def main(argv: list[str] | None = None) -> int:
         if longest > config.max_position_embeddings:
             raise ValueError(f"{longest} tokens are more than the {config.max_position_embeddings} positions of BART")
         their_model(SIZES["bart-tiny"](vocab_size=16), torch.float32, torch.device("cpu"))  # is the package there?
+        batches = {"train": args.batch, "generate": args.generate_batch}
         if args.device.type == "cuda":
             torch.set_float32_matmul_precision("high")
-        batches = {
-            "train": fitting(lambda side, n: train(side, config, n, args, 1), SIDES, args.batch, args.device),
-            "generate": fitting(
-                lambda side, n: decode(side, config, n, args), GENERATING_SIDES, args.generate_batch, args.device
-            ),
-        }
+            trial = argparse.Namespace(**vars(args) | {"steps": 1})
+            for task, (measure, sides) in TASKS.items():
+                batches[task] = common.largest_that_fits(
+                    lambda n, measure=measure, sides=sides: [measure(side, config, n, trial) for side in sides],
+                    batches[task],
+                    "a batch of one does not fit on this device; choose a smaller model",
+                )
         args.out.mkdir(parents=True)
     rows = []
+    tokens = {"train": args.source + args.target, "generate": args.new_tokens}  # of a row of the batch
     for i in range(args.rounds):
-        for task, sides in (("train", SIDES), ("generate", GENERATING_SIDES)):
+        for task, (measure, sides) in TASKS.items():
             batch, shown = batches[task], []
             for side in sides:
-                if task == "train":
-                    tokens, (ms, peak) = args.source + args.target, train(side, config, batch, args, args.steps)
-                else:
-                    tokens, (ms, peak) = args.new_tokens, decode(side, config, batch, args)
-                rate = 1000 * batch * tokens / ms
+                ms, peak = measure(side, config, batch, args)
+                rate = 1000 * batch * tokens[task] / ms
                 row = {"round": i, "task": task, "side": side, "batch": batch, "ms": ms, "tokens_per_second": rate}
                 rows.append(row | {"peak_memory_bytes": peak})
                 shown.append(f"{side} {rate:,.0f}" + (f" ({peak / 1e9:.2f} GB)" if peak else ""))

@@ -89,7 +89,7 @@ def test_a_slow_decision_is_spread_over_its_window(monkeypatch, tmp_path):
 def test_interval_and_judgement():
     share, low, high = overhead.interval([0.1, 0.2, 0.3, 0.4, 5.0])
     assert share == 0.3 and 0.1 <= low < 0.3 < high <= 5.0
-    assert overhead.interval([0.1, 0.1]) == (0.1, 0.1, 0.1)
+    assert overhead.interval([0.1, 0.1]) == [0.1, 0.1, 0.1]
     assert overhead.judge(0.05, 0.15, 0.2, 5) == "held" and overhead.judge(0.25, 0.3, 0.2, 5) == "failed"
     assert overhead.judge(0.1, 0.3, 0.2, 5).startswith("open") and overhead.judge(0.1, 0.1, 0.2, 4)[:4] == "open"
 

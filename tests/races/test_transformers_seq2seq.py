@@ -47,17 +47,6 @@ def test_both_models_are_of_one_size():
     assert kept._attn_implementation == "sdpa" and kept.scale_embedding is False
 
 
-def test_memory_ends_a_batch_is_halved():
-    def task(side, batch):
-        if batch > 8:
-            raise torch.OutOfMemoryError
-
-    device = torch.device("cuda")
-    assert race.fitting(task, race.SIDES, 64, device) == 8
-    with pytest.raises(ValueError, match="a batch of one does not fit"):
-        race.fitting(lambda *_: task("", 9), race.SIDES, 4, device)
-
-
 @pytest.mark.parametrize(
     "match, more",
     [
