@@ -174,9 +174,8 @@ def read_outputs(path: str | Path, ids: Sequence[str]) -> list[Sample]:
             raise ValueError(f"{path} line {number}: expected an object with id and a text output")
         name = f"{split}/{row['id']}" if re.fullmatch(r"\d+", str(row["id"])) else str(row["id"])
         if name not in known:
-            raise ValueError(
-                f"{path} line {number}: unknown id {row['id']!r}, expected {ids[0]} to {ids[-1]} or the number alone"
-            )
+            expected = f"{ids[0]} to {ids[-1]} or the number alone"
+            raise ValueError(f"{path} line {number}: unknown id {row['id']!r}, expected {expected}")
         samples.append(Sample(name, row["output"]))
     if not samples:
         raise ValueError(f"{path} holds no outputs")
@@ -285,9 +284,8 @@ def describe_file(path: str, verdicts: Sequence[Verdict], ids: Sequence[str], fo
     for status, count in Counter(v.status for v in verdicts if v.status not in ("", "ok")).most_common():
         lines.append(f"  invalid program          {count:,}  {status}")
     for s in found:
-        lines.append(
-            f"  {s.rule:10}pass@{s.k:<4}{100 * s.value:11.2f} %   95 % [{100 * s.low:.2f}, {100 * s.high:.2f}]"
-        )
+        interval = f"[{100 * s.low:.2f}, {100 * s.high:.2f}]"
+        lines.append(f"  {s.rule:10}pass@{s.k:<4}{100 * s.value:11.2f} %   95 % {interval}")
     return "\n".join(lines)
 
 

@@ -138,26 +138,20 @@ def attack_pairs(
 ) -> list[dict]:
     """Rows of attack.jsonl for a group of pairs (id, article, summary): attacked, and summarised before and after."""
     articles, references = [p.article for p in pairs], [p.summary for p in pairs]
-    attacks = attack_group(
-        articles,
-        lambda asked: target.losses([text for _, text in asked], [references[k] for k, _ in asked]),
-        lists,
-        options,
-        [random.Random(f"{seed}/{p.id}") for p in pairs],  # of the article alone: the groups change nothing
-        same_class,
-        None if options.min_similarity is None else target.embed,
-        [target.words_read(a) for a in articles],
-    )
+
+    def loss_of(asked: list[tuple[int, str]]) -> list[float]:
+        return target.losses([text for _, text in asked], [references[k] for k, _ in asked])
+
+    rngs = [random.Random(f"{seed}/{p.id}") for p in pairs]  # of the article alone: the groups change nothing
+    embed_of = None if options.min_similarity is None else target.embed
+    limits = [target.words_read(article) for article in articles]
+    attacks = attack_group(articles, loss_of, lists, options, rngs, same_class, embed_of, limits)
     written = target.summaries([*articles, *(a.text for a in attacks)])
     rows = []
-    for k, (pair, found) in enumerate(zip(pairs, attacks, strict=True)):
+    for pair, found, before, after in zip(pairs, attacks, written[: len(pairs)], written[len(pairs) :], strict=True):
         row = {"id": pair.id, "article": found.text} | {name: getattr(found, name) for name in KEPT}
-        rows.append(row | {"summary_before": written[k], "summary_after": written[len(pairs) + k]})
+        rows.append(row | {"summary_before": before, "summary_after": after})
     return rows
-
-
-# ----------------------------------------------------------------------------------------------
-# files: a line an article, and what they add up to
 
 
 def attack_all(
@@ -197,10 +191,8 @@ def finished_rows(path: Path, pairs, group: int) -> list[dict]:
     for number, line in enumerate(lines[:-1], 1):  # without a line that no newline ends
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path} line {number} is not JSON ({error.msg}); attack anew into another --out"
-            ) from None
+        except json.JSONDecodeError as e:
+            raise ValueError(f"{path} line {number} is not JSON ({e.msg}); attack anew into another --out") from None
         if number > len(pairs) or rows[-1].get("id") != pairs[number - 1].id:
             raise ValueError(f"{path} line {number} is of another article than asked for; attack into another --out")
     return rows if len(rows) == len(pairs) else rows[: len(rows) // group * group]
@@ -356,11 +348,6 @@ def chosen(pairs: list, count: int, seed: int) -> list:
     return [pairs[i] for i in sorted(random.Random(seed).sample(range(len(pairs)), count))]
 
 
-def hash_of(pairs) -> str:
-    """SHA-256 of ids, articles and summaries."""
-    return hashlib.sha256(json.dumps([list(p) for p in pairs]).encode()).hexdigest()
-
-
 def prepare_out(out: Path, config: dict, resume: bool) -> None:
     """Refuses a folder that is in use, or, resuming, one of another attack. Writes nothing."""
     result = out / RESULT_FILE
@@ -414,14 +401,8 @@ def main(arguments: list[str] | None = None) -> None:
         for name in ("group", "batch"):
             if getattr(given, name) < 1:
                 raise ValueError(f"--{name} {getattr(given, name)}: expected 1 or more")
-        options = AttackOptions(
-            queries=given.queries,
-            goal=given.goal,
-            max_changed=given.max_changed,
-            candidates=given.candidates,
-            min_similarity=given.min_similarity,
-            keep_names=not given.names,
-        )
+        same_names = ("queries", "goal", "max_changed", "candidates", "min_similarity")
+        options = AttackOptions(**{name: getattr(given, name) for name in same_names}, keep_names=not given.names)
         rouge_scores(["a"], ["a"])  # the package is there: found out before the attack, not after
         pos, same_class = part_of_speech(given.pos)
         lists, sources = load_lists(given.words, given.stop_words, given.antonyms, given.synonyms)
@@ -433,32 +414,27 @@ def main(arguments: list[str] | None = None) -> None:
         target, about = load_target(given.run, given.checkpoint, given.data, device, given.batch)
         flags = {k: str(v) if isinstance(v, Path) else v for k, v in vars(given).items()}
         flags["goal"] = given.goal if math.isfinite(given.goal) else None  # JSON has no inf
-        config = flags | {"pos": pos, "lists": sources, "set": part.label, "pairs": hash_of(pairs)} | about
+        digest = hashlib.sha256(json.dumps([list(pair) for pair in pairs]).encode()).hexdigest()
+        config = flags | {"pos": pos, "lists": sources, "set": part.label, "pairs": digest} | about
         config = json.loads(json.dumps(config))  # as a resumed attack will read it
         prepare_out(given.out, config, given.resume)
         given.out.mkdir(parents=True, exist_ok=True)
-        told = differences(options, pos, sources)
-        content = {"state": "running", "config": config, "environment": environment(device), "differences": told}
+        content = {"state": "running", "config": config, "environment": environment(device)}
+        content["differences"] = differences(options, pos, sources)
         write_json(given.out / RESULT_FILE, content)
         print(f"attacking {len(pairs):,} articles of {part.label}; part of speech: {pos}", file=sys.stderr)
         start = time.perf_counter()
-        rows = attack_all(
-            given.out,
-            pairs,
-            given.group,
-            lambda group: attack_pairs(target, group, lists, options, given.seed, same_class),
-            given.resume,
-            progress=sys.stderr.isatty(),
-        )
+
+        def attack(group: list) -> list[dict]:
+            return attack_pairs(target, group, lists, options, given.seed, same_class)
+
+        rows = attack_all(given.out, pairs, given.group, attack, given.resume, progress=sys.stderr.isatty())
         seconds = time.perf_counter() - start
         references = [p.summary for p in pairs]
-        content |= {
-            "state": "finished",
-            "seconds": seconds,  # of this call: a resumed attack took longer in all
-            "figures": figures(rows, references, options.goal),
-            "calibration_before": calibration_of(target, [p.article for p in pairs], references),
-            "calibration_after": calibration_of(target, [row["article"] for row in rows], references),
-        }
+        content |= {"state": "finished", "seconds": seconds}  # of this call: a resumed attack took longer in all
+        content["figures"] = figures(rows, references, options.goal)
+        content["calibration_before"] = calibration_of(target, [p.article for p in pairs], references)
+        content["calibration_after"] = calibration_of(target, [row["article"] for row in rows], references)
         write_json(given.out / RESULT_FILE, content)
     print("\n".join(summary_lines(content)))
     print(f"  {given.out / RESULT_FILE}, {given.out / ROWS_FILE}")

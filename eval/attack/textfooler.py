@@ -9,7 +9,7 @@ import math
 import random
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from itertools import compress
+from itertools import compress, islice
 
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
@@ -117,13 +117,13 @@ def attack_group(
             raise ValueError(f"loss_of gave {len(losses)} losses for {len(asked)} texts")
         if bad := [loss for loss in losses if not math.isfinite(loss)]:
             raise ValueError(f"the loss of an article is {bad[0]}, expected a finite number (a diverged model?)")
-        answers, waiting_next = iter(losses), {}
-        for k, wanted in waiting.items():
+        answers = iter(losses)
+        for k, wanted in list(waiting.items()):
             try:
-                waiting_next[k] = searches[k].send([next(answers) for _ in wanted])
+                waiting[k] = searches[k].send(list(islice(answers, len(wanted))))
             except StopIteration as end:
                 results[k] = end.value
-        waiting = waiting_next
+                del waiting[k]
     return [results[k] for k in range(len(texts))]
 
 
