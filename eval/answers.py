@@ -51,7 +51,7 @@ def heldout_metrics(
     return {"loss": loss / count, **shown, "eval_tokens": m["tokens"]}
 
 
-PARTS = "answers.*.part"  # files of the answers that are there, one a rank
+PART_FILES = "answers.*.part"  # files of the answers that are there, one a rank
 CHARACTER_BYTES = 4  # of UTF-8, at most
 
 
@@ -84,7 +84,7 @@ def generate(
     depend on what else is made. ``stop``: strings that end an answer, and are cut off. ``calculator``: work out open
     <<annotations>>.
     """
-    parts, wanted = Parts(folder, PARTS, world), [(p.id, s) for s in range(samples + 1) for p in problems]
+    parts, wanted = Parts(folder, PART_FILES, world), [(p.id, s) for s in range(samples + 1) for p in problems]
     done = _by_sample(parts.read())
     todo = [w for w in wanted if w not in done][world.rank :: world.size]
     prompts = {p.id: prompter.prompt(p) for p in problems}
@@ -170,7 +170,7 @@ def _by_sample(rows: list[dict]) -> dict[tuple[str, int], dict]:
 
 def forget(folder: Path) -> None:
     """Removes the part files: their answers are final, or the weights have changed since."""
-    for part in folder.glob(PARTS):
+    for part in folder.glob(PART_FILES):
         part.unlink()
 
 

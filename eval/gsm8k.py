@@ -4,12 +4,10 @@
     python -m eval.gsm8k OURS.jsonl THEIRS.jsonl --data gsm8k --format code --out verdicts.jsonl
 
 A file of outputs, anyone's, has a line {"id", "output"} a sample. ``id`` is "test/17", or 17, the row of the split
-from 0. What does not fit:
-
-- An unknown id, a broken line or a missing field is an error, with its line.
-- A problem without an output is counted, reported and graded wrong: leaving out the hard ones gains nothing.
-- Several outputs of one id are an error, unless ``--k`` says that they are samples. Then each problem that has outputs
-  must have as many as the largest k, and pass@k is the mean of the unbiased estimator.
+from 0. An unknown id, a broken line or a missing field is an error, with its line. A problem without an output is
+reported and graded wrong: leaving out the hard ones gains nothing. Several outputs of one id are an error, unless
+``--k`` says that they are samples. Then each problem that has outputs must have as many as the largest k, and pass@k
+is the mean of the unbiased estimator.
 
 Extraction is lm-evaluation-harness': strict is the first ``#### NUMBER``, flexible the last match of a loose pattern
 for numbers. The comparison is numeric: 18.00 is 18. The harness compares strings, without commas, dollars and a last
@@ -70,10 +68,7 @@ def extract_strict(output: str) -> str | None:
 
 
 def extract_flexible(output: str) -> str | None:
-    """The last number, as the harness' pattern sees one: "$18.00" or "18," are numbers to it, and so is "..".
-
-    None where nothing matches.
-    """
+    """The last number, as the harness' pattern sees one: "$18.00", "18," and ".." are numbers to it. None without."""
     found = [match.group() for match in FLEXIBLE.finditer(output)]
     return found[-1] if found else None
 
@@ -233,10 +228,12 @@ def grade_code(
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """1 - C(n-c, k) / C(n, k): the chance that one of k samples drawn from n, of which c are right, is right.
+    """The chance that one of k samples drawn from n, of which c are right, is right, in exact integers:
 
-    The unbiased estimator of Chen et al., "Evaluating Large Language Models Trained on Code", 2021, equation 1, in
-    exact integers. Raises ValueError unless 0 <= c <= n and 1 <= k <= n.
+        1 - C(n-c, k) / C(n, k)
+
+    The unbiased estimator of Chen et al., "Evaluating Large Language Models Trained on Code", 2021, equation 1. Raises
+    ValueError unless 0 <= c <= n and 1 <= k <= n.
     """
     if not (0 <= c <= n and 1 <= k <= n):
         raise ValueError(f"n={n}, c={c}, k={k}: expected 0 <= c <= n and 1 <= k <= n")
@@ -267,10 +264,6 @@ def mcnemar_exact(only_a: int, only_b: int) -> float:
     n = only_a + only_b
     tail = sum(math.comb(n, i) for i in range(min(only_a, only_b) + 1))
     return float(min(Fraction(1), Fraction(2 * tail, 2**n)))
-
-
-# ----------------------------------------------------------------------------------------------
-# command line
 
 
 def describe_file(path: str, verdicts: Sequence[Verdict], ids: Sequence[str], found: Sequence[Score]) -> str:

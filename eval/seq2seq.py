@@ -56,10 +56,6 @@ def decoding(settings, tokenizer: SummaryTokenizer) -> Decoding:
     )
 
 
-# ----------------------------------------------------------------------------------------------
-# token-level, on the references
-
-
 def multiple_of(device: torch.device) -> int:
     """Lengths of batches are padded to a multiple of this: tensor cores like 8."""
     return 8 if device.type == "cuda" else 1
@@ -143,10 +139,6 @@ def final_metrics(
         entries |= {f"{name}_{k}": before[k] for k in KEYS} | {f"{name}_{k}_t": after.get(k) for k in KEYS}
         entries[f"{name}_tokens"] = before["eval_tokens"]
     return entries, bins
-
-
-# ----------------------------------------------------------------------------------------------
-# generated summaries, and what a step costs
 
 
 def generation_metrics(rows: list[dict], speed: float | None, *, bertscore: str = "", device: str = "cpu") -> dict:
@@ -260,11 +252,8 @@ def profile(
     tokens = int(source.numel() if mask is None else mask.sum()) + int((labels != IGNORE).sum())
     flops = float(len(source) * training_flops(model.config, source.shape[1], labels.shape[1]))
     median, peak = statistics.median(seconds), peak_flops(device, model.dtype)
-    return {
-        "pairs": len(source),
-        "source_tokens": source.shape[1],
-        "target_tokens": labels.shape[1],
-        "tokens": tokens,
+    cost = {"pairs": len(source), "source_tokens": source.shape[1], "target_tokens": labels.shape[1], "tokens": tokens}
+    return cost | {
         "ms_forward_backward": 1000 * median,
         "tokens_per_second": tokens / median,
         "peak_memory_bytes": peak_memory(device),

@@ -37,11 +37,8 @@ _ABBREVIATION = re.compile(
 
 
 def sentences(text: str) -> list[str]:
-    """The sentences of a summary: its lines where it has several, else split by rule at . ! ? before a capital.
-
-    CNN/DailyMail's references come a sentence a line, most models' outputs in one line. The rule keeps titles,
-    initials and the usual abbreviations; it needs no data. No sentence is blank.
-    """
+    """The sentences of a summary, none blank: its lines where it has several, as CNN/DailyMail's references do. One
+    line is split by rule at . ! ? before a capital; the rule knows titles, initials and the usual abbreviations."""
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     if len(lines) != 1:
         return lines
@@ -81,12 +78,12 @@ def rouge_scores(predictions: Sequence[str], references: Sequence[str]) -> dict[
 def files2rouge_scores(predictions: Sequence[str], references: Sequence[str]) -> dict[str, list[float]]:
     """F1 in percent of each pair in the convention of BART's published numbers: files2rouge_1, _2 and _L.
 
-    fairseq's README tokenises both sides with Stanford's PTBTokenizer and calls files2rouge, which starts a line behind
-    each " ." and runs ROUGE-1.5.5 with -c 95 -r 1000 -n 2 -a -m; its ROUGE-L is that of lines, `rougeLsum` here. What
-    differs from `rouge_scores`: brackets count as words (-LRB-), contractions come apart (do n't), sentences end at
-    full stops only, and the stemmer is Porter's own, not NLTK's. Three things differ from the Perl script: NLTK's
-    Treebank rules stand for Stanford's, it looks irregular forms up in WordNet's exceptions first (went: go), and an
-    empty prediction scores 0 where files2rouge stops. Raises as `rouge_scores`.
+    fairseq's README tokenises both sides with Stanford's PTBTokenizer and calls files2rouge. That starts a line behind
+    each " ." and runs ROUGE-1.5.5 with -c 95 -r 1000 -n 2 -a -m; its ROUGE-L is that of lines, our `rougeLsum`. Unlike
+    in `rouge_scores`, brackets are words (-LRB-), contractions come apart (do n't), sentences end at full stops only,
+    and the stemmer is Porter's own, not NLTK's. Unlike in the Perl script, NLTK's Treebank rules stand for Stanford's,
+    irregular forms are not looked up in WordNet's exceptions (went: go), and an empty prediction scores 0, where
+    files2rouge stops. Raises as `rouge_scores`.
     """
     _check_pairs(predictions, references)
     from nltk.stem.porter import PorterStemmer
@@ -94,7 +91,7 @@ def files2rouge_scores(predictions: Sequence[str], references: Sequence[str]) ->
 
     treebank, stemmer = TreebankWordTokenizer(), PorterStemmer(PorterStemmer.MARTIN_EXTENSIONS)
 
-    class Words:
+    class Stemmed:
         def tokenize(self, text: str) -> list[str]:
             found = re.findall(r"[a-z0-9]+", text.lower())
             return [stemmer.stem(word) if len(word) > 3 else word for word in found]
@@ -103,7 +100,7 @@ def files2rouge_scores(predictions: Sequence[str], references: Sequence[str]) ->
         words = (w for sentence in sentences(text) for w in treebank.tokenize(sentence, convert_parentheses=True))
         return " ".join(words).replace(" .", " .\n")
 
-    return _f1(predictions, references, FILES2ROUGE, Words(), lines)
+    return _f1(predictions, references, FILES2ROUGE, Stemmed(), lines)
 
 
 def _f1(
@@ -130,8 +127,8 @@ def rouge(predictions: Sequence[str], references: Sequence[str], *, resamples: i
 
 
 def lengths(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """Words (what white space separates) and sentences a text: means, the predictions' standard deviation, and
-    ``length_ratio``, the words of all predictions over those of all references. Errors as in `rouge_scores`."""
+    """Words (what white space separates) and sentences a text, as means; ``length_ratio`` is the words of all
+    predictions over those of all references. Errors as in `rouge_scores`."""
     _check_pairs(predictions, references)
     mine, theirs = ([len(text.split()) for text in texts] for texts in (predictions, references))
     return {
@@ -146,8 +143,7 @@ def lengths(predictions: Sequence[str], references: Sequence[str]) -> dict[str, 
 
 
 def summary_metrics(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """All of the above for one set of pairs, files2rouge's as means, and distinct_1 and distinct_2 of predictions and
-    references."""
+    """All of the above for one set of pairs, as means, and distinct_1 and distinct_2 of predictions and references."""
     out = {"examples": len(predictions)} | rouge(predictions, references) | lengths(predictions, references)
     out |= {k: math.fsum(v) / len(v) for k, v in files2rouge_scores(predictions, references).items()}
     for n in (1, 2):
@@ -211,10 +207,6 @@ def _check_pairs(predictions: Sequence[str], references: Sequence[str]) -> None:
         raise ValueError("no predictions to measure; expected at least one")
 
 
-# ----------------------------------------------------------------------------------------------
-# summaries as they are made
-
-
 def read_predictions(paths: Sequence[Path], key: str | int) -> dict[int, dict]:
     """Rows of predictions files by index, those made under ``key``, without half-written ones."""
     return _by_index((row for path in paths for row in whole_rows(path)), key)
@@ -258,16 +250,9 @@ def write_predictions(
             tokens, seconds = tokens + made.new_tokens, seconds + made.seconds
             for row, i in enumerate(rows.tolist()):
                 pair, n = pairs.pairs[i], int(made.lengths[row, 0])
-                fields = {
-                    "index": i,
-                    "id": pair.id,
-                    "key": key,
-                    "prediction": pairs.tokenizer.decode(made.tokens[row, 0, :n].tolist()),
-                    "reference": pair.summary,
-                    "tokens": n,
-                    "ended": bool(made.ended[row, 0]),
-                    "score": float(made.scores[row, 0]),
-                }
+                text = pairs.tokenizer.decode(made.tokens[row, 0, :n].tolist())
+                fields = {"index": i, "id": pair.id, "key": key, "prediction": text, "reference": pair.summary}
+                fields |= {"tokens": n, "ended": bool(made.ended[row, 0]), "score": float(made.scores[row, 0])}
                 file.write(json_line(fields))
     done = _by_index(parts.read(), key)
     if world.main:

@@ -7,11 +7,9 @@
     python -m races.fot_overhead --shape mini --device cpu --csv runs/overhead-mini.csv
 
 Two models of the same weights take turns on the same random batches: one under the linear schedule, one under FoT with
-every part that applies. The training step is that of train_lm.py or of finetune_gsm8k.py without its log lines, which
-cost both the same.
-
-FoT's cost is concentrated in a few steps: two measurements and a decision in a window of W steps. So the shares are of
-whole windows. A window begins between two decisions, so that the wait for the device in a decision falls within it.
+every part that applies. The training step is that of train_lm.py or finetune_gsm8k.py without its log lines. FoT's cost
+is concentrated in a few steps: two measurements and a decision in a window of W steps. So the shares are of whole
+windows, and a window begins between two decisions, so that the wait for the device in one falls within.
 
 On a GPU a turn is a window, without a synchronisation from outside. CUDA events time the parts of a step in further
 windows that do not count. On a CPU a turn is one step, and the claim is judged by the CPU time of the process, to which
@@ -51,12 +49,11 @@ from schedules.rules import lr_factor
 
 CLAIM = {"cuda": 0.2, "cpu": 1.0}  # per cent of the step
 SIDES = ("linear", "fot")
-OWN_PARTS = ("observe", "gradient statistics", "decision", "forecasts")  # FoT's alone
-PARTS = ("forward and backward", "observe", "gradient statistics", "clipping", "optimizer", "schedule")
-PARTS += ("decision", "forecasts")
+FOT_PARTS = ("observe", "gradient statistics", "decision", "forecasts")  # FoT's alone
+STEP_PARTS = ("forward and backward", "observe", "gradient statistics", "clipping", "optimizer", "schedule")
+STEP_PARTS += ("decision", "forecasts")
 COLUMNS = ("part", "linear_ms", "fot_ms", "added_percent", "low_percent", "high_percent")
 FEWEST_WINDOWS = 5  # the whole range of five holds the median with a chance of 15 in 16
-
 
 # Tokens in the vocabulary and of a row, the batch (sequences; problems for Qwen3), rows in one forward.
 Shape = namedtuple("Shape", "vocab seq_len batch micro_batch")
@@ -332,9 +329,9 @@ def cost_rows(sides: list[Side], parts: list[dict[str, float]], steps: int, args
         medians = (1000 * np.median(took[..., clock], (1, 2)) / args.turn).tolist()
         yield dict(zip(COLUMNS, (name, *medians, *interval(100 * (fot / linear - 1))), strict=True))
     whole = sum(parts[0].values())
-    timed = sum(parts[1][name] for name in OWN_PARTS)
+    timed = sum(parts[1][name] for name in FOT_PARTS)
     yield {"part": "timed alone", "linear_ms": 0.0, "fot_ms": timed / steps, "added_percent": 100 * timed / whole}
-    for name in PARTS:
+    for name in STEP_PARTS:
         a, b = parts[0][name], parts[1][name]
         yield {"part": name, "linear_ms": a / steps, "fot_ms": b / steps, "added_percent": 100 * (b - a) / whole}
 

@@ -34,26 +34,11 @@ PRINTED_TIME = re.compile(r"^iter \d+: loss \S+, time ([\d.]+)ms", re.M)
 
 def nanogpt_ms(dataset: str, args) -> float:
     """Milliseconds a step of one nanoGPT process: the median of ten-step means, the first left out."""
-    flags = dict(
-        dataset=dataset,
-        device=args.device,
-        compile=args.device == "cuda",
-        eval_iters=1,
-        eval_interval=10**9,
-        log_interval=1,
-        block_size=args.seq_len,
-        batch_size=args.batch,
-        gradient_accumulation_steps=1,
-        dropout=0.0,
-        bias=True,
-        max_iters=args.steps,
-        lr_decay_iters=args.steps,
-        warmup_iters=10,
-        learning_rate=1e-3,
-        min_lr=1e-4,
-        out_dir=tempfile.mkdtemp(),
-        **SIZES[args.model],
-    )
+    flags = dict(dataset=dataset, device=args.device, compile=args.device == "cuda", out_dir=tempfile.mkdtemp())
+    flags |= dict(block_size=args.seq_len, dropout=0.0, bias=True, **SIZES[args.model])
+    flags |= dict(batch_size=args.batch, gradient_accumulation_steps=1, max_iters=args.steps)
+    flags |= dict(learning_rate=1e-3, min_lr=1e-4, warmup_iters=10, lr_decay_iters=args.steps)
+    flags |= dict(log_interval=1, eval_interval=10**9, eval_iters=1)
     line = command("train.py") + [f"--{name}={value}" for name, value in flags.items()]
     printed = output_of(line, "nanoGPT's train.py did not run", cwd=args.checkout)
     # Its iteration 0 is an evaluation and a step; the last one printed is step max_iters + 1.
@@ -122,12 +107,8 @@ def main(argv: list[str] | None = None) -> int:
             rounds.append(row)
             print(f"round {i + 1}: " + ", ".join(f"{k} {v:.1f} ms" for k, v in row.items()), flush=True)
     tokens = args.batch * args.seq_len
-    result = {
-        "model": args.model,
-        "vocab": vocab,
-        "batch": args.batch,
-        "seq_len": args.seq_len,
-        "rounds_ms": rounds,
+    result = {"model": args.model, "vocab": vocab, "batch": args.batch, "seq_len": args.seq_len, "rounds_ms": rounds}
+    result |= {
         "tokens_per_second": {k: tokens * 1000 / statistics.median(r[k] for r in rounds) for k in rounds[0]},
         "ce_over_nanogpt": statistics.median(r["nanogpt"] / r["ce"] for r in rounds),
         "dpsm_over_ce": statistics.median(r["ce"] / r["dpsm"] for r in rounds),

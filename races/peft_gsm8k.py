@@ -35,7 +35,7 @@ SHAPES = {
     "tiny": Qwen3Config(300, 64, 128, 2, 4, 2, 16, 512, tie_word_embeddings=True),
 }
 SIDES = ("theirs", "ours")
-PARTS = ("train", "evaluate")
+TURNS = ("train", "evaluate")
 
 
 def our_loss(folder: Path, base: str, rank: int, dtype: torch.dtype, device: torch.device):
@@ -135,6 +135,7 @@ def their_generate(folder: Path, dtype: torch.dtype, device: torch.device):
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, attn_implementation="sdpa", device_map={"": device}
     ).eval()
+    greedy = dict(do_sample=False, pad_token_id=0, eos_token_id=None)
 
     def generate(prompts, batch: int, new: int) -> int:
         made = 0
@@ -145,13 +146,7 @@ def their_generate(folder: Path, dtype: torch.dtype, device: torch.device):
             tokens = torch.tensor([[0] * (width - len(p)) + p for p in part], device=device)
             mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in part], device=device)
             out = model.generate(
-                input_ids=tokens,
-                attention_mask=mask,
-                max_new_tokens=new,
-                min_new_tokens=new,
-                do_sample=False,
-                pad_token_id=0,
-                eos_token_id=None,
+                input_ids=tokens, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, **greedy
             )
             made += len(part) * (out.shape[1] - width)
         return made
@@ -221,7 +216,7 @@ def main(argv: list[str] | None = None) -> int:
         device = start_world(args.device).device
         if args.turn:
             part, _, side = args.turn.partition(":")
-            if part not in PARTS or side not in SIDES:
+            if part not in TURNS or side not in SIDES:
                 raise ValueError(f"--turn {args.turn!r}: expected train or evaluate, a colon, and theirs or ours")
             print(json.dumps((train_turn if part == "train" else evaluate_turn)(args, side, device)))
             return 0
@@ -230,7 +225,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.model is None:
             torch.manual_seed(0)
             save_qwen3(Qwen3(SHAPES[args.shape]), args.out / "model", dtype=torch.bfloat16)
-        parts = PARTS if args.prompts else PARTS[:1]
+        parts = TURNS if args.prompts else TURNS[:1]
         rows, model = [], (args.model or args.out / "model").resolve()
         for i in range(args.rounds):
             for part in parts:

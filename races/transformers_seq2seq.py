@@ -47,17 +47,12 @@ def their_model(config: Seq2SeqConfig, dtype: torch.dtype, device: torch.device)
     return BartForConditionalGeneration(theirs).to(device, dtype)
 
 
-def our_model(config: Seq2SeqConfig, dtype: torch.dtype, device: torch.device) -> Seq2Seq:
-    """Ours, with fp32 parameters and activations in ``dtype``."""
-    return Seq2Seq(config, dtype).to(device)
-
-
-def train(side: str, config: Seq2SeqConfig, batch: int, args) -> tuple[float, int | None]:
+def train_turn(side: str, config: Seq2SeqConfig, batch: int, args) -> tuple[float, int | None]:
     """(median milliseconds of --steps training steps after --warm ones, peak bytes on CUDA) of one side."""
     common.forget_peak(args.device)
     torch.manual_seed(0)
     device, theirs = args.device, side == "transformers"
-    model = their_model(config, torch.float32, device) if theirs else our_model(config, args.dtype, device)
+    model = their_model(config, torch.float32, device) if theirs else Seq2Seq(config, args.dtype).to(device)
     model.train()
     if args.compile == "both" or (args.compile == "ours" and not theirs):
         if theirs:
@@ -89,21 +84,22 @@ def train(side: str, config: Seq2SeqConfig, batch: int, args) -> tuple[float, in
 
 
 @torch.no_grad()
-def decode(side: str, config: Seq2SeqConfig, batch: int, args) -> tuple[float, int | None]:
+def generate_turn(side: str, config: Seq2SeqConfig, batch: int, args) -> tuple[float, int | None]:
     """(milliseconds of generating --new-tokens with --beams for a whole batch, the faster of two after one that warms
     up; peak bytes on CUDA) of one side."""
     common.forget_peak(args.device)
     torch.manual_seed(0)
     device, n = args.device, args.new_tokens
-    build = their_model if side == "transformers" else our_model
-    model = build(config, args.dtype, device).to(args.dtype).eval()
+    theirs = side == "transformers"
+    model = their_model(config, args.dtype, device) if theirs else Seq2Seq(config, args.dtype).to(device, args.dtype)
+    model.eval()
     source = torch.randint(5, config.vocab_size, (batch, args.source), device=device)
     options = Decoding(n, n, args.beams, eos_id=config.eos_token_id, pad_id=config.pad_token_id)
     like = dict(num_beams=args.beams, min_new_tokens=n, max_new_tokens=n, do_sample=False, early_stopping=False)
     lengths = []
 
     def run() -> None:
-        if side == "transformers":
+        if theirs:
             made = model.generate(source, attention_mask=torch.ones_like(source), **like).shape[1] - 1
         else:
             made = generate(model, source, options, compile=None if args.compile == "none" else {}).tokens.shape[2]
@@ -116,7 +112,7 @@ def decode(side: str, config: Seq2SeqConfig, batch: int, args) -> tuple[float, i
 
 
 # Of a task: how a turn is measured, and who takes part. A score does not change decoding.
-TASKS = {"train": (train, SIDES), "generate": (decode, SIDES[:2])}
+TASKS = {"train": (train_turn, SIDES), "generate": (generate_turn, SIDES[:2])}
 
 
 def main(argv: list[str] | None = None) -> int:

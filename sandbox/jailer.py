@@ -13,6 +13,7 @@ A program in mode ``namespaces`` is the grandchild of a guard:
           program   all the others in its namespace do
 """
 
+import contextlib
 import ctypes
 import functools
 import json
@@ -167,11 +168,9 @@ class _Jail:
         """Reads what is left in the pipes. Their writers are dead, but in mode limits one may have got away."""
         for fd, data in streams.items():
             os.set_blocking(fd, False)
-            try:
+            with contextlib.suppress(BlockingIOError):  # a writer lives; what it says later is not the program's output
                 while len(data) <= limits.output_bytes and (more := os.read(fd, 65536)):
                     data += more
-            except BlockingIOError:
-                pass  # a writer lives; what it says later is not the program's output
             os.close(fd)
 
     def _folder(self, code: str) -> str:
@@ -326,10 +325,8 @@ def _kill_children(guard: int) -> tuple[int, int]:
         if time.monotonic() > patience:
             return raw, max(1, len(left))
         for pid in left:
-            try:
+            with contextlib.suppress(ProcessLookupError):  # it ended by itself
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass  # it ended by itself
         time.sleep(0.001)
 
 
@@ -337,22 +334,18 @@ def _parents() -> Iterator[tuple[int, int]]:
     """(process, its parent) of all processes there are."""
     for name in os.listdir("/proc"):
         if name.isdigit():
-            try:
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # ended meanwhile
                 with open(f"/proc/{name}/stat", "rb") as file:
                     yield int(name), int(file.read().rpartition(b")")[2].split()[1])
-            except (FileNotFoundError, ProcessLookupError):
-                pass  # ended meanwhile
 
 
 def _tasks(user: int) -> int:
     """Processes and threads of a user."""
     count = 0
     for pid, _ in _parents():
-        try:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # ended meanwhile
             if os.stat(f"/proc/{pid}").st_uid == user:
                 count += len(os.listdir(f"/proc/{pid}/task"))
-        except (FileNotFoundError, ProcessLookupError):
-            pass  # ended meanwhile
     return count
 
 

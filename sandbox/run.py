@@ -1,5 +1,6 @@
 """The caller's side of the sandbox: starts jailers, hands them programs and yields the results in order."""
 
+import contextlib
 import functools
 import json
 import os
@@ -45,12 +46,11 @@ class Limits:
 
 
 class Result(NamedTuple):
-    """What became of a program. Output is UTF-8 with malformed bytes replaced. It is kept up to the end of the program,
-    also where that was killed. ``status`` is one of
+    """What became of a program. Output is UTF-8 with malformed bytes replaced; it is whatever came before the end.
 
-    - ok: exit code 0; error: another exit code; memory: a MemoryError
-    - timeout: the wall clock; cpu: CPU seconds; output: too much of it; killed: by a signal, as in a crash
-    - lost: the sandbox could not run it, or was itself destroyed; stderr says what is known.
+    ``status``: ok (exit code 0), error (another), memory (a MemoryError), timeout (the wall clock), cpu, output (too
+    much of it), killed (by a signal, as in a crash), or lost: the sandbox could not run it, or was itself destroyed;
+    stderr says what is known.
     """
 
     stdout: str
@@ -197,10 +197,8 @@ class _Jailer:
         with self._process as process:  # closes the pipes and reaps
             if not self.alive:
                 process.kill()
-            try:
+            with contextlib.suppress(BrokenPipeError):  # bytes of a request that nobody is left to read
                 process.stdin.close()
-            except BrokenPipeError:
-                pass  # bytes of a request that nobody is left to read
             try:
                 process.wait(GRACE)
             except subprocess.TimeoutExpired:

@@ -24,6 +24,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -54,10 +55,6 @@ ROWS_FILE, RESULT_FILE = "attack.jsonl", "attack.json"
 KEPT = ("changed", "queries", "loss_before", "loss_after", "words", "stop")  # of an Attack, in attack.jsonl
 # What a resumed attack may change: where it runs and what it shows.
 MAY_CHANGE = ("out", "resume", "device", "batch")
-
-
-# ----------------------------------------------------------------------------------------------
-# a model under attack
 
 
 class Target:
@@ -145,7 +142,8 @@ def attack_pairs(
     rngs = [random.Random(f"{seed}/{p.id}") for p in pairs]  # of the article alone: the groups change nothing
     embed_of = None if options.min_similarity is None else target.embed
     limits = [target.words_read(article) for article in articles]
-    attacks = attack_group(articles, loss_of, lists, options, rngs, same_class, embed_of, limits)
+    how = dict(same_class=same_class, embed_of=embed_of, limits=limits)
+    attacks = attack_group(articles, loss_of, lists, options, rngs, **how)
     written = target.summaries([*articles, *(a.text for a in attacks)])
     rows = []
     for pair, found, before, after in zip(pairs, attacks, written[: len(pairs)], written[len(pairs) :], strict=True):
@@ -297,10 +295,6 @@ def summary_lines(content: dict) -> list[str]:
     return [*lines, "  how this differs from the published recipe:", *(f"  - {d}" for d in content["differences"])]
 
 
-# ----------------------------------------------------------------------------------------------
-# command line
-
-
 def load_target(run: Path, checkpoint: str, data: str, device: torch.device, batch: int) -> tuple[Target, dict]:
     """The model of a run of finetune_seq2seq.py with that run's limits and search, or a model's plain folder with the
     published ones of its kind; and what to record of it."""
@@ -424,10 +418,7 @@ def main(arguments: list[str] | None = None) -> None:
         write_json(given.out / RESULT_FILE, content)
         print(f"attacking {len(pairs):,} articles of {part.label}; part of speech: {pos}", file=sys.stderr)
         start = time.perf_counter()
-
-        def attack(group: list) -> list[dict]:
-            return attack_pairs(target, group, lists, options, given.seed, same_class)
-
+        attack = partial(attack_pairs, target, lists=lists, options=options, seed=given.seed, same_class=same_class)
         rows = attack_all(given.out, pairs, given.group, attack, given.resume, progress=sys.stderr.isatty())
         seconds = time.perf_counter() - start
         references = [p.summary for p in pairs]

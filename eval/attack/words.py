@@ -4,9 +4,6 @@ import contextlib
 import re
 from collections.abc import Callable
 
-# ----------------------------------------------------------------------------------------------
-# words of a text
-
 _CHUNK = re.compile(r"\S+")
 # Punctuation, the word, a possessive and punctuation. All but the word stays when the word is exchanged.
 _WORD = re.compile(r"(\W*)([^\W\d_]+)((?:['’]s)?\W*)")
@@ -71,9 +68,6 @@ def exchangeable(words: Words, i: int, keep_names: bool) -> bool:
         return False
     return not keep_names or core.islower() or (core.istitle() and words.starts_sentence(i))
 
-
-# ----------------------------------------------------------------------------------------------
-# part of speech
 
 _SUFFIXES = (
     ("adverb", ("ly",)),

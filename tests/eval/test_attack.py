@@ -31,7 +31,7 @@ NEIGHBOURS = {
 }
 LISTS = WordLists(NEIGHBOURS, stop_words=frozenset(["the", "a", "of"]))
 TEXT = 'The old film, "Big Town", was a film of\nthe BIG old town.  End'
-FREE = dict(max_changed=1.0, goal=float("inf"), keep_names=False)
+UNBOUNDED = dict(max_changed=1.0, goal=float("inf"), keep_names=False)
 
 
 class Toy:
@@ -47,7 +47,7 @@ class Toy:
 
 
 def attack(loss, text=TEXT, seed=0, lists=LISTS, **options):
-    return attack_article(text, loss, lists, AttackOptions(**(FREE | options)), random.Random(seed))
+    return attack_article(text, loss, lists, AttackOptions(**(UNBOUNDED | options)), random.Random(seed))
 
 
 def test_the_best_attack_on_an_additive_loss():
@@ -114,7 +114,7 @@ def test_the_same_seed_gives_the_same_attack():
 def test_a_group_gives_what_each_article_alone_gives():
     loss = Toy(movie=0.5, vast=0.25, city=0.125, film=-0.25)
     texts = [TEXT, "", "old town", "nothing here", "the film of the old big town"]
-    options, seeds = AttackOptions(**(FREE | dict(queries=9))), range(len(texts))
+    options, seeds = AttackOptions(**(UNBOUNDED | dict(queries=9))), range(len(texts))
     group = attack_group(
         texts, lambda asked: loss([t for _, t in asked]), LISTS, options, [random.Random(s) for s in seeds]
     )
@@ -168,7 +168,7 @@ def test_the_share_bounds_the_changes():
     for share in (0.0, 0.1, 0.25, 0.5):
         found = attack(harm, max_changed=share)
         assert len(found.changed) == min(int(share * 14), 7) and found.words == 14
-    limited = attack_article(TEXT, harm, LISTS, AttackOptions(**FREE), random.Random(0), limit=3)
+    limited = attack_article(TEXT, harm, LISTS, AttackOptions(**UNBOUNDED), random.Random(0), limit=3)
     assert limited.words == 3 and [i for i, _, _ in limited.changed] == [1, 2]
 
 
@@ -180,7 +180,7 @@ def test_the_similarity_bound_compares_windows_with_the_original():
         return torch.tensor([[1.0, sum(t.count(w) for w in ("movie", "huge"))] for t in texts])
 
     harm = Toy(movie=3.0, huge=3.0, flick=1.0, vast=1.0, film=-1.0)
-    options = AttackOptions(**(FREE | dict(min_similarity=0.9, window=3)))
+    options = AttackOptions(**(UNBOUNDED | dict(min_similarity=0.9, window=3)))
     found = attack_article("big old film", harm, LISTS, options, random.Random(0), embed_of=embed)
     assert found.text == "vast old flick"
     # 1 + 3 ranked + flick, picture + aged + vast: what is too far is not asked
@@ -197,7 +197,7 @@ def test_small_changes_of_meaning_add_up():
         return torch.tensor([[1.0, 0.4 * sum(w not in NEIGHBOURS for w in t.split())] for t in texts])
 
     harm = Toy(movie=1.0, huge=1.0, city=1.0)
-    options = AttackOptions(**(FREE | dict(min_similarity=0.75, window=9)))
+    options = AttackOptions(**(UNBOUNDED | dict(min_similarity=0.75, window=9)))
     found = attack_article("big film town", harm, LISTS, options, random.Random(0), embed_of=embed)
     assert len(found.changed) == 2 and found.stop == "words"
 

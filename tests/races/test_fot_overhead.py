@@ -23,15 +23,15 @@ def measured(flags: list[str], folder) -> dict[str, dict]:
 @pytest.mark.parametrize("shape", ["pico", "qwen3-tiny"])
 def test_the_table(shape, tmp_path, capsys):
     rows = measured([*PICO, "--shape", shape], tmp_path)
-    assert list(rows) == ["step", "step, CPU time", "timed alone", *overhead.PARTS]
+    assert list(rows) == ["step", "step, CPU time", "timed alone", *overhead.STEP_PARTS]
     value = {name: {k: float(row[k] or 0) for k in overhead.COLUMNS[1:]} for name, row in rows.items()}
     for name in ("step", "step, CPU time"):
         assert value[name]["low_percent"] <= value[name]["added_percent"] <= value[name]["high_percent"]
-    for part in overhead.OWN_PARTS:
+    for part in overhead.FOT_PARTS:
         assert value[part]["linear_ms"] == 0 < value[part]["fot_ms"]
     # The parts are the whole step: its median is of steps that decide nothing, the parts' sum is the mean of all.
     for side in ("linear_ms", "fot_ms"):
-        parts, median = sum(value[part][side] for part in overhead.PARTS), value["step, CPU time"][side]
+        parts, median = sum(value[part][side] for part in overhead.STEP_PARTS), value["step, CPU time"][side]
         assert 0.5 * median < parts < 10 * median
     same = rows["step"]
     assert same["shape"] == shape and same["window"] == "8" and same["device"].startswith("CPU")
