@@ -21,8 +21,9 @@ import torch
 from runtime.folder import write_bytes
 
 
-def race_parser(doc: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+def race_parser(name: str, doc: str) -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(prog=f"python -m races.{name}", description=doc, formatter_class=raw)
 
 
 def check_least(args: argparse.Namespace, **least: int) -> None:

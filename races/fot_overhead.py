@@ -338,7 +338,7 @@ def cost_rows(sides: list[Side], parts: list[dict[str, float]], steps: int, args
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, torch.device]:
     """The flags, with what depends on the shape and the device filled in. Raises ValueError for one out of range."""
-    parser = common.race_parser(__doc__)
+    parser = common.race_parser("fot_overhead", __doc__)
     parser.add_argument("--shape", default="gpt2", choices=SHAPES, help="(default: %(default)s)")
     parser.add_argument("--batch", type=int, help="sequences, or problems for Qwen3, in a step (default: the shape's)")
     parser.add_argument("--micro-batch", type=int, help="rows in one forward (default: the shape's)")

@@ -79,7 +79,7 @@ def write_dataset(args) -> tuple[str, int]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = race_parser(__doc__)
+    parser = race_parser("nanogpt", __doc__)
     parser.add_argument("checkout", type=Path, help="a checkout of nanoGPT")
     parser.add_argument("--data", default="pydoc")
     parser.add_argument("--tokenizer", default="bpe:257", help="fixes the vocabulary of both (default: bytes and EOS)")

@@ -191,7 +191,7 @@ def run_turn(part: str, side: str, argv: list[str], model: Path) -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    parser = common.race_parser(__doc__)
+    parser = common.race_parser("peft_gsm8k", __doc__)
     parser.add_argument("--shape", default="0.6b", choices=SHAPES, help="(default: %(default)s, Qwen3-0.6B's)")
     parser.add_argument("--base", default="nf4", choices=BASES, help="(default: %(default)s)")
     parser.add_argument("--rank", type=int, default=64)

@@ -116,7 +116,7 @@ TASKS = {"train": (train_turn, SIDES), "generate": (generate_turn, SIDES[:2])}
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = common.race_parser(__doc__)
+    parser = common.race_parser("transformers_seq2seq", __doc__)
     parser.add_argument("model", choices=[name for name in SIZES if name.startswith("bart")])
     parser.add_argument("--batch", type=int, default=64, help="pairs in a step, halved until they fit (default: 64)")
     parser.add_argument("--source", type=int, default=1024, help="tokens of a source (default: 1024)")
