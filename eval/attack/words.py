@@ -69,15 +69,15 @@ def exchangeable(words: Words, i: int, keep_names: bool) -> bool:
     return not keep_names or core.islower() or (core.istitle() and words.starts_sentence(i))
 
 
-_SUFFIXES = (
-    ("adverb", ("ly",)),
-    ("-ing", ("ing",)),
-    ("-ed", ("ed",)),
-    ("noun", ("tion", "sion", "ment", "ness", "ity", "ism", "ship", "hood", "ance", "ence")),
-    ("adjective", ("ous", "ful", "less", "able", "ible", "ive", "ical", "ic", "ish")),
-    ("superlative", ("est",)),
-    ("-s", ("s",)),
-)
+_ENDINGS = {
+    "adverb": "ly",
+    "-ing": "ing",
+    "-ed": "ed",
+    "noun": "tion|sion|ment|ness|ity|ism|ship|hood|ance|ence",
+    "adjective": "ous|ful|less|able|ible|ive|ical|ic|ish",
+    "superlative": "est",
+    "-s": "(?<![sui])s",
+}
 
 
 def suffix_class(word: str) -> str:
@@ -86,12 +86,9 @@ def suffix_class(word: str) -> str:
     The first of these with a known ending after at least three letters counts. Words in -ss, -us and -is are no
     plurals. It stands in for a tagger: it is coarse and has no context, and irregular forms are "base".
     """
-    word = word.lower()
-    for name, endings in _SUFFIXES:
-        for ending in endings:
-            if word.endswith(ending) and len(word) >= len(ending) + 3:
-                if name != "-s" or word[-2] not in "sui":
-                    return name
+    for name, endings in _ENDINGS.items():
+        if re.search(f"...({endings})$", word.lower()):
+            return name
     return "base"
 
 
