@@ -204,7 +204,15 @@ def test_small_changes_of_meaning_add_up():
 
 def test_part_of_speech():
     assert [suffix_class(w) for w in ("Running", "sing", "quickly", "films", "glass", "station", "famous", "best")] == [
-        "-ing", "base", "adverb", "-s", "base", "noun", "adjective", "base"]  # fmt: skip
+        "-ing",
+        "base",
+        "adverb",
+        "-s",
+        "base",
+        "noun",
+        "adjective",
+        "base",
+    ]
     lists = WordLists({"film": ["filming", "movie"], "films": ["movie", "movies"]})
     found = attack(Toy(filming=5.0, movie=2.0, movies=1.0), text="film films", lists=lists)
     assert found.text == "movie movies"
@@ -441,8 +449,15 @@ def tiny(corpus, tmp_path_factory):
     shape = dict(decoder_start_token_id=tokenizer.eos_id, vocab_size=tokenizer.vocab_size, init_std=0.2)
     torch.manual_seed(0)
     model = Seq2Seq(bart_config(1, 32, 2, **ids, **shape, max_position_embeddings=256))
-    config = Config(data="arithmetic", size="bart-tiny", random_start=True, preset="none", max_source=192,
-                    max_target=24, max_new_tokens=12)  # fmt: skip
+    config = Config(
+        data="arithmetic",
+        size="bart-tiny",
+        random_start=True,
+        preset="none",
+        max_source=192,
+        max_target=24,
+        max_new_tokens=12,
+    )
     config = with_preset(config)
     run = folder / "run"
     run.mkdir()
@@ -499,10 +514,32 @@ def test_embeddings_do_not_depend_on_the_batch(tiny):
 
 def run_main(tiny, out, *more):
     _, _, run, data, lists = tiny
-    script.main([
-        str(run), "--data", str(data), "--out", str(out), "--words", str(lists), "--articles", "7", "--queries", "40",
-        "--group", "3", "--goal", "0.2", "--max-changed", "0.3", "--pos", "none", "--device", "cpu", *more,
-    ])  # fmt: skip
+    script.main(
+        [
+            str(run),
+            "--data",
+            str(data),
+            "--out",
+            str(out),
+            "--words",
+            str(lists),
+            "--articles",
+            "7",
+            "--queries",
+            "40",
+            "--group",
+            "3",
+            "--goal",
+            "0.2",
+            "--max-changed",
+            "0.3",
+            "--pos",
+            "none",
+            "--device",
+            "cpu",
+            *more,
+        ]
+    )
 
 
 def test_the_command_attacks_resumes_and_reports(tiny, tmp_path, capsys):
@@ -544,10 +581,25 @@ def test_a_plain_model_folder_is_attacked_with_the_published_search(tiny, corpus
     model = Seq2Seq(bart_config(1, 32, 2, **ids, decoder_start_token_id=2, max_position_embeddings=160))
     extra = {"tokenizer.json": vocabulary.to_str().encode(), "tokenizer_config.json": b'{"eos_token": "</s>"}'}
     save_seq2seq(model, tmp_path / "bart", extra)
-    script.main([
-        str(tmp_path / "bart"), "--data", str(data), "--out", str(tmp_path / "out"), "--words", str(lists),
-        "--articles", "2", "--queries", "12", "--pos", "none", "--device", "cpu",
-    ])  # fmt: skip
+    script.main(
+        [
+            str(tmp_path / "bart"),
+            "--data",
+            str(data),
+            "--out",
+            str(tmp_path / "out"),
+            "--words",
+            str(lists),
+            "--articles",
+            "2",
+            "--queries",
+            "12",
+            "--pos",
+            "none",
+            "--device",
+            "cpu",
+        ]
+    )
     config = json.loads((tmp_path / "out" / "attack.json").read_text())["config"]
     assert config["max_source"] == 160  # of a recipe's 1024, what the model has
     assert config["decoding"]["num_beams"] == 4 and config["decoding"]["max_new_tokens"] == 141

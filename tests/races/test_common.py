@@ -24,8 +24,11 @@ def test_memory_ends_a_batch_is_halved(monkeypatch):
 
 
 def test_a_ratio_is_the_median_over_rounds():
-    rows = [{"round": i, "side": side, "ms": ms} for i, pair in enumerate([(2, 1), (9, 3), (8, 2)])
-            for side, ms in zip("ab", pair, strict=True)]  # fmt: skip
+    rows = [
+        {"round": i, "side": side, "ms": ms}
+        for i, pair in enumerate([(2, 1), (9, 3), (8, 2)])
+        for side, ms in zip("ab", pair, strict=True)
+    ]
     assert common.median_ratio(iter(rows), "ms", "a", "b") == 3
 
 

@@ -104,10 +104,13 @@ def test_interval_and_judgement():
         ("--batch 1: expected at least 2", "--batch 1"),
         ("--batch 8 is not a multiple of --micro-batch 3", "--micro-batch 3"),
         ("--rank 0: expected at least 1", "--rank 0"),
-        pytest.param("torch sees no CUDA", "--device cuda", marks=pytest.mark.skipif(
-            torch.cuda.is_available(), reason="there is a CUDA device")),
+        pytest.param(
+            "torch sees no CUDA",
+            "--device cuda",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device"),
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_flags(match, more, capsys):
     with pytest.raises(SystemExit) as stopped:
         overhead.main([*PICO, *more.split()])
