@@ -49,6 +49,13 @@ def our_loss(folder: Path, base: str, rank: int, dtype: torch.dtype, device: tor
     return model, loss
 
 
+def their_model(folder: Path, dtype: torch.dtype, device: torch.device, **more):
+    from transformers import AutoModelForCausalLM
+
+    more |= dict(attn_implementation="sdpa", device_map={"": device})
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **more)
+
+
 def their_loss(folder: Path, base: str, rank: int, dtype: torch.dtype, device: torch.device):
     import peft
     import transformers
@@ -56,13 +63,8 @@ def their_loss(folder: Path, base: str, rank: int, dtype: torch.dtype, device: t
     quantised = transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=torch.float32 if base == "fp32" else torch.bfloat16,
-        attn_implementation="sdpa",
-        device_map={"": device},
-        quantization_config=quantised if base == "nf4" else None,
-    )
+    plain = torch.float32 if base == "fp32" else torch.bfloat16
+    model = their_model(folder, plain, device, quantization_config=quantised if base == "nf4" else None)
     config = peft.LoraConfig(r=rank, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     model = peft.get_peft_model(model, config)
     model.config.use_cache = False
@@ -130,11 +132,7 @@ def our_generate(folder: Path, dtype: torch.dtype, device: torch.device):
 
 
 def their_generate(folder: Path, dtype: torch.dtype, device: torch.device):
-    import transformers
-
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation="sdpa", device_map={"": device}
-    ).eval()
+    model = their_model(folder, dtype, device).eval()
     greedy = dict(do_sample=False, pad_token_id=0, eos_token_id=None)
 
     def generate(prompts, batch: int, new: int) -> int:
