@@ -3,21 +3,19 @@
     python -m eval.gsm8k OUTPUTS.jsonl --data gsm8k
     python -m eval.gsm8k OURS.jsonl THEIRS.jsonl --data gsm8k --format code --out verdicts.jsonl
 
-A file of outputs, anyone's, has a line {"id", "output"} a sample; ``id`` is "test/17", or 17, the row of the split
-from 0. The rules for what does not fit:
-
-- an unknown id, a broken line or a missing field: an error, with its line;
-- a problem without an output: counted, reported, and graded wrong, so that leaving out the hard ones gains nothing;
-- several outputs of one id: an error, unless ``--k`` says that they are samples. Then each problem that has outputs
-  must have as many as the largest k, and pass@k is the mean of the unbiased estimator.
+A file of outputs, anyone's, has a line {"id", "output"} a sample. ``id`` is "test/17", or 17, the row of the split
+from 0. An unknown id, a broken line or a missing field is an error, with its line. A problem without an output is
+reported and graded wrong: leaving out the hard ones gains nothing. Several outputs of one id are an error, unless
+``--k`` says that they are samples. Then each problem that has outputs must have as many as the largest k, and pass@k
+is the mean of the unbiased estimator.
 
 Extraction is lm-evaluation-harness': strict is the first ``#### NUMBER``, flexible the last match of a loose pattern
-for numbers. The comparison is numeric, where the harness compares strings after taking out commas, dollars and a last
-full stop: 18.00 is 18 here and not there.
+for numbers. The comparison is numeric: 18.00 is 18. The harness compares strings, without commas, dollars and a last
+full stop.
 
-``--format code``: an output is a program, or holds one in a fenced block (the last counts). It is run in sandbox.run;
-its answer is the last number it printed, of a tuple or list its first element. A program that did not end by itself
-with exit code 0 is invalid and wrong, whatever it printed before.
+``--format code``: an output is a program, or holds one in a fenced block (the last counts). It runs in the sandbox. Its
+answer is the last number it printed, of a tuple or list its first element. A program that did not end by itself with
+exit code 0 is invalid and wrong, whatever it printed before.
 """
 
 import argparse
@@ -29,12 +27,17 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import tee
 from pathlib import Path
 from typing import NamedTuple
 
+from eval.rows import write_rows
 from eval.stats import bootstrap_interval, paired
+from runtime.cli import user_errors
+from sandbox import Limits, run_many
 
 FORMATS = ("text", "code")
+PACKAGES_MEMORY = 2 << 30  # bytes of address space of a program that imports packages: numpy maps more than it uses
 # Task gsm8k of lm-evaluation-harness, filters strict-match and flexible-extract.
 STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
 FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
@@ -65,10 +68,7 @@ def extract_strict(output: str) -> str | None:
 
 
 def extract_flexible(output: str) -> str | None:
-    """The last number, as the harness' pattern sees one: "$18.00" or "18," are numbers to it, and so is "..".
-
-    None where nothing matches.
-    """
+    """The last number, as the harness' pattern sees one: "$18.00", "18," and ".." are numbers to it. None without."""
     found = [match.group() for match in FLEXIBLE.finditer(output)]
     return found[-1] if found else None
 
@@ -169,9 +169,8 @@ def read_outputs(path: str | Path, ids: Sequence[str]) -> list[Sample]:
             raise ValueError(f"{path} line {number}: expected an object with id and a text output")
         name = f"{split}/{row['id']}" if re.fullmatch(r"\d+", str(row["id"])) else str(row["id"])
         if name not in known:
-            raise ValueError(
-                f"{path} line {number}: unknown id {row['id']!r}, expected {ids[0]} to {ids[-1]} or the number alone"
-            )
+            expected = f"{ids[0]} to {ids[-1]} or the number alone"
+            raise ValueError(f"{path} line {number}: unknown id {row['id']!r}, expected {expected}")
         samples.append(Sample(name, row["output"]))
     if not samples:
         raise ValueError(f"{path} holds no outputs")
@@ -207,39 +206,34 @@ def grade_code(
     golds: Mapping[str, str],
     *,
     workers: int | None = None,
-    limits=None,
+    limits: Limits | None = None,
     progress: str = "",
 ) -> list[Verdict]:
-    """Runs each output's program in sandbox.run and compares what it printed last. ``limits``: sandbox.Limits.
+    """Runs each output's program in the sandbox and compares what it printed last with the gold answer.
 
     ``samples`` may be a generator that still makes them: it is read as workers get free.
     """
-    from sandbox.run import run_many
-
-    taken: list[Sample] = []
-
-    def programs():
-        for sample in samples:
-            taken.append(sample)
-            yield extract_program(sample.output)
-
+    source, taken = tee(samples)
+    programs = (extract_program(sample.output) for sample in source)
+    if isinstance(samples, Sequence):
+        programs = list(programs)  # of a known length, for the progress bar
     verdicts = []
-    source = [extract_program(s.output) for s in samples] if isinstance(samples, list) else programs()
-    names = samples if isinstance(samples, list) else taken
-    for i, result in enumerate(run_many(source, workers, limits, progress=progress)):
+    for result, sample in zip(run_many(programs, workers, limits, progress=progress), taken, strict=False):
         value = last_number(result.stdout) if result.status == "ok" else None
-        right = value is not None and same_number(value, parse_number(golds[names[i].id]))
+        right = value is not None and same_number(value, parse_number(golds[sample.id]))
         status = result.status if result.status != "ok" or value is not None else "no number"
         answer = result.stdout.rstrip().rpartition("\n")[2][:200] if value is not None else None
-        verdicts.append(Verdict(names[i].id, {"code": answer}, {"code": right}, status))
+        verdicts.append(Verdict(sample.id, {"code": answer}, {"code": right}, status))
     return verdicts
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """1 - C(n-c, k) / C(n, k): the chance that one of k samples drawn from n, of which c are right, is right.
+    """The chance that one of k samples drawn from n, of which c are right, is right, in exact integers:
 
-    The unbiased estimator of Chen et al., "Evaluating Large Language Models Trained on Code", 2021, equation 1, in
-    exact integers. Raises ValueError unless 0 <= c <= n and 1 <= k <= n.
+        1 - C(n-c, k) / C(n, k)
+
+    The unbiased estimator of Chen et al., "Evaluating Large Language Models Trained on Code", 2021, equation 1. Raises
+    ValueError unless 0 <= c <= n and 1 <= k <= n.
     """
     if not (0 <= c <= n and 1 <= k <= n):
         raise ValueError(f"n={n}, c={c}, k={k}: expected 0 <= c <= n and 1 <= k <= n")
@@ -272,11 +266,7 @@ def mcnemar_exact(only_a: int, only_b: int) -> float:
     return float(min(Fraction(1), Fraction(2 * tail, 2**n)))
 
 
-# ----------------------------------------------------------------------------------------------
-# command line
-
-
-def report(path: str, verdicts: Sequence[Verdict], ids: Sequence[str], found: Sequence[Score]) -> str:
+def describe_file(path: str, verdicts: Sequence[Verdict], ids: Sequence[str], found: Sequence[Score]) -> str:
     """Lines for people about one file."""
     answered = {v.id for v in verdicts}
     lines = [f"{path}: {len(verdicts):,} outputs for {len(answered):,} of {len(ids):,} problems"]
@@ -287,13 +277,12 @@ def report(path: str, verdicts: Sequence[Verdict], ids: Sequence[str], found: Se
     for status, count in Counter(v.status for v in verdicts if v.status not in ("", "ok")).most_common():
         lines.append(f"  invalid program          {count:,}  {status}")
     for s in found:
-        lines.append(
-            f"  {s.rule:10}pass@{s.k:<4}{100 * s.value:11.2f} %   95 % [{100 * s.low:.2f}, {100 * s.high:.2f}]"
-        )
+        interval = f"[{100 * s.low:.2f}, {100 * s.high:.2f}]"
+        lines.append(f"  {s.rule:10}pass@{s.k:<4}{100 * s.value:11.2f} %   95 % {interval}")
     return "\n".join(lines)
 
 
-def compare(a: Sequence[Score], b: Sequence[Score], *, one_sample: bool) -> str:
+def describe_difference(a: Sequence[Score], b: Sequence[Score], *, one_sample: bool) -> str:
     """Lines for people: first file minus second, problem by problem. McNemar needs one sample a problem."""
     lines = ["first minus second, paired by problem"]
     for x, y in zip(a, b, strict=True):
@@ -301,18 +290,15 @@ def compare(a: Sequence[Score], b: Sequence[Score], *, one_sample: bool) -> str:
         line = f"  {x.rule:10}pass@{x.k:<4}{100 * difference.mean:+11.2f} pp  95 % "
         line += f"[{100 * difference.boot_low:+.2f}, {100 * difference.boot_high:+.2f}]"
         if one_sample:
-            only = [sum(p > q for p, q in zip(s, t, strict=True)) for s, t in (
-                (x.per_problem, y.per_problem), (y.per_problem, x.per_problem))]  # fmt: skip
-            line += f"  McNemar exact p {mcnemar_exact(*only):.4g} ({only[0]} only first, {only[1]} only second)"
+            both = list(zip(x.per_problem, y.per_problem, strict=True))
+            first, second = sum(p > q for p, q in both), sum(p < q for p, q in both)
+            line += f"  McNemar exact p {mcnemar_exact(first, second):.4g} ({first} only first, {second} only second)"
         lines.append(line)
     return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    from data.gsm8k import load_gsm8k
-    from runtime.cli import user_errors
-    from runtime.folder import write_bytes
-    from sandbox.run import Limits
+    from data.gsm8k import load_gsm8k  # goes to the top when data/numbers.py takes the numbers from here
 
     parser = argparse.ArgumentParser(prog="python -m eval.gsm8k", description="Grade outputs for GSM8K.")
     parser.add_argument("outputs", nargs="+", help='one or two JSONL files of {"id", "output"}')
@@ -335,23 +321,21 @@ def main(arguments: list[str] | None = None) -> None:
         for path in given.outputs:  # all are read before any is graded: a bad second file costs no run
             files[path] = read_outputs(path, ids)
             check_counts(files[path], given.k, name=path)
+        limits = Limits(packages=True, memory_bytes=PACKAGES_MEMORY) if given.packages else Limits()
+        progress = "running programs" if sys.stderr.isatty() else ""
         graded, found = [], []
         for path, samples in files.items():
             if given.format == "code":
-                progress = "running programs" if sys.stderr.isatty() else ""
-                memory = 2 << 30 if given.packages else Limits().memory_bytes
-                limits = Limits(packages=given.packages, memory_bytes=memory)
                 graded.append(grade_code(samples, golds, workers=given.workers, limits=limits, progress=progress))
             else:
                 graded.append(grade_text(samples, golds))
             found.append(scores(graded[-1], ids, given.k))
-            print(report(path, graded[-1], ids, found[-1]))
+            print(describe_file(path, graded[-1], ids, found[-1]))
         if len(found) == 2:
-            print(compare(*found, one_sample=given.k == [1]))
+            print(describe_difference(*found, one_sample=given.k == [1]))
         if given.out:
-            rows = [v._asdict() | {"file": path} for path, part in zip(files, graded, strict=True) for v in part]
-            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            write_bytes(given.out, lambda file: file.write(text.encode()))
+            judged = ((path, v) for path, part in zip(files, graded, strict=True) for v in part)
+            write_rows(given.out, (v._asdict() | {"file": path} for path, v in judged))
 
 
 if __name__ == "__main__":

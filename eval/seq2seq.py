@@ -1,6 +1,6 @@
 """What finetune_seq2seq.py measures: calibration on the references, a temperature, generated summaries, cost of a step.
 
-Nothing here trains. ``world`` is World: sets are split over the ranks, and every rank must make each call.
+Nothing here trains. Sets are split over the ranks of ``world``, and every rank must make each call.
 """
 
 import statistics
@@ -19,6 +19,8 @@ from model.seq2seq import Seq2Seq, Seq2SeqConfig, training_flops
 from runtime.folder import load_checkpoint
 from runtime.machine import EnergyMeter, World, peak_flops, peak_memory, to_device
 
+PROFILE_WARM_UP = 3  # steps
+
 
 def load_finetuned(run_folder: str | Path, checkpoint: str = "best.pt", device: str | torch.device = "cpu"):
     """The model of a run, in eval mode and without dropout, its SummaryTokenizer, and what else the checkpoint holds.
@@ -32,16 +34,17 @@ def load_finetuned(run_folder: str | Path, checkpoint: str = "best.pt", device: 
 
 
 def decoding(settings, tokenizer: SummaryTokenizer) -> Decoding:
-    """The search of the final evaluation, from anything with finetune_seq2seq.py's decoding flags as attributes. EOS
-    is not forced at the limit: the share of beams that end is measured."""
-    s = settings
+    """The search of the final evaluation. ``settings`` has finetune_seq2seq.py's decoding flags as attributes.
+
+    EOS is not forced at the limit, because the share of beams that end is measured.
+    """
     return Decoding(
-        s.max_new_tokens,
-        s.min_new_tokens,
-        s.beams,
-        s.length_penalty,
-        s.no_repeat_ngram,
-        s.early_stopping,
+        max_new_tokens=settings.max_new_tokens,
+        min_new_tokens=settings.min_new_tokens,
+        num_beams=settings.beams,
+        length_penalty=settings.length_penalty,
+        no_repeat_ngram=settings.no_repeat_ngram,
+        early_stopping=settings.early_stopping,
         eos_id=tokenizer.eos_id,
         pad_id=tokenizer.pad_id,
         forced_bos_id=tokenizer.bos_id,
@@ -55,12 +58,8 @@ def check_packages(bertscore: str) -> None:
         bert_model(bertscore)
 
 
-# ----------------------------------------------------------------------------------------------
-# token-level, on the references
-
-
 def multiple_of(device: torch.device) -> int:
-    """What batches are padded to a multiple of: tensor cores like 8."""
+    """Lengths of batches are padded to a multiple of this: tensor cores like 8."""
     return 8 if device.type == "cuda" else 1
 
 
@@ -71,19 +70,15 @@ def forward(model, source: Tensor, mask: Tensor | None, labels: Tensor, device: 
     return model(source, mask, shift(labels)).flatten(0, 1), labels.flatten()
 
 
-# ----------------------------------------------------------------------------------------------
-# generated summaries, and what a step costs
-
-
 def generation_metrics(rows: list[dict], speed: float | None, *, bertscore: str = "", device: str = "cpu") -> dict:
-    """Everything of eval.summaries about ``rows`` (of write_predictions): ROUGE with its interval, lengths, Distinct-n,
-    the share of searches that ended before the limit, tokens a summary, and BERTScore where ``bertscore`` names a
-    model. Raises ValueError for one that cannot be loaded."""
-    predictions, references = ([r[k] for r in rows] for k in ("prediction", "reference"))
-    out = summary_metrics(predictions, references)
+    """All of eval.summaries about ``rows`` (of write_predictions), BERTScore where ``bertscore`` names a model, the
+    share of searches that ended before the limit, and tokens a summary. Raises ValueError for a model that cannot be
+    loaded."""
+    texts = [[row[name] for row in rows] for name in ("prediction", "reference")]
+    out = summary_metrics(*texts)
     out |= {"ended": statistics.fmean(r["ended"] for r in rows), "generate_tokens_per_second": speed}
     out["summary_tokens"] = statistics.fmean(r["tokens"] for r in rows)
-    return out | (bert_score(predictions, references, bertscore, device=device) if bertscore else {})
+    return out | (bert_score(*texts, bertscore, device=device) if bertscore else {})
 
 
 def summarise(
@@ -96,28 +91,19 @@ def summarise(
     key: int,
     batch: int,
 ) -> dict[str, tuple[list[dict], float | None]]:
-    """What `eval.summaries.write_predictions` gives for each set that is summarised, into ``folder``: the test sets, or
-    the validation set where there is no test set, as when a fold selects; and ood. ``key``: the step of the weights."""
-    todo = [name for name in ("test", "ood") if sets[name] is not None]
-    todo = todo if sets["test"] is not None else ["val", *todo]
+    """`write_predictions` of each set that is summarised, into ``folder``: the test sets and ood, or, where there is no
+    test set, as when a fold selects, the validation set and ood. ``key``: the step of the weights."""
+    names = ["val" if sets["test"] is None else "test"] + ["ood"] * (sets["ood"] is not None)
+    how = dict(key=key, batch=batch, multiple=multiple_of(world.device))
     return {
-        name: write_predictions(
-            model,
-            sets[name],
-            options,
-            folder / f"predictions-{name}.jsonl",
-            world,
-            key=key,
-            batch=batch,
-            multiple=multiple_of(world.device),
-        )
-        for name in todo
+        name: write_predictions(model, sets[name], options, folder / f"predictions-{name}.jsonl", world, **how)
+        for name in names
     }
 
 
 def describe(name: str, summary: dict) -> list[str]:
     """The last lines of a run, from its summary: validation before and after the temperature, then a line for each set
-    that was summarised, with what it is a part of."""
+    that was summarised."""
     s = summary
     after = "; at temperature {temperature:.3f} nll {val_nll_t:.4f}, ece {val_ece10_t:.4f}" if s["temperature"] else ""
     out = [
@@ -129,9 +115,10 @@ def describe(name: str, summary: dict) -> list[str]:
         if count is None:
             continue
         of = s["data"][{"val": "train" if s["fold"] else "validation"}.get(split, split)]
-        notes = [f"part {s['fold']}" if split == "val" and s["fold"] else "", of["partial"]]
-        notes += [f"the first {count}" if s["examples_limit"].get(split) == count else ""]
-        notes = "; ".join(note for note in notes if note)
+        notes = [f"part {s['fold']}"] if split == "val" and s["fold"] else []
+        notes += [of["partial"]] if of["partial"] else []
+        notes += [f"the first {count}"] if s["examples_limit"].get(split) == count else []
+        notes = "; ".join(notes)
         scores = ", ".join(f"{k} {s[f'{split}_{k}']:.2f}" for k in ROUGE)
         out.append(
             f"{of['set']} {split}{f' ({notes})' if notes else ''}, {count} summaries: {scores}, "
@@ -143,15 +130,15 @@ def describe(name: str, summary: dict) -> list[str]:
 def profile(
     trained, model: Seq2Seq, score: Callable, batch: tuple, world: World, *, steps: int, tail: float = 0.0, impl: str
 ) -> dict:
-    """The cost of forward and backward of one fixed, collated ``batch``, over ``steps`` after three that warm up.
+    """The cost of forward and backward of one fixed, collated ``batch``, over ``steps`` after some that warm up.
 
-    ``trained`` is ``model`` or what wraps it. GPU utilisation and joules come from NVML and are None where there is
-    none; peak FLOP/s are known of some GPUs only. Gradients accumulate and are dropped.
+    ``trained`` is ``model`` or what wraps it. GPU utilisation and joules come from NVML and are None without it; so is
+    mfu on a device whose peak FLOP/s are not known. Gradients are dropped.
     """
     device, seconds, busy, energy = world.device, [], [], EnergyMeter(world.device)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    for step in range(steps + 3):
-        if step == 3:
+    for step in range(steps + PROFILE_WARM_UP):
+        if step == PROFILE_WARM_UP:
             start = energy.read()
         wait()
         clock = time.perf_counter()
@@ -159,7 +146,7 @@ def profile(
         loss, _ = linear_score(hidden, model.head_weight, y, score, bias=model.head_bias, tail=tail, impl=impl)
         loss.backward()
         wait()
-        if step >= 3:
+        if step >= PROFILE_WARM_UP:
             seconds.append(time.perf_counter() - clock)
             if energy.read() is not None:
                 busy.append(torch.cuda.utilization(device))
@@ -169,11 +156,8 @@ def profile(
     tokens = int(source.numel() if mask is None else mask.sum()) + int((labels != -100).sum())
     flops = float(len(source) * training_flops(model.config, source.shape[1], labels.shape[1]))
     median, peak = statistics.median(seconds), peak_flops(device, model.dtype)
-    return {
-        "pairs": len(source),
-        "source_tokens": source.shape[1],
-        "target_tokens": labels.shape[1],
-        "tokens": tokens,
+    cost = {"pairs": len(source), "source_tokens": source.shape[1], "target_tokens": labels.shape[1], "tokens": tokens}
+    return cost | {
         "ms_forward_backward": 1000 * median,
         "tokens_per_second": tokens / median,
         "peak_memory_bytes": peak_memory(device),

@@ -4,13 +4,12 @@ from collections.abc import Iterable
 
 
 def distinct_n(texts: Iterable[str], n: int) -> float | None:
-    """Distinct-n: different n-grams over all n-grams of ``texts`` taken together, between 0 and 1.
+    """Distinct-n: different n-grams over all n-grams of ``texts`` taken together, in [0, 1]. None when no text has n
+    words. The value falls as the texts grow: compare equal amounts of text only.
 
-    Words are what whitespace separates, case and punctuation kept; an n-gram does not cross from one
-    text to the next. None when no text has n words. After Li et al., "A Diversity-Promoting Objective
-    Function for Neural Conversation Models", 2016, who divide by the number of words; the number of
-    n-grams, the usual choice since, lets texts without repetition reach 1 for every n. The value
-    falls as the texts grow: compare equal amounts of text only.
+    Words are what whitespace separates, case and punctuation kept; an n-gram stays within a text. Li et al., "A
+    Diversity-Promoting Objective Function for Neural Conversation Models", 2016, divide by the number of words. We
+    divide by the number of n-grams, the usual choice since: texts without repetition then reach 1 for every n.
     """
     if isinstance(texts, str):
         raise ValueError("texts is one string; expected a list of strings, one a text")

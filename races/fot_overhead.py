@@ -6,31 +6,27 @@
     python -m races.fot_overhead --shape qwen3 --base nf4
     python -m races.fot_overhead --shape mini --device cpu --csv runs/overhead-mini.csv
 
-Two models of the same weights take turns on the same random batches, because machines are shared and drift: one under
-the linear schedule, one under FoT with every part that applies. The training step is that of train_lm.py or of
-finetune_gsm8k.py without its log lines, which cost both the same. FoT's cost is concentrated in a few steps (two
-measurements and a decision every W), so the shares are of whole windows of W steps; a window begins between two
-decisions, so that the wait for the device in one falls within. On a GPU a turn is a window without a synchronisation
-from outside, and the parts of a step are timed by CUDA events in further windows that are not counted. On a CPU a turn
-is one step, and beside the time that passes stands the process's CPU time, in which other programs have no part: on a
-machine with others on it the claim is judged by that. The parts are in CPU time too.
+Two models of the same weights take turns on the same random batches: one under the linear schedule, one under FoT with
+every part that applies. The training step is that of train_lm.py or finetune_gsm8k.py without its log lines. FoT's cost
+is concentrated in a few steps: two measurements and a decision in a window of W steps. So the shares are of whole
+windows, and a window begins between two decisions, so that the wait for the device in one falls within.
 
-What FoT costs hardly depends on the tokens of a step, its share therefore does: say the batch with the share.
+On a GPU a turn is a window, without a synchronisation from outside. CUDA events time the parts of a step in further
+windows that do not count. On a CPU a turn is one step, and the claim is judged by the CPU time of the process, to which
+other programs add nothing; the time that passes stands beside it. The parts are in CPU time too.
+
+FoT's cost hardly depends on the tokens of a step, so its share does. Say the batch with the share.
 """
 
 import argparse
 import copy
-import csv
-import datetime
-import io
 import math
-import statistics
 import sys
 import tempfile
 import time
 import warnings
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections import defaultdict, namedtuple
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -44,34 +40,40 @@ from kernels.losses import ce
 from model.gpt2 import GPT2, SIZES, GPT2Config, decay_groups
 from model.lora import BASES, LoRAConfig, add_lora, block_parameters, load_base, segment_rms, set_segments
 from model.qwen3 import Qwen3, save_qwen3
+from races import common
 from races.peft_gsm8k import SHAPES as QWEN3
-from races.peft_gsm8k import versions
 from runtime.cli import user_errors
-from runtime.folder import write_bytes
 from runtime.machine import start_world, to_device
 from schedules.fot import FoT
 from schedules.rules import lr_factor
 
 CLAIM = {"cuda": 0.2, "cpu": 1.0}  # per cent of the step
-# Vocabulary, tokens of a row, batch (sequences; problems for Qwen3), rows of a micro-batch.
-SHAPES = {
-    "pico": (512, 32, 8, 8),
-    "nano": (4096, 128, 16, 16),
-    "mini": (8192, 256, 8, 8),
-    "gpt2": (50257, 1024, 64, 16),
-    "qwen3-tiny": (300, 64, 8, 4),
-    "qwen3-mini": (8192, 320, 16, 8),
-    "qwen3": (151936, 512, 64, 16),
-}
 SIDES = ("linear", "fot")
-PARTS = ("forward and backward", "observe", "gradient statistics", "clipping", "optimizer", "schedule", "decision",
-         "forecasts")  # fmt: skip
-FIELDS = ("part", "linear_ms", "fot_ms", "added_percent", "low_percent", "high_percent")
+FOT_PARTS = ("observe", "gradient statistics", "decision", "forecasts")  # FoT's alone
+STEP_PARTS = ("forward and backward", "observe", "gradient statistics", "clipping", "optimizer", "schedule")
+STEP_PARTS += ("decision", "forecasts")
+COLUMNS = ("part", "linear_ms", "fot_ms", "added_percent", "low_percent", "high_percent")
+FEWEST_WINDOWS = 5  # the whole range of five holds the median with a chance of 15 in 16
+
+# Tokens in the vocabulary and of a row, the batch (sequences; problems for Qwen3), rows in one forward.
+Shape = namedtuple("Shape", "vocab seq_len batch micro_batch")
+SHAPES = {
+    "pico": Shape(512, 32, 8, 8),
+    "nano": Shape(4096, 128, 16, 16),
+    "mini": Shape(8192, 256, 8, 8),
+    "gpt2": Shape(50257, 1024, 64, 16),
+    "qwen3-tiny": Shape(300, 64, 8, 4),
+    "qwen3-mini": Shape(8192, 320, 16, 8),
+    "qwen3": Shape(151936, 512, 64, 16),
+}
 
 
 class Clock:
-    """Splits the time of a step into parts: ``mark(part)`` ends the part that began at the last mark. By CPU time on a
-    CPU; on a GPU by CUDA events, which wait for nothing and measure the device's time, its idling included."""
+    """Splits the time of a step into parts: ``mark(part)`` ends the part that began at the last mark.
+
+    On a CPU it reads CPU time. On a GPU it records CUDA events, which wait for nothing; they measure the device's time,
+    its idling included.
+    """
 
     def __init__(self, device: torch.device):
         self.device, self.on = device, False
@@ -89,8 +91,7 @@ class Clock:
 
     def take(self) -> dict[str, float]:
         """Milliseconds of each part since the last call; "" begins anew and is no part."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        common.synchronize(self.device)
         total = defaultdict(float)
         for (_, before), (part, now) in zip(self.marks, self.marks[1:], strict=False):
             if part:
@@ -101,7 +102,7 @@ class Clock:
 
 @dataclass
 class Side:
-    """One of the two runs: what a script holds."""
+    """What a script holds of one of the two runs."""
 
     name: str
     model: torch.nn.Module
@@ -112,30 +113,24 @@ class Side:
     clock: Clock
     fot: FoT | None = None
     steps: int = 0
-    # Of the turns that count: (window, seconds, of them on a CPU).
-    turns: list[tuple[int, float, float]] = field(default_factory=list)
+    turns: list[tuple[float, float]] = field(default_factory=list)  # those that count: (seconds, of them CPU time)
 
     def __post_init__(self):
-        if self.fot is None:
-            return
-        stats, forecaster = self.fot.stats, self.fot.forecaster
+        if self.fot:
+            self.mark_around(self.fot.stats, "sample", "optimizer", "gradient statistics")
+            self.mark_around(self.fot.forecaster, "forecast", "decision", "forecasts")
 
-        def sample(*args, _sample=stats.sample):
-            self.clock.mark("optimizer")
-            _sample(*args)
-            self.clock.mark("gradient statistics")
+    def mark_around(self, owner, name: str, before: str, part: str) -> None:
+        """Makes a method of ``owner`` a part of its own; ``before`` is the part that it interrupts."""
+        method = getattr(owner, name)
 
-        def forecast(*args, _forecast=forecaster.forecast):
-            self.clock.mark("decision")
-            found = _forecast(*args)
-            self.clock.mark("forecasts")
+        def marked(*args):
+            self.clock.mark(before)
+            found = method(*args)
+            self.clock.mark(part)
             return found
 
-        stats.sample, forecaster.forecast = sample, forecast
-
-
-# ----------------------------------------------------------------------------------------------
-# the training steps, as in the scripts
+        setattr(owner, name, marked)
 
 
 def lm_step(side: Side, tokens_BT: torch.Tensor, micro: int) -> None:
@@ -183,10 +178,11 @@ def lora_step(side: Side, rows: Rows, micro: int) -> None:
         answer = to_device(part.answer_RT.flatten()[at], device)
         y, at = to_device(part.targets_RT.flatten()[at], device), to_device(at, device)
         hidden = model(to_device(part.tokens_RT, device), documents_BT=to_device(part.documents_RT, device))
+        weights = answer.float() if deciding else None
+        hidden = hidden.flatten(0, 1).index_select(0, at)
         part_loss, moments = linear_score(
-            hidden.flatten(0, 1).index_select(0, at), model.head_weight, y, ce, denominator=denominator,
-            weights=answer.float() if deciding else None, fisher=deciding,
-        )  # fmt: skip
+            hidden, model.head_weight, y, ce, denominator=denominator, weights=weights, fisher=deciding
+        )
         part_loss.backward()
         loss += part_loss.detach()
         side.clock.mark("forward and backward")
@@ -225,21 +221,16 @@ def end(side: Side, loss: torch.Tensor) -> None:
         side.clock.mark("decision" if side.fot.decided else "schedule")
 
 
-# ----------------------------------------------------------------------------------------------
-# models and batches
-
-
 def zipf(shape: tuple[int, ...], vocab: int, seed: int) -> torch.Tensor:
-    """Tokens with word-like frequencies, p(rank) ~ 1 / rank: a loss that falls, so that there is something to forecast.
-    A function of its arguments."""
+    """Random tokens with the frequencies of words, p(rank) ~ 1 / rank, so that the loss falls and can be forecast."""
     weights = 1.0 / torch.arange(1, vocab + 1)
     generator = torch.Generator().manual_seed(seed)
     return torch.multinomial(weights, math.prod(shape), replacement=True, generator=generator).view(shape)
 
 
 def make_batches(args) -> Callable[[int], torch.Tensor | Rows]:
-    """The batch of a step, on the CPU; lengths of problems as GSM8K's with Qwen3's tokenizer, in shares of a row."""
-    vocab = SHAPES[args.shape][0]
+    """The batch of a step, on the CPU. Problems are as long as GSM8K's with Qwen3's tokenizer, in shares of a row."""
+    vocab = SHAPES[args.shape].vocab
     if args.shape in SIZES:
         return lambda step: zipf((args.batch, args.seq_len + 1), vocab, step)
     lengths = np.random.default_rng(0).uniform(0.12, 0.28, (max(256, args.batch), 2))
@@ -253,7 +244,7 @@ def make_sides(args, device: torch.device, total: int) -> list[Side]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.manual_seed(0)
     if args.shape in SIZES:
-        first = GPT2(GPT2Config(SHAPES[args.shape][0], args.seq_len, **SIZES[args.shape]), dtype).to(device)
+        first = GPT2(GPT2Config(SHAPES[args.shape].vocab, args.seq_len, **SIZES[args.shape]), dtype).to(device)
         models = [first, copy.deepcopy(first)]
         groups, lr, betas = [decay_groups(model, 0.1) for model in models], 6e-4, (0.9, 0.95)
         if args.compile:
@@ -280,83 +271,74 @@ def make_sides(args, device: torch.device, total: int) -> list[Side]:
     return sides
 
 
-# ----------------------------------------------------------------------------------------------
-# the race
+def train_step_of(args) -> Callable[[Side, torch.Tensor | Rows], None]:
+    return partial(lm_step if args.shape in SIZES else lora_step, micro=args.micro_batch)
 
 
 def race(sides: list[Side], batch_of: Callable, args, windows: int, *, count: bool = True) -> None:
     """``windows`` windows of W steps of every side, in turns. Who begins a turn alternates from turn to turn, and for
     the same step of a window from window to window."""
-    train_step = lm_step if args.shape in SIZES else lora_step
+    train_step = train_step_of(args)
     device = sides[0].clock.device
     for window in range(windows):
         for turn in range(args.window // args.turn):
-            first = sides[0].steps
-            batches = [batch_of(step) for step in range(first, first + args.turn)]
+            batches = [batch_of(sides[0].steps + i) for i in range(args.turn)]
             for side in sides if (window + turn) % 2 == 0 else sides[::-1]:
-                synchronize(device)
+                common.synchronize(device)
                 began, began_cpu = time.perf_counter(), time.process_time()
                 for batch in batches:
-                    train_step(side, batch, args.micro_batch)
-                synchronize(device)
-                took = time.perf_counter() - began, time.process_time() - began_cpu
+                    train_step(side, batch)
+                common.synchronize(device)
                 if count:
-                    side.turns.append((window, *took))
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+                    side.turns.append((time.perf_counter() - began, time.process_time() - began_cpu))
 
 
 def synchronisations(side: Side, batch_of: Callable, args) -> int:
     """How often the host waits for the GPU in a window's steps."""
-    train_step = lm_step if args.shape in SIZES else lora_step
-    batches = [batch_of(step) for step in range(side.steps, side.steps + args.window)]
+    train_step = train_step_of(args)
+    batches = [batch_of(side.steps + i) for i in range(args.window)]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
             for batch in batches:
-                train_step(side, batch, args.micro_batch)
+                train_step(side, batch)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     return sum("synchronizing CUDA operation" in str(w.message) for w in caught)
 
 
-def interval(shares: list[float]) -> tuple[float, float, float]:
+def interval(shares: Sequence[float]) -> list[float]:
     """The median of the windows' shares and its 95 % bootstrap interval, 10,000 resamples of whole windows."""
     drawn = np.random.default_rng(0).choice(shares, (10_000, len(shares)))
-    return statistics.median(shares), *(float(q) for q in np.quantile(np.median(drawn, axis=1), (0.025, 0.975)))
+    return [float(np.median(shares)), *np.quantile(np.median(drawn, axis=1), (0.025, 0.975)).tolist()]
 
 
-def verdict(low: float, high: float, claim: float, windows: int) -> str:
-    if windows < 5:  # the whole range of 5 has the median inside with 15 in 16
+def judge(low: float, high: float, claim: float, windows: int) -> str:
+    """What the interval says of the claim."""
+    if windows < FEWEST_WINDOWS:
         return f"open: {windows} windows are too few for an interval"
     return "held" if high < claim else "failed" if low > claim else "open: the interval has it inside"
 
 
-def table(sides: list[Side], parts: list[dict[str, float]], steps: int, args, cpu: bool) -> Iterator[dict]:
-    """Rows of FIELDS: the median step, and in CPU time on a CPU; FoT's own parts together; then every part."""
-    for column, name in ((1, "step"), (2, "step, CPU time"))[: 2 if cpu else 1]:
-        windows = [defaultdict(float), defaultdict(float)]
-        for side, sums in zip(sides, windows, strict=True):
-            for turn in side.turns:
-                sums[turn[0]] += turn[column]
-        found = interval([100 * (fot / linear - 1) for linear, fot in zip(*(w.values() for w in windows), strict=True)])
-        medians = (1000 * statistics.median(turn[column] for turn in side.turns) / args.turn for side in sides)
-        yield dict(zip(FIELDS, (name, *medians, *found), strict=True))
+def cost_rows(sides: list[Side], parts: list[dict[str, float]], steps: int, args, cpu: bool) -> Iterator[dict]:
+    """Rows of COLUMNS: the median step, and in CPU time on a CPU; FoT's own parts together; then every part."""
+    took = np.array([side.turns for side in sides]).reshape(len(sides), -1, args.window // args.turn, 2)
+    for clock, name in enumerate(("step", "step, CPU time")[: 2 if cpu else 1]):
+        linear, fot = took[..., clock].sum(2)  # of each window
+        medians = (1000 * np.median(took[..., clock], (1, 2)) / args.turn).tolist()
+        yield dict(zip(COLUMNS, (name, *medians, *interval(100 * (fot / linear - 1))), strict=True))
     whole = sum(parts[0].values())
-    own = ("observe", "gradient statistics", "decision", "forecasts")
-    timed = sum(parts[1][name] for name in own)
+    timed = sum(parts[1][name] for name in FOT_PARTS)
     yield {"part": "timed alone", "linear_ms": 0.0, "fot_ms": timed / steps, "added_percent": 100 * timed / whole}
-    for name in PARTS:
+    for name in STEP_PARTS:
         a, b = parts[0][name], parts[1][name]
         yield {"part": name, "linear_ms": a / steps, "fot_ms": b / steps, "added_percent": 100 * (b - a) / whole}
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, torch.device]:
+    """The flags, with what depends on the shape and the device filled in. Raises ValueError for one out of range."""
+    parser = common.race_parser("fot_overhead", __doc__)
     parser.add_argument("--shape", default="gpt2", choices=SHAPES, help="(default: %(default)s)")
     parser.add_argument("--batch", type=int, help="sequences, or problems for Qwen3, in a step (default: the shape's)")
     parser.add_argument("--micro-batch", type=int, help="rows in one forward (default: the shape's)")
@@ -369,57 +351,61 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--csv", type=Path, help="file to write")
     args = parser.parse_args(argv)
+    shape = SHAPES[args.shape]
+    args.seq_len = shape.seq_len if args.seq_len is None else args.seq_len
+    args.batch = shape.batch if args.batch is None else args.batch
+    args.micro_batch = min(shape.micro_batch, args.batch) if args.micro_batch is None else args.micro_batch
+    common.check_least(args, batch=2, micro_batch=1, seq_len=16, rank=1, window=8)
+    if args.window % 2:
+        raise ValueError(f"--window {args.window}: expected an even number, windows are counted from half to half")
+    if args.steps < 2 * args.window or args.steps % args.window:
+        raise ValueError(f"--steps {args.steps}: expected a multiple of --window {args.window}, two or more")
+    if args.shape in SIZES and args.batch % args.micro_batch:
+        raise ValueError(f"--batch {args.batch} is not a multiple of --micro-batch {args.micro_batch}")
+    device = start_world(args.device).device
+    cuda = device.type == "cuda"
+    args.turn = args.window if cuda else 1  # steps
+    args.compile = cuda if args.compile is None else args.compile
+    if args.base == "auto":
+        args.base = "bf16" if cuda else "fp32"
+    return args, device
+
+
+def main(argv: list[str] | None = None) -> int:
     with user_errors():
-        _, *sizes = SHAPES[args.shape]
-        for name, size in zip(("seq_len", "batch", "micro_batch"), sizes, strict=True):
-            if getattr(args, name) is None:
-                setattr(args, name, min(size, args.batch) if name == "micro_batch" else size)
-        for name, least in (("batch", 2), ("micro_batch", 1), ("seq_len", 16), ("rank", 1), ("window", 8)):
-            if getattr(args, name) < least:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least {least}")
-        if args.window % 2:
-            raise ValueError(f"--window {args.window}: expected an even number, windows are counted from half to half")
-        if args.steps < 2 * args.window or args.steps % args.window:
-            raise ValueError(f"--steps {args.steps}: expected a multiple of --window {args.window}, two or more")
-        if args.shape in SIZES and args.batch % args.micro_batch:
-            raise ValueError(f"--batch {args.batch} is not a multiple of --micro-batch {args.micro_batch}")
-        device = start_world(args.device).device
-        args.turn = 1 if device.type == "cpu" else args.window
-        if args.compile is None:
-            args.compile = device.type == "cuda"
-        if args.base == "auto":
-            args.base = "bf16" if device.type == "cuda" else "fp32"
-        if device.type == "cuda":
+        args, device = parse(argv)
+        cpu = device.type == "cpu"
+        if not cpu:
             torch.set_float32_matmul_precision("high")
         windows = args.steps // args.window
-        further = 0 if device.type == "cpu" else max(1, windows // 4)
+        further = 0 if cpu else max(1, windows // 4)
         # Twice what is run: the middle of a run, where FoT plans and no learning rate is 0.
         sides = make_sides(args, device, 2 * (args.steps + (3 + further) * args.window))
-    batch_of = make_batches(args)
-    print(f"{args.shape}, {args.batch} x {args.seq_len} in micro-batches of {args.micro_batch}, W = {args.window}: "
-          f"{sum(p.numel() for p in sides[0].parameters) / 1e6:.2f} M trained parameters on {name_of(device)}",
-          flush=True)  # fmt: skip
+    batch_of, train_step = make_batches(args), train_step_of(args)
+    trained = sum(p.numel() for p in sides[0].parameters) / 1e6
+    print(
+        f"{args.shape}, {args.batch} x {args.seq_len} in micro-batches of {args.micro_batch}, W = {args.window}: "
+        f"{trained:.2f} M trained parameters on {common.device_name(device)}",
+        flush=True,
+    )
 
     # A window and a half that do not count: compilation, the optimizer's state, the first measurement and decision.
-    train_step = lm_step if args.shape in SIZES else lora_step
     for step in range(args.window + args.window // 2):
         for side in sides:
-            train_step(side, batch_of(step), args.micro_batch)
+            train_step(side, batch_of(step))
     for side in sides:
-        side.clock.on = device.type == "cpu"  # two readings of a clock cost nothing there
+        side.clock.on = cpu  # two readings of a clock cost nothing there
     race(sides, batch_of, args, windows)
-    syncs = None
-    if device.type == "cuda":
+    if further:
         for side in sides:
             side.clock.on = True
         race(sides, batch_of, args, further, count=False)
     parts = [side.clock.take() for side in sides]
     for side in sides:
         side.clock.on = False
-    if device.type == "cuda":
-        syncs = {side.name: synchronisations(side, batch_of, args) for side in sides}
-    cpu = device.type == "cpu"
-    rows = list(table(sides, parts, (further or windows) * args.window, args, cpu))
+    syncs = {} if cpu else {side.name: synchronisations(side, batch_of, args) for side in sides}
+
+    rows = list(cost_rows(sides, parts, (further or windows) * args.window, args, cpu))
     print(f"{'':22} {'linear ms':>10} {'FoT ms':>10} {'added %':>9}")
     for row in rows:
         bounds = f"   {row['low_percent']:.3f} to {row['high_percent']:.3f}" if "low_percent" in row else ""
@@ -428,36 +414,19 @@ def main(argv: list[str] | None = None) -> int:
         print(f"synchronisations in {args.window} steps: {syncs['linear']} under linear, {syncs['fot']} under FoT")
     judged, claim = rows[1 if cpu else 0], CLAIM[device.type]
     low, high = judged["low_percent"], judged["high_percent"]
-    print(f"FoT adds {judged['added_percent']:.3f} % {'of CPU time ' if cpu else ''}(median of {windows} windows, 95 % "
-          f"bootstrap interval {low:.3f} to {high:.3f}); claim: under {claim} %: {verdict(low, high, claim, windows)}",
-          flush=True)  # fmt: skip
+    print(
+        f"FoT adds {judged['added_percent']:.3f} % {'of CPU time ' if cpu else ''}(median of {windows} windows, 95 % "
+        f"bootstrap interval {low:.3f} to {high:.3f}); claim: under {claim} %: {judge(low, high, claim, windows)}",
+        flush=True,
+    )
     if args.csv:
-        write_csv(args.csv, rows, args, device, syncs or {})
+        names = ("shape", "batch", "micro_batch", "seq_len", "base", "rank", "steps", "window", "compile")
+        without = ("base", "rank") if args.shape in SIZES else ("compile",)
+        same = {name: getattr(args, name) for name in names} | dict.fromkeys(without, "")
+        same |= {f"syncs_{side}": syncs.get(side, "") for side in SIDES}
+        common.write_csv(args.csv, rows, same | common.here_and_now(device))
         print(args.csv)
     return 0
-
-
-def name_of(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-
-
-def write_csv(path: Path, rows: list[dict], args, device: torch.device, syncs: dict[str, int]) -> None:
-    """A row a part, with the sizes, the device, the date and the versions."""
-    names = ("shape", "batch", "micro_batch", "seq_len", "base", "rank", "steps", "window", "compile")
-    same = {name: getattr(args, name) for name in names}
-    if args.shape in SIZES:
-        same |= {"base": "", "rank": ""}
-    else:
-        same["compile"] = ""
-    same |= {f"syncs_{side}": syncs.get(side, "") for side in SIDES}
-    same |= {"device": name_of(device), "versions": versions()}
-    same |= {"date": datetime.datetime.now(datetime.UTC).date().isoformat()}
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, [*FIELDS, *same])
-    writer.writeheader()
-    writer.writerows(row | same for row in rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, lambda file: file.write(text.getvalue().encode()))
 
 
 if __name__ == "__main__":

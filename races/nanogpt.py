@@ -4,19 +4,16 @@
     python -m races.nanogpt nanoGPT --data pydoc --tokenizer bpe:257 --out runs/race
     python -m races.nanogpt nanoGPT --data FOLDER --tokenizer gpt2 --rounds 3
 
-Processes take turns (nanoGPT, ours with CE, ours with DPSM, nanoGPT, ...), because machines are shared and
-drift; each round gives one ratio a pair, and the medians are printed. A step's time is the same statistic for
-both: the mean over ten steps, as one log line of ours covers, and of these means the median, the first left out.
-nanoGPT's times are those it prints, ours come from metrics.jsonl by way of summary.json. On CPU both run fp32
-without torch.compile.
+Processes take turns: nanoGPT, ours with CE, ours with DPSM, nanoGPT, and so on. Both sides have the same statistic:
+the mean over ten steps, as one log line of ours covers, and of these means the median, the first left out. nanoGPT's
+times are those it prints; ours come from metrics.jsonl by way of summary.json. On a CPU both run fp32 without
+torch.compile.
 """
 
-import argparse
 import json
 import pickle
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -26,87 +23,63 @@ import torch
 
 from data.lm import load_corpus
 from model.gpt2 import SIZES
+from races.common import check_new, command, output_of, race_parser
 from runtime.cli import user_errors
 from runtime.folder import environment, write_json
 
 WINDOW = 10  # steps of a log line of train_lm.py
+TRAIN_TOKENS = 2_000_000
+PRINTED_TIME = re.compile(r"^iter \d+: loss \S+, time ([\d.]+)ms", re.M)
 
 
-def nanogpt_ms(checkout: Path, dataset: str, vocab: int, size: dict, args) -> float:
+def nanogpt_ms(dataset: str, args) -> float:
     """Milliseconds a step of one nanoGPT process: the median of ten-step means, the first left out."""
-    flags = dict(
-        dataset=dataset,
-        device=args.device,
-        compile=args.device == "cuda",
-        eval_iters=1,
-        eval_interval=10**9,
-        log_interval=1,
-        block_size=args.seq_len,
-        batch_size=args.batch,
-        gradient_accumulation_steps=1,
-        dropout=0.0,
-        bias=True,
-        max_iters=args.steps,
-        lr_decay_iters=args.steps,
-        warmup_iters=10,
-        learning_rate=1e-3,
-        min_lr=1e-4,
-        out_dir=tempfile.mkdtemp(),
-        **size,
-    )
-    line = [
-        sys.executable,
-        "train.py",
-        *(f"--{k}={v!r}" if not isinstance(v, str) else f"--{k}={v}" for k, v in flags.items()),
-    ]
-    ran = subprocess.run(line, cwd=checkout, capture_output=True, text=True)
+    flags = dict(dataset=dataset, device=args.device, compile=args.device == "cuda", out_dir=tempfile.mkdtemp())
+    flags |= dict(block_size=args.seq_len, dropout=0.0, bias=True, **SIZES[args.model])
+    flags |= dict(batch_size=args.batch, gradient_accumulation_steps=1, max_iters=args.steps)
+    flags |= dict(learning_rate=1e-3, min_lr=1e-4, warmup_iters=10, lr_decay_iters=args.steps)
+    flags |= dict(log_interval=1, eval_interval=10**9, eval_iters=1)
+    line = command("train.py") + [f"--{name}={value}" for name, value in flags.items()]
+    printed = output_of(line, "nanoGPT's train.py did not run", cwd=args.checkout)
     # Its iteration 0 is an evaluation and a step; the last one printed is step max_iters + 1.
-    times = [float(t) for t in re.findall(r"^iter \d+: loss \S+, time ([\d.]+)ms", ran.stdout, re.M)][: args.steps]
-    if ran.returncode or len(times) < args.steps:
-        raise ValueError(f"nanoGPT's train.py did not run: {ran.stderr.strip().splitlines()[-1:]}")
+    times = [float(t) for t in PRINTED_TIME.findall(printed)][: args.steps]
+    if len(times) < args.steps:
+        raise ValueError(f"nanoGPT's train.py printed {len(times)} times, expected {args.steps}")
     windows = [times[i : i + WINDOW] for i in range(WINDOW, args.steps, WINDOW)]
     return statistics.median(statistics.mean(w) for w in windows)
 
 
 def our_ms(loss: str, folder: Path, args) -> float:
-    line = [
-        sys.executable,
-        "train_lm.py",
-        "--out",
-        str(folder),
-        "--loss",
-        loss,
-        "--data",
-        args.data,
-        "--tokenizer",
-        args.tokenizer,
-        "--model",
-        args.model,
-        "--seq-len",
-        str(args.seq_len),
-        "--batch",
-        str(args.batch),
-        "--steps",
-        str(args.steps),
-        "--lr",
-        "1e-3",
-        "--eval-every",
-        str(args.steps),
-        "--device",
-        args.device,
-        "--cache",
-        args.cache,
-        "--sample-tokens",
-        "1",
-    ]
-    ran = subprocess.run(line, capture_output=True, text=True)
-    if ran.returncode:
-        raise ValueError(f"train_lm.py did not run: {ran.stderr.strip().splitlines()[-1:]}")
+    same = {name: getattr(args, name) for name in ("data", "tokenizer", "model", "seq_len", "batch", "steps")}
+    same |= dict(device=args.device, cache=args.cache, eval_every=args.steps, lr=1e-3, sample_tokens=1)
+    output_of(command("train_lm.py", out=folder, loss=loss, **same), "train_lm.py did not run")
     return json.loads((folder / "summary.json").read_text())["ms_per_step_median"]
 
 
+def write_text(args) -> Path:
+    """A folder of text that our side reads. There is little to validate on: this measures training."""
+    corpus = load_corpus(args.data, tokenizer=args.tokenizer, cache=args.cache)
+    folder = args.out / "text"
+    folder.mkdir(parents=True)
+    for name, count in (("train", TRAIN_TOKENS), ("val", 2 * args.seq_len), ("test", 2 * args.seq_len)):
+        tokens = np.asarray(corpus.train.tokens[:count]).tolist()
+        (folder / f"{name}.txt").write_text(corpus.tokenizer.decode(tokens))
+    return folder
+
+
+def write_dataset(args) -> tuple[str, int]:
+    """The same tokens in the checkout's data folder: nanoGPT's name for them, and the size of the vocabulary."""
+    corpus = load_corpus(args.data, tokenizer=args.tokenizer, cache=args.cache)
+    folder, vocab = args.checkout / "data" / "scorecast_race", corpus.tokenizer.vocab_size
+    folder.mkdir(exist_ok=True)
+    for name, tokens in (("train", corpus.train), ("val", corpus.val)):
+        np.asarray(tokens.tokens).astype(np.uint16).tofile(folder / f"{name}.bin")
+    (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": vocab}))
+    return folder.name, vocab
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = race_parser("nanogpt", __doc__)
     parser.add_argument("checkout", type=Path, help="a checkout of nanoGPT")
     parser.add_argument("--data", default="pydoc")
     parser.add_argument("--tokenizer", default="bpe:257", help="fixes the vocabulary of both (default: bytes and EOS)")
@@ -124,36 +97,18 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"{args.checkout} is no checkout of nanoGPT (no train.py)")
         if args.steps < 2 * WINDOW or args.steps % WINDOW:
             raise ValueError(f"--steps {args.steps}: give a multiple of {WINDOW}, at least {2 * WINDOW}")
-        if args.out.exists():
-            raise ValueError(f"{args.out} exists; give another --out")
-        # Little to validate on: this measures training.
-        text = load_corpus(args.data, tokenizer=args.tokenizer, cache=args.cache)
-        folder = args.out / "text"
-        folder.mkdir(parents=True)
-        for name, count in (("train", 2_000_000), ("val", 2 * args.seq_len), ("test", 2 * args.seq_len)):
-            tokens = np.asarray(text.train.tokens[:count]).tolist()
-            (folder / f"{name}.txt").write_text(text.tokenizer.decode(tokens))
-        args.data = str(folder)
-        corpus = load_corpus(args.data, tokenizer=args.tokenizer, cache=args.cache)
-        vocab = corpus.tokenizer.vocab_size
-        dataset = args.checkout / "data" / "scorecast_race"
-        dataset.mkdir(exist_ok=True)
-        for name, tokens in (("train", corpus.train), ("val", corpus.val)):
-            np.asarray(tokens.tokens).astype(np.uint16).tofile(dataset / f"{name}.bin")
-        (dataset / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": vocab}))
+        check_new(args.out)
+        args.data = str(write_text(args))
+        dataset, vocab = write_dataset(args)
         rounds = []
         for i in range(args.rounds):
-            row = {"nanogpt": nanogpt_ms(args.checkout, dataset.name, vocab, SIZES[args.model], args)}
+            row = {"nanogpt": nanogpt_ms(dataset, args)}
             row |= {loss: our_ms(loss, args.out / f"{loss}{i}", args) for loss in ("ce", "dpsm")}
             rounds.append(row)
             print(f"round {i + 1}: " + ", ".join(f"{k} {v:.1f} ms" for k, v in row.items()), flush=True)
     tokens = args.batch * args.seq_len
-    result = {
-        "model": args.model,
-        "vocab": vocab,
-        "batch": args.batch,
-        "seq_len": args.seq_len,
-        "rounds_ms": rounds,
+    result = {"model": args.model, "vocab": vocab, "batch": args.batch, "seq_len": args.seq_len, "rounds_ms": rounds}
+    result |= {
         "tokens_per_second": {k: tokens * 1000 / statistics.median(r[k] for r in rounds) for k in rounds[0]},
         "ce_over_nanogpt": statistics.median(r["nanogpt"] / r["ce"] for r in rounds),
         "dpsm_over_ce": statistics.median(r["ce"] / r["dpsm"] for r in rounds),

@@ -5,24 +5,17 @@
     python -m races.peft_gsm8k --shape mini --base fp32 --batch 4 --seq-len 128 --prompts 16 --new-tokens 32 \\
         --eval-batches 8,16 --device cpu --out runs/race-cpu
 
-Turns are processes of their own and alternate (theirs, ours, theirs, ...), because machines are shared and drift; each
-round gives one ratio a pair, and the medians are printed. A training turn takes the largest micro-batch that fits, from
---batch down by halves; its time is the median step after two that are not counted, its memory the peak of the process.
-An evaluation turn generates from plain dense weights, what merged adapters are, at the best of --eval-batches, which
-it finds on two batches of each. Every prompt gets all --new-tokens: continuous batching gains nothing from early ends.
-Theirs is what their users run: bfloat16 autocast over fp32 adapters, scaled_dot_product_attention, left padding.
+Turns are processes of their own and alternate: theirs, ours, theirs, and so on. A training turn takes the largest
+micro-batch that fits, from --batch down by halves. Its time is the median step after two that are not counted, its
+memory the peak of the process. An evaluation turn generates from plain dense weights, as merged adapters are. It tries
+each of --eval-batches on two batches and takes the best. Every prompt gets all --new-tokens, so continuous batching
+gains nothing from early ends. Theirs is what their users run: bfloat16 autocast over fp32 adapters,
+scaled_dot_product_attention, left padding.
 """
 
-import argparse
-import csv
-import datetime
-import io
 import json
 import statistics
-import subprocess
 import sys
-import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -32,8 +25,8 @@ from kernels.losses import ce
 from model.decode import Request, decode
 from model.lora import BASES, LoRAConfig, add_lora, load_base
 from model.qwen3 import Qwen3, Qwen3Config, load_qwen3, save_qwen3
+from races import common
 from runtime.cli import user_errors
-from runtime.folder import write_bytes
 from runtime.machine import peak_memory, start_world
 
 SHAPES = {
@@ -42,11 +35,7 @@ SHAPES = {
     "tiny": Qwen3Config(300, 64, 128, 2, 4, 2, 16, 512, tie_word_embeddings=True),
 }
 SIDES = ("theirs", "ours")
-FIELDS = ("round", "part", "side", "batch", "tokens_per_second", "seconds", "peak_memory_bytes")
-
-
-# ----------------------------------------------------------------------------------------------
-# training
+TURNS = ("train", "evaluate")
 
 
 def our_loss(folder: Path, base: str, rank: int, dtype: torch.dtype, device: torch.device):
@@ -60,6 +49,13 @@ def our_loss(folder: Path, base: str, rank: int, dtype: torch.dtype, device: tor
     return model, loss
 
 
+def their_model(folder: Path, dtype: torch.dtype, device: torch.device, **more):
+    from transformers import AutoModelForCausalLM
+
+    more |= dict(attn_implementation="sdpa", device_map={"": device})
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **more)
+
+
 def their_loss(folder: Path, base: str, rank: int, dtype: torch.dtype, device: torch.device):
     import peft
     import transformers
@@ -67,13 +63,8 @@ def their_loss(folder: Path, base: str, rank: int, dtype: torch.dtype, device: t
     quantised = transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=torch.float32 if base == "fp32" else torch.bfloat16,
-        attn_implementation="sdpa",
-        device_map={"": device},
-        quantization_config=quantised if base == "nf4" else None,
-    )
+    plain = torch.float32 if base == "fp32" else torch.bfloat16
+    model = their_model(folder, plain, device, quantization_config=quantised if base == "nf4" else None)
     config = peft.LoraConfig(r=rank, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     model = peft.get_peft_model(model, config)
     model.config.use_cache = False
@@ -86,11 +77,19 @@ def their_loss(folder: Path, base: str, rank: int, dtype: torch.dtype, device: t
     return model, loss
 
 
+def dtype_on(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def turn_row(batch: int, tokens_per_second: float, seconds: float, device: torch.device) -> dict:
+    row = {"batch": batch, "tokens_per_second": tokens_per_second, "seconds": seconds}
+    return row | {"peak_memory_bytes": peak_memory(device)}
+
+
 def train_turn(args, side: str, device: torch.device) -> dict:
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.manual_seed(0)
     make = our_loss if side == "ours" else their_loss
-    model, loss_of = make(args.model, args.base, args.rank, dtype, device)
+    model, loss_of = make(args.model, args.base, args.rank, dtype_on(device), device)
     model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
@@ -99,47 +98,23 @@ def train_turn(args, side: str, device: torch.device) -> dict:
     tokens = torch.randint(vocab, (args.batch, args.seq_len + 1), generator=generator).to(device)
 
     def step(micro: int) -> None:
+        optimizer.zero_grad(set_to_none=True)
         for part in tokens.split(micro):
             (loss_of(part) * len(part) / args.batch).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
 
-    micro, seconds = min(args.micro_batch or args.batch, args.batch), []
-    while True:
-        try:
-            step(micro)
-            break
-        except torch.OutOfMemoryError:
-            if micro == 1:
-                raise ValueError(f"{side}: not one sequence of {args.seq_len} tokens fits the memory") from None
-        optimizer.zero_grad(set_to_none=True)  # outside the handler, whose traceback holds the activations
-        torch.cuda.empty_cache()
-        micro //= 2
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    for i in range(args.steps + 1):
-        began = time.perf_counter()
-        step(micro)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        if i:
-            seconds.append(time.perf_counter() - began)
-    took = statistics.median(seconds)
-    return {
-        "batch": micro,
-        "tokens_per_second": args.batch * args.seq_len / took,
-        "seconds": took,
-        "peak_memory_bytes": peak_memory(device),
-    }
-
-
-# ----------------------------------------------------------------------------------------------
-# generation
+    first = min(args.micro_batch or args.batch, args.batch)
+    complaint = f"{side}: not one sequence of {args.seq_len} tokens fits the memory"
+    micro = common.largest_that_fits(step, first, complaint)
+    common.forget_peak(device)
+    seconds = [common.seconds_of(lambda: step(micro), device) for _ in range(args.steps + 1)]
+    took = statistics.median(seconds[1:])
+    return turn_row(micro, args.batch * args.seq_len / took, took, device)
 
 
 def prompts_of(args) -> list[list[int]]:
-    """Random tokens, 60 to 220 of them as GSM8K's questions with Qwen3's tokenizer and chat turns have; seeded."""
+    """Prompts of random tokens, seeded. GSM8K's questions have 60 to 220 with Qwen3's tokenizer and chat turns."""
     generator = torch.Generator().manual_seed(2)
     lengths = torch.randint(args.prompt_tokens // 4, args.prompt_tokens + 1, (args.prompts,), generator=generator)
     vocab = SHAPES[args.shape].vocab_size
@@ -157,11 +132,8 @@ def our_generate(folder: Path, dtype: torch.dtype, device: torch.device):
 
 
 def their_generate(folder: Path, dtype: torch.dtype, device: torch.device):
-    import transformers
-
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation="sdpa", device_map={"": device}
-    ).eval()
+    model = their_model(folder, dtype, device).eval()
+    greedy = dict(do_sample=False, pad_token_id=0, eos_token_id=None)
 
     def generate(prompts, batch: int, new: int) -> int:
         made = 0
@@ -172,13 +144,7 @@ def their_generate(folder: Path, dtype: torch.dtype, device: torch.device):
             tokens = torch.tensor([[0] * (width - len(p)) + p for p in part], device=device)
             mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in part], device=device)
             out = model.generate(
-                input_ids=tokens,
-                attention_mask=mask,
-                max_new_tokens=new,
-                min_new_tokens=new,
-                do_sample=False,
-                pad_token_id=0,
-                eos_token_id=None,
+                input_ids=tokens, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, **greedy
             )
             made += len(part) * (out.shape[1] - width)
         return made
@@ -187,20 +153,16 @@ def their_generate(folder: Path, dtype: torch.dtype, device: torch.device):
 
 
 def evaluate_turn(args, side: str, device: torch.device) -> dict:
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    generate = (our_generate if side == "ours" else their_generate)(args.model, dtype, device)
+    generate = (our_generate if side == "ours" else their_generate)(args.model, dtype_on(device), device)
     prompts = prompts_of(args)
 
     def timed(some, batch: int) -> tuple[float, float]:
         """(tokens/s, seconds)"""
-        began = time.perf_counter()
-        made = generate(some, batch, args.new_tokens)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds = time.perf_counter() - began
-        if made != len(some) * args.new_tokens:
-            raise ValueError(f"{side} made {made} tokens, expected {len(some) * args.new_tokens}")
-        return made / seconds, seconds
+        made = []
+        seconds = common.seconds_of(lambda: made.append(generate(some, batch, args.new_tokens)), device)
+        if made[0] != len(some) * args.new_tokens:
+            raise ValueError(f"{side} made {made[0]} tokens, expected {len(some) * args.new_tokens}")
+        return made[0] / seconds, seconds
 
     rates = {}
     batches = [int(b) for b in args.eval_batches.split(",")]
@@ -210,42 +172,24 @@ def evaluate_turn(args, side: str, device: torch.device) -> dict:
             rates[batch] = timed(prompts[: 2 * batch], batch)[0]
         except torch.OutOfMemoryError:
             pass  # the batch is too large for this side: it has no rate
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        common.forget_peak(device)
     if len(batches) > 1 and not rates:
         raise ValueError(f"{side}: none of --eval-batches {args.eval_batches} fits the memory")
     best = max(rates, key=rates.get) if rates else batches[0]
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    rate, seconds = timed(prompts, best)
-    return {"batch": best, "tokens_per_second": rate, "seconds": seconds, "peak_memory_bytes": peak_memory(device)}
-
-
-# ----------------------------------------------------------------------------------------------
-# the race
-
-
-def versions() -> str:
-    def of(package: str) -> str:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return "none"
-
-    return " ".join(f"{p} {of(p)}" for p in ("torch", "transformers", "peft", "bitsandbytes"))
+    common.forget_peak(device)
+    return turn_row(best, *timed(prompts, best), device)
 
 
 def run_turn(part: str, side: str, argv: list[str], model: Path) -> dict:
-    line = [sys.executable, "-m", "races.peft_gsm8k", *argv, "--model", str(model), "--turn", f"{part}:{side}"]
-    ran = subprocess.run(line, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
-    if ran.returncode:
-        raise ValueError(f"the turn {part}:{side} failed: {' '.join(ran.stderr.strip().splitlines()[-1:])}")
-    return json.loads(ran.stdout.strip().splitlines()[-1])
+    turn = f"{part}:{side}"
+    line = common.command("-m", "races.peft_gsm8k", *argv, model=model, turn=turn)
+    printed = common.output_of(line, f"the turn {turn} failed", cwd=Path(__file__).parent.parent)
+    return json.loads(printed.strip().splitlines()[-1])
 
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.race_parser("peft_gsm8k", __doc__)
     parser.add_argument("--shape", default="0.6b", choices=SHAPES, help="(default: %(default)s, Qwen3-0.6B's)")
     parser.add_argument("--base", default="nf4", choices=BASES, help="(default: %(default)s)")
     parser.add_argument("--rank", type=int, default=64)
@@ -264,26 +208,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--turn", default="", help="PART:SIDE: that turn alone, in this process; its row as JSON")
     args = parser.parse_args(argv)
     with user_errors():
-        for name in ("rank", "batch", "seq_len", "steps", "new_tokens", "rounds", "prompt_tokens"):
-            if getattr(args, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least 1")
+        common.check_least(args, rank=1, batch=1, seq_len=1, steps=1, new_tokens=1, rounds=1, prompt_tokens=1)
         if not all(b.isdigit() and int(b) for b in args.eval_batches.split(",")):
             raise ValueError(f"--eval-batches {args.eval_batches!r}: expected batch sizes separated by commas")
         device = start_world(args.device).device
         if args.turn:
             part, _, side = args.turn.partition(":")
-            if part not in ("train", "evaluate") or side not in SIDES:
+            if part not in TURNS or side not in SIDES:
                 raise ValueError(f"--turn {args.turn!r}: expected train or evaluate, a colon, and theirs or ours")
-            row = (train_turn if part == "train" else evaluate_turn)(args, side, device)
-            print(json.dumps(row))
+            print(json.dumps((train_turn if part == "train" else evaluate_turn)(args, side, device)))
             return 0
-        if args.out.exists():
-            raise ValueError(f"{args.out} exists; give another --out")
+        common.check_new(args.out)
         args.out.mkdir(parents=True)
         if args.model is None:
             torch.manual_seed(0)
             save_qwen3(Qwen3(SHAPES[args.shape]), args.out / "model", dtype=torch.bfloat16)
-        parts = ("train", "evaluate") if args.prompts else ("train",)
+        parts = TURNS if args.prompts else TURNS[:1]
         rows, model = [], (args.model or args.out / "model").resolve()
         for i in range(args.rounds):
             for part in parts:
@@ -295,36 +235,15 @@ def main(argv: list[str] | None = None) -> int:
                         f"{row['batch']}, peak {row['peak_memory_bytes'] / 1e6:,.0f} MB",
                         flush=True,
                     )
-        write_csv(args.out / "race.csv", rows, args, device)
+        same = {name: getattr(args, name) for name in ("shape", "base", "rank")} | {"step_batch": args.batch}
+        same |= {name: getattr(args, name) for name in ("seq_len", "prompts", "new_tokens")}
+        common.write_csv(args.out / "race.csv", rows, same | common.here_and_now(device))
     for part in parts:
         for key, word in (("tokens_per_second", "tokens/s"), ("peak_memory_bytes", "peak memory")):
-            pairs = [
-                {r["side"]: r[key] for r in rows if r["part"] == part and r["round"] == i + 1}
-                for i in range(args.rounds)
-            ]
-            ratio = statistics.median(p["ours"] / p["theirs"] for p in pairs)
+            ratio = common.median_ratio((row for row in rows if row["part"] == part), key, "ours", "theirs")
             print(f"{part}: {word}, ours over theirs {ratio:.3f} (median of {args.rounds} rounds)")
     print(f"{args.out / 'race.csv'}")
     return 0
-
-
-def write_csv(path: Path, rows: list[dict], args, device: torch.device) -> None:
-    """A row a turn, with the device, the date, the versions and the sizes."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    same = {
-        "shape": args.shape,
-        "base": args.base,
-        "rank": args.rank,
-        "step_batch": args.batch,
-        "seq_len": args.seq_len,
-    }
-    same |= {"prompts": args.prompts, "new_tokens": args.new_tokens, "device": name, "versions": versions()}
-    same |= {"date": datetime.datetime.now(datetime.UTC).date().isoformat()}
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, [*FIELDS, *same])
-    writer.writeheader()
-    writer.writerows(row | same for row in rows)
-    write_bytes(path, lambda file: file.write(text.getvalue().encode()))
 
 
 if __name__ == "__main__":

@@ -4,22 +4,16 @@
     python -m races.transformers_seq2seq bart-large --compile both --rounds 5 --out runs/race_large
     python -m races.transformers_seq2seq bart-tiny --batch 4 --source 64 --target 16      # a CPU, in seconds
 
-The sides take turns (transformers, ours with CE, ours with DPSM, transformers, ...), because machines are shared and
-drift; each turn builds its model anew, so that peak memory is its own, and warms up before it is timed. A round gives
-one ratio a pair, and the medians are printed. A step is forward, loss, backward, clipping and fused AdamW, on full
-batches without padding; tokens are those of sources and targets. Where memory ends, the batch is halved for all sides.
-Generation runs every row to --new-tokens. In bf16, transformers trains under autocast, as its Trainer does, and both
-generate from bf16 weights. Peak memory is measured on CUDA only.
+The sides take turns: transformers, ours with CE, ours with DPSM, transformers, and so on. Each turn builds its model
+anew, so that peak memory is its own, and warms up before it is timed. A step is forward, loss, backward, clipping and
+fused AdamW, on full batches without padding. Tokens are those of sources and targets. Where memory ends, the batch is
+halved for all sides. Generation runs every row to --new-tokens. In bf16, transformers trains under autocast, as its
+Trainer does, and both generate from bf16 weights. Peak memory is measured on CUDA only.
 """
 
 import argparse
-import csv
-import datetime
-import gc
-import io
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -30,14 +24,14 @@ from model.beam import Decoding
 from model.generate import generate
 from model.gpt2 import decay_groups
 from model.seq2seq import SIZES, Seq2Seq, Seq2SeqConfig
+from races import common
 from runtime.cli import user_errors
-from runtime.folder import environment, write_bytes, write_json
+from runtime.folder import environment, write_json
 
 SIDES = ("transformers", "ce", "dpsm")
-FIELDS = ("round", "task", "side", "batch", "ms", "tokens_per_second", "peak_memory_bytes")
 
 
-def their_model(config: Seq2SeqConfig, dtype: torch.dtype, device: str):
+def their_model(config: Seq2SeqConfig, dtype: torch.dtype, device: torch.device):
     """transformers' BART of the same shape and rates, randomly initialised."""
     try:
         from transformers import BartConfig, BartForConditionalGeneration
@@ -53,29 +47,12 @@ def their_model(config: Seq2SeqConfig, dtype: torch.dtype, device: str):
     return BartForConditionalGeneration(theirs).to(device, dtype)
 
 
-def our_model(config: Seq2SeqConfig, dtype: torch.dtype, device: str) -> Seq2Seq:
-    """Ours, with fp32 parameters and activations in ``dtype``."""
-    return Seq2Seq(config, dtype).to(device)
-
-
-def wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def new_turn(device: str) -> None:
-    """What the last turn held is freed, and the peak begins anew."""
-    if device == "cuda":
-        gc.collect()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-
-
-def train(side: str, config: Seq2SeqConfig, batch: int, args, steps: int) -> tuple[float, int | None]:
-    """(median milliseconds of ``steps`` training steps after --warm ones, peak bytes on CUDA) of one side."""
+def train_turn(side: str, config: Seq2SeqConfig, batch: int, args) -> tuple[float, int | None]:
+    """(median milliseconds of --steps training steps after --warm ones, peak bytes on CUDA) of one side."""
+    common.forget_peak(args.device)
     torch.manual_seed(0)
     device, theirs = args.device, side == "transformers"
-    model = their_model(config, torch.float32, device) if theirs else our_model(config, args.dtype, device)
+    model = their_model(config, torch.float32, device) if theirs else Seq2Seq(config, args.dtype).to(device)
     model.train()
     if args.compile == "both" or (args.compile == "ours" and not theirs):
         if theirs:
@@ -89,12 +66,10 @@ def train(side: str, config: Seq2SeqConfig, batch: int, args, steps: int) -> tup
     source = torch.randint(5, config.vocab_size, (batch, args.source), device=device)
     labels = torch.randint(5, config.vocab_size, (batch, args.target), device=device)
     mixed = theirs and args.dtype != torch.float32
-    milliseconds = []
-    for step in range(args.warm + steps):
-        wait(device)
-        clock = time.perf_counter()
+
+    def step() -> None:
         if theirs:
-            with torch.autocast(device, args.dtype, enabled=mixed):
+            with torch.autocast(device.type, args.dtype, enabled=mixed):
                 loss = model(input_ids=source, labels=labels).loss
         else:
             hidden = model(source, None, model.shift_right(labels)).flatten(0, 1)
@@ -103,56 +78,45 @@ def train(side: str, config: Seq2SeqConfig, batch: int, args, steps: int) -> tup
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        wait(device)
-        if step >= args.warm:
-            milliseconds.append(1000 * (time.perf_counter() - clock))
-    return statistics.median(milliseconds), torch.cuda.max_memory_allocated() if device == "cuda" else None
+
+    seconds = [common.seconds_of(step, device) for _ in range(args.warm + args.steps)]
+    return 1000 * statistics.median(seconds[args.warm :]), common.cuda_peak(device)
 
 
 @torch.no_grad()
-def decode(side: str, config: Seq2SeqConfig, batch: int, args) -> tuple[float, int | None]:
+def generate_turn(side: str, config: Seq2SeqConfig, batch: int, args) -> tuple[float, int | None]:
     """(milliseconds of generating --new-tokens with --beams for a whole batch, the faster of two after one that warms
     up; peak bytes on CUDA) of one side."""
+    common.forget_peak(args.device)
     torch.manual_seed(0)
     device, n = args.device, args.new_tokens
-    build = their_model if side == "transformers" else our_model
-    model = build(config, args.dtype, device).to(args.dtype).eval()
+    theirs = side == "transformers"
+    model = their_model(config, args.dtype, device) if theirs else Seq2Seq(config, args.dtype).to(device, args.dtype)
+    model.eval()
     source = torch.randint(5, config.vocab_size, (batch, args.source), device=device)
     options = Decoding(n, n, args.beams, eos_id=config.eos_token_id, pad_id=config.pad_token_id)
     like = dict(num_beams=args.beams, min_new_tokens=n, max_new_tokens=n, do_sample=False, early_stopping=False)
-    seconds = []
-    for _ in range(3):
-        wait(device)
-        clock = time.perf_counter()
-        if side == "transformers":
+    lengths = []
+
+    def run() -> None:
+        if theirs:
             made = model.generate(source, attention_mask=torch.ones_like(source), **like).shape[1] - 1
         else:
-            compiled = {} if args.compile != "none" else None
-            made = generate(model, source, options, compile=compiled).tokens.shape[2]
-        wait(device)
-        seconds.append(time.perf_counter() - clock)
-        if made != n:
-            raise ValueError(f"{side} generated {made} tokens, expected {n}: there is nothing to compare")
-    return 1000 * min(seconds[1:]), torch.cuda.max_memory_allocated() if device == "cuda" else None
+            made = generate(model, source, options, compile=None if args.compile == "none" else {}).tokens.shape[2]
+        lengths.append(made)
+
+    seconds = [common.seconds_of(run, device) for _ in range(3)]
+    if set(lengths) != {n}:
+        raise ValueError(f"{side} generated {lengths} tokens, expected {n}: there is nothing to compare")
+    return 1000 * min(seconds[1:]), common.cuda_peak(device)
 
 
-def fitting(task, sides: tuple[str, ...], batch: int, args) -> int:
-    """The largest of ``batch``, its half, ... with which ``task(side, batch)`` runs on every side."""
-    while args.device == "cuda":
-        try:
-            for side in sides:
-                new_turn(args.device)
-                task(side, batch)
-            break
-        except torch.OutOfMemoryError as e:
-            if batch == 1:
-                raise ValueError("a batch of one does not fit on this device; choose a smaller model") from e
-            batch //= 2
-    return batch
+# Of a task: how a turn is measured, and who takes part. A score does not change decoding.
+TASKS = {"train": (train_turn, SIDES), "generate": (generate_turn, SIDES[:2])}
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.race_parser("transformers_seq2seq", __doc__)
     parser.add_argument("model", choices=[name for name in SIZES if name.startswith("bart")])
     parser.add_argument("--batch", type=int, default=64, help="pairs in a step, halved until they fit (default: 64)")
     parser.add_argument("--source", type=int, default=1024, help="tokens of a source (default: 1024)")
@@ -165,74 +129,63 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--generate-batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--compile", choices=("none", "ours", "both"), default="none", help="torch.compile of training;"
-                        " ours' decoding too")  # fmt: skip
+    compiled = "torch.compile of training; ours' decoding too"
+    parser.add_argument("--compile", choices=("none", "ours", "both"), default="none", help=compiled)
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bf16 on CUDA")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--out", type=Path, default=Path("runs/race_transformers"))
     args = parser.parse_args(argv)
     with user_errors():
-        least = dict(batch=1, source=1, target=1, steps=1, warm=0, beams=2, new_tokens=1, generate_batch=1, rounds=1)
-        for name, smallest in (least | {"vocab": 16}).items():
-            if getattr(args, name) < smallest:
-                flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
-                raise ValueError(f"{flag}: expected at least {smallest}")
-        if args.out.exists():
-            raise ValueError(f"{args.out} exists; give another --out")
-        bf16 = args.dtype == "bfloat16" or (args.dtype == "auto" and args.device == "cuda")
+        common.check_least(args, batch=1, source=1, target=1, steps=1, warm=0, beams=2, new_tokens=1, generate_batch=1)
+        common.check_least(args, rounds=1, vocab=16)
+        common.check_new(args.out)
+        args.device = torch.device(args.device)
+        bf16 = args.dtype == "bfloat16" or (args.dtype == "auto" and args.device.type == "cuda")
         args.dtype = torch.bfloat16 if bf16 else torch.float32
         longest = max(args.source, args.target, args.new_tokens + 1)
         config = SIZES[args.model](vocab_size=args.vocab, dropout=args.dropout, attention_dropout=args.dropout)
         if longest > config.max_position_embeddings:
             raise ValueError(f"{longest} tokens are more than the {config.max_position_embeddings} positions of BART")
-        their_model(SIZES["bart-tiny"](vocab_size=16), torch.float32, "cpu")  # is the package there?
-        if args.device == "cuda":
+        their_model(SIZES["bart-tiny"](vocab_size=16), torch.float32, torch.device("cpu"))  # is the package there?
+        batches = {"train": args.batch, "generate": args.generate_batch}
+        if args.device.type == "cuda":
             torch.set_float32_matmul_precision("high")
-        pair = SIDES[:2]  # a score does not change decoding
-        batches = {
-            "train": fitting(lambda side, n: train(side, config, n, args, 1), SIDES, args.batch, args),
-            "generate": fitting(lambda side, n: decode(side, config, n, args), pair, args.generate_batch, args),
-        }
+            trial = argparse.Namespace(**vars(args) | {"steps": 1})
+            for task, (measure, sides) in TASKS.items():
+                batches[task] = common.largest_that_fits(
+                    lambda n, measure=measure, sides=sides: [measure(side, config, n, trial) for side in sides],
+                    batches[task],
+                    "a batch of one does not fit on this device; choose a smaller model",
+                )
         args.out.mkdir(parents=True)
     rows = []
+    tokens = {"train": args.source + args.target, "generate": args.new_tokens}  # of a row of the batch
     for i in range(args.rounds):
-        for task, sides in (("train", SIDES), ("generate", pair)):
-            batch, line = batches[task], []
+        for task, (measure, sides) in TASKS.items():
+            batch, shown = batches[task], []
             for side in sides:
-                new_turn(args.device)
-                if task == "train":
-                    ms, peak = train(side, config, batch, args, args.steps)
-                else:
-                    ms, peak = decode(side, config, batch, args)
-                tokens = batch * (args.source + args.target if task == "train" else args.new_tokens)
-                values = (i, task, side, batch, ms, 1000 * tokens / ms, peak)
-                rows.append(dict(zip(FIELDS, values, strict=True)))
-                line.append(
-                    f"{side} {rows[-1]['tokens_per_second']:,.0f}" + (f" ({peak / 1e9:.2f} GB)" if peak else "")
-                )
-            print(f"round {i + 1}, {task}, tokens/s at batch {batch}: {', '.join(line)}", flush=True)
-    finish(rows, args)
+                ms, peak = measure(side, config, batch, args)
+                rate = 1000 * batch * tokens[task] / ms
+                row = {"round": i, "task": task, "side": side, "batch": batch, "ms": ms, "tokens_per_second": rate}
+                rows.append(row | {"peak_memory_bytes": peak})
+                shown.append(f"{side} {rate:,.0f}" + (f" ({peak / 1e9:.2f} GB)" if peak else ""))
+            print(f"round {i + 1}, {task}, tokens/s at batch {batch}: {', '.join(shown)}", flush=True)
+    write_results(rows, args)
     return 0
 
 
-def finish(rows: list[dict], args) -> None:
+def write_results(rows: list[dict], args) -> None:
     """race.csv, a row a measurement with where and when, and race.json, with the ratios that are printed."""
-    env = environment(torch.device(args.device)) | {"git_diff": None}
     import transformers
 
+    env = environment(args.device) | {"git_diff": None}
     about = {"model": args.model, "source": args.source, "target": args.target, "dtype": str(args.dtype).split(".")[1]}
     about |= {"compile": args.compile, "beams": args.beams, "new_tokens": args.new_tokens, "device": env["device"]}
-    about |= {"torch": torch.__version__, "transformers": transformers.__version__}
-    about |= {"date": datetime.date.today().isoformat()}
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [*FIELDS, *about])
-    writer.writeheader()
-    writer.writerows(row | about for row in rows)
-    write_bytes(args.out / "race.csv", lambda f: f.write(text.getvalue().encode()))
+    about |= {"torch": torch.__version__, "transformers": transformers.__version__, "date": common.today()}
+    common.write_csv(args.out / "race.csv", rows, about)
 
     def ratio(task: str, side: str, base: str) -> float:
-        speed = {(row["round"], row["side"]): row["tokens_per_second"] for row in rows if row["task"] == task}
-        return statistics.median(speed[i, side] / speed[i, base] for i in range(args.rounds))
+        return common.median_ratio((row for row in rows if row["task"] == task), "tokens_per_second", side, base)
 
     ratios = {
         "train_ce_over_transformers": ratio("train", "ce", "transformers"),

@@ -1,18 +1,19 @@
-"""The jailer of sandbox.run: a process of its own that runs programs, one after the other, and holds nothing else.
+"""The jailer: a process of its own that runs programs, one after the other, and holds nothing else.
 
-Not for import: sandbox.run starts this file as a script, by a clean ``python -I -S``, so it needs the standard library
-alone. It says hello, a JSON line of what the machine withholds or of why the mode cannot be had, and then
-answers each request, a JSON line {code, stdin, limits}, by one of {stdout, stderr, status, code, seconds}, until its
-stdin ends. It is single-threaded, so that it may fork.
+Not for import. run.py starts this file as a script, by a clean ``python -I -S``, so it uses the standard library alone.
+It has one thread, so that it may fork. First it says hello: a JSON line of what the machine withholds, or of why the
+mode cannot be had. Then it answers each request, a JSON line {code, stdin, limits}, by a line {stdout, stderr, status,
+code, seconds}. It ends when its stdin does.
 
 A program in mode ``namespaces`` is the grandchild of a guard:
 
     jailer      in its own user, mount, network, UTS and IPC namespace, entered once
-      guard     makes process, mount and IPC namespaces for one program; dead when these are
-        init    their first process: mounts /proc and the scratch folder, starts the program, reaps; takes all with it
-          program
+      guard     makes process, mount and IPC namespaces for one program; ends when these do
+        init    their first process: mounts /proc and the scratch folder, starts the program, reaps; when it ends,
+          program   all the others in its namespace do
 """
 
+import contextlib
 import ctypes
 import functools
 import json
@@ -31,6 +32,7 @@ from types import SimpleNamespace
 
 NOBODY = 65534
 SCRATCH_BYTES = 32 << 20  # of the scratch folder, where it is in memory
+PATIENCE = 5  # seconds after which what cannot be killed is given up
 SYSTEM = ("/usr/lib", "/usr/lib32", "/usr/lib64", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache", "/nix/store")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 # Of linux/prctl.h, sched.h and mount.h.
@@ -39,22 +41,25 @@ NEWNS, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET = 0x20000, 0x4000000, 0x8000000, 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND, MS_REC = 1, 2, 4, 8, 32, 4096, 16384
 MS_PRIVATE, MS_RELATIME, MNT_DETACH = 1 << 18, 1 << 21, 2
 PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}  # no wrapper in the C library
-# Of linux/seccomp.h and audit.h. What mode limits refuses: socket, io_uring_setup; kill, tkill, tgkill,
+# Of linux/seccomp.h, bpf_common.h and audit.h. What mode limits refuses: socket, io_uring_setup; kill, tkill, tgkill,
 # rt_sigqueueinfo, rt_tgsigqueueinfo, pidfd_send_signal; ptrace, process_vm_readv, process_vm_writev.
 PR_SET_SECCOMP, SECCOMP_FILTER, KILL_PROCESS, REFUSE, ALLOW = 22, 2, 0x80000000, 0x50001, 0x7FFF0000
 AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+LOAD, JUMP_IF_EQUAL, JUMP_IF_AT_LEAST, RETURN = 0x20, 0x15, 0x35, 0x06
+CALL_NUMBER, ARCHITECTURE = 0, 4  # offsets in struct seccomp_data
+X32 = 0x40000000  # of this number and above: the same calls under other numbers
 REFUSED = {
     "x86_64": (41, 425, 62, 200, 234, 129, 297, 424, 101, 310, 311),
     "aarch64": (198, 425, 129, 130, 131, 138, 240, 424, 117, 270, 271),
 }
 
-# What it takes to start an interpreter, to see whether one starts at all.
+# Limits under which an interpreter starts where it can start at all.
 TRIAL = {"seconds": 10, "cpu_seconds": 5, "memory_bytes": 1 << 29, "processes": 8, "file_bytes": 1, "open_files": 64}
 TRIAL |= {"output_bytes": 1 << 16, "packages": False}
 
 
 def _jailer(mode: str, packages: list[str]) -> None:
-    """Says hello, then answers a line for a line until its stdin ends."""
+    """Says hello, then answers each line by a line until stdin ends."""
     try:
         if sys.platform != "linux":
             raise OSError(f"it needs Linux, this is {sys.platform}")
@@ -63,7 +68,7 @@ def _jailer(mode: str, packages: list[str]) -> None:
         notes = {"user": NOBODY if root else os.geteuid()}
         if mode == "namespaces":
             notes |= _enter_namespaces(root, packages)
-        _call("prctl", PR_SET_CHILD_SUBREAPER, 1)  # what leaves its group and its parent falls to us
+        _call("prctl", PR_SET_CHILD_SUBREAPER, 1)  # we adopt what leaves its group and its parent
         jail = _Jail(mode, packages, root)
         if root and mode != "namespaces" and jail.run({"code": "", "stdin": "", "limits": TRIAL})["status"] != "ok":
             jail = _Jail(mode, packages, False)
@@ -107,9 +112,10 @@ class _Jail:
         for _, end in pipes.values():
             os.close(end)
         got = {name: bytearray() for name in pipes}
-        ended = self._collect(guard, {pipes[name][0]: got[name] for name in pipes}, limits, started + limits.seconds)
+        streams = {pipes[name][0]: got[name] for name in pipes}
+        ended = self._collect(guard, streams, limits, started + limits.seconds)
         raw, survivors = _kill_children(guard)
-        self._drain({pipes[name][0]: got[name] for name in pipes}, limits)
+        self._drain(streams, limits)
         if folder:
             _remove(folder)
         if ended == "abandoned":
@@ -120,21 +126,22 @@ class _Jail:
         told = got["exit"].decode("utf-8", "replace")
         code = None
         if self.mode == "namespaces" and not told and not ended:
-            status = "killed"  # the namespace's first process, which would have told: by the kernel, for memory
+            status = "killed"  # init, which would have told, is dead: the kernel killed it for memory
         elif told.startswith("!") or survivors:
             status, stderr = "lost", told[1:] or f"{survivors} processes could not be killed"
         else:
             if not ended:
                 raw = int(told) if told else raw
                 code = os.waitstatus_to_exitcode(raw)
-                if self.mode == "bubblewrap" and code > 128:
+                if self.mode == "bubblewrap" and code > 128:  # as a shell tells a signal
                     code = 128 - code
             status = ended or _status(code, stderr)
         seconds = time.monotonic() - started
         return {"stdout": stdout, "stderr": stderr, "status": status, "code": code, "seconds": seconds}
 
     def _collect(self, guard: int, streams: dict, limits: SimpleNamespace, deadline: float) -> str | None:
-        """Reads until the program has ended; else why it has to be ended: a status, or "abandoned"."""
+        """Reads until the program has ended, and then returns None. Returns a status, or "abandoned", where the program
+        has to be ended for that reason."""
         end, poller = os.pidfd_open(guard), select.poll()
         for fd in (*streams, end):
             poller.register(fd, select.POLLIN)
@@ -158,14 +165,12 @@ class _Jail:
             os.close(end)
 
     def _drain(self, streams: dict, limits: SimpleNamespace) -> None:
-        """What is left in the pipes. Their writers are dead, so this ends; in limits mode one may have got away."""
+        """Reads what is left in the pipes. Their writers are dead, but in mode limits one may have got away."""
         for fd, data in streams.items():
             os.set_blocking(fd, False)
-            try:
+            with contextlib.suppress(BlockingIOError):  # a writer lives; what it says later is not the program's output
                 while len(data) <= limits.output_bytes and (more := os.read(fd, 65536)):
                     data += more
-            except BlockingIOError:
-                pass  # a writer lives; what it says later is not the program's output
             os.close(fd)
 
     def _folder(self, code: str) -> str:
@@ -258,11 +263,16 @@ def _filter_calls() -> None:
     """From here on the system calls in REFUSED fail with EPERM, in this process and all it starts (seccomp(2))."""
     machine = platform.machine()
     refused = REFUSED[machine]
-    # BPF: (operation, jump if true, jump if false, constant). Loads the architecture, then the number of the call.
-    lines = [(0x20, 0, 0, 4), (0x15, 1, 0, AUDIT_ARCH[machine]), (0x06, 0, 0, KILL_PROCESS), (0x20, 0, 0, 0)]
-    lines += [(0x35, len(refused) + 1, 0, 0x40000000)]  # x32: the same calls under other numbers
-    lines += [(0x15, len(refused) - i, 0, number) for i, number in enumerate(refused)]
-    lines += [(0x06, 0, 0, ALLOW), (0x06, 0, 0, REFUSE)]
+    lines = [  # operation, lines to jump over if true, if false, constant
+        (LOAD, 0, 0, ARCHITECTURE),
+        (JUMP_IF_EQUAL, 1, 0, AUDIT_ARCH[machine]),
+        (RETURN, 0, 0, KILL_PROCESS),
+        (LOAD, 0, 0, CALL_NUMBER),
+        (JUMP_IF_AT_LEAST, len(refused) + 1, 0, X32),
+        *((JUMP_IF_EQUAL, len(refused) - i, 0, number) for i, number in enumerate(refused)),
+        (RETURN, 0, 0, ALLOW),
+        (RETURN, 0, 0, REFUSE),
+    ]
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in lines))
     header = ctypes.create_string_buffer(struct.pack("HP", len(lines), ctypes.addressof(code)))
     _call("prctl", PR_SET_SECCOMP, SECCOMP_FILTER, header)
@@ -300,11 +310,11 @@ def _write_program(path: str, code: str) -> None:
 
 
 def _kill_children(guard: int) -> tuple[int, int]:
-    """Kills and reaps all that descends from us. Returns the guard's wait status, and how many could not be killed.
+    """Kills and reaps all our descendants. Returns the guard's wait status, and how many could not be killed.
 
-    We are the subreaper: the children of what dies become ours, so that killing our own until there are none gets all.
+    We are the subreaper: the children of what dies become ours. So we kill our own children until there are none.
     """
-    raw, patience = 0, time.monotonic() + 5
+    raw, patience = 0, time.monotonic() + PATIENCE
     while True:
         try:
             while (found := os.waitpid(-1, os.WNOHANG))[0]:
@@ -315,10 +325,8 @@ def _kill_children(guard: int) -> tuple[int, int]:
         if time.monotonic() > patience:
             return raw, max(1, len(left))
         for pid in left:
-            try:
+            with contextlib.suppress(ProcessLookupError):  # it ended by itself
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass  # it ended by itself
         time.sleep(0.001)
 
 
@@ -326,22 +334,18 @@ def _parents() -> Iterator[tuple[int, int]]:
     """(process, its parent) of all processes there are."""
     for name in os.listdir("/proc"):
         if name.isdigit():
-            try:
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # ended meanwhile
                 with open(f"/proc/{name}/stat", "rb") as file:
                     yield int(name), int(file.read().rpartition(b")")[2].split()[1])
-            except (FileNotFoundError, ProcessLookupError):
-                pass  # ended meanwhile
 
 
 def _tasks(user: int) -> int:
     """Processes and threads of a user."""
     count = 0
     for pid, _ in _parents():
-        try:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # ended meanwhile
             if os.stat(f"/proc/{pid}").st_uid == user:
                 count += len(os.listdir(f"/proc/{pid}/task"))
-        except (FileNotFoundError, ProcessLookupError):
-            pass  # ended meanwhile
     return count
 
 
@@ -379,7 +383,7 @@ def _mount(source: str | None, target: str, kind: str | None, flags: int, data: 
 
 
 def _visible(packages: list[str]) -> list[str]:
-    """Folders and files that a program may read, those inside others left out."""
+    """Folders and files that a program may read. Those inside others are left out."""
     wanted = [os.path.realpath(p) for p in (sys.base_prefix, sys.base_exec_prefix, os.path.dirname(sys.executable))]
     wanted = sorted({*wanted, *packages, *(p for p in SYSTEM if os.path.exists(p))})
     return [p for p in wanted if not any(p.startswith(q.rstrip("/") + "/") for q in wanted)]
@@ -388,7 +392,7 @@ def _visible(packages: list[str]) -> list[str]:
 def _enter_namespaces(root: bool, packages: list[str]) -> dict:
     """Moves the jailer, for good, to where there is no network, no file but the interpreter's and no privilege.
 
-    A second process stays outside: it writes the map of users, which root's cannot write from inside, and waits.
+    A second process stays outside and waits. It writes the map of users, which root cannot write from inside.
     """
     if platform.machine() not in PIVOT_ROOT:
         raise OSError(f"not known for {platform.machine()}")
@@ -435,7 +439,8 @@ def _put(path: str, text: str) -> None:
 
 
 def _build_root(visible: list[str]) -> None:
-    """A new root of ``visible``, read-only, devices, places for /proc and the scratch folder; the old one is let go."""
+    """Makes a new root and lets the old one go. It holds ``visible``, read-only, the devices, and places for /proc and
+    the scratch folder."""
     _mount(None, "/", None, MS_REC | MS_PRIVATE)
     sources = {path: os.open(path, os.O_PATH) for path in (*visible, *DEVICES)}  # /tmp is about to be covered
     links = {path: os.readlink(path) for path in SYSTEM if os.path.islink(path)}
@@ -449,14 +454,15 @@ def _build_root(visible: list[str]) -> None:
             continue
         _place(target, folder=os.path.isdir(f"/proc/self/fd/{fd}"))
         _mount(f"/proc/self/fd/{fd}", target, None, MS_BIND | MS_REC)
-        # A mount that another namespace's owner made keeps the restrictions it came with.
-        kept = os.statvfs(target).f_flag & (MS_NOSUID | MS_NODEV | MS_NOEXEC | 1024 | 2048)
-        relative = MS_RELATIME if os.statvfs(target).f_flag & 4096 else 0
+        # A mount made by the owner of another namespace keeps the restrictions it came with.
+        flags = os.statvfs(target).f_flag  # ST_ and MS_ flags have the same values, but for relatime
+        kept = flags & (MS_NOSUID | MS_NODEV | MS_NOEXEC | os.ST_NOATIME | os.ST_NODIRATIME)
+        relative = MS_RELATIME if flags & os.ST_RELATIME else 0
         device = 0 if path in DEVICES else MS_RDONLY | MS_NODEV
         _mount(None, target, None, MS_REMOUNT | MS_BIND | MS_NOSUID | kept | relative | device)
     for fd in sources.values():
         os.close(fd)
-    # The kernel mounts a fresh /proc only where one is in sight; each program's own covers this one.
+    # The kernel mounts a fresh /proc only where it can see one. Each program's own /proc covers this one.
     _place(f"{new}/proc", folder=True)
     _mount("/proc", f"{new}/proc", None, MS_BIND | MS_REC)
     _place(f"{new}/jail", folder=True)

@@ -1,36 +1,9 @@
-"""Runs generated programs apart from everything else: text in, text out, never unpickled.
+"""The caller's side of the sandbox: starts jailers, hands them programs and yields the results in order."""
 
-    python -m sandbox --probe
-
-prints which containment this machine allows. The strongest of three is used, found once by trying:
-
-- ``namespaces``  Linux user, mount, network, process and IPC namespaces of our own making. The program sees the
-  interpreter's files, read-only, an empty scratch folder in memory, /dev/null and its own processes; no other file, no
-  process, no network. Everything it started dies with its process namespace, whatever it called.
-- ``bubblewrap``  the same by the ``bwrap`` command, for machines where only it may make namespaces. The scratch
-  folder is then on disk.
-- ``limits``      where neither is to be had, as in most containers. The limits below hold, the environment is clean,
-  set-uid programs gain nothing, a system call filter refuses sockets, signals (to the program's own children too) and
-  looking into other processes' memory, and what outlives the deadline is found, setsid or not, and killed. NOT
-  contained: reading every file that the user may read, /proc and so the environment of the user's other processes
-  among them, and writing wherever the user may write. Started as root, programs run as user 65534, for whom most of
-  this is out of reach. A program that forks faster than it is killed can outlive its deadline. Where the kernel does
-  not take the filter the network and signals are open too, and the probe says so. Use it for models whose programs you
-  would run by hand, or inside a container that holds nothing else.
-
-All three: CPU seconds, address space, size of a file and number of open files are limited FOR EACH PROCESS, so that the
-whole may reach ``processes`` times as much. Not contained by any: faults of the kernel itself, and what a program can
-learn from timing. Root that cannot become user 65534 has no limit on processes; the probe says so.
-
-How it works: eval/jailer.py, run as a script by a clean ``python -I -S``, is one process a worker that enters the
-namespaces once and then runs one program after the other, each in a process namespace, scratch folder and interpreter
-of its own. The caller and the jailer speak JSON lines through pipes. No thread, no fork of the caller.
-"""
-
+import contextlib
 import functools
 import json
 import os
-import select
 import subprocess
 import sys
 import sysconfig
@@ -38,13 +11,18 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
+from itertools import islice
+from multiprocessing.connection import wait  # polls: select refuses descriptors above 1023
 from pathlib import Path
 from typing import NamedTuple
 
-MODES = ("namespaces", "bubblewrap", "limits")
+from tqdm import tqdm
+
+MODES = ("namespaces", "bubblewrap", "limits")  # the strongest first
 STATUSES = ("ok", "error", "memory", "timeout", "cpu", "output", "killed", "lost")
 JAILER = Path(__file__).with_name("jailer.py").resolve()
 GRACE = 20.0  # seconds past its deadline after which a jailer itself is given up
+BACKLOG = 4  # results per worker that may wait for an earlier one
 
 
 @dataclass(frozen=True)
@@ -68,10 +46,12 @@ class Limits:
 
 
 class Result(NamedTuple):
-    """``status``: ok (exit code 0), error (another), memory (MemoryError), timeout (wall clock), cpu, output (too much
-    of it), killed (by a signal, a crash for one), lost (the sandbox could not run it, or was itself destroyed; stderr
-    says what is known). Output is UTF-8, malformed bytes replaced, and whatever came before the end, also of a program
-    that was killed."""
+    """What became of a program. Output is UTF-8 with malformed bytes replaced; it is whatever came before the end.
+
+    ``status``: ok (exit code 0), error (another), memory (a MemoryError), timeout (the wall clock), cpu, output (too
+    much of it), killed (by a signal, as in a crash), or lost: the sandbox could not run it, or was itself destroyed;
+    stderr says what is known.
+    """
 
     stdout: str
     stderr: str
@@ -86,16 +66,12 @@ class Probe(NamedTuple):
     refused: dict  # stronger mode -> why it cannot be had
 
 
-# ----------------------------------------------------------------------------------------------
-# the caller's side
-
-
 def run_program(code: str, stdin: str = "", limits: Limits | None = None, *, mode: str | None = None) -> Result:
     """Runs one Python program. ``mode`` is one of MODES, None the strongest there is.
 
     Starting a jailer costs some 60 ms: for many programs use `run_many`. Raises ValueError as `probe` does.
     """
-    return next(iter(run_many([code], 1, limits, stdin=stdin, mode=mode)))
+    return next(run_many([code], 1, limits, stdin=stdin, mode=mode))
 
 
 def run_many(
@@ -109,37 +85,32 @@ def run_many(
 ) -> Iterator[Result]:
     """Runs programs, ``workers`` at a time (None: one for each core), and yields their results in order.
 
-    Back-pressure: a program is taken from ``programs`` when a worker is free for it and fewer than 4 x workers results
-    wait for an earlier one, so that a generator may make them as it goes. ``progress`` is the title of a progress bar,
-    none where it is empty. Everything is killed when the iteration ends or is given up. Raises ValueError for workers
-    below 1, for a program that is not text, and as `probe` does.
+    ``programs`` may be a generator that makes them as it goes: a program is taken when a worker is free for it and
+    fewer than 4 x workers results wait for an earlier one. ``progress`` is the title of a progress bar; empty: no bar.
+    Everything is killed when the iteration ends or is given up. Raises ValueError for workers below 1, for a program
+    that is not text, and as `probe` does.
     """
     if workers is not None and workers < 1:
         raise ValueError(f"workers={workers}, expected 1 or more")
-    mode = _known(mode) or probe().mode
+    if mode not in (None, *MODES):
+        raise ValueError(f"unknown mode {mode!r}, expected one of {', '.join(MODES)}")
     workers = workers or len(os.sched_getaffinity(0))
     total = len(programs) if hasattr(programs, "__len__") else None
-    return _run_many(iter(programs), min(workers, total or workers), limits or Limits(), stdin, mode, progress, total)
+    workers = min(workers, total or workers)
+    bar = dict(total=total, desc=progress or None, unit="program", dynamic_ncols=True, disable=not progress)
+    return _run_many(iter(programs), workers, limits or Limits(), stdin, mode or probe().mode, bar)
 
 
-_END = object()
-
-
-def _run_many(programs, workers, limits, stdin, mode, progress, total) -> Iterator[Result]:
-    from tqdm import tqdm
-
-    bar = tqdm(total=total, desc=progress or None, unit="program", dynamic_ncols=True, disable=not progress)
-    jailers, idle = [], []
+def _run_many(
+    programs: Iterator[str], workers: int, limits: Limits, stdin: str, mode: str, bar_options: dict
+) -> Iterator[Result]:
+    bar, jailers, idle = tqdm(**bar_options), [], []
     slots: deque[list[Result]] = deque()  # of the programs taken and not yet yielded, in order; [] until it has ended
     running: dict[_Jailer, list[Result]] = {}
-    more = True
     try:
         while True:
-            while more and len(running) < workers and len(slots) < 4 * workers:
-                code = next(programs, _END)
-                if code is _END:
-                    more = False
-                    break
+            free = min(workers - len(running), BACKLOG * workers - len(slots))
+            for code in islice(programs, free):
                 if not isinstance(code, str):
                     raise ValueError(f"a program is a {type(code).__name__}, expected its source text")
                 if not idle:
@@ -166,20 +137,12 @@ def _run_many(programs, workers, limits, stdin, mode, progress, total) -> Iterat
             jailer.close()
 
 
-def _ready(running: dict) -> list:
-    """Those whose result is there, or who are past all patience."""
+def _ready(running: Iterable["_Jailer"]) -> list["_Jailer"]:
+    """The jailers whose result is there, or who are past all patience."""
     if not running:
         return []
-    patience = max(0.0, min(jailer.given_up for jailer in running) - time.monotonic())
-    return _wait(running, patience) or [j for j in running if j.given_up <= time.monotonic()]
-
-
-def _wait(jailers: Iterable, seconds: float) -> list:
-    """Those that have something to say (poll, because select refuses descriptors above 1023)."""
-    poller, by_fd = select.poll(), {jailer.fileno(): jailer for jailer in jailers}
-    for fd in by_fd:
-        poller.register(fd, select.POLLIN)
-    return [by_fd[fd] for fd, _ in poller.poll(1000 * seconds)]
+    patience = min(jailer.given_up for jailer in running) - time.monotonic()
+    return wait(running, max(0.0, patience)) or [j for j in running if j.given_up <= time.monotonic()]
 
 
 class _Jailer:
@@ -208,9 +171,9 @@ class _Jailer:
 
     def send(self, code: str, stdin: str, limits: Limits) -> None:
         self._started, self.given_up = time.monotonic(), time.monotonic() + limits.seconds + GRACE
+        request = json.dumps({"code": code, "stdin": stdin, "limits": asdict(limits)}) + "\n"
         try:
-            self._process.stdin.write(json.dumps({"code": code, "stdin": stdin, "limits": asdict(limits)}).encode())
-            self._process.stdin.write(b"\n")
+            self._process.stdin.write(request.encode())
             self._process.stdin.flush()
         except BrokenPipeError:
             self.alive = False  # receive() then finds the end of its output
@@ -225,7 +188,7 @@ class _Jailer:
 
     def _read(self) -> dict | None:
         """The next line; None where the jailer ended or does not answer."""
-        if not _wait([self], max(0.0, self.given_up - time.monotonic())):
+        if not wait([self], max(0.0, self.given_up - time.monotonic())):
             return None
         line = self._process.stdout.readline()
         return json.loads(line) if line.endswith(b"\n") else None
@@ -234,10 +197,8 @@ class _Jailer:
         with self._process as process:  # closes the pipes and reaps
             if not self.alive:
                 process.kill()
-            try:
+            with contextlib.suppress(BrokenPipeError):  # bytes of a request that nobody is left to read
                 process.stdin.close()
-            except BrokenPipeError:
-                pass  # bytes of a request that nobody is left to read
             try:
                 process.wait(GRACE)
             except subprocess.TimeoutExpired:
@@ -266,32 +227,3 @@ def probe() -> Probe:
         finally:
             jailer.close()
     raise ValueError(f"programs cannot be run apart on this machine: {refused}")
-
-
-def _known(mode: str | None) -> str | None:
-    if mode is not None and mode not in MODES:
-        raise ValueError(f"unknown mode {mode!r}, expected one of {', '.join(MODES)}")
-    return mode
-
-
-def main(arguments: list[str] | None = None) -> None:
-    import argparse
-
-    parser = argparse.ArgumentParser(prog="python -m sandbox", description="How generated programs are contained.")
-    parser.add_argument("--probe", action="store_true", required=True, help="find out and print it")
-    parser.parse_args(arguments)
-    try:
-        found = probe()
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    for mode, why in found.refused.items():
-        print(f"{mode:20}refused: {why}")
-    print(f"{found.mode:20}in force")
-    for name, note in found.notes.items():
-        print(f"{name:20}{note}")
-    for name, value in asdict(Limits()).items():
-        print(f"{name:20}{value:,}")
-
-
-if __name__ == "__main__":
-    main()

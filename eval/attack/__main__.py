@@ -1,3 +1,5 @@
+"""python -m eval.attack: a summariser under attack by synonyms."""
+
 from eval.attack.run import main
 
-raise SystemExit(main())
+main()

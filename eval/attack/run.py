@@ -5,11 +5,11 @@
     python -m eval.attack RUN_FOLDER --data cnn_dailymail --out runs/attack --resume
 
 RUN_FOLDER is a run of finetune_seq2seq.py, or a BART or PEGASUS in Hugging Face's layout. Harm is the mean NLL of the
-reference summary's tokens in nats, teacher-forced. What differs from the published recipe is listed in the output.
+reference summary's tokens in nats, teacher-forced. The output lists what differs from the published recipe.
 
-``--out`` holds attack.jsonl, a line an article, flushed to disk as groups of articles are finished, and attack.json:
-the config at the start, and at the end ROUGE and calibration before and under attack, the share of words exchanged,
-queries an article and the success rate. ``--resume`` goes on after the last whole group.
+``--out`` holds attack.jsonl, a line an article, flushed to disk after each group of articles, and attack.json. That has
+the config, and at the end ROUGE and calibration before and under attack, the share of words exchanged, queries an
+article and the success rate. ``--resume`` goes on after the last whole group.
 """
 
 import argparse
@@ -22,43 +22,46 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 
+from data.summaries import load_summaries, tokenizer_of_model
 from data.windows import IGNORE
 from data.wordlists import WordLists, load_lists
-from eval.attack.textfooler import Attack, AttackOptions, attack_article, attack_group
+from eval.attack.textfooler import AttackOptions, attack_group
 from eval.attack.words import POS, SameClass, part_of_speech
 from eval.calibration import Calibration
+from eval.rows import json_line, write_rows
+from eval.seq2seq import decoding, forward, load_finetuned
 from eval.stats import bootstrap_interval
+from eval.summaries import ROUGE, rouge, rouge_scores
 from kernels import linear_moments
 from model.generate import generate
+from model.seq2seq_hub import load_seq2seq
+from recipes.presets import preset_values
 from runtime.cli import user_errors
-from runtime.folder import environment, same_config, write_bytes, write_json
+from runtime.folder import environment, same_config, write_json
 from runtime.machine import start_world
 
-__all__ = ["Attack", "AttackOptions", "attack_article", "attack_group"]  # for those who look here for them
-
-ROWS, REPORT = "attack.jsonl", "attack.json"
-FIELDS = ("changed", "queries", "loss_before", "loss_after", "words", "stop")  # of an Attack, kept in attack.jsonl
+ROWS_FILE, RESULT_FILE = "attack.jsonl", "attack.json"
+KEPT = ("changed", "queries", "loss_before", "loss_after", "words", "stop")  # of an Attack, in attack.jsonl
 # What a resumed attack may change: where it runs and what it shows.
-FREE = ("out", "resume", "device", "batch")
-
-
-# ----------------------------------------------------------------------------------------------
-# a model under attack
+MAY_CHANGE = ("out", "resume", "device", "batch")
 
 
 class Target:
     """A summarisation model as the attack sees it: the loss, the moments, the summary and the vector of texts.
 
     ``model`` is a model.seq2seq.Seq2Seq, ``tokenizer`` a data.summaries.SummaryTokenizer, ``decoding`` a
-    model.beam.Decoding; texts are cut at ``max_source`` and ``max_target`` tokens; ``batch`` texts at a time.
+    model.beam.Decoding. Texts are cut at ``max_source`` and ``max_target`` tokens and go ``batch`` at a time.
     """
 
     def __init__(self, model, tokenizer, decoding, max_source: int, max_target: int, batch: int):
@@ -74,14 +77,11 @@ class Target:
     @torch.no_grad()
     def moments(self, texts: Sequence[str], references: Sequence[str]):
         """Yields (places, Moments [n * T]) of the references' tokens in batches of texts of like lengths."""
-        sources = self._ids(texts, self.max_source)
         targets = self._ids([r.replace("\n", self.tokenizer.newline) for r in references], self.max_target)
-        for places in self._batches(sources):
-            source, mask = self._pad([sources[i] for i in places])
-            labels, _ = self._pad([targets[i] for i in places], IGNORE)
-            hidden_BTD = self.model(source, mask, self.model.shift_right(labels))
-            head = self.model.head_weight, labels.flatten()
-            yield places, linear_moments(hidden_BTD.flatten(0, 1), *head, bias=self.model.head_bias)
+        for places, source, mask in self._batches(texts):
+            labels = pad_sequence([targets[i] for i in places], batch_first=True, padding_value=IGNORE)
+            hidden, y = forward(self.model, source, mask, labels, self.device, self.model.shift_right)
+            yield places, linear_moments(hidden, self.model.head_weight, y, bias=self.model.head_bias)
 
     def losses(self, texts: Sequence[str], references: Sequence[str]) -> list[float]:
         """Mean NLL of each reference's tokens (its end among them) given its text, in nats."""
@@ -95,9 +95,8 @@ class Target:
 
     def summaries(self, texts: Sequence[str]) -> list[str]:
         """What the model writes, the best hypothesis of each text."""
-        sources, out = self._ids(texts, self.max_source), [""] * len(texts)
-        for places in self._batches(sources):
-            source, mask = self._pad([sources[i] for i in places])
+        out = [""] * len(texts)
+        for places, source, mask in self._batches(texts):
             found = generate(self.model, source, self.decoding, mask)
             tokens_BT, lengths_B = found.tokens[:, 0].tolist(), found.lengths[:, 0].tolist()
             for i, ids, length in zip(places, tokens_BT, lengths_B, strict=True):
@@ -107,30 +106,28 @@ class Target:
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> Tensor:
         """fp32 [n, D]: the mean over tokens of the encoder's last states."""
-        sources, out = self._ids(texts, self.max_source), {}
-        for places in self._batches(sources):
-            source, mask = self._pad([sources[i] for i in places])
+        out = {}
+        for places, source, mask in self._batches(texts):
             weight = (torch.ones_like(source) if mask is None else mask).float()[:, :, None]
             states = self.model.encode(source, mask).float()
             means = torch.where(weight > 0, states, 0.0).sum(1) / weight.sum(1)
             out |= dict(zip(places, means, strict=True))
         return torch.stack([out[i] for i in range(len(texts))])
 
-    def _ids(self, texts, limit) -> list:
-        return [self.tokenizer.wrap(ids, limit) for ids in self.tokenizer.base.encode_documents(texts)]
+    def _ids(self, texts: Sequence[str], limit: int) -> list[Tensor]:
+        found = self.tokenizer.base.encode_documents(texts)
+        return [torch.from_numpy(self.tokenizer.wrap(ids, limit)) for ids in found]
 
-    def _batches(self, sources) -> list[list[int]]:
+    def _batches(self, texts: Sequence[str]) -> Iterator[tuple[list[int], Tensor, Tensor | None]]:
+        """Batches of texts of like lengths, on the device: (places, sources [n, S], mask, None without padding)."""
+        sources = self._ids(texts, self.max_source)
         order = sorted(range(len(sources)), key=lambda i: -len(sources[i]))
-        return [order[i : i + self.batch] for i in range(0, len(order), self.batch)]
-
-    def _pad(self, ids: list, fill: int | None = None) -> tuple[Tensor, Tensor | None]:
-        fill = self.tokenizer.pad_id if fill is None else fill
-        lengths = torch.tensor([len(row) for row in ids])
-        padded = torch.full((len(ids), int(lengths.max())), fill)
-        for row, values in zip(padded, ids, strict=True):
-            row[: len(values)] = torch.from_numpy(values)
-        mask = torch.arange(padded.shape[1]) < lengths[:, None]
-        return padded.to(self.device), None if bool(mask.all()) else mask.to(self.device)
+        for start in range(0, len(order), self.batch):
+            places = order[start : start + self.batch]
+            rows = [sources[i] for i in places]
+            padded = pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_id)
+            mask = torch.arange(padded.shape[1]) < torch.tensor([[len(row)] for row in rows])
+            yield places, padded.to(self.device), None if bool(mask.all()) else mask.to(self.device)
 
 
 def attack_pairs(
@@ -138,26 +135,21 @@ def attack_pairs(
 ) -> list[dict]:
     """Rows of attack.jsonl for a group of pairs (id, article, summary): attacked, and summarised before and after."""
     articles, references = [p.article for p in pairs], [p.summary for p in pairs]
-    attacks = attack_group(
-        articles,
-        lambda asked: target.losses([text for _, text in asked], [references[k] for k, _ in asked]),
-        lists,
-        options,
-        [random.Random(f"{seed}/{p.id}") for p in pairs],  # of the article alone: the groups change nothing
-        same_class,
-        None if options.min_similarity is None else target.embed,
-        [target.words_read(a) for a in articles],
-    )
+
+    def loss_of(asked: list[tuple[int, str]]) -> list[float]:
+        return target.losses([text for _, text in asked], [references[k] for k, _ in asked])
+
+    rngs = [random.Random(f"{seed}/{p.id}") for p in pairs]  # of the article alone: the groups change nothing
+    embed_of = None if options.min_similarity is None else target.embed
+    limits = [target.words_read(article) for article in articles]
+    how = dict(same_class=same_class, embed_of=embed_of, limits=limits)
+    attacks = attack_group(articles, loss_of, lists, options, rngs, **how)
     written = target.summaries([*articles, *(a.text for a in attacks)])
     rows = []
-    for k, (pair, found) in enumerate(zip(pairs, attacks, strict=True)):
-        row = {"id": pair.id, "article": found.text} | {f: getattr(found, f) for f in FIELDS}
-        rows.append(row | {"summary_before": written[k], "summary_after": written[len(pairs) + k]})
+    for pair, found, before, after in zip(pairs, attacks, written[: len(pairs)], written[len(pairs) :], strict=True):
+        row = {"id": pair.id, "article": found.text} | {name: getattr(found, name) for name in KEPT}
+        rows.append(row | {"summary_before": before, "summary_after": after})
     return rows
-
-
-# ----------------------------------------------------------------------------------------------
-# files: a line an article, and what they add up to
 
 
 def attack_all(
@@ -168,22 +160,20 @@ def attack_all(
     With ``resume`` the whole groups that the file holds are kept; a half-written one is done again. Raises ValueError
     where the file is of other articles.
     """
-    from tqdm import tqdm
-
-    path = folder / ROWS
+    path = folder / ROWS_FILE
     rows = finished_rows(path, pairs, group) if resume else []
-    write_bytes(path, lambda file: file.write(b"".join(_line(row) for row in rows)))
+    write_rows(path, rows)
     with (
-        open(path, "ab") as file,
+        open(path, "a", encoding="utf-8") as file,
         tqdm(total=len(pairs), initial=len(rows), unit="article", dynamic_ncols=True, disable=not progress) as bar,
     ):
         for start in range(len(rows), len(pairs), group):
             part = attack(pairs[start : start + group])
-            file.write(b"".join(map(_line, part)))
+            file.write("".join(map(json_line, part)))
             file.flush()
             os.fsync(file.fileno())
             rows += part
-            mean = {k: statistics.fmean(v) for k, v in _columns(rows).items()}
+            mean = {k: statistics.fmean(v) for k, v in by_article(rows).items()}
             bar.set_postfix_str(
                 f"loss {mean['loss_before']:.3f} -> {mean['loss_after']:.3f}, goal reached {100 * mean['goal']:.0f} %, "
                 f"{100 * mean['rate']:.1f} % of words, {mean['queries']:.0f} queries each"
@@ -193,26 +183,21 @@ def attack_all(
 
 
 def finished_rows(path: Path, pairs, group: int) -> list[dict]:
-    """The rows of the whole groups in ``path``, which may end in a half-written line."""
+    """The rows of the whole groups in ``path``. Its last line may be half-written."""
     rows = []
     lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
-    for number, line in enumerate(lines[:-1], 1):  # what no newline ends was not finished
+    for number, line in enumerate(lines[:-1], 1):  # without a line that no newline ends
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path} line {number} is not JSON ({error.msg}); attack anew into another --out"
-            ) from None
+        except json.JSONDecodeError as e:
+            raise ValueError(f"{path} line {number} is not JSON ({e.msg}); attack anew into another --out") from None
         if number > len(pairs) or rows[-1].get("id") != pairs[number - 1].id:
             raise ValueError(f"{path} line {number} is of another article than asked for; attack into another --out")
     return rows if len(rows) == len(pairs) else rows[: len(rows) // group * group]
 
 
-def _line(row: dict) -> bytes:
-    return (json.dumps(row, ensure_ascii=False) + "\n").encode()
-
-
-def _columns(rows: list[dict]) -> dict[str, list[float]]:
+def by_article(rows: list[dict]) -> dict[str, list[float]]:
+    """The measures of an attack, a value an article."""
     out = {name: [row[name] for row in rows] for name in ("loss_before", "loss_after", "queries", "words")}
     out["changed"] = [len(row["changed"]) for row in rows]
     out["rate"] = [len(row["changed"]) / max(row["words"], 1) for row in rows]
@@ -221,25 +206,26 @@ def _columns(rows: list[dict]) -> dict[str, list[float]]:
     return out
 
 
-def figures(rows: list[dict], references: Sequence[str], goal: float) -> dict:
-    """What the attack did: means over articles, 95 % bootstrap intervals of the rise of the loss and of the drop of
-    ROUGE, and ROUGE before and after. ``success_rate`` is the share that reached the goal, None without a goal."""
-    from eval.summaries import ROUGE, rouge, rouge_scores
+def mean_and_interval(name: str, values: list[float]) -> dict[str, float]:
+    """``name``, ``name``_low and ``name``_high: the mean and its 95 % bootstrap interval."""
+    low, high = bootstrap_interval(values)
+    return {name: statistics.fmean(values), f"{name}_low": low, f"{name}_high": high}
 
-    columns = _columns(rows)
-    means = {name: statistics.fmean(values) for name, values in columns.items() if name != "goal"}
-    low, high = bootstrap_interval(columns["rise"])
+
+def figures(rows: list[dict], references: Sequence[str], goal: float) -> dict:
+    """What the attack did: means over articles, ROUGE before and after, and 95 % intervals of the loss's rise and of
+    ROUGE's drop. ``success_rate`` is the share that reached the goal, None without a goal."""
+    values = by_article(rows)
     out = {
         "articles": len(rows),
-        "success_rate": statistics.fmean(columns["goal"]) if math.isfinite(goal) else None,
-        "perturbation_rate": means.pop("rate"),
-        "queries_per_article": means.pop("queries"),
-        "queries_max": max(columns["queries"]),
-        "loss_rise": means.pop("rise"),
-        "loss_rise_low": low,
-        "loss_rise_high": high,
+        "success_rate": statistics.fmean(values["goal"]) if math.isfinite(goal) else None,
+        "perturbation_rate": statistics.fmean(values["rate"]),
+        "queries_per_article": statistics.fmean(values["queries"]),
+        "queries_max": max(values["queries"]),
+        **mean_and_interval("loss_rise", values["rise"]),
         "stopped_by": dict(Counter(row["stop"] for row in rows)),
-    } | means
+        **{name: statistics.fmean(values[name]) for name in ("loss_before", "loss_after", "words", "changed")},
+    }
     scores = {}
     for when in ("before", "after"):
         texts = [row[f"summary_{when}"] for row in rows]
@@ -247,8 +233,7 @@ def figures(rows: list[dict], references: Sequence[str], goal: float) -> dict:
     out["rouge_drop"] = {}
     for name in ROUGE:
         drops = [a - b for a, b in zip(scores["before"][name], scores["after"][name], strict=True)]
-        low, high = bootstrap_interval(drops)
-        out["rouge_drop"] |= {name: statistics.fmean(drops), f"{name}_low": low, f"{name}_high": high}
+        out["rouge_drop"] |= mean_and_interval(name, drops)
     return out
 
 
@@ -261,71 +246,58 @@ def calibration_of(target: Target, texts: Sequence[str], references: Sequence[st
 
 
 def differences(options: AttackOptions, pos: str, lists: dict[str, str]) -> list[str]:
-    """How the attack differs from the published recipe, in sentences."""
+    """How the attack differs from the published recipe, in sentences. ``lists``: the word lists' files, by name."""
+    neighbours = next(iter(lists))
+    success = "and no rise of it is called a success."
+    if math.isfinite(options.goal):
+        success = f"and success is a rise of it by {options.goal:g} nats per token, not a changed label."
+    threshold = "" if "vectors" in neighbours else ", as listed there, without a cosine threshold of ours"
     out = [
         "The target is a summariser: harm is the mean NLL of the reference summary, not the probability of a class, "
-        + (
-            f"and success is a rise of it by {options.goal:g} nats per token, not a changed label."
-            if math.isfinite(options.goal)
-            else "and no rise of it is called a success."
-        ),
+        + success,
         "Importance is measured by deleting the word from the text; words that could not be exchanged are not ranked.",
         f"At most {100 * options.max_changed:g} % of the words that the model reads are exchanged, and "
         f"{options.queries} texts are put through it; the published attack has no such bounds.",
-        f"Neighbours are those of {next(iter(lists))}, at most {options.candidates} a word"
-        + ("" if "vectors" in next(iter(lists)) else ", as listed there, without a cosine threshold of ours")
-        + "; published: 50 of cosine 0.7 or more.",
+        f"Neighbours are those of {neighbours}, at most {options.candidates} a word{threshold}; published: 50 of "
+        "cosine 0.7 or more.",
+        f"Similarity is the cosine of the attacked model's own mean encoder states over {options.window} words, at "
+        f"least {options.min_similarity:g}, against the original text; published: the Universal Sentence Encoder, "
+        "0.7, against the text so far. Such states are alike for most texts, so that it binds less."
+        if options.min_similarity is not None
+        else "No sentence encoder: the share of changed words alone stands for the similarity of meaning.",
     ]
-    if options.min_similarity is None:
-        out.append("No sentence encoder: the share of changed words alone stands for the similarity of meaning.")
-    else:
-        out.append(
-            f"Similarity is the cosine of the attacked model's own mean encoder states over {options.window} words, at "
-            f"least {options.min_similarity:g}, against the original text; published: the Universal Sentence Encoder, "
-            "0.7, against the text so far. Such states are alike for most texts, so that it binds less."
-        )
     if pos == "none":
         out.append("No part-of-speech check.")
     elif "suffix" in pos:
         out.append("Part of speech is a class of word endings (eval.attack.words.suffix_class), not a tagger's.")
-    if len([name for name in lists if "antonym" in name]):
+    if any("antonym" in name for name in lists):
         out.append("Listed antonyms are never exchanged; the published attack leaves that to the vectors.")
     if options.keep_names:
         out.append("Capitalised words inside a sentence are taken for names and stay; published: lower-case text.")
     return out
 
 
-def report(content: dict) -> str:
-    """Lines for people."""
+def summary_lines(content: dict) -> list[str]:
+    """What attack.json holds, for people."""
     f, before, after = content["figures"], content["calibration_before"], content["calibration_after"]
 
     def line(name, a, b, form=".4f"):
         return f"  {name:22}{a:>10{form}}{b:>10{form}}{b - a:>+10{form}}"
 
-    lines = [f"  {'':22}{'before':>10}{'after':>10}{'change':>10}"]
+    lines = ["", f"  {'':22}{'before':>10}{'after':>10}{'change':>10}"]
     lines += [line(name, before[name], after[name]) for name in ("nll", "ece15", "brier", "accuracy", "confidence")]
-    lines += [
-        line(f"ROUGE {name[5:]}", f["rouge_before"][name], f["rouge_after"][name], ".2f")
-        for name in ("rouge1", "rouge2", "rougeL", "rougeLsum")
-    ]
+    lines += [line(f"ROUGE {name[5:]}", f["rouge_before"][name], f["rouge_after"][name], ".2f") for name in ROUGE]
     rate = "no goal" if f["success_rate"] is None else f"{100 * f['success_rate']:.1f} % reached the goal"
     lines.append(
         f"  {f['articles']:,} articles: {rate}, {100 * f['perturbation_rate']:.1f} % of words exchanged, "
         f"{f['queries_per_article']:.0f} queries an article"
     )
-    return "\n".join(
-        ["", *lines, "  how this differs from the published recipe:", *(f"  - {d}" for d in content["differences"])]
-    )
+    return [*lines, "  how this differs from the published recipe:", *(f"  - {d}" for d in content["differences"])]
 
 
 def load_target(run: Path, checkpoint: str, data: str, device: torch.device, batch: int) -> tuple[Target, dict]:
     """The model of a run of finetune_seq2seq.py with that run's limits and search, or a model's plain folder with the
     published ones of its kind; and what to record of it."""
-    from data.summaries import tokenizer_of_model
-    from eval.seq2seq import decoding, load_finetuned
-    from model.seq2seq_hub import load_seq2seq
-    from recipes.presets import preset_values
-
     config = _config_of(run)
     if "model_type" in config:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -370,25 +342,20 @@ def chosen(pairs: list, count: int, seed: int) -> list:
     return [pairs[i] for i in sorted(random.Random(seed).sample(range(len(pairs)), count))]
 
 
-def hash_of(pairs) -> str:
-    """SHA-256 of ids, articles and summaries."""
-    return hashlib.sha256(json.dumps([list(p) for p in pairs]).encode()).hexdigest()
-
-
 def prepare_out(out: Path, config: dict, resume: bool) -> None:
     """Refuses a folder that is in use, or, resuming, one of another attack. Writes nothing."""
-    report_file = out / REPORT
+    result = out / RESULT_FILE
     if not resume:
         if out.is_file() or (out.is_dir() and any(out.iterdir())):
             raise ValueError(f"{out} exists and is not an empty folder; give another --out, or --resume to go on")
         return
-    if not report_file.is_file():
-        raise ValueError(f"--resume: no attack in {out} (no {REPORT}); check --out or start without --resume")
+    if not result.is_file():
+        raise ValueError(f"--resume: no attack in {out} (no {RESULT_FILE}); check --out or start without --resume")
     try:
-        old = json.loads(report_file.read_text())["config"]
+        old = json.loads(result.read_text())["config"]
     except (json.JSONDecodeError, KeyError, TypeError):
-        raise ValueError(f"{report_file} is damaged; attack anew into another --out") from None
-    same_config(out, old, config, FREE)
+        raise ValueError(f"{result} is damaged; attack anew into another --out") from None
+    same_config(out, old, config, MAY_CHANGE)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -425,20 +392,11 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> None:
     given = parser().parse_args(arguments)
     with user_errors():
-        from data.summaries import load_summaries
-        from eval.summaries import rouge_scores
-
         for name in ("group", "batch"):
             if getattr(given, name) < 1:
                 raise ValueError(f"--{name} {getattr(given, name)}: expected 1 or more")
-        options = AttackOptions(
-            queries=given.queries,
-            goal=given.goal,
-            max_changed=given.max_changed,
-            candidates=given.candidates,
-            min_similarity=given.min_similarity,
-            keep_names=not given.names,
-        )
+        same_names = ("queries", "goal", "max_changed", "candidates", "min_similarity")
+        options = AttackOptions(**{name: getattr(given, name) for name in same_names}, keep_names=not given.names)
         rouge_scores(["a"], ["a"])  # the package is there: found out before the attack, not after
         pos, same_class = part_of_speech(given.pos)
         lists, sources = load_lists(given.words, given.stop_words, given.antonyms, given.synonyms)
@@ -450,36 +408,24 @@ def main(arguments: list[str] | None = None) -> None:
         target, about = load_target(given.run, given.checkpoint, given.data, device, given.batch)
         flags = {k: str(v) if isinstance(v, Path) else v for k, v in vars(given).items()}
         flags["goal"] = given.goal if math.isfinite(given.goal) else None  # JSON has no inf
-        config = flags | {"pos": pos, "lists": sources, "set": part.label, "pairs": hash_of(pairs)} | about
+        digest = hashlib.sha256(json.dumps([list(pair) for pair in pairs]).encode()).hexdigest()
+        config = flags | {"pos": pos, "lists": sources, "set": part.label, "pairs": digest} | about
         config = json.loads(json.dumps(config))  # as a resumed attack will read it
         prepare_out(given.out, config, given.resume)
         given.out.mkdir(parents=True, exist_ok=True)
-        told = differences(options, pos, sources)
-        content = {"state": "running", "config": config, "environment": environment(device), "differences": told}
-        write_json(given.out / REPORT, content)
+        content = {"state": "running", "config": config, "environment": environment(device)}
+        content["differences"] = differences(options, pos, sources)
+        write_json(given.out / RESULT_FILE, content)
         print(f"attacking {len(pairs):,} articles of {part.label}; part of speech: {pos}", file=sys.stderr)
         start = time.perf_counter()
-        rows = attack_all(
-            given.out,
-            pairs,
-            given.group,
-            lambda group: attack_pairs(target, group, lists, options, given.seed, same_class),
-            given.resume,
-            progress=sys.stderr.isatty(),
-        )
+        attack = partial(attack_pairs, target, lists=lists, options=options, seed=given.seed, same_class=same_class)
+        rows = attack_all(given.out, pairs, given.group, attack, given.resume, progress=sys.stderr.isatty())
         seconds = time.perf_counter() - start
         references = [p.summary for p in pairs]
-        content |= {
-            "state": "finished",
-            "seconds": seconds,  # of this call: a resumed attack took longer in all
-            "figures": figures(rows, references, options.goal),
-            "calibration_before": calibration_of(target, [p.article for p in pairs], references),
-            "calibration_after": calibration_of(target, [row["article"] for row in rows], references),
-        }
-        write_json(given.out / REPORT, content)
-    print(report(content))
-    print(f"  {given.out / REPORT}, {given.out / ROWS}")
-
-
-if __name__ == "__main__":
-    main()
+        content |= {"state": "finished", "seconds": seconds}  # of this call: a resumed attack took longer in all
+        content["figures"] = figures(rows, references, options.goal)
+        content["calibration_before"] = calibration_of(target, [p.article for p in pairs], references)
+        content["calibration_after"] = calibration_of(target, [row["article"] for row in rows], references)
+        write_json(given.out / RESULT_FILE, content)
+    print("\n".join(summary_lines(content)))
+    print(f"  {given.out / RESULT_FILE}, {given.out / ROWS_FILE}")

@@ -1,20 +1,23 @@
 """The TextFooler recipe (Jin et al., "Is BERT Really Robust?", AAAI 2020) over any loss of a text.
 
-Delete each word in turn and rank the words by what that does to the loss; then, the most important first, try the
-neighbours of the word, keep those of its part of speech that leave the meaning close enough, and take the one that
-does most harm. A query is one text through ``loss_of``.
+Delete each word in turn, and rank the words by what that does to the loss. Then, the most important word first: try
+its neighbours, keep those of its part of speech that leave the meaning close enough, and take the one that does most
+harm. A query is one text through ``loss_of``.
 """
 
 import math
 import random
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from itertools import compress, islice
 
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from data.wordlists import WordLists
 from eval.attack.words import SameClass, Words, exchangeable, like, same_suffix_class
+
+ROUNDING = 1e-9  # 0.15 * 20 is 3
 
 
 @dataclass(frozen=True)
@@ -44,18 +47,15 @@ class AttackOptions:
 
 @dataclass(frozen=True)
 class Attack:
-    """What became of one article. ``stop``: goal, budget (of queries), share (of changed words) or words (none left).
-
-    ``words`` counts the article's words that were open to the bound on changes, ``changed`` has (index, old, new).
-    """
+    """What became of one article."""
 
     text: str
-    changed: tuple[tuple[int, str, str], ...]
+    changed: tuple[tuple[int, str, str], ...]  # (index, old, new)
     queries: int
     loss_before: float
     loss_after: float
-    words: int
-    stop: str
+    words: int  # those that the model reads, of which max_changed is the share that may be exchanged
+    stop: str  # goal, budget (of queries), share (of changed words) or words (none left)
 
     @property
     def rate(self) -> float:
@@ -74,12 +74,12 @@ def attack_article(
     embed_of: Callable[[list[str]], Tensor] | None = None,
     limit: int | None = None,
 ) -> Attack:
-    """One article under attack. ``loss_of`` scores many texts in one call, each a query.
+    """One article under attack.
 
-    ``same_class`` is the part-of-speech check, None for none; ``embed_of`` gives vectors [n, D] of texts and is not
-    counted as queries; words from ``limit`` on (what the model does not read) stay as they are. ``rng`` draws the
-    words to rank where the budget is too small for all: half of it, less the first query, is for ranking. Raises
-    ValueError for a loss that is not finite.
+    ``loss_of`` scores many texts in one call, each a query. ``same_class`` is the part-of-speech check, None for none.
+    ``embed_of`` gives vectors [n, D] of texts, which are no queries. Words from ``limit`` on, which the model does not
+    read, stay as they are. ``rng`` draws the words to rank where the budget is too small for all of them; half of it,
+    less the first query, is for ranking. Raises ValueError for a loss that is not finite.
     """
 
     def losses(asked):
@@ -98,9 +98,9 @@ def attack_group(
     embed_of: Callable[[list[str]], Tensor] | None = None,
     limits: Sequence[int | None] | None = None,
 ) -> list[Attack]:
-    """`attack_article` for several articles at a time: a call of ``loss_of`` gets (article, text) for all that are
-    still under attack, so that a GPU sees full batches. Each article's result is that of an attack on it alone, where
-    ``loss_of`` does not depend on its other texts (a model's does, by rounding)."""
+    """`attack_article` for several articles at a time, so that a GPU sees full batches: a call of ``loss_of`` gets
+    (article, text) for all that are still under attack. Each result is that of an attack on the article alone, if
+    ``loss_of`` scores a text whatever the others are (a model's loss depends on them by rounding)."""
     if (options.min_similarity is None) != (embed_of is None):
         raise ValueError("min_similarity and embed_of go together: give both or neither")
     limits = [None] * len(texts) if limits is None else limits
@@ -117,13 +117,13 @@ def attack_group(
             raise ValueError(f"loss_of gave {len(losses)} losses for {len(asked)} texts")
         if bad := [loss for loss in losses if not math.isfinite(loss)]:
             raise ValueError(f"the loss of an article is {bad[0]}, expected a finite number (a diverged model?)")
-        answers, waiting_next = iter(losses), {}
-        for k, wanted in waiting.items():
+        answers = iter(losses)
+        for k, wanted in list(waiting.items()):
             try:
-                waiting_next[k] = searches[k].send([next(answers) for _ in wanted])
+                waiting[k] = searches[k].send(list(islice(answers, len(wanted))))
             except StopIteration as end:
                 results[k] = end.value
-        waiting = waiting_next
+                del waiting[k]
     return [results[k] for k in range(len(texts))]
 
 
@@ -134,13 +134,12 @@ def _search(text, lists, options, rng, same_class, embed_of, limit) -> Generator
     found: dict[int, list[str]] = {}
     for i in range(read):
         if exchangeable(words, i, options.keep_names):
-            near = lists.candidates(words.cores[i])[: options.candidates]
-            near = [like(words.cores[i], c) for c in near]
+            near = [like(words.cores[i], c) for c in lists.candidates(words.cores[i])[: options.candidates]]
             if near and same_class is not None:
-                near = [c for c, ok in zip(near, same_class(words, i, near), strict=True) if ok]
+                near = list(compress(near, same_class(words, i, near)))
             if near:
                 found[i] = near
-    allowed = int(options.max_changed * read + 1e-9)  # 0.15 * 20 is 3
+    allowed = int(options.max_changed * read + ROUNDING)
     (before,) = yield [text]
     spent, loss, changes = 1, before, {}
 
@@ -164,7 +163,7 @@ def _search(text, lists, options, rng, same_class, embed_of, limit) -> Generator
     others = [i for i in found if i not in importance]
     rng.shuffle(others)
     cut = False  # whether the budget left something untried
-    # Stable: of equals the earlier word. What was not ranked comes last, should any budget be left for it.
+    # Of equal words the earlier one comes first. Words that were not ranked come last, if any budget is left.
     for i in sorted(ranked, key=lambda i: -importance[i]) + others:
         if len(changes) == allowed:
             return end("share")
@@ -180,7 +179,7 @@ def _search(text, lists, options, rng, same_class, embed_of, limit) -> Generator
         losses = yield [words.render(changes | {i: c}) for c, _ in near]
         spent += len(near)
         reached = [j for j, value in enumerate(losses) if value - before >= options.goal]
-        if reached:  # of those that succeed the most similar; without similarities the nearest neighbour
+        if reached:  # the most similar of them; without similarities the nearest neighbour
             best = max(reached, key=lambda j: near[j][1])
         else:
             best = max(range(len(near)), key=losses.__getitem__)

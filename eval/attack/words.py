@@ -1,13 +1,11 @@
 """The words of a text, one of which may be exchanged: where they stand, their capitals, their part of speech."""
 
+import contextlib
 import re
 from collections.abc import Callable
 
-# ----------------------------------------------------------------------------------------------
-# words of a text
-
 _CHUNK = re.compile(r"\S+")
-# Punctuation, letters, a possessive and punctuation: what is left of a chunk when its word is exchanged stays.
+# Punctuation, the word, a possessive and punctuation. All but the word stays when the word is exchanged.
 _WORD = re.compile(r"(\W*)([^\W\d_]+)((?:['’]s)?\W*)")
 _SENTENCE_END = re.compile(r"[.!?:][\"'”’)\]]*$")
 
@@ -63,40 +61,34 @@ def like(old: str, new: str) -> str:
 
 
 def exchangeable(words: Words, i: int, keep_names: bool) -> bool:
-    """Whether chunk i is one word in plain capitals (word, Word, WORD); with ``keep_names``, one in lower case or at
-    the start of a sentence with a first capital only: a capital elsewhere is taken for a name's."""
+    """Whether chunk i is one word in plain capitals (word, Word, WORD). With ``keep_names``, a capital is taken for a
+    name's unless it is the only one of the word and begins a sentence."""
     core = words.cores[i]
     if not core or not (core.islower() or core.isupper() or core.istitle()):
         return False
     return not keep_names or core.islower() or (core.istitle() and words.starts_sentence(i))
 
 
-# ----------------------------------------------------------------------------------------------
-# part of speech
-
-_SUFFIXES = (
-    ("adverb", ("ly",)),
-    ("-ing", ("ing",)),
-    ("-ed", ("ed",)),
-    ("noun", ("tion", "sion", "ment", "ness", "ity", "ism", "ship", "hood", "ance", "ence")),
-    ("adjective", ("ous", "ful", "less", "able", "ible", "ive", "ical", "ic", "ish")),
-    ("superlative", ("est",)),
-    ("-s", ("s",)),
-)
+_ENDINGS = {
+    "adverb": "ly",
+    "-ing": "ing",
+    "-ed": "ed",
+    "noun": "tion|sion|ment|ness|ity|ism|ship|hood|ance|ence",
+    "adjective": "ous|ful|less|able|ible|ive|ical|ic|ish",
+    "superlative": "est",
+    "-s": "(?<![sui])s",
+}
 
 
 def suffix_class(word: str) -> str:
     """What the ending says about a word: adverb, -ing, -ed, noun, adjective, superlative, -s, or base.
 
-    The first of these with a known ending after at least three letters counts; words in -ss, -us and -is are no
-    plurals. A stand-in for a tagger: coarse, without context, and strict, as irregular forms are "base".
+    The first of these with a known ending after at least three letters counts. Words in -ss, -us and -is are no
+    plurals. It stands in for a tagger: it is coarse and has no context, and irregular forms are "base".
     """
-    word = word.lower()
-    for name, endings in _SUFFIXES:
-        for ending in endings:
-            if word.endswith(ending) and len(word) >= len(ending) + 3:
-                if name != "-s" or word[-2] not in "sui":
-                    return name
+    for name, endings in _ENDINGS.items():
+        if re.search(f"...({endings})$", word.lower()):
+            return name
     return "base"
 
 
@@ -109,8 +101,10 @@ def same_suffix_class(words: Words, i: int, candidates: list[str]) -> list[bool]
 
 
 def by_tagger(tag: Callable[[list[list[str]]], list[list[str]]], window: int = 15) -> SameClass:
-    """The published check over ``tag``, sentences of words -> a coarse tag a word: the same tag in place of the word,
-    noun and verb counting as one. ``window`` words around are what the tagger sees."""
+    """The published check: the candidate has the word's tag in its place, where noun and verb count as one.
+
+    ``tag``: sentences of words -> a coarse tag for each word. It sees ``window`` words around.
+    """
 
     def same(words: Words, i: int, candidates: list[str]) -> list[bool]:
         if not candidates:
@@ -129,17 +123,15 @@ _PENN = {"NN": "NOUN", "VB": "VERB", "JJ": "ADJ", "RB": "ADV"}
 
 
 def part_of_speech(rule: str) -> tuple[str, SameClass | None]:
-    """The check called nltk, spacy, suffix or none; "auto" is the first of nltk, spacy and suffix that works here.
+    """The name, for the output, and the check called nltk, spacy, suffix or none; "auto" is the first that works here.
 
-    Returns its name too, for the output. Raises ValueError where the package or its data is not there.
+    Raises ValueError where the package or its data is not there.
     """
     if rule == "auto":
         for name in ("nltk", "spacy"):
-            try:
+            with contextlib.suppress(ValueError):
                 return part_of_speech(name)
-            except ValueError:
-                continue
-        return part_of_speech("suffix")
+        rule = "suffix"
     if rule == "none":
         return "none", None
     if rule == "suffix":
@@ -150,9 +142,8 @@ def part_of_speech(rule: str) -> tuple[str, SameClass | None]:
 
             tagger = nltk.tag.PerceptronTagger()  # once: it reads its weights anew each time
         except (ImportError, LookupError):
-            raise ValueError(
-                "--pos nltk needs nltk and its data averaged_perceptron_tagger_eng; or take --pos suffix"
-            ) from None
+            needs = "nltk and its data averaged_perceptron_tagger_eng"
+            raise ValueError(f"--pos nltk needs {needs}; or take --pos suffix") from None
 
         def tag(sentences):
             return [[_PENN.get(t[:2], t) for _, t in tagger.tag(s)] for s in sentences]

@@ -31,7 +31,7 @@ NEIGHBOURS = {
 }
 LISTS = WordLists(NEIGHBOURS, stop_words=frozenset(["the", "a", "of"]))
 TEXT = 'The old film, "Big Town", was a film of\nthe BIG old town.  End'
-FREE = dict(max_changed=1.0, goal=float("inf"), keep_names=False)
+UNBOUNDED = dict(max_changed=1.0, goal=float("inf"), keep_names=False)
 
 
 class Toy:
@@ -47,7 +47,7 @@ class Toy:
 
 
 def attack(loss, text=TEXT, seed=0, lists=LISTS, **options):
-    return attack_article(text, loss, lists, AttackOptions(**(FREE | options)), random.Random(seed))
+    return attack_article(text, loss, lists, AttackOptions(**(UNBOUNDED | options)), random.Random(seed))
 
 
 def test_the_best_attack_on_an_additive_loss():
@@ -114,7 +114,7 @@ def test_the_same_seed_gives_the_same_attack():
 def test_a_group_gives_what_each_article_alone_gives():
     loss = Toy(movie=0.5, vast=0.25, city=0.125, film=-0.25)
     texts = [TEXT, "", "old town", "nothing here", "the film of the old big town"]
-    options, seeds = AttackOptions(**(FREE | dict(queries=9))), range(len(texts))
+    options, seeds = AttackOptions(**(UNBOUNDED | dict(queries=9))), range(len(texts))
     group = attack_group(
         texts, lambda asked: loss([t for _, t in asked]), LISTS, options, [random.Random(s) for s in seeds]
     )
@@ -168,7 +168,7 @@ def test_the_share_bounds_the_changes():
     for share in (0.0, 0.1, 0.25, 0.5):
         found = attack(harm, max_changed=share)
         assert len(found.changed) == min(int(share * 14), 7) and found.words == 14
-    limited = attack_article(TEXT, harm, LISTS, AttackOptions(**FREE), random.Random(0), limit=3)
+    limited = attack_article(TEXT, harm, LISTS, AttackOptions(**UNBOUNDED), random.Random(0), limit=3)
     assert limited.words == 3 and [i for i, _, _ in limited.changed] == [1, 2]
 
 
@@ -180,7 +180,7 @@ def test_the_similarity_bound_compares_windows_with_the_original():
         return torch.tensor([[1.0, sum(t.count(w) for w in ("movie", "huge"))] for t in texts])
 
     harm = Toy(movie=3.0, huge=3.0, flick=1.0, vast=1.0, film=-1.0)
-    options = AttackOptions(**(FREE | dict(min_similarity=0.9, window=3)))
+    options = AttackOptions(**(UNBOUNDED | dict(min_similarity=0.9, window=3)))
     found = attack_article("big old film", harm, LISTS, options, random.Random(0), embed_of=embed)
     assert found.text == "vast old flick"
     # 1 + 3 ranked + flick, picture + aged + vast: what is too far is not asked
@@ -197,14 +197,22 @@ def test_small_changes_of_meaning_add_up():
         return torch.tensor([[1.0, 0.4 * sum(w not in NEIGHBOURS for w in t.split())] for t in texts])
 
     harm = Toy(movie=1.0, huge=1.0, city=1.0)
-    options = AttackOptions(**(FREE | dict(min_similarity=0.75, window=9)))
+    options = AttackOptions(**(UNBOUNDED | dict(min_similarity=0.75, window=9)))
     found = attack_article("big film town", harm, LISTS, options, random.Random(0), embed_of=embed)
     assert len(found.changed) == 2 and found.stop == "words"
 
 
 def test_part_of_speech():
     assert [suffix_class(w) for w in ("Running", "sing", "quickly", "films", "glass", "station", "famous", "best")] == [
-        "-ing", "base", "adverb", "-s", "base", "noun", "adjective", "base"]  # fmt: skip
+        "-ing",
+        "base",
+        "adverb",
+        "-s",
+        "base",
+        "noun",
+        "adjective",
+        "base",
+    ]
     lists = WordLists({"film": ["filming", "movie"], "films": ["movie", "movies"]})
     found = attack(Toy(filming=5.0, movie=2.0, movies=1.0), text="film films", lists=lists)
     assert found.text == "movie movies"
@@ -357,7 +365,7 @@ def toy_rows(pairs):
     rows = []
     for pair in pairs:
         found = attack(Toy(movie=0.5, city=0.25), text=pair.article, seed=pair.id, queries=9)
-        row = {"id": pair.id, "article": found.text} | {f: getattr(found, f) for f in script.FIELDS}
+        row = {"id": pair.id, "article": found.text} | {f: getattr(found, f) for f in script.KEPT}
         rows.append(json.loads(json.dumps(row | {"summary_before": pair.article, "summary_after": found.text})))
     return rows
 
@@ -441,8 +449,15 @@ def tiny(corpus, tmp_path_factory):
     shape = dict(decoder_start_token_id=tokenizer.eos_id, vocab_size=tokenizer.vocab_size, init_std=0.2)
     torch.manual_seed(0)
     model = Seq2Seq(bart_config(1, 32, 2, **ids, **shape, max_position_embeddings=256))
-    config = Config(data="arithmetic", size="bart-tiny", random_start=True, preset="none", max_source=192,
-                    max_target=24, max_new_tokens=12)  # fmt: skip
+    config = Config(
+        data="arithmetic",
+        size="bart-tiny",
+        random_start=True,
+        preset="none",
+        max_source=192,
+        max_target=24,
+        max_new_tokens=12,
+    )
     config = with_preset(config)
     run = folder / "run"
     run.mkdir()
@@ -499,10 +514,32 @@ def test_embeddings_do_not_depend_on_the_batch(tiny):
 
 def run_main(tiny, out, *more):
     _, _, run, data, lists = tiny
-    script.main([
-        str(run), "--data", str(data), "--out", str(out), "--words", str(lists), "--articles", "7", "--queries", "40",
-        "--group", "3", "--goal", "0.2", "--max-changed", "0.3", "--pos", "none", "--device", "cpu", *more,
-    ])  # fmt: skip
+    script.main(
+        [
+            str(run),
+            "--data",
+            str(data),
+            "--out",
+            str(out),
+            "--words",
+            str(lists),
+            "--articles",
+            "7",
+            "--queries",
+            "40",
+            "--group",
+            "3",
+            "--goal",
+            "0.2",
+            "--max-changed",
+            "0.3",
+            "--pos",
+            "none",
+            "--device",
+            "cpu",
+            *more,
+        ]
+    )
 
 
 def test_the_command_attacks_resumes_and_reports(tiny, tmp_path, capsys):
@@ -544,10 +581,25 @@ def test_a_plain_model_folder_is_attacked_with_the_published_search(tiny, corpus
     model = Seq2Seq(bart_config(1, 32, 2, **ids, decoder_start_token_id=2, max_position_embeddings=160))
     extra = {"tokenizer.json": vocabulary.to_str().encode(), "tokenizer_config.json": b'{"eos_token": "</s>"}'}
     save_seq2seq(model, tmp_path / "bart", extra)
-    script.main([
-        str(tmp_path / "bart"), "--data", str(data), "--out", str(tmp_path / "out"), "--words", str(lists),
-        "--articles", "2", "--queries", "12", "--pos", "none", "--device", "cpu",
-    ])  # fmt: skip
+    script.main(
+        [
+            str(tmp_path / "bart"),
+            "--data",
+            str(data),
+            "--out",
+            str(tmp_path / "out"),
+            "--words",
+            str(lists),
+            "--articles",
+            "2",
+            "--queries",
+            "12",
+            "--pos",
+            "none",
+            "--device",
+            "cpu",
+        ]
+    )
     config = json.loads((tmp_path / "out" / "attack.json").read_text())["config"]
     assert config["max_source"] == 160  # of a recipe's 1024, what the model has
     assert config["decoding"]["num_beams"] == 4 and config["decoding"]["max_new_tokens"] == 141

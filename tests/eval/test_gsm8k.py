@@ -39,7 +39,7 @@ from eval.gsm8k import (
     same_number,
     scores,
 )
-from sandbox.run import Limits
+from sandbox import Limits
 
 
 def problem(answer: str, question: str = "How many?", name: str = "train/0") -> Problem:
@@ -364,7 +364,6 @@ def test_text_verdicts():
 
 def test_code_verdicts():
     outputs = ["print(5)\nimport os; os._exit(1)", "import time; print(6, flush=True)\nwhile 1: pass", "print('seven')"]
-    from sandbox.run import Limits
 
     def samples():
         yield from (Sample(i, o) for i, o in zip(GOLDS, outputs, strict=True))

@@ -1,4 +1,4 @@
-"""recipes/fot_overhead.py on shapes for a CPU: the table adds up, both sides get the same, and what FoT costs is seen
+"""races/fot_overhead.py on shapes for a CPU: the table adds up, both sides get the same, and what FoT costs is seen
 wherever it is put."""
 
 import csv
@@ -23,15 +23,15 @@ def measured(flags: list[str], folder) -> dict[str, dict]:
 @pytest.mark.parametrize("shape", ["pico", "qwen3-tiny"])
 def test_the_table(shape, tmp_path, capsys):
     rows = measured([*PICO, "--shape", shape], tmp_path)
-    assert list(rows) == ["step", "step, CPU time", "timed alone", *overhead.PARTS]
-    value = {name: {k: float(row[k] or 0) for k in overhead.FIELDS[1:]} for name, row in rows.items()}
+    assert list(rows) == ["step", "step, CPU time", "timed alone", *overhead.STEP_PARTS]
+    value = {name: {k: float(row[k] or 0) for k in overhead.COLUMNS[1:]} for name, row in rows.items()}
     for name in ("step", "step, CPU time"):
         assert value[name]["low_percent"] <= value[name]["added_percent"] <= value[name]["high_percent"]
-    for part in ("observe", "gradient statistics", "decision", "forecasts"):  # FoT's alone
+    for part in overhead.FOT_PARTS:
         assert value[part]["linear_ms"] == 0 < value[part]["fot_ms"]
     # The parts are the whole step: its median is of steps that decide nothing, the parts' sum is the mean of all.
     for side in ("linear_ms", "fot_ms"):
-        parts, median = sum(value[part][side] for part in overhead.PARTS), value["step, CPU time"][side]
+        parts, median = sum(value[part][side] for part in overhead.STEP_PARTS), value["step, CPU time"][side]
         assert 0.5 * median < parts < 10 * median
     same = rows["step"]
     assert same["shape"] == shape and same["window"] == "8" and same["device"].startswith("CPU")
@@ -86,12 +86,12 @@ def test_a_slow_decision_is_spread_over_its_window(monkeypatch, tmp_path):
     assert float(step["added_percent"]) > 100 * 25 / float(step["linear_ms"])
 
 
-def test_interval_and_verdict():
+def test_interval_and_judgement():
     share, low, high = overhead.interval([0.1, 0.2, 0.3, 0.4, 5.0])
     assert share == 0.3 and 0.1 <= low < 0.3 < high <= 5.0
-    assert overhead.interval([0.1, 0.1]) == (0.1, 0.1, 0.1)
-    assert overhead.verdict(0.05, 0.15, 0.2, 5) == "held" and overhead.verdict(0.25, 0.3, 0.2, 5) == "failed"
-    assert overhead.verdict(0.1, 0.3, 0.2, 5).startswith("open") and overhead.verdict(0.1, 0.1, 0.2, 4)[:4] == "open"
+    assert overhead.interval([0.1, 0.1]) == [0.1, 0.1, 0.1]
+    assert overhead.judge(0.05, 0.15, 0.2, 5) == "held" and overhead.judge(0.25, 0.3, 0.2, 5) == "failed"
+    assert overhead.judge(0.1, 0.3, 0.2, 5).startswith("open") and overhead.judge(0.1, 0.1, 0.2, 4)[:4] == "open"
 
 
 @pytest.mark.parametrize(
@@ -104,10 +104,13 @@ def test_interval_and_verdict():
         ("--batch 1: expected at least 2", "--batch 1"),
         ("--batch 8 is not a multiple of --micro-batch 3", "--micro-batch 3"),
         ("--rank 0: expected at least 1", "--rank 0"),
-        pytest.param("torch sees no CUDA", "--device cuda", marks=pytest.mark.skipif(
-            torch.cuda.is_available(), reason="there is a CUDA device")),
+        pytest.param(
+            "torch sees no CUDA",
+            "--device cuda",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device"),
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_flags(match, more, capsys):
     with pytest.raises(SystemExit) as stopped:
         overhead.main([*PICO, *more.split()])

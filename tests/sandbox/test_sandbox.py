@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from sandbox import MODES, Limits, probe, run_many, run_program
 from sandbox import run as sandbox
-from sandbox.run import MODES, Limits, probe, run_many, run_program
+from sandbox.__main__ import main
 
 CONTAINED = ("namespaces", "bubblewrap")  # modes that hide files, processes and network
 SHORT = Limits(seconds=1, cpu_seconds=1, memory_bytes=256 << 20)
@@ -292,7 +293,7 @@ def test_all_is_killed_when_the_iteration_ends(mode, how):
 
 def test_nothing_is_left_when_the_caller_is_killed():
     comm = f"caller{os.getpid()}"
-    code = f"from sandbox.run import run_program; run_program({rename(comm) + 'time.sleep(60)'!r})"
+    code = f"from sandbox import run_program; run_program({rename(comm) + 'time.sleep(60)'!r})"
     caller = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
     deadline = time.monotonic() + 20
     while not named(comm):
@@ -343,7 +344,7 @@ def test_a_mode_that_cannot_be_had_says_why(monkeypatch):
 
 
 def test_probe(capsys):
-    sandbox.main(["--probe"])
+    main(["--probe"])
     out = capsys.readouterr().out
     assert f"{probe().mode:20}in force" in out and "memory_bytes" in out
 

@@ -1,4 +1,4 @@
-"""recipes/race_transformers.py on a shape for a CPU: it runs, what it writes adds up, and bad flags are one line."""
+"""races/transformers_seq2seq.py on a shape for a CPU: it runs, what it writes adds up, and bad flags are one line."""
 
 import csv
 import json
@@ -45,21 +45,6 @@ def test_both_models_are_of_one_size():
     kept = theirs.config
     assert (kept.dropout, kept.attention_dropout, kept.activation_dropout) == (0.1, 0.1, 0.0)
     assert kept._attn_implementation == "sdpa" and kept.scale_embedding is False
-
-
-def test_memory_ends_a_batch_is_halved(monkeypatch):
-    class Device:
-        device = "cuda"
-
-    def task(side, batch):
-        if batch > 8:
-            raise torch.OutOfMemoryError
-
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
-    assert race.fitting(task, race.SIDES, 64, Device) == 8
-    with pytest.raises(ValueError, match="a batch of one does not fit"):
-        race.fitting(lambda *_: task("", 9), race.SIDES, 4, Device)
 
 
 @pytest.mark.parametrize(

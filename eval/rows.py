@@ -1,0 +1,63 @@
+"""Rows of JSON, a line each. Generated texts are appended as they are made, so that a kill loses little."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TextIO
+
+import torch.distributed as dist
+
+from runtime.folder import write_bytes
+from runtime.machine import World
+
+
+def json_line(row: dict) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def write_rows(path: Path, rows: Iterable[dict]) -> None:
+    """Writes a file of rows, atomically."""
+    write_bytes(path, lambda file: file.write("".join(map(json_line, rows)).encode()))
+
+
+def whole_rows(path: Path) -> list[dict]:
+    """The rows of a file, without the line that a kill left half-written at its end. None where there is no file."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+class Parts:
+    """Files of rows that the ranks make together, each appending to its own. Every rank must make each call.
+
+    ``pattern`` names the files, with * for the rank.
+    """
+
+    def __init__(self, folder: Path, pattern: str, world: World):
+        self.folder, self.pattern, self.world = folder, pattern, world
+
+    def read(self) -> list[dict]:
+        """The rows of all ranks: all have written before one reads, and all have read before one goes on."""
+        self._barrier()
+        rows = [row for path in sorted(self.folder.glob(self.pattern)) for row in whole_rows(path)]
+        self._barrier()
+        return rows
+
+    def append(self) -> TextIO:
+        """This rank's file, open for more rows."""
+        mine = self.folder / self.pattern.replace("*", str(self.world.rank))
+        write_rows(mine, whole_rows(mine))
+        return open(mine, "a", buffering=1, encoding="utf-8")
+
+    def remove(self) -> None:
+        """Takes the files away, on rank 0."""
+        for path in self.folder.glob(self.pattern) if self.world.main else ():
+            path.unlink()
+
+    def _barrier(self) -> None:
+        if self.world.size > 1:
+            dist.barrier()

@@ -1,0 +1,134 @@
+"""What the races share: checks of flags, timing, peak memory, processes, and the files that they write.
+
+Machines are shared and drift. So the sides of a race take turns, each round gives one ratio a pair, and medians count.
+"""
+
+import argparse
+import csv
+import datetime
+import gc
+import io
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from runtime.folder import write_bytes
+
+
+def race_parser(name: str, doc: str) -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(prog=f"python -m races.{name}", description=doc, formatter_class=raw)
+
+
+def check_least(args: argparse.Namespace, **least: int) -> None:
+    """Raises ValueError for a flag that is below its least value."""
+    for name, value in least.items():
+        if getattr(args, name) < value:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least {value}")
+
+
+def check_new(out: Path) -> None:
+    """Raises ValueError where the folder is there already."""
+    if out.exists():
+        raise ValueError(f"{out} exists; give another --out")
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """Wall time of ``work()``, from an idle device to an idle device."""
+    synchronize(device)
+    began = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - began
+
+
+def forget_peak(device: torch.device) -> None:
+    """Frees what the last turn held, and lets the peak of CUDA memory begin anew."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def largest_that_fits(run: Callable[[int], object], batch: int, complaint: str) -> int:
+    """The largest of ``batch``, its half, its quarter, ... whose ``run`` does not end the memory.
+
+    Raises ValueError, the ``complaint``, where a batch of one does.
+    """
+    while True:
+        try:
+            run(batch)
+            return batch
+        except torch.OutOfMemoryError:
+            if batch == 1:
+                raise ValueError(complaint) from None
+        torch.cuda.empty_cache()  # outside the handler, whose traceback holds the activations
+        batch //= 2
+
+
+def cuda_peak(device: torch.device) -> int | None:
+    """Peak bytes that torch allocated; None on a CPU, where the resident set belongs to all sides."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def median_ratio(rows: Iterable[dict], column: str, side: str, base: str) -> float:
+    """The median over rounds of ``side``'s value by ``base``'s; rows have a round, a side and the column."""
+    value = {(row["round"], row["side"]): row[column] for row in rows}
+    return statistics.median(value[i, side] / value[i, base] for i in {i for i, _ in value})
+
+
+def command(*words, **flags) -> list[str]:
+    """A command of this interpreter; ``seq_len=8`` becomes --seq-len 8."""
+    line = [sys.executable, *words]
+    for name, value in flags.items():
+        line += ["--" + name.replace("_", "-"), value]
+    return [str(word) for word in line]
+
+
+def output_of(line: list[str], complaint: str, cwd: Path | None = None) -> str:
+    """What a process prints. Raises ValueError, the ``complaint`` with its last error line, where it fails."""
+    ran = subprocess.run(line, capture_output=True, text=True, cwd=cwd)
+    if ran.returncode:
+        raise ValueError(f"{complaint}: {' '.join(ran.stderr.strip().splitlines()[-1:])}")
+    return ran.stdout
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+def today() -> str:
+    return datetime.datetime.now(datetime.UTC).date().isoformat()
+
+
+def here_and_now(device: torch.device) -> dict[str, str]:
+    """The last columns of a CSV: the device, the versions that decide a race, and the date."""
+    found = {}
+    for package in ("torch", "transformers", "peft", "bitsandbytes"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "none"
+    versions = " ".join(f"{package} {version}" for package, version in found.items())
+    return {"device": device_name(device), "versions": versions, "date": today()}
+
+
+def write_csv(path: Path, rows: list[dict], same: dict) -> None:
+    """A row a measurement; the columns are those of the first row, then those that are the ``same`` in every row."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, [*rows[0], *same])
+    writer.writeheader()
+    writer.writerows(row | same for row in rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, lambda file: file.write(text.getvalue().encode()))

@@ -1,0 +1,64 @@
+"""races/nanogpt.py beside a stand-in for nanoGPT's train.py: what is read, what is compared, and bad flags."""
+
+import json
+
+import numpy as np
+import pytest
+
+from races import nanogpt as race
+
+# Prints what nanoGPT does: an evaluation and a step of 900 ms, ten of 100 ms, then 20 and 30 ms in turn.
+TRAIN = """
+import pathlib, pickle, sys
+flags = dict(word[2:].split("=") for word in sys.argv[1:])
+folder = pathlib.Path("data") / flags["dataset"]
+assert (folder / "val.bin").stat().st_size and flags["compile"] == "False" and flags["bias"] == "True"
+pickle.loads((folder / "meta.pkl").read_bytes())["vocab_size"]
+print("step 0: train loss 9.9, val loss 9.9")
+for i in range(int(flags["max_iters"]) + 1):
+    ms = 900 if i == 0 else 100 if i < 10 else 20 + 10 * (i % 2)
+    print(f"iter {i}: loss 9.9000, time {ms:.2f}ms, mfu -100.00%")
+"""
+FLAGS = "--tokenizer bpe:257 --model pico --seq-len 16 --batch 2 --steps 20 --rounds 1 --device cpu".split()
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    (tmp_path / "nanoGPT" / "data").mkdir(parents=True)
+    (tmp_path / "nanoGPT" / "train.py").write_text(TRAIN)
+    return tmp_path / "nanoGPT"
+
+
+def test_a_round(checkout, corpus, tmp_path, capsys):
+    out = tmp_path / "race"
+    more = ["--data", str(corpus), "--cache", str(tmp_path / "cache"), "--out", str(out)]
+    assert race.main([str(checkout), *FLAGS, *more]) == 0
+    found = json.loads((out / "race.json").read_text())
+    (row,) = found["rounds_ms"]
+    assert row["nanogpt"] == 25 and list(row) == ["nanogpt", "ce", "dpsm"]  # the first ten steps are left out
+    assert found["ce_over_nanogpt"] == pytest.approx(25 / row["ce"]) and found["vocab"] == 257
+    assert found["tokens_per_second"]["nanogpt"] == pytest.approx(1000 * 2 * 16 / 25)
+    assert "ours with CE to nanoGPT" in capsys.readouterr().out
+    for loss in ("ce", "dpsm"):
+        config = json.loads((out / f"{loss}0" / "config.json").read_text())
+        assert (config["loss"], config["steps"], config["lr"], config["eval_every"]) == (loss, 20, 1e-3, 20)
+    written = np.fromfile(checkout / "data" / "scorecast_race" / "train.bin", np.uint16)
+    assert len(written) > 1000 and written.max() < 257
+
+
+def test_a_checkout_that_fails_is_named(checkout, corpus, tmp_path, capsys):
+    (checkout / "train.py").write_text("raise SystemExit('no such dataset')")
+    more = ["--data", str(corpus), "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "race")]
+    with pytest.raises(SystemExit) as stopped:
+        race.main([str(checkout), *FLAGS, *more])
+    assert stopped.value.code == 2 and "nanoGPT's train.py did not run: no such dataset" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "match, more", [("--steps 15: give a multiple of 10", "--steps 15"), ("exists; give another --out", "--out tests")]
+)
+def test_bad_flags(match, more, checkout, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        race.main([str(checkout), *FLAGS, *more.split()])
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and match in err and len(err.strip().splitlines()) == 1
