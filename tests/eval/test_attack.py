@@ -458,7 +458,7 @@ def tiny(corpus, tmp_path_factory):
         max_target=24,
         max_new_tokens=12,
     )
-    config = with_preset(config)
+    config = Config(**with_preset(asdict(config)))
     run = folder / "run"
     run.mkdir()
     state = {"model": model.state_dict(), "model_config": model.config.__dict__, "config": config.__dict__}
