@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import random
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
