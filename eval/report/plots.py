@@ -7,6 +7,7 @@ state is shared.
 
 import colorsys
 import io
+import itertools
 import math
 import statistics
 import textwrap
@@ -18,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from eval import metrics
 from eval.calibration import Calibration
 
 # Okabe & Ito's palette (2008), distinct under the common colour-vision deficiencies; yellow is left out on white.
@@ -299,23 +301,14 @@ def reliability(arms: list, split: str, bins: int = 10) -> bytes | None:
 # a grid of two settings
 
 
-GRID_PANELS = {  # key of a cell: factor, title, whether more is better
-    "rouge1": (1, "ROUGE-1", True),
-    "rouge2": (1, "ROUGE-2", True),
-    "rougeL": (1, "ROUGE-L", True),
-    "rougeLsum": (1, "ROUGE-Lsum", True),
-    "ppl": (1, "perplexity", False),
-    "ece10": (100, "ECE, 10 bins (%)", False),
-    "nll": (1, "NLL (nats a token)", False),
-}
-
-
 @styled
 def heat_maps(name: str, x_name: str, y_name: str, cells: dict[tuple, dict], split: str = "validation") -> bytes:
-    """A panel for each of GRID_PANELS that is in the cells, over two settings; ``cells`` maps (x, y) to a dict with the
-    panels' values, each of which may be None or inf. Brighter is better; the best is bold."""
+    """A panel for each metric of ``cells``, over two settings; the best is bold, and brighter is better.
+
+    ``cells`` maps (x, y) to {metric's key: value}, each of which may be None or inf.
+    """
     xs, ys = sorted({x for x, _ in cells}), sorted({y for _, y in cells})
-    panels = [(key, *GRID_PANELS[key]) for key in GRID_PANELS if any(key in cell for cell in cells.values())]
+    panels = [m for m in (*metrics.SUMMARIES, *metrics.TOKENS) if any(m.key in cell for cell in cells.values())]
     columns = min(len(panels), 3)
     lines = math.ceil(len(panels) / columns)
     width, height = columns * (0.85 * len(xs) + 1.6), lines * max(0.6 * len(ys) + 1.7, 3.2 if lines == 1 else 2.4)
@@ -323,26 +316,22 @@ def heat_maps(name: str, x_name: str, y_name: str, cells: dict[tuple, dict], spl
     grid = fig.subplots(lines, columns, squeeze=False)
     for ax in grid.flat[len(panels) :]:
         ax.set_visible(False)
-    for ax, (key, scale, title, higher) in zip(grid.flat, panels, strict=False):
-        values = [[cells.get((x, y), {}).get(key) for x in xs] for y in ys]
-        table = [[math.nan if v is None else scale * v for v in row] for row in values]
-        finite = [v for row in table for v in row if math.isfinite(v)]
-        low, high = (min(finite), max(finite)) if finite else (0, 1)
-        ax.imshow(table, cmap="cividis" if higher else "cividis_r", aspect="auto", origin="lower", vmin=low, vmax=high)
-        for i, row in enumerate(table):
-            for j, v in enumerate(row):
-                worse = ((high - v) if higher else (v - low)) / (high - low) if high > low else 0
-                dark = math.isfinite(v) and worse > 0.55
-                best = "bold" if v == (high if higher else low) else "normal"
-                text = (f"{v:.3f}" if key == "nll" else f"{v:.2f}") if math.isfinite(v) else "-"
-                ax.text(
-                    j, i, text, ha="center", va="center", color="white" if dark else INK, fontsize=8.5, fontweight=best
-                )
+    for ax, metric in zip(grid.flat, panels, strict=False):
+        found = [[cells.get((x, y), {}).get(metric.key) for x in xs] for y in ys]
+        values = [[math.nan if v is None else metric.scale * v for v in line] for line in found]
+        finite = [v for line in values for v in line if math.isfinite(v)] or [0, 1]
+        low, high, more = min(finite), max(finite), metric.better == "higher"
+        ax.imshow(values, cmap="cividis" if more else "cividis_r", aspect="auto", origin="lower", vmin=low, vmax=high)
+        for i, j in itertools.product(range(len(ys)), range(len(xs))):
+            v = values[i][j]
+            worse = ((high - v) if more else (v - low)) / (high - low) if high > low else 0
+            dark = math.isfinite(v) and worse > 0.55
+            look = {"color": "white" if dark else INK, "fontsize": 8.5}
+            look["fontweight"] = "bold" if v == (high if more else low) else "normal"
+            ax.text(j, i, metric.format(v) if math.isfinite(v) else "-", ha="center", va="center", **look)
         ax.set_xticks(range(len(xs)), [f"{x:g}" for x in xs])
         ax.set_yticks(range(len(ys)), [f"{y:g}" for y in ys])
-        ax.set_xlabel(x_name)
-        ax.set_ylabel(y_name)
-        ax.set_title(f"{title} {'↑' if higher else '↓'}")
+        ax.set(xlabel=x_name, ylabel=y_name, title=f"{metric.name}, {metric.unit} {'↑' if more else '↓'}")
         ax.grid(False)
         ax.tick_params(length=0)
         ax.spines[:].set_visible(False)
