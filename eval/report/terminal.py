@@ -33,13 +33,16 @@ def print_results(arms: list) -> None:
     """A row an arm: the metrics that are shown on the terminal, ± sd where it fits and says something."""
     quality = metrics.shown(metrics.TOKENS, "terminal") + metrics.shown(metrics.TEMPERED, "terminal")
     cost = metrics.shown(metrics.COST, "terminal")
+    heads = {}
+    for metric in (*quality, *cost):
+        head = column_head(metric)
+        heads[metric.key] = head if head not in heads.values() else f"{metric.name}, {metric.unit}"
     # A spread of four decimals says little. Percentages are short, perplexities are not.
     wide = {m.key: (13 if m.scale == 100 else 16) for m in quality if m.digits <= 2}
-    narrow = {m.key: max(8, len(column_head(m)) + 1) for m in (*quality, *cost)}
-    if LABEL + 3 + sum(1 + (narrow | wide)[key] for key in narrow) > WIDTH:
-        wide = {}
-    widths = narrow | wide
-    names = "".join(f" {column_head(m):>{widths[m.key]}}" for m in (*quality, *cost))
+    widths = {key: max(8, len(head) + 1) for key, head in heads.items()} | wide
+    if LABEL + 3 + sum(1 + width for width in widths.values()) > WIDTH:
+        widths, wide = {key: max(8, len(head)) for key, head in heads.items()}, {}
+    names = "".join(f" {head:>{widths[key]}}" for key, head in heads.items())
     print(f"\n{'arm':<{LABEL}} {'n':>2}{names}")
     for row in final_rows(arms):
         runs, label = len(row.arm.finished), row.label

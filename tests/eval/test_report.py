@@ -195,6 +195,172 @@ def test_rows_before_a_return_to_a_checkpoint_are_replaced(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------
+# roles of flags
+
+
+ROLES = {"prompt": "knob", "eval_batch": "where", "seed": "bookkeeping", "out": "where", "loss": "knob", "lr": "knob",
+         "micro_batch": "system", "gamma": "knob", "schedule": "knob", "fot_window": "knob"}  # fmt: skip
+ROLES |= dict.fromkeys(("format", "base", "loss_on", "heldout", "eval_problems", "generate_tokens", "steps"), "setting")
+ONLY = {"gamma": {"loss": ["focal"]}, "fot_window": {"schedule": ["fot", "snac"]}}
+GSM8K = {"script": "finetune_gsm8k.py", "prompt": "chat", "eval_batch": 64, "format": "text", "base": "nf4",
+         "loss_on": "answer", "heldout": 256, "eval_problems": 0, "generate_tokens": 256, "micro_batch": 16,
+         "schedule": "cosine", "fot_window": 32}  # fmt: skip
+
+
+def gsm8k_run(folder: Path, new: bool = True, only=ONLY, env=None, **config) -> Path:
+    """A finished run of finetune_gsm8k.py; ``new``: its folder says its flags' roles."""
+    dtype = config.pop("ran_in", None)
+    write_run(folder, config=GSM8K | config, summary={"dtype": dtype} if dtype else {}, env=env)
+    if new:
+        flags = {flag: {"role": role, "only": only.get(flag, {})} for flag, role in ROLES.items()}
+        (folder / "flags.json").write_text(json.dumps(flags))
+    return folder
+
+
+def test_another_prompt_is_another_arm_and_another_batch_of_answers_is_none(tmp_path):
+    """The report was wrong here once: one of two prompts was dropped as a repeated seed."""
+    chat, plain = gsm8k_run(tmp_path / "chat"), gsm8k_run(tmp_path / "plain", prompt="plain")
+    arms, warnings = compare.group_arms([compare.load_run(p) for p in (chat, plain)])
+    assert [arm.label for arm in arms] == ["ce prompt=chat", "ce prompt=plain"] and not warnings
+    assert not any("NOT COMPARABLE" in w for w in rp.find_warnings(arms))
+    wide = gsm8k_run(tmp_path / "wide", eval_batch=128, seed=2)
+    (arm,) = arms_of(chat, wide)
+    assert [run.seed for run in arm.runs] == [1, 2]
+
+
+@pytest.mark.parametrize("flag, value", [
+    ("format", "code"), ("base", "bf16"), ("loss_on", "all"), ("heldout", 64), ("eval_problems", 32),
+    ("generate_tokens", 512), ("script", "other.py"),
+])  # fmt: skip
+def test_arms_that_differ_in_a_setting_are_not_comparable(tmp_path, flag, value):
+    other = gsm8k_run(tmp_path / "other", loss="dpsm", **{flag: value})
+    arms = arms_of(gsm8k_run(tmp_path / "one"), other)
+    says = f"NOT COMPARABLE: the arms differ in {flag} ({GSM8K[flag]}: ce; {value}: dpsm)"
+    assert any(w.startswith(says) for w in rp.find_warnings(arms))
+    assert judged(1, arms).verdict.startswith(f"not comparable: {flag} ")
+
+
+def test_speed_is_not_compared_across_dtypes_and_flags_of_the_system(tmp_path):
+    def differences(**config):
+        folder = tmp_path / "-".join(map(str, config.values()))
+        return compare.system_differences(*arms_of(one, gsm8k_run(folder, loss="dpsm", **config)))
+
+    one = gsm8k_run(tmp_path / "one", ran_in="bfloat16")
+    assert differences(ran_in="float32") == ["dtype"] and differences(ran_in="bfloat16") == []
+    assert differences(seed=5) == []  # an older summary does not say it
+    assert differences(ran_in="bfloat16", micro_batch=4) == ["micro_batch"]
+    assert differences(ran_in="float32", micro_batch=8, env={"world_size": 2}) == ["micro_batch", "device", "dtype"]
+
+
+def test_a_flag_that_nothing_reads_makes_no_arm_and_no_label(tmp_path):
+    same = [gsm8k_run(tmp_path / f"s{i}", seed=i, fot_window=w, gamma=w) for i, w in enumerate((16, 32))]
+    fots = [gsm8k_run(tmp_path / f"f{w}", schedule="fot", fot_window=w) for w in (16, 32)]
+    assert [a.label for a in arms_of(*same, fots[0])] == ["ce schedule=cosine", "ce schedule=fot"]
+    labels = [a.label for a in arms_of(*same, *fots)]
+    assert labels == [
+        "ce schedule=cosine fot_window=-",
+        "ce schedule=fot fot_window=16",
+        "ce schedule=fot fot_window=32",
+    ]
+    focal = gsm8k_run(tmp_path / "focal", loss="focal", gamma=3)
+    assert [a.label for a in arms_of(*same, focal)] == ["ce", "focal"]
+
+
+def test_folders_without_roles_keep_their_meaning_and_a_run_that_knows_a_flag_decides(tmp_path):
+    old = [gsm8k_run(tmp_path / f"old{p}", new=False, prompt=p, seed=i) for i, p in enumerate(("chat", "plain"))]
+    assert len(arms_of(*old)) == 1  # of before: prompt was bookkeeping, and format a knob
+    other = gsm8k_run(tmp_path / "code", new=False, format="code", seed=7)
+    assert compare.setting_differences(*arms_of(old[0], other)) == []
+    new = gsm8k_run(tmp_path / "new", seed=9, prompt="chat")
+    assert {a.label: len(a.runs) for a in arms_of(*old, new)} == {"ce prompt=chat": 2, "ce prompt=plain": 1}
+    assert [k for k in compare.setting_differences(*arms_of(new, other))] == ["format"]
+    lm = write_run(tmp_path / "lm", config={"prompt": "x", "seed": 3}, summary={})  # another script's prompt
+    same = write_run(tmp_path / "lm2", config={"prompt": "y", "seed": 4}, summary={})
+    assert len([a for a in arms_of(new, lm, same) if a.config["script"] == "train_lm.py"]) == 1
+
+
+def test_roles_before_are_roles():
+    flags = compare.roles_before()
+    assert len(flags) > 50 and {about["role"] for about in flags.values()} <= set(compare.ROLES)
+    assert all(other in ("loss", "schedule", "alpha_schedule") for about in flags.values() for other in about["only"])
+
+
+# ----------------------------------------------------------------------------------------------
+# the code that ran
+
+
+TRAIN = '"""Trains."""\nimport math\n\n\ndef main(lr=1e-3):\n    """Runs."""\n    return math.sin(lr)\n'
+
+
+def ran(folder: Path, seed: int, text: str = TRAIN, *, loss: str = "ce", **more: str) -> Path:
+    """A run that keeps its source: train_lm.py and model/gpt2.py."""
+    write_run(folder, config={"seed": seed, "loss": loss}, summary={})
+    for name, code in ({"train_lm.py": text, "model/gpt2.py": "WIDTH = 768\n"} | more).items():
+        (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "source" / name).write_text(code)
+    return folder
+
+
+def test_a_hacked_script_is_an_arm_of_its_own_and_not_another_seed(tmp_path):
+    runs = [ran(tmp_path / f"r{s}", s) for s in (1, 2)]
+    hacked = ran(tmp_path / "hacked", 3, TRAIN.replace("sin", "cos"))
+    arms, warnings = compare.group_arms([compare.load_run(p) for p in (*runs, hacked)])
+    assert [(a.label, len(a.runs)) for a in arms] == [("ce", 2), ("ce, other train_lm.py", 1)]
+    assert len(warnings) == 1 and warnings[0].startswith("OTHER CODE") and "train_lm.py differs" in warnings[0]
+    assert all(str(p) in warnings[0] for p in (*runs, hacked))
+    assert not rp.code_warnings(arms)  # which would say it again
+    same_seed = ran(tmp_path / "again", 1, TRAIN.replace("sin", "cos"))  # the same seed is no repetition
+    first = [a.label for a in arms_of(hacked, *runs, same_seed)]
+    assert sorted(first) == ["ce", "ce, other train_lm.py"]
+    deep = ran(tmp_path / "deep", 4, TRAIN.replace("1e-3", "1"), **{"model/gpt2.py": "WIDTH = 2"})
+    labels = [a.label for a in arms_of(*runs, deep)]
+    assert labels == ["ce", "ce, other model/gpt2.py and 1 more"]
+
+
+@pytest.mark.parametrize("text", [
+    TRAIN.replace("import math\n", "import math  # for the sine\n\n# A comment\n"),
+    TRAIN.replace("lr=1e-3", "\n    lr=0.001,\n").replace("    return", "\n    return"),
+    TRAIN.replace('"""Trains."""', "'A longer docstring.'").replace('    """Runs."""\n', ""),
+])  # fmt: skip
+def test_comments_formatting_and_docstrings_are_no_difference(tmp_path, text):
+    arms, warnings = compare.group_arms([compare.load_run(ran(tmp_path / n, s, t)) for n, s, t in
+                                         (("a", 1, TRAIN), ("b", 2, text))])  # fmt: skip
+    assert [len(a.runs) for a in arms] == [2] and not warnings and not rp.find_warnings(arms)
+
+
+def test_only_files_that_both_have_are_compared(tmp_path):
+    bare = write_run(tmp_path / "bare", config={"seed": 4}, summary={})  # no source/, as in old records
+    flat = ran(tmp_path / "flat", 5, **{"losses.py": "ce = 1"})
+    deep = ran(tmp_path / "deep", 6, **{"kernels/losses.py": "ce = 2"})
+    assert [len(a.runs) for a in arms_of(bare, flat, deep)] == [3]
+
+
+def test_a_file_that_is_no_python_is_compared_as_text(tmp_path):
+    broken = [ran(tmp_path / f"{s}", s, text) for s, text in enumerate(("if:", "if:", "if :"))]
+    assert sorted(len(a.runs) for a in arms_of(*broken)) == [1, 2]
+
+
+def test_arms_that_are_compared_and_ran_other_code_are_said(tmp_path):
+    ces = [ran(tmp_path / f"ce{s}", s) for s in (1, 2)]
+    dpsm = ran(tmp_path / "dpsm", 1, TRAIN.replace("sin", "cos"), loss="dpsm")
+    arms = arms_of(*ces, dpsm)
+    assert [a.label for a in arms] == ["ce", "dpsm"]
+    (says,) = (w for w in rp.find_warnings(arms) if w.startswith("OTHER CODE"))
+    assert "dpsm ran another train_lm.py" in says
+    hacked = ran(tmp_path / "hacked", 1, TRAIN.replace("sin", "cos"))
+    assert judged(1, arms_of(*ces, dpsm, hacked)).against == "ce, other train_lm.py"  # which ran what dpsm ran
+    page = rp.build([*ces, hacked])
+    assert any("OTHER CODE" in w for w in page.warnings)
+
+
+def test_broken_roles_are_one_line(tmp_path):
+    run = gsm8k_run(tmp_path / "run")
+    (run / "flags.json").write_text('{"lr": {"role": "knbo", "only": {}}}')
+    with pytest.raises(ValueError, match="flags.json: lr has no role"):
+        compare.load_run(run)
+
+
+# ----------------------------------------------------------------------------------------------
 # tables
 
 

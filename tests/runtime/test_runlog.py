@@ -3,7 +3,6 @@
 import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +11,6 @@ from runtime.cli import opt, parse_config
 from runtime.folder import read_metrics, write_bytes, write_json
 from runtime.meter import DivergenceWatch
 from schedules.rules import SCHEDULES, lr_factor
-
-ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
