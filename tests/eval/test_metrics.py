@@ -58,7 +58,7 @@ def test_an_entry_is_in_the_report(added, tmp_path, capsys):
     head = next(i for i, line in enumerate(lines) if line.startswith("arm "))
     assert lines[head].count("ECE %") == 2 and " ECE, 25 bins, % " in lines[head]
     assert max(map(len, lines[head:])) <= terminal.WIDTH
-    assert lines[head + 1].split() == ["ce", "3", "30.00", "4.00", "0.8000", "4.20", "3.3909", "1.00", "20,000"]
+    assert lines[head + 1].split() == ["ce", "3", "30.00", "4.00", "0.8000", "4.20", "3.3912", "1.00", "20,000"]
     assert "| 25 bins" not in (tmp_path / "out/report.md").read_text()  # the unit is beside the name
     assert "ECE, 25 bins, %" in (tmp_path / "out/report.md").read_text()
 
