@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from eval import metrics
-from eval.report import plots
+from eval.report import plots, tables
 from eval.report.bowl import bowl_blocks
 from eval.report.claims import Verdict, verdicts
 from eval.report.gsm8k import answer_blocks
@@ -30,19 +30,7 @@ from eval.report.runs import (
     system_differences,
 )
 from eval.report.sources import other_files, usual
-from eval.report.tables import (
-    Cell,
-    Row,
-    Table,
-    cost_table,
-    delta_table,
-    final_table,
-    heads,
-    label_cell,
-    metric_table,
-    summary_table,
-    verdict_table,
-)
+from eval.report.tables import Cell, Row, Table, heads, label_cell
 
 SPLITS = {"val": "validation", "test": "test", "ood": "out of domain"}
 MOST_CURVES, MOST_PANELS = 10, 6  # arms in a figure of curves; in one of a panel an arm
@@ -124,15 +112,14 @@ def find_warnings(arms: list[Arm]) -> list[str]:
             out.append(f"{name} diverged {run.summary['divergences']} time(s) on the way.")
         if run.summary.get("temperature_at_bound"):
             out.append(f"{name}: its temperature {run.summary.get('temperature')} stands at the bound of the search.")
-    parts = []
+    parts = {}
     for run in (run for arm in done for run in arm.finished):
         sets = run.summary.get("data")
         for name, of in sets.items() if isinstance(sets, dict) else ():
-            parts += [f"{of.get('set')} {name} is {of['partial']}"] if of.get("partial") else []
-        limits = run.summary.get("examples_limit") or {}
-        parts += [f"{name}: the first {n:,} pairs" for name, n in limits.items()]
+            parts |= {f"{of.get('set')} {name} is {of['partial']}": None} if of.get("partial") else {}
+        parts |= {f"{k}: the first {n:,} pairs": None for k, n in (run.summary.get("examples_limit") or {}).items()}
     if parts:
-        out.append(f"Not of whole sets: {'; '.join(dict.fromkeys(parts))}.")
+        out.append(f"Not of whole sets: {'; '.join(parts)}.")
     single = [arm.label for arm in done if len(arm.finished) < 2]
     if single:
         out.append(f"One seed only ({some(single)}): a difference may be chance, and no claim about it is powered.")
@@ -145,13 +132,12 @@ def find_warnings(arms: list[Arm]) -> list[str]:
 def code_warnings(arms: list[Arm]) -> list[str]:
     """Which arms ran other code than most; `group_arms` warns of those whose label says so."""
     base = usual([run.source for arm in arms for run in arm.runs])
-    by_files = {}
-    for arm in arms:
-        if not arm.code and (files := other_files(arm.source, base)):
-            by_files.setdefault(some(files), []).append(arm.label)
+    ran = {arm.label: some(other_files(arm.source, base)) for arm in arms if not arm.code}
     return [
-        f"OTHER CODE: {some(labels)} ran another {files} than the arms compared with; a difference may be the code's."
-        for files, labels in by_files.items()
+        f"OTHER CODE: {some([a for a in ran if ran[a] == files])} ran another {files} than the arms compared with; a "
+        "difference may be the code's."
+        for files in dict.fromkeys(ran.values())
+        if files
     ]
 
 
@@ -177,8 +163,7 @@ def fact_blocks(arms: list[Arm]) -> list[tuple]:
         for event in run.events:
             events.setdefault((path, str(event.get("event"))), []).append(event)
     names = "run", "arm", "state", "device", "commit", "started (UTC)", "seed", "steps", "tokens"
-    blocks = table_block(Table(heads(*names), body, left=6))
-    body = []
+    blocks, body = [("table", Table(heads(*names), body, left=6))], []
     for (path, event), found in events.items():
         detail = {k: v for k, v in found[0].items() if k not in ("kind", "step", "event") and v is not None}
         says = ", ".join(f"{k} {v}" for k, v in detail.items()) or "-"
@@ -202,7 +187,7 @@ def sample_blocks(arms: list[Arm]) -> list[tuple]:
     """Distinct-1 and -2 of each arm, and its first run's texts side by side, prompt by prompt."""
     columns = metrics.shown(metrics.SAMPLES, "table")
     rows = [Row(arm) for arm in arms if any(arm.values(m.key) for m in columns)]
-    blocks, texts = table_block(metric_table(rows, {}, columns, "") if rows else None), {}
+    blocks, texts = table_block(tables.metric_table(rows, {}, columns, "") if rows else None), {}
     for arm in arms:
         run = next((run for run in arm.finished if run.samples), None)
         for sample in (s for s in run.samples if isinstance(s, dict)) if run else ():
@@ -284,18 +269,18 @@ def build(folders: list[str | Path], title: str = "") -> Report:
     report.blocks += bowls
     report.figures |= pictures
     for split, name in SPLITS.items():
-        final, made = final_table(arms, split), summary_table(arms, split)
+        final, made = tables.final_table(arms, split), tables.summary_table(arms, split)
         report.section(f"Results, {name}", table_block(final), kind="fold" if bowls else "h")
         report.section(f"Summaries, {name}", table_block(made), kind="h3")
     if not done:
         report.blocks.append(("p", "No run has finished: there are curves, and no final numbers yet."))
     report.blocks += answer_blocks(arms)
     if not bowls:  # with CE there would be as many as there are rules
-        report.section("Differences from CE, validation", table_block(delta_table(arms)))
+        report.section("Differences from CE, validation", table_block(tables.delta_table(arms)))
     if claimed:
         report.section("The claims of DPSM", [("p", VERDICT_NOTE)])
     for i, label in enumerate(dict.fromkeys(v.arm for v in found)):
-        part = table_block(verdict_table([v for v in found if v.arm == label]))
+        part = table_block(tables.verdict_table([v for v in found if v.arm == label]))
         report.section(label, part, kind="fold" if i else "h3")
     few = best_arms(arms, MOST_CURVES)
     cut = f" {len(few)} of {len(arms)} arms: the best of each loss, then the next best." if few != arms else ""
@@ -311,7 +296,7 @@ def build(folders: list[str | Path], title: str = "") -> Report:
         reliability += report.figure(f"reliability_{split}", plots.reliability(few, split), caption)
     report.section("Reliability before and after temperature", reliability)
     if done:
-        report.section("Cost", table_block(cost_table(arms)))
+        report.section("Cost", table_block(tables.cost_table(arms)))
         report.section("Samples", sample_blocks(best_arms(arms, MOST_PANELS)))
     report.section("What was run", fact_blocks(arms))
     return report

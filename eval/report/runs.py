@@ -91,9 +91,8 @@ def read_rows(path: Path, unfinished: bool) -> dict[str, list[dict]]:
     """
     rows = {"train": [], "val": [], "event": [], "fot": []}
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else [""]
-    tail = lines.pop()
-    if tail and not unfinished:
-        lines.append(tail)
+    if unfinished or not lines[-1]:
+        lines.pop()
     for n, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
@@ -155,7 +154,10 @@ def load_run(folder: str | Path) -> Run:
         folder,
         **files,
         flags=read_flags(folder / "flags.json"),
-        **{"train": rows["train"], "val": rows["val"], "events": rows["event"], "fot": rows["fot"]},
+        train=rows["train"],
+        val=rows["val"],
+        events=rows["event"],
+        fot=rows["fot"],
         calibration=read_bins(folder / "calibration.json"),
         samples=read_json(folder / "samples.json", list) or read_summaries(folder),
         source=read_sources(folder / "source"),
@@ -241,16 +243,18 @@ def group_arms(runs: list[Run]) -> tuple[list[Arm], list[str]]:
         if arm is None:
             same_config.append(arm := new)
         twin = next((r for r in arm.runs if r.seed == run.seed), None)
-        if twin:  # the same data twice would shrink every standard deviation
-            keep, drop = (twin, run) if twin.finished and not run.finished else (run, twin)
-            arm.runs = [r for r in arm.runs if r is not twin] + [keep]
+        keep, drop = (twin, run) if twin and twin.finished and not run.finished else (run, twin)
+        if drop:  # the same data twice would shrink every standard deviation
             warnings.append(f"{drop.path} repeats seed {run.seed} of {keep.path} and is left out.")
-        else:
-            arm.runs.append(run)
+        arm.runs = [r for r in arm.runs if r is not twin] + [keep]
+    base = usual([run.source for run in runs])
     for same_config in groups.values():
-        if len(same_config) > 1:
-            warnings += tell_code_apart(same_config, usual([run.source for run in runs]))
-    arms = [arm for same_config in groups.values() for arm in same_config]
+        warnings += tell_code_apart(same_config, base) if len(same_config) > 1 else []
+    return label_arms([arm for same_config in groups.values() for arm in same_config]), warnings
+
+
+def label_arms(arms: list[Arm]) -> list[Arm]:
+    """Sorts arms and their runs. A label has the loss, the flags in which arms of one loss differ, and the code."""
     order = {loss: i for i, loss in enumerate(LOSSES)}
     flags = {loss: differing([a for a in arms if a.loss == loss]) for loss in {a.loss for a in arms}}
 
@@ -259,14 +263,14 @@ def group_arms(runs: list[Run]) -> tuple[list[Arm], list[str]]:
         numbers = [(finite(v) is None, finite(v) or 0.0, str(v)) for v in values]
         return order.get(arm.loss, len(order)), arm.loss, numbers, arm.code
 
-    arms.sort(key=rank)
+    arms = sorted(arms, key=rank)
     for i, arm in enumerate(arms):
+        arm.runs.sort(key=lambda run: (run.seed is None, run.seed))
         arm.label = " ".join([arm.loss, *(f"{k}={show(arm.config.get(k))}" for k in flags[arm.loss])])
         arm.label += f", {arm.code}" if arm.code else ""
         if arm.label in [a.label for a in arms[:i]]:  # long values are shown by their ends
             arm.label += f" ({i + 1})"
-        arm.runs.sort(key=lambda run: (run.seed is None, run.seed))
-    return arms, warnings
+    return arms
 
 
 def tell_code_apart(arms: list[Arm], base: dict[str, int]) -> list[str]:
