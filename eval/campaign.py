@@ -11,7 +11,6 @@ of the cells whose loss or schedule does not read it. All flags are checked befo
 finished are left alone and cells that were interrupted go on, so the same command continues a grid.
 """
 
-import argparse
 import dataclasses
 import importlib
 import itertools
@@ -27,19 +26,15 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from runtime.cli import flag_name, parse_config, parser_of, user_errors
+from runtime.cli import Parser, flag_name, parse_config, parser_of, user_errors
 
 
-class Cell(NamedTuple):
+class Job(NamedTuple):
     """One run of a recipe. ``shared``: flags of every cell, ``own``: those that tell this one apart."""
 
     name: str
     shared: dict
     own: dict
-
-    @property
-    def flags(self) -> dict:
-        return self.shared | self.own
 
 
 def read_recipe(path: Path) -> dict:
@@ -53,7 +48,7 @@ def read_recipe(path: Path) -> dict:
     return recipe
 
 
-def cells(recipe: dict, extra: dict) -> list[Cell]:
+def cells(recipe: dict, extra: dict) -> list[Job]:
     """Every run, the last grid axis fastest. ``extra`` overrides the flags of every cell."""
     grid = recipe.get("grid", {})
     out = {}
@@ -64,7 +59,7 @@ def cells(recipe: dict, extra: dict) -> list[Cell]:
             name = name.replace("/", "_")
             if name in out:
                 raise ValueError("two cells of the recipe have the same flags")
-            out[name] = Cell(name, recipe.get("flags", {}) | extra, {k: v for k, v in own.items() if k not in extra})
+            out[name] = Job(name, recipe.get("flags", {}) | extra, {k: v for k, v in own.items() if k not in extra})
     return list(out.values())
 
 
@@ -76,7 +71,7 @@ def load_script(script: str):
     return module
 
 
-def fit(script, todo: list[Cell]) -> tuple[list[Cell], str]:
+def fit(script, todo: list[Job]) -> tuple[list[Job], str]:
     """The cells without the shared flags that they do not read, and a line that says which these are, or "".
 
     ``script`` is a module: its ``Config``, and its ``complete`` where flags depend on others as in
@@ -88,13 +83,13 @@ def fit(script, todo: list[Cell]) -> tuple[list[Cell], str]:
     fitted, left_out = [], {}
     for cell in todo:
         try:
-            given = vars(parser_of(script.Config, exits=False).parse_args(arguments(cell.flags)))
+            given = vars(parser_of(script.Config, exits=False).parse_args(arguments(cell.shared | cell.own)))
             values = complete(defaults | given)
             # flag -> the value under which nothing reads it, such as ce of the loss
             reads = {k: only.get(k.replace("-", "_"), {}) for k in cell.shared if k not in cell.own}
             unread = {k: values[o] for k, others in reads.items() for o, may in others.items() if values[o] not in may}
             cell = cell._replace(shared={k: v for k, v in cell.shared.items() if k not in unread})
-            parse_config(script.Config, arguments(cell.flags), complete=complete, exits=False)
+            parse_config(script.Config, arguments(cell.shared | cell.own), complete=complete, exits=False)
         except ValueError as e:
             raise ValueError(f"cell {cell.name}: {e}") from e
         fitted.append(cell)
@@ -122,10 +117,6 @@ def command(script: str, folder: Path, flags: dict, ranks: int) -> list[str]:
     return line + ["--resume"] * any((folder / f).exists() for f in ("last.pt", "previous.pt"))
 
 
-def finished(folder: Path) -> bool:
-    return (folder / "summary.json").exists()
-
-
 def in_turn(commands: dict[Path, list[str]]) -> int:
     """Runs what has not finished, one after the other. Returns 0, or the exit code of the run that failed."""
     child = None
@@ -133,13 +124,13 @@ def in_turn(commands: dict[Path, list[str]]) -> int:
     signal.signal(signal.SIGTERM, lambda *_: child and child.send_signal(signal.SIGTERM))
     for i, (folder, line) in enumerate(commands.items(), 1):
         count = f"[{i}/{len(commands)}]"
-        if finished(folder):
+        if (folder / "summary.json").exists():
             print(f"{count} {folder} has finished already", flush=True)
             continue
         print(f"{count} {' '.join(line)}", flush=True)
         child = subprocess.Popen(line, env=os.environ | {"PYTHONUNBUFFERED": "1"})
         code = child.wait()
-        if code or not finished(folder):
+        if code or not (folder / "summary.json").exists():
             print(f"{folder} has not finished (exit code {code}); the same command goes on from here", file=sys.stderr)
             return code or 1
     return 0
@@ -154,7 +145,7 @@ def side_by_side(script: str, commands: dict[Path, list[str]], jobs: int) -> int
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // jobs, 1)))
     context = multiprocessing.get_context("forkserver")  # imports once: a small run takes little longer than that
     context.set_forkserver_preload([Path(script).stem])
-    wanted = [folder for folder in commands if not finished(folder)]
+    wanted = [folder for folder in commands if not (folder / "summary.json").exists()]
     bar = tqdm(total=len(commands), initial=len(commands) - len(wanted), unit="run", dynamic_ncols=True)
     running, failed, stopped = {}, 0, []
 
@@ -175,7 +166,7 @@ def side_by_side(script: str, commands: dict[Path, list[str]], jobs: int) -> int
         time.sleep(0.05)
         for folder, process in [(f, p) for f, p in running.items() if p.exitcode is not None]:
             del running[folder]
-            if process.exitcode or not finished(folder):
+            if process.exitcode or not (folder / "summary.json").exists():
                 says = f"{folder} has not finished (exit code {process.exitcode}), see {folder}.log"
                 bar.write(f"{says}; the same command goes on from here", file=sys.stderr)
                 failed = failed or process.exitcode or 1
@@ -196,7 +187,7 @@ def run_cell(line: list[str], log: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m eval.campaign", usage="%(prog)s RECIPE [flags]", description=__doc__)
     add = parser.add_argument
     add("recipe", type=Path)
     add("--nproc", type=int, default=1, help="ranks per run, through torchrun (default: 1)")
@@ -214,12 +205,12 @@ def main(argv: list[str] | None = None) -> int:
         extra = {k.replace("-", "_"): v for k, v in (s.split("=", 1) for s in args.set)}
         try:
             todo, says = fit(load_script(recipe["script"]), cells(recipe, extra))
-            if useless := [flag for flag in extra if not any(flag in cell.flags for cell in todo)]:
+            if useless := [flag for flag in extra if not any(flag in (cell.shared | cell.own) for cell in todo)]:
                 raise ValueError(f"--set {useless[0]}: no cell reads it")
         except ValueError as e:
             raise ValueError(f"{args.recipe}: {e}") from e
     root = args.out or Path(recipe["out"])
-    commands = {root / c.name: command(recipe["script"], root / c.name, c.flags, args.nproc) for c in todo}
+    commands = {root / c.name: command(recipe["script"], root / c.name, c.shared | c.own, args.nproc) for c in todo}
     if says:
         print(says, file=sys.stderr, flush=True)
     if args.dry_run:

@@ -123,21 +123,19 @@ class Panel(NamedTuple):
 
     y: str
     title: str
-    label: str
+    label: str = ""
     x: str = "step"
     x_label: str = "optimizer step"
     view: str = "all"  # "log", "late" (without the fall from initialisation), "ratio" (0 to the largest, %), "share"
     skip: float = 0.0  # of the steps, not looked at for the limits of the view
 
 
-TIMES = (("by time", "train_seconds", "training time (s)"), ("by step", "step", "optimizer step"))
+SECONDS = {"x": "train_seconds", "x_label": "training time (s)"}
 VALIDATION = [
-    Panel(y, f"{title} {by}", label if x == "train_seconds" else "", x, x_label, view, 0.2)
-    for y, title, label, view in (
-        ("ppl", "Perplexity", "validation perplexity", "log"),
-        ("ece10", "ECE", "validation ECE, 10 bins (%)", "ratio"),
-    )
-    for by, x, x_label in TIMES
+    Panel("ppl", "Perplexity by time", "validation perplexity", **SECONDS, view="log", skip=0.2),
+    Panel("ppl", "Perplexity by step", view="log", skip=0.2),
+    Panel("ece10", "ECE by time", "validation ECE, 10 bins (%)", **SECONDS, view="ratio", skip=0.2),
+    Panel("ece10", "ECE by step", view="ratio", skip=0.2),
 ]
 TRAINING = [
     Panel("loss", "Loss", "training loss, each its own score", view="late", skip=0.05),

@@ -7,7 +7,6 @@ Runs that differ only in seed and bookkeeping form an arm (eval.report.runs). Th
 eval.stats'; a number that was not measured is a dash.
 """
 
-import argparse
 import math
 import textwrap
 
@@ -15,7 +14,7 @@ from eval import metrics
 from eval.metrics import Metric
 from eval.report.build import Report, build, write
 from eval.report.tables import final_rows, mean_cell
-from runtime.cli import user_errors
+from runtime.cli import Parser, user_errors
 
 WIDTH = 110  # columns of the terminal
 LABEL, WARNINGS = 33, 6  # columns of an arm's label; warnings that are printed
@@ -92,8 +91,8 @@ def short(text: str, width: int) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m eval.report", description=__doc__.split("\n")[0])
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message} (--help lists the flags)\n")
+    usage = "%(prog)s RUN [RUN ...] --out DIR [--title TITLE]"
+    parser = Parser(prog="python -m eval.report", usage=usage, description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, finished or not")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for report.md, report.html and the figures")
     parser.add_argument("--title", default="", help="heading of the report")

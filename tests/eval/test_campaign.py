@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from eval import campaign
-from eval.campaign import Cell, cells, fit, load_script
+from eval.campaign import cells, fit, load_script
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
@@ -80,7 +80,7 @@ def test_cells_are_the_product_of_arms_and_grid():
     found = cells(recipe | {"grid": {"lr": [1, 2], "seed": [7]}}, {"lr": "9"})
     assert [c.name for c in found] == ["ce-lr1-seed7", "ce-lr2-seed7", "dpsm-warmup0.1-lr1-seed7",
                                        "dpsm-warmup0.1-lr2-seed7"]  # fmt: skip
-    assert found[-1].flags == {"steps": 3, "lr": "9", "loss": "dpsm", "warmup": 0.1, "seed": 7}
+    assert found[-1].shared == {"steps": 3, "lr": "9"} and found[-1].own == {"loss": "dpsm", "warmup": 0.1, "seed": 7}
     with pytest.raises(ValueError, match="same flags"):
         cells({"arm": [{"loss": "ce"}, {"loss": "ce"}]}, {})
 
@@ -150,7 +150,7 @@ def test_runs_one_after_the_other_go_on_and_stop_at_a_failure(toy, capfd, monkey
 
 def test_an_unfinished_run_is_resumed(tmp_path):
     (tmp_path / "last.pt").touch()
-    line = campaign.command("train_lm.py", tmp_path, Cell("a", {"fast": False, "lr_warmup": 0.1}, {"seed": 2}).flags, 4)
+    line = campaign.command("train_lm.py", tmp_path, {"fast": False, "lr_warmup": 0.1, "seed": 2}, 4)
     assert line[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
     assert line[6:] == f"train_lm.py --out {tmp_path} --no-fast --lr-warmup 0.1 --seed 2 --resume".split()
 
