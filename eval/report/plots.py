@@ -308,8 +308,8 @@ def heat_maps(name: str, x_name: str, y_name: str, cells: dict[tuple, dict], spl
         ax.imshow(values, cmap="cividis" if more else "cividis_r", aspect="auto", origin="lower", vmin=low, vmax=high)
         for i, j in itertools.product(range(len(ys)), range(len(xs))):
             v = values[i][j]
-            worse = ((high - v) if more else (v - low)) / (high - low) if high > low else 0
-            dark = math.isfinite(v) and worse > 0.55
+            share = (v - low) / (high - low) if high > low else 0
+            dark = math.isfinite(v) and (share < 0.45 if more else share > 0.55)
             look = {"color": "white" if dark else INK, "fontsize": 8.5}
             look["fontweight"] = "bold" if v == (high if more else low) else "normal"
             ax.text(j, i, metric.format(v) if math.isfinite(v) else "-", ha="center", va="center", **look)
