@@ -123,11 +123,10 @@ def in_turn(commands: dict[Path, list[str]]) -> int:
     signal.signal(signal.SIGINT, lambda *_: None)  # the terminal sends it to the run as well, which saves
     signal.signal(signal.SIGTERM, lambda *_: child and child.send_signal(signal.SIGTERM))
     for i, (folder, line) in enumerate(commands.items(), 1):
-        count = f"[{i}/{len(commands)}]"
-        if (folder / "summary.json").exists():
-            print(f"{count} {folder} has finished already", flush=True)
+        done = (folder / "summary.json").exists()
+        print(f"[{i}/{len(commands)}] {f'{folder} has finished already' if done else ' '.join(line)}", flush=True)
+        if done:
             continue
-        print(f"{count} {' '.join(line)}", flush=True)
         child = subprocess.Popen(line, env=os.environ | {"PYTHONUNBUFFERED": "1"})
         code = child.wait()
         if code or not (folder / "summary.json").exists():

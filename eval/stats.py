@@ -60,7 +60,7 @@ def paired(
 ) -> Paired:
     """Arm ``a`` minus arm ``b``, seed by seed: mean, sd, paired t-test, and two intervals of 1 - alpha.
 
-    Both are sequences in the same order of seeds, or mappings seed -> value. Raises ValueError when lengths or seeds
+    Sequences in one order of seeds, or mappings seed -> value. Raises ValueError when lengths or seeds
     differ. For n < 2 everything but mean and n is nan. Deltas that are all 0 have t = nan and p = 1; deltas that all
     have another value have t = inf or -inf and p = 0.
 
@@ -101,12 +101,6 @@ def verdict(deltas: Sequence[float], threshold: float, direction: str = "at most
     if direction == "at least":
         low, high, threshold = -high, -low, -threshold
     return "met" if high <= threshold else "not met" if low > threshold else "not powered"
-
-
-def powered(deltas: Sequence[float], *, alpha: float = 0.05) -> bool:
-    """Can these seeds tell the mean delta from zero: |mean| / sd > `required_ratio`(n)? False for n < 2."""
-    mean, sd, n = summarize(deltas)
-    return n > 1 and abs(mean) > sd * required_ratio(n, alpha=alpha)
 
 
 def required_ratio(n: int, *, alpha: float = 0.05) -> float:

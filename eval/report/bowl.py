@@ -129,12 +129,10 @@ def rule_table(rules: list[Rule]) -> Table:
     for rule in sorted(rules, key=lambda r: statistics.fmean(regret[r.label].values() or [math.inf])):
         seconds = [v for run in rule.finished if (v := run.number("train_seconds"))]
         seeds = sorted({len(by_seed) for by_seed in rule.runs.values()})
-        row = [Cell(rule.label), Cell("-".join(map(str, seeds)))]
-        row += [Cell(mean_sd(rule.nll(lr).values()), bold=rule.mean(lr) == lowest[lr]) for lr in peaks]
-        row += [Cell(mean_sd(regret[rule.label].values())), Cell(f"{rule.best:g}")]
-        row += [Cell(mean_sd(rule.nll(rule.best).values()))]
-        row += [Cell(f"{statistics.fmean(seconds):,.1f}" if seconds else "-")]
-        rows.append(row)
+        at_peaks = [Cell(mean_sd(rule.nll(lr).values()), bold=rule.mean(lr) == lowest[lr]) for lr in peaks]
+        summary = [mean_sd(regret[rule.label].values()), f"{rule.best:g}", mean_sd(rule.nll(rule.best).values())]
+        summary.append(f"{statistics.fmean(seconds):,.1f}" if seconds else "-")
+        rows.append([Cell(rule.label), Cell("-".join(map(str, seeds))), *at_peaks, *map(Cell, summary)])
     names = "rule", "seeds", *(f"{lr:g}" for lr in peaks), "mean regret", "best peak", "NLL there", "training|s"
     return Table(heads(*names), rows, note=RIVALS_NOTE)
 
@@ -143,21 +141,18 @@ def claim_table(rules: list[Rule]) -> Table:
     """FoT against every rival: regret over the grid, the best peak, divergences. No rows without plain FoT."""
     fots = [r for r in rules if r.config["schedule"] == "fot"]
     mine = next((r for r in fots if len(fots) == 1 or "fot_parts" not in r.label or "blocks" in r.label), None)
-    rivals = [r for r in rules if r.config["schedule"] != "fot"]
-    rows = []
-    if mine and rivals:
-        regret = regrets(rules)
-        linear = [r for r in rivals if r.config["schedule"] == "linear"]
-        for rule in rivals:
-            rows.append(claim_row(f"mean regret below {rule.label}'s", regret[mine.label], regret[rule.label]))
-        for rule in linear:
-            name = f"no worse than {rule.label} at the best peak of each"
-            rows.append(claim_row(name, mine.nll(mine.best), rule.nll(rule.best)))
-        for rule in linear[:1]:
-            grid = [lr for lr in rule.runs if not rule.diverged(lr)]
-            found = sum(mine.diverged(lr) for lr in grid)
-            row = [Cell(f"no divergence where {rule.label} has none"), Cell(f"{found} of {len(grid)} peaks")]
-            rows.append(row + answer_cells(not found, "not met" if found else "met"))
+    rivals = [r for r in rules if r.config["schedule"] != "fot"] if mine else []
+    linear = [r for r in rivals if r.config["schedule"] == "linear"]
+    regret = regrets(rules)
+    rows = [claim_row(f"mean regret below {r.label}'s", regret[mine.label], regret[r.label]) for r in rivals]
+    for rule in linear:
+        name = f"no worse than {rule.label} at the best peak of each"
+        rows.append(claim_row(name, mine.nll(mine.best), rule.nll(rule.best)))
+    for rule in linear[:1]:
+        grid = [lr for lr in rule.runs if not rule.diverged(lr)]
+        found = sum(mine.diverged(lr) for lr in grid)
+        row = [Cell(f"no divergence where {rule.label} has none"), Cell(f"{found} of {len(grid)} peaks")]
+        rows.append(row + answer_cells(not found, "not met" if found else "met"))
     return Table(heads("claim of FoT", "difference|nats", "holds here", "verdict"), rows, note=CLAIMS_NOTE)
 
 
@@ -194,15 +189,13 @@ def decided_table(rules: list[Rule]) -> Table:
             if mean is not None and last:
                 errors.append(abs(mean - last) / last)
                 inside.append(abs(mean - last) <= sd)
-        error = Cell("-")
-        if errors:
-            worst = f"worst {100 * max(errors):.1f}, n = {len(errors)}"
-            error = Cell(f"{100 * statistics.median(errors):.2f}", worst)
-        row = [Cell(rule.label), Cell(str(len(made))), Cell(f"{statistics.fmean(len(run.fot) for run in made):.0f}")]
-        row += [Cell(f"{100 * statistics.fmean(bound):.0f}"), error]
-        row += [Cell(f"{100 * statistics.fmean(inside):.0f}" if inside else "-")]
-        row += [Cell(str(sum(int(run.number("divergences") or 0) for run in rule.finished)))]
-        rows.append(row)
+        worst = f"worst {100 * max(errors):.1f}, n = {len(errors)}" if errors else ""
+        error = Cell(f"{100 * statistics.median(errors):.2f}" if errors else "-", worst)
+        decisions = statistics.fmean(len(run.fot) for run in made)
+        texts = rule.label, str(len(made)), f"{decisions:.0f}", f"{100 * statistics.fmean(bound):.0f}"
+        share = Cell(f"{100 * statistics.fmean(inside):.0f}" if inside else "-")
+        times = Cell(str(sum(int(run.number("divergences") or 0) for run in rule.finished)))
+        rows.append([*map(Cell, texts), error, share, times])
     return Table(heads(*DECIDED_HEADS), rows, note=DECIDED_NOTE)
 
 

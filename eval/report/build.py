@@ -147,19 +147,20 @@ def code_warnings(arms: list[Arm]) -> list[str]:
 
 def fact_blocks(arms: list[Arm]) -> list[tuple]:
     """What was run, where, how, and what happened on the way."""
-    body, events, commands, versions = [], {}, [], []
+    body, events, commands, versions = [], {}, {}, {}
     for arm, run in [(a, r) for a in arms for r in a.runs]:
         env, path = run.environment, run.path.as_posix()
         commit = str(env.get("git_commit") or "-")[:10] + (" + changes" if env.get("git_dirty") else "")
         done, seen = run.summary.get("steps", run.last_step), run.number("tokens_seen")
-        device, time = run.summary.get("device") or env.get("device"), env.get("time")
-        words = (str(device or "-"), commit, str(time or "-")[:16].replace("T", " "))
-        numbers = (str(run.seed), f"{done} of {run.config.get('steps', '-')}", f"{seen:,.0f}" if seen else "-")
+        device = str(run.summary.get("device") or env.get("device") or "-")
+        time = str(env.get("time") or "-")[:16].replace("T", " ")
+        steps = f"{done} of {run.config.get('steps', '-')}"
+        words = device, commit, time, str(run.seed), steps, f"{seen:,.0f}" if seen else "-"
         state = Cell(run.state, tone="" if run.finished else "unsure")
-        body.append([Cell(path, colour=arm.colour), Cell(arm.label), state, *map(Cell, words + numbers)])
-        commands += [str(env["command"])] if env.get("command") else []
+        body.append([Cell(path, colour=arm.colour), Cell(arm.label), state, *map(Cell, words)])
+        commands |= {str(env["command"]): None} if env.get("command") else {}
         packages = {"python": env.get("python"), **(env.get("packages") or {})}
-        versions.append(", ".join(f"{k} {v}" for k, v in packages.items() if v))
+        versions |= {", ".join(f"{k} {v}" for k, v in packages.items() if v): None}
         for event in run.events:
             events.setdefault((path, str(event.get("event"))), []).append(event)
     names = "run", "arm", "state", "device", "commit", "started (UTC)", "seed", "steps", "tokens"
@@ -178,9 +179,9 @@ def fact_blocks(arms: list[Arm]) -> list[tuple]:
         blocks += [("h3", "Where the arms differ"), ("table", Table(heads("arm", *flags), rows, note=ARMS_NOTE))]
     shared = ", ".join(f"{k} {show(v)}" for k, v in arms[0].config.items() if k not in flags)
     blocks += [("h3", "What they share"), ("p", shared + ".")] if shared else []
-    blocks += [("h3", "Commands"), ("code", "\n".join(dict.fromkeys(commands)))] if commands else []
-    versions = [v for v in dict.fromkeys(versions) if v]
-    return blocks + ([("p", f"Versions: {'; '.join(versions)}.")] if versions else [])
+    blocks += [("h3", "Commands"), ("code", "\n".join(commands))] if commands else []
+    versions = "; ".join(filter(None, versions))
+    return blocks + ([("p", f"Versions: {versions}.")] if versions else [])
 
 
 def sample_blocks(arms: list[Arm]) -> list[tuple]:

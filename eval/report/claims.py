@@ -99,34 +99,29 @@ def judge(c: Criterion, arm: Arm | None, arms: list[Arm]) -> Verdict:
     """One row of the verdict, by shared seeds."""
     sign = "" if c.kind == "time" else "+"
     limit = f"{c.direction} {c.threshold:{sign if c.threshold else ''}g} {c.unit}"
-    seeds = len(arm.runs) if arm else 0
-    values, pairs, other = [], [], None
-    if arm is None or not arm.finished:
-        why = f"missing: no {'finished ' if arm else ''}run with --loss dpsm"
-    else:
+    values, other, why = [], None, f"missing: no {'finished ' if arm else ''}run with --loss dpsm"
+    if arm and arm.finished:
         other, why = reference(arm, arms, c.against)
-        apart = system_differences(arm, other) if other and c.system else []
-        why = f"not comparable: {', '.join(apart)}" if apart else why
+        if other and c.system and (apart := system_differences(arm, other)):
+            why = f"not comparable: {', '.join(apart)}"
     if not why:
         theirs = {run.seed: run for run in other.finished}
         pairs = [(run, theirs[run.seed]) for run in arm.finished if run.seed in theirs]
-        values = [v for v in (criterion_value(c, a, b) for a, b in pairs) if v is not None]
+        values = [v for a, b in pairs if (v := criterion_value(c, a, b)) is not None]
         why = "" if values else "not measured" if pairs else "missing: no seed that both arms finished"
-    labels = arm.label if arm else "dpsm", other.label if other else c.against
+    of = c, arm.label if arm else "dpsm", other.label if other else c.against, values, len(arm.runs) if arm else 0
     if why:
-        return Verdict(c, *labels, [], seeds, "-", limit, "-", why)
+        return Verdict(*of, "-", limit, "-", why)
     never, n = values.count(math.inf), len(values)
     if never:
-        text, holds = f"never reached by {never} of {n}", False
-        state = "not met" if n > 1 else "not powered"
+        text, holds, state = f"never reached by {never} of {n}", False, "not met" if n > 1 else "not powered"
     else:
         mean, sd, _ = summarize(values)
         digits = 3 if c.unit in ("PPL", "nats") else 1
         text = f"{mean:{sign}.{digits}f}" + (f" ± {sd:.{digits}f}" if n > 1 else "") + f" {c.unit}"
         holds = mean <= c.threshold if c.direction == "at most" else mean >= c.threshold
         state = verdict(values, c.threshold, c.direction)
-    state = state if c.claim else "information"
-    return Verdict(c, *labels, values, seeds, text, limit, "yes" if holds else "no", state)
+    return Verdict(*of, text, limit, "yes" if holds else "no", state if c.claim else "information")
 
 
 def verdicts(arms: list[Arm]) -> list[Verdict]:

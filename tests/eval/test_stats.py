@@ -12,7 +12,6 @@ from eval.stats import (
     holm,
     mcnemar_exact,
     paired,
-    powered,
     required_ratio,
     summarize,
     t_interval,
@@ -133,9 +132,9 @@ def test_three_seeds_need_a_ratio_of_2_48():
     assert required_ratio(3) == pytest.approx(2.484, abs=5e-4)
     assert required_ratio(5) == pytest.approx(1.242, abs=5e-4)
     assert required_ratio(1) == math.inf
-    assert powered([1.0 + 1 / 2.49, 1.0, 1.0 - 1 / 2.49])  # mean 1, sd 1/2.49
-    assert not powered([1.0 + 1 / 2.48, 1.0, 1.0 - 1 / 2.48])
-    assert not powered([5.0]) and not powered([0.0, 0.0])
+    for ratio, state in ((2.49, "not met"), (2.48, "not powered")):  # of three deltas with mean 1 and sd 1 / ratio
+        assert verdict([1.0 + 1 / ratio, 1.0, 1.0 - 1 / ratio], 0.0) == state
+    assert verdict([5.0], 0.0) == "not powered"
     with pytest.raises(ValueError, match="alpha=0"):
         t_interval([1, 2, 3], alpha=0)
 
