@@ -14,6 +14,7 @@ from typing import NamedTuple
 import matplotlib
 from matplotlib import ticker
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -49,12 +50,10 @@ def assign_colours(arms: list) -> None:
     """Sets ``colour`` and ``style`` of every arm: the hue says the loss, shade and dashes which of its arms."""
     for loss in {arm.loss for arm in arms}:
         same = [arm for arm in arms if arm.loss == loss]
-        hue = HUES.get(loss, OTHER)
-        r, g, b = (int(hue[i : i + 2], 16) / 255 for i in (1, 3, 5))
-        h, lightness, s = colorsys.rgb_to_hls(r, g, b)
+        h, lightness, s = colorsys.rgb_to_hls(*to_rgb(HUES.get(loss, OTHER)))
         for k, arm in enumerate(same):  # one arm has the hue itself, several go from dark to light
             shade = lightness if len(same) == 1 else 0.7 * lightness + (0.72 - 0.7 * lightness) * k / (len(same) - 1)
-            arm.colour = "#" + "".join(f"{round(255 * c):02x}" for c in colorsys.hls_to_rgb(h, shade, s))
+            arm.colour = to_hex(colorsys.hls_to_rgb(h, shade, s))
             arm.style = STYLES[k % len(STYLES)]
 
 

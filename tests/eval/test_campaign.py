@@ -8,9 +8,12 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 
 from eval import campaign
 from eval.campaign import cells, fit, load_script
+from runtime.cli import parse_config
+from runtime.machine import World
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
@@ -125,8 +128,15 @@ def test_recipes_are_valid(path, monkeypatch):
     """Each cell's flags are parsed and read by the script, and no two cells have one folder."""
     monkeypatch.chdir(ROOT)
     recipe = campaign.read_recipe(path)
-    found, _ = fit(load_script(recipe["script"]), cells(recipe, {}))
+    script = load_script(recipe["script"])
+    complete = getattr(script, "complete", dict)
+    found, _ = fit(script, cells(recipe, {}))
     assert len({cell.name for cell in found}) == len(found) > 0
+    for cell in found:
+        cfg = parse_config(script.Config, campaign.arguments(cell.shared | cell.own), complete=complete)
+        cfg = script.with_preset(cfg) if hasattr(script, "with_preset") else cfg
+        if hasattr(script, "check"):
+            script.check(cfg, World(0, 1, torch.device("cpu")))
 
 
 def test_runs_one_after_the_other_go_on_and_stop_at_a_failure(toy, capfd, monkeypatch):
