@@ -84,12 +84,9 @@ def paired(
 def verdict(deltas: Sequence[float], threshold: float, direction: str = "at most", *, alpha: float = 0.05) -> str:
     """Is the claim "the mean delta is ``direction`` ``threshold``" met? One delta a seed.
 
-    ``direction`` is "at most" or "at least". ``alpha`` is that of the two-sided Student-t interval of the mean; for
-    several claims, divide it as Holm does. Returns
-
-    - "met" when the whole interval satisfies the claim, its end on the threshold included;
-    - "not met" when the whole interval violates it;
-    - "not powered" when the interval holds the threshold, and always for fewer than two seeds: the data cannot tell.
+    "met" when the whole two-sided Student-t interval of the mean satisfies the claim, its end on the threshold
+    included; "not met" when all of it violates the claim; else, and for fewer than two seeds, "not powered": the data
+    cannot tell. ``direction`` is "at most" or "at least". For several claims divide ``alpha`` as Holm does.
 
     Example: perplexity within 0.3 of CE is verdict(ppl_dpsm - ppl_ce, 0.3, "at most").
     """

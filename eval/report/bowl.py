@@ -68,8 +68,8 @@ def bowls(arms: list[Arm]) -> list[tuple[str, list[Rule]]]:
     by_setting = {}
     for arm in arms:
         if finite(arm.config.get("lr")) is not None and arm.config.get("schedule"):
-            given = {k: v for k, v in arm.setting.items() if v not in (None, "")}
-            by_setting.setdefault(json.dumps([given, arm.loss], sort_keys=True), []).append(arm)
+            setting = {k: v for k, v in arm.config.items() if arm.roles.get(k) == "setting" and v not in (None, "")}
+            by_setting.setdefault(json.dumps([setting, arm.loss], sort_keys=True), []).append(arm)
     groups = [group for group in by_setting.values() if len({a.config["schedule"] for a in group}) > 1]
     vary = differing([group[0] for group in groups])
     out = []

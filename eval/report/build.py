@@ -6,6 +6,7 @@ is a dash.
 """
 
 import datetime
+import json
 import math
 import os
 import tempfile
@@ -130,15 +131,21 @@ def find_warnings(arms: list[Arm]) -> list[str]:
 
 
 def code_warnings(arms: list[Arm]) -> list[str]:
-    """Which arms ran other code than most; `group_arms` warns of those whose label says so."""
+    """Arms of one config that ran other code, with their runs; and arms that ran other code than most."""
+    by_config, out = {}, []
+    for arm in arms:
+        by_config.setdefault(json.dumps(arm.config, sort_keys=True), []).append(arm)
+    for first, *others in by_config.values():
+        for arm in others:
+            sides = " and ".join(some([run.path.as_posix() for run in side.runs]) for side in (arm, first))
+            files = some(other_files(arm.source, first.source))
+            out.append(f"OTHER CODE: {sides} have the same settings, but {files} differs: they are two arms, not one.")
     base = usual([run.source for arm in arms for run in arm.runs])
     ran = {arm.label: some(other_files(arm.source, base)) for arm in arms if not arm.code}
-    return [
-        f"OTHER CODE: {some([a for a in ran if ran[a] == files])} ran another {files} than the arms compared with; a "
-        "difference may be the code's."
-        for files in dict.fromkeys(ran.values())
-        if files
-    ]
+    for files in dict.fromkeys(filter(None, ran.values())):
+        labels = some([label for label in ran if ran[label] == files])
+        out.append(f"OTHER CODE: {labels} ran another {files} than most; a difference may be the code's.")
+    return out
 
 
 # ----------------------------------------------------------------------------------------------

@@ -187,11 +187,6 @@ class Arm:
         return [run for run in self.runs if run.finished]
 
     @property
-    def setting(self) -> dict:
-        """The flags that say which question it answers."""
-        return {k: v for k, v in self.config.items() if self.roles.get(k) == "setting"}
-
-    @property
     def source(self) -> dict[str, int]:
         """The code that ran; its runs agree on every file that two of them hold."""
         return {name: code for run in self.runs for name, code in run.source.items()}
@@ -226,9 +221,10 @@ def make_arm(run: Run, flags: dict[str, dict]) -> Arm:
 
 
 def group_arms(runs: list[Run]) -> tuple[list[Arm], list[str]]:
-    """Arms in the order of losses.LOSSES, runs by seed, with labels; and warnings on repeated seeds and on other code.
+    """Arms in the order of losses.LOSSES, runs by seed, with labels; and warnings on repeated seeds.
 
-    A flag's role is that of the run that knows it: of its own folder, else of another of the same script.
+    Runs of one config that ran other code are arms of their own, as far as both folders hold the file. A flag's role
+    is that of the run that knows it: of its own folder, else of another of the same script.
     """
     runs = list({run.path.resolve(): run for run in runs}.values())
     known: dict[object, dict] = {}
@@ -248,8 +244,9 @@ def group_arms(runs: list[Run]) -> tuple[list[Arm], list[str]]:
             warnings.append(f"{drop.path} repeats seed {run.seed} of {keep.path} and is left out.")
         arm.runs = [r for r in arm.runs if r is not twin] + [keep]
     base = usual([run.source for run in runs])
-    for same_config in groups.values():
-        warnings += tell_code_apart(same_config, base) if len(same_config) > 1 else []
+    for arm in [arm for same_config in groups.values() if len(same_config) > 1 for arm in same_config]:
+        files = other_files(arm.source, base)
+        arm.code = f"other {some(files, 1)}" if files else ""
     return label_arms([arm for same_config in groups.values() for arm in same_config]), warnings
 
 
@@ -271,19 +268,6 @@ def label_arms(arms: list[Arm]) -> list[Arm]:
         if arm.label in [a.label for a in arms[:i]]:  # long values are shown by their ends
             arm.label += f" ({i + 1})"
     return arms
-
-
-def tell_code_apart(arms: list[Arm], base: dict[str, int]) -> list[str]:
-    """Sets ``code`` of arms of one config that ran something else than ``base``. A warning for each but the first."""
-    for arm in arms:
-        files = other_files(arm.source, base)
-        arm.code = f"other {some(files, 1)}" if files else ""
-    first, out = arms[0], []
-    for arm in arms[1:]:
-        sides = " and ".join(some([str(run.path) for run in side.runs]) for side in (arm, first))
-        files = some(other_files(arm.source, first.source))
-        out.append(f"OTHER CODE: {sides} have the same settings, but {files} differs: they are arms, not seeds of one.")
-    return out
 
 
 def show(v) -> str:
