@@ -141,7 +141,7 @@ class Config:
     wandb: str = flag("wandb")
 
 
-def with_preset(values: dict) -> dict:
+def complete(values: dict) -> dict:
     """Every None replaced by its preset's value for the data; label smoothing is the CE baseline's."""
     preset = preset_values(values["preset"], values["data"], values["loss"])
     return values | {name: value for name, value in preset.items() if values[name] is None}
@@ -200,7 +200,7 @@ def forwards(model: Seq2Seq, pairs, rows: int, world):
 
 
 def main(argv: list[str] | None = None) -> int:
-    cfg = parse_config(Config, argv, __doc__, complete=with_preset)
+    cfg = parse_config(Config, argv, __doc__, complete=complete)
     with user_errors():
         world = start_world(cfg.device)
         check(cfg, world)

@@ -5,13 +5,13 @@
     python -m eval.campaign recipes/wikitext103.toml --dry-run
     python -m eval.campaign recipes/fot_small.toml --jobs 2          # small runs side by side on one machine or GPU
 
-A recipe is a TOML file: ``script``, ``out``, a table ``flags`` that all cells share, a table ``grid``
-of lists whose product is taken, and optionally ``arm``, an array of tables of flags, each an arm of
-its own. Cells that have finished are left alone and cells that were interrupted go on, so the same
-command continues a grid.
+A recipe is a TOML file: ``script``, ``out``, a table ``flags`` that all cells share, a table ``grid`` of lists whose
+product is taken, and optionally ``arm``, an array of tables of flags, each an arm of its own. A shared flag is left out
+of the cells whose loss or schedule does not read it. All flags are checked before the first run starts. Cells that have
+finished are left alone and cells that were interrupted go on, so the same command continues a grid.
 """
 
-import argparse
+import dataclasses
 import importlib
 import itertools
 import multiprocessing
@@ -22,112 +22,130 @@ import sys
 import time
 import tomllib
 from pathlib import Path
+from typing import NamedTuple
 
-from runtime.cli import user_errors
+from tqdm import tqdm
+
+from runtime.cli import Parser, flag_name, parse_config, parser_of, user_errors
 
 
-def cells(recipe: dict, extra: dict) -> list[tuple[str, dict]]:
-    """(name, flags) of every run, the last grid axis fastest. ``extra`` overrides every cell's flags."""
+class Job(NamedTuple):
+    """One run of a recipe. ``shared``: flags of every cell, ``own``: those that tell this one apart."""
+
+    name: str
+    shared: dict
+    own: dict
+
+
+def read_recipe(path: Path) -> dict:
+    try:
+        recipe = tomllib.loads(path.read_text())
+    except tomllib.TOMLDecodeError as e:
+        raise ValueError(f"{path} is not TOML: {e}") from e
+    unknown = set(recipe) - {"title", "script", "out", "flags", "grid", "arm"}
+    if unknown or not {"script", "out"} <= set(recipe):
+        raise ValueError(f"{path} needs script and out, and knows flags, grid, arm and title; check {sorted(unknown)}")
+    return recipe
+
+
+def cells(recipe: dict, extra: dict) -> list[Job]:
+    """Every run, the last grid axis fastest. ``extra`` overrides the flags of every cell."""
     grid = recipe.get("grid", {})
-    out = []
+    out = {}
     for arm in recipe.get("arm", [{}]):
         for values in itertools.product(*grid.values()):
-            varied = arm | dict(zip(grid, values, strict=True))
-            name = "-".join(f"{v}" if k == "loss" else f"{k}{v}" for k, v in varied.items()) or "run"
-            out.append((name.replace("/", "_"), recipe.get("flags", {}) | varied | extra))
-    names = [n for n, _ in out]
-    if len(set(names)) < len(names):
-        raise ValueError("two cells of the recipe have the same flags")
+            own = arm | dict(zip(grid, values, strict=True))
+            name = "-".join(f"{v}" if k == "loss" else f"{k}{v}" for k, v in own.items()) or "run"
+            name = name.replace("/", "_")
+            if name in out:
+                raise ValueError("two cells of the recipe have the same flags")
+            out[name] = Job(name, recipe.get("flags", {}) | extra, {k: v for k, v in own.items() if k not in extra})
+    return list(out.values())
+
+
+def load_script(script: str):
+    """The module of a recipe's script. Raises ValueError where there is none, or none with a Config."""
+    module = importlib.import_module(Path(script).stem) if Path(script).is_file() else None
+    if not hasattr(module, "Config"):
+        raise ValueError(f"script {script!r} is not a script with a Config in this folder")
+    return module
+
+
+def fit(script, todo: list[Job]) -> tuple[list[Job], str]:
+    """The cells without the shared flags that they do not read, and a line that says which these are, or "".
+
+    ``script`` is a module: its ``Config``, and its ``complete`` where flags depend on others as in
+    `runtime.cli.parse_config`. Raises ValueError naming the cell whose flags the script refuses.
+    """
+    complete = getattr(script, "complete", dict)
+    defaults = {f.name: f.default for f in dataclasses.fields(script.Config)}
+    only = {f.name: f.metadata["only"] for f in dataclasses.fields(script.Config)}
+    fitted, left_out = [], {}
+    for cell in todo:
+        try:
+            given = vars(parser_of(script.Config, exits=False).parse_args(arguments(cell.shared | cell.own)))
+            values = complete(defaults | given)
+            # flag -> the value under which nothing reads it, such as ce of the loss
+            reads = {k: only.get(k.replace("-", "_"), {}) for k in cell.shared if k not in cell.own}
+            unread = {k: values[o] for k, others in reads.items() for o, may in others.items() if values[o] not in may}
+            cell = cell._replace(shared={k: v for k, v in cell.shared.items() if k not in unread})
+            parse_config(script.Config, arguments(cell.shared | cell.own), complete=complete, exits=False)
+        except ValueError as e:
+            raise ValueError(f"cell {cell.name}: {e}") from e
+        fitted.append(cell)
+        for flag, value in unread.items():
+            left_out.setdefault(flag, {})[str(value)] = None
+    says = ", ".join(f"{flag} ({', '.join(values)})" for flag, values in left_out.items())
+    return fitted, f"left out where nothing reads them: {says}" if says else ""
+
+
+def arguments(flags: dict) -> list[str]:
+    """Flags as a command line has them."""
+    out = []
+    for key, value in flags.items():
+        name = flag_name(key)
+        out += [name if value else f"--no-{name[2:]}"] if isinstance(value, bool) else [name, str(value)]
     return out
 
 
-def command(script: str, out: Path, flags: dict, nproc: int) -> list[str]:
+def command(script: str, folder: Path, flags: dict, ranks: int) -> list[str]:
     """The command line of one cell; it resumes where the folder already holds an unfinished run."""
     line = [sys.executable]
-    if nproc > 1:
-        line += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(nproc)]
-    line += [script, "--out", str(out)]
-    for key, value in flags.items():
-        name = key.replace("_", "-")
-        line += [f"--{name}" if value else f"--no-{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
-    if any((out / f).exists() for f in ("last.pt", "previous.pt")):
-        line.append("--resume")
-    return line
+    if ranks > 1:
+        line += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    line += [script, "--out", str(folder), *arguments(flags)]
+    return line + ["--resume"] * any((folder / f).exists() for f in ("last.pt", "previous.pt"))
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", type=Path)
-    parser.add_argument("--nproc", type=int, default=1, help="ranks per run, through torchrun (default: 1)")
-    parser.add_argument("--out", type=Path, help="folder of the runs (default: the recipe's)")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="FLAG=VALUE", help="override a flag in every cell"
-    )
-    parser.add_argument(
-        "--jobs", type=int, default=1, help="runs side by side, their output in FOLDER.log (default: 1)"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="print the commands only")
-    args = parser.parse_args(argv)
-    with user_errors():
-        try:
-            recipe = tomllib.loads(args.recipe.read_text())
-        except tomllib.TOMLDecodeError as e:
-            raise ValueError(f"{args.recipe} is not TOML: {e}") from e
-        unknown = set(recipe) - {"title", "script", "out", "flags", "grid", "arm"}
-        if unknown or not {"script", "out"} <= set(recipe):
-            raise ValueError(
-                f"{args.recipe} needs script and out, and knows flags, grid, arm and title; check {sorted(unknown)}"
-            )
-        bad = [s for s in args.set if "=" not in s]
-        if bad:
-            raise ValueError(f"--set {bad[0]}: expected FLAG=VALUE")
-        if args.jobs < 1 or (args.jobs > 1 and args.nproc > 1):
-            raise ValueError(f"--jobs {args.jobs} with --nproc {args.nproc}: expected 1 or more, and not both above 1")
-        extra = {k.replace("-", "_"): v for k, v in (s.split("=", 1) for s in args.set)}
-        todo = cells(recipe, extra)
-    root = args.out or Path(recipe["out"])
-    folders = [root / name for name, _ in todo]
-
-    if args.jobs > 1 and not args.dry_run:
-        code = side_by_side(recipe["script"], folders, [flags for _, flags in todo], args.jobs)
-        return code or report(folders, root, recipe)
-
+def in_turn(commands: dict[Path, list[str]]) -> int:
+    """Runs what has not finished, one after the other. Returns 0, or the exit code of the run that failed."""
     child = None
     signal.signal(signal.SIGINT, lambda *_: None)  # the terminal sends it to the run as well, which saves
     signal.signal(signal.SIGTERM, lambda *_: child and child.send_signal(signal.SIGTERM))
-    for i, (folder, (_, flags)) in enumerate(zip(folders, todo, strict=True), 1):
-        line = command(recipe["script"], folder, flags, args.nproc)
-        if args.dry_run:
-            print(" ".join(line))
+    for i, (folder, line) in enumerate(commands.items(), 1):
+        done = (folder / "summary.json").exists()
+        print(f"[{i}/{len(commands)}] {f'{folder} has finished already' if done else ' '.join(line)}", flush=True)
+        if done:
             continue
-        if (folder / "summary.json").exists():
-            print(f"[{i}/{len(todo)}] {folder} has finished already", flush=True)
-            continue
-        print(f"[{i}/{len(todo)}] {' '.join(line)}", flush=True)
         child = subprocess.Popen(line, env=os.environ | {"PYTHONUNBUFFERED": "1"})
         code = child.wait()
         if code or not (folder / "summary.json").exists():
             print(f"{folder} has not finished (exit code {code}); the same command goes on from here", file=sys.stderr)
             return code or 1
-    return 0 if args.dry_run else report(folders, root, recipe)
+    return 0
 
 
-def report(folders: list[Path], root: Path, recipe: dict) -> int:
-    line = [sys.executable, "-m", "eval.report", *map(str, folders), "--out", str(root / "report")]
-    return subprocess.call(line + (["--title", recipe["title"]] if "title" in recipe else []))
+def side_by_side(script: str, commands: dict[Path, list[str]], jobs: int) -> int:
+    """Runs what has not finished, ``jobs`` at a time, the output of each in FOLDER.log.
 
-
-def side_by_side(script: str, folders: list[Path], flags: list[dict], jobs: int) -> int:
-    """Runs what has not finished, ``jobs`` at a time. Returns 0, or the exit code of the first run that failed; those
-    beside it go on to their end, and no new one begins. SIGINT and SIGTERM make all of them save and stop."""
-    from tqdm import tqdm
-
+    Returns 0, or the exit code of the first run that failed. Those beside it go on to their end, and no new one begins.
+    SIGINT and SIGTERM make all of them save and stop.
+    """
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // jobs, 1)))
     context = multiprocessing.get_context("forkserver")  # imports once: a small run takes little longer than that
     context.set_forkserver_preload([Path(script).stem])
-    wanted = [(folder, command(script, folder, f, 1)[2:]) for folder, f in zip(folders, flags, strict=True)
-              if not (folder / "summary.json").exists()]  # fmt: skip
-    bar = tqdm(total=len(folders), initial=len(folders) - len(wanted), unit="run", dynamic_ncols=True)
+    wanted = [folder for folder in commands if not (folder / "summary.json").exists()]
+    bar = tqdm(total=len(commands), initial=len(commands) - len(wanted), unit="run", dynamic_ncols=True)
     running, failed, stopped = {}, 0, []
 
     def stop(number, _):
@@ -140,16 +158,16 @@ def side_by_side(script: str, folders: list[Path], flags: list[dict], jobs: int)
     signal.signal(signal.SIGTERM, stop)
     while running or (wanted and not failed and not stopped):
         while wanted and len(running) < jobs and not failed and not stopped:
-            folder, line = wanted.pop(0)
+            folder = wanted.pop(0)
             folder.parent.mkdir(parents=True, exist_ok=True)
-            running[folder] = context.Process(target=run_cell, args=(script, line, f"{folder}.log"))
+            running[folder] = context.Process(target=run_cell, args=(commands[folder][1:], f"{folder}.log"))
             running[folder].start()
         time.sleep(0.05)
         for folder, process in [(f, p) for f, p in running.items() if p.exitcode is not None]:
             del running[folder]
             if process.exitcode or not (folder / "summary.json").exists():
-                bar.write(f"{folder} has not finished (exit code {process.exitcode}), see {folder}.log; the same "
-                          "command goes on from here", file=sys.stderr)  # fmt: skip
+                says = f"{folder} has not finished (exit code {process.exitcode}), see {folder}.log"
+                bar.write(f"{says}; the same command goes on from here", file=sys.stderr)
                 failed = failed or process.exitcode or 1
             else:
                 bar.update()
@@ -158,13 +176,49 @@ def side_by_side(script: str, folders: list[Path], flags: list[dict], jobs: int)
     return failed or bool(stopped)
 
 
-def run_cell(script: str, line: list[str], log: str) -> None:
-    """One run in a process of its own, its output in the file ``log``."""
+def run_cell(line: list[str], log: str) -> None:
+    """One run, a script and its flags, in a process of its own, its output in the file ``log``."""
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    sys.argv = [script, *line]
-    sys.exit(importlib.import_module(Path(script).stem).main(line))
+    sys.argv = line
+    sys.exit(importlib.import_module(Path(line[0]).stem).main(line[1:]))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(prog="python -m eval.campaign", usage="%(prog)s RECIPE [flags]", description=__doc__)
+    add = parser.add_argument
+    add("recipe", type=Path)
+    add("--nproc", type=int, default=1, help="ranks per run, through torchrun (default: 1)")
+    add("--out", type=Path, help="folder of the runs (default: the recipe's)")
+    add("--set", action="append", default=[], metavar="FLAG=VALUE", help="override a flag in every cell")
+    add("--jobs", type=int, default=1, help="runs side by side, their output in FOLDER.log (default: 1)")
+    add("--dry-run", action="store_true", help="print the commands only")
+    args = parser.parse_args(argv)
+    with user_errors():
+        recipe = read_recipe(args.recipe)
+        if bad := [s for s in args.set if "=" not in s]:
+            raise ValueError(f"--set {bad[0]}: expected FLAG=VALUE")
+        if args.jobs < 1 or (args.jobs > 1 and args.nproc > 1):
+            raise ValueError(f"--jobs {args.jobs} with --nproc {args.nproc}: expected 1 or more, and not both above 1")
+        extra = {k.replace("-", "_"): v for k, v in (s.split("=", 1) for s in args.set)}
+        try:
+            todo, says = fit(load_script(recipe["script"]), cells(recipe, extra))
+            if useless := [flag for flag in extra if not any(flag in (cell.shared | cell.own) for cell in todo)]:
+                raise ValueError(f"--set {useless[0]}: no cell reads it")
+        except ValueError as e:
+            raise ValueError(f"{args.recipe}: {e}") from e
+    root = args.out or Path(recipe["out"])
+    commands = {root / c.name: command(recipe["script"], root / c.name, c.shared | c.own, args.nproc) for c in todo}
+    if says:
+        print(says, file=sys.stderr, flush=True)
+    if args.dry_run:
+        print(*map(" ".join, commands.values()), sep="\n")
+        return 0
+    run = side_by_side(recipe["script"], commands, args.jobs) if args.jobs > 1 else in_turn(commands)
+    title = ["--title", recipe["title"]] if "title" in recipe else []
+    line = [sys.executable, "-m", "eval.report", *map(str, commands), "--out", str(root / "report"), *title]
+    return run or subprocess.call(line)
 
 
 if __name__ == "__main__":

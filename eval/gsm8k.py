@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from eval.rows import write_rows
-from eval.stats import bootstrap_interval, paired
+from eval.stats import bootstrap_interval, mcnemar_exact, paired
 from runtime.cli import user_errors
 from sandbox import Limits, run_many
 
@@ -251,19 +251,6 @@ def scores(verdicts: Sequence[Verdict], ids: Sequence[str], k: Sequence[int] = (
             low, high = bootstrap_interval(values, resamples=2000, seed=seed)
             out.append(Score(rule, each, math.fsum(values) / len(values), low, high, values))
     return out
-
-
-def mcnemar_exact(only_a: int, only_b: int) -> float:
-    """Two-sided exact p of McNemar's test: ``only_a`` and ``only_b`` problems that one side alone has right.
-
-    Under equality each of the n = only_a + only_b is either's with chance 1/2: p = min(1, 2 P(Binomial(n, 1/2) <= the
-    smaller)), in exact integers. 1 where they never differ. Raises ValueError for negative counts.
-    """
-    if only_a < 0 or only_b < 0:
-        raise ValueError(f"only_a={only_a}, only_b={only_b}: expected counts")
-    n = only_a + only_b
-    tail = sum(math.comb(n, i) for i in range(min(only_a, only_b) + 1))
-    return float(min(Fraction(1), Fraction(2 * tail, 2**n)))
 
 
 def describe_file(path: str, verdicts: Sequence[Verdict], ids: Sequence[str], found: Sequence[Score]) -> str:

@@ -93,9 +93,13 @@ def outside(value, interval: str) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line and name the nearest flag or choice."""
+    """An ArgumentParser whose errors are one line and name the nearest flag or choice.
 
-    def __init__(self, **how):
+    With ``exits`` False an error raises ValueError instead of ending the process.
+    """
+
+    def __init__(self, exits: bool = True, **how):
+        self.exits = exits
         width = min(shutil.get_terminal_size().columns, 120)
         how.setdefault(
             "formatter_class",
@@ -105,6 +109,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**how, allow_abbrev=False)
 
     def error(self, message):
+        if not self.exits:
+            raise ValueError(message)
         self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
 
     def _check_value(self, action, value):
@@ -126,10 +132,10 @@ def nearest(given: str, known) -> str:
     return f"; did you mean {found[0]}?" if found else ""
 
 
-def parser_of(cls, description: str = "") -> Parser:
+def parser_of(cls, description: str = "", *, exits: bool = True) -> Parser:
     """The parser of a Config: ``seq_len`` is ``--seq-len``; a bool gives ``--x`` and ``--no-x``; ``T | None`` takes a
     T. Flags that are not given are not in its namespace."""
-    parser = Parser(description=description)
+    parser = Parser(exits, description=description)
     hints, section = typing.get_type_hints(cls), parser
     for f in dataclasses.fields(cls):
         about = f.metadata
@@ -150,14 +156,16 @@ def parser_of(cls, description: str = "") -> Parser:
     return parser
 
 
-def parse_config(cls, argv: list[str] | None = None, description: str = "", complete=lambda values: values):
+def parse_config(
+    cls, argv: list[str] | None = None, description: str = "", complete=lambda values: values, *, exits: bool = True
+):
     """An instance of the dataclass ``cls`` from the command line.
 
     ``complete`` takes the values by name and gives them back with what depends on other flags, such as a preset's.
     A flag that is unknown, outside of its range, no choice, or given where nothing reads it prints one line and exits
-    with code 2.
+    with code 2; with ``exits`` False it raises ValueError.
     """
-    parser = parser_of(cls, description)
+    parser = parser_of(cls, description, exits=exits)
     given = vars(parser.parse_args(argv))
     values = complete({f.name: given.get(f.name, f.default) for f in dataclasses.fields(cls)})
     for f in dataclasses.fields(cls):

@@ -143,7 +143,7 @@ def test_run_folder_is_complete(dpsm_run, capsys):
 
 
 def test_the_report_reads_it(dpsm_run, tmp_path):
-    from eval.report import build as report
+    from eval.report import terminal as report
 
     assert report.main([str(dpsm_run), "--out", str(tmp_path / "report")]) in (0, None)
     assert "dpsm" in (tmp_path / "report" / "report.md").read_text()
@@ -345,7 +345,7 @@ def test_batch_ranks_and_accumulation_give_one_loss_curve(base, tmp_path):
 
 
 def resolved(*flags):
-    return parse_config(finetune_seq2seq.Config, list(flags), complete=finetune_seq2seq.with_preset)
+    return parse_config(finetune_seq2seq.Config, list(flags), complete=finetune_seq2seq.complete)
 
 
 def lr_at(cfg, step):

@@ -1,3 +1,11 @@
-from eval.report.build import main
+import sys
 
-raise SystemExit(main())
+try:
+    from eval.report.terminal import main
+except ModuleNotFoundError as e:
+    if e.name != "matplotlib":
+        raise
+    print(f"python -m eval.report: error: the report needs matplotlib ({e}); pip install matplotlib", file=sys.stderr)
+    sys.exit(2)
+
+sys.exit(main())

@@ -1,16 +1,18 @@
 """Learning-rate rules over a grid of peak learning rates: the bowl of each, its regret, and what the rules decided.
 
 A rule is a `--schedule` with the settings that vary beside the peak learning rate and the seed. The regret of a run is
-its validation NLL less the lowest mean over seeds of any rule at any peak, in nats; averaged over the grid it says what
+its validation NLL less the lowest mean over seeds of any rule at any peak, in nats. Averaged over the grid it says what
 a rule costs a user who does not know the best peak.
 """
 
+import json
 import math
 import statistics
 from dataclasses import dataclass, field
 
-from eval.report.columns import Cell
-from eval.report.runs import SETTING, Arm, Run, differing, number, show
+from eval.report import plots
+from eval.report.runs import Arm, Run, differing, finite, show
+from eval.report.tables import TONES, Cell, Table, heads
 from eval.stats import paired, summarize, verdict
 
 RIVALS_NOTE = (
@@ -26,6 +28,7 @@ DECIDED_NOTE = (
     "rate) stands at an end of its range. Forecast error: of the forecast made at the last decision before half of the "
     "run, against the NLL of the last log line, over runs that had one; inside: share within one sd."
 )
+DECIDED_HEADS = "rule", "runs", "decisions", "at the bound|%", "forecast error|median, %", "inside|%", "diverged|times"
 
 
 @dataclass
@@ -36,6 +39,10 @@ class Rule:
     config: dict
     runs: dict[float, dict[object, Run]] = field(default_factory=dict)
     unfinished: list[Run] = field(default_factory=list)
+
+    @property
+    def finished(self) -> list[Run]:
+        return [run for by_seed in self.runs.values() for run in by_seed.values()]
 
     def nll(self, lr: float) -> dict:
         """seed -> validation NLL; inf for a run that diverged to no number."""
@@ -51,170 +58,154 @@ class Rule:
         """The peak with the lowest mean."""
         return min((lr for lr in self.runs if not math.isnan(self.mean(lr))), key=self.mean)
 
+    def diverged(self, lr: float) -> bool:
+        runs = [*self.runs.get(lr, {}).values(), *(r for r in self.unfinished if finite(r.config.get("lr")) == lr)]
+        return any(run.number("divergences") or any(e.get("event") == "diverged" for e in run.events) for run in runs)
+
 
 def bowls(arms: list[Arm]) -> list[tuple[str, list[Rule]]]:
-    """(title, rules) of each setting in which two rules or more have run at two peaks or more. Rules in the order of
-    the arms."""
-    out = {}
+    """(title, rules) of each setting in which two rules or more have run at two peaks or more, in the arms' order."""
+    by_setting = {}
     for arm in arms:
-        if number(arm.config.get("lr")) is not None and arm.config.get("schedule"):
-            key = tuple(show(arm.config.get(k)) for k in (*SETTING, "loss"))
-            out.setdefault(key, []).append(arm)
-    groups = [group for group in out.values() if len({a.config["schedule"] for a in group}) > 1]
-    vary = differing([group[0].config for group in groups])
-    result = []
+        if finite(arm.config.get("lr")) is not None and arm.config.get("schedule"):
+            setting = {k: v for k, v in arm.config.items() if arm.roles.get(k) == "setting" and v not in (None, "")}
+            by_setting.setdefault(json.dumps([setting, arm.loss], sort_keys=True), []).append(arm)
+    groups = [group for group in by_setting.values() if len({a.config["schedule"] for a in group}) > 1]
+    vary = differing([group[0] for group in groups])
+    out = []
     for group in groups:
-        others = [k for k in differing([a.config for a in group]) if k not in ("lr", "schedule")]
+        names = [k for k in differing(group) if k not in ("lr", "schedule")]
         rules = {}
         for arm in group:
-            names = [str(arm.config["schedule"])]
-            # Knobs of FoT alone mean nothing elsewhere; others say what was varied.
-            names += [f"{k}={show(arm.config.get(k))}" for k in others
-                      if not k.startswith("fot_") or arm.config["schedule"] == "fot"]  # fmt: skip
-            rule = rules.setdefault(" ".join(names), Rule(" ".join(names), arm.config))
+            knobs = [f"{k}={show(arm.config.get(k))}" for k in names if k not in arm.unread]
+            label = " ".join([str(arm.config["schedule"]), *knobs]) + (f", {arm.code}" if arm.code else "")
+            rule = rules.setdefault(label, Rule(label, arm.config))
             rule.unfinished += [run for run in arm.runs if not run.finished]
             if arm.finished:
                 rule.runs.setdefault(float(arm.config["lr"]), {}).update({run.seed: run for run in arm.finished})
         rules = [r for r in rules.values() if r.runs]
         if len(rules) > 1 and any(len(r.runs) > 1 for r in rules):
-            says = ", ".join(f"{k} {show(group[0].config.get(k))}" for k in vary if k in (*SETTING, "loss"))
-            result.append((says, rules))
-    return result
+            first = group[0]
+            says = [f"{k} {show(first.config.get(k))}" for k in vary if k == "loss" or first.roles.get(k) == "setting"]
+            out.append((", ".join(says), rules))
+    return out
 
 
 def regrets(rules: list[Rule]) -> dict[str, dict]:
-    """label -> seed -> mean regret over the grid, nats a token; {} for a rule that lacks a part of the largest grid of
-    peaks and seeds, be it that a run diverged or has not ended: a mean over easier peaks is no regret."""
-    cells = {r.label: {(lr, seed) for lr, by in r.runs.items() for seed in by} for r in rules}
+    """label -> seed -> mean regret over the grid, nats a token.
+
+    {} for a rule that lacks a part of the largest grid of peaks and seeds, because a run diverged or has not ended: a
+    mean over easier peaks is no regret.
+    """
+    cells = {r.label: {(lr, seed) for lr, by_seed in r.runs.items() for seed in by_seed} for r in rules}
     full = max(cells.values(), key=len)
     peaks, seeds = sorted({lr for lr, _ in full}), sorted({seed for _, seed in full}, key=str)
     lowest = min(rule.mean(lr) for rule in rules for lr in rule.runs)
+    whole = full == {(lr, seed) for lr in peaks for seed in seeds}
     return {
         r.label: {s: statistics.fmean(r.nll(lr)[s] for lr in peaks) - lowest for s in seeds}
-        if cells[r.label] >= full == {(lr, s) for lr in peaks for s in seeds}
+        if whole and cells[r.label] >= full
         else {}
         for r in rules
     }
 
 
-def spread(values: list[float], digits: int = 3) -> str:
+def mean_sd(values) -> str:
+    """Mean ± sd with three decimals."""
+    values = list(values)
     if not values:
         return "-"
     if not all(map(math.isfinite, values)):
         return "diverged"
     s = summarize(values)
-    return f"{s.mean:.{digits}f}" + (f" ± {s.sd:.{digits}f}" if s.n > 1 else "")
+    return f"{s.mean:.3f}" + (f" ± {s.sd:.3f}" if s.n > 1 else "")
 
 
-def rule_rows(rules: list[Rule]) -> tuple[list[str], list[list[Cell]]]:
-    """Heads and rows of the table, the least regret first."""
+def rule_table(rules: list[Rule]) -> Table:
+    """A row a rule, the least regret first."""
     peaks, regret = sorted({lr for r in rules for lr in r.runs}), regrets(rules)
     lowest = {lr: min((r.mean(lr) for r in rules if lr in r.runs), default=math.nan) for lr in peaks}
-    seconds = {r.label: [v for by in r.runs.values() for run in by.values()
-                         if (v := run.number("train_seconds"))] for r in rules}  # fmt: skip
     rows = []
     for rule in sorted(rules, key=lambda r: statistics.fmean(regret[r.label].values() or [math.inf])):
-        count = sorted({len(by) for by in rule.runs.values()})
-        cells = [Cell(rule.label), Cell("-".join(map(str, count)))]
-        for lr in peaks:
-            cells.append(Cell(spread(list(rule.nll(lr).values())), bold=rule.mean(lr) == lowest[lr]))
-        cells += [Cell(spread(list(regret[rule.label].values()))), Cell(f"{rule.best:g}"),
-                  Cell(spread(list(rule.nll(rule.best).values()))),
-                  Cell(f"{statistics.fmean(seconds[rule.label]):,.1f}" if seconds[rule.label] else "-")]  # fmt: skip
-        rows.append(cells)
-    return ["rule", "seeds", *(f"{lr:g}" for lr in peaks), "mean regret", "best peak", "NLL there", "training|s"], rows
+        seconds = [v for run in rule.finished if (v := run.number("train_seconds"))]
+        seeds = sorted({len(by_seed) for by_seed in rule.runs.values()})
+        at_peaks = [Cell(mean_sd(rule.nll(lr).values()), bold=rule.mean(lr) == lowest[lr]) for lr in peaks]
+        summary = [mean_sd(regret[rule.label].values()), f"{rule.best:g}", mean_sd(rule.nll(rule.best).values())]
+        summary.append(f"{statistics.fmean(seconds):,.1f}" if seconds else "-")
+        rows.append([Cell(rule.label), Cell("-".join(map(str, seeds))), *at_peaks, *map(Cell, summary)])
+    names = "rule", "seeds", *(f"{lr:g}" for lr in peaks), "mean regret", "best peak", "NLL there", "training|s"
+    return Table(heads(*names), rows, note=RIVALS_NOTE)
 
 
-def claim_rows(rules: list[Rule]) -> list[list[Cell]]:
-    """FoT against every rival: regret over the grid, the best peak, divergences. None without plain FoT."""
+def claim_table(rules: list[Rule]) -> Table:
+    """FoT against every rival: regret over the grid, the best peak, divergences. No rows without plain FoT."""
     fots = [r for r in rules if r.config["schedule"] == "fot"]
     mine = next((r for r in fots if len(fots) == 1 or "fot_parts" not in r.label or "blocks" in r.label), None)
-    rivals = [r for r in rules if r.config["schedule"] != "fot"]
-    if mine is None or not rivals:
-        return []
-    regret, rows = regrets(rules), []
-    for rule in rivals:
-        rows.append(claim(f"mean regret below {rule.label}'s", regret[mine.label], regret[rule.label]))
+    rivals = [r for r in rules if r.config["schedule"] != "fot"] if mine else []
     linear = [r for r in rivals if r.config["schedule"] == "linear"]
+    regret = regrets(rules)
+    rows = [claim_row(f"mean regret below {r.label}'s", regret[mine.label], regret[r.label]) for r in rivals]
     for rule in linear:
-        rows.append(
-            claim(f"no worse than {rule.label} at the best peak of each", mine.nll(mine.best), rule.nll(rule.best))
-        )
+        name = f"no worse than {rule.label} at the best peak of each"
+        rows.append(claim_row(name, mine.nll(mine.best), rule.nll(rule.best)))
     for rule in linear[:1]:
-        grid = [lr for lr in rule.runs if not diverged(rule, lr)]
-        found = [f"{lr:g}" for lr in grid if diverged(mine, lr)]
-        rows.append([Cell(f"no divergence where {rule.label} has none"), Cell(f"{len(found)} of {len(grid)} peaks"),
-                     Cell("no" if found else "yes", tone="bad" if found else "good"),
-                     Cell("not met" if found else "met", bold=True, tone="bad" if found else "good")])  # fmt: skip
-    return rows
+        grid = [lr for lr in rule.runs if not rule.diverged(lr)]
+        found = sum(mine.diverged(lr) for lr in grid)
+        row = [Cell(f"no divergence where {rule.label} has none"), Cell(f"{found} of {len(grid)} peaks")]
+        rows.append(row + answer_cells(not found, "not met" if found else "met"))
+    return Table(heads("claim of FoT", "difference|nats", "holds here", "verdict"), rows, note=CLAIMS_NOTE)
 
 
-def diverged(rule: Rule, lr: float) -> bool:
-    runs = [*rule.runs.get(lr, {}).values(), *(r for r in rule.unfinished if number(r.config.get("lr")) == lr)]
-    return any(run.number("divergences") or any(e.get("event") == "diverged" for e in run.events) for run in runs)
+def answer_cells(holds: bool, state: str) -> list[Cell]:
+    text = "yes" if holds else "no"
+    return [Cell(text, tone=TONES[text]), Cell(state, bold=state != "not powered", tone=TONES[state])]
 
 
-def claim(name: str, mine: dict, theirs: dict) -> list[Cell]:
+def claim_row(name: str, mine: dict, theirs: dict) -> list[Cell]:
+    """Whether ``mine`` is below ``theirs``; both by seed."""
     seeds = [s for s in mine if s in theirs and math.isfinite(mine[s]) and math.isfinite(theirs[s])]
     if not seeds:
         return [Cell(name), Cell("-"), Cell("-"), Cell("not comparable")]
-    deltas = [mine[s] - theirs[s] for s in seeds]
-    mean = statistics.fmean(deltas)
-    text = f"{mean:+.3f}"
-    if len(deltas) > 1:
-        p = paired([mine[s] for s in seeds], [theirs[s] for s in seeds])
-        text += f" [{p.low:+.3f}, {p.high:+.3f}]"
-    said = verdict(deltas, 0.0) if len(deltas) > 1 else "not powered"
-    tone = {"met": "good", "not met": "bad"}.get(said, "unsure")
-    return [Cell(name), Cell(text, f"n = {len(deltas)}"), Cell("yes" if mean <= 0 else "no",
-            tone="good" if mean <= 0 else "bad"), Cell(said, bold=said != "not powered", tone=tone)]  # fmt: skip
+    found = paired([mine[s] for s in seeds], [theirs[s] for s in seeds])
+    interval = f" [{found.low:+.3f}, {found.high:+.3f}]" if found.n > 1 else ""
+    state = verdict([mine[s] - theirs[s] for s in seeds], 0.0)
+    difference = Cell(f"{found.mean:+.3f}{interval}", f"n = {found.n}")
+    return [Cell(name), difference, *answer_cells(found.mean <= 0, state)]
 
 
-def decided_rows(rules: list[Rule]) -> list[list[Cell]]:
+def decided_table(rules: list[Rule]) -> Table:
     """What the rules that measure decided, and how well they forecast."""
     rows = []
     for rule in rules:
-        runs = [run for by in rule.runs.values() for run in by.values()]
-        made = [run for run in runs if run.fot]
+        made = [run for run in rule.finished if run.fot]
         if not made:
             continue
         bound = [statistics.fmean(bool(row.get("bound")) for row in run.fot) for run in made]
         errors, inside = [], []
         for run in made:
-            total, last = number(run.config.get("steps")), [number(row.get("nll")) for row in run.train[-1:]]
+            total, last = finite(run.config.get("steps")), finite(run.train[-1].get("nll")) if run.train else None
             early = [row for row in run.fot if total and row["step"] <= total / 2]
-            mean, sd = (number(early[-1].get(k)) for k in ("forecast", "sd")) if early else (None, None)
-            if mean is not None and last and last[0]:
-                errors.append(abs(mean - last[0]) / last[0])
-                inside.append(abs(mean - last[0]) <= sd)
-        rows.append([
-            Cell(rule.label), Cell(str(len(made))), Cell(f"{statistics.fmean(len(run.fot) for run in made):.0f}"),
-            Cell(f"{100 * statistics.fmean(bound):.0f}"),
-            Cell(f"{100 * statistics.median(errors):.2f}" if errors else "-",
-                 f"worst {100 * max(errors):.1f}, n = {len(errors)}" if errors else ""),
-            Cell(f"{100 * statistics.fmean(inside):.0f}" if inside else "-"),
-            Cell(str(sum(int(run.number("divergences") or 0) for run in runs))),
-        ])  # fmt: skip
-    return rows
+            mean, sd = (finite(early[-1].get(k)) for k in ("forecast", "sd")) if early else (None, None)
+            if mean is not None and last:
+                errors.append(abs(mean - last) / last)
+                inside.append(abs(mean - last) <= sd)
+        worst = f"worst {100 * max(errors):.1f}, n = {len(errors)}" if errors else ""
+        error = Cell(f"{100 * statistics.median(errors):.2f}" if errors else "-", worst)
+        decisions = statistics.fmean(len(run.fot) for run in made)
+        texts = rule.label, str(len(made)), f"{decisions:.0f}", f"{100 * statistics.fmean(bound):.0f}"
+        share = Cell(f"{100 * statistics.fmean(inside):.0f}" if inside else "-")
+        times = Cell(str(sum(int(run.number("divergences") or 0) for run in rule.finished)))
+        rows.append([*map(Cell, texts), error, share, times])
+    return Table(heads(*DECIDED_HEADS), rows, note=DECIDED_NOTE)
 
 
 def bowl_blocks(arms: list[Arm]) -> tuple[list[tuple], dict[str, bytes]]:
     """Blocks of the report and their figures, none where there is no such grid."""
-    from eval.report import plots
-    from eval.report.build import Table
-
     blocks, figures = [], {}
-
-    def add(heads: list[str], rows: list[list[Cell]], note: str) -> None:
-        if rows:
-            blocks.append(("table", Table([Cell(*head.split("|")) for head in heads], rows, 1, note)))
-
     for k, (title, rules) in enumerate(bowls(arms), 1):
         blocks.append(("h", "Learning-rate rules" + (f": {title}" if title else "")))
         figures[f"bowl_{k}"] = plots.bowl(rules)
         blocks.append(("figure", f"bowl_{k}", "Line: mean over seeds; band: smallest to largest."))
-        add(*rule_rows(rules), RIVALS_NOTE)
-        add(["claim of FoT", "difference|nats", "holds here", "verdict"], claim_rows(rules), CLAIMS_NOTE)
-        add(["rule", "runs", "decisions", "at the bound|%", "forecast error|median, %", "inside|%", "diverged|times"],
-            decided_rows(rules), DECIDED_NOTE)  # fmt: skip
+        tables = rule_table(rules), claim_table(rules), decided_table(rules)
+        blocks += [("table", table) for table in tables if table.rows]
     return blocks, figures

@@ -2,26 +2,14 @@
 
 import json
 import math
-from collections.abc import Mapping
 from pathlib import Path
 
-from eval.gsm8k import mcnemar_exact
-from eval.report.build import Table, spread, table
-from eval.report.columns import Cell, Column
+from eval import metrics
+from eval.metrics import Metric
 from eval.report.runs import Arm, Run
-from eval.stats import holm, paired
+from eval.report.tables import Cell, Row, Table, heads, label_cell, metric_table, p_text
+from eval.stats import holm, mcnemar_exact, paired
 
-ANSWERS = (
-    Column("pass_at_1_strict", "pass@1", "strict, %", "higher", 100, 2),
-    Column("pass_at_1_flexible", "pass@1", "flexible, %", "higher", 100, 2),
-    Column("pass_at_1_code", "pass@1", "programs, %", "higher", 100, 2),
-    Column("invalid_programs", "invalid", "programs", "lower", 1, 0),
-    Column("outputs_at_limit", "cut off", "% of answers", "lower", 100, 1),
-    Column("eval_seconds", "evaluation", "s", "lower", 1, 1),
-    Column("generated_tokens_per_second", "generation", "tokens/s", "higher", 1, 0),
-    Column("divergences", "diverged", "times", "lower", 1, 0),
-    Column("skipped_steps", "skipped", "steps", "lower", 1, 0),
-)
 NOTE = (
     "Greedy answers. Mean ± standard deviation over seeds; of one seed the 95 % bootstrap interval over problems. "
     "Strict and flexible are lm-evaluation-harness' extractions; programs are run, and an invalid one is wrong. "
@@ -37,7 +25,8 @@ PAIRED_NOTE = (
 
 def answer_blocks(arms: list[Arm]) -> list[tuple]:
     """Blocks of the report, none where no run has answered GSM8K. Raises ValueError naming a broken verdicts.jsonl."""
-    done = [a for a in arms if any(a.values(c.key) for c in ANSWERS[:3])]
+    rates = [m.key for m in metrics.ANSWERS if m.name == "pass@1"]
+    done = [arm for arm in arms if any(arm.values(key) for key in rates)]
     if not done:
         return []
     blocks = [("h", "GSM8K, pass@1"), ("table", answer_table(done))]
@@ -46,57 +35,46 @@ def answer_blocks(arms: list[Arm]) -> list[tuple]:
 
 
 def answer_table(arms: list[Arm]) -> Table:
-    columns = [c for c in ANSWERS if any(arm.values(c.key) for arm in arms)]
-    rows = []
-    for arm in arms:
-        cells = [Cell(arm.label, colour=arm.colour), Cell(str(len(arm.finished)))]
-        for column in columns:
-            values = {seed: column.scale * v for seed, v in arm.values(column.key).items()}
-            cell = spread(column, values, len(arm.finished))
-            interval = arm.finished[0].summary.get(f"{column.key}_ci95") if len(values) == 1 else None
-            if interval and None not in interval:  # of one problem there is none
-                low, high = (column.format(column.scale * v) for v in interval)
-                cell = cell._replace(sub=f"[{low}, {high}]")
-            cells.append(cell)
-        rows.append(cells)
-    return table("arm, seeds", rows, columns=tuple(columns), note=NOTE)
+    def interval(arm: Arm, metric: Metric) -> str:
+        ends = arm.finished[0].summary.get(f"{metric.key}_ci95")
+        if not ends or None in ends:  # of one problem there is none
+            return ""
+        return "[{}, {}]".format(*(metric.format(metric.scale * v) for v in ends))
+
+    seeds = [str(len(arm.finished)) for arm in arms]
+    columns = metrics.shown(metrics.ANSWERS, "table")
+    return metric_table([Row(arm) for arm in arms], {"seeds": seeds}, columns, "", interval=interval, note=NOTE)
 
 
 def paired_table(arms: list[Arm]) -> Table | None:
-    """Every arm minus the reference: CE under a cosine where there is one, else the first arm."""
+    """Every arm minus the base: CE under a cosine where there is one, else the first arm."""
     graded = [(arm, {run.seed: right(run) for run in arm.finished}) for arm in arms]
     graded = [(arm, by) for arm, by in graded if all(by.values())]
-    reference = next((g for g in graded if g[0].loss == "ce" and g[0].config.get("schedule") == "cosine"), None)
-    reference = reference or next(iter(graded), None)
+    if not graded:
+        return None
+    is_base = [arm.loss == "ce" and arm.config.get("schedule") == "cosine" for arm, _ in graded]
+    base, base_by = graded[is_base.index(True) if any(is_base) else 0]
     rows, tests = [], []
     for arm, by in graded:
-        seeds = [s for s in by if reference[0] is not arm and s in reference[1]]
-        ids = sorted({i for s in seeds for i in by[s]} & {i for s in seeds for i in reference[1][s]})
+        seeds = [seed for seed in by if arm is not base and seed in base_by]
+        ids = sorted({i for s in seeds for i in by[s]} & {i for s in seeds for i in base_by[s]})
         if len(ids) < 2:
             continue
-        mine, theirs = (
-            [sum(side[s].get(i, False) for s in seeds) / len(seeds) for i in ids] for side in (by, reference[1])
-        )
+        mine, theirs = ([sum(side[s].get(i, False) for s in seeds) / len(seeds) for i in ids] for side in (by, base_by))
         found = paired([100 * v for v in mine], [100 * v for v in theirs], resamples=2000)
-        only = [sum(a > b for a, b in zip(*pair, strict=True)) for pair in ((mine, theirs), (theirs, mine))]
-        tests.append(mcnemar_exact(*only) if len(seeds) == 1 else found.p)
-        words = [
-            Cell(arm.label, colour=arm.colour),
-            Cell(reference[0].label),
-            Cell(str(len(seeds))),
-            Cell(str(len(ids))),
-        ]
-        interval = f"[{found.boot_low:+.2f}, {found.boot_high:+.2f}]"
-        rows.append([*words, Cell(f"{found.mean:+.2f}", interval), Cell(str(only[0])), Cell(str(only[1]))])
-    if not rows:
-        return None
+        won = sum(a > b for a, b in zip(mine, theirs, strict=True))
+        lost = sum(a < b for a, b in zip(mine, theirs, strict=True))
+        tests.append(mcnemar_exact(won, lost) if len(seeds) == 1 else found.p)
+        difference = Cell(f"{found.mean:+.2f}", f"[{found.boot_low:+.2f}, {found.boot_high:+.2f}]")
+        counts = [Cell(str(n)) for n in (len(seeds), len(ids), won, lost)]
+        rows.append([label_cell(arm), Cell(base.label), *counts[:2], difference, *counts[2:]])
     for row, p in zip(rows, holm(tests), strict=True):
-        row.append(Cell("-" if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"))
-    head = "arm, minus, seeds, problems, difference in pp, won, lost, p"
-    return table(head, rows, left=2, note=PAIRED_NOTE)
+        row.append(Cell("-" if math.isnan(p) else p_text(p)))
+    names = "arm", "minus", "seeds", "problems", "difference in pp", "won", "lost", "p"
+    return Table(heads(*names), rows, 2, PAIRED_NOTE) if rows else None
 
 
-def right(run: Run) -> Mapping[str, bool]:
+def right(run: Run) -> dict[str, bool]:
     """Whether each problem's greedy answer is right by the run's main rule; empty without a verdicts.jsonl."""
     path = Path(run.path) / "verdicts.jsonl"
     out = {}

@@ -44,45 +44,41 @@ def to_html(report) -> str:
     )
 
 
+TAGS = {"h": "h2", "h3": "h3", "p": "p", "code": "pre"}
+
+
 def html_block(block: tuple, figures: dict[str, bytes], lede: bool = False) -> str:
-    kind, *rest = block
-    if kind in ("h", "h3"):
-        tag = "h2" if kind == "h" else "h3"
-        return f"<{tag}>{escape(rest[0])}</{tag}>"
-    if kind == "p":
-        return f"<p{' class=lede' if lede else ''}>{escape(rest[0])}</p>"
-    if kind == "warn":
-        return "<div class=warn><ul>" + "".join(f"<li>{escape(text)}</li>" for text in rest[0]) + "</ul></div>"
-    if kind == "code":
-        return f"<pre>{escape(rest[0])}</pre>"
-    if kind == "table":
-        return html_table(rest[0])
-    if kind == "figure":
-        name, caption = rest
-        data = base64.b64encode(figures[name]).decode()
-        image = f'<img alt="{escape(name)}" src="data:image/png;base64,{data}">'
-        return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
-    if kind == "samples":
-        prompt, texts = rest
-        cards = "".join(
-            f'<div class=sample style="border-color:{cell.colour}"><b>{escape(cell.text)}</b>'
-            f"<div class=text>{escape(text)}</div></div>"
-            for cell, text in texts
-        )
-        return f'<div class="prompt text">{escape(prompt)}</div><div class=samples>{cards}</div>'
-    inner = "\n".join(html_block(b, figures) for b in rest[1])  # a fold
-    return f"<details><summary>{escape(rest[0])}</summary>{inner}</details>"
+    match block:
+        case ("h" | "h3" | "p" | "code") as kind, text:
+            return f"<{TAGS[kind]}{' class=lede' if lede else ''}>{escape(text)}</{TAGS[kind]}>"
+        case "warn", texts:
+            return "<div class=warn><ul>" + "".join(f"<li>{escape(text)}</li>" for text in texts) + "</ul></div>"
+        case "table", table:
+            return html_table(table)
+        case "figure", name, caption:
+            data = base64.b64encode(figures[name]).decode()
+            image = f'<img alt="{escape(name)}" src="data:image/png;base64,{data}">'
+            return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
+        case "samples", prompt, texts:
+            cards = "".join(
+                f'<div class=sample style="border-color:{cell.colour}"><b>{escape(cell.text)}</b>'
+                f"<div class=text>{escape(text)}</div></div>"
+                for cell, text in texts
+            )
+            return f'<div class="prompt text">{escape(prompt)}</div><div class=samples>{cards}</div>'
+        case "fold", title, blocks:
+            inner = "\n".join(html_block(b, figures) for b in blocks)
+            return f"<details><summary>{escape(title)}</summary>{inner}</details>"
+    raise ValueError(f"no such block: {block[0]!r}")
 
 
 def html_table(table) -> str:
     def cell(c, column: int, tag: str) -> str:
-        classes = " ".join(
-            filter(None, ["words" if column < table.left else "", "long" if len(c.text) > 40 else "", c.tone])
-        )
+        classes = ["words"] * (column < table.left) + ["long"] * (len(c.text) > 40) + [c.tone] * bool(c.tone)
         text = f"<b>{escape(c.text)}</b>" if c.bold else escape(c.text)
         swatch = f'<span class=swatch style="background:{c.colour}"></span>' if c.colour else ""
         small = f"<small>{escape(c.sub)}</small>" if c.sub else ""
-        return f'<{tag} class="{classes}">{swatch}{text}{small}</{tag}>'
+        return f'<{tag} class="{" ".join(classes)}">{swatch}{text}{small}</{tag}>'
 
     rows = [(table.head, "th"), *((row, "td") for row in table.rows)]
     body = "\n".join("<tr>" + "".join(cell(c, i, tag) for i, c in enumerate(row)) + "</tr>" for row, tag in rows)
@@ -96,24 +92,23 @@ def to_markdown(report) -> str:
 
 
 def markdown_block(block: tuple) -> str:
-    kind, *rest = block
-    if kind in ("h", "h3"):
-        return f"{'##' if kind == 'h' else '###'} {plain(rest[0])}"
-    if kind == "p":
-        return plain(rest[0])
-    if kind == "warn":
-        return "\n".join(f"> - {plain(text)}" for text in rest[0])
-    if kind == "code":
-        return indented(rest[0])
-    if kind == "table":
-        return markdown_table(rest[0])
-    if kind == "figure":
-        return f"![{rest[0]}]({rest[0]}.png)\n\n{plain(rest[1])}"
-    if kind == "samples":
-        return "\n\n".join(
-            ["Prompt:", indented(rest[0]), *(f"{plain(c.text)}:\n\n{indented(text)}" for c, text in rest[1])]
-        )
-    return f"### {plain(rest[0])}\n\n" + "\n\n".join(markdown_block(b) for b in rest[1])
+    match block:
+        case ("h" | "h3" | "p") as kind, text:
+            return {"h": "## ", "h3": "### ", "p": ""}[kind] + plain(text)
+        case "code", text:
+            return indented(text)
+        case "warn", texts:
+            return "\n".join(f"> - {plain(text)}" for text in texts)
+        case "table", table:
+            return markdown_table(table)
+        case "figure", name, caption:
+            return f"![{name}]({name}.png)\n\n{plain(caption)}"
+        case "samples", prompt, texts:
+            cards = (f"{plain(cell.text)}:\n\n{indented(text)}" for cell, text in texts)
+            return "\n\n".join(["Prompt:", indented(prompt), *cards])
+        case "fold", title, blocks:
+            return "\n\n".join([f"### {plain(title)}", *map(markdown_block, blocks)])
+    raise ValueError(f"no such block: {block[0]!r}")
 
 
 def markdown_table(table) -> str:

@@ -1,22 +1,24 @@
 """The report's pictures: each is a function from arms to PNG bytes, None where there is nothing to draw.
 
-An arm is `eval.report.runs.Arm`: a label, a colour, a line style, and runs with their `val` and `train` rows,
-config, summary and calibration bins. Figures are built without pyplot, so that no display is needed and no
-state is shared.
+An arm is `eval.report.runs.Arm`. Figures are built without pyplot: no display is needed, no state is shared.
 """
 
 import colorsys
 import io
+import itertools
 import math
 import statistics
 import textwrap
+from typing import NamedTuple
 
 from matplotlib import ticker
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from eval import metrics
 from eval.calibration import Calibration
 from schedules.style import FAINT, INK, PALETTE, styled, thousands
 
@@ -37,12 +39,10 @@ def assign_colours(arms: list) -> None:
     """Sets ``colour`` and ``style`` of every arm: the hue says the loss, shade and dashes which of its arms."""
     for loss in {arm.loss for arm in arms}:
         same = [arm for arm in arms if arm.loss == loss]
-        hue = HUES.get(loss, OTHER)
-        r, g, b = (int(hue[i : i + 2], 16) / 255 for i in (1, 3, 5))
-        h, lightness, s = colorsys.rgb_to_hls(r, g, b)
+        h, lightness, s = colorsys.rgb_to_hls(*to_rgb(HUES.get(loss, OTHER)))
         for k, arm in enumerate(same):  # one arm has the hue itself, several go from dark to light
             shade = lightness if len(same) == 1 else 0.7 * lightness + (0.72 - 0.7 * lightness) * k / (len(same) - 1)
-            arm.colour = "#" + "".join(f"{round(255 * c):02x}" for c in colorsys.hls_to_rgb(h, shade, s))
+            arm.colour = to_hex(colorsys.hls_to_rgb(h, shade, s))
             arm.style = STYLES[k % len(STYLES)]
 
 
@@ -58,15 +58,10 @@ def points(run, kind: str, x: str, y: str) -> list[tuple[int, float, float]]:
 
 def band(runs: list, kind: str, x: str, y: str) -> tuple[list, list, list, list]:
     """Over the steps that all ``runs`` have: mean x, mean y, smallest and largest y."""
-    tables = [{step: (a, b) for step, a, b in points(run, kind, x, y)} for run in runs]
-    steps = sorted(set.intersection(*map(set, tables))) if tables else []
-    columns = [([t[s][0] for t in tables], [t[s][1] for t in tables]) for s in steps]
-    return (
-        [statistics.fmean(a) for a, _ in columns],
-        [statistics.fmean(b) for _, b in columns],
-        [min(b) for _, b in columns],
-        [max(b) for _, b in columns],
-    )
+    by_step = [{step: (a, b) for step, a, b in points(run, kind, x, y)} for run in runs]
+    steps = sorted(set.intersection(*map(set, by_step))) if by_step else []
+    xs, ys = ([[found[step][i] for found in by_step] for step in steps] for i in (0, 1))
+    return [*map(statistics.fmean, xs)], [*map(statistics.fmean, ys)], [*map(min, ys)], [*map(max, ys)]
 
 
 def draw_arm(ax, arm, kind: str, x: str, y: str) -> None:
@@ -74,33 +69,26 @@ def draw_arm(ax, arm, kind: str, x: str, y: str) -> None:
     finished = [run for run in arm.runs if run.finished]
     xs, ys, low, high = band(finished, kind, x, y)
     shared = len(xs) >= 2 or len(finished) == 1
+    look = {"color": arm.colour, "linestyle": arm.style}
     if shared and xs:
         dots = {"marker": "o", "markersize": 3.2} if kind == "val" and len(xs) <= 25 else {}
-        ax.plot(xs, ys, color=arm.colour, linestyle=arm.style, linewidth=1.7, **dots)
+        ax.plot(xs, ys, linewidth=1.7, **look, **dots)
         if len(finished) > 1:
             ax.fill_between(xs, low, high, color=arm.colour, alpha=0.18, linewidth=0)
-    for run in arm.runs:
-        if not run.finished or not shared:
-            rows = points(run, kind, x, y)
-            ax.plot(
-                [r[1] for r in rows],
-                [r[2] for r in rows],
-                color=arm.colour,
-                linestyle=arm.style,
-                linewidth=0.9,
-                alpha=0.7,
-            )
-            if rows and not run.finished:
-                ax.plot(rows[-1][1], rows[-1][2], "x", color=arm.colour, markersize=6)
+    for run in (run for run in arm.runs if not run.finished or not shared):
+        rows = points(run, kind, x, y)
+        ax.plot([r[1] for r in rows], [r[2] for r in rows], linewidth=0.9, alpha=0.7, **look)
+        if rows and not run.finished:
+            ax.plot(rows[-1][1], rows[-1][2], "x", color=arm.colour, markersize=6)
 
 
 def frame(arms: list, kind: str, y: str, skip: float) -> tuple[float, float] | None:
-    """Smallest and largest value after the first ``skip`` of each run's steps, or None: a view of these is not
-    flattened by the fall from initialisation."""
-    values = []
-    for run in (run for arm in arms for run in arm.runs):
-        rows = points(run, kind, "step", y)
-        values += [value for step, _, value in rows if step > skip * rows[-1][0]]
+    """Smallest and largest value after the first ``skip`` of each run's steps, or None.
+
+    The fall from initialisation does not flatten a view of these.
+    """
+    found = [rows for arm in arms for run in arm.runs if (rows := points(run, kind, "step", y))]
+    values = [value for rows in found for step, _, value in rows if step > skip * rows[-1][0]]
     return (min(values), max(values)) if values else None
 
 
@@ -114,11 +102,67 @@ def decade_ticks(ax, low: float, high: float) -> None:
     ax.yaxis.set_minor_locator(ticker.NullLocator())
 
 
-def empty(ax, text: str = "not recorded") -> None:
-    ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", va="center", color=FAINT)
-    ax.set_xticks([])
-    ax.set_yticks([])
-    ax.grid(False)
+class Panel(NamedTuple):
+    """One of a figure's plots: ``y`` over ``x`` of rows of one kind."""
+
+    y: str
+    title: str
+    label: str = ""
+    x: str = "step"
+    x_label: str = "optimizer step"
+    view: str = "all"  # "log", "late" (without the fall from initialisation), "ratio" (0 to the largest, %), "share"
+    skip: float = 0.0  # of the steps, not looked at for the limits of the view
+
+
+SECONDS = {"x": "train_seconds", "x_label": "training time (s)"}
+VALIDATION = [
+    Panel("ppl", "Perplexity by time", "validation perplexity", **SECONDS, view="log", skip=0.2),
+    Panel("ppl", "Perplexity by step", view="log", skip=0.2),
+    Panel("ece10", "ECE by time", "validation ECE, 10 bins (%)", **SECONDS, view="ratio", skip=0.2),
+    Panel("ece10", "ECE by step", view="ratio", skip=0.2),
+]
+TRAINING = [
+    Panel("loss", "Loss", "training loss, each its own score", view="late", skip=0.05),
+    Panel("nll", "NLL", "training NLL (nats a token)", view="late", skip=0.05),
+    Panel("alpha", "Alpha", "alpha, share of Brier", view="share"),
+    Panel("lr", "Learning rate", "learning rate"),
+    Panel("grad_norm", "Gradient norm", "gradient norm before clipping", view="log"),
+    Panel("clip_rate", "Clip rate", "share of steps clipped (%)", view="share"),
+]
+PERCENT = ticker.FuncFormatter(lambda v, _: f"{100 * v:g}")
+
+
+def draw_panel(ax, panel: Panel, arms: list, kind: str) -> None:
+    """Every arm's curve, and a view that shows them."""
+    drawn = [arm for arm in arms if panel.y != "alpha" or arm.loss == "dpsm"]  # others have none, and log 0
+    for arm in drawn:
+        draw_arm(ax, arm, kind, panel.x, panel.y)
+    ax.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.label)
+    ax.set_xlim(left=0)
+    ax.xaxis.set_major_formatter(ticker.FuncFormatter(thousands))
+    limits = frame(drawn, kind, panel.y, panel.skip)
+    if limits is None:
+        ax.text(0.5, 0.5, "not recorded", transform=ax.transAxes, ha="center", va="center", color=FAINT)
+        ax.set(xticks=[], yticks=[])
+        ax.grid(False)
+        return
+    low, high = limits
+    if panel.view == "log" and low > 0:
+        ax.set_yscale("log")
+        if panel.skip:
+            high = min(high, 30 * low)  # a diverging run leaves the frame
+            margin = max((high / low) ** 0.06, 1.005)
+            ax.set_ylim(low / margin, high * margin)
+        decade_ticks(ax, *ax.get_ylim())
+    elif panel.view == "late":
+        margin = 0.05 * (high - low) or 0.1
+        ax.set_ylim(low - margin, high + margin)
+    elif panel.view == "ratio":
+        ax.set_ylim(0, high * 1.08 or 1)
+    elif panel.view == "share":
+        ax.set_ylim(-0.03, 1.05)
+    if "(%)" in panel.label or panel.view == "ratio":
+        ax.yaxis.set_major_formatter(PERCENT)
 
 
 @styled
@@ -127,45 +171,10 @@ def learning_curves(arms: list) -> bytes | None:
     if not any(points(run, "val", "step", y) for arm in arms for run in arm.runs for y in ("ppl", "ece10")):
         return None
     fig = new_figure(10, 6.6)
-    axes = fig.subplots(2, 2, sharey="row")
-    for col, (x, x_label) in enumerate((("train_seconds", "training time (s)"), ("step", "optimizer step"))):
-        for row, (y, y_label) in enumerate(
-            (("ppl", "validation perplexity"), ("ece10", "validation ECE, 10 bins (%)"))
-        ):
-            ax = axes[row][col]
-            for arm in arms:
-                draw_arm(ax, arm, "val", x, y)
-            ax.set_xlabel(x_label)
-            ax.set_xlim(left=0)
-            ax.xaxis.set_major_formatter(ticker.FuncFormatter(thousands))
-            ax.set_title(f"{'Perplexity' if y == 'ppl' else 'ECE'} by {'time' if col == 0 else 'step'}")
-            if col == 0:
-                ax.set_ylabel(y_label)
-            view = frame(arms, "val", y, skip=0.2)
-            if view and y == "ppl":
-                low, high = view[0], min(view[1], 30 * view[0])  # a diverging run leaves the frame
-                margin = max((high / low) ** 0.06, 1.005)
-                low, high = low / margin, high * margin
-                ax.set_yscale("log")
-                ax.set_ylim(low, high)
-                decade_ticks(ax, low, high)
-            elif view:
-                ax.set_ylim(0, view[1] * 1.08 or 1)
-                ax.yaxis.set_major_formatter(ticker.FuncFormatter(lambda v, _: f"{100 * v:g}"))
-            else:
-                empty(ax)
+    for ax, panel in zip(fig.subplots(2, 2, sharey="row").flat, VALIDATION, strict=True):
+        draw_panel(ax, panel, arms, "val")
     arm_legend(fig, arms)
     return png(fig)
-
-
-TRAIN_PANELS = (
-    ("loss", "training loss, each its own score", "Loss"),
-    ("nll", "training NLL (nats a token)", "NLL"),
-    ("alpha", "alpha, share of Brier", "Alpha"),
-    ("lr", "learning rate", "Learning rate"),
-    ("grad_norm", "gradient norm before clipping", "Gradient norm"),
-    ("clip_rate", "share of steps clipped (%)", "Clip rate"),
-)
 
 
 @styled
@@ -174,28 +183,8 @@ def training_curves(arms: list) -> bytes | None:
     if not any(run.train for arm in arms for run in arm.runs):
         return None
     fig = new_figure(10, 8.2)
-    for ax, (key, label, title) in zip(fig.subplots(3, 2).flat, TRAIN_PANELS, strict=True):
-        drawn = [arm for arm in arms if key != "alpha" or arm.loss == "dpsm"]  # others have none, and log 0
-        for arm in drawn:
-            draw_arm(ax, arm, "train", "step", key)
-        ax.set_title(title)
-        ax.set_xlabel("optimizer step")
-        ax.set_ylabel(label)
-        ax.set_xlim(left=0)
-        ax.xaxis.set_major_formatter(ticker.FuncFormatter(thousands))
-        view = frame(drawn, "train", key, skip=0.05 if key in ("loss", "nll") else 0)
-        if view is None:
-            empty(ax)
-        elif key in ("loss", "nll"):
-            margin = 0.05 * (view[1] - view[0]) or 0.1
-            ax.set_ylim(view[0] - margin, view[1] + margin)
-        elif key == "grad_norm" and view[0] > 0:
-            ax.set_yscale("log")
-            decade_ticks(ax, *ax.get_ylim())
-        elif key in ("alpha", "clip_rate"):
-            ax.set_ylim(-0.03, 1.05)
-            if key == "clip_rate":
-                ax.yaxis.set_major_formatter(ticker.FuncFormatter(lambda v, _: f"{100 * v:g}"))
+    for ax, panel in zip(fig.subplots(3, 2).flat, TRAINING, strict=True):
+        draw_panel(ax, panel, arms, "train")
     arm_legend(fig, arms)
     return png(fig)
 
@@ -215,6 +204,25 @@ def pooled(arm, split: str, which: str, bins: int) -> tuple[dict, float] | None:
     return Calibration.from_bins(total).reliability(bins), statistics.fmean(c.ece(bins) for c in each)
 
 
+PERFECT = {"color": INK, "linestyle": (0, (4, 2))}
+GAP = {"facecolor": "#dcdcdccc", "edgecolor": "#555555", "hatch": "/////"}
+
+
+def draw_reliability(ax, below, curve: dict, bins: int, colour: str) -> None:
+    """Accuracy by confidence and its gap to the diagonal on ``ax``, counts on ``below``."""
+    for low, count, confidence, accuracy in zip(
+        *(curve[key] for key in ("lo", "count", "confidence", "accuracy")), strict=True
+    ):
+        if count:
+            box = {"x": low + 0.5 / bins, "width": 0.92 / bins}
+            solid = {"color": colour, "alpha": 0.85, "linewidth": 0} | box
+            ax.bar(height=accuracy, zorder=2, **solid)
+            ax.bar(height=confidence - accuracy, bottom=accuracy, linewidth=0.6, zorder=3, **GAP, **box)
+            ax.hlines(accuracy, low, low + 1 / bins, color=colour, linewidth=2.2, zorder=5)
+            below.bar(height=count, **solid)
+    below.set_ylim(bottom=0.7)
+
+
 @styled
 def reliability(arms: list, split: str, bins: int = 10) -> bytes | None:
     """A column an arm: accuracy by confidence, its gap to the diagonal, and counts, before and after temperature."""
@@ -222,59 +230,36 @@ def reliability(arms: list, split: str, bins: int = 10) -> bytes | None:
     drawn = [(arm, pair) for arm, pair in drawn if any(pair)]
     if not drawn:
         return None
-    width = max(2.35 * len(drawn) + 0.5, 5)
-    fig = new_figure(width, 7.6)
-    grid = fig.subplots(
-        4, len(drawn), sharex=True, sharey="row", squeeze=False, gridspec_kw={"height_ratios": (3, 1, 3, 1)}
-    )
+    fig = new_figure(max(2.35 * len(drawn) + 0.5, 5), 7.6)
+    heights = {"height_ratios": (3, 1, 3, 1)}
+    grid = fig.subplots(4, len(drawn), sharex=True, sharey="row", squeeze=False, gridspec_kw=heights)
+    ends = {"ticks": [0, 0.5, 1], "labels": ["0", "0.5", "1"]}
     for col, (arm, pair) in enumerate(drawn):
-        for half, found in enumerate(pair):
+        for half, (state, found) in enumerate(zip(("before", "after"), pair, strict=True)):
             ax, below = grid[2 * half][col], grid[2 * half + 1][col]
-            ax.plot([0, 1], [0, 1], color=INK, linewidth=0.9, linestyle=(0, (4, 2)), zorder=4)
-            ax.set_xlim(0, 1)
-            ax.set_ylim(0, 1)
-            ax.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
-            ax.set_yticks([0, 0.5, 1], ["0", "0.5", "1"])
+            ax.plot([0, 1], [0, 1], linewidth=0.9, zorder=4, **PERFECT)
+            ax.set(xlim=(0, 1), ylim=(0, 1))
+            ax.set_xticks(**ends)
+            ax.set_yticks(**ends)
             below.set_yscale("log")
             below.yaxis.set_minor_locator(ticker.NullLocator())
             below.yaxis.set_major_locator(ticker.LogLocator(numticks=4))
-            state = ("before", "after")[half]
             for axis in (ax, below) if col else ():
                 axis.tick_params(left=False)
+            lines = [] if half else [textwrap.fill(arm.label, 26)]
             if found is None:
-                ax.set_title(textwrap.fill(arm.label, 26) if half == 0 else "", fontsize=9)
                 ax.text(0.5, 0.5, "not recorded", ha="center", color=FAINT)
-                continue
-            curve, ece = found
-            for lo, count, confidence, accuracy in zip(
-                *(curve[k] for k in ("lo", "count", "confidence", "accuracy")), strict=True
-            ):
-                if count:
-                    box = {"x": lo + 0.5 / bins, "width": 0.92 / bins}
-                    ax.bar(height=accuracy, color=arm.colour, alpha=0.85, linewidth=0, zorder=2, **box)
-                    ax.bar(
-                        height=confidence - accuracy,
-                        bottom=accuracy,
-                        facecolor="#dcdcdccc",
-                        edgecolor="#555555",
-                        linewidth=0.6,
-                        hatch="/////",
-                        zorder=3,
-                        **box,
-                    )
-                    ax.hlines(accuracy, lo, lo + 1 / bins, color=arm.colour, linewidth=2.2, zorder=5)
-                    below.bar(height=count, color=arm.colour, alpha=0.85, linewidth=0, **box)
-            title = f"{state} T: ECE {100 * ece:.2f} %"
-            ax.set_title(f"{textwrap.fill(arm.label, 26)}\n{title}" if half == 0 else title, fontsize=9)
-            below.set_ylim(bottom=0.7)
+            else:
+                draw_reliability(ax, below, found[0], bins, arm.colour)
+                lines.append(f"{state} T: ECE {100 * found[1]:.2f} %")
+            ax.set_title("\n".join(lines), fontsize=9)
         grid[3][col].set_xlabel("confidence")
-    for half in (0, 2):
-        grid[half][0].set_ylabel("accuracy")
-        grid[half + 1][0].set_ylabel("tokens")
+    for row, label in zip(grid, ("accuracy", "tokens", "accuracy", "tokens"), strict=True):
+        row[0].set_ylabel(label)
     handles = [
-        Line2D([], [], color=INK, linestyle=(0, (4, 2)), label="perfect"),
+        Line2D([], [], label="perfect", **PERFECT),
         Line2D([], [], color=FAINT, linewidth=2.2, label="accuracy"),
-        Patch(facecolor="#dcdcdccc", edgecolor="#555555", hatch="/////", label="gap to the mean confidence"),
+        Patch(label="gap to the mean confidence", **GAP),
     ]
     fig.legend(handles=handles, loc="outside lower center", ncols=3)
     return png(fig)
@@ -284,23 +269,14 @@ def reliability(arms: list, split: str, bins: int = 10) -> bytes | None:
 # a grid of two settings
 
 
-GRID_PANELS = {  # key of a cell: factor, title, whether more is better
-    "rouge1": (1, "ROUGE-1", True),
-    "rouge2": (1, "ROUGE-2", True),
-    "rougeL": (1, "ROUGE-L", True),
-    "rougeLsum": (1, "ROUGE-Lsum", True),
-    "ppl": (1, "perplexity", False),
-    "ece10": (100, "ECE, 10 bins (%)", False),
-    "nll": (1, "NLL (nats a token)", False),
-}
-
-
 @styled
 def heat_maps(name: str, x_name: str, y_name: str, cells: dict[tuple, dict], split: str = "validation") -> bytes:
-    """A panel for each of GRID_PANELS that is in the cells, over two settings; ``cells`` maps (x, y) to a dict with the
-    panels' values, each of which may be None or inf. Brighter is better; the best is bold."""
+    """A panel for each metric of ``cells``, over two settings; the best is bold, and brighter is better.
+
+    ``cells`` maps (x, y) to {metric's key: value}, each of which may be None or inf.
+    """
     xs, ys = sorted({x for x, _ in cells}), sorted({y for _, y in cells})
-    panels = [(key, *GRID_PANELS[key]) for key in GRID_PANELS if any(key in cell for cell in cells.values())]
+    panels = [m for m in (*metrics.SUMMARIES, *metrics.TOKENS) if any(m.key in cell for cell in cells.values())]
     columns = min(len(panels), 3)
     lines = math.ceil(len(panels) / columns)
     width, height = columns * (0.85 * len(xs) + 1.6), lines * max(0.6 * len(ys) + 1.7, 3.2 if lines == 1 else 2.4)
@@ -308,26 +284,22 @@ def heat_maps(name: str, x_name: str, y_name: str, cells: dict[tuple, dict], spl
     grid = fig.subplots(lines, columns, squeeze=False)
     for ax in grid.flat[len(panels) :]:
         ax.set_visible(False)
-    for ax, (key, scale, title, higher) in zip(grid.flat, panels, strict=False):
-        values = [[cells.get((x, y), {}).get(key) for x in xs] for y in ys]
-        table = [[math.nan if v is None else scale * v for v in row] for row in values]
-        finite = [v for row in table for v in row if math.isfinite(v)]
-        low, high = (min(finite), max(finite)) if finite else (0, 1)
-        ax.imshow(table, cmap="cividis" if higher else "cividis_r", aspect="auto", origin="lower", vmin=low, vmax=high)
-        for i, row in enumerate(table):
-            for j, v in enumerate(row):
-                worse = ((high - v) if higher else (v - low)) / (high - low) if high > low else 0
-                dark = math.isfinite(v) and worse > 0.55
-                best = "bold" if v == (high if higher else low) else "normal"
-                text = (f"{v:.3f}" if key == "nll" else f"{v:.2f}") if math.isfinite(v) else "-"
-                ax.text(
-                    j, i, text, ha="center", va="center", color="white" if dark else INK, fontsize=8.5, fontweight=best
-                )
+    for ax, metric in zip(grid.flat, panels, strict=False):
+        found = [[cells.get((x, y), {}).get(metric.key) for x in xs] for y in ys]
+        values = [[math.nan if v is None else metric.scale * v for v in line] for line in found]
+        finite = [v for line in values for v in line if math.isfinite(v)] or [0, 1]
+        low, high, more = min(finite), max(finite), metric.better == "higher"
+        ax.imshow(values, cmap="cividis" if more else "cividis_r", aspect="auto", origin="lower", vmin=low, vmax=high)
+        for i, j in itertools.product(range(len(ys)), range(len(xs))):
+            v = values[i][j]
+            share = (v - low) / (high - low) if high > low else 0
+            dark = math.isfinite(v) and (share < 0.45 if more else share > 0.55)
+            look = {"color": "white" if dark else INK, "fontsize": 8.5}
+            look["fontweight"] = "bold" if v == (high if more else low) else "normal"
+            ax.text(j, i, metric.format(v) if math.isfinite(v) else "-", ha="center", va="center", **look)
         ax.set_xticks(range(len(xs)), [f"{x:g}" for x in xs])
         ax.set_yticks(range(len(ys)), [f"{y:g}" for y in ys])
-        ax.set_xlabel(x_name)
-        ax.set_ylabel(y_name)
-        ax.set_title(f"{title} {'↑' if higher else '↓'}")
+        ax.set(xlabel=x_name, ylabel=y_name, title=f"{metric.name}, {metric.unit} {'↑' if more else '↓'}")
         ax.grid(False)
         ax.tick_params(length=0)
         ax.spines[:].set_visible(False)
@@ -340,23 +312,26 @@ def bowl(rules: list) -> bytes:
     """Validation NLL over the peak learning rate, a line a rule (eval.report.bowl.Rule)."""
     fig = new_figure(8.2, 4.6)
     ax = fig.subplots()
-    finite = [v for r in rules for lr in r.runs for v in r.nll(lr).values() if math.isfinite(v)]
+    own = 0  # rules of ours so far: dashes tell these apart, colours the others
     for k, rule in enumerate(rules):
-        own = rule.config["schedule"] == "fot"
-        colour = INK if own else PALETTE[k % len(PALETTE)]
+        if rule.config["schedule"] == "fot":
+            look = {"color": INK, "linewidth": 2.2, "linestyle": STYLES[own % len(STYLES)]}
+            own += 1
+        else:
+            dashes = STYLES[k // len(PALETTE) % len(STYLES)]
+            look = {"color": PALETTE[k % len(PALETTE)], "linewidth": 1.3, "linestyle": dashes}
         peaks = [lr for lr in sorted(rule.runs) if math.isfinite(rule.mean(lr))]
-        ax.plot(peaks, [rule.mean(lr) for lr in peaks], color=colour, label=rule.label, marker="o", markersize=3.5,
-                linewidth=2.2 if own else 1.3, linestyle=STYLES[k // len(PALETTE) % len(STYLES)] if not own else
-                STYLES[sum(r.config["schedule"] == "fot" for r in rules[:k]) % len(STYLES)])  # fmt: skip
+        ax.plot(peaks, [rule.mean(lr) for lr in peaks], label=rule.label, marker="o", markersize=3.5, **look)
         low, high = ([f(rule.nll(lr).values()) for lr in peaks] for f in (min, max))
-        ax.fill_between(peaks, low, high, color=colour, alpha=0.12, linewidth=0)
+        ax.fill_between(peaks, low, high, color=look["color"], alpha=0.12, linewidth=0)
     ax.set_xscale("log")
     peaks = sorted({lr for r in rules for lr in r.runs})
     ax.set_xticks(peaks, [f"{lr:g}" for lr in peaks])
     ax.xaxis.set_minor_locator(ticker.NullLocator())
+    finite = [v for r in rules for lr in r.runs for v in r.nll(lr).values() if math.isfinite(v)]
     if finite:
-        low, high = min(finite), max(finite)
-        ax.set_ylim(low - 0.03 * (high - low), high + 0.03 * (high - low))
+        margin = 0.03 * (max(finite) - min(finite))
+        ax.set_ylim(min(finite) - margin, max(finite) + margin)
     ax.set(xlabel="peak learning rate", ylabel="validation NLL (nats a token)")
     fig.legend(loc="outside right center")
     return png(fig)

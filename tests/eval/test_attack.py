@@ -19,7 +19,7 @@ from eval.attack.run import Target, attack_all, calibration_of, chosen
 from eval.attack.textfooler import AttackOptions, attack_article, attack_group
 from eval.attack.words import Words, by_tagger, like, part_of_speech, suffix_class
 from eval.seq2seq import decoding
-from finetune_seq2seq import Config, with_preset
+from finetune_seq2seq import Config, complete
 from model.seq2seq import Seq2Seq, bart_config
 from model.seq2seq_hub import save_seq2seq
 
@@ -459,7 +459,7 @@ def tiny(corpus, tmp_path_factory):
         max_target=24,
         max_new_tokens=12,
     )
-    config = Config(**with_preset(asdict(config)))
+    config = Config(**complete(asdict(config)))
     run = folder / "run"
     run.mkdir()
     state = {"model": model.state_dict(), "model_config": model.config.__dict__, "config": config.__dict__}

@@ -8,7 +8,8 @@ import pytest
 from test_report import arms_of, write_run
 
 from eval.report import build as rp
-from eval.report.bowl import bowl_blocks, bowls, claim_rows, decided_rows, regrets, rule_rows
+from eval.report.bowl import bowl_blocks, bowls, claim_table, decided_table, regrets, rule_table
+from eval.report.tables import Cell
 
 PEAKS = (1e-3, 3e-3, 9e-3)
 # NLL by rule and peak, before the seed's noise; the lowest is fot's 3.0 at 3e-3.
@@ -42,25 +43,25 @@ def test_regret_is_over_the_best_cell_of_the_table(tmp_path):
     for rule, values in GRID.items():
         for seed in (1, 2, 3):
             assert found[rule][seed] == pytest.approx(statistics.fmean(values) - 3.0 + 0.01 * (seed - 2))
-    heads, rows = rule_rows(rules)
+    heads, rows, *_ = rule_table(rules)
     assert [r[0].text for r in rows] == ["fot", "linear", "wsd"]  # least regret first
-    assert heads[2:5] == ["0.001", "0.003", "0.009"]
-    assert rows[0][2] == rp.Cell("3.200 ± 0.010", bold=True) and not rows[1][2].bold
+    assert [c.text for c in heads[2:5]] == ["0.001", "0.003", "0.009"]
+    assert rows[0][2] == Cell("3.200 ± 0.010", bold=True) and not rows[1][2].bold
     assert rows[1][5].text == "0.400 ± 0.010" and [c.text for c in rows[1][6:8]] == ["0.003", "3.100 ± 0.010"]
 
 
 def test_claims_are_paired_by_seed_and_can_fail(tmp_path):
     [(_, rules)] = bowls(arms_of(*grid(tmp_path / "a")))
-    rows = {r[0].text: r for r in claim_rows(rules)}
+    rows = {r[0].text: r for r in claim_table(rules).rows}
     assert rows["mean regret below linear's"][1].text.startswith("-0.300 [-0.300, -0.300]")
     assert {r[3].text for r in rows.values()} == {"met"} and len(rows) == 4
     worse = GRID | {"fot": (3.9, 3.15, 3.9)}
     [(_, rules)] = bowls(arms_of(*grid(tmp_path / "b", worse)))
-    rows = {r[0].text: r for r in claim_rows(rules)}
+    rows = {r[0].text: r for r in claim_table(rules).rows}
     assert rows["mean regret below wsd's"][3].text == "not met"
     assert rows["no worse than linear at the best peak of each"][3].text == "not met"
     [(_, rules)] = bowls(arms_of(*grid(tmp_path / "c", seeds=(1,))))
-    assert {r[3].text for r in claim_rows(rules)} == {"not powered", "met"}  # one seed; divergences need no seeds
+    assert {r[3].text for r in claim_table(rules).rows} == {"not powered", "met"}  # one seed; divergences need no seeds
 
 
 def test_a_diverged_run_is_seen_and_spoils_no_other(tmp_path):
@@ -70,12 +71,12 @@ def test_a_diverged_run_is_seen_and_spoils_no_other(tmp_path):
     with (bad / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"kind": "event", "step": 1000, "event": "diverged"}) + "\n")
     [(_, rules)] = bowls(arms_of(*folders))
-    heads, rows = rule_rows(rules)
+    heads, rows, *_ = rule_table(rules)
     assert {r[0].text: r[4].text for r in rows}["fot"] == "-"
     assert regrets(rules)["linear"][1] == pytest.approx((3.6 + 3.1 + 3.5) / 3 - 3.0)
     assert regrets(rules)["fot"] == {} and rows[-1][0].text == "fot" and rows[-1][5].text == "-"  # not flattered
-    assert claim_rows(rules)[0][3].text == "not comparable"
-    last = claim_rows(rules)[-1]
+    assert claim_table(rules).rows[0][3].text == "not comparable"
+    last = claim_table(rules).rows[-1]
     assert [c.text for c in last] == ["no divergence where linear has none", "1 of 3 peaks", "no", "not met"]
 
 
@@ -94,7 +95,7 @@ def test_what_the_rules_decided(tmp_path):
     for folder, forecast in zip(mine, (3.2, 3.3, 3.1), strict=True):
         decide(folder, (400, 500, 600), forecast, 0.05, (True, False, False))
     [(_, rules)] = bowls(arms_of(*folders))
-    [row] = decided_rows(rules)
+    [row] = decided_table(rules).rows
     # 3.3 for 3.0 is 10 % off and outside its sd, the others are exact; the last decision by half counts, not the last.
     assert [c.text for c in row] == ["fot", "3", "3", "33", "0.00", "67", "0"]
     assert row[4].sub == "worst 10.0, n = 3"

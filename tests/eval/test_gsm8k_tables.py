@@ -6,9 +6,9 @@ import json
 import pytest
 import torch
 
-from eval.report import build as rp
 from eval.report.gsm8k import answer_table, paired_table
 from eval.report.runs import group_arms, load_run
+from eval.report.terminal import main
 from races import peft_gsm8k as race_peft
 from recipes import tiny_qwen3
 
@@ -72,7 +72,7 @@ def test_report_of_runs_on_gsm8k(tmp_path, capsys):
         for seed in (1, 2):
             write_run(tmp_path / f"{schedule}{seed}", schedule, seed, set(range(shift + seed)))
     folders = [str(p) for p in sorted(tmp_path.iterdir())]
-    assert rp.main([*folders, "--out", str(tmp_path / "report")]) == 0
+    assert main([*folders, "--out", str(tmp_path / "report")]) == 0
     page = (tmp_path / "report" / "report.md").read_text()
     assert "## GSM8K, pass@1" in page and "### Arms compared by problem" in page
     assert "The claims of DPSM" not in page and "without a finite validation NLL" not in page
@@ -80,7 +80,7 @@ def test_report_of_runs_on_gsm8k(tmp_path, capsys):
     assert "| +12.50" in page  # 5 of 40 problems in both seeds
     (tmp_path / "fot1" / "verdicts.jsonl").write_text('{"id": 1}\n')
     with pytest.raises(SystemExit) as end:
-        rp.main([*folders, "--out", str(tmp_path / "again")])
+        main([*folders, "--out", str(tmp_path / "again")])
     assert end.value.code == 2 and "verdicts.jsonl line 1 is no verdict" in capsys.readouterr().err
     assert not (tmp_path / "again").exists()
 

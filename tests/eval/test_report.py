@@ -17,7 +17,7 @@ import pytest
 
 from eval.calibration import Calibration
 from eval.report import build as rp
-from eval.report import plots
+from eval.report import claims, plots, tables, terminal
 from eval.report import runs as compare
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -119,19 +119,19 @@ def pairs(root: Path, ce: list[dict], other: list[dict], loss: str = "dpsm") -> 
     return arms_of(*folders)
 
 
-def row(table: rp.Table, label: str) -> dict[str, rp.Cell]:
+def row(table: tables.Table, label: str) -> dict[str, tables.Cell]:
     """Column name and unit -> cell, of one arm."""
     names = [f"{cell.text} {cell.sub}".replace("\u00a0", " ").strip() for cell in table.head]
     line = next(line for line in table.rows if line[0].text == label)
     return dict(zip(names, line, strict=True))
 
 
-def criterion(n: int) -> compare.Criterion:
-    return next(c for c in compare.CRITERIA if c.number == n)
+def criterion(n: int) -> claims.Criterion:
+    return next(c for c in claims.CRITERIA if c.number == n)
 
 
-def judged(n: int, arms: list[compare.Arm]) -> compare.Verdict:
-    return next(v for v in compare.verdicts(arms) if v.criterion.number == n)
+def judged(n: int, arms: list[compare.Arm]) -> claims.Verdict:
+    return next(v for v in claims.verdicts(arms) if v.criterion.number == n)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -195,6 +195,172 @@ def test_rows_before_a_return_to_a_checkpoint_are_replaced(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------
+# roles of flags
+
+
+ROLES = {"prompt": "knob", "eval_batch": "where", "seed": "bookkeeping", "out": "where", "loss": "knob", "lr": "knob",
+         "micro_batch": "system", "gamma": "knob", "schedule": "knob", "fot_window": "knob"}  # fmt: skip
+ROLES |= dict.fromkeys(("format", "base", "loss_on", "heldout", "eval_problems", "generate_tokens", "steps"), "setting")
+ONLY = {"gamma": {"loss": ["focal"]}, "fot_window": {"schedule": ["fot", "snac"]}}
+GSM8K = {"script": "finetune_gsm8k.py", "prompt": "chat", "eval_batch": 64, "format": "text", "base": "nf4",
+         "loss_on": "answer", "heldout": 256, "eval_problems": 0, "generate_tokens": 256, "micro_batch": 16,
+         "schedule": "cosine", "fot_window": 32}  # fmt: skip
+
+
+def gsm8k_run(folder: Path, new: bool = True, only=ONLY, env=None, **config) -> Path:
+    """A finished run of finetune_gsm8k.py; ``new``: its folder says its flags' roles."""
+    dtype = config.pop("ran_in", None)
+    write_run(folder, config=GSM8K | config, summary={"dtype": dtype} if dtype else {}, env=env)
+    if new:
+        flags = {flag: {"role": role, "only": only.get(flag, {})} for flag, role in ROLES.items()}
+        (folder / "flags.json").write_text(json.dumps(flags))
+    return folder
+
+
+def test_another_prompt_is_another_arm_and_another_batch_of_answers_is_none(tmp_path):
+    """The report was wrong here once: one of two prompts was dropped as a repeated seed."""
+    chat, plain = gsm8k_run(tmp_path / "chat"), gsm8k_run(tmp_path / "plain", prompt="plain")
+    arms, warnings = compare.group_arms([compare.load_run(p) for p in (chat, plain)])
+    assert [arm.label for arm in arms] == ["ce prompt=chat", "ce prompt=plain"] and not warnings
+    assert not any("NOT COMPARABLE" in w for w in rp.find_warnings(arms))
+    wide = gsm8k_run(tmp_path / "wide", eval_batch=128, seed=2)
+    (arm,) = arms_of(chat, wide)
+    assert [run.seed for run in arm.runs] == [1, 2]
+
+
+@pytest.mark.parametrize("flag, value", [
+    ("format", "code"), ("base", "bf16"), ("loss_on", "all"), ("heldout", 64), ("eval_problems", 32),
+    ("generate_tokens", 512), ("script", "other.py"),
+])  # fmt: skip
+def test_arms_that_differ_in_a_setting_are_not_comparable(tmp_path, flag, value):
+    other = gsm8k_run(tmp_path / "other", loss="dpsm", **{flag: value})
+    arms = arms_of(gsm8k_run(tmp_path / "one"), other)
+    says = f"NOT COMPARABLE: the arms differ in {flag} ({GSM8K[flag]}: ce; {value}: dpsm)"
+    assert any(w.startswith(says) for w in rp.find_warnings(arms))
+    assert judged(1, arms).verdict.startswith(f"not comparable: {flag} ")
+
+
+def test_speed_is_not_compared_across_dtypes_and_flags_of_the_system(tmp_path):
+    def differences(**config):
+        folder = tmp_path / "-".join(map(str, config.values()))
+        return compare.system_differences(*arms_of(one, gsm8k_run(folder, loss="dpsm", **config)))
+
+    one = gsm8k_run(tmp_path / "one", ran_in="bfloat16")
+    assert differences(ran_in="float32") == ["dtype"] and differences(ran_in="bfloat16") == []
+    assert differences(seed=5) == []  # an older summary does not say it
+    assert differences(ran_in="bfloat16", micro_batch=4) == ["micro_batch"]
+    assert differences(ran_in="float32", micro_batch=8, env={"world_size": 2}) == ["micro_batch", "device", "dtype"]
+
+
+def test_a_flag_that_nothing_reads_makes_no_arm_and_no_label(tmp_path):
+    same = [gsm8k_run(tmp_path / f"s{i}", seed=i, fot_window=w, gamma=w) for i, w in enumerate((16, 32))]
+    fots = [gsm8k_run(tmp_path / f"f{w}", schedule="fot", fot_window=w) for w in (16, 32)]
+    assert [a.label for a in arms_of(*same, fots[0])] == ["ce schedule=cosine", "ce schedule=fot"]
+    labels = [a.label for a in arms_of(*same, *fots)]
+    assert labels == [
+        "ce schedule=cosine fot_window=-",
+        "ce schedule=fot fot_window=16",
+        "ce schedule=fot fot_window=32",
+    ]
+    focal = gsm8k_run(tmp_path / "focal", loss="focal", gamma=3)
+    assert [a.label for a in arms_of(*same, focal)] == ["ce", "focal"]
+
+
+def test_folders_without_roles_keep_their_meaning_and_a_run_that_knows_a_flag_decides(tmp_path):
+    old = [gsm8k_run(tmp_path / f"old{p}", new=False, prompt=p, seed=i) for i, p in enumerate(("chat", "plain"))]
+    assert len(arms_of(*old)) == 1  # of before: prompt was bookkeeping, and format a knob
+    other = gsm8k_run(tmp_path / "code", new=False, format="code", seed=7)
+    assert compare.setting_differences(*arms_of(old[0], other)) == []
+    new = gsm8k_run(tmp_path / "new", seed=9, prompt="chat")
+    assert {a.label: len(a.runs) for a in arms_of(*old, new)} == {"ce prompt=chat": 2, "ce prompt=plain": 1}
+    assert [k for k in compare.setting_differences(*arms_of(new, other))] == ["format"]
+    lm = write_run(tmp_path / "lm", config={"prompt": "x", "seed": 3}, summary={})  # another script's prompt
+    same = write_run(tmp_path / "lm2", config={"prompt": "y", "seed": 4}, summary={})
+    assert len([a for a in arms_of(new, lm, same) if a.config["script"] == "train_lm.py"]) == 1
+
+
+def test_roles_before_are_roles():
+    flags = compare.roles_before()
+    assert len(flags) > 50 and {about["role"] for about in flags.values()} <= set(compare.ROLES)
+    assert all(other in ("loss", "schedule", "alpha_schedule") for about in flags.values() for other in about["only"])
+
+
+# ----------------------------------------------------------------------------------------------
+# the code that ran
+
+
+TRAIN = '"""Trains."""\nimport math\n\n\ndef main(lr=1e-3):\n    """Runs."""\n    return math.sin(lr)\n'
+
+
+def ran(folder: Path, seed: int, text: str = TRAIN, *, loss: str = "ce", **more: str) -> Path:
+    """A run that keeps its source: train_lm.py and model/gpt2.py."""
+    write_run(folder, config={"seed": seed, "loss": loss}, summary={})
+    for name, code in ({"train_lm.py": text, "model/gpt2.py": "WIDTH = 768\n"} | more).items():
+        (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "source" / name).write_text(code)
+    return folder
+
+
+def test_a_hacked_script_is_an_arm_of_its_own_and_not_another_seed(tmp_path):
+    runs = [ran(tmp_path / f"r{s}", s) for s in (1, 2)]
+    hacked = ran(tmp_path / "hacked", 3, TRAIN.replace("sin", "cos"))
+    arms, warnings = compare.group_arms([compare.load_run(p) for p in (*runs, hacked)])
+    assert [(a.label, len(a.runs)) for a in arms] == [("ce", 2), ("ce, other train_lm.py", 1)] and not warnings
+    (says,) = rp.code_warnings(arms)
+    assert says.startswith("OTHER CODE") and "train_lm.py differs" in says
+    assert all(str(p) in says for p in (*runs, hacked))
+    same_seed = ran(tmp_path / "again", 1, TRAIN.replace("sin", "cos"))  # the same seed is no repetition
+    first = [a.label for a in arms_of(hacked, *runs, same_seed)]
+    assert sorted(first) == ["ce", "ce, other train_lm.py"]
+    deep = ran(tmp_path / "deep", 4, TRAIN.replace("1e-3", "1"), **{"model/gpt2.py": "WIDTH = 2"})
+    labels = [a.label for a in arms_of(*runs, deep)]
+    assert labels == ["ce", "ce, other model/gpt2.py and 1 more"]
+
+
+@pytest.mark.parametrize("text", [
+    TRAIN.replace("import math\n", "import math  # for the sine\n\n# A comment\n"),
+    TRAIN.replace("lr=1e-3", "\n    lr=0.001,\n").replace("    return", "\n    return"),
+    TRAIN.replace('"""Trains."""', "'A longer docstring.'").replace('    """Runs."""\n', ""),
+])  # fmt: skip
+def test_comments_formatting_and_docstrings_are_no_difference(tmp_path, text):
+    arms, warnings = compare.group_arms([compare.load_run(ran(tmp_path / n, s, t)) for n, s, t in
+                                         (("a", 1, TRAIN), ("b", 2, text))])  # fmt: skip
+    assert [len(a.runs) for a in arms] == [2] and not warnings and not rp.find_warnings(arms)
+
+
+def test_only_files_that_both_have_are_compared(tmp_path):
+    bare = write_run(tmp_path / "bare", config={"seed": 4}, summary={})  # no source/, as in old records
+    flat = ran(tmp_path / "flat", 5, **{"losses.py": "ce = 1"})
+    deep = ran(tmp_path / "deep", 6, **{"kernels/losses.py": "ce = 2"})
+    assert [len(a.runs) for a in arms_of(bare, flat, deep)] == [3]
+
+
+def test_a_file_that_is_no_python_is_compared_as_text(tmp_path):
+    broken = [ran(tmp_path / f"{s}", s, text) for s, text in enumerate(("if:", "if:", "if :"))]
+    assert sorted(len(a.runs) for a in arms_of(*broken)) == [1, 2]
+
+
+def test_arms_that_are_compared_and_ran_other_code_are_said(tmp_path):
+    ces = [ran(tmp_path / f"ce{s}", s) for s in (1, 2)]
+    dpsm = ran(tmp_path / "dpsm", 1, TRAIN.replace("sin", "cos"), loss="dpsm")
+    arms = arms_of(*ces, dpsm)
+    assert [a.label for a in arms] == ["ce", "dpsm"]
+    (says,) = (w for w in rp.find_warnings(arms) if w.startswith("OTHER CODE"))
+    assert "dpsm ran another train_lm.py" in says
+    hacked = ran(tmp_path / "hacked", 1, TRAIN.replace("sin", "cos"))
+    assert judged(1, arms_of(*ces, dpsm, hacked)).against == "ce, other train_lm.py"  # which ran what dpsm ran
+    page = rp.build([*ces, hacked])
+    assert any("OTHER CODE" in w for w in page.warnings)
+
+
+def test_broken_roles_are_one_line(tmp_path):
+    run = gsm8k_run(tmp_path / "run")
+    (run / "flags.json").write_text('{"lr": {"role": "knbo", "only": {}}}')
+    with pytest.raises(ValueError, match="flags.json: lr has no role"):
+        compare.load_run(run)
+
+
+# ----------------------------------------------------------------------------------------------
 # tables
 
 
@@ -213,7 +379,7 @@ def test_final_table_holds_mean_and_sd_in_the_units_of_its_head(tmp_path):
     folders = [write_run(tmp_path / f"{i}", config={"seed": i}, summary=s) for i, s in enumerate(summaries)]
     folders.append(write_run(tmp_path / "one", config={"loss": "brier"}, summary={"val_spherical": None}))
     arms = arms_of(*folders)
-    table = rp.final_table(arms, "val")
+    table = tables.final_table(arms, "val")
     ce, brier = row(table, "ce"), row(table, "brier")
     # By hand: mean and sd of 30, 31, 32 are 31 and 1; of 3, 4, 5 %, 4 and 1.
     assert ce["PPL per token ↓"][:2] == ("31.00", "± 1.00")
@@ -224,13 +390,13 @@ def test_final_table_holds_mean_and_sd_in_the_units_of_its_head(tmp_path):
     assert after["PPL per token ↓"].text == "30.00" and after["NLL nats per token ↓"].text == "3.0000"
     assert after["ECE 10 bins, % ↓"].text == "1.00" and after["T fitted"].text == ce["T fitted"].text == "1.100"
     assert after["ECE 10 equal-mass bins, % ↓"].text == "-"
-    assert row(rp.final_table(arms, "test"), "ce")["PPL per token ↓"].text == "50.00"
-    assert rp.final_table(arms, "ood") is None
+    assert row(tables.final_table(arms, "test"), "ce")["PPL per token ↓"].text == "50.00"
+    assert tables.final_table(arms, "ood") is None
 
 
 def test_a_seed_without_a_value_is_said(tmp_path):
     arms = pairs(tmp_path, [{"val_brier": 0.5}, {"val_brier": 0.7}, {"val_brier": None}], [])
-    assert row(rp.final_table(arms, "val"), "ce")["Brier 0 to 2 ↓"][:2] == ("0.6000", "± 0.1414, n = 2")
+    assert row(tables.final_table(arms, "val"), "ce")["Brier 0 to 2 ↓"][:2] == ("0.6000", "± 0.1414, n = 2")
 
 
 @pytest.mark.parametrize(
@@ -243,7 +409,7 @@ def test_a_seed_without_a_value_is_said(tmp_path):
 )
 def test_best_is_bold_only_where_seeds_separate_it(tmp_path, ours, expected):
     theirs = [{"val_ppl": v, "val_ppl_t": v, "val_nll_t": None} for v in (30.0, 30.1)]
-    table = rp.final_table(pairs(tmp_path, theirs, [{"val_ppl": v} for v in ours]), "val")
+    table = tables.final_table(pairs(tmp_path, theirs, [{"val_ppl": v} for v in ours]), "val")
     bold = [line[0].text for line in table.rows if line[2].bold]
     assert bold == ([expected] if expected else [])
 
@@ -252,7 +418,7 @@ def test_nothing_is_bold_across_settings(tmp_path):
     folders = [write_run(tmp_path / f"a{s}", config={"seed": s}, summary={"val_ppl": 30 + s / 100}) for s in (1, 2)]
     configs = [{"seed": s, "loss": "dpsm", "steps": 2000} for s in (1, 2)]
     folders += [write_run(tmp_path / f"b{c['seed']}", config=c, summary={"val_ppl": 20.0}) for c in configs]
-    assert not any(cell.bold for line in rp.final_table(arms_of(*folders), "val").rows for cell in line)
+    assert not any(cell.bold for line in tables.final_table(arms_of(*folders), "val").rows for cell in line)
 
 
 def test_differences_from_ce_are_paired_by_seed_and_holm_corrected(tmp_path):
@@ -264,7 +430,7 @@ def test_differences_from_ce_are_paired_by_seed_and_holm_corrected(tmp_path):
         for s in (2, 0, 1):  # in another order than CE's
             config, summary = {"seed": s, "loss": loss}, {"val_ppl": 30 + s + values[s], **keys}
             folders.append(write_run(tmp_path / f"{loss}{s}", config=config, summary=summary))
-    table = rp.delta_table(arms_of(*folders))
+    table = tables.delta_table(arms_of(*folders))
     # t = mean / (sd / sqrt 3) is 0.2 / (0.1 / sqrt 3) = 3.464 and 3 / (sqrt 3 / sqrt 3) = 3. With 2 degrees of freedom
     # p = 1 - t / sqrt(t^2 + 2): 0.0742 and 0.0955. Holm: the smaller doubles, the larger may not be smaller than that.
     assert row(table, "dpsm")["PPL per token ↓"][:2] == ("+0.20 ± 0.10", "p = 0.148")
@@ -274,11 +440,13 @@ def test_differences_from_ce_are_paired_by_seed_and_holm_corrected(tmp_path):
 
 def test_no_differences_without_two_pairs(tmp_path):
     bare = {"val_nll_t": None}  # no CE + temperature row, which has a pair in every seed
-    assert rp.delta_table(pairs(tmp_path, [bare, bare], [bare])) is None
+    assert tables.delta_table(pairs(tmp_path, [bare, bare], [bare])) is None
 
 
 def test_cost_is_beside_ces_and_unmeasured_is_a_dash(tmp_path):
-    table = rp.cost_table(pairs(tmp_path, [{}], [{"tokens_per_second": 19000.0, "peak_memory_bytes": 1_250_000_000}]))
+    table = tables.cost_table(
+        pairs(tmp_path, [{}], [{"tokens_per_second": 19000.0, "peak_memory_bytes": 1_250_000_000}])
+    )
     line = row(table, "dpsm")
     assert line["throughput tokens/s ↑"][:2] == ("19,000", "0.950 × CE")
     assert line["peak memory MB = 1e6 bytes ↓"][:2] == ("1,250", "1.250 × CE")
@@ -341,10 +509,10 @@ def test_ece_is_compared_with_brier_and_with_ce_after_temperature(tmp_path):
 
 def test_time_to_quality_is_interpolated_in_log_ppl():
     curve = [(0, 1000.0), (10, 10.0), (20, 20.0), (30, 5.0)]
-    assert compare.time_to(curve, 100.0) == pytest.approx(5.0)  # half way from 1000 to 10 in the logarithm
-    assert compare.time_to(curve, 10.0) == 10  # the first crossing, whatever comes after
-    assert compare.time_to(curve, 2000.0) == 0  # there from the start
-    assert compare.time_to(curve, 4.0) is None and compare.time_to([], 4.0) is None
+    assert claims.time_to(curve, 100.0) == pytest.approx(5.0)  # half way from 1000 to 10 in the logarithm
+    assert claims.time_to(curve, 10.0) == 10  # the first crossing, whatever comes after
+    assert claims.time_to(curve, 2000.0) == 0  # there from the start
+    assert claims.time_to(curve, 4.0) is None and claims.time_to([], 4.0) is None
 
 
 @pytest.mark.parametrize(
@@ -384,7 +552,7 @@ def test_seeds_that_failed_are_counted_beside_those_that_did_not(tmp_path):
     arms = arms_of(*folders)
     v = judged(1, arms)
     assert len(v.values) == 2 and v.count == "2 of 4"
-    assert rp.verdict_table([v]).rows[0][4].sub == "n = 2 of 4"
+    assert tables.verdict_table([v]).rows[0][4].sub == "n = 2 of 4"
     assert any("d4, diverged at step 1000" in w for w in rp.find_warnings(arms))
 
 
@@ -396,7 +564,7 @@ def test_rows_without_their_arm_say_which_run_is_missing(tmp_path):
     assert judged(3, arms_of(ce, dpsm)).verdict == "missing: no run with --loss brier"
     assert judged(3, arms_of(ce, dpsm, brier)).verdict == "missing: no finished run with --loss brier"
     assert judged(1, arms_of(dpsm)).verdict == "missing: no run with --loss ce"
-    assert {v.verdict for v in compare.verdicts(arms_of(ce))} == {"missing: no run with --loss dpsm"}
+    assert {v.verdict for v in claims.verdicts(arms_of(ce))} == {"missing: no run with --loss dpsm"}
     assert judged(1, arms_of(ce, other_seed)).verdict == "missing: no seed that both arms finished"
     assert judged(6, pairs(tmp_path / "p", [{"peak_memory_bytes": None}], [{}])).verdict == "not measured"
 
@@ -416,7 +584,7 @@ def test_speed_is_not_compared_across_devices_but_quality_is(tmp_path):
     arms = arms_of(ce, dpsm)
     assert {judged(n, arms).verdict for n in (4, 5, 6)} == {"not comparable: device"}
     assert judged(1, arms).verdict == "not powered" and judged(1, arms).holds == "yes"
-    assert row(rp.cost_table(arms), "dpsm")["throughput tokens/s ↑"].sub == ""
+    assert row(tables.cost_table(arms), "dpsm")["throughput tokens/s ↑"].sub == ""
     assert any("Speed and memory are NOT COMPARABLE" in w and "device" in w for w in rp.find_warnings(arms))
 
 
@@ -525,7 +693,7 @@ def test_summaries_have_their_table_and_nothing_empty_is_shown(tmp_path):
     arms = report.arms
     assert "Not of whole sets: x test is a sample: 5 of 9 rows; val: the first 200 pairs." in report.warnings
     assert report.blocks[0][1].startswith("bart-tiny on fixture.")
-    made = rp.summary_table(arms, "val")
+    made = tables.summary_table(arms, "val")
     heads = [(cell.text, cell.sub.split("\u00a0")[0]) for cell in made.head]
     assert ("ROUGE-1", "F1, %") in heads and ("BERTScore", "F1, %") not in heads  # which nobody measured
     cells = dict(zip(heads, made.rows[1], strict=True))
@@ -533,8 +701,8 @@ def test_summaries_have_their_table_and_nothing_empty_is_shown(tmp_path):
         cells["ROUGE-1", "F1, %"][:2] == ("30.00", "29.00 to 31.00") and cells["R1", "as files2rouge"].text == "30.10"
     )
     assert cells["ended", "% of searches"].text == "97.5" and cells["texts", ""].text == "200"
-    assert "bits/byte" not in [cell.text for cell in rp.final_table(arms, "val").head]
-    assert rp.summary_table(arms, "test") is None
+    assert "bits/byte" not in [cell.text for cell in tables.final_table(arms, "val").head]
+    assert tables.summary_table(arms, "test") is None
     samples = [block for block in report.blocks if block[0] == "samples"]
     assert samples[0][1] == "reference: it said 0" and len(samples) == 3
     assert not any(block[0] == "table" and any(c.text == "Distinct-1" for c in block[1].head) and block[1].left == 1
@@ -557,8 +725,8 @@ def test_arms_of_other_decoding_are_not_compared(tmp_path):
 def test_many_arms_leave_the_best_of_each_loss_in_a_figure(tmp_path):
     configs = [({"lr": lr}, {"val_nll": 3 + lr}) for lr in (1.0, 2.0, 3.0)] + [({"loss": "dpsm"}, {"val_nll": 9.0})]
     arms = arms_of(*(write_run(tmp_path / str(i), config=c, summary=s) for i, (c, s) in enumerate(configs)))
-    assert [arm.label for arm in rp.shown(arms, 2)] == ["ce lr=1", "dpsm"]
-    assert [arm.label for arm in rp.shown(arms, 3)] == ["ce lr=1", "ce lr=2", "dpsm"]
+    assert [arm.label for arm in rp.best_arms(arms, 2)] == ["ce lr=1", "dpsm"]
+    assert [arm.label for arm in rp.best_arms(arms, 3)] == ["ce lr=1", "ce lr=2", "dpsm"]
 
 
 # ----------------------------------------------------------------------------------------------
@@ -655,7 +823,7 @@ def test_unfinished_runs_alone_make_a_report_of_curves(tmp_path, capsys):
     folder = write_run(tmp_path / "run", config={"loss": "dpsm"}, curve=falling(30)[:3])
     with open(folder / "metrics.jsonl", "a") as f:
         f.write('{"kind": "train", "step": 400, "lo')  # killed while it wrote
-    assert rp.main([str(folder), "--out", str(tmp_path / "out")]) == 0
+    assert terminal.main([str(folder), "--out", str(tmp_path / "out")]) == 0
     assert "no final numbers yet" in (tmp_path / "out/report.md").read_text()
     assert (tmp_path / "out/curves.png").exists()
     assert "missing: no finished run with --loss dpsm" in capsys.readouterr().out
@@ -751,7 +919,7 @@ def test_broken_input_is_one_line_and_writes_nothing(tmp_path, capsys, damage):
     good, bad = write_run(tmp_path / "good", summary={}), write_run(tmp_path / "bad", config={"seed": 2}, summary={})
     message = damage(bad)
     with pytest.raises(SystemExit) as e:
-        rp.main([str(good), str(bad), "--out", str(tmp_path / "out")])
+        terminal.main([str(good), str(bad), "--out", str(tmp_path / "out")])
     err = capsys.readouterr().err
     assert e.value.code == 2 and err.count("\n") == 1 and message in err
     assert str(bad) in err
@@ -767,6 +935,6 @@ def test_a_folder_of_runs_and_a_file_as_out_are_explained(tmp_path, capsys):
         ([str(run)], "--out"),
     ):
         with pytest.raises(SystemExit) as e:
-            rp.main(argv)
+            terminal.main(argv)
         err = capsys.readouterr().err
         assert e.value.code == 2 and err.count("\n") == 1 and message in err

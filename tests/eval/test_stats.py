@@ -5,18 +5,16 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from eval.stats import (
     bootstrap_interval,
     holm,
-    incomplete_beta,
+    mcnemar_exact,
     paired,
-    powered,
     required_ratio,
     summarize,
-    t_critical,
     t_interval,
-    t_two_sided,
     verdict,
 )
 
@@ -36,44 +34,35 @@ def test_summarize_refuses_what_has_no_mean(values):
         summarize(values)
 
 
-# Against scipy at 1e-10 relative. |t| starts at 1e-4: nearer to 0, scipy's own 2 sf(t) is the less exact one.
-@pytest.mark.parametrize("df", [1, 2, 3, 4, 7, 30, 499, 0.5, 2.5])
-def test_student_t_matches_scipy(df):
-    scipy_stats = pytest.importorskip("scipy.stats", reason="scipy is the reference here")
-    t = np.logspace(-4, 6, 300)
-    expected = 2 * scipy_stats.t.sf(t, df)
-    keep = expected > 1e-290  # above underflow
-    ours = np.array([t_two_sided(x, df) for x in t])
-    np.testing.assert_allclose(ours[keep], expected[keep], rtol=1e-10)
-    assert [t_two_sided(-x, df) for x in t] == list(ours)
-    for alpha in (0.5, 0.05, 0.01, 1e-6):
-        assert t_critical(df, alpha=alpha) == pytest.approx(scipy_stats.t.isf(alpha / 2, df), rel=1e-10)
+@pytest.mark.parametrize("n", [2, 3, 4, 5, 8, 31, 500])
+def test_student_t_matches_scipy(n):
+    """Of deltas with mean t / sqrt(n) and sd 1: scipy's own t-test and intervals, at 1e-9 relative."""
+    shape = np.linspace(-1, 1, n)
+    shape /= np.std(shape, ddof=1)
+    for t in np.logspace(-2, 3, 20):
+        deltas = shape + t / math.sqrt(n)
+        ours, theirs = paired(deltas, np.zeros(n), resamples=10), scipy.stats.ttest_1samp(deltas, 0)
+        assert (ours.t, ours.p) == pytest.approx((theirs.statistic, theirs.pvalue), rel=1e-9, abs=1e-290)
+        for alpha in (0.5, 0.05, 0.01, 1e-6):
+            expected = tuple(theirs.confidence_interval(1 - alpha))
+            assert t_interval(deltas, alpha=alpha) == pytest.approx(expected, abs=1e-9 * expected[1])
 
 
 def test_student_t_closed_forms():
-    for t in (1e-8, 1e-3, 0.7, 1.0, 3.0, 1e3):
-        cauchy = 1 - 2 / math.pi * math.atan(t) if t < 1 else 2 / math.pi * math.atan(1 / t)
-        assert t_two_sided(t, 1) == pytest.approx(cauchy, rel=1e-13)
-        assert t_two_sided(t, 2) == pytest.approx(2 / (2 + t * t + t * math.sqrt(2 + t * t)), rel=1e-13)
-    assert t_two_sided(0.0, 5) == 1.0 and t_two_sided(math.inf, 5) == 0.0
-    assert t_critical(2) == pytest.approx(0.95 * math.sqrt(2 / 0.0975), rel=1e-13)  # tables: 4.303
-
-
-def test_incomplete_beta_matches_scipy_and_its_symmetry():
-    special = pytest.importorskip("scipy.special", reason="scipy is the reference here")
-    rng = np.random.default_rng(0)
-    for a, b, x in zip(rng.uniform(0.3, 60, 200), rng.uniform(0.3, 60, 200), rng.uniform(0, 1, 200), strict=True):
-        # lgamma differences near 60 lose about 2 digits of 16; 1e-10 is what t-tests are held to above.
-        assert incomplete_beta(a, b, x) == pytest.approx(special.betainc(a, b, x), rel=1e-10, abs=1e-14)
-        assert incomplete_beta(a, b, x) + incomplete_beta(b, a, 1 - x) == pytest.approx(1, abs=1e-12)
+    """One degree of freedom is Cauchy's distribution; of two, A&S 26.7.4."""
+    for t in (1e-3, 0.7, 1.0, 3.0, 1e3):
+        deltas = [t / math.sqrt(2) + x for x in (-math.sqrt(0.5), math.sqrt(0.5))]  # sd 1, n = 2
+        assert paired(deltas, [0, 0]).p == pytest.approx(2 / math.pi * math.atan(1 / t), rel=1e-10)
+        deltas = [t / math.sqrt(3) + x for x in (-1, 0, 1)]
+        assert paired(deltas, [0, 0, 0]).p == pytest.approx(2 / (2 + t * t + t * math.sqrt(2 + t * t)), rel=1e-10)
+    assert required_ratio(3) == pytest.approx(0.95 * math.sqrt(2 / 0.0975) / math.sqrt(3), rel=1e-10)  # tables: 4.303
 
 
 def test_paired_matches_scipy():
-    scipy_stats = pytest.importorskip("scipy.stats", reason="scipy is the reference here")
     rng = np.random.default_rng(1)
     for n in (2, 3, 5, 12):
         a, b = rng.normal(20, 1, n), rng.normal(20.3, 1, n)
-        ours, theirs = paired(a, b), scipy_stats.ttest_rel(a, b)
+        ours, theirs = paired(a, b), scipy.stats.ttest_rel(a, b)
         assert (ours.t, ours.p) == pytest.approx((theirs.statistic, theirs.pvalue), rel=1e-10)
         assert (ours.low, ours.high) == pytest.approx(tuple(theirs.confidence_interval(0.95)), rel=1e-10)
         assert (ours.mean, ours.sd, ours.n) == pytest.approx((np.mean(a - b), np.std(a - b, ddof=1), n), rel=1e-12)
@@ -101,8 +90,7 @@ def test_bootstrap_is_seeded_and_close_to_scipys():
     deltas = np.random.default_rng(2).normal(0.3, 1, 25)
     assert bootstrap_interval(deltas, seed=3) == bootstrap_interval(deltas, seed=3)
     assert bootstrap_interval(deltas, seed=3) != bootstrap_interval(deltas, seed=4)
-    scipy_stats = pytest.importorskip("scipy.stats", reason="scipy is the reference here")
-    theirs = scipy_stats.bootstrap((deltas,), np.mean, method="percentile", n_resamples=10_000, rng=5)
+    theirs = scipy.stats.bootstrap((deltas,), np.mean, method="percentile", n_resamples=10_000, rng=5)
     # A 2.5 % quantile of 10,000 means has a Monte-Carlo error of sd * sqrt(.025 * .975 / 1e4) / density at
     # 1.96 = 0.027 sd (sd of the mean, 0.2 here); four such errors, for the difference of two, 0.03.
     assert bootstrap_interval(deltas) == pytest.approx(tuple(theirs.confidence_interval), abs=0.03)
@@ -129,15 +117,26 @@ def test_holm_is_closed_testing_with_bonferroni():
         holm([0.1, 1.5])
 
 
+def test_mcnemar_is_exact():
+    """2 against 7 by hand, and the sum of binomial terms elsewhere."""
+    assert mcnemar_exact(2, 7) == mcnemar_exact(7, 2) == pytest.approx(2 * (1 + 9 + 36) / 2**9, rel=1e-12)
+    for a, b in itertools.product(range(12), repeat=2):
+        tail = sum(math.comb(a + b, i) for i in range(min(a, b) + 1)) / 2 ** (a + b)
+        assert mcnemar_exact(a, b) == pytest.approx(min(1, 2 * tail), rel=1e-12)
+    assert mcnemar_exact(0, 0) == mcnemar_exact(4, 4) == 1.0
+    with pytest.raises(ValueError, match="only_b=-1"):
+        mcnemar_exact(3, -1)
+
+
 def test_three_seeds_need_a_ratio_of_2_48():
     assert required_ratio(3) == pytest.approx(2.484, abs=5e-4)
     assert required_ratio(5) == pytest.approx(1.242, abs=5e-4)
     assert required_ratio(1) == math.inf
-    assert powered([1.0 + 1 / 2.49, 1.0, 1.0 - 1 / 2.49])  # mean 1, sd 1/2.49
-    assert not powered([1.0 + 1 / 2.48, 1.0, 1.0 - 1 / 2.48])
-    assert not powered([5.0]) and not powered([0.0, 0.0])
+    for ratio, state in ((2.49, "not met"), (2.48, "not powered")):  # of three deltas with mean 1 and sd 1 / ratio
+        assert verdict([1.0 + 1 / ratio, 1.0, 1.0 - 1 / ratio], 0.0) == state
+    assert verdict([5.0], 0.0) == "not powered"
     with pytest.raises(ValueError, match="alpha=0"):
-        t_critical(2, alpha=0)
+        t_interval([1, 2, 3], alpha=0)
 
 
 def test_verdict():

@@ -1,24 +1,16 @@
-"""Config from the command line, atomic files, schedules, the divergence watch, recipes."""
+"""Config from the command line, atomic files, schedules, the divergence watch."""
 
-import importlib
 import json
 import math
-import re
-import signal
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
 
-from eval import campaign as recipe_run
 from runtime.cli import opt, parse_config
 from runtime.folder import read_metrics, write_bytes, write_json
-from runtime.machine import World
 from runtime.meter import DivergenceWatch
 from schedules.rules import SCHEDULES, lr_factor
-
-ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
@@ -102,56 +94,3 @@ def test_schedules():
     assert lr_factor("wsd", 79, 100) == 1 and lr_factor("wsd", 90, 100) == pytest.approx(0.5)
     with pytest.raises(ValueError, match="cubic"):
         lr_factor("cubic", 0, 1)
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda p: p.stem)
-def test_recipes_are_valid(path, capsys):
-    """Each cell's flags parse and are allowed."""
-    assert recipe_run.main([str(path), "--dry-run"]) == 0
-    lines = capsys.readouterr().out.strip().splitlines()
-    outs = set()
-    for line in lines:
-        script = importlib.import_module(Path(line.split()[1]).stem)
-        cfg = parse_config(script.Config, line.split()[2:])
-        cfg = script.with_preset(cfg) if hasattr(script, "with_preset") else cfg
-        script.check(cfg, World(0, 1, torch.device("cpu")))
-        outs.add(cfg.out)
-    assert len(outs) == len(lines) > 0
-
-
-def test_a_broken_recipe_is_one_line(tmp_path, capsys):
-    (tmp_path / "r.toml").write_text("grid = [")
-    with pytest.raises(SystemExit) as stopped:
-        recipe_run.main([str(tmp_path / "r.toml")])
-    assert stopped.value.code == 2 and re.search("r.toml is not TOML", capsys.readouterr().err)
-
-
-def test_recipes_run_side_by_side_go_on_and_say_what_failed(corpus, tmp_path, monkeypatch, capfd):
-    """Two runs at a time, each in its folder with its log, then their report; what has finished is left alone, and a
-    run that fails is named with its log."""
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    recipe = tmp_path / "two.toml"
-    recipe.write_text(
-        f'script = "train_lm.py"\nout = "{tmp_path / "runs"}"\n[flags]\ndata = "{corpus}"\n'
-        f'cache = "{tmp_path / "cache"}"\n'
-        'tokenizer = "bpe:320"\nmodel = "pico"\nseq_len = 32\nbatch = 4\nsteps = 3\nsample_tokens = 2\ndevice = "cpu"\n'
-        "[grid]\nseed = [1, 2, 3]\n"
-    )
-    try:
-        assert recipe_run.main([str(recipe), "--jobs", "2"]) == 0
-        done = [tmp_path / "runs" / f"seed{seed}" for seed in (1, 2, 3)]
-        assert all((d / "summary.json").exists() and "validation ppl" in (d.parent / f"{d.name}.log").read_text()
-                   for d in done)  # fmt: skip
-        assert (tmp_path / "runs" / "report" / "report.md").exists()
-        before = [(d / "summary.json").stat().st_mtime_ns for d in done]
-        capfd.readouterr()
-        assert (
-            recipe_run.main([str(recipe), "--jobs", "2", "--set", "loss=nonsense", "--out", str(tmp_path / "b")]) != 0
-        )
-        assert f"{tmp_path / 'b' / 'seed1'}.log" in capfd.readouterr().err
-        assert recipe_run.main([str(recipe), "--jobs", "2"]) == 0
-        assert before == [(d / "summary.json").stat().st_mtime_ns for d in done]
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)

@@ -1,0 +1,131 @@
+"""The claims under test: criteria, and what the runs say of each.
+
+Every criterion compares arms over the seeds that both finished. The verdict over seeds is `eval.stats.verdict`.
+"""
+
+import math
+from typing import NamedTuple
+
+from eval.report.runs import Arm, Run, reference, system_differences
+from eval.stats import summarize, verdict
+
+QUALITY = 0.95  # criterion 4: CE's last PPL is this share of the level that is timed
+
+
+class Criterion(NamedTuple):
+    number: int
+    name: str
+    definition: str
+    against: str  # the loss compared with
+    kind: str  # "difference" a - b, "change" 100 (a / b - 1), or "time"
+    keys: tuple[str, str]  # of the two summaries
+    direction: str
+    threshold: float
+    unit: str
+    scale: float = 1.0
+    system: bool = False  # needs the same device and settings of the system
+    claim: bool = True  # False: for information
+
+
+CRITERIA = (
+    Criterion(1, "PPL within 0.3 of CE", "validation PPL minus CE's; lower is fine",
+              "ce", "difference", ("val_ppl", "val_ppl"), "at most", 0.3, "PPL"),
+    Criterion(2, "ECE at least 25 % below CE's", "validation ECE, 10 bins, no temperature; change from CE's",
+              "ce", "change", ("val_ece10", "val_ece10"), "at most", -25, "%"),
+    Criterion(3, "ECE within 5 % of Brier's", "validation ECE, 10 bins; change from the Brier arm's; lower is fine",
+              "brier", "change", ("val_ece10", "val_ece10"), "at most", 5, "%"),
+    Criterion(4, "95 % of CE's quality in 110 % of time",
+              "training seconds until validation PPL is at most CE's last / 0.95 (line through log PPL), "
+              "as a share of CE's own seconds to that level",
+              "ce", "time", ("", ""), "at most", 110, "%", system=True),
+    Criterion(5, "throughput at most 2 % lower", "training tokens a second; change from CE's",
+              "ce", "change", ("tokens_per_second", "tokens_per_second"), "at least", -2, "%", system=True),
+    Criterion(6, "peak memory at most 500 MB more", "peak memory minus CE's; MB = 1e6 bytes",
+              "ce", "difference", ("peak_memory_bytes", "peak_memory_bytes"), "at most", 500, "MB", 1e-6, system=True),
+    Criterion(7, "ECE against CE + temperature", "ECE, 10 bins, no temperature; change from CE's after temperature",
+              "ce", "change", ("val_ece10", "val_ece10_t"), "at most", 0, "%", claim=False),
+    Criterion(8, "NLL after temperature, both", "validation NLL after temperature minus CE's after temperature",
+              "ce", "difference", ("val_nll_t", "val_nll_t"), "at most", 0, "nats", claim=False),
+)  # fmt: skip
+
+
+class Verdict(NamedTuple):
+    criterion: Criterion
+    arm: str  # label
+    against: str  # label
+    values: list[float]  # one a shared seed; inf where the level was never reached
+    seeds: int  # of the arm, runs that did not finish included
+    value: str
+    threshold: str
+    holds: str  # "yes", "no" or "-": whether the point value satisfies the threshold
+    verdict: str  # met, not met, not powered, information; or missing / not comparable / not measured and why
+
+    @property
+    def count(self) -> str:
+        """How many seeds have a value, and of how many: those that failed must not go unseen."""
+        return f"{len(self.values)}" + (f" of {self.seeds}" if len(self.values) < self.seeds else "")
+
+
+def time_to(curve: list[tuple[float, float]], level: float) -> float | None:
+    """Seconds at which PPL first is at most ``level``, on the line through (seconds, log PPL); None if never.
+
+    Where the first point is there already, its time: the curve does not say how much earlier.
+    """
+    for i, (seconds, ppl) in enumerate(curve):
+        if ppl <= level:
+            if i == 0:
+                return seconds
+            before, above = curve[i - 1]
+            return before + (seconds - before) * math.log(above / level) / math.log(above / ppl)
+    return None
+
+
+def criterion_value(c: Criterion, a: Run, b: Run) -> float | None:
+    """The criterion's value for one pair of runs, in its unit; None where a side was not measured."""
+    if c.kind == "time":
+        mine, theirs = a.curve(), b.curve()
+        if not mine or not theirs:
+            return None
+        level = theirs[-1][1] / QUALITY
+        base, seconds = time_to(theirs, level), time_to(mine, level)
+        return None if not base else math.inf if seconds is None else 100 * seconds / base
+    x, y = a.number(c.keys[0]), b.number(c.keys[1])
+    if x is None or y is None or (c.kind == "change" and y == 0):
+        return None
+    return c.scale * (x - y) if c.kind == "difference" else 100 * (x / y - 1)
+
+
+def judge(c: Criterion, arm: Arm | None, arms: list[Arm]) -> Verdict:
+    """One row of the verdict, by shared seeds."""
+    sign = "" if c.kind == "time" else "+"
+    limit = f"{c.direction} {c.threshold:{sign if c.threshold else ''}g} {c.unit}"
+    values, other, why = [], None, f"missing: no {'finished ' if arm else ''}run with --loss dpsm"
+    if arm and arm.finished:
+        other, why = reference(arm, arms, c.against)
+        if other and c.system and (apart := system_differences(arm, other)):
+            why = f"not comparable: {', '.join(apart)}"
+    if not why:
+        theirs = {run.seed: run for run in other.finished}
+        pairs = [(run, theirs[run.seed]) for run in arm.finished if run.seed in theirs]
+        values = [v for a, b in pairs if (v := criterion_value(c, a, b)) is not None]
+        why = "" if values else "not measured" if pairs else "missing: no seed that both arms finished"
+    of = c, arm.label if arm else "dpsm", other.label if other else c.against, values, len(arm.runs) if arm else 0
+    if why:
+        return Verdict(*of, "-", limit, "-", why)
+    never, n = values.count(math.inf), len(values)
+    if never:
+        text, holds, state = f"never reached by {never} of {n}", False, "not met" if n > 1 else "not powered"
+    else:
+        mean, sd, _ = summarize(values)
+        digits = 3 if c.unit in ("PPL", "nats") else 1
+        text = f"{mean:{sign}.{digits}f}" + (f" ± {sd:.{digits}f}" if n > 1 else "") + f" {c.unit}"
+        holds = mean <= c.threshold if c.direction == "at most" else mean >= c.threshold
+        state = verdict(values, c.threshold, c.direction)
+    return Verdict(*of, text, limit, "yes" if holds else "no", state if c.claim else "information")
+
+
+def verdicts(arms: list[Arm]) -> list[Verdict]:
+    """All criteria for every DPSM arm, those with most seeds first, and of these the lowest validation NLL."""
+    under_test = [arm for arm in arms if arm.loss == "dpsm"] or [None]
+    under_test.sort(key=lambda a: (-len(a.finished), a.mean("val_nll")) if a else ())
+    return [judge(c, arm, arms) for arm in under_test for c in CRITERIA]

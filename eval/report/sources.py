@@ -1,0 +1,47 @@
+"""The code that a run ran: what its folder's ``source/`` holds, compared by meaning and not by letter.
+
+A run keeps every module of the tree that it imported, by its path. Comments, formatting and docstrings are no
+difference. A file that is no Python, as far as this interpreter can tell, is compared as text.
+"""
+
+import ast
+import functools
+import warnings
+from collections import Counter
+from pathlib import Path
+
+DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def read_sources(folder: Path) -> dict[str, int]:
+    """Path within ``folder`` -> what `meaning` says of that file; empty where there is no such folder."""
+    files = sorted(folder.rglob("*.py"))
+    return {f.relative_to(folder).as_posix(): meaning(f.read_text("utf-8", "replace")) for f in files}
+
+
+@functools.lru_cache(maxsize=4096)
+def meaning(text: str) -> int:
+    """A number that two texts share if they are the same program, up to docstrings."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of escapes in strings, which are not ours to report
+            tree = ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError):
+        return hash(text)
+    for node in ast.walk(tree):
+        if isinstance(node, DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:]
+    return hash(ast.dump(tree))
+
+
+def other_files(a: dict[str, int], b: dict[str, int]) -> list[str]:
+    """Files that both sides hold and that are not the same program."""
+    return sorted(name for name in a.keys() & b.keys() if a[name] != b[name])
+
+
+def usual(sources: list[dict[str, int]]) -> dict[str, int]:
+    """Of each file what most runs ran; of equally many the first."""
+    counts: dict[str, Counter] = {}
+    for source in sources:
+        for name, code in source.items():
+            counts.setdefault(name, Counter())[code] += 1
+    return {name: counter.most_common(1)[0][0] for name, counter in counts.items()}
