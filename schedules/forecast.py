@@ -62,6 +62,11 @@ class Forecast(NamedTuple):
     reason: str  # "" or why there is no forecast
     planned: bool  # whether a planned schedule was used; else the last learning rate is held
 
+    @property
+    def descent(self) -> float | None:
+        """How much the smoothed loss will still fall."""
+        return None if self.mean is None else float(self.curve[0, 1]) - self.mean
+
     def __str__(self) -> str:
         return f"no forecast: {self.reason}" if self.mean is None else f"forecast {self.mean:.4g} +- {self.sd:.2g}"
 
