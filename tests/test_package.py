@@ -159,7 +159,7 @@ STAND_IN = {
     "    LocalLayerRepository, Mode, ROCMProperties, kernelize, register_kernel_mapping,\n"
     "    replace_kernel_forward_from_hub, use_kernel_forward_from_hub, use_kernel_mapping, use_kernelized_func)\n"
     "from .load import get_kernel\n",
-    "load.py": "import kernels\n\ndef get_kernel(*args, **kwargs):\n    raise ValueError('the stand-in has no kernels')\n",
+    "load.py": "import kernels\n\ndef get_kernel(*args, **kwargs):\n    raise ValueError('this has no kernels')\n",
     "layer/__init__.py": "from kernels.layer.mode import Mode\n"
     "class Device:\n    def __init__(self, *args, **kwargs): pass\n"
     "CUDAProperties = FuncRepository = KernelizeFallback = LayerRepository = LocalLayerRepository = Device\n"
