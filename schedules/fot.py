@@ -1,9 +1,5 @@
 """Forecast-On-Trajectory: a learning rate steered by a forecast of the loss that the run will end with.
 
-    fot = FoT(optimizer, total=steps, warmup=0.02)         # the optimizer's groups hold the peak learning rates
-    for step in range(steps):
-        loss.backward(); fot.observe(nll_sum, tokens); optimizer.step(); fot.step()
-
 The rule decides every W = 32 steps. With eta the learning rate, u Adam's direction, G the expected gradient and H the
 Hessian, it sets
 
@@ -61,24 +57,27 @@ LITERAL_POINTS, LITERAL_LOWEST = 150, 0.01
 # What a saved state must have in common with the scheduler that loads it, and the attributes that it holds.
 SAME_SETTINGS = ("rule", "parts", "total", "warmup", "every", "beta", "same_units")
 SAVED = (
-    *("multiplier", "m", "level", "hold", "literal_gate", "blocks", "average", "weight", "reference", "lrs", "history"),
-    *("decision", "counts", "previous_lr", "_began", "last_epoch", "_step_count", "_last_lr"),
-)
+    "multiplier m level hold literal_gate blocks average weight reference lrs history decision counts previous_lr "
+    "_began last_epoch _step_count _last_lr"
+).split()
+UNDECIDED = {"target": None, "infeasible": False, "hold": None, "eta_opt": None, "bound": False, "h": None, "gate": 1.0}
 
 
-def parse_parts(text: str) -> tuple[str, ...]:
-    """Parts of the rule from a comma-separated list; "none" is no part. Raises ValueError for an unknown one."""
-    parts = tuple(p.strip() for p in text.split(",") if p.strip())
-    if parts == ("none",):
+def parse_parts(parts: str | Sequence[str]) -> tuple[str, ...]:
+    """Parts of the rule, from names or a comma-separated list; "none" is none. Raises ValueError for an unknown one."""
+    text = parts if isinstance(parts, str) else ",".join(parts) or "none"
+    names = tuple(p.strip() for p in text.split(",") if p.strip())
+    if names == ("none",):
         return ()
-    if not parts or not set(parts) <= set(PARTS):
+    if not names or not set(names) <= set(PARTS):
         raise ValueError(f"FoT parts {text!r}: expected some of {','.join(PARTS)}, or none")
-    return parts
+    return names
 
 
-def rule_reads(rule: str, parts: Sequence[str]) -> set[str]:
+def rule_reads(rule: str, parts: str | Sequence[str]) -> set[str]:
     """What ``rule`` reads beyond loss and gradients: "gate", the Fisher of both segments; "blocks", their RMS."""
-    reads = {"fot": {"gate", "blocks"} & set(parts), "fot-literal": {"gate"}, "bacon": {"blocks"} & set(parts)}
+    parts = set(parse_parts(parts))
+    reads = {"fot": {"gate", "blocks"} & parts, "fot-literal": {"gate"}, "bacon": {"blocks"} & parts}
     return reads.get(rule, set())
 
 
@@ -154,7 +153,7 @@ class FoT(LRScheduler):
         total: int,
         *,
         rule: str = "fot",
-        parts: Sequence[str] = PARTS,
+        parts: str | Sequence[str] = PARTS,
         warmup: float = 0.0,
         every: int = 32,
         beta: float = 0.9,
@@ -171,7 +170,7 @@ class FoT(LRScheduler):
         for name, value in (("warmup", warmup), ("beta", beta)):
             if not 0 <= value < 1:
                 raise ValueError(f"{name}={value!r}: expected a share in [0, 1)")
-        self.rule, self.parts = rule, parse_parts(",".join(parts) or "none")
+        self.rule, self.parts = rule, parse_parts(parts)
         self.total, self.warmup = total, float(warmup)
         self.every, self.beta, self.same_units = every, float(beta), bool(same_units)
         self.ranks, self.reduce, self.block_rms = ranks, reduce or (lambda x: x), block_rms
@@ -380,14 +379,11 @@ class FoT(LRScheduler):
         x = self._averaged(GradientStats.means(host["stats"]), warm)
         prompt, prompt_tokens, answer, answer_tokens = host["fisher"]
         forecast = self._forecast()
-        row = {
-            **{"forecast": forecast.mean, "sd": forecast.sd, "reason": forecast.reason},
-            **{"D": forecast.descent, "sd_D": forecast.sd},
-            **{"target": None, "infeasible": False, "hold": None, "eta_opt": None, "bound": False},
-            "h": (answer / answer_tokens) / (prompt / prompt_tokens) if min(host["fisher"]) > 0 else None,
-            "gate": 1.0,
-            **{k: x.get(k) for k in ("g2", "noise", "slope", "after", "curvature")},
-        }
+        row = {"forecast": forecast.mean, "sd": forecast.sd, "reason": forecast.reason, "D": forecast.descent}
+        row |= {"sd_D": forecast.sd} | UNDECIDED
+        if min(host["fisher"]) > 0:
+            row["h"] = (answer / answer_tokens) / (prompt / prompt_tokens)
+        row |= {k: x.get(k) for k in ("g2", "noise", "slope", "after", "curvature")}
         self._RULES[self.rule](self, done, warm, x, row)
         if "rms" in host and warm and done >= 2 * self.every:  # LoRA's B, which begins at 0, has moved
             self.blocks = block_multipliers(host["rms"])

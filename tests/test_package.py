@@ -35,6 +35,12 @@ def hf_kernels():
     return HF_KERNELS
 
 
+def without_theirs():
+    if any(d.name == "kernels" for d in distributions()):
+        pytest.skip("Hugging Face's kernels is installed here, so that its absence cannot be tested")
+    return []
+
+
 # ----------------------------------------------------------------------------------------------
 # the wheel
 
@@ -92,24 +98,25 @@ config = transformers.GPT2Config(vocab_size=32, n_positions=16, n_embd=16, n_lay
                                  embd_pdrop=0.0, attn_pdrop=0.0)
 model = transformers.GPT2LMHeadModel(config)
 data = [{"input_ids": torch.arange(i, i + 12) % 32, "labels": torch.arange(i, i + 12) % 32} for i in range(64)]
-optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+optimizer = torch.optim.AdamW(model.parameters(), lr=5e-2)
 fot = FoT(optimizer, 40, every=8)
 loss_fn = ProperScoreLoss("brier")
 seen = []
 
 def compute_loss(*args, **kwargs):
     loss = loss_fn.trainer_loss(*args, **kwargs)
+    fot.observe(loss)
     seen.append(loss.item())
     return loss
 
-args = transformers.TrainingArguments(sys.argv[0] if sys.argv[0] != "-c" else "out", max_steps=40,
-                                      per_device_train_batch_size=8, report_to=[], use_cpu=True, disable_tqdm=True,
-                                      save_strategy="no")
+args = transformers.TrainingArguments("out", max_steps=40, per_device_train_batch_size=8, report_to=[], use_cpu=True,
+                                      disable_tqdm=True, save_strategy="no")
 transformers.Trainer(model, args, train_dataset=data, compute_loss_func=compute_loss,
                      optimizers=(optimizer, fot)).train()
 first, last = sum(seen[:5]) / 5, sum(seen[-5:]) / 5
 assert 0 < last < 0.9 * first, (first, last)
 assert fot.last_epoch == 40 and fot.counts["decisions"] == 4 and fot.get_last_lr() == [0.0]
+assert fot.forecaster.points == 32  # the last window closes with the run
 for module in list(sys.modules.values()):
     if getattr(module, "__name__", "").startswith("scorecast."):
         print("module", module.__file__)
@@ -121,10 +128,13 @@ def test_the_installed_wheel_trains_through_the_trainer(beside, elsewhere, tmp_p
     pytest.importorskip("transformers")
     pytest.importorskip("accelerate", reason="transformers.Trainer needs accelerate")
     python, site = elsewhere
-    check = "\nimport kernels; print('theirs', kernels.__file__, kernels.get_kernel.__module__)" if beside else """
-import importlib.util
-assert importlib.util.find_spec("kernels") is importlib.util.find_spec("schedules") is None
-"""  # fmt: skip
+    check = "import kernels; print('theirs', kernels.__file__, kernels.get_kernel.__module__)"
+    if not beside:
+        without_theirs()
+        check = """
+from importlib.util import find_spec
+assert find_spec("kernels") is find_spec("schedules") is None
+"""
     said = run(python, TRAINS + check, tmp_path, *([hf_kernels()] if beside else [])).splitlines()
     modules = [Path(line.split()[1]) for line in said if line.startswith("module ")]
     assert len(modules) > 8 and all(site in path.parents for path in modules)
@@ -188,7 +198,7 @@ def stand_in(tmp_path_factory):
 @pytest.fixture(params=["without", "with", "stand-in"])
 def beside(request, stand_in):
     """Folders for PYTHONPATH: no package of Hugging Face's, the installed one, or one that transformers takes."""
-    return {"without": list, "with": lambda: [hf_kernels()], "stand-in": lambda: [stand_in]}[request.param]()
+    return {"without": without_theirs, "with": lambda: [hf_kernels()], "stand-in": lambda: [stand_in]}[request.param]()
 
 
 def test_other_packages_import_from_the_checkout(beside):
@@ -259,6 +269,7 @@ def test_no_submodule_of_theirs_is_hidden_by_one_of_ours():
 
 
 def test_without_theirs_it_is_said_that_it_is_not_installed():
+    without_theirs()
     run(sys.executable, """
 import importlib.metadata, importlib.util, kernels
 assert importlib.util.find_spec("kernels").origin == kernels.__file__
