@@ -34,6 +34,15 @@ class Example(NamedTuple):
         return self.length if loss_on == "all" else len(self.tokens) - self.prompt
 
 
+class Seen(NamedTuple):
+    """The targets of packed rows that go through the head."""
+
+    at: Tensor  # [N] int64, places in the flattened rows
+    targets: Tensor  # [N] int64
+    answer: Tensor  # [N] bool, of the answer; else of the prompt
+    inside: Tensor  # [N] bool, in the loss
+
+
 @dataclass(frozen=True)
 class Rows:
     """Packed examples, on the CPU. Position t predicts the token after it, so that a position is the answer's where
@@ -58,6 +67,12 @@ class Rows:
             prompt = self.targets_RT != IGNORE
             chosen = chosen | prompt if every == 1 else chosen | (prompt & (torch.arange(prompt.shape[1]) % every == 0))
         return chosen.flatten().nonzero()[:, 0]
+
+    def seen(self, loss_on: str, *, prompt: bool = False, thin: int = 1) -> "Seen":
+        """The targets in the loss and, with ``prompt``, those outside as well, of which every ``thin``-th."""
+        at = self.positions("all" if prompt else loss_on, thin)
+        answer = self.answer_RT.flatten()[at]
+        return Seen(at, self.targets_RT.flatten()[at], answer, answer | (loss_on == "all"))
 
     @property
     def tokens(self) -> int:

@@ -10,44 +10,48 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from data.gsm8k import Problem
 from data.packing import Rows
 from data.prompts import Prompter, calculate
-from eval.calibration import Calibration
 from eval.gsm8k import Sample, grade_code, grade_text, scores
-from kernels import linear_score
 from model.decode import Request, decode
 from model.qwen3 import Qwen3
 from runtime.folder import write_bytes
-from runtime.machine import World
+from runtime.machine import World, to_device
 
 
-@torch.no_grad()
-def heldout_metrics(
-    model: Qwen3, heldout: Rows, score, loss_on: str, world: World, *, rows: int, tail: float = 0.0, impl: str = "auto"
-) -> dict[str, float]:
-    """The training ``score`` and the calibration of every held-out target, of the answers or of all; ``rows`` of them
-    in one forward, split over the ranks."""
-    was_training = model.training
-    model.eval()
-    calibration = Calibration(world.device)
-    total = torch.zeros(2, dtype=torch.float64, device=world.device)
+def hidden_at(model, part: Rows, at_N: Tensor, device: torch.device) -> Tensor:
+    """Hidden states [N, D] at the places ``at_N`` of the flattened rows."""
+    hidden = model(to_device(part.tokens_RT, device), documents_BT=to_device(part.documents_RT, device))
+    return hidden.flatten(0, 1).index_select(0, at_N)
+
+
+def forwards(model: Qwen3, heldout: Rows, loss_on: str, rows: int, world: World):
+    """(hidden [N, D], targets [N]) of this rank's held-out rows, ``rows`` at a time: of the answers or of all."""
     for begin in range(world.rank * rows, len(heldout), world.size * rows):
         part = heldout[begin : begin + rows]
-        at = part.positions(loss_on)
-        y = part.targets_RT.flatten()[at].to(world.device)
-        hidden = model(part.tokens_RT.to(world.device), documents_BT=part.documents_RT.to(world.device))
-        hidden = hidden.flatten(0, 1)[at.to(world.device)]
-        loss, moments = linear_score(hidden, model.head_weight, y, score, reduction="sum", tail=tail, impl=impl)
-        calibration.update(moments)
-        total += torch.stack([loss.double(), torch.full_like(loss, len(at)).double()])
-    model.train(was_training)
-    calibration.all_reduce()
-    loss, count = world.all_reduce(total).tolist()
-    m = calibration.compute()
-    shown = {k: m[k] for k in ("nll", "ppl", "ece10", "brier", "accuracy", "entropy")}
-    return {"loss": loss / count, **shown, "eval_tokens": m["tokens"]}
+        at, targets = (to_device(x, world.device) for x in part.seen(loss_on)[:2])
+        yield hidden_at(model, part, at, world.device), targets
+
+
+class SegmentFisher:
+    """The mean Fisher of a prompt's and of an answer's token in one step."""
+
+    def __init__(self, device: torch.device):
+        self.sums = torch.zeros(2, 2, dtype=torch.float64, device=device)  # of prompt and answer: sum and number
+
+    def add(self, fisher_N: Tensor | None, answer_N: Tensor) -> None:
+        """Fisher of some tokens, None where it was not measured, and whether they are of the answer (bool)."""
+        if fisher_N is not None:
+            segments = torch.stack([~answer_N, answer_N]).double()  # [2, N]
+            self.sums += torch.stack([segments @ fisher_N.double(), segments.sum(1)], dim=1)
+
+    def entries(self, world: World) -> dict[str, float | None]:
+        """Entries of a log line, over all ranks. Every rank must call it."""
+        totals = dict(zip(("prompt", "answer"), world.all_reduce(self.sums).tolist(), strict=True))
+        return {f"fisher_{of}": total / number if number else None for of, (total, number) in totals.items()}
 
 
 class Answers(NamedTuple):

@@ -3,37 +3,32 @@
 Nothing here trains. ``world`` is World: sets are split over the ranks, and every rank must make each call.
 """
 
-import math
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from data.summaries import SummaryTokenizer, TokenPairs, collate, in_order
-from eval.calibration import Calibration, fit_temperature, temperature_sums
-from eval.summaries import ROUGE, bert_score, summary_metrics, write_predictions
-from kernels import linear_moments, linear_score
+from data.summaries import SummaryTokenizer, TokenPairs
+from eval.summaries import ROUGE, bert_model, bert_score, rouge_scores, summary_metrics, write_predictions
+from kernels import linear_score
 from model.beam import Decoding
 from model.seq2seq import Seq2Seq, Seq2SeqConfig, training_flops
 from runtime.folder import load_checkpoint
 from runtime.machine import EnergyMeter, World, peak_flops, peak_memory, to_device
 
-KEYS = ("nll", "ppl", "ece10", "ece100", "ece10_mass", "brier", "spherical", "accuracy", "entropy")
-
 
 def load_finetuned(run_folder: str | Path, checkpoint: str = "best.pt", device: str | torch.device = "cpu"):
-    """The model of a run, in eval mode and without dropout, its SummaryTokenizer, and its config as a dict.
+    """The model of a run, in eval mode and without dropout, its SummaryTokenizer, and what else the checkpoint holds.
 
     Raises ValueError, one line, for a folder without a whole checkpoint of that name.
     """
     kept = load_checkpoint(Path(run_folder) / checkpoint)
     model = Seq2Seq(Seq2SeqConfig(**kept["model_config"]), getattr(torch, kept["dtype"]))
     model.load_state_dict(kept["model"])
-    return model.to(device).eval(), SummaryTokenizer.from_state(kept["tokenizer"]), kept["config"]
+    return model.to(device).eval(), SummaryTokenizer.from_state(kept["tokenizer"]), kept
 
 
 def decoding(settings, tokenizer: SummaryTokenizer) -> Decoding:
@@ -53,6 +48,13 @@ def decoding(settings, tokenizer: SummaryTokenizer) -> Decoding:
     )
 
 
+def check_packages(bertscore: str) -> None:
+    """Raises ValueError where a package or a model that the final evaluation needs cannot be had."""
+    rouge_scores(["a"], ["a"])
+    if bertscore:
+        bert_model(bertscore)
+
+
 # ----------------------------------------------------------------------------------------------
 # token-level, on the references
 
@@ -67,79 +69,6 @@ def forward(model, source: Tensor, mask: Tensor | None, labels: Tensor, device: 
     source, labels = to_device(source, device), to_device(labels, device)
     mask = mask if mask is None else to_device(mask, device)
     return model(source, mask, shift(labels)).flatten(0, 1), labels.flatten()
-
-
-@torch.no_grad()
-def evaluate(
-    model: Seq2Seq,
-    pairs: TokenPairs,
-    world: World,
-    *,
-    batch: int = 8,
-    scale: float | None = None,
-    keep: list | None = None,
-    impl: str = "auto",
-) -> tuple[Calibration, Calibration | None]:
-    """Calibration of ``model`` on every token of the references of ``pairs``, given those before it; with ``scale`` =
-    1/temperature a second one of the scaled logits. ``keep`` collects (hidden [N, D], targets [N]) of this rank."""
-    was_training = model.training
-    model.eval()
-    raw, scaled = Calibration(world.device), Calibration(world.device) if scale else None
-    for rows in in_order(pairs, batch)[world.rank :: world.size]:
-        collated = collate(pairs, rows, multiple=multiple_of(world.device))
-        hidden, y = forward(model, *collated, world.device, model.shift_right)
-        head = dict(weight=model.head_weight, targets=y, bias=model.head_bias, impl=impl)
-        raw.update(linear_moments(hidden, **head))
-        if scaled is not None:
-            scaled.update(linear_moments(hidden, **head, scale=scale))
-        if keep is not None:
-            keep.append((hidden[y != -100], y[y != -100]))
-    model.train(was_training)
-    if world.size > 1:
-        for c in (raw, scaled):
-            c is None or c.all_reduce()
-    return raw, scaled
-
-
-def numbers(c: Calibration) -> dict[str, float]:
-    """What is reported of one evaluation."""
-    m = c.compute()
-    m["eval_tokens"] = m.pop("tokens")
-    return m
-
-
-def final_metrics(
-    model: Seq2Seq, sets: dict[str, TokenPairs | None], world: World, *, batch: int = 8, impl: str = "auto"
-) -> tuple[dict, dict]:
-    """Temperature on ``sets["val"]``, then every set before and after it: (summary entries, reliability bins). A set
-    that is None has its entries, which are None; so has a temperature that weights with nan or inf do not have."""
-    head, bias, kept = model.head_weight, model.head_bias, []
-    how = dict(batch=batch, impl=impl)
-    finite = math.isfinite(evaluate(model, sets["val"], world, keep=kept, **how)[0].compute()["nll"])
-
-    def sums(beta: float) -> Tensor:
-        parts = [
-            temperature_sums(F.linear(h, head.to(h.dtype), bias if bias is None else bias.to(h.dtype)), y, beta)
-            for hs, ys in kept
-            for h, y in zip(hs.split(1024), ys.split(1024), strict=True)
-        ]
-        none = torch.zeros(1, 4, dtype=torch.float64, device=world.device)  # of a rank without a batch
-        return world.all_reduce(torch.cat([none, *(p[None] for p in parts)]).sum(0))
-
-    with torch.no_grad():
-        fit = fit_temperature(sums) if finite else None
-    kept.clear()
-    entries, bins = {"temperature": fit and fit.temperature, "temperature_at_bound": fit and fit.at_bound}, {}
-    for name, pairs in sets.items():
-        if pairs is None:
-            entries |= {f"{name}_{k}{suffix}": None for k in KEYS for suffix in ("", "_t")}
-            continue
-        raw, scaled = evaluate(model, pairs, world, scale=fit and 1 / fit.temperature, **how)
-        bins[name] = {"raw": raw.bins(300), "scaled": scaled and scaled.bins(300)}
-        before, after = numbers(raw), numbers(scaled) if scaled else {}
-        entries |= {f"{name}_{k}": before[k] for k in KEYS} | {f"{name}_{k}_t": after.get(k) for k in KEYS}
-        entries[f"{name}_tokens"] = before["eval_tokens"]
-    return entries, bins
 
 
 # ----------------------------------------------------------------------------------------------
@@ -186,22 +115,6 @@ def summarise(
     }
 
 
-def efficiency(rows: list[dict], flops_per_token: float, peak: float | None, ranks: int) -> dict:
-    """Summary entries from the train rows of metrics.jsonl: medians over log windows, the first of which pays for cold
-    caches and is left out; ``peak`` FLOP/s of one of ``ranks`` devices, or None."""
-    total, later = sum(r["steps"] for r in rows), rows[1:] or rows
-    rate = statistics.median(r["tokens_per_second"] for r in later) if later else None
-    milliseconds = [1000 * r["step_tokens"] / r["tokens_per_second"] for r in later]
-    return {
-        "tokens_per_second": rate,
-        "ms_per_step_median": statistics.median(milliseconds) if later else None,
-        "flops_per_token": flops_per_token,
-        "mfu": rate * flops_per_token / (peak * ranks) if peak and rate else None,
-        "clip_rate": sum(r["clip_rate"] * r["steps"] for r in rows) / total if total else None,
-        "swapped_references": sum(r["swapped_references"] for r in rows),
-    }
-
-
 def describe(name: str, summary: dict) -> list[str]:
     """The last lines of a run, from its summary: validation before and after the temperature, then a line for each set
     that was summarised, with what it is a part of."""
@@ -228,23 +141,14 @@ def describe(name: str, summary: dict) -> list[str]:
 
 
 def profile(
-    trained,
-    model: Seq2Seq,
-    score: Callable,
-    batch: tuple,
-    world: World,
-    energy: EnergyMeter,
-    *,
-    steps: int,
-    tail: float = 0.0,
-    impl: str = "auto",
+    trained, model: Seq2Seq, score: Callable, batch: tuple, world: World, *, steps: int, tail: float = 0.0, impl: str
 ) -> dict:
     """The cost of forward and backward of one fixed, collated ``batch``, over ``steps`` after three that warm up.
 
     ``trained`` is ``model`` or what wraps it. GPU utilisation and joules come from NVML and are None where there is
     none; peak FLOP/s are known of some GPUs only. Gradients accumulate and are dropped.
     """
-    device, seconds, busy = world.device, [], []
+    device, seconds, busy, energy = world.device, [], [], EnergyMeter(world.device)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     for step in range(steps + 3):
         if step == 3:

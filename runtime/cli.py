@@ -1,44 +1,173 @@
-"""The command line: a dataclass of flags, one-line errors, and signals that ask a loop to stop."""
+"""The command line: a dataclass of flags that say everything about themselves, and errors of one line.
+
+    @dataclass(frozen=True)
+    class Config:
+        steps: int = opt(1000, "optimizer steps", within="[1, inf)", role="setting", group="optimizer")
+        gamma: float = opt(2.0, "exponent", within="[0, inf)", only={"loss": ("focal",)})
+
+Nothing here knows a flag by its name.
+"""
 
 import argparse
 import contextlib
 import dataclasses
+import difflib
+import math
 import os
+import shutil
 import signal
 import sys
 import typing
 from pathlib import Path
 
+# What a difference between two runs in this flag means.
+ROLES = {
+    "setting": "the runs answer different questions: nothing is compared across it",
+    "knob": "the runs are different arms of one experiment",
+    "system": "speed and memory are not comparable; may change when a run is resumed",
+    "where": "nothing; may change when a run is resumed",
+    "bookkeeping": "nothing; stays as it is when a run is resumed",
+}
 
-def opt(default, help: str, choices: tuple[str, ...] | None = None):
-    """A dataclass field with its one-line help and, for a string, the values it may take."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+def opt(
+    default,
+    help: str,
+    choices: tuple[str, ...] | None = None,
+    *,
+    within: str = "",
+    role: str = "knob",
+    only: dict[str, tuple] | None = None,
+    group: str = "",
+    alias: str = "",
+):
+    """A dataclass field that is a flag, with its one-line help.
+
+    ``choices``: the values that a string may take. ``within``: an interval such as "[0, 1)" that a number
+    must lie in. ``role``: a key of ROLES. ``only``: other flags and their values under which this one is read, all
+    of which must hold; given elsewhere it is refused. ``group``: begins a section of --help. ``alias``: another name.
+    """
+    if role not in ROLES:
+        raise ValueError(f"role {role!r}; expected one of {', '.join(ROLES)}")
+    about = dict(help=help, choices=choices, within=within, role=role, only=only or {}, group=group, alias=alias)
+    return dataclasses.field(default=default, metadata=about)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):  # one line, not the whole usage
+def flag_name(field: str) -> str:
+    return "--" + field.replace("_", "-")
+
+
+def roles(cls) -> dict[str, dict]:
+    """{flag: {"role", "only"}} of a Config, as a run folder keeps it for the report."""
+    return {f.name: {"role": f.metadata["role"], "only": dict(f.metadata["only"])} for f in dataclasses.fields(cls)}
+
+
+def changeable(cls) -> tuple[str, ...]:
+    """Flags that a resumed run may change: where and how it computes, not what."""
+    return tuple(f.name for f in dataclasses.fields(cls) if f.metadata["role"] in ("where", "system"))
+
+
+def unread(cls, values: dict, names) -> list[tuple[str, str]]:
+    """(flag, why) for those of ``names`` that the settings ``values`` do not read."""
+    out = []
+    for f in dataclasses.fields(cls):
+        for other, allowed in f.metadata["only"].items():
+            if f.name in names and values[other] not in allowed:
+                says = f"{flag_name(other)} {' or '.join(map(str, allowed))} alone, not by {flag_name(other)}"
+                yes = allowed == (True,)
+                out.append((f.name, f"needs {flag_name(other)}" if yes else f"is read by {says} {values[other]}"))
+                break
+    return out
+
+
+def outside(value, interval: str) -> str:
+    """What is wrong with a number that has to lie in ``interval``, "" where nothing is."""
+    low, high = (float(x) for x in interval[1:-1].split(","))
+    above = value > low or (value == low and interval[0] == "[")
+    below = value < high or (value == high and interval[-1] == "]")
+    if above and below:
+        return ""
+    if high < math.inf:
+        return f"is outside {interval}"
+    return "must be finite and not negative" if low == 0 else f"must be at least {low:g}"
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line and name the nearest flag or choice."""
+
+    def __init__(self, **how):
+        width = min(shutil.get_terminal_size().columns, 120)
+        how.setdefault(
+            "formatter_class",
+            lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=width),
+        )
+        how.setdefault("usage", "%(prog)s [flags]")
+        super().__init__(**how, allow_abbrev=False)
+
+    def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
 
+    def _check_value(self, action, value):
+        if action.choices is not None and value not in action.choices:
+            near = nearest(str(value), action.choices)
+            choices = ", ".join(map(str, action.choices))
+            raise argparse.ArgumentError(action, f"invalid choice: {value!r} (choose from {choices}){near}")
 
-def parse_config(cls, argv: list[str] | None = None, description: str = ""):
-    """An instance of the dataclass ``cls`` from the command line; each field is a flag.
+    def parse_args(self, args=None, namespace=None):
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            near = nearest(unknown[0].split("=")[0], self._option_string_actions)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{near}")
+        return found
 
-    ``seq_len`` becomes ``--seq-len``; a bool gives ``--x`` and ``--no-x``; ``T | None`` takes a T.
-    A bad flag prints one line and exits with code 2.
-    """
-    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    hints = typing.get_type_hints(cls)
+
+def nearest(given: str, known) -> str:
+    found = difflib.get_close_matches(given, [str(k) for k in known if k], n=1)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def parser_of(cls, description: str = "") -> Parser:
+    """The parser of a Config: ``seq_len`` is ``--seq-len``; a bool gives ``--x`` and ``--no-x``; ``T | None`` takes a
+    T. Flags that are not given are not in its namespace."""
+    parser = Parser(description=description)
+    hints, section = typing.get_type_hints(cls), parser
     for f in dataclasses.fields(cls):
+        about = f.metadata
+        section = parser.add_argument_group(about["group"]) if about["group"] else section
         kind = next((t for t in typing.get_args(hints[f.name]) if t is not type(None)), hints[f.name])
-        default = "" if f.default is None or f.default == "" else f" (default: {f.default})"
-        kwargs = {"default": f.default, "help": f.metadata["help"].replace("%", "%%") + default}
+        notes = [about["within"]] if about["within"] else []
+        notes += [f"default: {f.default}"] if f.default not in (None, "") else []
+        help = about["help"] + (f" ({'; '.join(notes)})" if notes else "")
+        names = [flag_name(f.name)] + ([about["alias"]] if about["alias"] else [])
+        if about["choices"]:
+            help = f"{', '.join(c or repr(c) for c in about['choices'])}: {help}"
+        how = {"dest": f.name, "default": argparse.SUPPRESS, "help": help.replace("%", "%%")}
         if kind is bool:
-            kwargs["action"] = argparse.BooleanOptionalAction
+            how["action"] = argparse.BooleanOptionalAction
         else:
-            kwargs |= {"type": kind, "choices": f.metadata["choices"]}
-            kwargs["metavar"] = None if f.metadata["choices"] else kind.__name__.upper()
-        parser.add_argument("--" + f.name.replace("_", "-"), **kwargs)
-    return cls(**vars(parser.parse_args(argv)))
+            how |= {"type": kind, "choices": about["choices"]}
+            how["metavar"] = "NAME" if about["choices"] else kind.__name__.upper()
+        section.add_argument(*names, **how)
+    return parser
+
+
+def parse_config(cls, argv: list[str] | None = None, description: str = "", complete=lambda values: values):
+    """An instance of the dataclass ``cls`` from the command line.
+
+    ``complete`` takes the values by name and gives them back with what depends on other flags, such as a preset's.
+    A flag that is unknown, outside of its range, no choice, or given where nothing reads it prints one line and exits
+    with code 2.
+    """
+    parser = parser_of(cls, description)
+    given = vars(parser.parse_args(argv))
+    values = complete({f.name: given.get(f.name, f.default) for f in dataclasses.fields(cls)})
+    for f in dataclasses.fields(cls):
+        value, interval = values[f.name], f.metadata["within"]
+        if interval and value is not None and (wrong := outside(value, interval)):
+            parser.error(f"{flag_name(f.name)} {value} {wrong}")
+    for name, why in unread(cls, values, given):
+        parser.error(f"{flag_name(name)} {why}")
+    return cls(**values)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Run folders: config, environment, source, metrics, summary and checkpoints, written whole or not at all."""
 
+import dataclasses
 import datetime
 import json
 import os
@@ -14,7 +15,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from runtime.cli import changeable, roles
 from runtime.machine import World
+
+TREE = Path(__file__).resolve().parents[1]
+PACKAGES = ("torch", "triton", "numpy", "tiktoken", "tokenizers", "datasets", "safetensors")
 
 
 def write_bytes(path: Path, writer) -> None:
@@ -74,22 +79,19 @@ def environment(device: torch.device) -> dict:
 
     cuda = device.type == "cuda"
     status = git("status", "--porcelain")
-    packages = ("torch", "triton", "numpy", "tiktoken", "tokenizers", "datasets", "safetensors")
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "python": platform.python_version(),
-        "packages": {p: installed(p) for p in packages},
+        "packages": {p: installed(p) for p in PACKAGES},
         "device": torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads",
         "cuda": torch.version.cuda if cuda else None,
         "world_size": int(os.environ.get("WORLD_SIZE", 1)),
         "git_commit": git("rev-parse", "HEAD"),
         "git_dirty": None if status is None else bool(status),
         "git_diff": git("diff", "HEAD") if status else "",
+        "git_untracked": (git("ls-files", "--others", "--exclude-standard") or "").splitlines(),
     }
-
-
-TREE = Path(__file__).resolve().parents[1]
 
 
 def imported_sources() -> list[Path]:
@@ -98,51 +100,63 @@ def imported_sources() -> list[Path]:
     return sorted(f for f in files if TREE in f.parents and "site-packages" not in f.parts and f.is_file())
 
 
-def same_config(path: Path, old: dict, new: dict, free: tuple[str, ...]) -> None:
-    """Raises ValueError, naming what differs, unless ``new`` continues ``old``; ``free`` settings may change."""
-    diff = [k for k in new if k not in free and old.get(k) != new[k]]
+def same_config(path: Path, old: dict, new: dict, free: tuple[str, ...], defaults: dict | None = None) -> None:
+    """Raises ValueError, naming what differs, unless ``new`` continues ``old``. ``free`` settings may change; one that
+    ``old`` does not know, as a run of before has it, must be at its default."""
+    was = (defaults or {}) | old
+    diff = [k for k in new if k not in free and was.get(k) != new[k]]
     if diff:
-        what = ", ".join(f"{k} was {old.get(k)!r}, now {new[k]!r}" for k in diff)
+        what = ", ".join(f"{k} was {was.get(k)!r}, now {new[k]!r}" for k in diff)
         raise ValueError(f"--resume: {path} is of a different run ({what})")
 
 
 class RunFolder:
-    """``runs/NAME``: config, environment, source, metrics, summary and checkpoints of one run.
+    """``runs/NAME``: config, flags, environment, source, metrics, summary and checkpoints of one run.
 
-    Only rank 0 writes. ``open`` looks and refuses, without writing; ``start`` creates or continues.
+    Only rank 0 writes. `enter` looks and refuses, without writing; `start` creates or continues; `finish` closes.
     """
 
     def __init__(self, path: str | Path, world: World):
         self.path, self.world = Path(path), world
-        self._metrics = None
+        self._metrics = self._wandb = None
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
 
-    def check(self, config: dict, resume: bool, free: tuple[str, ...]) -> None:
-        """Refuses a folder that holds a different run; ``free`` names the settings that may change.
+    def enter(self, cfg) -> dict | None:
+        """The checkpoint that a run of ``cfg``, a Config with out, resume and resume_from, goes on from; None for a new
+        run.
 
-        Raises ValueError: not resuming and the folder is in use, resuming and there is no run, or
-        resuming with another config.
+        Raises ValueError: not resuming and the folder is in use, resuming and there is no run, resuming with another
+        config, or from a file that is no whole checkpoint of a training.
         """
         held = self / "config.json"
-        if not resume:
+        if not cfg.resume:
             if self.path.is_file() or (self.path.is_dir() and any(self.path.iterdir())):
                 what = "already holds a run" if held.exists() else "exists and is not an empty folder"
                 raise ValueError(f"{self.path} {what}; give another --out, or --resume to go on with it")
-            return
+            return None
         if not held.exists():
             raise ValueError(f"--resume: no run in {self.path} (no config.json); check --out or start without --resume")
         try:
             old = json.loads(held.read_text())
         except json.JSONDecodeError as e:
             raise ValueError(f"{held} is not JSON ({e.msg}); the run cannot be resumed") from e
-        same_config(self.path, old, config, free)
+        new, free = dataclasses.asdict(cfg), changeable(type(cfg))
+        defaults = {f.name: f.default for f in dataclasses.fields(cfg)}
+        same_config(self.path, old, new, free, defaults)
+        path = Path(cfg.resume_from or self / "last.pt")
+        checkpoint = load_checkpoint(path)
+        if "optimizer" not in checkpoint:
+            raise ValueError(f"{path} holds weights only; resume from last.pt or previous.pt")
+        same_config(path, checkpoint["config"], new, free, defaults)
+        return checkpoint
 
-    def start(self, config: dict, resume_step: int | None) -> None:
-        """Creates the folder, or, resuming, drops the metrics after ``resume_step``."""
+    def start(self, cfg, script: str, resume_step: int | None) -> None:
+        """Creates the folder of ``script``'s run, or, resuming, drops the metrics after ``resume_step``."""
         if not self.world.main:
             return
+        config = dataclasses.asdict(cfg)
         self.path.mkdir(parents=True, exist_ok=True)
         metrics = self / "metrics.jsonl"
         if resume_step is None:
@@ -151,7 +165,8 @@ class RunFolder:
                 kept = self / "source" / source.relative_to(TREE)
                 kept.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(source, kept)
-            write_json(self / "config.json", config)  # last: a folder with a config is a run
+            write_json(self / "flags.json", roles(type(cfg)))
+            write_json(self / "config.json", config | {"script": script})  # last: a folder with a config is a run
         else:
             for stale in self.path.glob("*.tmp*"):  # of a killed write
                 stale.unlink()
@@ -165,19 +180,30 @@ class RunFolder:
                 if row["step"] <= resume_step:
                     kept.append(line + "\n")
             write_bytes(metrics, lambda f: f.write("".join(kept).encode()))
-        self._metrics = open(metrics, "a", buffering=1)  # noqa: SIM115 - closed by close()
+        self._metrics = open(metrics, "a", buffering=1)  # noqa: SIM115 - closed by finish()
+        if cfg.wandb:
+            import wandb
 
-    def log(self, kind: str, step: int, **values) -> dict:
-        """Appends one row to ``metrics.jsonl`` (rank 0) and returns it."""
-        row = {"kind": kind, "step": step} | _finite(values)
-        if self._metrics:
-            self._metrics.write(json.dumps(row) + "\n")
-        return row
+            # The same id when the run is resumed: it goes on there.
+            name = self.path.name
+            self._wandb = wandb.init(
+                project=cfg.wandb, name=name, id=name, dir=str(self.path), config=config, resume="allow"
+            )
+        if resume_step is not None:
+            self.log("event", resume_step, event="resumed", world_size=self.world.size)
 
-    def close(self) -> None:
-        if self._metrics:
-            self._metrics.close()
-            self._metrics = None
+    def log(self, kind: str, step: int, **values) -> None:
+        """Appends one row to ``metrics.jsonl`` (rank 0), and to Weights & Biases where it is asked for."""
+        if not self._metrics:
+            return
+        row = _finite(values)
+        self._metrics.write(json.dumps({"kind": kind, "step": step} | row) + "\n")
+        if self._wandb and kind != "event":
+            self._wandb.log({f"{kind}/{k}": v for k, v in row.items()}, step=step)
+
+    def rows(self, kind: str) -> list[dict]:
+        """The rows of one kind so far."""
+        return read_metrics(self / "metrics.jsonl", kind)
 
     def save(self, name: str, state: dict) -> None:
         """Writes a checkpoint atomically (rank 0); ``last.pt`` keeps its predecessor as ``previous.pt``."""
@@ -195,37 +221,41 @@ class RunFolder:
             os.replace(link, self / "previous.pt")
         write_bytes(path, lambda f: torch.save(state, f))
 
+    def ended(self, ending: str | None, step: int, signal_name: str | None) -> int | None:
+        """Logs why the loop ended (diverged, stopped, early_stop; None: at its last step). The exit code of a run that
+        ends with it, after a line on rank 0 that says how to go on; None where the final evaluation follows."""
+        if ending:
+            self.log("event", step, event=ending, signal=signal_name)
+        if ending == "diverged" and self.world.main:
+            good = next((p for p in (self / "last.pt", self / "best.pt") if p.exists()), None)
+            advice = f"Last good checkpoint: {good}" if good else "No checkpoint had been written; lower --lr"
+            what = f"the loss was not finite in three steps running; stopped at step {step}"
+            print(f"{self.path}: {what}. {advice}", file=sys.stderr)
+        if ending == "stopped" and self.world.main:
+            print(f"{signal_name}: saved {self / 'last.pt'} at step {step}; the same command with --resume goes on")
+        return {"diverged": 1, "stopped": 0}.get(ending)
 
-def start_wandb(project: str, out: Path, config: dict):
-    """A Weights & Biases run that goes on under the same id when the run is resumed."""
-    import wandb
+    def write(self, name: str, content) -> None:
+        """NAME.json, by rank 0."""
+        if self.world.main:
+            write_json(self / f"{name}.json", content)
 
-    return wandb.init(project=project, name=out.name, id=out.name, dir=str(out), config=config, resume="allow")
+    def summarise(self, summary: dict, **files) -> None:
+        """Writes ``files``, name -> content of NAME.json, and, last, summary.json: then the run has finished."""
+        for name, content in (files | {"summary": summary}).items():
+            self.write(name, content)
+        if self._wandb:
+            self._wandb.summary.update(summary)
 
-
-def ends_here(run: RunFolder, ending: str | None, step: int, signal_name: str | None) -> int | None:
-    """Logs why the loop ended (diverged, stopped, early_stop; None: at its last step). The exit code of a run that ends
-    with it, after a line on rank 0 that says how to go on; None where the final evaluation follows."""
-    if ending:
-        run.log("event", step, event=ending, signal=signal_name)
-    if ending == "diverged" and run.world.main:
-        good = next((p for p in (run / "last.pt", run / "best.pt") if p.exists()), None)
-        advice = f"Last good checkpoint: {good}" if good else "No checkpoint had been written; lower --lr"
-        print(f"{run.path}: the loss was not finite in three steps running; stopped at step {step}. {advice}",
-              file=sys.stderr)  # fmt: skip
-    if ending == "stopped" and run.world.main:
-        print(f"{signal_name}: saved {run / 'last.pt'} at step {step}; the same command with --resume goes on")
-    return {"diverged": 1, "stopped": 0}.get(ending)
-
-
-def finish(run: RunFolder, wandb_run, code: int) -> int:
-    """Closes everything that a script opened; returns ``code``, the script's exit code."""
-    run.close()
-    if wandb_run:
-        wandb_run.finish(exit_code=code)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    return code
+    def finish(self, code: int) -> int:
+        """Closes everything that a script opened; returns ``code``, the script's exit code."""
+        if self._metrics:
+            self._metrics.close()
+        if self._wandb:
+            self._wandb.finish(exit_code=code)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return code
 
 
 def load_checkpoint(path: str | Path) -> dict:

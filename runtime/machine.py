@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from schedules.rules import ADAPTIVE
+
 
 @dataclasses.dataclass(frozen=True)
 class World:
@@ -31,14 +33,37 @@ class World:
             dist.all_reduce(x, op)
         return x
 
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def any(self, flag: bool) -> bool:
+        """Whether ``flag`` holds on one rank or more. Every rank must call it."""
+        return bool(self.all_reduce(torch.tensor(int(flag), device=self.device)))
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of the activations that --dtype means: auto is bfloat16 on CUDA and float32 elsewhere."""
+        auto = "bfloat16" if self.device.type == "cuda" else "float32"
+        return getattr(torch, auto if name == "auto" else name)
+
+    def check(self, cfg) -> None:
+        """Raises ValueError for flags that do not go together, or not with these ranks and this device."""
+        if cfg.batch % self.size:
+            raise ValueError(f"--batch {cfg.batch} is not divisible by the {self.size} ranks; change one of them")
+        if cfg.kernels == "triton" and self.device.type != "cuda":
+            raise ValueError("--kernels triton needs a CUDA device; use --kernels torch or auto")
+        if cfg.schedule in ADAPTIVE and cfg.lr_warmup == 1:
+            raise ValueError(f"--lr-warmup 1 leaves no step to --schedule {cfg.schedule}")
+
     @contextlib.contextmanager
     def main_first(self):
         """Rank 0 runs the body alone, the others after it: for caches that are written once."""
-        if self.size > 1 and not self.main:
-            dist.barrier()
+        if not self.main:
+            self.wait()
         yield
-        if self.size > 1 and self.main:
-            dist.barrier()
+        if self.main:
+            self.wait()
 
 
 def start_world(device: str = "auto") -> World:
@@ -56,6 +81,7 @@ def start_world(device: str = "auto") -> World:
     here = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(here)
+        torch.set_float32_matmul_precision("high")
     else:
         keep_freed_memory()
     if "RANK" in os.environ and not dist.is_initialized():
@@ -146,15 +172,11 @@ def set_rng_states(states: list[dict], world: World) -> bool:
     return True
 
 
-def system_entries(world: World, dtype: torch.dtype, memory: int | None, joules: float | None, health: dict) -> dict:
-    """Entries of summary.json that every script has. ``health``: what ``DivergenceWatch.read`` gave at the end."""
+def device_entries(world: World, dtype: torch.dtype) -> dict:
+    """Entries of summary.json that say where and how a run computed."""
     cuda = world.device.type == "cuda"
     return {
-        "peak_memory_bytes": memory,
         "peak_memory_of": "CUDA allocations" if cuda else "process resident set",
-        "energy_joules": joules,
-        "divergences": int(health["divergences"]),
-        "skipped_steps": int(health["skipped"]),
         "device": torch.cuda.get_device_name(world.device) if cuda else "CPU",
         "world_size": world.size,
         "dtype": str(dtype).removeprefix("torch."),

@@ -1,7 +1,23 @@
-"""What a loop measures while it runs."""
+"""What a loop measures while it runs: the clock, sums on the device, the best weights so far, when to stop.
+
+The loop is the script's. It tells the meter of each micro-batch (`Meter.add`) and of each step (`Meter.end_step`), asks
+whether there is something to do (`Meter.due`), and reads (`Meter.row`), which is the one synchronisation between log
+lines.
+"""
+
+import math
+import statistics
+import sys
+import time
 
 import torch
 from torch import Tensor
+
+from runtime.cli import StopRequest
+from runtime.machine import EnergyMeter, device_entries, peak_flops, peak_memory, rng_states, set_rng_states
+
+# A run ends after so many steps running without a finite loss.
+HOPELESS = 3
 
 
 class DivergenceWatch:
@@ -11,10 +27,10 @@ class DivergenceWatch:
     0.99) for 32 steps running; the average stands still while the loss is above it.
     """
 
-    FIELDS = ("ema", "steps", "over", "skipped", "streak", "worst_streak", "divergences")
+    COUNTERS = ("ema", "steps", "over", "skipped", "streak", "worst_streak", "divergences")
 
     def __init__(self, device: torch.device):
-        self.state = torch.zeros(len(self.FIELDS), dtype=torch.float64, device=device)
+        self.state = torch.zeros(len(self.COUNTERS), dtype=torch.float64, device=device)
 
     def update(self, loss: Tensor, finite: Tensor) -> None:
         """``loss`` 0-d, ``finite`` 0-d bool: whether this step's loss and gradient norm were finite."""
@@ -25,18 +41,222 @@ class DivergenceWatch:
         moved = torch.where(steps > 0, 0.99 * ema + 0.01 * loss, loss)
         bad = (~finite).double()
         new_streak = (streak + 1) * bad
-        self.state = torch.stack(
-            [
-                torch.where(finite & ~high, moved, ema),
-                steps + finite,
-                new_over,
-                skipped + bad,
-                new_streak,
-                torch.maximum(worst, new_streak),
-                events + bad + (new_over == 32),
-            ]
-        )
+        new_ema = torch.where(finite & ~high, moved, ema)
+        new_worst = torch.maximum(worst, new_streak)
+        new_events = events + bad + (new_over == 32)
+        counters = [new_ema, steps + finite, new_over, skipped + bad, new_streak, new_worst, new_events]
+        self.state = torch.stack(counters)
 
     def read(self) -> dict[str, float]:
         """The counters on the host (synchronises)."""
-        return dict(zip(self.FIELDS, self.state.tolist(), strict=True))
+        return dict(zip(self.COUNTERS, self.state.tolist(), strict=True))
+
+
+class Meter:
+    """The measurements of one training.
+
+    ``run``: the RunFolder that rows go to. ``window``: a Calibration of the tokens trained on since the last log line.
+    ``table``: eval.metrics, which measures it and says what a row shows. ``cfg``: with the flags steps, log_every,
+    eval_every and, where there is a best, patience. ``counted``: names of further numbers of a step, given to
+    `end_step`, whose sums a row shows.
+    """
+
+    def __init__(self, run, window, table, cfg, counted: tuple[str, ...] = ()):
+        self.run, self.world, self.window, self.table = run, run.world, window, table
+        self.steps, self.log_every, self.eval_every = cfg.steps, cfg.log_every, cfg.eval_every
+        self.patience, self.counted = getattr(cfg, "patience", 0), counted
+        device = self.world.device
+        self.step, self.tokens, self.seconds, self.joules = 0, 0, 0.0, 0.0
+        self.best, self.stale = {"step": None, "nll": math.inf}, 0
+        self.sums = torch.zeros(4 + len(self.counted), dtype=torch.float64, device=device)  # steps, loss, norm, clipped
+        self.watch = DivergenceWatch(device)
+        self.loss = torch.zeros((), device=device)  # of the step that is being computed
+        self.ending: str | None = None  # why the loop ends before its last step
+        self.stopping = self.at_log = self.at_eval = False
+        self._energy = EnergyMeter(device)
+
+    # -- state ----------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict:
+        """Entries of a checkpoint, on the CPU, of all ranks together. Every rank must call it."""
+        window = type(self.window)(self.world.device)
+        window.load_state_dict(self.window.state_dict())
+        window.all_reduce()
+        return {
+            "step": self.step,
+            "tokens_seen": self.tokens,
+            "train_seconds": self.seconds,
+            "joules": self.joules,
+            "best": self.best,
+            "stale": self.stale,
+            "sums": self.sums.cpu(),
+            "watch": self.watch.state.cpu(),
+            "window": window.state_dict(),
+            "rng": rng_states(self.world),
+        }
+
+    def load_state_dict(self, state: dict, draws: bool = True) -> None:
+        """``draws``: whether the training draws random numbers, so that another number of ranks goes on with others."""
+        self.step, self.tokens = state["step"], state["tokens_seen"]
+        self.seconds, self.joules = state["train_seconds"], state["joules"]
+        self.best, self.stale = state.get("best", self.best), state.get("stale", 0)
+        self.sums.copy_(state["sums"])
+        self.watch.state.copy_(state["watch"])
+        if self.world.main:  # a sum over ranks goes on at one of them
+            self.window.load_state_dict(state["window"])
+        if not set_rng_states(state["rng"], self.world) and draws and self.world.main:
+            print(f"resuming {len(state['rng'])} ranks on {self.world.size}: dropout masks will differ from here on")
+        if self.patience and self.stale >= self.patience:
+            self.ending = "early_stop"
+
+    # -- the loop -------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Right before the loop: signals ask it to stop from here on, the bar stands, the clock runs."""
+        from tqdm import tqdm
+
+        how = dict(total=self.steps, initial=self.step, unit="step", dynamic_ncols=True)
+        self.bar = tqdm(desc=self.run.path.name, disable=not self.world.main, **how)
+        self.stop = StopRequest()
+        self._clocked = self.tokens
+        self.go_on()
+
+    def go_on(self) -> None:
+        """After evaluation and checkpoints, which are not training time."""
+        self._clock, self._read = time.perf_counter(), self._energy.read()
+
+    @property
+    def running(self) -> bool:
+        return self.step < self.steps and self.ending is None
+
+    def add(self, loss: Tensor, moments) -> None:
+        """A micro-batch: its part of the loss of this rank (0-d), and the Moments of the tokens in the loss."""
+        self.loss += loss.detach() / self.world.size
+        self.window.update(moments)
+
+    def end_step(self, norm: Tensor, clip: float, tokens: int, **counted: float) -> None:
+        """After a step. ``norm``: of the gradient, 0-d; ``clip``: what it was clipped to, 0 is off; ``tokens``: of
+        the global batch; ``counted``: the numbers that were named. A step that is not finite is skipped and counted."""
+        loss, finite = self.loss, torch.isfinite(norm) & torch.isfinite(self.loss)
+        self.watch.update(loss, finite)
+        clipped = (norm > (clip or math.inf)).float()
+        more = [torch.full_like(loss, counted[name]) for name in self.counted]
+        self.sums += torch.where(finite, torch.stack([torch.ones_like(loss), loss, norm, clipped, *more]), 0.0)
+        self.loss = torch.zeros_like(loss)
+        self.tokens += tokens
+        self.step += 1
+        self.bar.update()
+
+    def due(self) -> bool:
+        """Whether a log line, a validation or a stop is due after this step. Ranks see a signal at different moments:
+        several of them agree at log lines."""
+        self.at_eval = self.step % self.eval_every == 0 or self.step == self.steps
+        self.at_log = self.step % self.log_every == 0 or self.at_eval
+        asked = bool(self.stop.signal)
+        if self.world.size > 1:
+            asked = self.at_log and self.world.any(asked)
+        self.stopping = asked
+        return self.at_log or asked
+
+    def row(self, says: str = "", **shown: float) -> dict | None:
+        """What a log line holds, over the steps since the last one; None where none is due, or no step was finite.
+
+        Reads the clock and the divergence watch, and ends the run where it is hopeless. ``shown``, alpha and lr at the
+        least, goes into the row; ``says`` into the bar.
+        """
+        self.health = self.watch.read()
+        seconds = time.perf_counter() - self._clock
+        self.seconds += seconds
+        rate, self._clocked = (self.tokens - self._clocked) / seconds, self.tokens
+        if self._read is not None:
+            used = torch.tensor(self._energy.read() - self._read, dtype=torch.float64, device=self.world.device)
+            self.joules += float(self.world.all_reduce(used))
+        self.go_on()
+        if self.health["worst_streak"] >= HOPELESS:
+            self.ending = "diverged"
+        elif self.stopping:
+            self.ending = "stopped"
+        if not self.at_log:
+            return None
+        n, loss, norm, clipped, *more = self.sums.tolist()
+        self.window.all_reduce()
+        row = None
+        if n:
+            m, metrics = self.table.measure(self.window), self.table.shown(self.table.TOKENS, "train")
+            row = {"loss": loss / n} | {metric.key: m[metric.key] for metric in metrics} | shown
+            row |= {"grad_norm": norm / n, "clip_rate": clipped / n} | dict(zip(self.counted, more, strict=True))
+            row |= {"steps": n, "skipped": self.health["skipped"], "tokens_per_second": rate}
+            self.bar.set_postfix_str(self._postfix(row, metrics, says))
+        self.window.reset()
+        self.sums.zero_()
+        return row
+
+    def _postfix(self, row: dict, metrics, says: str) -> str:
+        parts = [f"loss {row['loss']:.3f}"] + ([f"| {says} |"] if says else [])
+        parts += [metric.bar.format(row[metric.key]) for metric in metrics if metric.bar]
+        parts += [f"{name} {row[key]:{digits}}" for name, key, digits in (("a", "alpha", ".2f"), ("lr", "lr", ".1e"))]
+        return " ".join([*parts, f"{row['tokens_per_second']:,.0f} tok/s"])
+
+    def judge(self, numbers: dict) -> bool:
+        """Logs and prints a validation. Whether these are the best weights so far, by ``numbers["nll"]``; ends the run
+        where its patience is over."""
+        self.log("val", **numbers)
+        line = ["loss"] * ("loss" in numbers) + [m.key for m in self.table.shown(self.table.TOKENS, "line")]
+        if self.world.main:
+            text = ", ".join(f"{key} {numbers[key]:.4f}" for key in line)
+            self.bar.write(f"step {self.step}: validation {text}", file=sys.stderr)
+        best = numbers["nll"] < self.best["nll"]
+        self.stale = 0 if best else self.stale + 1
+        if best:
+            self.best = {"step": self.step, "nll": numbers["nll"]}
+        if self.patience and self.stale >= self.patience:
+            self.ending = self.ending or "early_stop"
+        return best
+
+    @property
+    def saves(self) -> bool:
+        """Whether a checkpoint is due. A step whose loss was not finite changed nothing, but weights that yield one are
+        no good place to go on from."""
+        return (self.at_eval or self.stopping) and self.health["streak"] == 0
+
+    def log(self, kind: str, **values) -> None:
+        """A row of metrics.jsonl, with the step, the tokens and the training seconds so far."""
+        self.run.log(kind, self.step, tokens=self.tokens, train_seconds=self.seconds, **values)
+
+    # -- afterwards -----------------------------------------------------------------------------
+
+    def end(self) -> int | None:
+        """After the loop: the exit code of a run that ends with it (1 diverged, 0 stopped), None where the final
+        evaluation follows."""
+        self.bar.close()
+        self.stop.restore()
+        self.memory = peak_memory(self.world.device)
+        return self.run.ended(self.ending, self.step, self.stop.signal)
+
+    def summary(self, flops_per_token: float, dtype: torch.dtype) -> dict:
+        """Entries of summary.json that every script has. Speed is the median over log windows; the first pays for
+        compilation and cold caches and is left out."""
+        world, rows = self.world, self.run.rows("train")
+        done = sum(r["steps"] for r in rows)
+        rate = statistics.median(r["tokens_per_second"] for r in (rows[1:] or rows)) if rows else None
+        ends = [(0, 0), *((r["step"], r["tokens"]) for r in rows)]
+        ms = [
+            1000 * (b[1] - a[1]) / (b[0] - a[0]) / r["tokens_per_second"]
+            for a, b, r in zip(ends, ends[1:], rows, strict=False)
+        ]
+        peak, health = peak_flops(world.device, dtype), self.watch.read()
+        return {
+            "steps": self.step,
+            "tokens_seen": self.tokens,
+            "tokens_per_second": rate,
+            "ms_per_step_median": statistics.median(ms[1:] or ms) if ms else None,
+            "train_seconds": self.seconds,
+            "flops_per_token": flops_per_token,
+            "mfu": rate * flops_per_token / (peak * world.size) if peak and rate else None,
+            "clip_rate": sum(r["clip_rate"] * r["steps"] for r in rows) / done if done else None,
+            "peak_memory_bytes": self.memory,
+            "energy_joules": self.joules if self._read is not None else None,
+            "divergences": int(health["divergences"]),
+            "skipped_steps": int(health["skipped"]),
+            **device_entries(world, dtype),
+        }

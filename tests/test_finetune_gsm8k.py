@@ -113,9 +113,7 @@ def tune(flags, out, *more) -> int:
 
 def rows(out, kind) -> list[dict]:
     """Metrics without what depends on the clock."""
-    return [
-        {k: v for k, v in r.items() if k not in TIMING} for r in read_metrics(Path(out) / "metrics.jsonl", kind)
-    ]
+    return [{k: v for k, v in r.items() if k not in TIMING} for r in read_metrics(Path(out) / "metrics.jsonl", kind)]
 
 
 def outputs(out, name="outputs.jsonl") -> list[dict]:

@@ -91,9 +91,7 @@ def summary_of(out) -> dict:
 
 def rows(out, kind) -> list[dict]:
     """Metrics without what depends on the clock."""
-    return [
-        {k: v for k, v in r.items() if k not in CLOCK} for r in read_metrics(Path(out) / "metrics.jsonl", kind)
-    ]
+    return [{k: v for k, v in r.items() if k not in CLOCK} for r in read_metrics(Path(out) / "metrics.jsonl", kind)]
 
 
 def weights(out, name="last.pt") -> dict:

@@ -44,9 +44,7 @@ def train(flags, out, *more) -> int:
 
 def rows(out, kind) -> list[dict]:
     """Metrics without what depends on the clock."""
-    return [
-        {k: v for k, v in r.items() if k not in TIMING} for r in read_metrics(Path(out) / "metrics.jsonl", kind)
-    ]
+    return [{k: v for k, v in r.items() if k not in TIMING} for r in read_metrics(Path(out) / "metrics.jsonl", kind)]
 
 
 def weights(out, name="last.pt") -> dict:
@@ -277,13 +275,8 @@ def test_evaluation_reads_the_whole_set_whatever_the_batch(base, tmp_path):
 
 def test_patience_and_best_weights(base, tmp_path, monkeypatch):
     """Validations at steps 4, 8, 12, 16 with a scripted NLL: the second is the best, two worse ones end the run."""
-    original, script = train_lm.numbers, iter([5.0, 4.0, 4.5, 4.2])
-
-    def numbers(*args):
-        m = original(*args)
-        return m | {"nll": next(script, m["nll"])}
-
-    monkeypatch.setattr(train_lm, "numbers", numbers)
+    original, script = train_lm.Meter.judge, iter([5.0, 4.0, 4.5, 4.2])
+    monkeypatch.setattr(train_lm.Meter, "judge", lambda self, m: original(self, m | {"nll": next(script, m["nll"])}))
     out = tmp_path / "run"
     assert train(base, out, "--steps", 60, "--patience", 2, "--report", "best") == 0
     summary = json.loads((out / "summary.json").read_text())

@@ -1,0 +1,115 @@
+"""One evaluation for all scripts: calibration of next-token probabilities on a set, before and after a temperature.
+
+A script hands over its forwards: an iterable of (hidden [N, D], targets [N]) of this rank's part of a set, made as it
+is read, with the model in eval mode and without gradients. Every rank must make each call.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from eval import metrics
+from eval.calibration import Calibration, fit_temperature, temperature_sums
+from kernels import linear_moments, linear_score
+
+CHUNK = 1024  # tokens whose logits are held at a time where a temperature is fitted
+Forwards = Iterable[tuple[Tensor, Tensor]]
+
+
+class Heldout(NamedTuple):
+    raw: Calibration
+    scaled: Calibration | None  # of the logits times the scale
+    loss: float | None  # mean of the score that was asked for
+
+
+@torch.no_grad()
+def evaluate(
+    model,
+    forwards: Forwards,
+    world,
+    *,
+    scale: float | None = None,
+    score: Callable | None = None,
+    tail: float = 0.0,
+    keep: list | None = None,
+    impl: str = "auto",
+) -> Heldout:
+    """Calibration of ``model`` on every target that is not -100.
+
+    ``model``: with head_weight [V, D] and, where it has one, head_bias [V]. ``world``: runtime.machine.World.
+    ``scale``: 1 / temperature, for a second calibration. ``score``: a loss of the Moments, with ``tail`` as
+    `kernels.linear_score` has it, whose mean is given as well. ``keep`` collects hidden and targets of this rank.
+    """
+    was_training = model.training
+    model.eval()
+    raw, scaled = Calibration(world.device), Calibration(world.device) if scale else None
+    total = torch.zeros(2, dtype=torch.float64, device=world.device)  # of the score, and targets
+    for hidden, y in forwards:
+        # The head is read after the forward, which is when FSDP has gathered it.
+        head = dict(weight=model.head_weight, targets=y, bias=getattr(model, "head_bias", None), impl=impl)
+        if score is None:
+            moments = linear_moments(hidden, **head)
+        else:
+            loss, moments = linear_score(hidden, score=score, reduction="sum", tail=tail, **head)
+            total += torch.stack([loss.double(), moments.valid.sum().double()])
+        raw.update(moments)
+        if scaled is not None:
+            scaled.update(linear_moments(hidden, **head, scale=scale))
+        if keep is not None:
+            keep.append((hidden[y != -100], y[y != -100]))
+    model.train(was_training)
+    raw.all_reduce()
+    if scaled is not None:
+        scaled.all_reduce()
+    loss, count = world.all_reduce(total).tolist()
+    return Heldout(raw, scaled, None if score is None else loss / count)
+
+
+def fitted(model, kept: list[tuple[Tensor, Tensor]], world):
+    """The TemperatureFit of what `evaluate` has kept, on all ranks together."""
+    weight, bias = model.head_weight, getattr(model, "head_bias", None)
+
+    @torch.no_grad()
+    def sums(beta: float) -> Tensor:
+        total = torch.zeros(1, 4, dtype=torch.float64, device=world.device)  # all that a rank without a batch has
+        parts = [total]
+        for hidden, targets in kept:
+            head = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
+            for h, y in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
+                parts.append(temperature_sums(F.linear(h, *head), y, beta)[None])
+        return world.all_reduce(torch.cat(parts).sum(0))
+
+    return fit_temperature(sums)
+
+
+def final_metrics(
+    model, sets: dict[str, Callable[[], Forwards] | None], world, *, sizes: dict | None = None, impl: str = "auto"
+) -> tuple[dict, dict]:
+    """Temperature on ``sets["val"]``, then every set before and after it: (entries of summary.json, reliability bins).
+
+    ``sets``: name -> what makes its forwards. ``sizes``: name -> bytes of its text, for bits per byte. A set that is
+    None has its entries, which are None; so has a temperature where the weights yield nan or inf.
+    """
+    kept: list = []
+    finite = math.isfinite(evaluate(model, sets["val"](), world, keep=kept, impl=impl).raw.compute()["nll"])
+    fit = fitted(model, kept, world) if finite else None
+    kept.clear()
+    entries = {"temperature": fit and fit.temperature, "temperature_at_bound": fit and fit.at_bound}
+    keys, bins = [], {}
+    for name, forwards in sets.items():
+        if forwards is None:
+            entries |= {f"{name}_{key}{suffix}": None for key in keys for suffix in ("", "_t")}
+            continue
+        found = evaluate(model, forwards(), world, scale=fit and 1 / fit.temperature, impl=impl)
+        bins[name] = {"raw": found.raw.bins(300), "scaled": found.scaled and found.scaled.bins(300)}
+        size = (sizes or {}).get(name)
+        before = metrics.measure(found.raw, size=size)
+        after = metrics.measure(found.scaled, size=size) if found.scaled else {}
+        keys = [m.key for m in metrics.shown(metrics.TOKENS, "final") if m.key in before]
+        entries |= {f"{name}_{key}": before[key] for key in keys} | {f"{name}_{key}_t": after.get(key) for key in keys}
+        entries[f"{name}_tokens"] = before["eval_tokens"]
+    return entries, bins

@@ -1,0 +1,86 @@
+"""Flags that more than one script has: each says here, once, what it is. A script names them, and its own defaults."""
+
+import copy
+import dataclasses
+
+from kernels.losses import ALPHA_SCHEDULES, LOSSES
+from runtime.cli import opt
+from schedules.rules import ADAPTIVE, RULES, SCHEDULE_FREE
+
+DPSM = {"loss": ("dpsm",)}
+RAMP = DPSM | {"alpha_schedule": ("linear", "cosine")}
+MEASURING = {"schedule": ADAPTIVE}
+FALLING = {"schedule": tuple(name for name in RULES if name not in (*ADAPTIVE, SCHEDULE_FREE, "constant"))}
+SHARE, COUNT, POSITIVE, DECAY = "[0, 1]", "[1, inf)", "[0, inf)", "[0, 1)"
+
+FLAGS = {
+    # the run
+    "out": opt("", "run folder; default runs/DATA-MODEL-LOSS-sSEED", role="where", group="run"),
+    "resume": opt(False, "go on with the run in --out, exactly where its last checkpoint stands", role="where"),
+    "resume_from": opt("", "this checkpoint instead of OUT/last.pt", role="where", only={"resume": (True,)}),
+    "seed": opt(1, "seeds whatever is random in a run", within=POSITIVE, role="bookkeeping"),
+    "cache": opt("cache", "folder for caches of data", role="where"),
+    # loss
+    "loss": opt("ce", "training loss", LOSSES, group="loss"),
+    "warmup": opt(0.1, "dpsm: alpha's ramp, as a fraction of the steps", within=SHARE, only=RAMP),
+    "alpha_schedule": opt(
+        "linear", "dpsm: shape of the ramp; fixed holds --alpha-max from the first step", ALPHA_SCHEDULES, only=DPSM
+    ),
+    "alpha_max": opt(1.0, "dpsm: share of Brier at the end of the ramp", within=SHARE, only=DPSM),
+    "alpha_start": opt(0.0, "dpsm: where the ramp begins, as a fraction of the steps", within=SHARE, only=RAMP),
+    "gamma": opt(2.0, "focal: exponent", within=POSITIVE, only={"loss": ("focal",)}),
+    "eps": opt(0.1, "smoothing: share of the uniform distribution", within=SHARE, only={"loss": ("smoothing",)}),
+    "tail_smoothing": opt(
+        0.0,
+        "brier, spherical: Shao's score smoothing with a logarithmic tail; 0 is off",
+        within=SHARE,
+        only={"loss": ("brier", "spherical")},
+    ),
+    # optimizer
+    "steps": opt(1000, "optimizer steps", within=COUNT, role="setting", group="optimizer"),
+    "batch": opt(64, "examples in an optimizer step, over all ranks", within=COUNT, role="setting"),
+    "micro_batch": opt(
+        16, "examples in one forward of one rank, at most; the rest is accumulated", within=COUNT, role="system"
+    ),
+    "lr": opt(1e-3, "peak learning rate", within=POSITIVE),
+    "schedule": opt(
+        "cosine",
+        "learning-rate schedule; snac, bacon, fot and fot-literal measure and decide as they go",
+        RULES,
+        alias="--lr-schedule",
+    ),
+    "lr_warmup": opt(0.02, "learning-rate warm-up, as a fraction of the steps", within=SHARE),
+    "lr_floor": opt(0.0, "learning rate at the end, as a fraction of the peak", within=SHARE, only=FALLING),
+    "fot_parts": opt(
+        "envelope,noise,forecast,gate,blocks",
+        "fot, bacon: the parts of the rule that are on, separated by commas, or none",
+        only={"schedule": ("fot", "bacon")},
+    ),
+    "fot_window": opt(32, "steps between two decisions of a rule that measures", within=COUNT, only=MEASURING),
+    "fot_beta": opt(0.9, "averaging of its measurements over decisions", within=DECAY, only=MEASURING),
+    "weight_decay": opt(0.1, "AdamW weight decay", within=POSITIVE),
+    "beta1": opt(0.9, "AdamW beta1", within=DECAY),
+    "beta2": opt(0.95, "AdamW beta2", within=DECAY),
+    "clip": opt(1.0, "clip the gradient to this norm; 0 is off", within=POSITIVE),
+    # evaluation
+    "eval_every": opt(
+        500, "steps between validations and checkpoints", within=COUNT, role="bookkeeping", group="evaluation"
+    ),
+    "log_every": opt(10, "steps between lines of metrics.jsonl", within=COUNT, role="bookkeeping"),
+    "patience": opt(0, "stop after this many validations without a better NLL; 0 is off", within=POSITIVE),
+    "report": opt("last", "which weights the final metrics are of", ("last", "best"), role="setting"),
+    # system
+    "device": opt("auto", "where to run", ("auto", "cpu", "cuda"), role="where", group="system"),
+    "dtype": opt("auto", "dtype of the activations; auto is bfloat16 on CUDA", ("auto", "float32", "bfloat16")),
+    "kernels": opt("auto", "implementation of the scores", ("auto", "triton", "torch"), role="system"),
+    "checkpoint_activations": opt(False, "recompute each block in backward to save memory", role="system"),
+    "wandb": opt("", "Weights & Biases project to log to as well (WANDB_MODE=offline works)", role="where"),
+}
+
+
+def flag(name: str, default=dataclasses.MISSING, **changes) -> dataclasses.Field:
+    """The flag ``name`` of FLAGS, with a script's own default, and its own words where ``changes`` has some (arguments
+    of `runtime.cli.opt`)."""
+    base = FLAGS[name]
+    about = copy.copy(dict(base.metadata)) | changes
+    return opt(base.default if default is dataclasses.MISSING else default, **about)

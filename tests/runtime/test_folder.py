@@ -1,0 +1,130 @@
+"""Run folders: atomic files, what a run keeps of itself, and what a resumed one may change."""
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from runtime import folder
+from runtime.cli import opt
+from runtime.flags import flag
+from runtime.folder import RunFolder, environment, read_metrics, same_config, write_bytes, write_json
+from runtime.machine import World
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Config:
+    out: str = flag("out")
+    resume: bool = flag("resume")
+    resume_from: str = flag("resume_from")
+    wandb: str = flag("wandb")
+    lr: float = flag("lr")
+    micro_batch: int = flag("micro_batch")
+    newer: str = opt("old way", "a flag that runs of before did not have")
+
+
+def start(path, cfg=None) -> RunFolder:
+    cfg = cfg or Config(out=str(path))
+    run = RunFolder(path, World(0, 1, torch.device("cpu")))
+    assert run.enter(cfg) is None
+    run.start(cfg, "script.py", None)
+    return run
+
+
+def test_atomic_write_leaves_the_old_file_when_the_writer_fails(tmp_path):
+    path = tmp_path / "x.json"
+    write_json(path, {"a": 1})
+
+    def half(f):
+        f.write(b"{")
+        raise RuntimeError("disk full")
+
+    with pytest.raises(RuntimeError):
+        write_bytes(path, half)
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_json_has_no_nan(tmp_path):
+    write_json(tmp_path / "x.json", {"a": [math.nan, math.inf, 1.5]})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": [None, None, 1.5]}
+
+
+def test_broken_metrics_name_their_line(tmp_path):
+    (tmp_path / "m.jsonl").write_text('{"kind": "train", "step": 1}\n{"kind": "tr')
+    with pytest.raises(ValueError, match="line 2"):
+        read_metrics(tmp_path / "m.jsonl")
+
+
+def test_a_run_keeps_its_flags_and_every_module_that_it_imported(tmp_path):
+    """A module of the tree that is imported is copied, by its path; one that is not is not."""
+    run = start(tmp_path / "run")
+    run.finish(0)
+    kept = {p.relative_to(run / "source").as_posix() for p in (run / "source").rglob("*.py")}
+    assert {"runtime/folder.py", "runtime/cli.py", "kernels/losses.py", "schedules/rules.py"} <= kept
+    assert (run / "source/runtime/cli.py").read_bytes() == (ROOT / "runtime/cli.py").read_bytes()
+    assert not any("site-packages" in name for name in kept)
+    flags = json.loads((run / "flags.json").read_text())
+    assert flags["lr"] == {"role": "knob", "only": {}} and flags["resume_from"]["only"] == {"resume": [True]}
+    assert json.loads((run / "config.json").read_text())["script"] == "script.py"
+
+
+def test_a_hacked_model_is_in_the_source(tmp_path):
+    """What a script imports when it runs is what is kept, here of a process of its own."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import model.gpt2\n"
+        "from runtime.folder import imported_sources, TREE\n"
+        "print([str(p.relative_to(TREE)) for p in imported_sources()])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True, cwd=tmp_path)
+    assert "'model/gpt2.py'" in done.stdout and "'model/seq2seq.py'" not in done.stdout, done.stderr
+
+
+def test_untracked_files_are_in_the_git_state(tmp_path, monkeypatch):
+    def git(*args):
+        subprocess.run(["git", *args], cwd=tmp_path, check=True, capture_output=True)
+
+    git("init")
+    (tmp_path / "tracked.py").write_text("a = 1\n")
+    git("add", "tracked.py")
+    git("-c", "user.name=x", "-c", "user.email=x@example.org", "commit", "-m", "x")
+    monkeypatch.setattr(folder, "TREE", tmp_path)
+    found = environment(torch.device("cpu"))
+    assert found["git_dirty"] is False and found["git_untracked"] == []
+    (tmp_path / "mine.py").write_text("b = 2\n")
+    (tmp_path / "tracked.py").write_text("a = 2\n")
+    found = environment(torch.device("cpu"))
+    assert found["git_dirty"] is True and found["git_untracked"] == ["mine.py"] and "+a = 2" in found["git_diff"]
+
+
+def test_what_a_resumed_run_may_change(tmp_path):
+    cfg = Config(out=str(tmp_path / "run"))
+    run = start(tmp_path / "run", cfg)
+    run.save("last.pt", {"config": {"lr": cfg.lr}, "optimizer": {}, "step": 1})
+    run.finish(0)
+    again = replace(cfg, resume=True)
+    assert run.enter(replace(again, micro_batch=1))["step"] == 1
+    with pytest.raises(ValueError, match=r"of a different run \(lr was 0.001, now 0.5\)"):
+        run.enter(replace(again, lr=0.5))
+    with pytest.raises(ValueError, match="already holds a run"):
+        run.enter(cfg)
+    # A run of before does not know a newer flag: at its default it goes on.
+    config = json.loads((run / "config.json").read_text())
+    del config["newer"]
+    write_json(run / "config.json", config)
+    assert run.enter(again)["step"] == 1
+    with pytest.raises(ValueError, match="newer was 'old way', now 'new way'"):
+        run.enter(replace(again, newer="new way"))
+
+
+def test_settings_without_defaults_must_be_there():
+    with pytest.raises(ValueError, match="b was None, now 2"):
+        same_config(Path("x"), {"a": 1}, {"a": 1, "b": 2}, ())
+    same_config(Path("x"), {"a": 1, "b": 1}, {"a": 1, "b": 2}, ("b",))

@@ -1,0 +1,141 @@
+"""The Meter: what a row holds, when one is due, the best so far, patience, divergence, and its state."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from eval import metrics
+from eval.calibration import Calibration
+from kernels import softmax_moments
+from runtime.folder import RunFolder
+from runtime.machine import World
+from runtime.meter import DivergenceWatch, Meter
+
+CPU = torch.device("cpu")
+
+
+def watched(losses) -> dict:
+    watch = DivergenceWatch(CPU)
+    for loss in losses:
+        loss = torch.tensor(loss)
+        watch.update(loss, torch.isfinite(loss))
+    return watch.read()
+
+
+def test_divergence_is_counted_as_defined():
+    assert watched([2.0] * 100)["divergences"] == 0
+    assert watched([2.0] * 50 + [5.0] * 31 + [2.0])["divergences"] == 0  # 31 steps above twice the average: not yet
+    assert watched([2.0] * 50 + [5.0] * 32)["divergences"] == 1
+    assert watched([2.0] * 50 + [5.0] * 100)["divergences"] == 1  # one event, however long
+    seen = watched([2.0, math.nan, 2.0, math.inf, math.nan, math.nan, 2.0])
+    assert seen["divergences"] == seen["skipped"] == 4 and seen["worst_streak"] == 3 and seen["streak"] == 0
+
+
+def new_meter(tmp_path, **changes) -> Meter:
+    cfg = SimpleNamespace(**{"steps": 12, "log_every": 2, "eval_every": 6, "patience": 0} | changes)
+    run = RunFolder(tmp_path, World(0, 1, CPU))
+    return Meter(run, Calibration(), metrics, cfg, counted=("flipped",))
+
+
+def step(meter: Meter, loss: float = 2.0, norm: float = 0.5, flipped: int = 3) -> None:
+    logits = torch.randn(5, 7, generator=torch.Generator().manual_seed(meter.step))
+    moments = softmax_moments(logits, torch.arange(5))
+    meter.add(torch.tensor(loss / 2), moments)
+    meter.add(torch.tensor(loss / 2), moments)
+    meter.end_step(torch.tensor(norm), 1.0, tokens=10, flipped=flipped)
+
+
+@pytest.fixture
+def meter(tmp_path):
+    meter = new_meter(tmp_path)
+    meter.start()
+    yield meter
+    meter.end()
+
+
+def test_a_row_has_means_over_its_steps(meter):
+    step(meter, loss=2.0, norm=0.5)
+    assert not meter.due()
+    step(meter, loss=4.0, norm=1.5)
+    assert meter.due() and meter.at_log and not meter.at_eval
+    row = meter.row(alpha=0.25, lr=1e-3)
+    assert row["loss"] == 3.0 and row["grad_norm"] == 1.0 and row["clip_rate"] == 0.5 and row["steps"] == 2
+    assert row["flipped"] == 6 and row["alpha"] == 0.25 and row["tokens_per_second"] > 0
+    assert {m.key for m in metrics.shown(metrics.TOKENS, "train")} <= set(row)
+    assert meter.tokens == 20 and "loss 3.000" in meter.bar.postfix and "a 0.25" in meter.bar.postfix
+    for _ in range(2):
+        step(meter, loss=1.0)
+    assert meter.due() and meter.row(alpha=0, lr=0)["loss"] == 1.0  # the window began anew
+
+
+def test_steps_that_are_not_finite_are_skipped_and_end_a_hopeless_run(meter):
+    step(meter)
+    step(meter, loss=math.nan)
+    assert meter.due()
+    row = meter.row(alpha=0, lr=0)
+    assert row["steps"] == 1 and row["skipped"] == 1 and row["loss"] == 2.0 and meter.ending is None and meter.running
+    for _ in range(3):
+        step(meter, norm=math.inf)
+    step(meter)
+    assert meter.due()
+    meter.row(alpha=0, lr=0)
+    assert meter.ending == "diverged" and not meter.running
+
+
+def test_no_row_where_no_step_was_finite(meter):
+    for _ in range(2):
+        step(meter, loss=math.nan)
+    assert meter.due() and meter.row(alpha=0, lr=0) is None
+
+
+def test_best_stale_and_patience(tmp_path, capsys):
+    meter, others = new_meter(tmp_path, patience=2), {"ppl": 1.0, "ece10": 0.1, "brier": 0.5}
+    meter.start()
+    meter.step = 4
+    assert meter.judge(others | {"nll": 5.0}) and meter.best == {"step": 4, "nll": 5.0}
+    meter.step = 8
+    assert not meter.judge(others | {"nll": 5.5}) and meter.ending is None
+    assert not meter.judge(others | {"nll": 5.0}) and meter.ending == "early_stop"
+    meter.end()
+    assert "step 8: validation ppl 1.0000, nll 5.5000, ece10 0.1000, brier 0.5000" in capsys.readouterr().err
+
+
+def test_no_checkpoint_after_a_step_that_is_not_finite(meter):
+    for i in range(6):
+        step(meter, loss=math.nan if i == 5 else 1.0)
+    assert meter.due() and meter.at_eval
+    meter.row(alpha=0, lr=0)
+    assert not meter.saves
+
+
+def test_a_signal_stops_at_the_next_step(meter):
+    step(meter)
+    meter.stop.signal = "SIGTERM"
+    assert meter.due() and meter.stopping and meter.row(alpha=0, lr=0) is None  # no line is due, and the window goes on
+    assert meter.ending == "stopped" and meter.saves and meter.sums[0] == 1
+
+
+def test_state_goes_on_where_it_was(tmp_path):
+    whole, cut = new_meter(tmp_path), new_meter(tmp_path)
+    for m in (whole, cut):
+        m.start()
+        step(m)
+        step(m)
+        step(m)
+    state = cut.state_dict()
+    cut.end()
+    resumed = new_meter(tmp_path)
+    resumed.load_state_dict(state)
+    resumed.start()
+    assert (resumed.step, resumed.tokens) == (3, 30)
+    rows = []
+    for m in (whole, resumed):
+        step(m)
+        assert m.due()
+        row = m.row(alpha=0, lr=0)
+        rows.append({k: v for k, v in row.items() if k != "tokens_per_second"})
+        m.end()
+    assert rows[0] == rows[1] and json.dumps(rows[0])
