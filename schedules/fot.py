@@ -257,17 +257,6 @@ class FoT(LRScheduler):
     def _closes_window(self) -> bool:
         return (self.last_epoch + 1) % self.every == 0
 
-    # until the scripts are rewritten
-    @property
-    def wants_micro(self) -> bool:
-        return self.splits
-
-    def micro(self, share: float) -> None:
-        self.stats.micro(share)
-
-    def observe_segments(self, fisher_N: Tensor, prompt_N: Tensor, answer_N: Tensor) -> None:
-        self.observe(0.0, 0.0, fisher=fisher_N, prompt=prompt_N, answer=answer_N)
-
     def watch(self, model: torch.nn.Module):
         """Observes the loss of each training forward of ``model``, for a loop such as transformers.Trainer's.
 
