@@ -210,7 +210,7 @@ def main(argv: list[str] | None = None) -> int:
     # -- loss ----------------------------------------------------------------------------------
     alpha = torch.zeros((), device=device)  # filled each optimizer step; the score reads it on the device
     score = make_score(cfg.loss, alpha=alpha, gamma=cfg.gamma, eps=cfg.eps, tail=cfg.tail_smoothing)
-    impl = dict(tail=cfg.tail_smoothing, impl=cfg.kernels)
+    scoring = dict(tail=cfg.tail_smoothing, impl=cfg.kernels)
     ramp = dict(warmup=cfg.warmup, schedule=cfg.alpha_schedule, alpha_max=cfg.alpha_max, start=cfg.alpha_start)
 
     def alpha_of(step: int) -> float:
@@ -281,7 +281,7 @@ def main(argv: list[str] | None = None) -> int:
                 hidden = answers.hidden_at(trained, part, at, device)
                 how = dict(weights=inside.float(), fisher=not cfg.tail_smoothing) if probe else {}
                 loss, moments = linear_score(
-                    hidden, model.head_weight, y, score, denominator=denominator, **impl, **how
+                    hidden, model.head_weight, y, score, denominator=denominator, **scoring, **how
                 )
                 loss.backward()
             fisher.add(moments.fisher, answer)
@@ -310,7 +310,7 @@ def main(argv: list[str] | None = None) -> int:
         if meter.at_eval:
             with averaged(optimizer):
                 held_out = answers.forwards(model, heldout_rows, cfg.loss_on, cfg.micro_batch, world)
-                found = evaluate(model, held_out, world, score=score, **impl)
+                found = evaluate(model, held_out, world, score=score, **scoring)
             meter.judge({"loss": found.loss} | metrics.measure(found.raw))
         if meter.saves:
             save()

@@ -239,7 +239,7 @@ def main(argv: list[str] | None = None) -> int:
     # -- loss ----------------------------------------------------------------------------------
     alpha = torch.zeros((), device=device)  # filled each optimizer step; the score reads it on the device
     score = score_of(cfg, alpha)
-    impl = dict(tail=cfg.tail_smoothing, impl=cfg.kernels)
+    scoring = dict(tail=cfg.tail_smoothing, impl=cfg.kernels)
     ramp = dict(warmup=cfg.warmup, schedule=cfg.alpha_schedule, alpha_max=cfg.alpha_max, start=cfg.alpha_start)
 
     def alpha_of(step: int) -> float:
@@ -291,7 +291,7 @@ def main(argv: list[str] | None = None) -> int:
     if cfg.profile:
         alpha.fill_(alpha_of(cfg.steps - 1))
         batch = summaries.collate(train, batches.indices(0)[places[0]], multiple=measure.multiple_of(device))
-        cost = measure.profile(trained, model, score, batch, world, steps=cfg.profile, **impl)
+        cost = measure.profile(trained, model, score, batch, world, steps=cfg.profile, **scoring)
         if world.main:
             run.write("profile", cost)
             print("\n".join(f"{k:24} {v}" for k, v in cost.items()))
@@ -326,7 +326,7 @@ def main(argv: list[str] | None = None) -> int:
                     score,
                     bias=model.head_bias,
                     denominator=denominator,
-                    **impl,
+                    **scoring,
                 )
                 loss.backward()
             meter.add(loss, moments)

@@ -171,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
     # -- loss ----------------------------------------------------------------------------------
     alpha = torch.zeros((), device=device)  # filled each optimizer step; the score reads it on the device
     score = make_score(cfg.loss, alpha=alpha, gamma=cfg.gamma, eps=cfg.eps, tail=cfg.tail_smoothing)
-    impl = dict(tail=cfg.tail_smoothing, impl=cfg.kernels)
+    scoring = dict(tail=cfg.tail_smoothing, impl=cfg.kernels)
     ramp = dict(warmup=cfg.warmup, schedule=cfg.alpha_schedule, alpha_max=cfg.alpha_max, start=cfg.alpha_start)
 
     def alpha_of(step: int) -> float:
@@ -238,7 +238,7 @@ def main(argv: list[str] | None = None) -> int:
                     y[i : i + rows].flatten(),
                     score,
                     denominator=denominator,
-                    **impl,
+                    **scoring,
                 )
                 loss.backward()
             meter.add(loss, moments)

@@ -24,8 +24,9 @@ from model.decode import Finished, Request, decode
 from model.qwen3 import load_qwen3
 from runtime.folder import load_checkpoint, read_metrics
 from runtime.machine import World
+from schedules import ADAPTIVE
 from schedules.fot import block_multipliers, gate_of
-from schedules.rules import ADAPTIVE
+from schedules.gradient_stats import GradientStats
 
 ROOT = Path(__file__).parent.parent
 TIMING = {"train_seconds", "tokens_per_second"}
@@ -395,15 +396,15 @@ def test_the_adapter_is_the_trained_one(text_run, model):
 
 
 def sigterm_at(monkeypatch, step):
-    """SIGTERM while the learning rate of this step is looked up."""
-    original = finetune_gsm8k.lr_factor
+    """SIGTERM while the batch of this step is looked up; the script looks up batch 0 once more, for its first line."""
+    original = finetune_gsm8k.batch_indices
 
-    def kill_then(name, now, *args, **kwargs):
+    def kill_then(count, now, *args):
         if now == step:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(name, now, *args, **kwargs)
+        return original(count, now, *args)
 
-    monkeypatch.setattr(finetune_gsm8k, "lr_factor", kill_then)
+    monkeypatch.setattr(finetune_gsm8k, "batch_indices", kill_then)
 
 
 @pytest.mark.parametrize("stop_at", [4, 6])  # within a window of the log, and where validation stands as well
@@ -623,7 +624,12 @@ def test_divergence_ends_the_run(base, tmp_path, capsys):
 # -- learning-rate rules that measure ------------------------------------------------------------------
 
 
-FOT = "--fot-window 4 --log-every 2 --steps 16 --eval-every 8 --eval-problems 2".split()
+LONGER = "--log-every 2 --steps 16 --eval-every 8 --eval-problems 2".split()
+FOT = [*LONGER, "--fot-window", "4"]
+
+
+def flags_of(rule: str) -> list[str]:
+    return [*(FOT if rule in ADAPTIVE else LONGER), "--schedule", rule]
 
 
 USED: list[list[float]] = []  # learning rates of fot_run's groups, as each step of the optimizer found them
@@ -668,26 +674,14 @@ def test_gate_and_blocks_take_part(fot_run):
     assert summary["fot_decisions"] == 3 and {"fot_bound", "fot_clipped", "fot_not_finite"} <= set(summary)
 
 
-def sigterm_at_batch(monkeypatch, step):
-    """SIGTERM while the batch of this step is looked up; the script looks up batch 0 once more, for its first line."""
-    original = finetune_gsm8k.batch_indices
-
-    def kill_then(count, now, *args):
-        if now == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(count, now, *args)
-
-    monkeypatch.setattr(finetune_gsm8k, "batch_indices", kill_then)
-
-
 @pytest.mark.parametrize("rule, stop_at", [("fot", 6), ("fot", 8), ("fot-literal", 9), ("schedule-free", 7)])
 def test_rules_resume_exactly(base, fot_run, tmp_path, monkeypatch, rule, stop_at):
     """Cut within a window and where one ends: the same decisions, learning rates, weights and answers, bit for bit."""
-    flags, whole = [*base, *FOT, "--schedule", rule, "--segment-rms"], fot_run
+    flags, whole = [*base, *flags_of(rule), "--segment-rms"], fot_run
     if rule != "fot":
         whole = tmp_path / "whole"
         assert tune(flags, whole) == 0
-    sigterm_at_batch(monkeypatch, stop_at - 1)
+    sigterm_at(monkeypatch, stop_at - 1)
     assert tune(flags, tmp_path / "cut") == 0
     monkeypatch.undo()
     assert load_checkpoint(tmp_path / "cut" / "last.pt")["step"] == stop_at
@@ -703,7 +697,7 @@ def test_rules_resume_exactly(base, fot_run, tmp_path, monkeypatch, rule, stop_a
 
 @pytest.mark.parametrize("rule", ["snac", "bacon", "fot-literal", "schedule-free"])
 def test_every_rule_learns(base, tmp_path, rule):
-    assert tune([*base, *FOT], tmp_path / "run", "--schedule", rule, "--eval-problems", 1) == 0
+    assert tune([*base, *flags_of(rule)], tmp_path / "run", "--eval-problems", 1) == 0
     losses = [r["loss"] for r in rows(tmp_path / "run", "train")]
     assert losses[-1] < losses[0] - 0.1
     decided = rows(tmp_path / "run", "fot")
@@ -718,10 +712,10 @@ def test_schedule_free_evaluates_its_averages(base, tmp_path):
     (Defazio et al., section 1), and the held-out loss is of x."""
     from model.lora import adapter_tensors, load_adapter, load_base
 
-    assert tune([*base, *FOT], tmp_path / "run", "--schedule", "schedule-free") == 0
+    assert tune([*base, *flags_of("schedule-free")], tmp_path / "run") == 0
     kept = load_checkpoint(tmp_path / "run" / "last.pt")
     adapter = tmp_path / "run" / "adapter"
-    assert tune([*base, *FOT], tmp_path / "again", "--adapter", adapter, "--lr", 0, "--steps", 1) == 0
+    assert tune([*base, *LONGER], tmp_path / "again", "--adapter", adapter, "--lr", 0, "--steps", 1) == 0
     last = rows(tmp_path / "run", "val")[-1]["nll"]
     assert rows(tmp_path / "again", "val")[0]["nll"] == pytest.approx(last, rel=1e-6)
     model = next(f for i, f in enumerate(base) if base[i - 1] == "--model")
@@ -733,10 +727,10 @@ def test_schedule_free_evaluates_its_averages(base, tmp_path):
 
 
 def test_the_micro_batch_that_is_measured_is_a_random_part(base, tmp_path, monkeypatch):
-    """pack puts the longest problems into the first rows: what fot.micro gets must not be these alone."""
+    """pack puts the longest problems into the first rows: what is measured must not be these alone."""
     seen = []
-    original = finetune_gsm8k.FoT.micro
-    monkeypatch.setattr(finetune_gsm8k.FoT, "micro", lambda self, share: (seen.append(share), original(self, share)))
+    original = GradientStats.micro
+    monkeypatch.setattr(GradientStats, "micro", lambda self, share: (seen.append(share), original(self, share)))
     flags = [*base, *FOT, *"--schedule fot --micro-batch 1 --fot-parts noise --fot-window 2".split()]
     assert tune(flags, tmp_path / "run") == 0
     assert len(seen) >= 5 and all(0 < s < 1 for s in seen)
@@ -773,7 +767,7 @@ def refused(capsys, out, *flags) -> str:
     ("--batch 0", "--batch 0"),
     ("--lr nan", "--lr nan"),
     ("--warmup 2", "--warmup 2.0 is outside [0, 1]"),
-    ("--tail-smoothing 0.1", "not --loss ce"),
+    ("--tail-smoothing 0.1", "not by --loss ce"),
     ("--samples 2 --k 3", "pass@3"),
     ("--samples 2 --k 1,x", "'1,x'"),
     ("--samples 2 --temperature 0", "--temperature 0"),

@@ -22,6 +22,7 @@ import eval.seq2seq
 import eval.summaries
 import finetune_seq2seq
 from data.summaries import Bucketed, SummaryTokenizer, encode_pairs, load_summaries
+from eval.heldout import evaluate, final_metrics
 from kernels import linear_score
 from kernels.losses import brier, ce
 from model.seq2seq import Seq2Seq, bart_config, pegasus_config, training_flops
@@ -30,6 +31,8 @@ from recipes.presets import PRESETS, XSUM
 from runtime.cli import parse_config
 from runtime.folder import load_checkpoint, read_metrics
 from runtime.machine import World, start_world
+from runtime.optim import rule_of
+from schedules.gradient_stats import GradientStats
 
 ROOT = Path(__file__).parent.parent
 CLOCK = {"train_seconds", "tokens_per_second", "ms_per_step_median", "peak_memory_bytes"}
@@ -148,11 +151,12 @@ def test_the_report_reads_it(dpsm_run, tmp_path):
 
 def test_load_finetuned_is_the_reported_model(dpsm_run, sums, tmp_path):
     """Validation again, from the run folder alone: the same numbers."""
-    model, tokenizer, config = eval.seq2seq.load_finetuned(dpsm_run)
-    assert not model.training and config["loss"] == "dpsm"
+    model, tokenizer, kept = eval.seq2seq.load_finetuned(dpsm_run)
+    assert not model.training and kept["config"]["loss"] == "dpsm"
     part = load_summaries(sums, ("validation",), min_words=20)["validation"]
     pairs = encode_pairs(part, tokenizer, tmp_path, 96, 48)
-    again = eval.seq2seq.evaluate(model, pairs, World(0, 1, torch.device("cpu")), batch=5)[0].compute()
+    world = World(0, 1, torch.device("cpu"))
+    again = evaluate(model, finetune_seq2seq.forwards(model, pairs, 5, world), world).raw.compute()
     assert again["nll"] == pytest.approx(summary_of(dpsm_run)["val_nll"], rel=1e-5)  # fp32, other padding
     assert isinstance(again, dict) and isinstance(tokenizer, SummaryTokenizer)
 
@@ -254,7 +258,8 @@ def test_a_kill_during_generation_loses_one_batch(dpsm_flags, dpsm_run, tmp_path
 @pytest.mark.parametrize("rule", ["fot", "snac", "bacon", "fot-literal", "schedule-free"])
 def test_rules_that_measure_resume_exactly(rule, base, tmp_path, monkeypatch):
     """Stopped between two decisions; what was measured, the plan and the iterate go on bit for bit."""
-    more = "--loss dpsm --dropout 0.1 --steps 16 --fot-window 4 --eval-every 8 --lr-warmup 0.25".split()
+    more = "--loss dpsm --dropout 0.1 --steps 16 --eval-every 8 --lr-warmup 0.25".split()
+    more += [] if rule == "schedule-free" else ["--fot-window", "4"]
     # The whole batch in one forward is split where a step is measured.
     flags = [*base, *more, "--schedule", rule, "--micro-batch", "8" if rule == "snac" else "4"]
     assert train(flags, tmp_path / "whole") == 0
@@ -285,13 +290,13 @@ def test_rules_that_measure_resume_exactly(rule, base, tmp_path, monkeypatch):
 
 def test_a_measured_part_is_of_every_length(base, tmp_path, monkeypatch):
     """FoT compares a part of the batch with the whole: two parts where there was one, its share that of the loss."""
-    shares, original = [], finetune_seq2seq.FoT.micro
+    shares, original = [], GradientStats.micro
 
     def micro(self, share):
         shares.append(share)
         original(self, share)
 
-    monkeypatch.setattr(finetune_seq2seq.FoT, "micro", micro)
+    monkeypatch.setattr(GradientStats, "micro", micro)
     more = "--schedule fot --fot-window 2 --steps 6 --micro-batch 8 --test-examples 1".split()
     assert train([*base, *more], tmp_path / "run") == 0
     assert len(shares) == 2 and all(0.4 < share < 0.6 for share in shares)  # alternating rows of one sorted batch
@@ -340,7 +345,15 @@ def test_batch_ranks_and_accumulation_give_one_loss_curve(base, tmp_path):
 
 
 def resolved(*flags):
-    return finetune_seq2seq.with_preset(parse_config(finetune_seq2seq.Config, list(flags)))
+    return parse_config(finetune_seq2seq.Config, list(flags), complete=finetune_seq2seq.with_preset)
+
+
+def lr_at(cfg, step):
+    """The learning rate that the script's rule has after ``step`` steps."""
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=cfg.lr)
+    rule = rule_of(cfg, optimizer, World(0, 1, torch.device("cpu")), power=cfg.lr_power)
+    rule.restore(None, step)
+    return rule.lr
 
 
 def test_presets():
@@ -364,11 +377,11 @@ def test_polynomial_decay_is_fairseqs():
     cfg = resolved("--steps", "1000", "--lr", "1", "--lr-warmup", "0.1", "--lr-power", "2")
     for step in (100, 333, 999):
         expected = (1 - (step - 100) / 900) ** 2
-        assert finetune_seq2seq.lr_at(cfg, step) == pytest.approx(expected, rel=1e-9)
+        assert lr_at(cfg, step) == pytest.approx(expected, rel=1e-9)
     cfg = resolved("--preset", "pegasus", "--model", "x", "--steps", "1000", "--lr", "1", "--lr-warmup", "0.1")
     for step in (100, 333, 999):  # google-research/pegasus: constant times 1 / sqrt(step), 1 where the warm-up ends
-        assert finetune_seq2seq.lr_at(cfg, step) == pytest.approx(math.sqrt(100 / step), rel=1e-9)
-    ramp = [finetune_seq2seq.lr_at(cfg, step) for step in range(100)]
+        assert lr_at(cfg, step) == pytest.approx(math.sqrt(100 / step), rel=1e-9)
+    ramp = [lr_at(cfg, step) for step in range(100)]
     assert ramp == sorted(ramp) and 0 < ramp[0] < 0.02
 
 
@@ -449,12 +462,13 @@ def test_a_fixed_bias_of_the_logits_counts(base, dpsm_run, sums, tmp_path):
     part = load_summaries(sums, ("validation",), min_words=20)["validation"]
     pairs = encode_pairs(part, tokenizer, tmp_path, 96, 48)
     world, keep = World(0, 1, torch.device("cpu")), []
-    got = eval.seq2seq.evaluate(model, pairs, world, keep=keep)[0].compute()["nll"]
+    forwards = functools.partial(finetune_seq2seq.forwards, model, pairs, 8, world)
+    got = evaluate(model, forwards(), world, keep=keep).raw.compute()["nll"]
     hidden, y = (torch.cat(part) for part in zip(*keep, strict=True))
     expected = F.cross_entropy(hidden @ model.head_weight.t() + bias, y).item()
     assert got == pytest.approx(expected, rel=1e-5)  # fp32
     assert got != pytest.approx(F.cross_entropy(hidden @ model.head_weight.t(), y).item(), rel=1e-2)
-    entries, _ = eval.seq2seq.final_metrics(model, dict(val=pairs, test=None, ood=None), world)
+    entries, _ = final_metrics(model, dict(val=forwards, test=None, ood=None), world)
     assert entries["val_nll"] == pytest.approx(expected, rel=1e-5) and entries["val_nll_t"] < entries["val_nll"]
 
 
@@ -487,7 +501,7 @@ def fails(capsys, match, flags, out, *more) -> None:
         (r"--batch 65 is more than the 64 training pairs", ("--batch", 65)),
         (r"--fold 6/5", ("--fold", "6/5")),
         (r"--loss.*invalid choice.*smoothing", ("--loss", "smoothing")),
-        (r"--label-smoothing is defined for ce and dpsm", ("--loss", "brier", "--label-smoothing", 0.1)),
+        (r"--label-smoothing is read by --loss ce or dpsm alone", ("--loss", "brier", "--label-smoothing", 0.1)),
         (r"and not both", ("--model", "facebook/bart-base")),
         (r"--size.*invalid choice", ("--size", "bart-huge")),
         (r"unknown tokenizer", ("--tokenizer", "nothing")),

@@ -336,7 +336,7 @@ def load_target(run: Path, checkpoint: str, data: str, device: torch.device, bat
         settings.max_source = min(settings.max_source, model.config.max_position_embeddings)
     else:
         model, tokenizer, kept = load_finetuned(run, checkpoint, device)
-        settings = SimpleNamespace(**kept)
+        settings = SimpleNamespace(**kept["config"])
         files = [run / checkpoint]
     search = decoding(settings, tokenizer)
     about = {"decoding": asdict(search), "max_source": settings.max_source, "max_target": settings.max_target}
