@@ -21,7 +21,7 @@ def draw(total: int, warmup: float, floor: float, decay: float) -> bytes:
     """All schedules over ``total`` steps, as a PNG. BACON and FoT's m bend the linear one by at most a factor of 2."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 3.4), dpi=150, layout="constrained")
+    figure = Figure(figsize=(7.6, 3.4), dpi=150, layout="constrained")
     axes = figure.subplots()
     steps = range(1, total + 1)
     for name, colour in zip(SCHEDULES, cycle(PALETTE), strict=False):
@@ -32,7 +32,7 @@ def draw(total: int, warmup: float, floor: float, decay: float) -> bytes:
     snac = [snac_factor(4 * s / total, 1.0) * lr_factor("constant", s, total, warmup=warmup) for s in range(total)]
     axes.plot(steps, snac, color="0.6", linestyle=":", label="snac at B_noise/B = 4t/T")
     axes.set(xlabel="optimizer step", ylabel="share of the peak learning rate", xlim=(0, total), ylim=(0, 1.04))
-    axes.legend(loc="lower left")
+    figure.legend(loc="outside right center")
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
     return picture.getvalue()
