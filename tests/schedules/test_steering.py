@@ -106,6 +106,7 @@ def test_the_first_micro_batch_is_kept_in_steps_that_split_alone():
     for t in range(8):
         rule.observe(3.0, share=t / 10)  # of every step's first micro-batch, and none of the second's
         rule.observe(3.0)
+        rule.optimizer.step()
         rule.step()
     assert kept == [0.4]
 
