@@ -19,6 +19,7 @@ from pathlib import Path
 from types import ModuleType
 
 HIDES = __package__ == "kernels"
+OURS = {path.stem for path in Path(__file__).parent.iterdir()}  # an import asks for a submodule as an attribute first
 # What its releases 0.10 to 0.18 offer. For other names nobody is told to install it.
 NAMES = frozenset(
     "Benchmark CUDAProperties Device FuncRepository KernelizeFallback LayerRepository LoadedKernel "
@@ -65,7 +66,7 @@ def _load() -> ModuleType:
 
 def __getattr__(name: str):
     """The attribute ``name`` of Hugging Face's package, for names that ours does not have."""
-    if HIDES and (name == "__version__" or not name.startswith("_")):
+    if HIDES and (name == "__version__" or not name.startswith("_")) and name not in OURS:
         try:
             return getattr(_load(), name)
         except ImportError:

@@ -236,6 +236,7 @@ Forecaster().update(1, 3.0, 0.1)
 def test_importing_ours_runs_nothing_of_theirs(beside):
     run(sys.executable, f"""
 import sys, kernels
+from kernels import torch_impl
 folder = {str(beside[0] if beside else ROOT / "nowhere")!r}
 assert not [m for m in sys.modules.values() if (getattr(m, "__file__", None) or "").startswith(folder)]
 assert not hasattr(kernels, "of_neither") and not hasattr(kernels, "_private") and not hasattr(kernels, "__wrapped__")
