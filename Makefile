@@ -19,9 +19,10 @@ test: .venv/installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-.venv/installed-dev: .venv/installed requirements-dev.txt requirements-parity.txt
+.venv/installed-dev: .venv/installed requirements-dev.txt requirements-parity.txt requirements-hf-kernels.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-parity.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/hf-kernels -r requirements-hf-kernels.txt
 	@touch $@
 
 clean:

@@ -6,6 +6,8 @@ from kernels.logits import ProperScoreLoss, logits_score
 from kernels.moments import Moments, softmax_moments, token_fisher
 from kernels.parallel import parallel_linear_score
 
+from ._huggingface import __getattr__  # what Hugging Face's package of this name offers
+
 __all__ = [
     "Moments",
     "ProperScoreLoss",

@@ -139,7 +139,7 @@ def lm_step(side: Side, tokens_BT: torch.Tensor, micro: int) -> None:
     x, y = (to_device(t.contiguous(), device) for t in (tokens_BT[:, :-1], tokens_BT[:, 1:]))
     denominator = to_device(torch.tensor(float(y.numel())), device)
     begin(side)
-    measured = fot is not None and fot.wants_micro
+    measured = fot is not None and fot.splits
     rows = math.ceil(len(x) / 2) if measured and micro == len(x) else micro
     loss = torch.zeros((), device=device)
     for i in range(0, len(x), rows):
@@ -152,7 +152,7 @@ def lm_step(side: Side, tokens_BT: torch.Tensor, micro: int) -> None:
             fot.observe(-moments.log_p.sum(), moments.valid.sum())
             side.clock.mark("observe")
             if measured and i == 0:
-                fot.micro(min(rows, len(x)) / len(x))
+                fot.stats.micro(min(rows, len(x)) / len(x))
                 side.clock.mark("gradient statistics")
     end(side, loss)
 
@@ -163,7 +163,7 @@ def lora_step(side: Side, rows: Rows, micro: int) -> None:
     count = int(rows.answer_RT.sum())
     begin(side)
     deciding = fot is not None and (side.steps + 1) % fot.every == 0
-    measured = fot is not None and fot.wants_micro and len(rows) > 1
+    measured = fot is not None and fot.splits and len(rows) > 1
     if deciding:
         segment_rms(model)
     if measured:
@@ -188,12 +188,12 @@ def lora_step(side: Side, rows: Rows, micro: int) -> None:
         side.clock.mark("forward and backward")
         if fot:
             if deciding:
-                fot.observe_segments(moments.fisher, ~answer, answer)
+                fot.observe(0.0, 0.0, fisher=moments.fisher, prompt=~answer, answer=answer)
             valid = moments.valid & answer
             fot.observe(-moments.log_p.where(valid, 0).sum(), valid.sum())
             side.clock.mark("observe")
             if measured and i == 0:
-                fot.micro(len(part.positions("answer")) / count)
+                fot.stats.micro(len(part.positions("answer")) / count)
                 side.clock.mark("gradient statistics")
     end(side, loss)
 

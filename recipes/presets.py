@@ -6,8 +6,6 @@ the published models, whose max_length counts the decoder's start token, so that
 
 from pathlib import Path
 
-from schedules.rules import lr_factor
-
 PRESETS = {
     # Training: fairseq, examples/bart/README.summarization.md: 20,000 updates, 500 of them warm-up, polynomial decay
     # to 0, Adam (0.9, 0.999) with 0.01 of decay, clip 0.1, dropouts 0.1, label smoothing 0.1; 8 GPUs x 2,048 tokens x
@@ -73,8 +71,3 @@ def check_fit(settings, config, what: str) -> None:
         if getattr(settings, name) > config.max_position_embeddings:
             flag = f"--{name.replace('_', '-')} {getattr(settings, name)}"
             raise ValueError(f"{flag} is more than the {config.max_position_embeddings} positions of {what}; lower it")
-
-
-# until the scripts are rewritten
-PAPER_SCHEDULES = ("polynomial", "inverse-sqrt")
-paper_lr_factor = lr_factor

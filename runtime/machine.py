@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from schedules.rules import ADAPTIVE
+from schedules import ADAPTIVE, parse_parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +55,7 @@ class World:
             raise ValueError("--kernels triton needs a CUDA device; use --kernels torch or auto")
         if cfg.schedule in ADAPTIVE and cfg.lr_warmup == 1:
             raise ValueError(f"--lr-warmup 1 leaves no step to --schedule {cfg.schedule}")
+        parse_parts(cfg.fot_parts)
 
     @contextlib.contextmanager
     def main_first(self):

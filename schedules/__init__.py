@@ -5,22 +5,3 @@ from .forecast import Forecast, Forecaster, Prior
 from .fot import PARTS, FoT, parse_parts, rule_reads
 from .rules import ADAPTIVE, RULES, SCHEDULE_FREE, SCHEDULES, lr_factor
 from .steering import Planned, make_rule
-
-__all__ = [
-    "ADAPTIVE",
-    "Forecast",
-    "Forecaster",
-    "FoT",
-    "PARTS",
-    "Planned",
-    "Prior",
-    "RULES",
-    "SCHEDULES",
-    "SCHEDULE_FREE",
-    "averaged",
-    "lr_factor",
-    "make_rule",
-    "parse_parts",
-    "rule_reads",
-    "schedule_free_adamw",
-]

@@ -5,6 +5,7 @@ python -m schedules backtest curves/*.csv --out runs/backtest
 """
 
 import argparse
+import io
 import os
 import sys
 from itertools import cycle
@@ -16,11 +17,11 @@ from .style import PALETTE, styled
 
 
 @styled
-def plot(out: str | Path, *, total: int = 1000, warmup: float = 0.05, floor: float = 0.0, decay: float = 0.2) -> None:
+def draw(total: int, warmup: float, floor: float, decay: float) -> bytes:
     """All schedules over ``total`` steps, as a PNG. BACON and FoT's m bend the linear one by at most a factor of 2."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 3.4), dpi=150, layout="constrained")
+    figure = Figure(figsize=(7.6, 3.4), dpi=150, layout="constrained")
     axes = figure.subplots()
     steps = range(1, total + 1)
     for name, colour in zip(SCHEDULES, cycle(PALETTE), strict=False):
@@ -31,12 +32,10 @@ def plot(out: str | Path, *, total: int = 1000, warmup: float = 0.05, floor: flo
     snac = [snac_factor(4 * s / total, 1.0) * lr_factor("constant", s, total, warmup=warmup) for s in range(total)]
     axes.plot(steps, snac, color="0.6", linestyle=":", label="snac at B_noise/B = 4t/T")
     axes.set(xlabel="optimizer step", ylabel="share of the peak learning rate", xlim=(0, total), ylim=(0, 1.04))
-    axes.legend(loc="lower left")
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".partial")
-    figure.savefig(partial, format="png")
-    os.replace(partial, out)
+    figure.legend(loc="outside right center")
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    return picture.getvalue()
 
 
 def add_plot(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +52,7 @@ def run_plot(args: argparse.Namespace) -> None:
     for flag in ("warmup", "floor", "decay"):
         if not 0 <= getattr(args, flag) <= 1:
             raise ValueError(f"--{flag} {getattr(args, flag)}, expected a share in [0, 1]")
-    plot(args.out, total=args.steps, warmup=args.warmup, floor=args.floor, decay=args.decay)
+    backtest.write_atomically(Path(args.out), draw(args.steps, args.warmup, args.floor, args.decay))
     print(f"wrote {args.out}")
 
 

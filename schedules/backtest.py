@@ -31,7 +31,6 @@ SHIPPED = Prior()
 FLOORS = (0.0005, 0.001, 0.0015, 0.002, 0.003)
 FAN_COLOURS = (PALETTE[4], PALETTE[3], PALETTE[0], PALETTE[2])  # from the first fraction to the last
 LAST = 0.02  # of the steps make the final loss
-METHODS = ("fot", "fot-blind", "persistence", "slope", "literal", "power")
 STEP_NAMES = ("step", "_step")
 LOSS_NAMES = ("loss", "val_loss", "train_loss")
 LR_NAMES = ("lr", "learning_rate", "optim/learning_rate_group0")
@@ -66,58 +65,55 @@ class Row(NamedTuple):
         return None if self.forecast is None else 100 * (self.forecast - self.final) / abs(self.final)
 
 
-# ----------------------------------------------------------------------------------------------
-# curves
-
-
 def read_curve(path: str | Path, *, loss: str | None = None, family: str = "", plan: dict | None = None) -> Curve:
     """A csv (with a header) or jsonl file as a curve.
 
     The loss is the column ``loss``, or the first of loss, val_loss, train_loss and *CrossEntropyLoss that is there.
     Rows of a jsonl file that lack it, or are of another "kind" than the first that has it, are passed over. ``plan``
-    holds the arguments of `schedules.lr_factor` ("schedule" for its name) for a file without learning rates. Raises
-    ValueError with the line number for a line that cannot be read and for steps that do not increase.
+    holds the arguments of `lr_factor` ("schedule" for its name) for a file without learning rates. Raises ValueError
+    with the line number for a line that cannot be read and for steps that do not increase.
     """
     path = Path(path)
     rows = _csv_rows(path) if path.suffix == ".csv" else _jsonl_rows(path)
     names = {name: None for _, row in rows for name in row}
-    step_name = next((n for n in STEP_NAMES if n in names), None)
-    lr_name = next((n for n in LR_NAMES if n in names), None)
-    candidates = [n for n in LOSS_NAMES if n in names] + [n for n in names if n.endswith("CrossEntropyLoss")]
-    loss_name = loss or next(iter(candidates), None)
+    step_name, lr_name = (next((n for n in known if n in names), None) for known in (STEP_NAMES, LR_NAMES))
+    losses = [n for n in LOSS_NAMES if n in names] + [n for n in names if n.endswith("CrossEntropyLoss")]
+    loss_name = loss or next(iter(losses), None)
     if step_name is None or loss_name not in names:
         wanted = loss or f"one of {', '.join(LOSS_NAMES)}, *CrossEntropyLoss"
         raise ValueError(f"{path}: columns {', '.join(names) or 'none'}; expected step and {wanted}")
     if path.suffix != ".csv":
         rows = [(number, row) for number, row in rows if row.get(loss_name) is not None]
         rows = [(number, row) for number, row in rows if row.get("kind") == rows[0][1].get("kind")]
-    points = []
+    points, last = [], -math.inf
     for number, row in rows:
-        step, value = (_number(path, number, name, row.get(name)) for name in (step_name, loss_name))
-        lr = _number(path, number, lr_name, row.get(lr_name)) if lr_name else math.nan
-        if not math.isfinite(step) or (points and step <= points[-1][0]):
-            after = f" after step {points[-1][0]:g}" if points else ""
-            raise ValueError(f"{path}, line {number}: step {step:g}{after}; expected steps that increase")
-        if lr_name and not (math.isfinite(lr) and lr >= 0):
-            raise ValueError(f"{path}, line {number}: learning rate {lr}; expected a finite number, 0 or more")
+        where = f"{path}, line {number}"
+        step, value = (_number(where, name, row.get(name)) for name in (step_name, loss_name))
+        lr = _number(where, lr_name, row.get(lr_name)) if lr_name else math.nan
+        if not last < step < math.inf:
+            after = f" after step {last:g}" if points else ""
+            raise ValueError(f"{where}: step {step:g}{after}; expected steps that increase")
+        if lr_name and not 0 <= lr < math.inf:
+            raise ValueError(f"{where}: learning rate {lr}; expected a finite number, 0 or more")
         points.append((step, value, lr))
+        last = step
     if len(points) < 2:
         raise ValueError(f"{path}: {len(points)} points, expected at least 2")
     steps, losses, lrs = np.array(points).T
     if not lr_name and plan:
-        arguments = {k: v for k, v in plan.items() if k != "schedule"}
+        name, settings = plan.get("schedule", "wsd"), {k: v for k, v in plan.items() if k != "schedule"}
         try:
-            lrs = np.array([lr_factor(plan.get("schedule", "wsd"), s, steps[-1], **arguments) for s in steps])
+            lrs = np.array([lr_factor(name, step, last, **settings) for step in steps])
         except TypeError:
             raise ValueError(f"plan {plan}; expected schedule, warmup, floor, decay and power") from None
     return Curve(path.stem, family, steps, losses, lrs if lr_name or plan else None)
 
 
 def _csv_rows(path: Path) -> list[tuple[int, dict]]:
+    rows = []
     with open(path, newline="", encoding="utf-8") as file:
         reader = csv.reader(file)
-        header = next(reader, None) or []
-        rows = []
+        header = next(reader, [])
         for values in reader:
             if len(values) != len(header):
                 raise ValueError(f"{path}, line {reader.line_num}: {len(values)} values, expected {len(header)}")
@@ -129,20 +125,17 @@ def _jsonl_rows(path: Path) -> list[tuple[int, dict]]:
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}: {line[:40]!r} is not a JSON object")
-        rows.append((number, row))
+            rows.append((number, dict(json.loads(line).items())))
+        except (ValueError, AttributeError):
+            raise ValueError(f"{path}, line {number}: {line[:40]!r} is not a JSON object") from None
     return rows
 
 
-def _number(path: Path, line: int, name: str, value) -> float:
+def _number(where: str, name: str, value) -> float:
     try:
         return float(value)
     except (TypeError, ValueError):
-        raise ValueError(f"{path}, line {line}: {name} is {value!r}, expected a number") from None
+        raise ValueError(f"{where}: {name} is {value!r}, expected a number") from None
 
 
 def read_curves(files: list[str], *, loss: str | None = None, plans: dict | None = None) -> list[Curve]:
@@ -155,10 +148,6 @@ def read_curves(files: list[str], *, loss: str | None = None, plans: dict | None
         plan = next((plan for pattern, plan in (plans or {}).items() if fnmatch.fnmatch(file, pattern)), None)
         curves.append(read_curve(file, loss=loss, family=family, plan=plan))
     return curves
-
-
-# ----------------------------------------------------------------------------------------------
-# forecasts
 
 
 def final_loss(curve: Curve) -> tuple[float, float, int]:
@@ -186,29 +175,38 @@ def fot_at(curve: Curve, fraction: float, *, planned: bool, prior: Prior) -> For
     return forecaster.forecast(end, plan if planned else None, window=width)
 
 
-def rival(method: str, step: np.ndarray, loss: np.ndarray, end: float, last: float) -> float:
-    """A forecast of the loss at ``end`` by one of the simple methods from the finite points so far; nan for none.
+def persistence(step: np.ndarray, loss: np.ndarray, end: float, last: float) -> float:
+    """The mean over the last ``last`` steps."""
+    return float(loss[step > step[-1] - last].mean())
 
-    ``persistence``: the mean over the last ``last`` steps; ``slope``: the least-squares line through the last fifth of
-    the points; ``literal``: `fot.literal_forecast`; ``power``: a (t + b)^-alpha, least squares in log space.
-    """
-    if method == "persistence":
-        return float(loss[step > step[-1] - last].mean())
-    if method == "slope":
-        tail = max(len(step) // 5, 2)
-        t = step[-tail:] - step[-1]
-        slope, now = np.polyfit(t, loss[-tail:], 1) if len(t) > 1 else (0.0, loss[-1])
-        return float(now + slope * (end - step[-1]))
-    if method == "literal":
-        return literal_forecast(step, loss, end)
-    best = (math.inf, math.nan)
+
+def slope(step: np.ndarray, loss: np.ndarray, end: float, last: float) -> float:
+    """The least-squares line through the last fifth of the points."""
+    tail = max(len(step) // 5, 2)
+    per_step, now = np.polyfit(step[-tail:] - step[-1], loss[-tail:], 1)
+    return float(now + per_step * (end - step[-1]))
+
+
+def power(step: np.ndarray, loss: np.ndarray, end: float, last: float) -> float:
+    """a (t + b)^-alpha by least squares in log space; nan for too few points and for losses that are not positive."""
     if len(step) < 4 or (loss <= 0).any():
         return math.nan
-    for b in np.concatenate([[1.0], np.geomspace(0.003, 1.0, 9) * step[-1]]):
+    fits = []
+    for b in [1.0, *np.geomspace(0.003, 1.0, 9) * step[-1]]:
         A = np.stack([np.ones_like(step), np.log(step + b)], 1)
         x, *_ = np.linalg.lstsq(A, np.log(loss), rcond=None)
-        best = min(best, (float(((A @ x - np.log(loss)) ** 2).sum()), math.exp(x[0] + x[1] * math.log(end + b))))
-    return best[1]
+        fits.append((float(((A @ x - np.log(loss)) ** 2).sum()), math.exp(x[0] + x[1] * math.log(end + b))))
+    return min(fits)[1]
+
+
+# The loss at ``end`` from the finite points so far; nan for none.
+RIVALS = {
+    "persistence": persistence,
+    "slope": slope,
+    "literal": lambda step, loss, end, last: literal_forecast(step, loss, end),
+    "power": power,
+}
+METHODS = ("fot", "fot-blind", *RIVALS)
 
 
 def replay(curve: Curve, prior: Prior = SHIPPED, fractions=FRACTIONS, methods=METHODS) -> list[Row]:
@@ -217,21 +215,19 @@ def replay(curve: Curve, prior: Prior = SHIPPED, fractions=FRACTIONS, methods=ME
     if not math.isfinite(final):
         raise ValueError(f"{curve.name}: the final loss is {final}, there is nothing to be near to")
     rows = []
-    for fraction in fractions:
+    for fraction, method in itertools.product(fractions, methods):
         keep = (curve.step <= fraction * curve.step[-1]) & np.isfinite(curve.loss)
         step, loss = curve.step[keep], curve.loss[keep]
-        for method in methods:
-            planned, mean, sd, reason = False, None, None, ""
-            if method.startswith("fot"):
-                forecast = fot_at(curve, fraction, planned=method == "fot", prior=prior)
-                mean, sd, planned, reason = forecast.mean, forecast.sd, forecast.planned, forecast.reason
-            elif len(step) < 2:
-                reason = f"{len(step)} points"
-            else:
-                value = rival(method, step, loss, end, LAST * curve.step[-1])
-                mean, reason = (value, "") if math.isfinite(value) else (None, "left the law's domain")
-            now = float(step[-1]) if len(step) else math.nan
-            rows.append(Row(curve.name, curve.family, method, fraction, now, end, final, mean, sd, planned, reason))
+        now = float(step[-1]) if len(step) else math.nan
+        if method not in RIVALS:
+            forecast = fot_at(curve, fraction, planned=method == "fot", prior=prior)
+            made = forecast.mean, forecast.sd, forecast.planned, forecast.reason
+        elif len(step) < 2:
+            made = None, None, False, f"{len(step)} points"
+        else:
+            value = RIVALS[method](step, loss, end, LAST * curve.step[-1])
+            made = (value, None, False, "") if math.isfinite(value) else (None, None, False, "left the law's domain")
+        rows.append(Row(curve.name, curve.family, method, fraction, now, end, final, *made))
     return rows
 
 
@@ -251,29 +247,25 @@ class Summary(NamedTuple):
 def summarize(rows: list[Row], rows_all: list[Row]) -> Summary:
     """Figures of ``rows`` (one method, one fraction); persistence is looked up in ``rows_all``."""
     made = [row for row in rows if row.forecast is not None]
-    errors = np.array([row.error for row in made])
     if not made:
         return Summary(0, len(rows), *[math.nan] * 6)
+    errors = np.array([row.error for row in made])
     same = {(row.file, row.family, row.fraction) for row in made}
     base = [abs(r.error) for r in rows_all if r.method == "persistence" and (r.file, r.family, r.fraction) in same]
     # An sd of 0 is an interval too, and covers nothing but the point.
     misses = [(abs(row.forecast - row.final), row.sd) for row in made if row.sd is not None]
     cover = [float(np.mean([e <= limit * sd for e, sd in misses])) if misses else math.nan for limit in (1.0, 1.96)]
-    median = float(np.median(np.abs(errors)))
+    median, worst = float(np.median(np.abs(errors))), float(np.abs(errors).max())
     ratio = median / max(float(np.median(base)), 1e-12) if base else math.nan
-    return Summary(
-        len(made), len(rows) - len(made), median, float(np.abs(errors).max()), float(errors.mean()), ratio, *cover
-    )
+    return Summary(len(made), len(rows) - len(made), median, worst, float(errors.mean()), ratio, *cover)
 
 
 def summary_text(rows: list[Row], fractions=FRACTIONS, methods=METHODS) -> str:
     """The summary of every method at every fraction as text."""
     lines = ["at    method       n  none  median %  worst %   bias %  /persist  in 68 %  in 95 %"]
-    for fraction in fractions:
-        for method in methods:
-            group = [row for row in rows if row.fraction == fraction and row.method == method]
-            if not group:
-                continue
+    for fraction, method in itertools.product(fractions, methods):
+        group = [row for row in rows if row.fraction == fraction and row.method == method]
+        if group:
             s = summarize(group, rows)
             name = method + ("*" if any(row.planned for row in group) else "")
             values = [_cell(s.median, 9, 2), _cell(s.worst, 8, 2), _cell(s.bias, 8, 2, "+"), _cell(s.ratio, 9, 2)]
@@ -286,10 +278,6 @@ def _cell(value: float, width: int, digits: int, sign: str = "") -> str:
     if math.isnan(value):
         return "-".rjust(width)
     return f"{value:{sign}{width}.{digits}f}" if abs(value) < 1e4 else f"{value:{sign}{width}.1e}"
-
-
-# ----------------------------------------------------------------------------------------------
-# pictures
 
 
 @styled
@@ -329,10 +317,6 @@ def fans(curves: list[Curve], prior: Prior, fractions=FRACTIONS, columns: int = 
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
-
-
-# ----------------------------------------------------------------------------------------------
-# what other runs teach
 
 
 def learn_prior(curves: list[Curve], base: Prior = SHIPPED) -> Prior:
@@ -380,17 +364,11 @@ def left_out(curves: list[Curve], base: Prior = SHIPPED) -> dict[str, Prior]:
     return {family: learn_prior([curve for curve in curves if curve.family != family], base) for family in families}
 
 
-# ----------------------------------------------------------------------------------------------
-# command line
-
-
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", help="csv or jsonl curves")
     parser.add_argument("--out", default="runs/backtest", help="folder for the results (default: runs/backtest)")
     parser.add_argument("--loss", help="column of the loss (default: loss, val_loss, train_loss, *CrossEntropyLoss)")
-    parser.add_argument(
-        "--plans", help="json: pattern of paths -> schedule, warmup, floor, decay; for files without lr"
-    )
+    parser.add_argument("--plans", help="json: pattern of paths -> schedule, warmup, floor, ...; for files without lr")
     parser.add_argument("--leave-out", action="store_true", help="again, each family with a prior learnt on the others")
 
 
@@ -400,7 +378,6 @@ def run(args: argparse.Namespace) -> None:
     if args.leave_out:
         priors["prior: learnt on the other families"] = left_out(curves)
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
     for (title, prior), name in zip(priors.items(), ("forecasts.csv", "forecasts-left-out.csv"), strict=False):
         rows = [row for curve in curves for row in replay(curve, prior[curve.family])]
         print(f"\n{title}; {len(curves)} curves (* = given the learning rates to come)\n{summary_text(rows)}")
@@ -410,7 +387,7 @@ def run(args: argparse.Namespace) -> None:
             print(f"\n{family} ({learnt})\n{summary_text(mine)}")
         write_rows(rows, out / name)
     for page in range(0, len(curves), 12):
-        _write(out / f"fans-{page // 12 + 1}.png", fans(curves[page : page + 12], SHIPPED))
+        write_atomically(out / f"fans-{page // 12 + 1}.png", fans(curves[page : page + 12], SHIPPED))
     print(f"\nevery forecast and the fans are in {out}/")
 
 
@@ -420,10 +397,11 @@ def write_rows(rows: list[Row], path: Path) -> None:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*Row._fields, "error_percent"])
     writer.writerows([*row, row.error] for row in rows)
-    _write(path, text.getvalue().encode())
+    write_atomically(path, text.getvalue().encode())
 
 
-def _write(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(data)
     os.replace(partial, path)

@@ -4,13 +4,15 @@ The law, with S the training time in steps at the peak learning rate, counted fr
 
     l = c + a (S + b)^-alpha - k D (S / S_T)^0.3,      a, c, k >= 0
 
-S runs at sqrt(lr / peak). D in [0, 1] is how far the learning rate has come down from its peak, (peak - lr) / peak,
-smoothed over ``tau`` of S. So k is what the loss falls when the learning rate falls to 0 at the end of the run.
-c + a S^-alpha with an annealing term that has momentum is Tissue et al. (2024, "Scaling Law with Learning Rate
-Annealing", there S runs at lr); a smoothing that slows down as the learning rate falls is in the decay term of Luo et
-al. (2025, "A Multi-Power Law for Loss Curve Prediction Across Learning Rate Schedules"). Ours are the square root
-in S and the slow growth of the annealing gain: with them k nearly agrees between cosine and WSD runs of a model,
-and a prior can be carried from one to the other. Without learning rates S is the step and D is 0.
+S runs at sqrt(lr / peak). D in [0, 1] says how far the learning rate has come down from its peak, (peak - lr) / peak,
+smoothed over ``tau`` of S. So k is what the loss falls when the learning rate falls to 0 at the end of the run. Without
+learning rates S is the step and D is 0.
+
+c + a S^-alpha with an annealing term that has momentum is from Tissue et al. (2024, "Scaling Law with Learning Rate
+Annealing"), where S runs at lr. A smoothing that slows down as the learning rate falls is in the decay term of Luo et
+al. (2025, "A Multi-Power Law for Loss Curve Prediction Across Learning Rate Schedules"). The square root in S and the
+slow growth of the annealing gain are ours. With them k nearly agrees between cosine and WSD runs of a model, and a
+prior can be carried from one to the other.
 """
 
 import math
@@ -27,6 +29,7 @@ GROWTH = 0.3  # of the annealing gain with S
 CLOCK = 0.5  # S runs at (lr / peak)^CLOCK
 MIN_POINTS = 20
 SEGMENTS, CURVE = 256, 16  # of the planned schedule between now and T; every SEGMENTS / CURVE-th is on the curve
+MAD_TO_SD = 1.4826  # of a Gaussian: from the median absolute deviation to the standard deviation
 HUGE = 1e30  # a loss beyond it has diverged and counts as not finite
 
 
@@ -61,6 +64,11 @@ class Forecast(NamedTuple):
     parameters: dict[str, float]  # c, a, b, alpha, k, tau of the most likely grid point, in the loss's units and steps
     reason: str  # "" or why there is no forecast
     planned: bool  # whether a planned schedule was used; else the last learning rate is held
+
+    @property
+    def descent(self) -> float | None:
+        """How much the smoothed loss will still fall."""
+        return None if self.mean is None else float(self.curve[0, 1]) - self.mean
 
     def __str__(self) -> str:
         return f"no forecast: {self.reason}" if self.mean is None else f"forecast {self.mean:.4g} +- {self.sd:.2g}"
@@ -149,8 +157,8 @@ class Forecaster:
         if self.points < MIN_POINTS:
             return none._replace(reason=f"{self.points} points, at least {MIN_POINTS} are needed")
         if not total > self.step or not math.isfinite(total):
-            return none._replace(reason=f"step {total:g} has passed, the last point is at {self.step:g}"
-                                 if total <= self.step else f"no end is given (T = {total})")  # fmt: skip
+            passed = f"step {total:g} has passed, the last point is at {self.step:g}"
+            return none._replace(reason=passed if total <= self.step else f"no end is given (T = {total})")
         if self.peak <= 0:
             return none._replace(reason="the learning rate has been 0 so far")
         rows = np.vstack([self.rows[: self.filled], self.open])[: self.filled + bool(self.open[0])]
@@ -160,7 +168,7 @@ class Forecaster:
             return none._replace(reason=fit)
         mean, sd, parameters = fit
         # Second differences of a smooth curve are noise alone, with 6 times its variance where it is white.
-        noise = 1.4826 * float(np.median(np.abs(np.diff(self.recent, 2)))) / math.sqrt(6)
+        noise = MAD_TO_SD * float(np.median(np.abs(np.diff(self.recent, 2)))) / math.sqrt(6)
         sd = np.hypot(sd, noise / math.sqrt(max(window, 1.0)))
         if not planned:  # the learning rate may come down: about half of what that would bring, by the end
             ahead = (steps - self.step) / (total - self.step)
@@ -232,7 +240,7 @@ def _fit(rows, S_now, peak, S_end, D_end, prior):
 
     p, d = power(S / S_now), rows[:, 4:].T / peak * (S / S_end[-1]) ** GROWTH
     p_end, d_end = power(S_end / S_now), D_end / peak * (S_end / S_end[-1]) ** GROWTH
-    k0, variance, phi, robust = prior.k_mean, 1e-5, 1.0, np.ones_like(y)
+    k_mean, variance, phi, robust = prior.k_mean, 1e-5, 1.0, np.ones_like(y)
     log_prior = -0.5 * (np.log(alpha / prior.alpha) / prior.alpha_spread)[:, None] ** 2
     log_prior = log_prior - 0.5 * (np.log(TAUS / prior.tau) / prior.tau_spread) ** 2
     for _ in range(3):
@@ -245,20 +253,18 @@ def _fit(rows, S_now, peak, S_end, D_end, prior):
         pp, py, pd = np.einsum("gn,gn->g", pw, pc)[:, None], (pw @ yc)[:, None], pw @ dc.T
         dd, dy, yy = np.einsum("dn,dn->d", dw, dc), dw @ yc, float(yc**2 @ w)
         pp = pp + 1e-12 * total
-        a, k = _pair(pp, pd, dd + ridge, py, ridge * k0 - dy)
+        a, k = _pair(pp, pd, dd + ridge, py, ridge * k_mean - dy)
         c = ym - a * pm[:, None] + k * dm
         # Where c would be negative it is 0: the same sums, not centred.
-        a0, k0_ = _pair(
-            pp + total * pm[:, None] ** 2, pd + total * pm[:, None] * dm, dd + total * dm**2 + ridge,
-            py + total * pm[:, None] * ym, ridge * k0 - dy - total * dm * ym,
-        )  # fmt: skip
-        a, k, c = np.where(c < 0, a0, a), np.where(c < 0, k0_, k), np.maximum(c, 0.0)
+        pp0, pd0, dd0 = pp + total * pm[:, None] ** 2, pd + total * pm[:, None] * dm, dd + total * dm**2 + ridge
+        a0, k0 = _pair(pp0, pd0, dd0, py + total * pm[:, None] * ym, ridge * k_mean - dy - total * dm * ym)
+        a, k, c = np.where(c < 0, a0, a), np.where(c < 0, k0, k), np.maximum(c, 0.0)
         off = ym - c - a * pm[:, None] + k * dm
         sse = total * off**2 + yy - 2 * a * py + 2 * k * dy + a**2 * pp - 2 * a * k * pd + k**2 * dd
-        cost = sse + ridge * (k - k0) ** 2 - 2 * variance / phi * log_prior
+        cost = sse + ridge * (k - k_mean) ** 2 - 2 * variance / phi * log_prior
         g, t = np.unravel_index(np.argmin(cost), cost.shape)
         error = y - c[g, t] - a[g, t] * p[g] + k[g, t] * d[t]
-        spread = 1.4826 * np.median(np.abs(error)) + 1e-9
+        spread = MAD_TO_SD * np.median(np.abs(error)) + 1e-9
         robust = np.minimum(1.0, 1.5 * spread / np.maximum(np.abs(error), 1e-300))
         variance = max(float(sse[g, t]) / max(total - 4 * total / len(y), 1.0), 1e-10)
         u = error * np.sqrt(w)
@@ -280,14 +286,8 @@ def _fit(rows, S_now, peak, S_end, D_end, prior):
     ahead = np.log2(np.maximum(S_end / S_now, 1.0))
     law = prior.misfit * np.abs(mean - mean[0]) * ahead**1.5 + prior.floor
     sd = np.sqrt(between + within + law**2)
-    parameters = {
-        "c": c[g, t] * scale,
-        "a": a[g, t] * scale * (S_now * (1 + b[g])) ** alpha[g],
-        "b": b[g] * S_now,
-        "alpha": alpha[g],
-        "k": k[g, t] * scale,
-        "tau": TAUS[t],
-    }
+    parameters = {"c": c[g, t] * scale, "a": a[g, t] * scale * (S_now * (1 + b[g])) ** alpha[g], "b": b[g] * S_now}
+    parameters |= {"alpha": alpha[g], "k": k[g, t] * scale, "tau": TAUS[t]}
     return mean * scale, sd * scale, {name: float(value) for name, value in parameters.items()}
 
 

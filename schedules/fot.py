@@ -1,33 +1,37 @@
-"""Forecast-On-Trajectory: a learning rate steered by a forecast of the loss the run will end with.
+"""Forecast-On-Trajectory: a learning rate steered by a forecast of the loss that the run will end with.
 
-    python -m schedules backtest FILES...     replays recorded loss curves (eval/backtest.py; --help lists its flags)
+The rule decides every W = 32 steps. With eta the learning rate, u Adam's direction, G the expected gradient and H the
+Hessian, it sets
 
-    fot = FoT(optimizer, total=steps, warmup=0.02)         # peak learning rates: those of the optimizer's groups
-    for step in range(steps):
-        loss.backward(); fot.observe(nll_sum, tokens); optimizer.step(); fot.step()
+    lr       = peak * envelope * m * gate * block
+    m        = clip(2 eta_opt / peak, 1/4, 4),      eta_opt = G'u / u'Hu
+    envelope = a warm-up, then linear to zero
+    gate     = 1.5 up to h = 0.7, 1 at h = 1, 0.7 from h = 1.3, linear between
+    block    = sqrt(the answer's share of the block's squared gradient), in [1/2, 2] at geometric mean 1
 
-The rule, decided anew every W = 32 steps (eta: learning rate, u: Adam's direction, G: expected gradient, H: Hessian):
+m: eta_opt gains most of the noisy quadratic eta G'u - eta^2 u'Hu / 2. A step of 2 eta_opt gains nothing: there the loss
+comes to rest under a constant learning rate, and the envelope's decay cashes in. Following eta_opt itself would decay
+twice. m begins at 1/4 and doubles in 40 steps at most, so that a peak which is too high is found out on the way up: a
+network that was thrown far away early does not come back. Unmeasured, m aims at 1.
 
-    lr     = peak * envelope(t) * m * gate * block
-    m      = clip(2 eta_opt / peak, 1/4, 4), with eta_opt = G'u / u'Hu, the step that gains most of the noisy quadratic
-             eta G'u - eta^2 u'Hu / 2. At 2 eta_opt a step gains nothing: there the loss under a constant learning rate
-             comes to rest, and the envelope's decay is what cashes in. Following eta_opt itself would decay twice.
-             m begins at 1/4 and at most doubles in 40 steps, so that a peak which is too high is found out on the way
-             up: a network that was thrown far away early does not come back in the run. Unmeasured, it aims at 1
-    envelope = a warm-up, then linear to zero; where the forecast is sure, sd(D) / D < 1/2 with D = l(now) - l(T), the
-             decay may wait or pause: of holding the learning rate for 0, 1/4, 1/2 or 3/4 of the steps that are left,
-             and then falling to zero, that is planned whose forecast ends lowest (every second decision)
-    gate   = linear in h, the Fisher of an answer token over a prompt token's: 1.5 to h = 0.7, 1 at 1, 0.7 from 1.3
-    block  = sqrt(the answer's share of the squared gradient) over its geometric mean, in [1/2, 2] at geometric mean 1
+envelope: let D = l(now) - l(T) be the forecast descent. Where it is sure, sd(D) / D < 1/2, the decay may wait or pause.
+Every second decision compares four plans: hold the learning rate for 0, 1/4, 1/2 or 3/4 of the steps that are left,
+then fall to zero. It takes the one whose forecast ends lowest.
 
-Logged beside them: the descent that a step has to gain, D times its share of the envelope to come (``target``), and
-whether no step of the quadratic gains it (``infeasible``); ``bound`` says that m stands at an end of its range.
-`gradient_stats` says how G'u and u'Hu are measured. The published rule, "fot-literal", takes the largest lr with
-lr g^2 / (2 (sigma^2 + lam)) <= D / T_left: D from one Newton step on the last 150 losses, g^2 the batch's squared
-gradient norm, sigma^2 = tr(Sigma) / B, lam = u'Hu / u'u; its gate multiplies a state by 1.5 below h = 0.7 and by 0.7
-above 1.3. Its two guards: a value that is not finite leaves the learning rate as it was, and the learning rate is
-clipped to [peak / 100, peak]; both are counted. "snac" and "bacon" are the rules of schedules.py on the same
-measurements.
+gate: h is the Fisher of an answer's token over that of a prompt's.
+
+A decision also says which descent this step has to gain, D times its share of the envelope to come (``target``),
+whether no step of the quadratic gains it (``infeasible``), and whether m stands at an end of its range (``bound``).
+gradient_stats.py measures G'u and u'Hu.
+
+"fot-literal" is the rule as published. It takes the largest learning rate with
+
+    lr g^2 / (2 (sigma^2 + lam)) <= D / T_left,      sigma^2 = tr(Sigma) / B,      lam = u'Hu / u'u
+
+where g^2 is the batch's squared gradient norm, and one Newton step on the last 150 losses gives D. Its gate multiplies
+a state by 1.5 below h = 0.7 and by 0.7 above h = 1.3. It has two guards, both counted: a value that is not finite
+leaves the learning rate as it was, and the learning rate is clipped to [peak / 100, peak]. "snac" and "bacon" are the
+rules of rules.py on the same measurements.
 """
 
 import logging
@@ -38,28 +42,36 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
-from .forecast import Forecaster, literal_forecast
+from .forecast import Forecast, Forecaster, literal_forecast
 from .gradient_stats import STATISTICS, GradientStats, keeps_moments
 from .rules import ADAPTIVE, bacon_factor, lr_factor, snac_factor
 
 PARTS = ("envelope", "noise", "forecast", "gate", "blocks")
 AIM, RANGE, DOUBLING = 2.0, 4.0, 40.0  # of m: its aim in eta_opt, its bounds, and the fewest steps to double in
 HOLDS, PLAN_EVERY = (0.0, 0.25, 0.5, 0.75), 2  # shares of the steps to come; decisions from plan to plan
+SURE = 0.5  # the forecast steers where sd(D) / D is below it
+ENVELOPE_POINTS = 64  # at which the envelope to come is averaged
 SAMPLES, SAMPLE_EVERY = 2, 8  # measurements of the gradient between decisions, and the fewest steps between two
+BISECTIONS = 60
 LITERAL_POINTS, LITERAL_LOWEST = 150, 0.01
-SETTINGS = ("rule", "parts", "total", "warmup", "every", "beta", "same_units")
-PLAIN = ("multiplier", "m", "level", "hold", "literal_gate", "blocks", "average", "weight", "reference", "lrs",
-         "history", "decision", "counts", "previous_lr", "_began", "last_epoch", "_step_count", "_last_lr")  # fmt: skip
+# What a saved state must have in common with the scheduler that loads it, and the attributes that it holds.
+SAME_SETTINGS = ("rule", "parts", "total", "warmup", "every", "beta", "same_units")
+SAVED = (
+    "multiplier m level hold literal_gate blocks average weight reference lrs history decision counts previous_lr "
+    "_began last_epoch _step_count _last_lr"
+).split()
+UNDECIDED = {"target": None, "infeasible": False, "hold": None, "eta_opt": None, "bound": False, "h": None, "gate": 1.0}
 
 
 def parse_parts(parts: str | Sequence[str]) -> tuple[str, ...]:
     """Parts of the rule, from names or a comma-separated list; "none" is none. Raises ValueError for an unknown one."""
     text = parts if isinstance(parts, str) else ",".join(parts) or "none"
-    parts = tuple(p.strip() for p in text.split(",") if p.strip()) if text.strip() != "none" else ()
-    unknown = [p for p in parts if p not in PARTS]
-    if unknown or (not parts and text.strip() != "none"):
+    names = tuple(p.strip() for p in text.split(",") if p.strip())
+    if names == ("none",):
+        return ()
+    if not names or not set(names) <= set(PARTS):
         raise ValueError(f"FoT parts {text!r}: expected some of {','.join(PARTS)}, or none")
-    return parts
+    return names
 
 
 def rule_reads(rule: str, parts: str | Sequence[str]) -> set[str]:
@@ -88,13 +100,15 @@ def gate_of(h: float | None) -> float:
 
 
 def block_multipliers(rms: Sequence[Sequence[float]]) -> list[float]:
-    """Multipliers in [1/2, 2] of geometric mean 1 from [[prompt, answer], ...] RMS gradients of the blocks; all 1 where
-    any block has none. Shares, not sizes: Adam already divides by a block's size."""
+    """Multipliers in [1/2, 2] of geometric mean 1, from each block's RMS gradients of prompt and answer.
+
+    They follow shares, not sizes: Adam already divides by a block's size. All are 1 where a block has no gradient.
+    """
     if not rms or not all(math.isfinite(p) and math.isfinite(a) and a > 0 for p, a in rms):
         return [1.0] * len(rms)
     logs = [-0.5 * math.log2(1 + (p / a) ** 2) for p, a in rms]
     low, high = -max(logs) - 1, -min(logs) + 1  # the shift at which the clipped logs have mean 0
-    for _ in range(60):
+    for _ in range(BISECTIONS):
         middle = 0.5 * (low + high)
         total = sum(min(max(v + middle, -1.0), 1.0) for v in logs)
         low, high = (low, middle) if total > 0 else (middle, high)
@@ -102,8 +116,13 @@ def block_multipliers(rms: Sequence[Sequence[float]]) -> list[float]:
 
 
 def solve_step(slope: float, curvature: float, target: float | None) -> tuple[float, bool]:
-    """(eta, bound hit): the smallest eta with eta slope - eta^2 curvature / 2 = target; the best eta where there is no
-    target or none reaches it. 0 where the slope does not fall, inf where the curvature sets no bound."""
+    """(eta, infeasible): the smallest eta that gains ``target``, and whether there is none.
+
+        eta slope - eta^2 curvature / 2 = target
+
+    Without a target, or where none gains it, eta is the one that gains most: 0 where the slope does not fall, inf where
+    the curvature sets no bound.
+    """
     if not slope > 0:
         return 0.0, target is not None
     if target is not None:
@@ -116,14 +135,16 @@ def solve_step(slope: float, curvature: float, target: float | None) -> tuple[fl
 class FoT(LRScheduler):
     """A torch learning-rate scheduler: call ``step()`` after each optimizer step, whatever the number of micro-batches.
 
-    ``optimizer``: an Adam or AdamW; with another one nothing can be measured and m stays 1 (one line says so).
+    ``optimizer``: an Adam or AdamW. Of another one nothing can be measured and m stays 1; one line says so.
     ``total``: optimizer steps of the run. ``rule``: fot, fot-literal, snac or bacon. ``parts``: of fot, see PARTS.
-    ``warmup``: share of the steps. ``every``: W. ``beta``: of the average of numerators and of denominators over
-    decisions. ``same_units``: whether `observe` is given the trained loss itself; where it is not (NLL beside a
-    Brier run), the forecast is made and logged, and does not steer. ``ranks`` and ``reduce``: data-parallel ranks and
-    an in-place sum over them. ``block_rms``: gives a tensor [blocks, 2], prompt and answer, for optimizer groups with
-    a "block" key.
-    Raises ValueError for settings that cannot be meant.
+    ``warmup``: share of the steps. ``every``: W. ``beta``: how much of the averages over decisions stays.
+    ``same_units``: whether `observe` is given the trained loss itself. Where it is not (NLL beside a Brier run), the
+    forecast is made and logged, and does not steer. ``ranks``, ``reduce``: data-parallel ranks and an in-place sum over
+    them. ``block_rms``: gives a tensor [blocks, 2], prompt and answer, for optimizer groups with a "block" key.
+
+    ``decision`` is the last one, ``decided`` whether the last ``step()`` made it, ``counts`` what decisions met. A loop
+    that clips sets ``clipped_by`` to (norm / max_norm).clamp(min=1) before each optimizer step, here or on the
+    optimizer. Raises ValueError for settings that cannot be meant.
     """
 
     def __init__(
@@ -132,7 +153,7 @@ class FoT(LRScheduler):
         total: int,
         *,
         rule: str = "fot",
-        parts: Sequence[str] = PARTS,
+        parts: str | Sequence[str] = PARTS,
         warmup: float = 0.0,
         every: int = 32,
         beta: float = 0.9,
@@ -166,7 +187,7 @@ class FoT(LRScheduler):
         device = self.stats.sums.device
         self.points = torch.zeros(2, every, dtype=torch.float64, device=device)  # sum of NLL and tokens of each step
         self.fisher = torch.zeros(4, dtype=torch.float64, device=device)  # prompt: sum, tokens; answer: sum, tokens
-        self.clipped_by: Tensor | None = None  # set it before optimizer.step(): (norm / max_norm).clamp(min=1)
+        self.clipped_by: Tensor | None = None
         self._began = False  # whether the last step began a sample
         self.careful = rule == "fot" and "noise" in self.parts and self.measures and every < total
         self.m = 1 / RANGE if self.careful else 1.0
@@ -178,7 +199,7 @@ class FoT(LRScheduler):
         self.lrs: list[float] = []  # of this window's steps
         self.history: list[list[float]] = []  # fot-literal: step and loss
         self.decision: dict = {}
-        self.decided = False  # whether the last call of step() decided
+        self.decided = False
         self.counts = {"decisions": 0, "bound": 0, "infeasible": 0, "clipped": 0, "not_finite": 0}
         self.previous_lr = 0.0
         optimizer.register_step_pre_hook(self._before_step)
@@ -236,20 +257,11 @@ class FoT(LRScheduler):
     def _closes_window(self) -> bool:
         return (self.last_epoch + 1) % self.every == 0
 
-    # until the scripts are rewritten
-    @property
-    def wants_micro(self) -> bool:
-        return self.splits
-
-    def micro(self, share: float) -> None:
-        self.stats.micro(share)
-
-    def observe_segments(self, fisher_N: Tensor, prompt_N: Tensor, answer_N: Tensor) -> None:
-        self.observe(0.0, 0.0, fisher=fisher_N, prompt=prompt_N, answer=answer_N)
-
     def watch(self, model: torch.nn.Module):
-        """For a loop that is not ours (transformers.Trainer): observes the loss of each training forward of ``model``.
-        Where the Trainer divides by the batch's tokens itself, the forwards' parts are added up. Returns the hook."""
+        """Observes the loss of each training forward of ``model``, for a loop such as transformers.Trainer's.
+
+        Where the Trainer divides by the batch's tokens itself, the forwards' parts are added up. Returns the hook.
+        """
 
         def hook(module, args, kwargs, output):
             loss = output.get("loss") if hasattr(output, "get") else getattr(output, "loss", None)
@@ -306,19 +318,19 @@ class FoT(LRScheduler):
     def state_dict(self) -> dict:
         """Plain numbers, strings and lists; `load_state_dict` goes on bit for bit. Every rank must call it."""
         buffers = {k: self.reduce(b.clone()).tolist() for k, b in self._buffers().items()}
-        plain = {k: getattr(self, k) for k in PLAIN}
+        plain = {k: getattr(self, k) for k in SAVED}
         return {"settings": self._settings(), "forecaster": self.forecaster.state_dict(), "buffers": buffers} | plain
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Raises ValueError for the state of another rule or run length, and for what is not a state of FoT."""
-        if missing := {"settings", "forecaster", "buffers", *PLAIN} - set(state_dict):
+        if missing := {"settings", "forecaster", "buffers", *SAVED} - set(state_dict):
             raise ValueError(f"this is no state of FoT: {', '.join(sorted(missing))} missing")
         if state_dict["settings"] != self._settings():
             raise ValueError(f"FoT's state is of {state_dict['settings']}, this one is {self._settings()}")
         self.forecaster.load_state_dict(state_dict["forecaster"])
         for name, buffer in self._buffers().items():
             buffer.copy_(torch.tensor(state_dict["buffers"][name], dtype=torch.float64) / self.ranks)
-        for name in PLAIN:
+        for name in SAVED:
             value = state_dict[name]
             setattr(self, name, value.copy() if isinstance(value, list | dict) else value)
         set_lrs(self.optimizer, self._last_lr)
@@ -328,7 +340,7 @@ class FoT(LRScheduler):
         self.load_state_dict(state)
 
     def _settings(self) -> dict:
-        return {k: list(v) if isinstance(v := getattr(self, k), tuple) else v for k in SETTINGS}
+        return {k: list(v) if isinstance(v := getattr(self, k), tuple) else v for k in SAME_SETTINGS}
 
     def _buffers(self) -> dict[str, Tensor]:
         return {"points": self.points, "fisher": self.fisher, "sums": self.stats.sums, "pending": self.stats.pending}
@@ -344,42 +356,51 @@ class FoT(LRScheduler):
     # -- the decision ---------------------------------------------------------------------------
 
     def _decide(self, done: int) -> None:
-        rms = self.points.new_zeros(0)
+        sums = {"points": self.points, "fisher": self.fisher, "stats": self.stats.sums}
         if self.weighs_blocks:
-            rms = self.block_rms().double().flatten().to(rms.device)
-        buffers = (self.points, self.fisher, self.stats.sums)
-        values = torch.cat([*(b.flatten() for b in buffers), rms / self.ranks])
-        values = self.reduce(values).tolist()  # the one synchronisation
-        for buffer in buffers:
-            buffer.zero_()
-        W = self.every
-        self._learn(done, values[:W], values[W : 2 * W])
-        (ps, pn, as_, an), sums, rms = (values[2 * W : 2 * W + 4], values[2 * W + 4 :][: len(STATISTICS)],
-                                        values[2 * W + 4 + len(STATISTICS) :])  # fmt: skip
+            sums["rms"] = self.block_rms().to(self.points) / self.ranks
+        host = self._reduced(sums)
+        for name in ("points", "fisher", "stats"):
+            sums[name].zero_()
+        self._learn(done, *host["points"])
         self.lrs = []
         warm = done >= self.warmup * self.total
-        x = GradientStats.means(sums)
-        if x and (warm or self.careful) and all(map(math.isfinite, x.values())):
-            self.average = {k: self.beta * self.average.get(k, 0.0) + (1 - self.beta) * x[k] for k in STATISTICS[1:]}
-            self.weight = self.beta * self.weight + 1 - self.beta
-            self.reference = [self.reference[0] + x["slope"], self.reference[1] + x["curvature"]]
-        x = {k: v / self.weight for k, v in self.average.items()}
-        h = (as_ / an) / (ps / pn) if min(ps, pn, as_, an) > 0 else None
-        forecast = self.forecaster.forecast(self.total, lambda step: self.planned(step - 1))
-        row = {"forecast": forecast.mean, "sd": forecast.sd, "reason": forecast.reason, "D": None, "sd_D": None,
-               "target": None, "infeasible": False, "hold": None, "eta_opt": None, "bound": False, "h": h,
-               "gate": 1.0}  # fmt: skip
+        x = self._averaged(GradientStats.means(host["stats"]), warm)
+        prompt, prompt_tokens, answer, answer_tokens = host["fisher"]
+        forecast = self._forecast()
+        row = {"forecast": forecast.mean, "sd": forecast.sd, "reason": forecast.reason, "D": forecast.descent}
+        row |= {"sd_D": forecast.sd} | UNDECIDED
+        if min(host["fisher"]) > 0:
+            row["h"] = (answer / answer_tokens) / (prompt / prompt_tokens)
         row |= {k: x.get(k) for k in ("g2", "noise", "slope", "after", "curvature")}
-        if forecast.mean is not None:
-            row |= {"D": float(forecast.curve[0, 1]) - forecast.mean, "sd_D": forecast.sd}
-        getattr(self, f"_{self.rule.removeprefix('fot-')}")(done, warm, x, row)
-        if rms and warm and done >= 2 * W:  # B has moved
-            self.blocks = block_multipliers(list(zip(rms[::2], rms[1::2], strict=True)))
+        self._RULES[self.rule](self, done, warm, x, row)
+        if "rms" in host and warm and done >= 2 * self.every:  # LoRA's B, which begins at 0, has moved
+            self.blocks = block_multipliers(host["rms"])
         self.counts["decisions"] += 1
         self.counts["bound"] += row["bound"]
         self.counts["infeasible"] += row["infeasible"]
         self.decision = row | {"multiplier": self.multiplier, "blocks": self.blocks, "lr": self.planned(done)}
         self.decided = True
+
+    def _reduced(self, sums: dict[str, Tensor]) -> dict[str, list]:
+        """Sums over ranks on the host, as nested lists: one reduction and one synchronisation for all of them."""
+        flat = self.reduce(torch.cat([v.flatten() for v in sums.values()])).cpu()
+        parts = flat.split([v.numel() for v in sums.values()])
+        return {k: part.view(v.shape).tolist() for (k, v), part in zip(sums.items(), parts, strict=True)}
+
+    def _averaged(self, means: dict[str, float] | None, warm: bool) -> dict[str, float]:
+        """Averages of the measurements over decisions, now with these ``means``; {} before the first."""
+        if means and (warm or self.careful) and all(map(math.isfinite, means.values())):
+            self.average = {
+                k: self.beta * self.average.get(k, 0.0) + (1 - self.beta) * means[k] for k in STATISTICS[1:]
+            }
+            self.weight = self.beta * self.weight + 1 - self.beta
+            self.reference = [self.reference[0] + means["slope"], self.reference[1] + means["curvature"]]
+        return {k: v / self.weight for k, v in self.average.items()}
+
+    def _forecast(self) -> Forecast:
+        """Of the plan as it is: the learning rate of a point is that of the step before it."""
+        return self.forecaster.forecast(self.total, lambda step: self.planned(step - 1))
 
     def _learn(self, done: int, nll: list[float], tokens: list[float]) -> None:
         """One point a step for the forecaster; steps that nobody observed are not points."""
@@ -394,17 +415,19 @@ class FoT(LRScheduler):
                 self.history = [*self.history[1 - LITERAL_POINTS :], [first + i + 1, loss]]
 
     def _fot(self, done: int, warm: bool, x: dict, row: dict) -> None:
+        peak, left = float(self.base_lrs[0]), self.total - done
         D, sd = row["D"], row["sd_D"]
-        if warm and D is not None and D > 0 and sd / D < 0.5 and self.same_units:
+        if warm and D is not None and D > 0 and sd / D < SURE and self.same_units:
             if "forecast" in self.parts and "envelope" in self.parts and self.counts["decisions"] % PLAN_EVERY == 0:
                 self._plan(done, row)
-            to_come = sum(self._share(done + (i + 0.5) / 64 * (self.total - done)) for i in range(64)) / 64
-            row["target"] = row["D"] * self._share(done) / max(to_come * (self.total - done), self._share(done))
+            middles = (done + (i + 0.5) / ENVELOPE_POINTS * left for i in range(ENVELOPE_POINTS))
+            to_come = sum(map(self._share, middles)) / ENVELOPE_POINTS
+            row["target"] = row["D"] * self._share(done) / max(to_come * left, self._share(done))
         aim = 1.0
         if x:
-            row["eta_opt"] = solve_step(x["slope"], x["curvature"], None)[0]
-            row["infeasible"] = solve_step(x["slope"], x["curvature"], row["target"])[1]
-            aim = min(max(AIM * row["eta_opt"] / float(self.base_lrs[0]), 1 / RANGE), RANGE)
+            row["eta_opt"], _ = solve_step(x["slope"], x["curvature"], None)
+            _, row["infeasible"] = solve_step(x["slope"], x["curvature"], row["target"])
+            aim = min(max(AIM * row["eta_opt"] / peak, 1 / RANGE), RANGE)
         if self.careful:
             self.m = min(aim, self.m * 2 ** (self.every / DOUBLING))
             row["bound"] = bool(x) and aim in (1 / RANGE, RANGE)
@@ -419,17 +442,13 @@ class FoT(LRScheduler):
         plans = []
         for share in HOLDS:
             self.hold = done + share * (self.total - done)
-            plans.append(self.forecaster.forecast(self.total, lambda step: self.planned(step - 1)))
-        ends = [math.inf if f.mean is None else f.mean for f in plans]
-        best = ends.index(min(ends))
-        if best == 0 and hold < done:
+            plans.append((self.hold, self._forecast()))
+        self.hold, forecast = min(plans, key=lambda plan: math.inf if plan[1].mean is None else plan[1].mean)
+        if self.hold == done and hold < done:
             self.level, self.hold = level, hold  # nothing new
-        else:
-            self.hold = done + HOLDS[best] * (self.total - done)
-        forecast = plans[best]
         if forecast.mean is not None:
-            row |= {"forecast": forecast.mean, "sd": forecast.sd, "sd_D": forecast.sd, "hold": self.hold,
-                    "D": float(forecast.curve[0, 1]) - forecast.mean}  # fmt: skip
+            row |= {"forecast": forecast.mean, "sd": forecast.sd, "sd_D": forecast.sd, "D": forecast.descent}
+            row["hold"] = self.hold
 
     def _literal(self, done: int, warm: bool, x: dict, row: dict) -> None:
         h = row["h"]
@@ -456,5 +475,7 @@ class FoT(LRScheduler):
 
     def _bacon(self, done: int, warm: bool, x: dict, row: dict) -> None:
         if x:
-            row["eta_opt"] = solve_step(x["slope"], x["curvature"], None)[0]
+            row["eta_opt"], _ = solve_step(x["slope"], x["curvature"], None)
             self.multiplier = bacon_factor(row["eta_opt"], solve_step(*self.reference, None)[0])
+
+    _RULES = {"fot": _fot, "fot-literal": _literal, "snac": _snac, "bacon": _bacon}

@@ -1,22 +1,31 @@
 """What the gradients of a run say of its learning rate, at next to no cost: signal, noise, slope and curvature.
 
-Let g be the batch's gradient, G its expectation and N = tr(Sigma) / B the expected |g - G|^2 of a batch of B. Adam
-moves the weights by -lr u, u = P m, with m and v the bias-corrected moments and P = 1 / (sqrt(v) + eps). Measured are
+Let g be the gradient of a batch of B, G its expectation and N = tr(Sigma) / B the expected |g - G|^2. Adam moves the
+weights by -lr u with
 
-    |G|^2 and N     from the norms of one micro-batch, a share r of the batch, and of the batch: in expectation
-                    |g_r|^2 = |G|^2 + N / r and |g|^2 = |G|^2 + N (McCandlish et al., 2018, "An Empirical Model of
-                    Large-Batch Training", appendix A.1)
-    slope  G'u      along a step, before it: u = P (a m_old + c g), so a g'P m_old + c g'P g in expectation, but g'P g
-                    meets the noise of g twice: there g_r'P g_s stands, g_s the rest of the batch. P is the last step's
-                    for the first product. For the second, r g_r^2 stands for g^2 in the new v: with the old v rare
-                    gradients, an embedding's row, would count far too much, and with g^2 itself P is correlated
-                    with the product of the noises of g_r and g_s.
-    after  G'u      along the same step, after it: the next batch's g'u, as that batch is new to u
-    curvature u'Hu  (slope - after) / lr: what the step took off its slope
+    u = P m,      P = 1 / (sqrt(v) + eps),      m and v the bias-corrected moments
 
-Without micro-batches N comes from Adam's mean: |m|^2 = |G|^2 + kappa N, kappa the sum of the squared weights of the
-gradients in m; likewise G'P G. That calls noise what changes from step to step, so where steps overshoot the slope
-comes out too low, below 0 rather than above what it is.
+|G|^2 and N come from the norms of the batch and of one micro-batch, a share r of it (McCandlish et al., 2018, "An
+Empirical Model of Large-Batch Training", appendix A.1). In expectation
+
+    |g|^2 = |G|^2 + N,      |g_r|^2 = |G|^2 + N / r
+
+The slope G'u before a step has u = P (a m_old + c g), in expectation a g'P m_old + c g'P g. But g'P g meets the noise
+of g twice, so g_r'P g_s takes its place, with g_s the rest of the batch. For the first product P is the last step's.
+For the second, r g_r^2 stands for g^2 in the new v. With the old v, rare gradients such as an embedding's row would
+count far too much; with g^2 itself, P would be correlated with the product of the noises of g_r and g_s.
+
+The slope after the same step is the next batch's g'u, because that batch is new to u. The curvature along it is what
+the step took off its slope:
+
+    u'Hu = (slope - after) / lr
+
+Without micro-batches N comes from Adam's mean, with kappa the sum of the squared weights of the gradients in m:
+
+    |m|^2 = |G|^2 + kappa N
+
+and likewise G'P G. That calls noise what changes from step to step. Where steps overshoot, the slope then comes out too
+low, below 0 rather than above what it is.
 
 All are linear in sums over the parameters, so samples, ranks and shards are averaged before anything is divided. The
 sums stay on the device. A sample takes one pass over gradients and moments at one step and half of one at the next.

@@ -94,9 +94,3 @@ def bacon_factor(eta: float, reference: float) -> float:
     if not 0 < reference < math.inf or math.isnan(eta):
         return 1.0
     return min(max(eta / reference, 0.5), 2.0)
-
-
-# until the scripts are rewritten
-from .averaging import averaged, schedule_free_adamw  # noqa: E402, F401
-
-FREE = SCHEDULE_FREE

@@ -10,12 +10,9 @@
 `Planned` is for schedules that are functions of the step, `FoT` for the rules that measure.
 """
 
-from collections.abc import Callable, Sequence
-
 import torch
-from torch import Tensor
 
-from .fot import PARTS, FoT, parse_parts, set_lrs
+from .fot import FoT, set_lrs
 from .rules import ADAPTIVE, RULES, lr_factor
 
 
@@ -67,33 +64,18 @@ def make_rule(
     floor: float = 0.0,
     decay: float = 0.2,
     power: float = 1.0,
-    parts: Sequence[str] | str = PARTS,
-    every: int = 32,
-    beta: float = 0.9,
-    same_units: bool = True,
-    ranks: int = 1,
-    reduce: Callable[[Tensor], Tensor] | None = None,
-    block_rms: Callable[[], Tensor] | None = None,
+    **measuring,
 ) -> FoT | Planned:
     """The rule ``name`` (one of RULES) for a run of ``total`` optimizer steps. The groups hold the peak learning rates.
 
-    ``floor``, ``decay`` and ``power`` are for the functions of the step, see `lr_factor`. ``parts`` and all after it
-    are for the rules that measure, see `FoT`. Raises ValueError for an unknown name.
+    ``floor``, ``decay`` and ``power`` are for the functions of the step, see `lr_factor`. ``measuring`` is for the
+    rules that measure: ``parts``, ``every``, ``beta``, ``same_units``, ``ranks``, ``reduce`` and ``block_rms``, see
+    `FoT`. So a loop may give all of them under any rule. Raises ValueError for an unknown name.
     """
     if name not in RULES:
         raise ValueError(f"unknown learning-rate rule {name!r}; expected one of {', '.join(RULES)}")
-    if name not in ADAPTIVE:
-        return Planned(name, optimizer, total, warmup=warmup, floor=floor, decay=decay, power=power)
-    return FoT(
-        optimizer,
-        total,
-        rule=name,
-        parts=parse_parts(parts),
-        warmup=warmup,
-        every=every,
-        beta=beta,
-        same_units=same_units,
-        ranks=ranks,
-        reduce=reduce,
-        block_rms=block_rms,
-    )
+    if unknown := set(measuring) - set(FoT.__init__.__kwdefaults__):
+        raise TypeError(f"make_rule: unknown options {', '.join(sorted(unknown))}")
+    if name in ADAPTIVE:
+        return FoT(optimizer, total, rule=name, warmup=warmup, **measuring)
+    return Planned(name, optimizer, total, warmup=warmup, floor=floor, decay=decay, power=power)

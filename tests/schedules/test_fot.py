@@ -407,8 +407,11 @@ def base(corpus, tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
     return (
         f"--data {corpus} --cache {cache} --tokenizer bpe:320 --model nano --seq-len 32 --batch 8 --steps 30 --lr 3e-3 "
-        "--eval-every 15 --log-every 5 --sample-tokens 4 --fot-window 4 --device cpu".split()
+        "--eval-every 15 --log-every 5 --sample-tokens 4 --device cpu".split()
     )
+
+
+WINDOW = ("--fot-window", "4")  # which schedule-free does not read
 
 
 def train(flags, out, *more):
@@ -425,7 +428,7 @@ def rows(out, kind):
 def test_train_lm_resumes_exactly_and_logs_each_decision(rule, base, tmp_path, monkeypatch):
     if rule == "schedule-free":
         pytest.importorskip("schedulefree", reason="schedulefree is not installed")
-    flags = [*base, "--schedule", rule]
+    flags = [*base, "--schedule", rule, *(() if rule == "schedule-free" else WINDOW)]
     assert train(flags, tmp_path / "whole") == 0
     original = Windows.batch_indices
 
@@ -459,10 +462,10 @@ def test_train_lm_resumes_exactly_and_logs_each_decision(rule, base, tmp_path, m
 
 def test_train_lm_forecasts_the_nll_and_takes_the_old_flag(base, tmp_path, capsys):
     """Under another score than CE the forecast, of the NLL, does not steer."""
-    assert train(base, tmp_path / "snac", "--lr-schedule", "snac", "--steps", 9) == 0
+    assert train(base, tmp_path / "snac", "--lr-schedule", "snac", "--steps", 9, *WINDOW) == 0
     assert rows(tmp_path / "snac", "fot")[-1]["lr"] == rows(tmp_path / "snac", "train")[-1]["lr"] < 3e-3
     capsys.readouterr()
-    assert train(base, tmp_path / "dpsm", "--schedule", "fot", "--loss", "dpsm") == 0
+    assert train(base, tmp_path / "dpsm", "--schedule", "fot", "--loss", "dpsm", *WINDOW) == 0
     assert re.search(r"\| forecast \d\.\d+ \+- 0\.\d+ at step 30 \|", capsys.readouterr().err)
     last, trained = rows(tmp_path / "dpsm", "fot")[-1], rows(tmp_path / "dpsm", "train")[-1]
     assert abs(last["forecast"] - trained["nll"]) < 0.5 < last["forecast"] - trained["loss"]
@@ -470,7 +473,7 @@ def test_train_lm_forecasts_the_nll_and_takes_the_old_flag(base, tmp_path, capsy
 
 
 def test_train_lm_on_two_ranks_is_the_run_of_one(base, tmp_path):
-    flags = [*base, "--schedule", "fot", "--fot-parts", "envelope", "--steps", "14"]
+    flags = [*base, *WINDOW, "--schedule", "fot", "--fot-parts", "envelope", "--steps", "14"]
     assert train(flags, tmp_path / "one") == 0
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_lm.py"]
     ran = subprocess.run([*line, *map(str, flags), "--out", str(tmp_path / "two")], cwd=ROOT, capture_output=True,
@@ -492,7 +495,7 @@ def test_train_lm_on_two_ranks_is_the_run_of_one(base, tmp_path):
 @pytest.mark.parametrize(
     "more, says",
     [
-        (("--schedule", "fott"), "argument --schedule: invalid choice: 'fott'"),
+        (("--schedule", "fott"), "argument --schedule/--lr-schedule: invalid choice: 'fott'"),
         (("--schedule", "fot", "--fot-parts", "noise,gates"), "FoT parts 'noise,gates': expected some of envelope"),
         (("--schedule", "fot", "--fot-window", 0), "--fot-window 0 must be at least 1"),
         (("--schedule", "fot", "--fot-beta", 1), r"--fot-beta 1.0 is outside \[0, 1\)"),

@@ -42,6 +42,15 @@ def test_wsd_decays_over_its_share_alone():
     assert lr[:71] == [1.0] * 71 and lr[85] == pytest.approx(0.5, rel=1e-12)
 
 
+def test_polynomial_is_what_is_left_to_a_power_and_inverse_sqrt_begins_at_the_peak():
+    for step in range(10, 100):
+        linear, root = lr_factor("linear", step, 100, warmup=0.1), math.sqrt(10 / step)
+        assert lr_factor("polynomial", step, 100, warmup=0.1) == linear
+        assert lr_factor("polynomial", step, 100, warmup=0.1, power=2.0, floor=0.1) == 0.1 + 0.9 * linear**2
+        assert lr_factor("inverse-sqrt", step, 100, warmup=0.1) == root
+    assert lr_factor("inverse-sqrt", 10, 100, warmup=0.1) == 1 == lr_factor("inverse-sqrt", 0, 100)
+
+
 def test_snac_is_the_signals_share_of_the_gradient():
     assert snac_factor(noise=3.0, signal=1.0) == 0.25  # B_noise = 3 B
     assert snac_factor(0.0, 1.0) == snac_factor(-0.1, 1.0) == 1.0  # an unbiased estimate of 0 may be below it

@@ -100,6 +100,17 @@ def test_what_clipping_divided_by_is_found_on_the_optimizer_or_the_rule_and_forg
     assert found[0] == found[1] == 4 * found[2]
 
 
+def test_the_first_micro_batch_is_kept_in_steps_that_split_alone():
+    rule, kept = make_rule("fot", two_groups(), 20, every=4), []
+    rule.stats.micro = kept.append
+    for t in range(8):
+        rule.observe(3.0, share=t / 10)  # of every step's first micro-batch, and none of the second's
+        rule.observe(3.0)
+        rule.optimizer.step()
+        rule.step()
+    assert kept == [0.4]
+
+
 def test_a_learning_rate_in_a_tensor_is_set_in_place():
     optimizer = two_groups()
     held = [torch.tensor(0.1), torch.tensor(0.02)]
