@@ -106,3 +106,16 @@ def test_schedule_free_says_what_is_missing(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "schedulefree", None)
     with pytest.raises(ValueError, match="pip install schedulefree"):
         schedule_free_adamw([torch.nn.Parameter(torch.ones(1))], 0.1, betas=(0.9, 0.95))
+
+
+def test_every_formula_rises_in_its_warm_up_and_never_after():
+    for name in SCHEDULES:
+        factors = [lr_factor(name, s, 100, warmup=0.1, floor=0.1) for s in range(100)]
+        assert all(0 < f <= 1 for f in factors) and max(factors) == pytest.approx(1, abs=0.02)
+        assert factors[:10] == sorted(factors[:10])  # warm-up rises
+        assert factors[10:] == sorted(factors[10:], reverse=True)  # and the rest never does
+    assert lr_factor("cosine", 55, 100, warmup=0.1) == pytest.approx(0.5)
+    assert lr_factor("linear", 100, 100, floor=0.1) == pytest.approx(0.1)
+    assert lr_factor("wsd", 79, 100) == 1 and lr_factor("wsd", 90, 100) == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="cubic"):
+        lr_factor("cubic", 0, 1)
