@@ -1,6 +1,7 @@
 # Two commands, each doing all of its own set-up in .venv:
 #   make demo   trains three small GPTs (CE, Brier, DPSM) on embedded text and prints their report
-#   make test   runs the tests
+#   make test   runs the linter, then the tests
+#   make lint   runs the linter alone; make clean removes what was set up, run and cached
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -9,8 +10,11 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/python -m eval.campaign recipes/demo.toml
 
-test: .venv/installed-dev
+lint: .venv/installed-dev
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .venv/installed: requirements.txt

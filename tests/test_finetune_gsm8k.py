@@ -18,10 +18,12 @@ import torch
 import finetune_gsm8k
 from data.packing import Example, batch_indices, fit, pack
 from data.prompts import Prompter, calculate
+from eval.report.build import build
 from kernels import linear_score
 from kernels.losses import brier
 from model.decode import Finished, Request, decode
 from model.qwen3 import load_qwen3
+from runtime.cli import roles
 from runtime.folder import load_checkpoint, read_metrics
 from runtime.machine import World
 from schedules import ADAPTIVE
@@ -740,6 +742,34 @@ def test_the_micro_batch_that_is_measured_is_a_random_part(base, tmp_path, monke
     seen.clear()
     assert tune([*flags, "--micro-batch", "64"], whole) == 0
     assert len(seen) >= 5 and 0.3 < sum(seen) / len(seen) < 0.7
+
+
+# -- what a difference in a flag means ---------------------------------------------------------------
+
+
+def test_the_report_knows_every_flag_by_its_role():
+    """By the roles that a run of this script leaves: what makes another arm, another question, or nothing."""
+    found = {name: about["role"] for name, about in roles(finetune_gsm8k.Config).items()}
+    assert found["prompt"] == "knob" and found["eval_batch"] == "where" and found["seed"] == "bookkeeping"
+    settings = "format base loss_on heldout eval_problems generate_tokens model data steps batch seq_len".split()
+    assert {found[name] for name in settings} == {"setting"}
+
+
+def test_two_prompts_are_two_arms_and_two_batches_of_answers_are_one(text_run, tmp_path):
+    """Run folders as this script leaves them, one flag changed in each."""
+
+    def copy(name: str, **changes) -> Path:
+        out = tmp_path / name
+        shutil.copytree(text_run[1], out)
+        config = json.loads((out / "config.json").read_text()) | changes
+        (out / "config.json").write_text(json.dumps(config))
+        return out
+
+    folders = [copy("a"), copy("b", prompt="plain"), copy("c", eval_batch=7, seed=2), copy("d", format="code")]
+    report = build(folders)
+    assert sorted(len(arm.runs) for arm in report.arms) == [1, 1, 2]
+    assert any("prompt=plain" in arm.label for arm in report.arms)
+    assert any(w.startswith("NOT COMPARABLE: the arms differ in format") for w in report.warnings)
 
 
 # -- bad input ---------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import torch
 
 import train_lm
 from data.windows import Windows
+from eval import metrics
 from kernels.losses import alpha_at
 from runtime.folder import load_checkpoint, read_metrics
 
@@ -288,6 +289,20 @@ def test_patience_and_best_weights(base, tmp_path, monkeypatch):
     assert train(base, tmp_path / "same", "--steps", 60, "--eval-every", 8, "--patience", 1) == 0
     val = next(r for r in rows(tmp_path / "same", "val") if r["step"] == 8)
     assert summary["val_ppl"] == pytest.approx(val["ppl"], rel=1e-6)
+
+
+def test_a_metric_that_is_added_to_the_table_is_everywhere(base, tmp_path, monkeypatch, capsys):
+    """One entry of eval.metrics, and it is in the log's rows, the bar, the validation line and the summary. The report
+    is in tests/eval/test_metrics.py."""
+    places = "train line final table"
+    new = metrics.Metric("ece25", "ECE", "25 bins", "lower", shown=places, bar="e25 {:.3f}", of=lambda c, _: c.ece(25))
+    monkeypatch.setattr(metrics, "TOKENS", (*metrics.TOKENS, new))
+    out = tmp_path / "run"
+    assert train(base, out) == 0
+    said, summary = capsys.readouterr().err, json.loads((out / "summary.json").read_text())
+    assert all(0 <= r["ece25"] <= 1 for kind in ("train", "val") for r in rows(out, kind))
+    assert summary["val_ece25"] == rows(out, "val")[-1]["ece25"] and 0 <= summary["test_ece25_t"] <= 1
+    assert f"e25 {rows(out, 'train')[-1]['ece25']:.3f}" in said and f"ece25 {summary['val_ece25']:.4f}" in said
 
 
 def test_label_noise_happens_as_asked(base, tmp_path):
