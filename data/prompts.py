@@ -13,8 +13,8 @@ from pathlib import Path
 from data import gsm8k
 from data.gsm8k import Problem, code_targets, coverage_table
 from data.packing import Example
-from model.gpt2_hub import CONFIG, _folder
-from model.qwen3 import read_config
+from model.qwen3_hub import read_config
+from model.weights import CONFIG, folder_of
 from runtime.folder import write_json
 
 PROMPTS = ("chat", "plain")
@@ -43,7 +43,7 @@ class Prompter:
 
         if (prompt, format) not in _ASK:
             raise ValueError(f"prompt {prompt!r} and format {format!r}: expected one of {', '.join(map(str, _ASK))}")
-        folder = _folder(model)
+        folder = folder_of(model)
         config = read_config(folder / CONFIG)
         path = _tokenizer_file(model, folder)
         try:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.gpt2 import Embedding, LayerNorm
+from model.layers import Embedding, LayerNorm, Linear, check_activations, check_positive, check_tokens, draw_weights
 
 ACTIVATIONS = {
     "gelu": F.gelu,
@@ -68,10 +68,7 @@ class Seq2SeqConfig:
     def __post_init__(self):
         if self.kind not in TOKEN_IDS:
             raise ValueError(f"kind={self.kind!r}: expected 'bart' or 'pegasus'")
-        for name in (*SHAPE, "vocab_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}={value!r}: expected a positive integer")
+        check_positive(self, (*SHAPE, "vocab_size"))
         for name in ("encoder_attention_heads", "decoder_attention_heads"):
             if self.d_model % getattr(self, name):
                 raise ValueError(
@@ -139,24 +136,14 @@ SIZES = {
 }
 
 
-class Linear(nn.Linear):
-    """nn.Linear that computes in its input's dtype and leaves its initialisation to Seq2Seq.init_weights."""
-
-    def reset_parameters(self):
-        pass
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
-
-
 class Attention(nn.Module):
     def __init__(self, width: int, heads: int, dropout: float):
         super().__init__()
         self.heads, self.dropout = heads, dropout
-        self.k_proj = Linear(width, width)
-        self.v_proj = Linear(width, width)
-        self.q_proj = Linear(width, width)
-        self.out_proj = Linear(width, width)
+        self.k_proj = Linear(width, width, bias=True)
+        self.v_proj = Linear(width, width, bias=True)
+        self.q_proj = Linear(width, width, bias=True)
+        self.out_proj = Linear(width, width, bias=True)
 
     def split(self, x_BTD: Tensor) -> Tensor:
         """[B, T, D] -> [B, H, T, K]"""
@@ -192,8 +179,8 @@ class Layer(nn.Module):
         if side == "decoder":
             self.encoder_attn = Attention(config.d_model, heads, config.attention_dropout)
             self.encoder_attn_layer_norm = LayerNorm(config.d_model)
-        self.fc1 = Linear(config.d_model, width)
-        self.fc2 = Linear(width, config.d_model)
+        self.fc1 = Linear(config.d_model, width, bias=True)
+        self.fc2 = Linear(width, config.d_model, bias=True)
         self.final_layer_norm = LayerNorm(config.d_model)
 
     def add(self, x_BTD: Tensor, norm: LayerNorm, branch) -> Tensor:
@@ -290,8 +277,7 @@ class Seq2Seq(nn.Module):
 
     def __init__(self, config: Seq2SeqConfig, dtype: torch.dtype = torch.float32):
         super().__init__()
-        if not dtype.is_floating_point:
-            raise ValueError(f"dtype={dtype}: expected a floating-point dtype for the activations")
+        check_activations(dtype)
         self.config = config
         self.dtype = dtype
         self.checkpoint_activations = False
@@ -305,20 +291,9 @@ class Seq2Seq(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Every initial value, in parameter order: biases 0, LayerNorm gains 1, matrices and embeddings
-        N(0, init_std), the row of the padding token 0 (fairseq's BART; transformers does the same).
-
-        Normals are drawn in fp32 on the CPU, from ``generator`` (a CPU one) or torch's global one, then
-        copied: a seed gives one model, whatever the device or dtype. Call it before sharding.
-        """
-        for name, p in self.named_parameters():
-            if name.endswith("bias"):
-                p.zero_()
-            elif p.ndim == 1:
-                p.fill_(1)
-            else:
-                normal = torch.empty(p.shape, dtype=torch.float32, device="cpu")
-                p.copy_(normal.normal_(0, self.config.init_std, generator=generator))
+        """Every initial value, drawn from ``generator`` as ``draw_weights`` says: biases 0, LayerNorm gains 1, matrices
+        and embeddings N(0, init_std), the row of the padding token 0 (fairseq's BART; transformers does the same)."""
+        draw_weights(self, lambda name: self.config.init_std, generator)
         self.shared.weight[self.config.pad_token_id] = 0
 
     @property
@@ -332,13 +307,9 @@ class Seq2Seq(nn.Module):
         return self.final_logits_bias[0] if self.config.logits_bias else None
 
     def embed(self, stack: Stack, tokens_BT: Tensor, positions_T: Tensor | None) -> Tensor:
-        if tokens_BT.ndim != 2:
-            raise ValueError(f"tokens of shape {tuple(tokens_BT.shape)}: expected two dimensions, [batch, time]")
-        T, longest = tokens_BT.shape[1], self.config.max_position_embeddings
-        if T > longest:
-            raise ValueError(f"sequence of {T} tokens: expected at most max_position_embeddings={longest}")
+        check_tokens(tokens_BT, "max_position_embeddings", self.config.max_position_embeddings)
         if positions_T is None:
-            positions_T = torch.arange(T, device=tokens_BT.device)
+            positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
         # The padding token's embedding gets no gradient as an input, as in the published models.
         x_BTD = F.embedding(tokens_BT, self.shared.weight, self.config.pad_token_id).to(self.dtype)
         if self.config.scale_embedding:

@@ -26,7 +26,8 @@ from data.gsm8k import load_gsm8k, split_heldout, text_target
 from data.packing import Example, batch_indices, pack
 from kernels import linear_score
 from kernels.losses import ce
-from model.qwen3 import Qwen3, Qwen3Config, save_qwen3
+from model.qwen3 import Qwen3, Qwen3Config
+from model.qwen3_hub import save_qwen3
 from runtime.cli import user_errors
 from runtime.machine import keep_freed_memory, to_device
 from schedules.rules import lr_factor

@@ -21,7 +21,7 @@ from data.prompts import Prompter, calculate
 from kernels import linear_score
 from kernels.losses import brier
 from model.decode import Finished, Request, decode
-from model.qwen3 import load_qwen3
+from model.qwen3_hub import load_qwen3
 from runtime.folder import load_checkpoint, read_metrics
 from runtime.machine import World
 from schedules.fot import block_multipliers, gate_of

@@ -21,7 +21,8 @@ from model.lora import (
     load_base,
     save_adapter,
 )
-from model.qwen3 import Qwen3, Qwen3Config, load_qwen3, save_qwen3
+from model.qwen3 import Qwen3, Qwen3Config
+from model.qwen3_hub import load_qwen3, save_qwen3
 
 # As in tests/test_qwen3.py: the order of fp32 sums costs under 1e-5 of logits of order 1 to 10; 1e-4 is promised.
 LOGITS_TOLERANCE = 1e-4
