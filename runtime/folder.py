@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import uuid
 import zipfile
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from runtime.machine import World
 
 def write_bytes(path: Path, writer) -> None:
     """Atomic: ``writer(file)`` fills a temporary file, which is flushed to disk and renamed to ``path``."""
-    tmp = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    tmp = path.with_name(f"{path.name}.tmp{uuid.uuid4().hex}")
     try:
         with open(tmp, "wb") as f:
             writer(f)

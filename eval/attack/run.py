@@ -30,7 +30,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from data.windows import IGNORE
+from data.windows import IGNORE_INDEX
 from data.wordlists import WordLists, load_lists
 from eval.attack.textfooler import Attack, AttackOptions, attack_article, attack_group
 from eval.attack.words import POS, SameClass, part_of_speech
@@ -78,7 +78,7 @@ class Target:
         targets = self._ids([r.replace("\n", self.tokenizer.newline) for r in references], self.max_target)
         for places in self._batches(sources):
             source, mask = self._pad([sources[i] for i in places])
-            labels, _ = self._pad([targets[i] for i in places], IGNORE)
+            labels, _ = self._pad([targets[i] for i in places], IGNORE_INDEX)
             hidden_BTD = self.model(source, mask, self.model.shift_right(labels))
             head = self.model.head_weight, labels.flatten()
             yield places, linear_moments(hidden_BTD.flatten(0, 1), *head, bias=self.model.head_bias)
