@@ -10,15 +10,23 @@ import json
 import logging
 import os
 import re
-import uuid
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import tiktoken
+import tiktoken.load
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from data.files import lm_data, read_bytes, write_cached
+from model.weights import first_line
 
 EOS = "<|endoftext|>"
-_CONFIG = "tokenizer_config.json"
+CONFIG = "tokenizer_config.json"
+FILES = ("tokenizer.json", "vocab.json", "merges.txt", CONFIG)
 # GPT-2's files as OpenAI publishes them, which are also the ones tiktoken pins: name, address, SHA-256.
 _GPT2 = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 GPT2_FILES = (
@@ -63,7 +71,7 @@ class Tokenizer:
         tokenizer_config.json's eos_token, else <|endoftext|>. Raises ValueError where the files do not fit.
         """
         label = f"tokenizer {name}" if name else "tokenizer"
-        config = _json(files["tokenizer_config.json"], f"{label}: tokenizer_config.json") if _CONFIG in files else {}
+        config = _json(files[CONFIG], f"{label}: {CONFIG}") if CONFIG in files else {}
         eos = config.get("eos_token") or EOS
         eos = eos["content"] if isinstance(eos, dict) else eos
         if "tokenizer.json" in files:
@@ -90,7 +98,7 @@ class Tokenizer:
         # What AutoTokenizer needs on top, kept where it was given. Decoding must not tidy spaces away.
         plain = {"tokenizer_class": kind, "eos_token": eos, "bos_token": eos, "unk_token": eos}
         plain["clean_up_tokenization_spaces"] = False
-        kept[_CONFIG] = files.get(_CONFIG, json.dumps(plain, indent=2).encode())
+        kept[CONFIG] = files.get(CONFIG, json.dumps(plain, indent=2).encode())
         return cls(name or "tokenizer", vocab_size, eos_id, digest.hexdigest(), kept, encode, decode, can_cut)
 
     def files(self) -> dict[str, bytes]:
@@ -159,33 +167,44 @@ def load_tokenizer(
         return _cached_bpe(size, documents, Path(cache) / f"bpe{size}-{corpus}.json")
     folder = Path(spec).expanduser()
     if folder.is_dir():
-        names = ("tokenizer.json", "vocab.json", "merges.txt", _CONFIG)
-        return Tokenizer.from_files({n: _read(folder / n) for n in names if (folder / n).is_file()}, folder.name)
+        return Tokenizer.from_files(read_files(folder), folder.name)
     raise ValueError(
         f"unknown tokenizer {spec!r}; expected gpt2, bpe:N (for example bpe:4096), or a folder with tokenizer.json or "
         "vocab.json and merges.txt"
     )
 
 
-def train_bpe(documents: Iterable[str], size: int) -> bytes:
-    """tokenizer.json of a byte-level BPE of at most ``size`` tokens, deterministic in the text.
+def read_files(folder: Path) -> dict[str, bytes]:
+    """The files of a tokenizer that are in ``folder``, name -> content."""
+    return {name: read_bytes(folder / name) for name in FILES if (folder / name).is_file()}
 
-    Token 0 is <|endoftext|>, then the 256 bytes, then the merges by frequency, within GPT-2's pre-tokenisation. A small
-    text runs out of pairs before ``size``; that is logged.
+
+def merges_of(merges_txt: bytes) -> list[tuple[str, ...]]:
+    """The pairs that merges.txt joins, in order."""
+    lines = merges_txt.decode().split("\n")
+    return [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+
+
+def byte_level_bpe(documents: Iterable[str], size: int, special: tuple[str, ...]) -> Backend:
+    """A byte-level BPE of at most ``size`` tokens, deterministic in the text.
+
+    The ``special`` tokens come first, then the bytes, then the merges by frequency, within GPT-2's pre-tokenisation.
     """
-    from tokenizers import Tokenizer as Backend
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=size,
-        special_tokens=[EOS],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        vocab_size=size, special_tokens=list(special), initial_alphabet=alphabet, show_progress=False
     )
     backend.train_from_iterator(documents, trainer)
+    return backend
+
+
+def train_bpe(documents: Iterable[str], size: int) -> bytes:
+    """tokenizer.json of ``byte_level_bpe`` whose token 0 is <|endoftext|>. A small text runs out of pairs before
+    ``size``; that is logged."""
+    backend = byte_level_bpe(documents, size, (EOS,))
     if backend.get_vocab_size() < size:
         log.warning("the text is small: bpe:%d has only %d tokens", size, backend.get_vocab_size())
     return backend.to_str().encode()
@@ -196,51 +215,39 @@ def _cached_bpe(size: int, documents: Callable[[], Iterable[str]], path: Path) -
     if not path.exists():
         log.info("training %s into %s", name, path)
         definition = train_bpe(documents(), size)
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(definition)
-            os.replace(temporary, path)
-        except OSError as error:
-            raise ValueError(f"cannot write {path} ({error.strerror}); name another cache folder") from None
+        write_cached(path, lambda file: file.write(definition))
     try:
-        return Tokenizer.from_files({"tokenizer.json": _read(path)}, name)
+        return Tokenizer.from_files({"tokenizer.json": read_bytes(path)}, name)
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); delete the file and it will be made again") from None
 
 
 def _gpt2_files() -> dict[str, bytes]:
-    local = Path(os.environ["LM_DATA"]) / "tokenizers" / "gpt2" if os.environ.get("LM_DATA") else None
+    local = lm_data("tokenizers/gpt2")
     files = {}
     for name, url, sha in GPT2_FILES:
-        if local is not None and local.is_dir():
-            files[name] = _read(local / name)
+        if local is not None:
+            files[name] = read_bytes(local / name)
             if hashlib.sha256(files[name]).hexdigest() != sha:
                 raise ValueError(f"{local / name} is not GPT-2's; to use another vocabulary, name its folder instead")
             continue
         try:
-            from tiktoken.load import read_file_cached
-
-            files[name] = read_file_cached(url, sha)
-        except Exception as error:  # requests' errors, a failed checksum, tiktoken missing
-            reason = str(error).splitlines()[0][:100] if str(error) else ""
+            files[name] = tiktoken.load.read_file_cached(url, sha)
+        except Exception as error:  # requests' errors, a failed checksum
             raise ValueError(
-                f"tokenizer gpt2 cannot be downloaded ({type(error).__name__}: {reason}); without a network give "
-                "--tokenizer a folder with GPT-2's vocab.json and merges.txt, or put them in $LM_DATA/tokenizers/gpt2"
+                f"tokenizer gpt2 cannot be downloaded ({type(error).__name__}: {first_line(error)[:100]}); without a "
+                "network give --tokenizer a folder with GPT-2's vocab.json and merges.txt, or put them in "
+                "$LM_DATA/tokenizers/gpt2"
             ) from error
     return files
 
 
 def _through_tiktoken(vocab_json: bytes, merges_txt: bytes, eos: str, label: str):
-    import tiktoken
-
     vocab = _json(vocab_json, f"{label}: vocab.json")
     try:
-        lines = merges_txt.decode().split("\n")
-        merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
         byte_of = {c: b for b, c in enumerate(_byte_characters())}
         ranks = {bytes([b]): vocab[c] for c, b in byte_of.items()}
-        merged = [(vocab[left + right], left + right) for left, right in merges]
+        merged = [(vocab[left + right], left + right) for left, right in merges_of(merges_txt)]
         ranks |= {bytes(byte_of[c] for c in word): rank for rank, word in merged}
         # tiktoken joins the pair of the lowest ID first: right only where ids grow in the order of the merges.
         ordered = all(a[0] < b[0] for a, b in zip(merged, merged[1:], strict=False))
@@ -257,8 +264,6 @@ def _through_tiktoken(vocab_json: bytes, merges_txt: bytes, eos: str, label: str
     threads = min(8, os.cpu_count() or 1)
 
     def encode(texts: list[str]) -> list[np.ndarray]:
-        from concurrent.futures import ThreadPoolExecutor
-
         try:
             with ThreadPoolExecutor(threads) as pool:
                 return list(pool.map(lambda text: encoding.encode_to_numpy(text, disallowed_special=()), texts))
@@ -276,8 +281,6 @@ def _byte_characters() -> list[str]:
 
 
 def _through_tokenizers(definition: bytes, eos: str, label: str):
-    from tokenizers import Tokenizer as Backend
-
     parsed = _json(definition, f"{label}: tokenizer.json")
     try:
         backend = Backend.from_buffer(definition)
@@ -285,7 +288,7 @@ def _through_tokenizers(definition: bytes, eos: str, label: str):
         raise ValueError(f"{label}: tokenizer.json cannot be loaded ({str(error)[:100]})") from None
     eos_id = backend.token_to_id(eos)
     if eos_id is None:
-        raise ValueError(f"{label}: it has no {eos}; name its eos_token in {_CONFIG} beside it")
+        raise ValueError(f"{label}: it has no {eos}; name its eos_token in {CONFIG} beside it")
     backend.no_padding()
     backend.no_truncation()
     backend.encode_special_tokens = True  # special tokens in TEXT are ordinary characters
@@ -307,13 +310,6 @@ def _pieces(text: str) -> Iterator[tuple[str, bool]]:
         yield text[start : cut.end()], False
         start = cut.end()
     yield (text[start:] if start else text), True
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"cannot read {path} ({error.strerror})") from None
 
 
 def _json(raw: bytes, label: str) -> dict:
