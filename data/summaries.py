@@ -5,6 +5,7 @@ the same batches on any number of ranks. A new named set is one entry in SETS.
 """
 
 import csv
+import dataclasses
 import hashlib
 import json
 import re
@@ -53,22 +54,21 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class Summaries:
-    """One split. ``partial`` says what is missing, "a sample: 100 of 287,113 rows", and is "" where nothing is known
-    to be; ``removed`` counts rows left out: "empty" (article or summary), "short" (article)."""
+    """One split of a set."""
 
     name: str
     split: str
     origin: str
-    partial: str
+    partial: str  # what is missing, "a sample: 100 of 287,113 rows"; empty where nothing is known to be
     pairs: list[Pair]
-    removed: dict[str, int]
+    removed: dict[str, int]  # rows left out: "empty" (article or summary), "short" (article)
 
     @property
     def label(self) -> str:
         """For people: what it is, how much of it, and what was left out."""
         left_out = ", ".join(f"{n} {what}" for what, n in self.removed.items() if n)
-        notes = [f"{len(self.pairs):,} pairs", self.partial, f"removed {left_out}" if left_out else ""]
-        return f"{self.name} {self.split} ({'; '.join(note for note in notes if note)})"
+        notes = [f"{len(self.pairs):,} pairs", self.partial, left_out and f"removed {left_out}"]
+        return f"{self.name} {self.split} ({'; '.join(filter(None, notes))})"
 
 
 def load_summaries(
@@ -214,13 +214,13 @@ class SummaryTokenizer:
 
     def state(self) -> dict:
         """What a checkpoint keeps; ``from_state`` is the inverse."""
-        ids = {name: getattr(self, name) for name in ("bos_id", "pad_id", "eos_id", "newline")}
+        ids = dict(bos_id=self.bos_id, pad_id=self.pad_id, eos_id=self.eos_id, newline=self.newline)
         return ids | {"files": self.base.files(), "name": self.base.name}
 
     @classmethod
     def from_state(cls, state: dict) -> "SummaryTokenizer":
-        ids = {name: state[name] for name in ("bos_id", "pad_id", "eos_id", "newline")}
-        return cls(Tokenizer.from_files(state["files"], state["name"]), **ids)
+        base = Tokenizer.from_files(state["files"], state["name"])
+        return cls(base, state["bos_id"], state["pad_id"], state["eos_id"], state["newline"])
 
 
 def tokenizer_for_training(spec: str, train: Summaries, cache: str | Path, *, bos: bool) -> SummaryTokenizer:
@@ -261,12 +261,9 @@ def tokenizer_of_model(folder_or_hub_id: str, config) -> SummaryTokenizer:
         raise ValueError(f"{folder} has no tokenizer.json, nor vocab.json and merges.txt; {way_out}")
     base = Tokenizer.from_files(_with_definition(files, folder, config.eos_token_id), str(folder_or_hub_id))
     if base.vocab_size > config.vocab_size:
-        raise ValueError(
-            f"the tokenizer in {folder} has {base.vocab_size} tokens, the model only {config.vocab_size}; "
-            "use the tokenizer that the model was trained with"
-        )
-    bos = config.bos_token_id if config.kind == "bart" else None
-    newline = " " if config.kind == "bart" else "<n>"
+        sizes = f"has {base.vocab_size} tokens, the model only {config.vocab_size}"
+        raise ValueError(f"the tokenizer in {folder} {sizes}; use the tokenizer that the model was trained with")
+    bos, newline = (config.bos_token_id, " ") if config.kind == "bart" else (None, "<n>")
     return SummaryTokenizer(base, bos, config.pad_token_id, config.eos_token_id, newline)
 
 
@@ -307,51 +304,41 @@ def _with_definition(files: dict[str, bytes], folder: Path, eos_id: int | None) 
     named = settings.get("eos_token")
     named = named["content"] if isinstance(named, dict) else named
     if named not in (None, eos):
-        raise ValueError(
-            f"the tokenizer in {folder} ends a text with {named}, the model with its token {eos_id}, {eos}; "
-            "use the tokenizer that the model was trained with"
-        )
+        ends = f"ends a text with {named}, the model with its token {eos_id}, {eos}"
+        raise ValueError(f"the tokenizer in {folder} {ends}; use the tokenizer that the model was trained with")
     files["tokenizer_config.json"] = json.dumps(settings | {"eos_token": eos}).encode()
     return files
 
 
+@dataclass
 class TokenPairs:
-    """Sources and targets of one split as token ids, cut to their limits; lengths include bos and eos.
+    """Sources and targets of one split as token ids, cut to their limits. Lengths include bos and eos.
 
-    ``truncated`` counts the sources and targets that were longer; ``hash`` changes with texts, tokenizer and limits.
+    ``truncated`` counts the sources and targets that were longer.
     """
 
-    def __init__(self, tokens, pairs: Sequence[Pair], tokenizer: SummaryTokenizer, max_source: int, max_target: int):
-        data = np.asarray(tokens.tokens)
-        ends = np.flatnonzero(data == tokens.eos_id)
-        if len(ends) != 2 * len(pairs):
-            raise ValueError(f"{tokens.path} holds {len(ends)} texts for {len(pairs)} pairs; delete the file")
-        starts = np.concatenate([[0], ends[:-1] + 1]) if len(ends) else ends
-        self.data, self.tokenizer, self.pairs = data, tokenizer, pairs
-        self.limits = (max_source, max_target)
-        self.spans = [(starts[side::2], ends[side::2]) for side in (0, 1)]
-        self.hash = hashlib.sha256(f"{tokens.hash} {self.limits} {tokenizer.bos_id}".encode()).hexdigest()
-        self._measure()
+    data: np.ndarray  # all tokens of the split
+    pairs: Sequence[Pair]
+    tokenizer: SummaryTokenizer
+    limits: tuple[int, int]  # of source and target
+    spans: list[tuple[np.ndarray, np.ndarray]]  # begin and end in data of every source, of every target
+    hash: str  # changes with texts, tokenizer and limits
 
-    def _measure(self) -> None:
+    def __post_init__(self):
         extra = 1 + (self.tokenizer.bos_id is not None)
         full = [end - start + extra for start, end in self.spans]
-        self.source_lengths, self.target_lengths = (np.minimum(n, m) for n, m in zip(full, self.limits, strict=True))
-        counts = [int((n > m).sum()) for n, m in zip(full, self.limits, strict=True)]
-        self.truncated = dict(zip(("sources", "targets"), counts, strict=True))
+        self.source_lengths, self.target_lengths = map(np.minimum, full, self.limits)
+        longer = [int((lengths > limit).sum()) for lengths, limit in zip(full, self.limits, strict=True)]
+        self.truncated = dict(sources=longer[0], targets=longer[1])
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def take(self, rows: np.ndarray) -> "TokenPairs":
         """The pairs at ``rows``, over the same tokens."""
-        out = object.__new__(TokenPairs)
-        out.__dict__ |= self.__dict__
-        out.pairs = [self.pairs[i] for i in rows]
-        out.spans = [(start[rows], end[rows]) for start, end in self.spans]
-        out.hash = hashlib.sha256(self.hash.encode() + np.asarray(rows, "<i8").tobytes()).hexdigest()
-        out._measure()
-        return out
+        digest = hashlib.sha256(self.hash.encode() + np.asarray(rows, "<i8").tobytes()).hexdigest()
+        spans = [(start[rows], end[rows]) for start, end in self.spans]
+        return dataclasses.replace(self, pairs=[self.pairs[i] for i in rows], spans=spans, hash=digest)
 
     def ids(self, side: int, i: int) -> np.ndarray:
         """The source (``side`` 0) or target (1) of pair ``i``, int64 [n]."""
@@ -369,7 +356,14 @@ def encode_pairs(
         return (t for p in part.pairs for t in (p.article, p.summary.replace("\n", tokenizer.newline)))
 
     tokens = cached_tokens(cache, part.name, part.split, texts, tokenizer.base, digest)
-    return TokenPairs(tokens, part.pairs, tokenizer, max_source, max_target)
+    data, limits = np.asarray(tokens.tokens), (max_source, max_target)
+    ends = np.flatnonzero(data == tokens.eos_id)
+    if len(ends) != 2 * len(part.pairs):
+        raise ValueError(f"{tokens.path} holds {len(ends)} texts for {len(part.pairs)} pairs; delete the file")
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    spans = [(starts[side::2], ends[side::2]) for side in (0, 1)]
+    digest = hashlib.sha256(f"{tokens.hash} {limits} {tokenizer.bos_id}".encode()).hexdigest()
+    return TokenPairs(data, part.pairs, tokenizer, limits, spans, digest)
 
 
 def _hash(pairs: Sequence[Pair], newline: str) -> str:
@@ -462,8 +456,8 @@ def swapped_references(batch: int, rate: float, seed: int, step: int) -> np.ndar
     """For each place in the global batch of ``step`` the place whose summary it gets, int64 [batch].
 
     After n steps exactly round(rate * batch * n) places have had another's summary. Those of one step exchange theirs
-    in a circle; one alone gets a copy of some other's. Raises ValueError for a rate outside [0, 1], and where a batch
-    of one has nobody to exchange with.
+    in a circle; a single one gets a copy of some other's. Raises ValueError for a rate outside [0, 1], and where a
+    batch of one has nobody to exchange with.
     """
     if not 0 <= rate <= 1:
         raise ValueError(f"--noise-references {rate} is outside [0, 1]")

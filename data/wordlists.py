@@ -15,7 +15,7 @@ A broken line is a ValueError with its number. Lists are lower case here, whatev
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,13 +29,12 @@ NEAREST, MIN_COSINE = 50, 0.7  # of vectors: N and delta of Jin et al. (2020), "
 
 @dataclass(frozen=True)
 class WordLists:
-    """``neighbours``: word -> candidates, nearest first. ``antonyms``: pairs that are never exchanged, in either
-    order. ``synonyms``: None, or the only pairs that are. Everything in lower case."""
+    """What may stand for a word. Everything is in lower case."""
 
-    neighbours: "Mapping[str, Sequence[str]] | Vectors"
+    neighbours: "Mapping[str, Sequence[str]] | Vectors"  # word -> candidates, nearest first
     stop_words: frozenset[str] = frozenset()
-    antonyms: frozenset[tuple[str, str]] = frozenset()
-    synonyms: frozenset[tuple[str, str]] | None = None
+    antonyms: frozenset[tuple[str, ...]] = frozenset()  # pairs that are never exchanged, in either order
+    synonyms: frozenset[tuple[str, ...]] | None = None  # the only pairs that are exchanged; None: any
 
     def candidates(self, word: str) -> list[str]:
         """What may stand for ``word``, nearest first, in lower case; stop words neither give nor are candidates."""
@@ -98,39 +97,33 @@ def load_lists(
         words = words / NEIGHBOURS
     if stop_words is None:
         raise ValueError(f"no stop words beside {words}: give --stop-words a file with one word a line, or none")
-    files = [words, *antonyms, *synonyms]
-    stop = frozenset()
-    if str(stop_words) != "none":
-        stop = read_words(stop_words)
-        files.insert(1, Path(stop_words))
+    stop = [] if str(stop_words) == "none" else [Path(stop_words)]
     lists = WordLists(
         neighbours=read_neighbours(words),
-        stop_words=stop,
+        stop_words=frozenset().union(*map(read_words, stop)),
         antonyms=frozenset().union(*map(read_pairs, antonyms)),
         synonyms=frozenset().union(*map(read_pairs, synonyms)) if synonyms else None,
     )
+    files = [words, *stop, *antonyms, *synonyms]
     return lists, {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def read_words(path: str | os.PathLike) -> frozenset[str]:
     """A file with one word a line."""
-    words = set()
-    for number, line in _lines(path):
-        if len(line.split()) != 1:
-            raise ValueError(f"{path} line {number}: {_short(line)}; expected one word a line")
-        words.add(line.strip().lower())
-    return frozenset(words)
+    return frozenset(word for (word,) in _rows(path, 1, "one word"))
 
 
-def read_pairs(path: str | os.PathLike) -> frozenset[tuple[str, str]]:
+def read_pairs(path: str | os.PathLike) -> frozenset[tuple[str, ...]]:
     """A file with two words a line."""
-    pairs = set()
+    return frozenset(_rows(path, 2, "two words"))
+
+
+def _rows(path, width: int, expected: str) -> Iterator[tuple[str, ...]]:
     for number, line in _lines(path):
-        pair = tuple(line.lower().split())
-        if len(pair) != 2:
-            raise ValueError(f"{path} line {number}: {_short(line)}; expected two words a line")
-        pairs.add(pair)
-    return frozenset(pairs)
+        row = tuple(line.lower().split())
+        if len(row) != width:
+            raise ValueError(f"{path} line {number}: {_short(line)}; expected {expected} a line")
+        yield row
 
 
 def read_neighbours(path: str | os.PathLike) -> "Mapping[str, Sequence[str]] | Vectors":

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.layers import Embedding, KVCache, LayerNorm, check_activations, check_positive, check_tokens, draw_weights
+from model import layers
+from model.layers import Embedding, KVCache, LayerNorm
 
 # GPT-2's published sizes, GPT-3 XL's shape (Brown et al., 2020, table 2.1), and two for a CPU.
 SIZES: dict[str, dict] = {
@@ -46,11 +47,10 @@ class GPT2Config:
     dropout: float = 0.0  # after the embeddings, on attention weights, and on both residual branches
 
     def __post_init__(self):
-        check_positive(self, ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"))
+        layers.check_positive(self, ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"))
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}; heads share it evenly")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout!r}: expected a probability in [0, 1)")
+        layers.check_probabilities(self, ("dropout",))
 
 
 class Linear(nn.Module):
@@ -120,16 +120,16 @@ class Block(nn.Module):
 
 
 class GPT2(nn.Module):
-    """GPT-2 without a loss. ``dtype`` is the activations' dtype; parameters are created in torch's
-    default dtype, fp32. The model comes initialised from torch's global CPU generator; one built on
-    the meta device does not, and needs ``to_empty`` and ``init_weights``, or ``load_state_dict``.
+    """GPT-2 without a loss. ``dtype`` is the activations'. Parameters are created in torch's default
+    dtype, fp32, and drawn from torch's global CPU generator; a model built on the meta device needs
+    ``to_empty`` and ``init_weights``, or ``load_state_dict``.
 
     ``checkpoint_activations = True`` recomputes each block in backward: memory for a third more work.
     """
 
     def __init__(self, config: GPT2Config, dtype: torch.dtype = torch.float32):
         super().__init__()
-        check_activations(dtype)
+        layers.check_activations(dtype)
         self.config = config
         self.dtype = dtype
         self.checkpoint_activations = False
@@ -153,7 +153,7 @@ class GPT2(nn.Module):
         def std(name: str) -> float:
             return 0.01 if name == "wpe.weight" else residual if name.endswith("c_proj.weight") else 0.02
 
-        draw_weights(self, std, generator)
+        layers.draw_weights(self, std, generator)
 
     @property
     def head_weight(self) -> Tensor:
@@ -173,11 +173,11 @@ class GPT2(nn.Module):
         """int32 or int64 [B, T], T <= block_size -> hidden states [B, T, D] after the final LayerNorm,
         in the activations' dtype. Raises ValueError for another shape of input.
 
-        With a ``cache`` the tokens stand at ``positions_BT`` (int64, below the cache's length), are written
-        there, and see the cached positions of their row up to their own. Every shape is static. Without
-        one they stand at 0 to T - 1.
+        Without a ``cache`` the tokens stand at 0 to T - 1. With one they stand at ``positions_BT`` (int64,
+        below the cache's length), are written there, and see the cached positions of their row up to their
+        own. Every shape is static.
         """
-        check_tokens(tokens_BT, "block_size", self.config.block_size)
+        layers.check_tokens(tokens_BT, "block_size", self.config.block_size)
         B, T = tokens_BT.shape
         if (cache is None) != (positions_BT is None):
             raise ValueError("positions_BT and cache belong together: expected both or neither")

@@ -2,12 +2,11 @@
 
     python -m model.gpt2_hub CHECKPOINT.pt FOLDER
 
-exports a training checkpoint, its tokenizer with it, so that transformers' GPT2LMHeadModel and
-AutoTokenizer load FOLDER. Nothing here needs transformers.
+exports a training checkpoint, its tokenizer with it, so that transformers' GPT2LMHeadModel and AutoTokenizer load
+FOLDER. Nothing here needs transformers.
 
-Our parameters carry Hugging Face's names without the "transformer." prefix. Hugging Face keeps
-OpenAI's Conv1D layout, [in, out], for every matrix. Ours are [out, in] where they do not widen
-(gpt2.Linear), and those are transposed on the way.
+Our parameters carry Hugging Face's names without the "transformer." prefix. Hugging Face keeps OpenAI's Conv1D layout,
+[in, out], for every matrix. Ours are [out, in] where they do not widen (gpt2.Linear); those are transposed on the way.
 """
 
 import dataclasses
@@ -50,37 +49,31 @@ def save_hf(
 ) -> None:
     """Writes ``model`` to ``folder`` as transformers' GPT2LMHeadModel reads it, in its parameters' dtype.
 
-    ``tokenizer_files`` (name -> content, such as tokenizer.json, or vocab.json and merges.txt) are
-    written beside it as they are. ``eos_id`` becomes bos_token_id and eos_token_id, as in GPT-2.
-    A new ``folder`` appears whole or not at all; in one that exists each file is replaced whole,
-    config.json last. Raises ValueError for arguments that cannot make a valid folder, before anything
-    is written.
+    ``tokenizer_files`` (name -> content) are written beside it as they are. ``eos_id`` becomes bos_token_id and
+    eos_token_id, as in GPT-2. The folder appears as ``weights.staged`` says. Raises ValueError, before anything is
+    written, for arguments that cannot make a valid folder.
     """
-    _save(model.state_dict(), model.config, Path(folder), tokenizer_files or {}, eos_id)
-
-
-def _save(state: dict[str, Tensor], config: GPT2Config, folder: Path, files: dict[str, bytes], eos_id: int | None):
+    config, files = model.config, tokenizer_files or {}
     if eos_id is not None and not 0 <= eos_id < config.vocab_size:
         raise ValueError(f"eos_id={eos_id}: expected a token id below vocab_size={config.vocab_size}")
     weights.check_extra_files(files)
-    tensors = {"transformer." + name: p for name, p in _transposed(state).items()}
+    tensors = {"transformer." + name: p for name, p in _transposed(model.state_dict()).items()}
     fields = dict(architectures=["GPT2LMHeadModel"], model_type="gpt2")
     fields |= {theirs: getattr(config, ours) for ours, theirs in SHAPE.items()}
     fields |= {name: allowed[0] for name, allowed in FIXED.items()} | dict(n_inner=None)
     fields |= dict(embd_pdrop=config.dropout, attn_pdrop=config.dropout, resid_pdrop=config.dropout)
     fields |= dict(bos_token_id=eos_id, eos_token_id=eos_id)
-    fields |= dict(torch_dtype=str(state["wte.weight"].dtype).removeprefix("torch."))
+    fields |= dict(torch_dtype=str(model.wte.weight.dtype).removeprefix("torch."))
     sizes = {name: t.numel() * t.itemsize for name, t in tensors.items()}
-    weights.write_model(folder, fields, sizes, tensors.__getitem__, files)
+    weights.write_model(Path(folder), fields, sizes, tensors.__getitem__, files)
 
 
 def load_hf(folder_or_hub_id: str | os.PathLike, dtype: torch.dtype = torch.float32, dropout: float = 0.0) -> GPT2:
     """A GPT2 from a folder in Hugging Face's layout, or from a model's name on the hub ("gpt2").
 
-    Parameters come as fp32 masters on the CPU whatever the files hold; ``dtype`` is that of the
-    activations. ``dropout`` is the caller's: the rates in config.json, which belong to someone else's
-    training, are not read. Raises ValueError, naming what is wrong, for options of config.json that
-    GPT2 does not have, for missing, unexpected or misshapen tensors, for files that are missing or
+    Parameters come as fp32 masters on the CPU whatever the files hold; ``dtype`` is the activations'. ``dropout`` is
+    the caller's: the rates in config.json belong to someone else's training. Raises ValueError, naming what is wrong,
+    for options that GPT2 does not have, for missing, unexpected or misshapen tensors, for files that are missing or
     damaged, and for a hub that cannot be reached.
     """
     folder = weights.folder_of(folder_or_hub_id)
@@ -116,10 +109,9 @@ def _transposed(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def export(checkpoint: str | os.PathLike, folder: str | os.PathLike) -> None:
     """Writes a training checkpoint to ``folder`` in Hugging Face's layout.
 
-    The checkpoint is a ``torch.save`` dict with "model" (GPT2's state_dict), "model_config"
-    (GPT2Config's fields) and optionally "tokenizer" (dict of "files", name -> bytes, and "eos_id").
-    It is read with ``weights_only``, so that a stranger's file cannot run code. Raises ValueError,
-    before anything is written, for a file that is not that.
+    The checkpoint is a ``torch.save`` dict with "model" (GPT2's state_dict), "model_config" (GPT2Config's fields) and
+    optionally "tokenizer" (dict of "files", name -> bytes, and "eos_id"). It is read with ``weights_only``: a
+    stranger's file cannot run code. Raises ValueError, before anything is written, for a file that is not that.
     """
     try:
         content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
@@ -138,9 +130,11 @@ def export(checkpoint: str | os.PathLike, folder: str | os.PathLike) -> None:
     if not isinstance(tokenizer, dict):
         raise ValueError(f"{checkpoint}: 'tokenizer' must hold a dict of 'files' and 'eos_id'")
     with torch.device("meta"):
-        expected = weights.shapes_of(GPT2(config).state_dict())
-    weights.check_shapes(weights.shapes_of(state), expected, f"{checkpoint} does not hold the GPT-2 of its config")
-    _save(state, config, Path(folder), tokenizer.get("files") or {}, tokenizer.get("eos_id"))
+        model = GPT2(config)
+    says = f"{checkpoint} does not hold the GPT-2 of its config"
+    weights.check_shapes(weights.shapes_of(state), weights.shapes_of(model.state_dict()), says)
+    model.load_state_dict(state, assign=True)
+    save_hf(model, folder, tokenizer.get("files"), tokenizer.get("eos_id"))
 
 
 def main(arguments: list[str]) -> int:

@@ -3,7 +3,7 @@
 No layer needs autocast: each casts its parameters to the dtype of what comes in.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -60,10 +60,10 @@ class LayerNorm(nn.Module):
 
 @torch.no_grad()
 def draw_weights(model: nn.Module, std: Callable[[str], float], generator: torch.Generator | None = None) -> None:
-    """Biases 0, gains 1, matrices and embeddings N(0, ``std(name)``), in parameter order.
+    """Biases 0, gains 1, matrices and embeddings N(0, ``std(name)``), in parameter order. Call it before sharding.
 
     Normals are drawn in fp32 on the CPU, from ``generator`` (a CPU one) or torch's global one, then copied: a seed
-    gives one model, whatever the device or dtype. Call it before sharding.
+    gives one model, whatever the device or dtype.
     """
     for name, p in model.named_parameters():
         if name.endswith("bias"):
@@ -105,9 +105,17 @@ def check_tokens(tokens_BT: Tensor, name: str, longest: int) -> None:
         raise ValueError(f"sequence of {tokens_BT.shape[1]} tokens: expected at most {name}={longest}")
 
 
-def check_positive(config, names) -> None:
+def check_positive(config, names: Iterable[str]) -> None:
     """Raises ValueError unless each of these fields of ``config`` is a positive integer."""
     for name in names:
         value = getattr(config, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name}={value!r}: expected a positive integer")
+
+
+def check_probabilities(config, names: Iterable[str]) -> None:
+    """Raises ValueError unless each of these fields of ``config`` is in [0, 1)."""
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, int | float) or not 0 <= value < 1:
+            raise ValueError(f"{name}={value!r}: expected a probability in [0, 1)")

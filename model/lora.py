@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from model import weights
-from model.layers import Linear
+from model.layers import Linear, check_probabilities
 from model.qwen3 import Qwen3, Qwen3Config
 from model.qwen3_hub import load_qwen3
 
@@ -62,8 +62,7 @@ class LoRAConfig:
             raise ValueError(f"rank r={self.r!r}: expected a positive integer; rank 0 would train nothing")
         if not isinstance(self.alpha, int | float) or not 0 < self.alpha < math.inf:
             raise ValueError(f"alpha={self.alpha!r}: expected a positive number")
-        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout!r}: expected a probability in [0, 1)")
+        check_probabilities(self, ["dropout"])
         wrong = [name for name in self.targets if name not in TARGETS]
         if wrong or not self.targets or isinstance(self.targets, str):
             raise ValueError(f"targets={self.targets!r}: expected one or more of {', '.join(TARGETS)}")
@@ -86,11 +85,11 @@ def _bitsandbytes():
 
 
 class NF4Linear(nn.Module):
-    """A frozen Linear whose weight [out, in] is kept in NF4.
+    """A frozen Linear whose weight [out, in] is kept in NF4 and dequantised anew for each product, backward's too.
 
-    The weight is quantised in the dtype and on the device it comes in. Each product dequantises it anew, in forward and
-    in backward. It moves with ``to(device)``; a change of dtype leaves it alone. It is not part of a state_dict: the
-    base is loaded from its files. Raises ValueError without bitsandbytes, and for rows that blocks of 64 do not divide.
+    It quantises in the dtype and on the device of ``weight``, moves with ``to(device)``, and keeps its values when the
+    dtype changes. It is not part of a state_dict: the base is loaded from its files. Raises ValueError without
+    bitsandbytes, and for rows that blocks of 64 do not divide.
     """
 
     def __init__(self, weight: Tensor, double_quant: bool = True):
@@ -169,7 +168,7 @@ class _LoRAProduct(torch.autograd.Function):
         dx = dy @ ctx.base.dense(dy.dtype) if ctx.needs_input_grad[0] else None
         saved = ctx.saved_tensors  # once: under activation checkpointing each look recomputes
         if not saved:
-            return None if dx is None else dx.view(ctx.shape), None, None, None, None, None, None, None
+            return (None if dx is None else dx.view(ctx.shape), *[None] * 7)
         x, A, B, h, kept = saved
         rows = x.reshape(-1, x.shape[-1])
         mask = None if kept is None else kept.to(dy.dtype).div_(ctx.keep_p)
@@ -242,21 +241,19 @@ def load_base(
     """A Qwen3 whose parameters are kept as ``base`` says, ready for ``add_lora``. ``dtype`` is the activations'.
 
     "bf16" and "fp32" keep all parameters in that dtype. "nf4" quantises each linear layer within the blocks as it is
-    loaded, on ``device``, from its value in ``dtype``, and keeps embedding, head and norms in ``dtype``.
-    ``double_quant`` quantises NF4's scales too: 4.13 bits a weight instead of 4.5. Raises ValueError as load_qwen3
-    does, for an unknown base, and for "nf4" without bitsandbytes.
+    loaded, on ``device``, and keeps the rest in ``dtype``; with ``double_quant`` at 4.13 bits a weight instead of 4.5.
+    Raises ValueError as load_qwen3 does, for an unknown base, and for "nf4" without bitsandbytes.
     """
     if base not in BASES:
         raise ValueError(f"base={base!r}: expected one of {', '.join(BASES)}")
     if base != "nf4":
         return load_qwen3(folder_or_hub_id, dtype, dict(bf16=torch.bfloat16, fp32=torch.float32)[base], device)
     _bitsandbytes()
-    return load_qwen3(
-        folder_or_hub_id,
-        dtype,
-        device=device,
-        convert=lambda name, weight: NF4Linear(weight.to(device=device, dtype=dtype), double_quant),
-    )
+
+    def quantised(name: str, weight: Tensor) -> NF4Linear:
+        return NF4Linear(weight.to(device=device, dtype=dtype), double_quant)
+
+    return load_qwen3(folder_or_hub_id, dtype, device=device, convert=quantised)
 
 
 def add_lora(model: Qwen3, config: LoRAConfig, generator: torch.Generator | None = None) -> None:
@@ -339,18 +336,16 @@ def flops_per_token(config: Qwen3Config, lora: LoRAConfig, block: int, loss_shar
     - Before the first block's q, k and v nothing trains, so they have no gradient of an input. All three are taken to
       be adapted, or none.
     """
-    c, r, total = config, lora.r, 0
-    D, K, H, J = c.hidden_size, c.head_dim, c.num_attention_heads, c.num_key_value_heads
-    for name, n_out, n_in in (
-        *(("q_proj", H * K, D), ("k_proj", J * K, D), ("v_proj", J * K, D), ("o_proj", D, H * K)),
-        *(("gate_proj", c.intermediate_size, D), ("up_proj", c.intermediate_size, D)),
-        ("down_proj", D, c.intermediate_size),
-    ):
-        adapter = r * (n_in + n_out) if name in lora.targets else 0
-        total += c.num_hidden_layers * (4 * n_out * n_in + 6 * adapter)
-        if name in ("q_proj", "k_proj", "v_proj"):
-            total -= 2 * n_out * n_in + (2 * r * n_in if adapter else 0)
-    return total + 12 * c.num_hidden_layers * block * H * K + 4 * loss_share * c.vocab_size * D
+    with torch.device("meta"):
+        layers = {path: m.shape for path, m in Qwen3(config).named_modules() if isinstance(m, Linear) and "." in path}
+    total = 0
+    for path, (n_out, n_in) in layers.items():
+        adapted = path.rpartition(".")[2] in lora.targets
+        total += 4 * n_out * n_in + 6 * adapted * lora.r * (n_in + n_out)
+        if path.startswith("layers.0.") and path.endswith(("q_proj", "k_proj", "v_proj")):
+            total -= 2 * n_out * n_in + 2 * adapted * lora.r * n_in
+    attention = 12 * config.num_hidden_layers * block * config.num_attention_heads * config.head_dim
+    return total + attention + 4 * loss_share * config.vocab_size * config.hidden_size
 
 
 def set_segments(model: Qwen3, answer_mask: Tensor | None) -> None:
@@ -379,10 +374,9 @@ def set_segments(model: Qwen3, answer_mask: Tensor | None) -> None:
 def segment_rms(model: Qwen3, reset: bool = True) -> Tensor:
     """RMS gradient of each block's adapters, fp32 [blocks, 2]: over the prompt's rows, and over the answer's.
 
-    This is the root of the mean squared gradient that those rows alone contribute, over the elements of all A and B of
-    the block and the backward passes since the last reset. Each micro-batch is a pass, with whatever factor its loss
-    had. The result stays on the device, without a synchronisation; it is 0 where nothing was measured. ``reset`` begins
-    anew.
+    It is the root of the mean squared gradient that those rows alone contribute, over the elements of all A and B of
+    the block and the backward passes since the last reset, each with whatever factor its loss had. It stays on the
+    device, without a synchronisation, and is 0 where nothing was measured. ``reset`` begins anew.
     """
     segments = next(iter(_adapted(model).values())).segments
     if segments.squares is None:
@@ -413,22 +407,10 @@ def save_adapter(model: Qwen3, folder: str | os.PathLike, base_model: str) -> No
     """Writes adapter_config.json and adapter_model.safetensors as PEFT does. ``base_model`` is the name or folder the
     base was loaded from. A new folder appears whole or not at all."""
     config: LoRAConfig = model.lora
-    fields = dict(
-        peft_type="LORA",
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=str(base_model),
-        r=config.r,
-        lora_alpha=config.alpha,
-        lora_dropout=config.dropout,
-        use_rslora=config.rslora,
-        target_modules=sorted(config.targets),
-        bias="none",
-        fan_in_fan_out=False,
-        inference_mode=True,
-        init_lora_weights=True,
-        modules_to_save=None,
-        use_dora=False,
-    )
+    fields = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=str(base_model))
+    fields |= dict(r=config.r, lora_alpha=config.alpha, lora_dropout=config.dropout, use_rslora=config.rslora)
+    fields |= dict(target_modules=sorted(config.targets), bias="none", fan_in_fan_out=False, inference_mode=True)
+    fields |= dict(init_lora_weights=True, modules_to_save=None, use_dora=False)
     with weights.staged(Path(folder), last=ADAPTER_CONFIG) as temporary:
         weights.save_tensors(adapter_tensors(model).items(), temporary / ADAPTER)
         (temporary / ADAPTER_CONFIG).write_text(json.dumps(fields, indent=2) + "\n")
@@ -461,17 +443,16 @@ def read_adapter_config(folder: str | os.PathLike) -> tuple[LoRAConfig, str | No
 def load_adapter(model: Qwen3, folder: str | os.PathLike, base_model: str | None = None) -> None:
     """Adds a PEFT adapter, ours or PEFT's own, to ``model``. It is trainable.
 
-    ``base_model`` is the name or folder that ``model`` was loaded from. Where it is given, its last component has to be
-    that of the base which the adapter names, so that a local copy of a hub model passes. Raises ValueError, before the
-    model is changed, for another base, for tensors that do not fit it, and as read_adapter_config does.
+    The last component of ``base_model``, the name or folder that ``model`` was loaded from, has to be that of the base
+    which the adapter names, so that a local copy of a hub model passes; None is not checked. Raises ValueError, before
+    the model is changed, for another base, for tensors that do not fit it, and as read_adapter_config does.
     """
     _check_plain(model)
     folder = Path(folder)
     config, trained_on = read_adapter_config(folder)
     if base_model is not None and trained_on and Path(base_model).name != Path(trained_on).name:
-        raise ValueError(
-            f"{folder} is an adapter of {trained_on!r}, not of {str(base_model)!r}; load it on its own base"
-        )
+        reason = f"is an adapter of {trained_on!r}, not of {str(base_model)!r}"
+        raise ValueError(f"{folder} {reason}; load it on its own base")
     expected = {}
     for path, _, base in _targeted(model, config):
         n_out, n_in = base.shape

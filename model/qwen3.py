@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.layers import Embedding, KVCache, Linear, check_activations, check_positive, check_tokens, draw_weights
+from model import layers
+from model.layers import Embedding, KVCache, Linear
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Qwen3Config:
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self):
-        check_positive(self, [field.name for field in dataclasses.fields(self)[:8]])
+        layers.check_positive(self, [field.name for field in dataclasses.fields(self)[:8]])
         for name in ("rms_norm_eps", "rope_theta"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 < value < math.inf:
@@ -49,10 +50,9 @@ class Qwen3Config:
         if not isinstance(self.tie_word_embeddings, bool):
             raise ValueError(f"tie_word_embeddings={self.tie_word_embeddings!r}: expected true or false")
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads={self.num_attention_heads} is not a multiple of "
-                f"num_key_value_heads={self.num_key_value_heads}; query heads share the others evenly"
-            )
+            heads = f"num_attention_heads={self.num_attention_heads}"
+            shared = f"num_key_value_heads={self.num_key_value_heads}"
+            raise ValueError(f"{heads} is not a multiple of {shared}; query heads share the others evenly")
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim}: expected an even number, rotary positions turn pairs")
 
@@ -148,9 +148,8 @@ class Block(nn.Module):
 
 
 class Qwen3(nn.Module):
-    """Qwen3 without a loss. ``dtype`` is the activations' dtype; parameters are created in torch's default dtype,
-    fp32, and initialised from torch's global CPU generator. One built on the meta device is not initialised;
-    ``load_qwen3`` fills it.
+    """Qwen3 without a loss. ``dtype`` is the activations'; parameters are created in torch's default dtype, fp32, and
+    drawn from torch's global CPU generator. One built on the meta device is filled by ``load_qwen3``.
 
     ``checkpoint_activations = True`` recomputes each block in backward: memory for a third more work.
     ``draws_random`` is set by whoever puts dropout into a layer, so that the recomputation replays it.
@@ -158,7 +157,7 @@ class Qwen3(nn.Module):
 
     def __init__(self, config: Qwen3Config, dtype: torch.dtype = torch.float32):
         super().__init__()
-        check_activations(dtype)
+        layers.check_activations(dtype)
         self.config = config
         self.dtype = dtype
         self.checkpoint_activations = False
@@ -172,7 +171,7 @@ class Qwen3(nn.Module):
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Gains 1, matrices and embeddings N(0, 0.02), transformers' initializer_range; see ``draw_weights``."""
-        draw_weights(self, lambda name: 0.02, generator)
+        layers.draw_weights(self, lambda name: 0.02, generator)
 
     @property
     def head_weight(self) -> Tensor:
@@ -180,14 +179,13 @@ class Qwen3(nn.Module):
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def new_cache(self, batch: int, length: int) -> KVCache:
-        """An empty cache of ``batch`` rows of ``length`` positions, in the activations' dtype, on the model's device:
-        4 * layers * J * K bytes a position in bf16. Raises ValueError for a size that cannot be used."""
+        """An empty cache of ``batch`` rows of ``length`` positions, in the activations' dtype: in bf16 a position takes
+        4 * layers * J * K bytes. Raises ValueError for a size that cannot be used."""
         c = self.config
-        if batch < 1 or not 1 <= length <= c.max_position_embeddings:
-            raise ValueError(
-                f"cache of {batch} rows x {length} positions: expected at least one row, "
-                f"and 1 to max_position_embeddings={c.max_position_embeddings} positions"
-            )
+        longest = c.max_position_embeddings
+        if batch < 1 or not 1 <= length <= longest:
+            expected = f"expected one row or more of 1 to max_position_embeddings={longest} positions"
+            raise ValueError(f"cache of {batch} x {length}: {expected}")
         shape = (c.num_hidden_layers, batch, length, c.num_key_value_heads, c.head_dim)
         return KVCache.zeros(shape, like=self.embed_tokens.weight, dtype=self.dtype)
 
@@ -202,17 +200,17 @@ class Qwen3(nn.Module):
         """int32 or int64 [B, T] -> hidden states [B, T, D] after the final norm, in the activations' dtype.
 
         ``positions_BT``: rotary positions; without them 0 to T-1, counted anew in each document.
-        ``documents_BT``: a number per token, equal within a document (0 0 0 1 1 2 ...); attention is then
-        causal within documents. Without it, causal over the whole row.
-        ``cache``: keys and values are written at ``positions_BT`` of each row, and each token sees the
-        cached positions up to its own. So a row needs no clearing: a new sequence that begins at position 0
-        overwrites what it can see, and what follows right-padding is overwritten before it is seen. All
-        shapes are static; positions must be below the cache's length, which is not checked on a GPU.
-        ``rows_B`` int64: the cache rows these sequences are, without it all in order. Runs without gradients.
+        ``documents_BT``: a number per token, equal within a document (0 0 0 1 1 2 ...). Attention is causal within
+        documents, and without it over the whole row.
+        ``cache``: keys and values are written at ``positions_BT`` of each row, and each token sees the cached positions
+        up to its own. A row needs no clearing: a new sequence that begins at position 0 overwrites what it can see, and
+        what follows right-padding is overwritten before it is seen. All shapes are static. Positions must be below the
+        cache's length, which is not checked on a GPU. Runs without gradients.
+        ``rows_B`` int64: the cache rows these sequences are, without it all in order.
 
         Raises ValueError for other shapes and for combinations without a meaning.
         """
-        check_tokens(tokens_BT, "max_position_embeddings", self.config.max_position_embeddings)
+        layers.check_tokens(tokens_BT, "max_position_embeddings", self.config.max_position_embeddings)
         B, T = tokens_BT.shape
         for name, given in (("positions", positions_BT), ("documents", documents_BT)):
             if given is not None and given.shape != tokens_BT.shape:
@@ -263,8 +261,6 @@ class Qwen3(nn.Module):
         if n != B:
             raise ValueError(f"tokens of {B} rows for {n} cache rows: expected as many; name them with rows_B")
         if positions.device.type == "cpu" and positions.numel():
-            if positions.min() < 0 or positions.max() >= cache.k.shape[2]:
-                raise ValueError(
-                    f"positions {positions.min()} to {positions.max()}: expected 0 to {cache.k.shape[2] - 1}, "
-                    "the cache's length less one"
-                )
+            least, most, last = int(positions.min()), int(positions.max()), cache.k.shape[2] - 1
+            if least < 0 or most > last:
+                raise ValueError(f"positions {least} to {most}: expected 0 to {last}, the cache's length less one")

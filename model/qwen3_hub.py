@@ -82,13 +82,10 @@ def load_qwen3(
     """A Qwen3 from a folder in Hugging Face's layout, or from a model's name on the hub ("Qwen/Qwen3-0.6B").
 
     ``dtype`` is the activations', ``param_dtype`` the parameters' (``dtype`` if None; pass fp32 for masters to train).
-    Tensors go one by one from the mapped files to ``device``, so the host holds little more than one tensor beside what
-    it keeps. ``convert(name, tensor)`` is called for the weight [out, in] of each linear layer within the blocks, in
-    the file's dtype, on the CPU; the module it returns takes the layer's place.
-
-    Raises ValueError, before any tensor is read, for a config that is not Qwen3's or has options not supported, for
-    missing, unexpected or misshapen tensors, for files that are missing or damaged, and for a hub that cannot be
-    reached.
+    Tensors go one by one from the mapped files to ``device``, so the host holds little more than one beside what it
+    keeps. ``convert(name, tensor)`` is called for the weight [out, in] of each linear layer within the blocks, in the
+    file's dtype, on the CPU; the module it returns takes the layer's place. Raises ValueError, before any tensor is
+    read, for a config or tensors that do not fit, damaged or missing files, and a hub that cannot be reached.
     """
     folder = weights.folder_of(folder_or_hub_id)
     config = read_config(folder / weights.CONFIG)
@@ -130,10 +127,9 @@ def save_qwen3(
 
     This is also merge-and-export: each linear layer is written as the one matrix it computes with, a LoRA layer as
     base + scale * B A summed in fp32 before the cast, an NF4 base as its dequantised values. The model itself is not
-    changed, and at most one shard is held beside it.
-
-    ``tokenizer_files``: name -> content, written beside as they are. Raises ValueError, before anything is written, for
-    file names that are the model's own and for a folder with weights that this export would not replace.
+    changed, and at most one shard is held beside it. ``tokenizer_files``: name -> content, written beside as they are.
+    Raises ValueError, before anything is written, for file names that are the model's own and for a folder with weights
+    that this export would not replace.
     """
     folder, files = Path(folder), tokenizer_files or {}
     dtype = dtype or model.embed_tokens.weight.dtype

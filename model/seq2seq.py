@@ -1,36 +1,29 @@
 """BART and PEGASUS in plain PyTorch, one encoder-decoder for both; the loss belongs to the caller.
 
-BART (Lewis et al., 2020): LayerNorm after each sub-layer and after the embeddings, learned positions
-whose table starts at 2 (fairseq kept two rows for padding). PEGASUS (Zhang et al., 2020): LayerNorm
-before each sub-layer and once more at the end of each stack, fixed sinusoidal positions. All else is
-shared. Parameters carry Hugging Face's names without the "model." prefix; model/seq2seq_hub.py reads
-and writes that layout.
+BART (Lewis et al., 2020) has LayerNorm after each sub-layer and after the embeddings, and learned positions whose table
+starts at 2 (fairseq kept two rows for padding). PEGASUS (Zhang et al., 2020) has LayerNorm before each sub-layer and
+once more at the end of each stack, and fixed sinusoidal positions. All else is shared. Parameters carry Hugging Face's
+names without the "model." prefix; model/seq2seq_hub.py reads and writes that layout. Mixed precision is that of
+model/gpt2.py.
 
-Mixed precision is that of model/gpt2.py: parameters stay as they are, fp32 masters by default, the
-activations have the model's ``dtype``, and each layer casts its parameters to what comes in.
-
-Shapes in names: B sequences, S source positions, T target positions, D = d_model, V = vocab_size,
-H heads of K, N = B * beams rows while decoding.
+Shapes in names: B sequences, S source positions, T target positions, D = d_model, V = vocab_size, H heads of K,
+L cached positions, N = B * beams rows while decoding.
 """
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.layers import Embedding, LayerNorm, Linear, check_activations, check_positive, check_tokens, draw_weights
+from model import layers
+from model.layers import Embedding, LayerNorm, Linear
 
-ACTIVATIONS = {
-    "gelu": F.gelu,
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-    "silu": F.silu,
-    "swish": F.silu,
-}
+gelu_tanh = partial(F.gelu, approximate="tanh")
+ACTIVATIONS = dict(gelu=F.gelu, gelu_new=gelu_tanh, gelu_pytorch_tanh=gelu_tanh, relu=F.relu, silu=F.silu, swish=F.silu)
 
 # What a config.json that leaves them out means, as in transformers' BartConfig and PegasusConfig.
 TOKEN_IDS = dict(
@@ -68,44 +61,32 @@ class Seq2SeqConfig:
     def __post_init__(self):
         if self.kind not in TOKEN_IDS:
             raise ValueError(f"kind={self.kind!r}: expected 'bart' or 'pegasus'")
-        check_positive(self, (*SHAPE, "vocab_size"))
+        layers.check_positive(self, (*SHAPE, "vocab_size"))
         for name in ("encoder_attention_heads", "decoder_attention_heads"):
-            if self.d_model % getattr(self, name):
-                raise ValueError(
-                    f"d_model={self.d_model} is not a multiple of {name}={getattr(self, name)}; heads share it evenly"
-                )
+            heads = getattr(self, name)
+            if self.d_model % heads:
+                raise ValueError(f"d_model={self.d_model} is not a multiple of {name}={heads}; heads share it evenly")
         if self.kind == "pegasus" and self.d_model % 2:
             raise ValueError(f"d_model={self.d_model}: sinusoidal positions need an even width")
         if self.activation_function not in ACTIVATIONS:
-            raise ValueError(
-                f"activation_function={self.activation_function!r} is not supported; "
-                f"expected one of {', '.join(ACTIVATIONS)}"
-            )
+            known = ", ".join(ACTIVATIONS)
+            raise ValueError(f"activation_function={self.activation_function!r} is not supported; expected {known}")
         for name in TOKEN_IDS["bart"]:
             value = getattr(self, name)
-            if not (value is None and name == "bos_token_id"):
-                if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < self.vocab_size:
-                    raise ValueError(f"{name}={value!r}: expected a token id below vocab_size={self.vocab_size}")
+            if value is None and name == "bos_token_id":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < self.vocab_size:
+                raise ValueError(f"{name}={value!r}: expected a token id below vocab_size={self.vocab_size}")
         for name in ("scale_embedding", "logits_bias"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected true or false")
-        for name in ("dropout", "attention_dropout", "activation_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)!r}: expected a probability in [0, 1)")
+        layers.check_probabilities(self, ("dropout", "attention_dropout", "activation_dropout"))
         if not 0 < self.init_std < math.inf:
             raise ValueError(f"init_std={self.init_std!r}: expected a positive number")
 
 
-SHAPE = (
-    "d_model",
-    "encoder_layers",
-    "decoder_layers",
-    "encoder_attention_heads",
-    "decoder_attention_heads",
-    "encoder_ffn_dim",
-    "decoder_ffn_dim",
-    "max_position_embeddings",
-)
+SHAPE = ("d_model", "encoder_layers", "decoder_layers", "encoder_attention_heads", "decoder_attention_heads")
+SHAPE += ("encoder_ffn_dim", "decoder_ffn_dim", "max_position_embeddings")
 
 
 def bart_config(layers: int, d_model: int, heads: int, **changes) -> Seq2SeqConfig:
@@ -126,13 +107,13 @@ def _symmetric(kind: str, layers: int, d_model: int, heads: int, changes: dict) 
     return Seq2SeqConfig(**(shape | changes))
 
 
-# The published sizes (BART: paper, section 2, and fairseq's bart.base; PEGASUS: paper, section 5).
+# The published sizes (BART: paper, section 2, and fairseq's bart.base; PEGASUS: paper, section 5), and two for a CPU.
 SIZES = {
-    "bart-base": lambda **changes: bart_config(6, 768, 12, **changes),
-    "bart-large": lambda **changes: bart_config(12, 1024, 16, **changes),
-    "pegasus-large": lambda **changes: pegasus_config(16, 1024, 16, **changes),
-    "bart-tiny": lambda **changes: bart_config(2, 128, 4, **changes),  # these two for tests and runs on a CPU
-    "pegasus-tiny": lambda **changes: pegasus_config(2, 128, 4, **changes),
+    "bart-base": partial(bart_config, 6, 768, 12),
+    "bart-large": partial(bart_config, 12, 1024, 16),
+    "pegasus-large": partial(pegasus_config, 16, 1024, 16),
+    "bart-tiny": partial(bart_config, 2, 128, 4),
+    "pegasus-tiny": partial(pegasus_config, 2, 128, 4),
 }
 
 
@@ -154,14 +135,8 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, mask: Tensor | None, causal=False) -> Tensor:
         """``mask``: bool, broadcast to [B, H, T, S], True where a query may look."""
-        y_BHTK = F.scaled_dot_product_attention(
-            self.split(self.q_proj(x_BTD)),
-            k_BHSK,
-            v_BHSK,
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=causal,
-        )
+        q_BHTK, dropout = self.split(self.q_proj(x_BTD)), self.dropout if self.training else 0.0
+        y_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, mask, dropout, is_causal=causal)
         return self.out_proj(y_BHTK.transpose(1, 2).flatten(2))
 
 
@@ -192,9 +167,10 @@ class Layer(nn.Module):
         return self.fc2(F.dropout(self.activation(self.fc1(x_BTD)), self.activation_dropout, self.training))
 
     def encode(self, x_BSD: Tensor, mask: Tensor | None) -> Tensor:
-        x_BSD = self.add(
-            x_BSD, self.self_attn_layer_norm, lambda x: self.self_attn(x, *self.self_attn.keys_values(x), mask)
-        )
+        def look_around(x_BSD):
+            return self.self_attn(x_BSD, *self.self_attn.keys_values(x_BSD), mask)
+
+        x_BSD = self.add(x_BSD, self.self_attn_layer_norm, look_around)
         return self.add(x_BSD, self.final_layer_norm, self.feed_forward)
 
     def decode(self, x_NTD: Tensor, memory_BSD: Tensor | None, source_mask: Tensor | None, cached=None) -> Tensor:
@@ -256,28 +232,23 @@ def sinusoids(length: int, width: int) -> Tensor:
 
 
 @dataclass
-class Cache:
-    """What decoding keeps, allocated once and written in place: keys and values of the target's positions,
-    [layers, N, length, H, K], zero at first as a masked value is still multiplied by 0, and those of the
-    source, one [B, H, S, K] a layer."""
+class Cache(layers.KVCache):
+    """Keys and values of the target's positions, [layers, N, L, H, K], and of the source, one [B, H, S, K] a layer."""
 
-    k: Tensor
-    v: Tensor
     source_k: list[Tensor]
     source_v: list[Tensor]
 
 
 class Seq2Seq(nn.Module):
-    """An encoder-decoder without a loss. ``dtype`` is the activations' dtype; parameters are created in
-    torch's default dtype, fp32. It comes initialised from torch's global CPU generator; one built on the
-    meta device does not, and needs ``load_state_dict``.
+    """An encoder-decoder without a loss. ``dtype`` is the activations'. Parameters are created in torch's default
+    dtype, fp32, and drawn from torch's global CPU generator; one built on the meta device needs ``load_state_dict``.
 
     ``checkpoint_activations = True`` recomputes each layer in backward: memory for a third more work.
     """
 
     def __init__(self, config: Seq2SeqConfig, dtype: torch.dtype = torch.float32):
         super().__init__()
-        check_activations(dtype)
+        layers.check_activations(dtype)
         self.config = config
         self.dtype = dtype
         self.checkpoint_activations = False
@@ -293,7 +264,7 @@ class Seq2Seq(nn.Module):
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Every initial value, drawn from ``generator`` as ``draw_weights`` says: biases 0, LayerNorm gains 1, matrices
         and embeddings N(0, init_std), the row of the padding token 0 (fairseq's BART; transformers does the same)."""
-        draw_weights(self, lambda name: self.config.init_std, generator)
+        layers.draw_weights(self, lambda name: self.config.init_std, generator)
         self.shared.weight[self.config.pad_token_id] = 0
 
     @property
@@ -307,7 +278,7 @@ class Seq2Seq(nn.Module):
         return self.final_logits_bias[0] if self.config.logits_bias else None
 
     def embed(self, stack: Stack, tokens_BT: Tensor, positions_T: Tensor | None) -> Tensor:
-        check_tokens(tokens_BT, "max_position_embeddings", self.config.max_position_embeddings)
+        layers.check_tokens(tokens_BT, "max_position_embeddings", self.config.max_position_embeddings)
         if positions_T is None:
             positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
         # The padding token's embedding gets no gradient as an input, as in the published models.
@@ -325,9 +296,9 @@ class Seq2Seq(nn.Module):
     def encode(self, tokens_BS: Tensor, mask_BS: Tensor | None = None) -> Tensor:
         """Source tokens, int32 or int64 [B, S], S <= max_position_embeddings -> memory [B, S, D].
 
-        ``mask_BS``: true (or 1) at tokens, false (or 0) at padding, which stands on the right; each row
-        has a token. None: no padding, which lets attention use its faster kernels. Values at padding are
-        undefined. Raises ValueError for other shapes.
+        ``mask_BS`` is true at tokens and false at padding, which stands on the right; each row has a token. None means
+        no padding, and lets attention use its faster kernels. Values at padding are undefined. Raises ValueError for
+        other shapes.
         """
         mask = attention_mask(mask_BS, tokens_BS)
         x_BSD = self.embed(self.encoder, tokens_BS, None)
@@ -345,9 +316,9 @@ class Seq2Seq(nn.Module):
     ) -> Tensor:
         """Target tokens [N, T] and the memory of their sources -> hidden states [N, T, D].
 
-        Without a cache N = B and the tokens stand at positions 0 to T - 1. With one (``new_cache``) the
-        tokens stand at ``positions_T``, int64 and on the model's device, they see what the cache holds at
-        earlier positions, and are added to it; N may be a multiple of B, the rows of one source adjacent.
+        Without a cache N = B and the tokens stand at positions 0 to T - 1. With one (``new_cache``) they stand at
+        ``positions_T``, int64 on the model's device, see what the cache holds at earlier positions, and are added to
+        it. N may then be a multiple of B, the rows of one source adjacent.
         """
         x_NTD = self.embed(self.decoder, tokens_NT, positions_T)
         mask = attention_mask(mask_BS, memory_BSD[:, :, 0])
@@ -369,14 +340,15 @@ class Seq2Seq(nn.Module):
     def new_cache(self, memory_BSD: Tensor, beams: int, length: int) -> Cache:
         """A cache for ``beams`` rows per source and ``length`` target positions, the source's part filled.
         Raises ValueError when ``length`` exceeds the model's positions."""
-        if length > self.config.max_position_embeddings:
-            longest = self.config.max_position_embeddings
+        longest = self.config.max_position_embeddings
+        if length > longest:
             raise ValueError(f"cache for {length} tokens: expected at most max_position_embeddings={longest}")
-        heads, layers = self.config.decoder_attention_heads, self.decoder.layers
-        shape = (len(layers), beams * len(memory_BSD), length, heads, self.config.d_model // heads)
-        source = [layer.encoder_attn.keys_values(memory_BSD) for layer in layers]
+        heads, stack = self.config.decoder_attention_heads, self.decoder.layers
+        shape = (len(stack), beams * len(memory_BSD), length, heads, self.config.d_model // heads)
+        source = [layer.encoder_attn.keys_values(memory_BSD) for layer in stack]
         keys, values = ([t.contiguous() for t in side] for side in zip(*source, strict=True))
-        return Cache(memory_BSD.new_zeros(shape), memory_BSD.new_zeros(shape), keys, values)
+        target = layers.KVCache.zeros(shape, like=memory_BSD, dtype=memory_BSD.dtype)
+        return Cache(target.k, target.v, keys, values)
 
     def shift_right(self, labels_BT: Tensor) -> Tensor:
         """Decoder inputs from labels: the start token, then all labels but the last, -100 as padding."""

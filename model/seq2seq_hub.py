@@ -43,11 +43,9 @@ def load_seq2seq(
     """A BART or PEGASUS from a folder in Hugging Face's layout, or from its name on the hub ("facebook/bart-base").
 
     Read are safetensors, or pytorch_model.bin (without running code) where a folder has only that, with or without the
-    "model." prefix of the names (the published bart-base has none). A file without final_logits_bias means no bias, and
-    one with only zeros too. Parameters come as fp32 masters on the CPU; ``dtype`` is that of the activations; dropout
-    is the caller's, as the rates in config.json belong to someone else's training. Raises ValueError, naming what is
-    wrong, for options that are not supported, for missing, unexpected or misshapen tensors, for untied embeddings, and
-    for files that are missing or damaged.
+    "model." prefix of the names (the published bart-base has none). A final_logits_bias that is missing or zero means
+    none. Parameters come as fp32 masters on the CPU; ``dtype`` is the activations'; dropout is the caller's. Raises
+    ValueError as load_hf does.
     """
     folder = weights.folder_of(folder_or_hub_id)
     rates = dict(dropout=dropout, attention_dropout=attention_dropout, activation_dropout=activation_dropout)
@@ -118,8 +116,8 @@ def save_seq2seq(model: Seq2Seq, folder: str | os.PathLike, extra_files: dict[st
     """Writes ``model`` as transformers' BartForConditionalGeneration or PegasusForConditionalGeneration reads it, in
     its parameters' dtype; ``extra_files`` (name -> content, a tokenizer's) go beside it.
 
-    A new ``folder`` appears whole or not at all; in one that exists each file is replaced whole, config.json last.
-    Raises ValueError for arguments that cannot make a valid folder, before anything is written.
+    The folder appears as ``weights.staged`` says. Raises ValueError, before anything is written, for arguments that
+    cannot make a valid folder.
     """
     config, files = model.config, extra_files or {}
     weights.check_extra_files(files, "extra file")
