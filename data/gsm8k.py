@@ -4,8 +4,8 @@
     python -m data.gsm8k --format text --data my_folder/ --split test --out answers.jsonl
 
 The set is Cobbe et al., "Training Verifiers to Solve Math Word Problems", 2021. Its solutions are sentences with
-calculator annotations, ``48/2 = <<48/2=24>>24 clips``, and end in a line ``#### 72``. data/programs.py turns a
-solution into a program.
+calculator annotations, ``48/2 = <<48/2=24>>24 clips``, and end in a line ``#### 72``. data/programs.py turns a solution
+into a program.
 """
 
 import argparse
@@ -71,8 +71,8 @@ def _problem(row: dict, name: str, where: str) -> Problem:
 def split_heldout(problems: Sequence[Problem], count: int, *, seed: int = 0) -> tuple[list[Problem], list[Problem]]:
     """(rest, held out), both in the given order: the ``count`` problems with the smallest SHA-256 of seed and question.
 
-    So a problem's place does not depend on the others' order, and two counts nest. Raises ValueError unless
-    0 <= count < number of problems.
+    So a problem's place does not depend on the others' order, and two counts nest. Raises ValueError unless 0 <= count
+    < number of problems.
     """
     if not 0 <= count < len(problems):
         raise ValueError(f"{count} problems held out of {len(problems)}, expected at least 0 and fewer than all")

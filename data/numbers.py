@@ -40,8 +40,8 @@ def last_number(text: str) -> Fraction | None:
     """The last number in a program's output, its last line read as a whole first ("answer: 1/2" holds 2, "1/2" is 0.5).
 
     Of a line that is a tuple or a list, "(7, 2)", the first element counts: Program of Thoughts' rule for a solver that
-    returns several values (Chen et al., 2022; ``floatify_ans`` in their code), which their verdicts follow.
-    None where there is none; a last line of nan, inf or words is not skipped in favour of an earlier line.
+    returns several values (Chen et al., 2022; ``floatify_ans`` in their code), which their verdicts follow. None where
+    there is none; a last line of nan, inf or words is not skipped in favour of an earlier line.
     """
     line = text.rstrip().rpartition("\n")[2]
     if (value := parse_number(line)) is not None:

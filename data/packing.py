@@ -35,8 +35,8 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class Rows:
-    """Packed examples, on the CPU. Position t predicts the token after it, so that a position is the answer's where
-    its target is: the prompt's last position is one, the answer's last token none."""
+    """Packed examples, on the CPU. Position t predicts the token after it, so that a position is the answer's where its
+    target is: the prompt's last position is one, the answer's last token none."""
 
     tokens_RT: Tensor  # int64
     targets_RT: Tensor  # int64, every target: at the end of an example and in padding -100
@@ -70,8 +70,8 @@ class Rows:
 
 
 def fit(lengths: Sequence[int], limit: int) -> list[list[int]]:
-    """Which lengths share a row: first-fit decreasing, at most ``limit`` tokens a row (11/9 of the fewest rows
-    possible and at most one more, Dósa, 2007). Rows in the order they were opened, ties in the given order.
+    """Which lengths share a row: first-fit decreasing, at most ``limit`` tokens a row (11/9 of the fewest rows possible
+    and at most one more, Dósa, 2007). Rows in the order they were opened, ties in the given order.
 
     Raises ValueError for a length above ``limit`` or below 1.
     """

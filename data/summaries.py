@@ -186,8 +186,8 @@ def fold(n: int, spec: str) -> tuple[np.ndarray, np.ndarray]:
 class SummaryTokenizer:
     """A Tokenizer with the tokens around a source or target: [bos] text eos, and pad after it.
 
-    ``bos_id`` is None for PEGASUS. ``newline`` is what a line break in a summary becomes before it is encoded: a
-    space, as in fairseq's CNN/DailyMail, or PEGASUS's own "<n>", which decoding turns back.
+    ``bos_id`` is None for PEGASUS. ``newline`` is what a line break in a summary becomes before it is encoded: a space,
+    as in fairseq's CNN/DailyMail, or PEGASUS's own "<n>", which decoding turns back.
     """
 
     base: Tokenizer
@@ -251,8 +251,8 @@ def tokenizer_for_training(spec: str, train: Summaries, cache: str | Path, *, bo
 def tokenizer_of_model(folder_or_hub_id: str, config) -> SummaryTokenizer:
     """The tokenizer in the folder (or hub repository) of a BART or PEGASUS whose Seq2SeqConfig is ``config``.
 
-    tokenizer.json, or BART's vocab.json and merges.txt. Raises ValueError, one line, where neither is there and
-    where the vocabulary is not the model's.
+    tokenizer.json, or BART's vocab.json and merges.txt. Raises ValueError, one line, where neither is there and where
+    the vocabulary is not the model's.
     """
     folder = folder_of(folder_or_hub_id, FILES)
     files = read_files(folder)
@@ -426,8 +426,8 @@ def collate(
     pairs: TokenPairs, rows: np.ndarray, target_rows: np.ndarray | None = None, multiple: int = 1
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Sources int64 [B, S], their mask bool [B, S] (None where nothing is padded) and labels int64 [B, T], padded on
-    the right with pad_id and -100 to the longest, rounded up to a ``multiple``. ``target_rows``: whose targets the
-    rows get, their own by default."""
+    the right with pad_id and -100 to the longest, rounded up to a ``multiple``. ``target_rows``: whose targets the rows
+    get, their own by default."""
     target_rows = rows if target_rows is None else target_rows
     out = []
     for side, picks, fill in ((0, rows, pairs.tokenizer.pad_id), (1, target_rows, IGNORE_INDEX)):

@@ -45,8 +45,8 @@ def _check_count(name: str, value: int, least: int = 0) -> None:
 class Windows:
     """Non-overlapping windows of ``length`` inputs over a TokenSet; every token is a target exactly once an epoch.
 
-    The input before the first token is the end-of-text token, as it is before every other document's first token.
-    The last window is padded: inputs eos_id, targets -100. ``bytes`` is the TokenSet's, for bits per byte. Raises
+    The input before the first token is the end-of-text token, as it is before every other document's first token. The
+    last window is padded: inputs eos_id, targets -100. ``bytes`` is the TokenSet's, for bits per byte. Raises
     ValueError where ``length`` exceeds the tokens.
     """
 

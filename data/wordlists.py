@@ -8,8 +8,8 @@
     counter_fitting_constraints/wordnet_antonyms.txt
 
 or a file of neighbours with the others beside it: JSON as above; text lines "word neighbour neighbour ...", nearest
-first; or vectors, "word x1 x2 ...", as counter-fitted-vectors.txt has them, whose neighbours are then computed.
-A broken line is a ValueError with its number. Lists are lower case here, whatever the files have.
+first; or vectors, "word x1 x2 ...", as counter-fitted-vectors.txt has them, whose neighbours are then computed. A
+broken line is a ValueError with its number. Lists are lower case here, whatever the files have.
 """
 
 import hashlib
@@ -84,9 +84,7 @@ def load_lists(
     """
     if words is None:
         if not os.environ.get("LM_DATA"):
-            raise ValueError(
-                "no word lists: give --words a folder or file, or set LM_DATA to a folder with textfooler/"
-            )
+            raise ValueError("no word lists: give --words a folder or file, or set LM_DATA to one with textfooler/")
         words = Path(os.environ["LM_DATA"]) / "textfooler"
     words, antonyms, synonyms = Path(words), [Path(p) for p in antonyms], [Path(p) for p in synonyms]
     if not words.exists():

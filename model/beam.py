@@ -19,8 +19,8 @@ IMPOSSIBLE = -1e9  # the score of a hypothesis that is not there; finite, so tha
 
 @dataclass(frozen=True)
 class Decoding:
-    """How to decode. Lengths count new tokens, the EOS among them: transformers' max_length and min_length
-    of an encoder-decoder count the start token too and are one more. Raises ValueError for what cannot be."""
+    """How to decode. Lengths count new tokens, the EOS among them: transformers' max_length and min_length of an
+    encoder-decoder count the start token too and are one more. Raises ValueError for what cannot be."""
 
     max_new_tokens: int
     min_new_tokens: int = 0  # no EOS before so many
@@ -288,8 +288,8 @@ class Draws:
         self.possible = torch.ones((), dtype=torch.bool, device=device)  # every step had a token to go on with
 
     def update(self, logits_NV: Tensor, noise_NV: Tensor | None = None) -> None:
-        """``noise_NV``: Exp(1) draws where sampling; argmax p / noise is then a draw from p, without the
-        check of p that torch.multinomial waits for."""
+        """``noise_NV``: Exp(1) draws where sampling; argmax p / noise is then a draw from p, without the check of p
+        that torch.multinomial waits for."""
         options = self.options
         log_p_NV = self.rules.apply(logits_NV.log_softmax(-1), self.rows_NL, self.length)
         best_N = log_p_NV.amax(-1)

@@ -61,10 +61,10 @@ def generate(
     """Decodes as ``options`` say, with the tokens that transformers.generate would give.
 
     ``prompt`` int [B, T]. Of a decoder-only model it holds the tokens to continue, all rows of one length (group
-    prompts by length: padding on the left is not supported). Of an encoder-decoder it is the source, with ``mask``
-    [B, T] true at tokens where rows are padded on the right; its decoder begins with the config's
-    decoder_start_token_id. A forced BOS is the first new token, whatever the prompt's length. Prompt and new tokens,
-    less one, must fit the model's positions. ``generator`` as in ``sample``. Logits are computed in fp32.
+    prompts by length: padding on the left is not supported). Of an encoder-decoder it is the source, with ``mask`` [B,
+    T] true at tokens where rows are padded on the right; its decoder begins with the config's decoder_start_token_id. A
+    forced BOS is the first new token, whatever the prompt's length. Prompt and new tokens, less one, must fit the
+    model's positions. ``generator`` as in ``sample``. Logits are computed in fp32.
 
     The first step runs the prompt, every later one a token per row, always in the same shapes, with the cache and the
     search's state written in place. The source's keys and values are computed once and shared by its beams. The host

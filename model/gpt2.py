@@ -1,13 +1,13 @@
 """GPT-2 in plain PyTorch: tokens in, hidden states out; the loss belongs to the caller.
 
 The architecture and the parameter names are those of OpenAI's release (Radford et al., 2019, and
-github.com/openai/gpt-2, src/model.py): learned positions, LayerNorm before each sub-layer, GELU in
-its tanh form, biases everywhere, the head tied to the token embedding. Layouts differ where Linear
-below says so; model/gpt2_hub.py translates.
+github.com/openai/gpt-2, src/model.py): learned positions, LayerNorm before each sub-layer, GELU in its tanh form,
+biases everywhere, the head tied to the token embedding. Layouts differ where Linear below says so; model/gpt2_hub.py
+translates.
 
-Mixed precision needs no autocast. Parameters stay as they are, fp32 masters by default. Activations
-have the ``dtype`` the model was given, and every layer casts its parameters to the dtype of what
-comes in. FSDP2 may hand the layers bf16 parameters instead: each layer follows its input.
+Mixed precision needs no autocast. Parameters stay as they are, fp32 masters by default. Activations have the ``dtype``
+the model was given, and every layer casts its parameters to the dtype of what comes in. FSDP2 may hand the layers bf16
+parameters instead: each layer follows its input.
 
 Shapes in names: B sequences, T positions, D = n_embd, V = vocab_size, H heads of K, L cached positions.
 """
@@ -56,8 +56,8 @@ class GPT2Config:
 class Linear(nn.Module):
     """y = x W + b, computed in its input's dtype; W [in, out] where out > in, else stored as [out, in].
 
-    The longer side is last because the gradient of the weight is then a product with long rows, which
-    BLAS on a CPU computes faster (MKL in fp32, 384 <-> 1536: 14 % on that product).
+    The longer side is last because the gradient of the weight is then a product with long rows, which BLAS on a CPU
+    computes faster (MKL in fp32, 384 <-> 1536: 14 % on that product).
     """
 
     def __init__(self, n_in: int, n_out: int):
@@ -120,9 +120,9 @@ class Block(nn.Module):
 
 
 class GPT2(nn.Module):
-    """GPT-2 without a loss. ``dtype`` is the activations'. Parameters are created in torch's default
-    dtype, fp32, and drawn from torch's global CPU generator; a model built on the meta device needs
-    ``to_empty`` and ``init_weights``, or ``load_state_dict``.
+    """GPT-2 without a loss. ``dtype`` is the activations'. Parameters are created in torch's default dtype, fp32, and
+    drawn from torch's global CPU generator; a model built on the meta device needs ``to_empty`` and ``init_weights``,
+    or ``load_state_dict``.
 
     ``checkpoint_activations = True`` recomputes each block in backward: memory for a third more work.
     """
@@ -143,10 +143,9 @@ class GPT2(nn.Module):
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Every initial value of the model, drawn from ``generator`` as ``draw_weights`` says.
 
-        Biases 0; LayerNorm gains 1; matrices and token embeddings N(0, 0.02); the two projections of
-        each block that write to the residual stream N(0, 0.02 / sqrt(2 n_layer)) (Radford et al.,
-        2019, section 2.3); positions N(0, 0.01), as in OpenAI's src/model.py (Hugging Face draws them
-        with 0.02).
+        Biases 0; LayerNorm gains 1; matrices and token embeddings N(0, 0.02); the two projections of each block that
+        write to the residual stream N(0, 0.02 / sqrt(2 n_layer)) (Radford et al., 2019, section 2.3); positions N(0,
+        0.01), as in OpenAI's src/model.py (Hugging Face draws them with 0.02).
         """
         residual = 0.02 / math.sqrt(2 * self.config.n_layer)
 
@@ -161,8 +160,8 @@ class GPT2(nn.Module):
         return self.wte.weight
 
     def new_cache(self, batch: int, length: int) -> KVCache:
-        """An empty cache of ``batch`` rows of ``length`` positions, in the activations' dtype, on the model's
-        device. Raises ValueError for a length beyond block_size."""
+        """An empty cache of ``batch`` rows of ``length`` positions, in the activations' dtype, on the model's device.
+        Raises ValueError for a length beyond block_size."""
         c = self.config
         if batch < 1 or not 1 <= length <= c.block_size:
             raise ValueError(f"cache of {batch} x {length}: expected one row or more of 1 to block_size={c.block_size}")
@@ -170,12 +169,12 @@ class GPT2(nn.Module):
         return KVCache.zeros(shape, like=self.wte.weight, dtype=self.dtype)
 
     def forward(self, tokens_BT: Tensor, positions_BT: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """int32 or int64 [B, T], T <= block_size -> hidden states [B, T, D] after the final LayerNorm,
-        in the activations' dtype. Raises ValueError for another shape of input.
+        """int32 or int64 [B, T], T <= block_size -> hidden states [B, T, D] after the final LayerNorm, in the
+        activations' dtype. Raises ValueError for another shape of input.
 
-        Without a ``cache`` the tokens stand at 0 to T - 1. With one they stand at ``positions_BT`` (int64,
-        below the cache's length), are written there, and see the cached positions of their row up to their
-        own. Every shape is static.
+        Without a ``cache`` the tokens stand at 0 to T - 1. With one they stand at ``positions_BT`` (int64, below the
+        cache's length), are written there, and see the cached positions of their row up to their own. Every shape is
+        static.
         """
         layers.check_tokens(tokens_BT, "block_size", self.config.block_size)
         B, T = tokens_BT.shape
@@ -207,18 +206,18 @@ def parameter_count(model: nn.Module) -> int:
 def flops_per_token(config: GPT2Config, block: int) -> int:
     """FLOPs of one training step per token at sequence length ``block``: 6 N + 12 L T D.
 
-    N counts the weights that a token is multiplied with, 12 D^2 a layer and V D for the head; an
-    embedding look-up multiplies nothing. A multiply-add is 2, forward once and backward twice. The
-    attention term does not discount the causal half, and recomputation does not count. From
-    Chowdhery et al., "PaLM", 2022, appendix B, so that MFU compares with published figures.
+    N counts the weights that a token is multiplied with, 12 D^2 a layer and V D for the head; an embedding look-up
+    multiplies nothing. A multiply-add is 2, forward once and backward twice. The attention term does not discount the
+    causal half, and recomputation does not count. From Chowdhery et al., "PaLM", 2022, appendix B, so that MFU compares
+    with published figures.
     """
     L, D = config.n_layer, config.n_embd
     return 6 * (12 * L * D * D + config.vocab_size * D) + 12 * L * block * D
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """AdamW's parameter groups: weight decay on matrices and embeddings (two dimensions and more), none
-    on biases and LayerNorm gains. Covers each trainable parameter exactly once, checked."""
+    """AdamW's parameter groups: weight decay on matrices and embeddings (two dimensions and more), none on biases and
+    LayerNorm gains. Covers each trainable parameter exactly once, checked."""
     if not weight_decay >= 0:
         raise ValueError(f"weight_decay={weight_decay!r}: expected 0 or more")
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -231,8 +230,8 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def check_groups(model: nn.Module, groups: list[dict]) -> None:
-    """Raises ValueError unless each parameter that requires a gradient is in ``groups`` exactly once,
-    and nothing else is; names what is wrong."""
+    """Raises ValueError unless each parameter that requires a gradient is in ``groups`` exactly once, and nothing else
+    is; names what is wrong."""
     counts: dict[int, int] = {}
     for group in groups:
         for p in group["params"]:

@@ -42,10 +42,7 @@ TRANSPOSED = re.compile(r"h\.\d+\.(attn|mlp)\.c_proj\.weight")
 
 
 def save_hf(
-    model: GPT2,
-    folder: str | os.PathLike,
-    tokenizer_files: dict[str, bytes] | None = None,
-    eos_id: int | None = None,
+    model: GPT2, folder: str | os.PathLike, tokenizer_files: dict[str, bytes] | None = None, eos_id: int | None = None
 ) -> None:
     """Writes ``model`` to ``folder`` as transformers' GPT2LMHeadModel reads it, in its parameters' dtype.
 

@@ -45,8 +45,8 @@ class Embedding(nn.Embedding):
 class LayerNorm(nn.Module):
     """LayerNorm over the last dimension, eps 1e-5.
 
-    The input is not upcast: torch's kernels take mean and variance in fp32 whatever the input is, so fp32 copies of
-    the activations would buy only the rounding of the gain, 2^-9 in bf16.
+    The input is not upcast: torch's kernels take mean and variance in fp32 whatever the input is, so fp32 copies of the
+    activations would buy only the rounding of the gain, 2^-9 in bf16.
     """
 
     def __init__(self, width: int):

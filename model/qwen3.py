@@ -1,13 +1,13 @@
 """Qwen3's dense family in plain PyTorch: tokens in, hidden states out; the loss belongs to the caller.
 
-The architecture is the technical report's (Yang et al., "Qwen3", 2025, section 2): RMSNorm before each
-sub-layer, grouped-query attention whose queries and keys are normalised per head, rotary positions,
-SwiGLU, no biases, the head tied to the embedding in the small sizes. Parameters carry Hugging Face's
-names without the "model." prefix; model/qwen3_hub.py reads and writes that layout. Values follow
-transformers' Qwen3ForCausalLM. Mixed precision is that of model/gpt2.py.
+The architecture is the technical report's (Yang et al., "Qwen3", 2025, section 2): RMSNorm before each sub-layer,
+grouped-query attention whose queries and keys are normalised per head, rotary positions, SwiGLU, no biases, the head
+tied to the embedding in the small sizes. Parameters carry Hugging Face's names without the "model." prefix;
+model/qwen3_hub.py reads and writes that layout. Values follow transformers' Qwen3ForCausalLM. Mixed precision is that
+of model/gpt2.py.
 
-Shapes in names: B sequences, T positions, D = hidden_size, H heads, J key-value heads, K = head_dim,
-L cached positions, V = vocab_size.
+Shapes in names: B sequences, T positions, D = hidden_size, H heads, J key-value heads, K = head_dim, L cached
+positions, V = vocab_size.
 """
 
 import dataclasses
@@ -151,8 +151,8 @@ class Qwen3(nn.Module):
     """Qwen3 without a loss. ``dtype`` is the activations'; parameters are created in torch's default dtype, fp32, and
     drawn from torch's global CPU generator. One built on the meta device is filled by ``load_qwen3``.
 
-    ``checkpoint_activations = True`` recomputes each block in backward: memory for a third more work.
-    ``draws_random`` is set by whoever puts dropout into a layer, so that the recomputation replays it.
+    ``checkpoint_activations = True`` recomputes each block in backward: memory for a third more work. ``draws_random``
+    is set by whoever puts dropout into a layer, so that the recomputation replays it.
     """
 
     def __init__(self, config: Qwen3Config, dtype: torch.dtype = torch.float32):

@@ -125,8 +125,8 @@ def save_qwen3(
 ) -> None:
     """Writes ``model`` to ``folder`` as transformers' Qwen3ForCausalLM reads it, in ``dtype`` (None: its embedding's).
 
-    This is also merge-and-export: each linear layer is written as the one matrix it computes with, a LoRA layer as
-    base + scale * B A summed in fp32 before the cast, an NF4 base as its dequantised values. The model itself is not
+    This is also merge-and-export: each linear layer is written as the one matrix it computes with, a LoRA layer as base
+    + scale * B A summed in fp32 before the cast, an NF4 base as its dequantised values. The model itself is not
     changed, and at most one shard is held beside it. ``tokenizer_files``: name -> content, written beside as they are.
     Raises ValueError, before anything is written, for file names that are the model's own and for a folder with weights
     that this export would not replace.

@@ -6,8 +6,8 @@ once more at the end of each stack, and fixed sinusoidal positions. All else is 
 names without the "model." prefix; model/seq2seq_hub.py reads and writes that layout. Mixed precision is that of
 model/gpt2.py.
 
-Shapes in names: B sequences, S source positions, T target positions, D = d_model, V = vocab_size, H heads of K,
-L cached positions, N = B * beams rows while decoding.
+Shapes in names: B sequences, S source positions, T target positions, D = d_model, V = vocab_size, H heads of K, L
+cached positions, N = B * beams rows while decoding.
 """
 
 import math
@@ -224,8 +224,8 @@ class Stack(nn.Module):
 
 
 def sinusoids(length: int, width: int) -> Tensor:
-    """fp32 [length, width]: sines in the first half of the width, cosines in the second, of
-    position / 10000^(2i / width) (Vaswani et al., 2017, section 3.5; there sines and cosines alternate)."""
+    """fp32 [length, width]: sines in the first half of the width, cosines in the second, of position / 10000^(2i /
+    width) (Vaswani et al., 2017, section 3.5; there sines and cosines alternate)."""
     rates = 10000.0 ** (torch.arange(0, width, 2, dtype=torch.float64, device="cpu") / -width)
     angles = torch.arange(length, dtype=torch.float64, device="cpu")[:, None] * rates
     return torch.cat([angles.sin(), angles.cos()], dim=1).float()
@@ -333,13 +333,13 @@ class Seq2Seq(nn.Module):
         return self.decoder.finish(x_NTD)
 
     def forward(self, source_BS: Tensor, source_mask_BS: Tensor | None, target_in_BT: Tensor) -> Tensor:
-        """Hidden states [B, T, D] of the decoder, in the activations' dtype. Targets need no mask: they are
-        padded on the right and attention is causal, so that padding only sees, and is not seen."""
+        """Hidden states [B, T, D] of the decoder, in the activations' dtype. Targets need no mask: they are padded on
+        the right and attention is causal, so that padding only sees, and is not seen."""
         return self.decode(target_in_BT, self.encode(source_BS, source_mask_BS), source_mask_BS)
 
     def new_cache(self, memory_BSD: Tensor, beams: int, length: int) -> Cache:
-        """A cache for ``beams`` rows per source and ``length`` target positions, the source's part filled.
-        Raises ValueError when ``length`` exceeds the model's positions."""
+        """A cache for ``beams`` rows per source and ``length`` target positions, the source's part filled. Raises
+        ValueError when ``length`` exceeds the model's positions."""
         longest = self.config.max_position_embeddings
         if length > longest:
             raise ValueError(f"cache for {length} tokens: expected at most max_position_embeddings={longest}")
@@ -360,8 +360,8 @@ class Seq2Seq(nn.Module):
 def training_flops(config: Seq2SeqConfig, S, T):
     """FLOPs of one training step on a pair of ``S`` source and ``T`` target tokens (numbers or arrays).
 
-    A multiply-add is 2, forward once and backward twice; the decoder's attention is not discounted for its causal
-    half, an embedding look-up multiplies nothing, and recomputation does not count, as in PaLM's appendix B.
+    A multiply-add is 2, forward once and backward twice; the decoder's attention is not discounted for its causal half,
+    an embedding look-up multiplies nothing, and recomputation does not count, as in PaLM's appendix B.
     """
     D, E, G = config.d_model, config.encoder_ffn_dim, config.decoder_ffn_dim
     encoder = config.encoder_layers * (S * (4 * D * D + 2 * D * E) + 2 * S * S * D)
