@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from model import layers
 from model.layers import Embedding, KVCache, LayerNorm
@@ -119,20 +118,9 @@ class Block(nn.Module):
         return x_BTD + self.mlp(self.ln_2(x_BTD))
 
 
-class GPT2(nn.Module):
-    """GPT-2 without a loss. ``dtype`` is the activations'. Parameters are created in torch's default dtype, fp32, and
-    drawn from torch's global CPU generator; a model built on the meta device needs ``to_empty`` and ``init_weights``,
-    or ``load_state_dict``.
-
-    ``checkpoint_activations = True`` recomputes each block in backward: memory for a third more work.
-    """
-
+class GPT2(layers.Backbone):
     def __init__(self, config: GPT2Config, dtype: torch.dtype = torch.float32):
-        super().__init__()
-        layers.check_activations(dtype)
-        self.config = config
-        self.dtype = dtype
-        self.checkpoint_activations = False
+        super().__init__(config, dtype)
         self.wte = Embedding(config.vocab_size, config.n_embd)
         self.wpe = Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -188,13 +176,8 @@ class GPT2(nn.Module):
             where = torch.arange(B, device=tokens_BT.device)[:, None], positions_BT
             seen_B1TL = torch.arange(cache.k.shape[2], device=tokens_BT.device) <= positions_BT[:, None, :, None]
         for i, block in enumerate(self.h):
-            if cache is not None:
-                x_BTD = block(x_BTD, (cache.k[i], cache.v[i], where, seen_B1TL))
-            elif self.checkpoint_activations:
-                # Without dropout nothing random is replayed, and saving the generator's state would cost a sync.
-                x_BTD = checkpoint(block, x_BTD, use_reentrant=False, preserve_rng_state=self.config.dropout > 0)
-            else:
-                x_BTD = block(x_BTD)
+            slot = None if cache is None else (cache.k[i], cache.v[i], where, seen_B1TL)
+            x_BTD = self.run(block, x_BTD, slot, random=self.config.dropout > 0)
         return self.ln_f(x_BTD)
 
 

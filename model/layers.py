@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 class Linear(nn.Module):
@@ -58,6 +59,29 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.bias.to(x.dtype), 1e-5)
 
 
+class Backbone(nn.Module):
+    """A model without a loss: tokens in, hidden states out.
+
+    ``dtype`` is the activations'. Parameters are created in torch's default dtype, fp32, and drawn from torch's global
+    CPU generator; a model built on the meta device needs ``to_empty`` and ``init_weights``, or ``load_state_dict``.
+    ``checkpoint_activations = True`` recomputes each block in backward: memory for a third more work.
+    """
+
+    def __init__(self, config, dtype: torch.dtype):
+        super().__init__()
+        if not dtype.is_floating_point:
+            raise ValueError(f"dtype={dtype}: expected a floating-point dtype for the activations")
+        self.config, self.dtype = config, dtype
+        self.checkpoint_activations = False
+
+    def run(self, block: Callable[..., Tensor], *inputs, random: bool) -> Tensor:
+        """The block's output, recomputed in backward where asked for. ``random``: the block draws numbers."""
+        if not (self.checkpoint_activations and torch.is_grad_enabled()):
+            return block(*inputs)
+        # Without dropout nothing random is replayed, and saving the generator's state would cost a sync.
+        return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=random)
+
+
 @torch.no_grad()
 def draw_weights(model: nn.Module, std: Callable[[str], float], generator: torch.Generator | None = None) -> None:
     """Biases 0, gains 1, matrices and embeddings N(0, ``std(name)``), in parameter order. Call it before sharding.
@@ -89,12 +113,6 @@ class KVCache:
     def first(self, positions: int) -> "KVCache":
         """The same storage, read and written up to ``positions`` only."""
         return KVCache(self.k[:, :, :positions], self.v[:, :, :positions])
-
-
-def check_activations(dtype: torch.dtype) -> None:
-    """Raises ValueError for a dtype that is not floating-point."""
-    if not dtype.is_floating_point:
-        raise ValueError(f"dtype={dtype}: expected a floating-point dtype for the activations")
 
 
 def check_tokens(tokens_BT: Tensor, name: str, longest: int) -> None:

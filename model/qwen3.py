@@ -17,7 +17,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from model import layers
 from model.layers import Embedding, KVCache, Linear
@@ -147,20 +146,11 @@ class Block(nn.Module):
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
 
 
-class Qwen3(nn.Module):
-    """Qwen3 without a loss. ``dtype`` is the activations'; parameters are created in torch's default dtype, fp32, and
-    drawn from torch's global CPU generator. One built on the meta device is filled by ``load_qwen3``.
-
-    ``checkpoint_activations = True`` recomputes each block in backward: memory for a third more work. ``draws_random``
-    is set by whoever puts dropout into a layer, so that the recomputation replays it.
-    """
+class Qwen3(layers.Backbone):
+    """``draws_random`` is set by whoever puts dropout into a layer, so that a recomputation replays it."""
 
     def __init__(self, config: Qwen3Config, dtype: torch.dtype = torch.float32):
-        super().__init__()
-        layers.check_activations(dtype)
-        self.config = config
-        self.dtype = dtype
-        self.checkpoint_activations = False
+        super().__init__(config, dtype)
         self.draws_random = False
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
@@ -236,12 +226,7 @@ class Qwen3(nn.Module):
         x_BTD = self.embed_tokens(tokens_BT).to(self.dtype)
         for i, block in enumerate(self.layers):
             slot = None if cache is None else (cache.k[i], cache.v[i], where, rows_B)
-            if self.checkpoint_activations and torch.is_grad_enabled():
-                # Without dropout nothing random is replayed, and saving the generator's state would cost a sync.
-                keep_rng = self.draws_random and self.training
-                x_BTD = checkpoint(block, x_BTD, cos, sin, mask, slot, use_reentrant=False, preserve_rng_state=keep_rng)
-            else:
-                x_BTD = block(x_BTD, cos, sin, mask, slot)
+            x_BTD = self.run(block, x_BTD, cos, sin, mask, slot, random=self.draws_random and self.training)
         return self.norm(x_BTD)
 
     def _additive(self, visible_BTL: Tensor) -> Tensor:

@@ -17,7 +17,6 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from model import layers
 from model.layers import Embedding, LayerNorm, Linear
@@ -173,7 +172,7 @@ class Layer(nn.Module):
         x_BSD = self.add(x_BSD, self.self_attn_layer_norm, look_around)
         return self.add(x_BSD, self.final_layer_norm, self.feed_forward)
 
-    def decode(self, x_NTD: Tensor, memory_BSD: Tensor | None, source_mask: Tensor | None, cached=None) -> Tensor:
+    def decode(self, x_NTD: Tensor, memory_BSD: Tensor, source_mask: Tensor | None, cached=None) -> Tensor:
         """``cached``: this layer's keys and values, the source's, the positions [T] of x, and the causal mask."""
 
         def look_back(x_NTD):
@@ -239,19 +238,10 @@ class Cache(layers.KVCache):
     source_v: list[Tensor]
 
 
-class Seq2Seq(nn.Module):
-    """An encoder-decoder without a loss. ``dtype`` is the activations'. Parameters are created in torch's default
-    dtype, fp32, and drawn from torch's global CPU generator; one built on the meta device needs ``load_state_dict``.
-
-    ``checkpoint_activations = True`` recomputes each layer in backward: memory for a third more work.
-    """
-
+class Seq2Seq(layers.Backbone):
     def __init__(self, config: Seq2SeqConfig, dtype: torch.dtype = torch.float32):
-        super().__init__()
-        layers.check_activations(dtype)
-        self.config = config
-        self.dtype = dtype
-        self.checkpoint_activations = False
+        super().__init__(config, dtype)
+        self.draws_random = max(config.dropout, config.attention_dropout, config.activation_dropout) > 0
         self.shared = Embedding(config.vocab_size, config.d_model)
         self.encoder = Stack(config, "encoder")
         self.decoder = Stack(config, "decoder")
@@ -287,12 +277,6 @@ class Seq2Seq(nn.Module):
             x_BTD = x_BTD * math.sqrt(self.config.d_model)
         return stack.embed(x_BTD, positions_T)
 
-    def run(self, layer_function, *inputs):
-        if not self.checkpoint_activations:
-            return layer_function(*inputs)
-        random = max(self.config.dropout, self.config.attention_dropout, self.config.activation_dropout) > 0
-        return checkpoint(layer_function, *inputs, use_reentrant=False, preserve_rng_state=random)
-
     def encode(self, tokens_BS: Tensor, mask_BS: Tensor | None = None) -> Tensor:
         """Source tokens, int32 or int64 [B, S], S <= max_position_embeddings -> memory [B, S, D].
 
@@ -303,7 +287,7 @@ class Seq2Seq(nn.Module):
         mask = attention_mask(mask_BS, tokens_BS)
         x_BSD = self.embed(self.encoder, tokens_BS, None)
         for layer in self.encoder.layers:
-            x_BSD = self.run(layer.encode, x_BSD, mask)
+            x_BSD = self.run(layer.encode, x_BSD, mask, random=self.draws_random)
         return self.encoder.finish(x_BSD)
 
     def decode(
@@ -325,11 +309,10 @@ class Seq2Seq(nn.Module):
         if cache is not None:
             causal_TL = torch.arange(cache.k.shape[2], device=x_NTD.device) <= positions_T[:, None]
         for i, layer in enumerate(self.decoder.layers):
-            if cache is None:
-                x_NTD = self.run(layer.decode, x_NTD, memory_BSD, mask)
-            else:
-                kept = cache.k[i], cache.v[i], cache.source_k[i], cache.source_v[i]
-                x_NTD = layer.decode(x_NTD, None, mask, (*kept, positions_T, causal_TL))
+            cached = None
+            if cache is not None:
+                cached = cache.k[i], cache.v[i], cache.source_k[i], cache.source_v[i], positions_T, causal_TL
+            x_NTD = self.run(layer.decode, x_NTD, memory_BSD, mask, cached, random=self.draws_random)
         return self.decoder.finish(x_NTD)
 
     def forward(self, source_BS: Tensor, source_mask_BS: Tensor | None, target_in_BT: Tensor) -> Tensor:
