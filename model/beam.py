@@ -38,14 +38,13 @@ class Decoding:
     num_return: int = 1  # hypotheses per prompt, the best first
 
     def __post_init__(self):
-        for name, least in (("max_new_tokens", 1), ("min_new_tokens", 0), ("num_beams", 1), ("no_repeat_ngram", 0)):
-            _whole(name, getattr(self, name), least)
+        for name in ("max_new_tokens", "num_beams", "num_return"):
+            _whole(name, getattr(self, name), 1)
+        for name in ("min_new_tokens", "no_repeat_ngram"):
+            _whole(name, getattr(self, name), 0)
         if self.max_new_tokens < self.min_new_tokens:
-            raise ValueError(
-                f"max_new_tokens={self.max_new_tokens} is below min_new_tokens={self.min_new_tokens}; "
-                "raise the limit or lower the minimum"
-            )
-        _whole("num_return", self.num_return, 1)
+            lengths = f"max_new_tokens={self.max_new_tokens} is below min_new_tokens={self.min_new_tokens}"
+            raise ValueError(f"{lengths}; raise the limit or lower the minimum")
         if self.num_return > self.num_beams:
             raise ValueError(f"num_return={self.num_return}: expected at most num_beams={self.num_beams}")
         if not math.isfinite(self.length_penalty):
@@ -54,14 +53,15 @@ class Decoding:
             raise ValueError(f"early_stopping={self.early_stopping!r}: expected True, False or 'never'")
         check_sampling(self.temperature, self.top_k, self.top_p)
         if self.temperature > 0 and self.num_beams > 1:
-            raise ValueError(
-                f"temperature={self.temperature!r} with num_beams={self.num_beams}: sampling has no beams, expected 1"
-            )
-        for name in ("pad_id", "forced_bos_id", "forced_eos_id"):
-            if getattr(self, name) is not None:
-                _whole(name, getattr(self, name), 0)
-        for eos in self.eos_ids:
-            _whole("eos_id", eos, 0)
+            both = f"temperature={self.temperature!r} with num_beams={self.num_beams}"
+            raise ValueError(f"{both}: sampling has no beams, expected 1")
+        for name, value in self.token_ids():
+            _whole(name, value, 0)
+
+    def token_ids(self) -> list[tuple[str, int]]:
+        """Name and value of every token id that is given."""
+        ids = [("pad_id", self.pad_id), ("forced_bos_id", self.forced_bos_id), ("forced_eos_id", self.forced_eos_id)]
+        return [(name, i) for name, i in [*ids, *(("eos_id", eos) for eos in self.eos_ids)] if i is not None]
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -73,9 +73,8 @@ class Decoding:
 
     def check_vocabulary(self, V: int) -> None:
         """Raises ValueError for an id that a vocabulary of ``V`` tokens does not have."""
-        ids = dict(pad_id=self.pad_id, forced_bos_id=self.forced_bos_id, forced_eos_id=self.forced_eos_id)
-        for name, value in [*ids.items(), *(("eos_id", eos) for eos in self.eos_ids)]:
-            if value is not None and value >= V:
+        for name, value in self.token_ids():
+            if value >= V:
                 raise ValueError(f"{name}={value}: expected a token id below the vocabulary's {V}")
         if V <= len(self.eos_ids):
             raise ValueError(
@@ -169,7 +168,17 @@ def pick(tensor: Tensor, index_BC: Tensor) -> Tensor:
     return tensor.gather(1, index_BC)
 
 
-class Beams:
+class Search:
+    """What Beams and Draws keep: the rules, the length, and whether every step had a token to go on with."""
+
+    def __init__(self, prompt_BP: Tensor, options: Decoding, V: int):
+        self.options, self.prompt_length = options, prompt_BP.shape[1]
+        self.rules = Rules(options, self.prompt_length, V, prompt_BP.device)
+        self.length = torch.tensor([self.prompt_length], device=prompt_BP.device)
+        self.possible = torch.ones((), dtype=torch.bool, device=prompt_BP.device)
+
+
+class Beams(Search):
     """Beam search over hypotheses that end at EOS or at the limit.
 
     In each step the 2 K best continuations of a prompt's K beams are candidates (more with several EOS ids, so that K
@@ -182,12 +191,9 @@ class Beams:
     """
 
     def __init__(self, prompt_BP: Tensor, options: Decoding, V: int):
+        super().__init__(prompt_BP, options, V)
         (B, P), K, device = prompt_BP.shape, options.num_beams, prompt_BP.device
-        L = P + options.max_new_tokens
-        self.options, self.prompt_length = options, P
-        self.rules = Rules(options, P, V, device)
-        self.length = torch.tensor([P], device=device)
-        self.tokens = torch.full((B, K, L), options.fill, device=device)
+        self.tokens = torch.full((B, K, P + options.max_new_tokens), options.fill, device=device)
         self.tokens[:, :, :P] = prompt_BP[:, None]
         # All beams of a prompt are equal at first: only one of them may be continued.
         self.scores = torch.full((B, K), IMPOSSIBLE, device=device)
@@ -199,7 +205,6 @@ class Beams:
         self.hopeful = torch.ones(B, 1, dtype=torch.bool, device=device)  # a running beam may yet beat a finished one
         self.offset = torch.arange(0, B * K, K, device=device)[:, None]
         self.parents = torch.arange(B * K, device=device)  # [N]: the row that each row continues
-        self.possible = torch.ones((), dtype=torch.bool, device=device)  # every step had a token to go on with
 
     @property
     def rows_NL(self) -> Tensor:
@@ -268,7 +273,7 @@ class Beams:
         )
 
 
-class Draws:
+class Draws(Search):
     """One row per prompt: the most probable token each time, or one drawn from the filtered distribution.
 
     A row that has ended is filled up. Its score is that of a beam: the sum of the model's own log p (at temperature 1,
@@ -276,16 +281,13 @@ class Draws:
     """
 
     def __init__(self, prompt_BP: Tensor, options: Decoding, V: int):
+        super().__init__(prompt_BP, options, V)
         (B, P), device = prompt_BP.shape, prompt_BP.device
-        self.options, self.prompt_length = options, P
-        self.rules = Rules(options, P, V, device)
-        self.length = torch.tensor([P], device=device)
         self.rows_NL = torch.full((B, P + options.max_new_tokens), options.fill, device=device)
         self.rows_NL[:, :P] = prompt_BP
         self.scores = torch.zeros(B, device=device)
         self.lengths = torch.zeros(B, dtype=torch.long, device=device)
         self.done_B = torch.zeros(B, dtype=torch.bool, device=device)
-        self.possible = torch.ones((), dtype=torch.bool, device=device)  # every step had a token to go on with
 
     def update(self, logits_NV: Tensor, noise_NV: Tensor | None = None) -> None:
         """``noise_NV``: Exp(1) draws where sampling; argmax p / noise is then a draw from p, without the check of p

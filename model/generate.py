@@ -60,18 +60,16 @@ def generate(
 ) -> Generated:
     """Decodes as ``options`` say, with the tokens that transformers.generate would give.
 
-    ``prompt`` int [B, T]. Of a decoder-only model it holds the tokens to continue, all rows of one length (group
-    prompts by length: padding on the left is not supported). Of an encoder-decoder it is the source, with ``mask`` [B,
-    T] true at tokens where rows are padded on the right; its decoder begins with the config's decoder_start_token_id. A
-    forced BOS is the first new token, whatever the prompt's length. Prompt and new tokens, less one, must fit the
-    model's positions. ``generator`` as in ``sample``. Logits are computed in fp32.
+    ``prompt`` int [B, T]. Of a decoder-only model it holds the tokens to continue, all rows of one length (padding on
+    the left is not supported). Of an encoder-decoder it is the source, with ``mask`` [B, T] true at tokens where rows
+    are padded on the right. A forced BOS is the first new token, whatever the prompt's length. Prompt and new tokens,
+    less one, must fit the model's positions. ``generator`` as in ``sample``. Logits are computed in fp32.
 
     The first step runs the prompt, every later one a token per row, always in the same shapes, with the cache and the
-    search's state written in place. The source's keys and values are computed once and shared by its beams. The host
-    waits for the device every ``check_every`` steps and nowhere else, to see whether all is done and whether every step
-    had a token to go on with. ``compile`` holds keyword arguments for torch.compile, which then compiles that step with
-    fullgraph=True; None runs it as it is. Sources padded to few lengths, and batches of one size, keep the number of
-    compiled versions low.
+    search's state written in place. The host waits for the device every ``check_every`` steps and nowhere else, to see
+    whether all is done and whether every step had a token to go on with. ``compile`` holds keyword arguments for
+    torch.compile, which then compiles that step with fullgraph=True; None runs it as it is. Sources padded to few
+    lengths, and batches of one size, keep the number of compiled versions low.
 
     ``model`` has ``head_weight`` [V, D], optionally ``head_bias`` [V] or None, and either ``new_cache(batch, length)``
     and ``model(tokens, positions_BT=, cache=)``, or Seq2Seq's ``encode``, ``new_cache`` and ``decode``. Caches have
@@ -112,9 +110,7 @@ def generate(
         step = decode_step if compile is None else torch.compile(decode_step, fullgraph=True, **compile)
         P, steps = prompt_BP.shape[1], 0
         while steps < options.max_new_tokens:
-            drawn = None
-            if options.temperature > 0:
-                drawn = noise.exponential_(generator=generator).to(device)
+            drawn = noise.exponential_(generator=generator).to(device) if options.temperature > 0 else None
             if steps == 0:
                 run_step(model, context, head, search, search.rows_NL[:, :P], torch.arange(P, device=device), drawn)
             else:

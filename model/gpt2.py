@@ -119,6 +119,8 @@ class Block(nn.Module):
 
 
 class GPT2(layers.Backbone):
+    """GPT-2 as a layers.Backbone: without a loss."""
+
     def __init__(self, config: GPT2Config, dtype: torch.dtype = torch.float32):
         super().__init__(config, dtype)
         self.wte = Embedding(config.vocab_size, config.n_embd)

@@ -95,10 +95,8 @@ class NF4Linear(nn.Module):
     def __init__(self, weight: Tensor, double_quant: bool = True):
         super().__init__()
         if weight.ndim != 2 or weight.shape[1] % NF4_BLOCK:
-            raise ValueError(
-                f"NF4 of a weight {tuple(weight.shape)}: expected [out, in] with in a multiple of {NF4_BLOCK}; "
-                "take base 'bf16'"
-            )
+            expected = f"expected [out, in] with in a multiple of {NF4_BLOCK}"
+            raise ValueError(f"NF4 of a weight {tuple(weight.shape)}: {expected}; take base 'bf16'")
         self.shape = tuple(weight.shape)
         packed, self.quant = _bitsandbytes().quantize_4bit(
             weight.contiguous(), blocksize=NF4_BLOCK, compress_statistics=double_quant, quant_type="nf4"
@@ -216,17 +214,15 @@ class LoRALinear(nn.Module):
     @torch.no_grad()
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The merged weight [out, in]: base + s B A, summed in fp32."""
-        return torch.addmm(
-            self.base.dense(torch.float32), self.lora_B.float(), self.lora_A.float(), alpha=self.scale
-        ).to(dtype)
+        base = self.base.dense(torch.float32)
+        return torch.addmm(base, self.lora_B.float(), self.lora_A.float(), alpha=self.scale).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         order = self.segments.order_N
-        if order is not None and torch.is_grad_enabled() and x[..., 0].numel() != len(order):
-            raise ValueError(
-                f"a batch of {x[..., 0].numel()} tokens, but the answer mask has {len(order)}: call "
-                "set_segments with this batch's mask, or with None"
-            )
+        tokens = x[..., 0].numel()
+        if order is not None and torch.is_grad_enabled() and tokens != len(order):
+            sizes = f"a batch of {tokens} tokens, but the answer mask has {len(order)}"
+            raise ValueError(f"{sizes}: call set_segments with this batch's mask, or with None")
         keep_p = 1 - self.dropout if self.training else 1.0
         return _LoRAProduct.apply(x, self.lora_A, self.lora_B, self.base, self.scale, keep_p, self.segments, self.block)
 

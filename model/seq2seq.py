@@ -239,6 +239,8 @@ class Cache(layers.KVCache):
 
 
 class Seq2Seq(layers.Backbone):
+    """An encoder-decoder as a layers.Backbone: without a loss."""
+
     def __init__(self, config: Seq2SeqConfig, dtype: torch.dtype = torch.float32):
         super().__init__(config, dtype)
         self.draws_random = max(config.dropout, config.attention_dropout, config.activation_dropout) > 0

@@ -84,11 +84,10 @@ def weight_files(folder: Path, single: str = WEIGHTS, index: str = INDEX) -> lis
     if not (folder / index).exists():
         raise ValueError(f"{folder} has neither {single} nor {index}; other formats are not read")
     shards = read_json(folder / index).get("weight_map")
-    if not isinstance(shards, dict) or not all(
-        isinstance(name, str) and name == os.path.basename(name) for name in shards.values()
-    ):
+    values = shards.values() if isinstance(shards, dict) else [None]
+    if not all(isinstance(name, str) and name == os.path.basename(name) for name in values):
         raise ValueError(f"{folder / index}: expected a weight_map from tensors to files of the same folder")
-    names = sorted(set(shards.values()))
+    names = sorted(set(values))
     if lacking := [name for name in names if not (folder / name).is_file()]:
         raise ValueError(f"{folder} lacks {', '.join(lacking)}, which {index} names; copy it there")
     return [folder / name for name in names]
@@ -135,23 +134,18 @@ def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 def check_shapes(found: Mapping[str, tuple], expected: Mapping[str, tuple], says: str) -> None:
     """Raises ValueError: ``says``, then the tensors that are missing, unexpected or misshapen, three of a kind."""
-
-    def some(items: list[str]) -> str:
-        return ", ".join(items[:3]) + (f" and {len(items) - 3} more" if len(items) > 3 else "")
-
-    wrong = []
-    if missing := [name for name in expected if name not in found]:
-        wrong.append("missing " + some(missing))
-    if unexpected := [name for name in found if name not in expected]:
-        wrong.append("unexpected " + some(unexpected))
-    if misshapen := [
-        f"{name} is {found[name]} instead of {shape}"
-        for name, shape in expected.items()
-        if name in found and found[name] != shape
-    ]:
-        wrong.append(some(misshapen))
-    if wrong:
-        raise ValueError(f"{says}: " + "; ".join(wrong))
+    both = [name for name in expected if name in found]
+    wrong = {
+        "missing ": [name for name in expected if name not in found],
+        "unexpected ": [name for name in found if name not in expected],
+        "": [f"{n} is {found[n]} instead of {expected[n]}" for n in both if found[n] != expected[n]],
+    }
+    parts = []
+    for kind, items in wrong.items():
+        more = f" and {len(items) - 3} more" if len(items) > 3 else ""
+        parts += [kind + ", ".join(items[:3]) + more] if items else []
+    if parts:
+        raise ValueError(f"{says}: " + "; ".join(parts))
 
 
 def drop_tied(tensors: dict[str, Tensor], name: str, copies: Iterable[str], folder: Path) -> None:

@@ -8,6 +8,7 @@ import sys
 import threading
 import types
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -394,6 +395,26 @@ def test_wikitext_without_network(monkeypatch, no_lm_data):
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
     message(lambda: open_source("wikitext2"), "Couldn't reach the Hub", "network", "$LM_DATA/wikitext-2")
+
+
+def test_a_named_set_is_one_entry_in_one_table(tmp_path, monkeypatch, no_lm_data, bpe):
+    datasets = pytest.importorskip("datasets")
+    stories = partial(sources._open_hub, repository="someone/stories", folder="stories", column="story")
+    monkeypatch.setitem(sources.SETS, "stories", stories)
+    rows = {"train": ["Once.\nTwice.", " ", "Thrice."], "validation": ["Val."]}
+    loaded = {split: datasets.Dataset.from_dict({"story": texts}) for split, texts in rows.items()}
+    monkeypatch.setattr(datasets, "load_dataset", lambda repository, configuration: loaded)
+    source = open_source("stories")
+    assert texts(source, "train") == ["Once.\nTwice.", "Thrice."] and texts(source, "val") == ["Val."]
+    assert set(source.splits) == {"train", "val"} and "someone/stories" in source.origin  # the hub has no test split
+    message(lambda: open_all("stories"), "no test split")
+    del loaded["validation"]
+    message(lambda: open_source("stories"), "stories has no val split on the hub", "$LM_DATA/stories")
+    assert load_corpus("stories", tokenizer=bpe, cache=tmp_path / "cache", splits=("train",)).train.documents == 2
+    monkeypatch.setenv("LM_DATA", str(tmp_path))
+    fill(tmp_path / "stories", {"train.txt": "here", "val.jsonl": '{"text": "too"}\n'})
+    assert texts(open_source("stories"), "train") == ["here"]  # a local copy comes first
+    message(lambda: open_source("storys"), "stories")  # the table is what an unknown name is told
 
 
 def test_pydoc_is_real_text_and_splits_alike_everywhere(monkeypatch, tmp_path):
