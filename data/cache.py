@@ -32,19 +32,13 @@ HEADER_BYTES = HEADER.size + 4
 
 @dataclass(frozen=True)
 class TokenSet:
-    """The tokens of one split, each document followed by the end-of-text token.
+    """The tokens of one split, each document followed by the end-of-text token."""
 
-    tokens     1-D uint16 or uint32 np.memmap, read-only
-    documents  how many documents; the number of end-of-text tokens
-    bytes      UTF-8 bytes of the text alone, the denominator of bits per byte
-    hash       SHA-256 hex over the source's hash, the tokenizer's and the tokens' CRC: changes when any of them does
-    """
-
-    tokens: np.ndarray
-    documents: int
-    bytes: int
+    tokens: np.ndarray  # 1-D uint16 or uint32 np.memmap, read-only
+    documents: int  # how many; the number of end-of-text tokens
+    bytes: int  # of the text alone in UTF-8, the denominator of bits per byte
     name: str
-    hash: str
+    hash: str  # SHA-256 hex over the source's hash, the tokenizer's and the tokens' CRC
     path: Path
     vocab_size: int
     eos_id: int

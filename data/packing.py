@@ -35,11 +35,10 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class Rows:
-    """Packed examples, on the CPU. Position t predicts the token after it, so that a position is the answer's where its
-    target is: the prompt's last position is one, the answer's last token none."""
+    """Packed examples, on the CPU. Position t predicts the token after it: it is the answer's where its target is."""
 
     tokens_RT: Tensor  # int64
-    targets_RT: Tensor  # int64, every target: at the end of an example and in padding -100
+    targets_RT: Tensor  # int64; -100 in padding
     documents_RT: Tensor  # int64
     answer_RT: Tensor  # bool
 

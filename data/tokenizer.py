@@ -1,8 +1,8 @@
 """Tokenizers by a spec string: ``gpt2``, ``bpe:N`` (trained on the corpus), or a folder.
 
-Two libraries do the work: tiktoken where the definition is GPT-2's kind (vocab.json + merges.txt), ``tokenizers`` where
-it is a tokenizer.json. Text is always ordinary text: a literal <|endoftext|> in it is encoded as the characters it is
-made of, never as the token that ends a document.
+Two libraries do the work: tiktoken where the definition is GPT-2's kind (vocab.json and merges.txt), ``tokenizers``
+where it is a tokenizer.json. Text is always ordinary text: a literal <|endoftext|> in it is encoded as its characters,
+never as the token that ends a document.
 """
 
 import hashlib
@@ -46,18 +46,12 @@ log = logging.getLogger("scorecast")
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Text to token ids and back.
+    """Text to token ids and back."""
 
-    name        the spec's name, for file names and run logs
-    vocab_size  highest id + 1
-    eos_id      the id that ends a document
-    hash        SHA-256 hex of the defining files and eos_id: equal hash, equal tokens
-    """
-
-    name: str
-    vocab_size: int
-    eos_id: int
-    hash: str
+    name: str  # the spec's, for file names and run logs
+    vocab_size: int  # highest id + 1
+    eos_id: int  # ends a document
+    hash: str  # SHA-256 hex of the defining files and eos_id: equal hash, equal tokens
     _files: dict[str, bytes] = field(repr=False)
     _encode: Callable[[list[str]], list] = field(repr=False)
     _decode: Callable[[list[int]], str] = field(repr=False)
@@ -65,10 +59,10 @@ class Tokenizer:
 
     @classmethod
     def from_files(cls, files: dict[str, bytes], name: str = "") -> "Tokenizer":
-        """The tokenizer that ``files`` define: tokenizer.json, or vocab.json with merges.txt; as ``files()`` gives.
+        """The tokenizer that ``files`` define: tokenizer.json, or else vocab.json and merges.txt.
 
-        Of both, tokenizer.json counts, being the complete definition. The token that ends a document is
-        tokenizer_config.json's eos_token, else <|endoftext|>. Raises ValueError where the files do not fit.
+        The token that ends a document is tokenizer_config.json's eos_token, else <|endoftext|>. Raises ValueError where
+        the files do not fit.
         """
         label = f"tokenizer {name}" if name else "tokenizer"
         config = _json(files[CONFIG], f"{label}: {CONFIG}") if CONFIG in files else {}
@@ -81,9 +75,8 @@ class Tokenizer:
         elif {"vocab.json", "merges.txt"} <= set(files):
             kind = config.get("tokenizer_class", "GPT2Tokenizer")
             if kind not in ("GPT2Tokenizer", "GPT2TokenizerFast"):
-                raise ValueError(
-                    f"{label}: a {kind} is more than its vocab.json and merges.txt; put its tokenizer.json beside them"
-                )
+                more = f"a {kind} is more than its vocab.json and merges.txt"
+                raise ValueError(f"{label}: {more}; put its tokenizer.json beside them")
             defining, can_cut = ["merges.txt", "vocab.json"], True
             vocab_size, eos_id, encode, decode = _through_tiktoken(files["vocab.json"], files["merges.txt"], eos, label)
             if not name and all(hashlib.sha256(files[part]).hexdigest() == sha for part, _, sha in GPT2_FILES):
@@ -111,25 +104,22 @@ class Tokenizer:
 
     def encode_documents(self, documents: Iterable[str]) -> Iterator[np.ndarray]:
         """The ids of each document, uint32 [n], without end-of-text tokens, in order; reads some 4 MB ahead."""
-        pieces: list[str] = []
-        ends: list[bool] = []
-        waiting: list[np.ndarray] = []  # pieces of the document that is not complete yet
-        size = 0
+        pieces: list[tuple[str, bool]] = []  # text, and whether its document ends with it
+        waiting: list[np.ndarray] = []  # ids of the document that is not complete yet
 
         def flush() -> Iterator[np.ndarray]:
-            for ids, end in zip(self._encode(pieces), ends, strict=True):
+            for ids, (_, ends) in zip(self._encode([text for text, _ in pieces]), pieces, strict=True):
                 waiting.append(np.asarray(ids, dtype=np.uint32))
-                if end:
+                if ends:
                     yield waiting[0] if len(waiting) == 1 else np.concatenate(waiting)
                     waiting.clear()
             pieces.clear()
-            ends.clear()
 
+        size = 0
         for document in documents:
-            for piece, end in _pieces(document) if self._can_cut else [(document, True)]:
+            for piece in _pieces(document) if self._can_cut else [(document, True)]:
                 pieces.append(piece)
-                ends.append(end)
-                size += len(piece)
+                size += len(piece[0])
                 if size >= BATCH_CHARACTERS:
                     yield from flush()
                     size = 0
@@ -149,10 +139,10 @@ def load_tokenizer(
 ) -> Tokenizer:
     """The tokenizer of ``spec``: ``gpt2``, ``bpe:N``, or a folder with tokenizer.json or vocab.json + merges.txt.
 
-    ``gpt2`` comes from $LM_DATA/tokenizers/gpt2 where that is there, else through tiktoken from the network; its files
-    are the published ones, by SHA-256, or it is an error. ``bpe:N`` needs ``documents`` (the TRAIN split's), the folder
-    ``cache`` and ``corpus`` (a name that changes with the text); the trained tokenizer is kept in ``cache``. Raises
-    ValueError, one line, where there is no such tokenizer.
+    ``gpt2`` comes from $LM_DATA/tokenizers/gpt2 where that is there, else through tiktoken from the network; other
+    files than the published ones, by SHA-256, are an error. ``bpe:N`` needs ``documents`` (the TRAIN split's), the
+    folder ``cache``, where it is kept, and ``corpus`` (a name that changes with the text). Raises ValueError, one line,
+    where there is no such tokenizer.
     """
     if isinstance(spec, Tokenizer):
         return spec
@@ -168,10 +158,8 @@ def load_tokenizer(
     folder = Path(spec).expanduser()
     if folder.is_dir():
         return Tokenizer.from_files(read_files(folder), folder.name)
-    raise ValueError(
-        f"unknown tokenizer {spec!r}; expected gpt2, bpe:N (for example bpe:4096), or a folder with tokenizer.json or "
-        "vocab.json and merges.txt"
-    )
+    folders = "a folder with tokenizer.json or vocab.json and merges.txt"
+    raise ValueError(f"unknown tokenizer {spec!r}; expected gpt2, bpe:N (for example bpe:4096), or {folders}")
 
 
 def read_files(folder: Path) -> dict[str, bytes]:

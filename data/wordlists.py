@@ -1,4 +1,4 @@
-"""Word lists for an attack by synonyms: neighbours, stop words, antonyms, synonyms.
+"""Word lists for an attack by synonyms: neighbours, stop words, antonyms, synonyms, all in lower case here.
 
 ``load_lists`` takes a folder as TextFooler's material comes in
 
@@ -8,8 +8,8 @@
     counter_fitting_constraints/wordnet_antonyms.txt
 
 or a file of neighbours with the others beside it: JSON as above; text lines "word neighbour neighbour ...", nearest
-first; or vectors, "word x1 x2 ...", as counter-fitted-vectors.txt has them, whose neighbours are then computed. A
-broken line is a ValueError with its number. Lists are lower case here, whatever the files have.
+first; or vectors, "word x1 x2 ...", as counter-fitted-vectors.txt has them, whose neighbours are then computed.
+A broken line is a ValueError with its number.
 """
 
 import hashlib
@@ -184,13 +184,11 @@ def _lines(path) -> list[tuple[int, str]]:
 
 def _read(path) -> str:
     try:
-        data = Path(path).read_bytes()
+        return Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ValueError(f"cannot read the word list {path} ({error.strerror})") from None
-    try:
-        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
+        line = error.object.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{path} line {line}: not UTF-8 text") from None
 
 
