@@ -121,15 +121,12 @@ def make_examples(
     full = sum(e.prompt >= seq_len for e in made)
     if not fits:
         least = min((e.length for e in made), default=0)
-        raise ValueError(
-            f"--seq-len {seq_len}: none of the {len(made)} {name} problems fits, {full} by their prompt alone, which "
-            f"leaves no room for an answer; the shortest takes {least} tokens"
-        )
+        alone = f"{full} by their prompt alone, which leaves no room for an answer"
+        none = f"none of the {len(made)} {name} problems fits"
+        raise ValueError(f"--seq-len {seq_len}: {none}, {alone}; the shortest takes {least} tokens")
     if len(fits) < len(made):
-        log.info(
-            f"{name}: {len(made) - len(fits)} of {len(made)} problems are longer than --seq-len {seq_len}, left out, "
-            f"{full} of them by their prompt alone"
-        )
+        longer = f"{len(made) - len(fits)} of {len(made)} problems are longer than --seq-len {seq_len}"
+        log.info(f"{name}: {longer}, left out, {full} of them by their prompt alone")
     return fits
 
 

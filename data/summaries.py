@@ -229,18 +229,18 @@ def tokenizer_for_training(spec: str, train: Summaries, cache: str | Path, *, bo
     A vocabulary that has <s>, <pad> and </s> (BART's vocab.json and merges.txt) keeps its ids; to any other they are
     added after its last. ``bos``: whether texts begin with <s>.
     """
+
+    def texts() -> Iterable[str]:
+        return (text for pair in train.pairs for text in (pair.article, pair.summary))
+
     folder = Path(spec).expanduser()
     if folder.is_dir() and not (folder / "tokenizer.json").is_file() and (folder / "vocab.json").is_file():
         base = Tokenizer.from_files(_with_definition(read_files(folder), folder, None), folder.name)
     else:
-
-        def texts() -> Iterable[str]:
-            return (text for pair in train.pairs for text in (pair.article, pair.summary))
-
         corpus = f"{train.name}-{_hash(train.pairs, '')[:12]}"
         base = load_tokenizer(spec, documents=texts, cache=cache, corpus=corpus)
     definition = base.files().get("tokenizer.json")
-    known = _vocabulary(json.loads(definition)) if definition else {}
+    known = _vocabulary(definition) if definition else {}
     if set(SPECIALS) <= set(known):
         bos_id, pad_id, eos_id = (known[name] for name in SPECIALS)
     else:
@@ -267,11 +267,9 @@ def tokenizer_of_model(folder_or_hub_id: str, config) -> SummaryTokenizer:
     return SummaryTokenizer(base, bos, config.pad_token_id, config.eos_token_id, newline)
 
 
-def _vocabulary(definition: dict) -> dict[str, int]:
-    vocab = (definition.get("model") or {}).get("vocab") or {}
-    if isinstance(vocab, list):  # Unigram: [[piece, score], ...]
-        vocab = {piece: i for i, (piece, _) in enumerate(vocab)}
-    return vocab | {token["content"]: token["id"] for token in definition.get("added_tokens") or []}
+def _vocabulary(definition: bytes) -> dict[str, int]:
+    """Token -> id of a tokenizer.json."""
+    return Backend.from_buffer(definition).get_vocab(with_added_tokens=True)
 
 
 def _with_definition(files: dict[str, bytes], folder: Path, eos_id: int | None) -> dict[str, bytes]:
@@ -292,11 +290,11 @@ def _with_definition(files: dict[str, bytes], folder: Path, eos_id: int | None) 
             names = [name for name in (*SPECIALS, "<unk>", "<mask>") if name in vocab]
             backend.add_special_tokens([AddedToken(name, special=True) for name in names])
             files["tokenizer.json"] = backend.to_str().encode()
-        known = _vocabulary(json.loads(files["tokenizer.json"]))
+        known = _vocabulary(files["tokenizer.json"])
         eos_id = known.get("</s>") if eos_id is None else eos_id
         eos = next((token for token, i in known.items() if i == eos_id), None)
         settings = json.loads(files.get("tokenizer_config.json", b"{}"))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # tokenizers raises bare Exception
         reason = first_line(error)[:100]
         raise ValueError(f"the tokenizer files in {folder} are damaged or of another kind ({reason})") from None
     if eos is None:
