@@ -133,9 +133,9 @@ class GPT2(layers.Backbone):
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Every initial value of the model, drawn from ``generator`` as ``draw_weights`` says.
 
-        Biases 0; LayerNorm gains 1; matrices and token embeddings N(0, 0.02); the two projections of each block that
-        write to the residual stream N(0, 0.02 / sqrt(2 n_layer)) (Radford et al., 2019, section 2.3); positions N(0,
-        0.01), as in OpenAI's src/model.py (Hugging Face draws them with 0.02).
+        Biases are 0, LayerNorm gains 1, matrices and token embeddings N(0, 0.02). The two projections of each block
+        that write to the residual stream are N(0, 0.02 / sqrt(2 n_layer)) (Radford et al., 2019, section 2.3).
+        Positions are N(0, 0.01), as in OpenAI's src/model.py; Hugging Face draws them with 0.02.
         """
         residual = 0.02 / math.sqrt(2 * self.config.n_layer)
 

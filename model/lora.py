@@ -323,8 +323,8 @@ def block_parameters(model: Qwen3) -> list[list[nn.Parameter]]:
 def flops_per_token(config: Qwen3Config, lora: LoRAConfig, block: int, loss_share: float = 1.0) -> float:
     """FLOPs of one LoRA training step per token at sequence length ``block``.
 
-    PaLM's count (Chowdhery et al., 2022, appendix B), of what LoRA runs. A multiply-add is 2; attention takes 12 L T H
-    K, without a discount for its causal half; an embedding look-up and recomputation take nothing.
+    PaLM's count (Chowdhery et al., 2022, appendix B), of what LoRA runs. A multiply-add is 2. Attention takes
+    12 L T H K, without a discount for its causal half. An embedding look-up and recomputation take nothing.
 
     - A frozen matrix [out, in] takes 4 out in: forward and the gradient of its input, none of itself.
     - An adapter of rank r takes 6 r (in + out).

@@ -29,6 +29,11 @@ TOKEN_IDS = dict(
     bart=dict(pad_token_id=1, bos_token_id=0, eos_token_id=2, decoder_start_token_id=2),
     pegasus=dict(pad_token_id=0, bos_token_id=None, eos_token_id=1, decoder_start_token_id=0),
 )
+# What all published sizes of a kind have.
+PUBLISHED = dict(
+    bart=dict(vocab_size=50265),
+    pegasus=dict(vocab_size=96103, activation_function="relu", scale_embedding=True),
+)
 
 
 @dataclass(frozen=True)
@@ -88,23 +93,15 @@ SHAPE = ("d_model", "encoder_layers", "decoder_layers", "encoder_attention_heads
 SHAPE += ("encoder_ffn_dim", "decoder_ffn_dim", "max_position_embeddings")
 
 
-def bart_config(layers: int, d_model: int, heads: int, **changes) -> Seq2SeqConfig:
-    """A BART of ``layers`` in each stack, feed-forward width 4 d_model; ``changes`` replace any field."""
-    return _symmetric("bart", layers, d_model, heads, dict(vocab_size=50265) | changes)
-
-
-def pegasus_config(layers: int, d_model: int, heads: int, **changes) -> Seq2SeqConfig:
-    """A PEGASUS of ``layers`` in each stack, feed-forward width 4 d_model; ``changes`` replace any field."""
-    changes = dict(vocab_size=96103, activation_function="relu", scale_embedding=True) | changes
-    return _symmetric("pegasus", layers, d_model, heads, changes)
-
-
-def _symmetric(kind: str, layers: int, d_model: int, heads: int, changes: dict) -> Seq2SeqConfig:
-    shape = dict(kind=kind, d_model=d_model, max_position_embeddings=1024) | TOKEN_IDS[kind]
+def _symmetric(kind: str, layers: int, d_model: int, heads: int, **changes) -> Seq2SeqConfig:
+    """A model of ``layers`` in each stack, feed-forward width 4 d_model. ``changes`` replace any field."""
+    fields = dict(kind=kind, d_model=d_model, max_position_embeddings=1024) | TOKEN_IDS[kind] | PUBLISHED[kind]
     for side in ("encoder", "decoder"):
-        shape |= {f"{side}_layers": layers, f"{side}_attention_heads": heads, f"{side}_ffn_dim": 4 * d_model}
-    return Seq2SeqConfig(**(shape | changes))
+        fields |= {f"{side}_layers": layers, f"{side}_attention_heads": heads, f"{side}_ffn_dim": 4 * d_model}
+    return Seq2SeqConfig(**(fields | changes))
 
+
+bart_config, pegasus_config = partial(_symmetric, "bart"), partial(_symmetric, "pegasus")
 
 # The published sizes (BART: paper, section 2, and fairseq's bart.base; PEGASUS: paper, section 5), and two for a CPU.
 SIZES = {
@@ -223,8 +220,12 @@ class Stack(nn.Module):
 
 
 def sinusoids(length: int, width: int) -> Tensor:
-    """fp32 [length, width]: sines in the first half of the width, cosines in the second, of position / 10000^(2i /
-    width) (Vaswani et al., 2017, section 3.5; there sines and cosines alternate)."""
+    """fp32 [length, width]: sines in the first half of the width, cosines in the second, of the angles
+
+        position / 10000^(2i / width)
+
+    (Vaswani et al., 2017, section 3.5; there sines and cosines alternate).
+    """
     rates = 10000.0 ** (torch.arange(0, width, 2, dtype=torch.float64, device="cpu") / -width)
     angles = torch.arange(length, dtype=torch.float64, device="cpu")[:, None] * rates
     return torch.cat([angles.sin(), angles.cos()], dim=1).float()
