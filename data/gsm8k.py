@@ -20,7 +20,7 @@ from data.numbers import parse_number
 from data.programs import ANNOTATION, Problem, code_targets, coverage_table
 from runtime.cli import user_errors
 
-ROWS = {"train": 7473, "test": 1319}
+PUBLISHED_ROWS = {"train": 7473, "test": 1319}
 FORMATS = ("text", "code")
 GOLD = re.compile(r"####\s*(.*)")
 
@@ -33,8 +33,8 @@ def load_gsm8k(source: str | Path = "gsm8k", split: str = "train") -> list[Probl
     folder of that name, claims to be the full set and must have 7,473 or 1,319 rows. Raises ValueError, one line, for a
     split that is not there, a wrong number of rows, and a broken row, with its line.
     """
-    if split not in ROWS:
-        raise ValueError(f"unknown split {split!r}, expected one of {', '.join(ROWS)}")
+    if split not in PUBLISHED_ROWS:
+        raise ValueError(f"unknown split {split!r}, expected one of {', '.join(PUBLISHED_ROWS)}")
     named = str(source) == "gsm8k"
     folder = (lm_data("gsm8k") if named else None) or Path(source)
     if named and not folder.is_dir():
@@ -48,9 +48,9 @@ def load_gsm8k(source: str | Path = "gsm8k", split: str = "train") -> list[Probl
     problems = [_problem(row, f"{split}/{i}", f"{origin} line {i + 1}") for i, row in enumerate(rows)]
     if not problems:
         raise ValueError(f"{origin} holds no problems")
-    if folder.resolve().name == "gsm8k" and len(problems) != ROWS[split]:
+    if folder.resolve().name == "gsm8k" and len(problems) != PUBLISHED_ROWS[split]:
         raise ValueError(
-            f"{origin} has {len(problems):,} rows, expected the full set's {ROWS[split]:,}; "
+            f"{origin} has {len(problems):,} rows, expected the full set's {PUBLISHED_ROWS[split]:,}; "
             "fetch it again, or give a sample a folder of another name"
         )
     return problems
@@ -94,7 +94,7 @@ def text_target(problem: Problem, *, annotations: bool = True) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m data.gsm8k", description="Make GSM8K's training targets.")
     parser.add_argument("--data", default="gsm8k", help="gsm8k, or a folder of train.jsonl and test.jsonl")
-    parser.add_argument("--split", default="train", choices=tuple(ROWS), help="(default: %(default)s)")
+    parser.add_argument("--split", default="train", choices=tuple(PUBLISHED_ROWS), help="(default: %(default)s)")
     parser.add_argument("--format", default="code", choices=FORMATS, help="(default: %(default)s)")
     parser.add_argument("--no-annotations", action="store_true", help="text: without the <<...>> of the calculator")
     parser.add_argument("--workers", type=int, help="programs run at a time (default: one for each core)")

@@ -93,7 +93,7 @@ def whole_rows(texts: Iterable[str]) -> Iterator[str]:
     return (text for text in texts if text.strip())
 
 
-def _open_hub(
+def open_hub(
     name: str,
     splits: tuple[str, ...],
     *,
@@ -363,7 +363,7 @@ def _position_splits(name: str, splits: tuple[str, ...], documents) -> dict[str,
 
 # ---- the named sets --------------------------------------------------------------------------------------------------
 
-_wikitext = partial(_open_hub, repository="Salesforce/wikitext", documents=hub_articles)
+_wikitext = partial(open_hub, repository="Salesforce/wikitext", documents=hub_articles)
 
 # Name -> what opens its splits: called with the name and the splits, it gives a Source.
 SETS: dict[str, Callable[[str, tuple[str, ...]], Source]] = {

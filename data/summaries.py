@@ -22,7 +22,7 @@ from torch import Tensor
 
 from data.cache import cached_tokens
 from data.files import lm_data, load_hub, read_lines, read_rows
-from data.tokenizer import FILES, Tokenizer, load_tokenizer, merges_of, read_files
+from data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer, merges_of, read_files
 from data.windows import IGNORE_INDEX, permutation, random_uint64
 from model.weights import first_line, folder_of
 
@@ -254,7 +254,7 @@ def tokenizer_of_model(folder_or_hub_id: str, config) -> SummaryTokenizer:
     tokenizer.json, or BART's vocab.json and merges.txt. Raises ValueError, one line, where neither is there and where
     the vocabulary is not the model's.
     """
-    folder = folder_of(folder_or_hub_id, FILES)
+    folder = folder_of(folder_or_hub_id, TOKENIZER_FILES)
     files = read_files(folder)
     if "tokenizer.json" not in files and not {"vocab.json", "merges.txt"} <= set(files):
         way_out = "put the model's there (of a spiece.model, transformers' AutoTokenizer saves a tokenizer.json)"

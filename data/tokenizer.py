@@ -25,8 +25,8 @@ from data.files import lm_data, read_bytes, write_cached
 from model.weights import first_line
 
 EOS = "<|endoftext|>"
-CONFIG = "tokenizer_config.json"
-FILES = ("tokenizer.json", "vocab.json", "merges.txt", CONFIG)
+TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", TOKENIZER_CONFIG)
 # GPT-2's files as OpenAI publishes them, which are also the ones tiktoken pins: name, address, SHA-256.
 _GPT2 = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 GPT2_FILES = (
@@ -65,7 +65,7 @@ class Tokenizer:
         the files do not fit.
         """
         label = f"tokenizer {name}" if name else "tokenizer"
-        config = _json(files[CONFIG], f"{label}: {CONFIG}") if CONFIG in files else {}
+        config = _json(files[TOKENIZER_CONFIG], f"{label}: {TOKENIZER_CONFIG}") if TOKENIZER_CONFIG in files else {}
         eos = config.get("eos_token") or EOS
         eos = eos["content"] if isinstance(eos, dict) else eos
         if "tokenizer.json" in files:
@@ -91,7 +91,7 @@ class Tokenizer:
         # What AutoTokenizer needs on top, kept where it was given. Decoding must not tidy spaces away.
         plain = {"tokenizer_class": kind, "eos_token": eos, "bos_token": eos, "unk_token": eos}
         plain["clean_up_tokenization_spaces"] = False
-        kept[CONFIG] = files.get(CONFIG, json.dumps(plain, indent=2).encode())
+        kept[TOKENIZER_CONFIG] = files.get(TOKENIZER_CONFIG, json.dumps(plain, indent=2).encode())
         return cls(name or "tokenizer", vocab_size, eos_id, digest.hexdigest(), kept, encode, decode, can_cut)
 
     def files(self) -> dict[str, bytes]:
@@ -164,7 +164,7 @@ def load_tokenizer(
 
 def read_files(folder: Path) -> dict[str, bytes]:
     """The files of a tokenizer that are in ``folder``, name -> content."""
-    return {name: read_bytes(folder / name) for name in FILES if (folder / name).is_file()}
+    return {name: read_bytes(folder / name) for name in TOKENIZER_FILES if (folder / name).is_file()}
 
 
 def merges_of(merges_txt: bytes) -> list[tuple[str, ...]]:
@@ -276,7 +276,7 @@ def _through_tokenizers(definition: bytes, eos: str, label: str):
         raise ValueError(f"{label}: tokenizer.json cannot be loaded ({str(error)[:100]})") from None
     eos_id = backend.token_to_id(eos)
     if eos_id is None:
-        raise ValueError(f"{label}: it has no {eos}; name its eos_token in {CONFIG} beside it")
+        raise ValueError(f"{label}: it has no {eos}; name its eos_token in {TOKENIZER_CONFIG} beside it")
     backend.no_padding()
     backend.no_truncation()
     backend.encode_special_tokens = True  # special tokens in TEXT are ordinary characters

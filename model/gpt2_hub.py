@@ -23,7 +23,7 @@ from model import weights
 from model.gpt2 import GPT2, GPT2Config
 
 # Our fields beside Hugging Face's.
-SHAPE = dict(vocab_size="vocab_size", block_size="n_positions", n_layer="n_layer", n_head="n_head", n_embd="n_embd")
+HF_FIELDS = dict(vocab_size="vocab_size", block_size="n_positions", n_layer="n_layer", n_head="n_head", n_embd="n_embd")
 
 # Options that GPT2 fixes, and their allowed values, as weights.check_fields takes them. n_inner is checked apart, and
 # dropout does not change the function.
@@ -56,7 +56,7 @@ def save_hf(
     weights.check_extra_files(files)
     tensors = {"transformer." + name: p for name, p in _transposed(model.state_dict()).items()}
     fields = dict(architectures=["GPT2LMHeadModel"], model_type="gpt2")
-    fields |= {theirs: getattr(config, ours) for ours, theirs in SHAPE.items()}
+    fields |= {theirs: getattr(config, ours) for ours, theirs in HF_FIELDS.items()}
     fields |= {name: allowed[0] for name, allowed in FIXED.items()} | dict(n_inner=None)
     fields |= dict(embd_pdrop=config.dropout, attn_pdrop=config.dropout, resid_pdrop=config.dropout)
     fields |= dict(bos_token_id=eos_id, eos_token_id=eos_id)
@@ -92,10 +92,10 @@ def _read_config(path: Path, dropout: float) -> GPT2Config:
     fields = weights.read_json(path)
     if fields.get("model_type") != "gpt2":
         raise ValueError(f"{path}: model_type={fields.get('model_type')!r}; expected 'gpt2'")
-    weights.check_fields(path, fields, SHAPE.values(), FIXED)
+    weights.check_fields(path, fields, HF_FIELDS.values(), FIXED)
     if fields.get("n_inner") not in (None, 4 * fields["n_embd"]):
         raise ValueError(f"{path}: n_inner={fields['n_inner']!r} is not supported; expected 4 * n_embd")
-    return GPT2Config(**{ours: fields[theirs] for ours, theirs in SHAPE.items()}, dropout=dropout)
+    return GPT2Config(**{ours: fields[theirs] for ours, theirs in HF_FIELDS.items()}, dropout=dropout)
 
 
 def _transposed(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -320,7 +320,7 @@ def block_parameters(model: Qwen3) -> list[list[nn.Parameter]]:
     return blocks
 
 
-def flops_per_token(config: Qwen3Config, lora: LoRAConfig, block: int, loss_share: float = 1.0) -> float:
+def lora_flops_per_token(config: Qwen3Config, lora: LoRAConfig, block: int, loss_share: float = 1.0) -> float:
     """FLOPs of one LoRA training step per token at sequence length ``block``.
 
     PaLM's count (Chowdhery et al., 2022, appendix B), of what LoRA runs. A multiply-add is 2. Attention takes
@@ -342,6 +342,9 @@ def flops_per_token(config: Qwen3Config, lora: LoRAConfig, block: int, loss_shar
             total -= 2 * n_out * n_in + 2 * adapted * lora.r * n_in
     attention = 12 * config.num_hidden_layers * block * config.num_attention_heads * config.head_dim
     return total + attention + 4 * loss_share * config.vocab_size * config.hidden_size
+
+
+flops_per_token = lora_flops_per_token  # until the scripts are rewritten
 
 
 def set_segments(model: Qwen3, answer_mask: Tensor | None) -> None:

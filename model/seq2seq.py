@@ -65,7 +65,7 @@ class Seq2SeqConfig:
     def __post_init__(self):
         if self.kind not in TOKEN_IDS:
             raise ValueError(f"kind={self.kind!r}: expected 'bart' or 'pegasus'")
-        layers.check_positive(self, (*SHAPE, "vocab_size"))
+        layers.check_positive(self, (*SHAPE_FIELDS, "vocab_size"))
         for name in ("encoder_attention_heads", "decoder_attention_heads"):
             heads = getattr(self, name)
             if self.d_model % heads:
@@ -89,8 +89,8 @@ class Seq2SeqConfig:
             raise ValueError(f"init_std={self.init_std!r}: expected a positive number")
 
 
-SHAPE = ("d_model", "encoder_layers", "decoder_layers", "encoder_attention_heads", "decoder_attention_heads")
-SHAPE += ("encoder_ffn_dim", "decoder_ffn_dim", "max_position_embeddings")
+SHAPE_FIELDS = ("d_model", "encoder_layers", "decoder_layers", "encoder_attention_heads", "decoder_attention_heads")
+SHAPE_FIELDS += ("encoder_ffn_dim", "decoder_ffn_dim", "max_position_embeddings")
 
 
 def _symmetric(kind: str, layers: int, d_model: int, heads: int, **changes) -> Seq2SeqConfig:

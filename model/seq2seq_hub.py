@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from model import weights
-from model.seq2seq import SHAPE, TOKEN_IDS, Seq2Seq, Seq2SeqConfig, sinusoids
+from model.seq2seq import SHAPE_FIELDS, TOKEN_IDS, Seq2Seq, Seq2SeqConfig, sinusoids
 
 ARCHITECTURES = dict(bart="BartForConditionalGeneration", pegasus="PegasusForConditionalGeneration")
 
@@ -86,7 +86,7 @@ def _read_options(path: Path) -> dict:
     kind = content.get("model_type")
     if kind not in TOKEN_IDS:
         raise ValueError(f"{path}: model_type={kind!r}; expected 'bart' or 'pegasus'")
-    weights.check_fields(path, content, (*SHAPE, "vocab_size"), FIXED[kind])
+    weights.check_fields(path, content, (*SHAPE_FIELDS, "vocab_size"), FIXED[kind])
     names = [field.name for field in fields(Seq2SeqConfig) if field.name not in ("kind", "logits_bias")]
     given = {name: content[name] for name in names if name in content and "dropout" not in name}
     return dict(kind=kind) | TOKEN_IDS[kind] | given

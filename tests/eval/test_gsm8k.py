@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from data.gsm8k import ROWS, load_gsm8k, split_heldout, text_target
+from data.gsm8k import PUBLISHED_ROWS, load_gsm8k, split_heldout, text_target
 from data.gsm8k import main as data_main
 from data.programs import Problem, code_targets, coverage_table, evaluate, to_program
 from eval.gsm8k import (
@@ -141,7 +141,7 @@ def test_heldout_split_is_stable():
 
 
 def test_full_set(published):
-    for split, count in ROWS.items():
+    for split, count in PUBLISHED_ROWS.items():
         assert len(load_gsm8k(published / "gsm8k", split)) == count
 
 

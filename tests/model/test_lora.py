@@ -16,9 +16,9 @@ from model.lora import (
     LoRALinear,
     NF4Linear,
     add_lora,
-    flops_per_token,
     load_adapter,
     load_base,
+    lora_flops_per_token,
     save_adapter,
 )
 from model.qwen3 import Qwen3, Qwen3Config
@@ -565,4 +565,4 @@ def test_flops_are_those_torch_counts(targets, share):
         hidden = model(tokens_BT).flatten(0, 1)[: int(32 * share)]
         loss, _ = linear_score(hidden, model.head_weight, tokens_BT.flatten()[: len(hidden)], ce, impl="torch")
         loss.backward()
-    assert counter.get_total_flops() == 32 * flops_per_token(config, lora, 16, share)
+    assert counter.get_total_flops() == 32 * lora_flops_per_token(config, lora, 16, share)
