@@ -147,7 +147,10 @@ class Block(nn.Module):
 
 
 class Qwen3(layers.Backbone):
-    """``draws_random`` is set by whoever puts dropout into a layer, so that a recomputation replays it."""
+    """Qwen3 as a layers.Backbone: without a loss.
+
+    ``draws_random`` is set by whoever puts dropout into a layer, so that a recomputation replays it.
+    """
 
     def __init__(self, config: Qwen3Config, dtype: torch.dtype = torch.float32):
         super().__init__(config, dtype)
