@@ -29,6 +29,8 @@ _ASK = {
     ("plain", "code"): "\nProgram:",
 }
 
+TOO_LARGE = 10**15  # a result that a calculator does not write out
+
 log = logging.getLogger("scorecast")
 
 
@@ -140,6 +142,6 @@ def calculate(text: str) -> str:
     if not found:
         return ""
     value = programs.evaluate(found[1])
-    if value is None or abs(value) >= 10**15:
+    if value is None or abs(value) >= TOO_LARGE:
         return ""
     return (str(int(value)) if value.denominator == 1 else f"{float(value):.4f}".rstrip("0").rstrip(".")) + ">>"

@@ -27,6 +27,7 @@ WIKITEXT_FILES = {
     "val": ("validation.txt", "valid.txt", "wiki.valid.raw", "wiki.valid.tokens"),
     "test": ("test.txt", "wiki.test.raw", "wiki.test.tokens"),
 }
+VAL_FROM, TEST_FROM = 0.9, 0.95  # where val and test begin among the places, 0 to 1, of text without named splits
 SUFFIXES = (".txt", ".md", ".py", ".jsonl")
 # train.txt, validation/, test-00001-of-00004.jsonl; not train_prefix.txt, testimony.md
 _SPLIT_NAME = re.compile(r"(train|val|test)(?:ing|id|idation)?(?:[-_.]?(?:\d|part|shard|split).*)?", re.IGNORECASE)
@@ -327,8 +328,8 @@ def _hash_split(
         raise ValueError(f"{name} holds no text ({origin})")
     if len(units) < 3:
         return Source(name, origin, _position_splits(name, splits, documents))
-    tests = max(1, int((units >= 0.95).sum()))
-    vals = max(1, int(((units >= 0.9) & (units < 0.95)).sum()))
+    tests = max(1, int((units >= TEST_FROM).sum()))
+    vals = max(1, int(((units >= VAL_FROM) & (units < TEST_FROM)).sum()))
     while tests + vals >= len(units):  # keeps a document for train, in corpora of a handful
         tests, vals = (tests - 1, vals) if tests >= vals else (tests, vals - 1)
     test_from, val_from = units[-tests], units[-tests - vals]
@@ -344,8 +345,8 @@ def _hash_split(
 
 def _position_splits(name: str, splits: tuple[str, ...], documents) -> dict[str, Split]:
     def parts(text: str) -> dict[str, str]:
-        first = text.find("\n", int(len(text) * 0.9)) + 1 or len(text)
-        second = text.find("\n", max(first, int(len(text) * 0.95))) + 1 or len(text)
+        first = text.find("\n", int(len(text) * VAL_FROM)) + 1 or len(text)
+        second = text.find("\n", max(first, int(len(text) * TEST_FROM))) + 1 or len(text)
         return {"train": text[:first], "val": text[first:second], "test": text[second:]}
 
     def stream(split: str) -> Iterator[tuple[str, str]]:

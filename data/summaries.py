@@ -43,6 +43,8 @@ SETS = {
     "xsum": PublishedSet("EdinburghNLP/xsum", None, dict(train=204045, validation=11332, test=11334)),
 }
 POOL = 100  # batches whose examples are sorted by length together
+# Streams of random numbers apart from the epochs' under the same seed.
+FOLD_COUNTER, SWAP_COUNTER = 2**63, 2**62
 SPECIALS = ("<s>", "<pad>", "</s>")  # BART's names of bos, pad and eos
 
 
@@ -173,7 +175,7 @@ def fold(n: int, spec: str) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"--fold {spec}: expected K/M with 1 <= K <= M and M at least 2, for example 1/5")
     if n < parts:
         raise ValueError(f"--fold {spec}: {n} training pairs are fewer than the {parts} parts")
-    place = np.argsort(permutation(0, 2**63, n))
+    place = np.argsort(permutation(0, FOLD_COUNTER, n))
     held = place % parts == k - 1
     return np.flatnonzero(~held), np.flatnonzero(held)
 
@@ -464,7 +466,7 @@ def swapped_references(batch: int, rate: float, seed: int, step: int) -> np.ndar
     places = np.arange(batch)
     due = [int(np.floor(rate * batch * n + 0.5)) for n in (step, step + 1)]
     count = due[1] - due[0]
-    draws = random_uint64(seed, 2**62 + step, batch + 1)
+    draws = random_uint64(seed, SWAP_COUNTER + step, batch + 1)
     chosen = np.argsort(draws[:batch])[:count]
     if count == 1:
         places[chosen] = (chosen + 1 + int(draws[batch] % np.uint64(batch - 1))) % batch

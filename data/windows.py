@@ -12,6 +12,7 @@ import torch
 from data.cache import TokenSet
 
 IGNORE_INDEX = -100  # of targets outside the loss, as in torch.nn.functional.cross_entropy
+LABEL_NOISE_COUNTER = 1 << 63  # a stream of random numbers apart from the epochs' orders under the same seed
 
 
 def random_uint64(seed: int, counter: int, n: int) -> np.ndarray:
@@ -131,8 +132,7 @@ def flip_labels(
         raise ValueError(f"label noise: targets must be int64 [B, T] on the CPU, not {y_BT.dtype} on {y_BT.device}")
     if not share or not step_share:
         return y_BT, 0
-    # The top bit of the counter keeps this stream apart from the epochs' orders under the same seed.
-    counter = step | 1 << 63
+    counter = LABEL_NOISE_COUNTER | step
     if (random_uint64(seed, counter, 1)[0] >> np.uint64(11)) * 2.0**-53 >= step_share:
         return y_BT, 0
     skip = 1 + first_row * y_BT.shape[1]

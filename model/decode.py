@@ -22,6 +22,8 @@ from torch import Tensor
 from model.layers import KVCache
 
 SPAN = 128  # attention reads the cache up to the next multiple of so many positions; on CUDA a graph each
+PROMPT_MULTIPLE = 32  # prompts are padded to a multiple of so many tokens, so that few lengths occur
+COLDEST = 1e-6  # the lowest temperature that logits are divided by
 PREFILL = 16384  # prompt tokens of one forward, at most
 
 
@@ -151,7 +153,7 @@ def _prefill(model, cache: KVCache, prompts: list[tuple[int, Sequence[int]]]) ->
     device, limit = cache.k.device, cache.k.shape[2]
     left = sorted(((b, tokens) for b, tokens in prompts if tokens), key=lambda p: -len(p[1]))
     while left:
-        T = min(limit, -(-len(left[0][1]) // 32) * 32)
+        T = min(limit, -(-len(left[0][1]) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE)
         group, left = left[: max(1, PREFILL // T)], left[max(1, PREFILL // T) :]
         tokens_BT = torch.zeros(len(group), T, dtype=torch.int64)
         for i, (_, tokens) in enumerate(group):
@@ -205,7 +207,7 @@ class _Step:
         logits_BV = self.logits(min(self.length, -(-(last + 1) // SPAN) * SPAN))
         best_B = logits_BV.argmax(dim=1)
         if sampling:
-            warm_B = state[2].clamp_min(1e-6)[:, None]
+            warm_B = state[2].clamp_min(COLDEST)[:, None]
             cumulative_BV = (logits_BV.double() / warm_B).softmax(dim=1).cumsum_(dim=1)
             total_B1 = cumulative_BV[:, -1:]
             drawn_B = torch.searchsorted(cumulative_BV, state[3, :, None] * total_B1, right=True)[:, 0]
