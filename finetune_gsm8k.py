@@ -363,7 +363,7 @@ def main(argv: list[str] | None = None) -> int:
         "final_heldout_loss": last.get("loss"),
         **{f"{of}_{key}": last[key] for of in ("final_heldout", "val") for key in keys},
         "padding": statistics.fmean(r["padding"] for r in rows) if rows else None,
-        **meter.summary(lora.flops_per_token(model.config, model.lora, cfg.seq_len, inside), dtype),
+        **meter.summary(lora.lora_flops_per_token(model.config, model.lora, cfg.seq_len, inside), dtype),
         **{f"{cfg.schedule}_{k}": v for k, v in rule.counts.items()},
     }
     run.summarise(summary)

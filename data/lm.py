@@ -4,23 +4,18 @@
     python -m data.lm wikitext103 --tokenizer gpt2
     python -m data.lm my_texts/ --tokenizer gpt2 --one-set
 
-prepares the cache ahead of training and prints what is in it. What may be named is told by data.sources.open_source
-and data.tokenizer.load_tokenizer.
+prepares the cache ahead of training and prints what is in it. data.sources.open_source says what may be named, and
+data.tokenizer.load_tokenizer which tokenizers there are.
 """
 
 import argparse
-import logging
-import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
-from data.cache import TokenSet, open_tokens, write_tokens
+from data.cache import TokenSet, cached_tokens
 from data.sources import NAMES, SPLITS, Source, open_all, open_source
 from data.tokenizer import Tokenizer, load_tokenizer
-
-log = logging.getLogger("scorecast")
 
 
 @dataclass(frozen=True)
@@ -39,10 +34,9 @@ def load_corpus(name_or_folder: str, *, tokenizer: str | Tokenizer, cache, split
     """The tokens of a named set or a folder, from the folder ``cache`` or made there.
 
     ``tokenizer`` is a Tokenizer or a spec: gpt2, bpe:N, a folder. ``splits`` are those of train, val and test that are
-    wanted: a set whose train is not at hand can still be evaluated. Train and val are errors where they are missing,
-    test is None. Cache files are keyed by the text and the tokenizer, so that a change of either makes new ones; local
-    text is read and hashed at each call to know. With several processes let one call this first; if all do, they make
-    the same file and none sees half of one. Raises ValueError, one line, for everything that can be wrong.
+    wanted: a set whose train is not at hand can still be evaluated. A missing train or val is an error, a missing test
+    is None. Local text is read and hashed at each call, to know whether the cache still holds it. Of several processes
+    let one call this first; if all do, they make the same file. Raises ValueError, one line, for all that can be wrong.
     """
     splits = tuple(splits)
     trained = isinstance(tokenizer, str) and tokenizer.startswith("bpe:")
@@ -68,13 +62,7 @@ def load_text_set(folder_or_name: str, tokenizer: str | Tokenizer, cache) -> Tok
 
 def _tokens(source: Source, split: str, tokenizer: Tokenizer, cache) -> TokenSet:
     part = source.splits[split]
-    tokenizer_name = re.sub(r"[^\w.-]+", "", tokenizer.name)
-    path = Path(cache) / f"{source.name}-{split}-{part.hash[:12]}-{tokenizer_name}-{tokenizer.hash[:12]}.tokens"
-    name = f"{source.name} {split}"
-    if not path.exists():
-        log.info("tokenising %s with %s into %s", name, tokenizer.name, path)
-        write_tokens(path, part.documents(), tokenizer, part.hash, total_bytes=part.bytes, title=name)
-    return open_tokens(path, name=name, tokenizer_hash=tokenizer.hash, source_hash=part.hash)
+    return cached_tokens(cache, source.name, split, part.documents, tokenizer, part.hash, total_bytes=part.bytes)
 
 
 def main(arguments: list[str] | None = None) -> None:

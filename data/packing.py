@@ -1,9 +1,8 @@
-"""Prompt-and-answer examples packed into rows, with the numbers that keep them apart. No padding inside a row.
+"""Prompt-and-answer examples packed into rows, with the numbers that keep them apart. There is no padding inside a row.
 
-A row holds several examples one after the other; ``documents`` numbers them, for block-diagonal attention
-(Krell et al., "Efficient Sequence Packing without Cross-contamination", 2021), so that packing changes what is
-computed together and not what is computed. Which examples a step reads is a pure function of (seed, step), as in
-data/windows.py.
+A row holds several examples one after the other. ``documents`` numbers them, for block-diagonal attention (Krell et
+al., "Efficient Sequence Packing without Cross-contamination", 2021), so that packing changes what is computed together
+and not what is computed. Which examples a step reads is a pure function of (seed, step), as in data/windows.py.
 
 Shapes in names: R rows, T tokens of a row.
 """
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.windows import IGNORE, _raw
+from data.windows import IGNORE_INDEX, epoch_blocks, permutation
 
 
 class Example(NamedTuple):
@@ -45,11 +44,10 @@ class Seen(NamedTuple):
 
 @dataclass(frozen=True)
 class Rows:
-    """Packed examples, on the CPU. Position t predicts the token after it, so that a position is the answer's where
-    its target is: the prompt's last position is one, the answer's last token none."""
+    """Packed examples, on the CPU. Position t predicts the token after it: it is the answer's where its target is."""
 
     tokens_RT: Tensor  # int64
-    targets_RT: Tensor  # int64, every target: at the end of an example and in padding -100
+    targets_RT: Tensor  # int64; -100 in padding
     documents_RT: Tensor  # int64
     answer_RT: Tensor  # bool
 
@@ -64,7 +62,7 @@ class Rows:
         ``every``-th that is not an answer's."""
         chosen = self.answer_RT
         if loss_on == "all":
-            prompt = self.targets_RT != IGNORE
+            prompt = self.targets_RT != IGNORE_INDEX
             chosen = chosen | prompt if every == 1 else chosen | (prompt & (torch.arange(prompt.shape[1]) % every == 0))
         return chosen.flatten().nonzero()[:, 0]
 
@@ -77,7 +75,7 @@ class Rows:
     @property
     def tokens(self) -> int:
         """Positions that hold an example's token."""
-        return int((self.targets_RT != IGNORE).sum())
+        return int((self.targets_RT != IGNORE_INDEX).sum())
 
     @property
     def padding(self) -> float:
@@ -86,8 +84,8 @@ class Rows:
 
 
 def fit(lengths: Sequence[int], limit: int) -> list[list[int]]:
-    """Which lengths share a row: first-fit decreasing, at most ``limit`` tokens a row (11/9 of the fewest rows
-    possible and at most one more, Dósa, 2007). Rows in the order they were opened, ties in the given order.
+    """Which lengths share a row: first-fit decreasing, at most ``limit`` tokens a row (11/9 of the fewest rows possible
+    and at most one more, Dósa, 2007). Rows in the order they were opened, ties in the given order.
 
     Raises ValueError for a length above ``limit`` or below 1.
     """
@@ -115,7 +113,7 @@ def pack(examples: Sequence[Example], limit: int, *, pad_id: int = 0, multiple: 
     longest = max(sum(examples[i].length for i in group) for group in groups)
     length = min(limit, -(-longest // multiple) * multiple)
     tokens = np.full((len(groups), length), pad_id, dtype=np.int64)
-    targets = np.full((len(groups), length), IGNORE, dtype=np.int64)
+    targets = np.full((len(groups), length), IGNORE_INDEX, dtype=np.int64)
     documents = np.full((len(groups), length), -1, dtype=np.int64)
     answer = np.zeros((len(groups), length), dtype=bool)
     for row, group in enumerate(groups):
@@ -130,14 +128,8 @@ def pack(examples: Sequence[Example], limit: int, *, pad_id: int = 0, multiple: 
 
 
 def batch_indices(count: int, step: int, batch: int, seed: int) -> list[int]:
-    """The ``batch`` of ``count`` examples that optimizer step ``step`` reads: blocks of the concatenation of one
-    permutation an epoch, across epochs; a pure function of its arguments. Raises ValueError for no examples."""
+    """The ``batch`` of ``count`` examples that optimizer step ``step`` reads, see ``epoch_blocks``. Raises ValueError
+    for no examples."""
     if count < 1 or batch < 1:
         raise ValueError(f"batches of {batch} out of {count} examples: expected at least 1 of each")
-    at, end, chosen = step * batch, (step + 1) * batch, []
-    while at < end:
-        epoch, offset = divmod(at, count)
-        part = np.argsort(_raw(seed, epoch, count), kind="stable")[offset : offset + end - at]
-        chosen += part.tolist()
-        at += len(part)
-    return chosen
+    return epoch_blocks(lambda epoch: permutation(seed, epoch, count), count, step, batch).tolist()

@@ -10,12 +10,15 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from data import gsm8k
-from data.gsm8k import Problem, code_targets, coverage_table
+from tokenizers import Tokenizer
+
+from data import numbers, programs
+from data.files import write_cached
+from data.gsm8k import text_target
 from data.packing import Example
-from model.gpt2_hub import CONFIG, _folder
-from model.qwen3 import read_config
-from runtime.folder import write_json
+from data.programs import Problem, code_targets, coverage_table
+from model.qwen3_hub import read_config
+from model.weights import CONFIG, first_line, folder_of
 
 PROMPTS = ("chat", "plain")
 # What follows the question, by prompt format and by what is asked for.
@@ -26,30 +29,32 @@ _ASK = {
     ("plain", "code"): "\nProgram:",
 }
 
+TOO_LARGE = 10**15  # a result that a calculator does not write out
+
 log = logging.getLogger("scorecast")
 
 
 class Prompter:
-    """Text to tokens and back. ``end`` is the token that ends an answer, ``eos_ids`` all that do in decoding.
+    """Text to tokens and back. ``end`` is the token that ends an answer, ``eos_ids`` are all that do in decoding.
 
-    ``chat`` writes the turns of Qwen3's chat template without thinking, where the empty thought that the template puts
-    before such an answer is part of the prompt; ``plain`` is "Question: ... Answer: ...". ``format`` text or code.
-    Raises ValueError for a tokenizer that is missing, broken, larger than the model's vocabulary or without the tokens
-    that the format needs.
+    ``prompt`` "chat" writes the turns of Qwen3's chat template without thinking: the empty thought that the template
+    puts before such an answer is part of the prompt. "plain" is "Question: ... Answer: ...". ``format`` is "text" or
+    "code". Raises ValueError for a tokenizer that is missing, broken, larger than the model's vocabulary or without the
+    tokens that the format needs.
     """
 
     def __init__(self, model: str, prompt: str = "chat", format: str = "text"):
-        from tokenizers import Tokenizer
-
         if (prompt, format) not in _ASK:
             raise ValueError(f"prompt {prompt!r} and format {format!r}: expected one of {', '.join(map(str, _ASK))}")
-        folder = _folder(model)
+        folder = folder_of(model)
         config = read_config(folder / CONFIG)
-        path = _tokenizer_file(model, folder)
+        path = folder_of(model, ("tokenizer.json",)) / "tokenizer.json"
+        if not path.is_file():
+            raise ValueError(f"{folder} has no tokenizer.json; copy the model's there")
         try:
             self.tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises plain Exception for what it cannot read
-            raise ValueError(f"{path} is no tokenizer ({str(error).splitlines()[0]}); copy the model's") from None
+            raise ValueError(f"{path} is no tokenizer ({first_line(error)}); copy the model's") from None
         size = self.tokenizer.get_vocab_size()
         if size > config.vocab_size:
             raise ValueError(f"{path} has {size} tokens, the model only {config.vocab_size}; copy the model's own")
@@ -82,36 +87,24 @@ class Prompter:
         return Example(problem.id, [*prompt, *answer, self.end], len(prompt))
 
 
-def _tokenizer_file(model: str, folder: Path) -> Path:
-    path = folder / "tokenizer.json"
-    if not path.is_file() and not Path(model).is_dir():
-        try:
-            from huggingface_hub import hf_hub_download
-
-            return Path(hf_hub_download(model, path.name))
-        except Exception as error:  # no network, no such file, no access: all have the same way out
-            reason = str(error).strip().split("\n")[0]
-            raise ValueError(f"the hub gave no tokenizer.json of {model} ({reason}); pass a local folder") from error
-    if not path.is_file():
-        raise ValueError(f"{folder} has no tokenizer.json; copy the model's there")
-    return path
-
-
 def make_targets(
     problems: list[Problem], format: str, *, annotations: bool = True, cache="cache", progress: bool = False
 ) -> dict[str, str]:
-    """id -> the text to train on. Programs are run, and kept in a file under ``cache`` whose name changes with the
-    problems and with the rules that make programs; a problem without one is left out, and the coverage is logged."""
+    """id -> the text to train on; a problem without one is left out, and the coverage is logged.
+
+    Programs are run, and kept in a file under ``cache`` whose name changes with the problems and with the code that
+    makes programs.
+    """
     if format == "text":
-        return {p.id: gsm8k.text_target(p, annotations=annotations) for p in problems}
-    key = hashlib.sha256(Path(gsm8k.__file__).read_bytes())
+        return {p.id: text_target(p, annotations=annotations) for p in problems}
+    key = hashlib.sha256(b"".join(Path(module.__file__).read_bytes() for module in (programs, numbers)))
     for p in problems:
         key.update(f"{p.id}\0{p.question}\0{p.answer_text}\0".encode())
     path = Path(cache) / f"gsm8k-programs-{key.hexdigest()[:16]}.json"
     if not path.is_file():
-        programs, refused = code_targets(problems, progress=progress)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"programs": programs, "refused": refused})
+        made, refused = code_targets(problems, progress=progress)
+        content = json.dumps(dict(programs=made, refused=refused), indent=1) + "\n"
+        write_cached(path, lambda file: file.write(content.encode()))
     try:
         held = json.loads(path.read_text())
     except json.JSONDecodeError as error:
@@ -130,28 +123,25 @@ def make_examples(
     full = sum(e.prompt >= seq_len for e in made)
     if not fits:
         least = min((e.length for e in made), default=0)
-        raise ValueError(
-            f"--seq-len {seq_len}: none of the {len(made)} {name} problems fits, {full} by their prompt alone, which "
-            f"leaves no room for an answer; the shortest takes {least} tokens"
-        )
+        alone = f"{full} by their prompt alone, which leaves no room for an answer"
+        none = f"none of the {len(made)} {name} problems fits"
+        raise ValueError(f"--seq-len {seq_len}: {none}, {alone}; the shortest takes {least} tokens")
     if len(fits) < len(made):
-        log.info(
-            f"{name}: {len(made) - len(fits)} of {len(made)} problems are longer than --seq-len {seq_len}, left out, "
-            f"{full} of them by their prompt alone"
-        )
+        longer = f"{len(made) - len(fits)} of {len(made)} problems are longer than --seq-len {seq_len}"
+        log.info(f"{name}: {longer}, left out, {full} of them by their prompt alone")
     return fits
 
 
 def calculate(text: str) -> str:
-    """What follows ``text`` where it ends in an open annotation, ``... <<48/2=``: the result and ``>>``; else nothing.
+    """What a calculator adds to ``text`` that ends in an open annotation, ``... <<48/2=``: the result and ``>>``.
 
-    As in the GSM8K paper's decoding (Cobbe et al., 2021, section 2), whose calculator rounds to 4 decimals. Nothing
-    too where the expression is no arithmetic: the model then goes on by itself.
+    As in the GSM8K paper's decoding (Cobbe et al., 2021, section 2), whose calculator rounds to 4 decimals. Empty for
+    any other text, and where the expression is no arithmetic: the model then goes on by itself.
     """
     found = re.search(r"<<([^<>=]+)=$", text)
     if not found:
         return ""
-    value = gsm8k.evaluate(found[1])
-    if value is None or abs(value) >= 10**15:
+    value = programs.evaluate(found[1])
+    if value is None or abs(value) >= TOO_LARGE:
         return ""
     return (str(int(value)) if value.denominator == 1 else f"{float(value):.4f}".rstrip("0").rstrip(".")) + ">>"

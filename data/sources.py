@@ -2,37 +2,38 @@
 
 A split is read as a stream, so that a corpus need not fit in memory, and more than once: to be hashed, to train a
 tokenizer, to be tokenised. Documents that hold nothing but white space are left out.
+
+A new named set is one entry in SETS, at the end of this file.
 """
 
 import hashlib
 import json
-import logging
 import os
 import re
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from data.files import lm_data, load_hub, read_lines, read_text
+
 SPLITS = ("train", "val", "test")
-# name: folder under $LM_DATA, configuration of the hub's Salesforce/wikitext
-WIKITEXT = {"wikitext2": ("wikitext-2", "wikitext-2-raw-v1"), "wikitext103": ("wikitext-103", "wikitext-103-raw-v1")}
+WIKITEXT_FOLDERS = ("wikitext-2", "wikitext-103")
 WIKITEXT_FILES = {
     "train": ("train.txt", "wiki.train.raw", "wiki.train.tokens"),
     "val": ("validation.txt", "valid.txt", "wiki.valid.raw", "wiki.valid.tokens"),
     "test": ("test.txt", "wiki.test.raw", "wiki.test.tokens"),
 }
-NAMES = ("pydoc", *WIKITEXT)
+VAL_FROM, TEST_FROM = 0.9, 0.95  # where val and test begin among the places, 0 to 1, of text without named splits
 SUFFIXES = (".txt", ".md", ".py", ".jsonl")
 # train.txt, validation/, test-00001-of-00004.jsonl; not train_prefix.txt, testimony.md
 _SPLIT_NAME = re.compile(r"(train|val|test)(?:ing|id|idation)?(?:[-_.]?(?:\d|part|shard|split).*)?", re.IGNORECASE)
 # Kept out of pydoc: other people's packages, tests, and tables that a program wrote.
 PYDOC_SKIPS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3", "encodings"}
 PYDOC_SKIPS |= {"html/entities.py", "stringprep.py", "pydoc_data/topics.py", "sitecustomize.py", "usercustomize.py"}
-
-log = logging.getLogger("scorecast")
 
 
 @dataclass(frozen=True)
@@ -52,16 +53,14 @@ class Source:
 def open_source(name_or_folder: str, splits: Iterable[str] = SPLITS) -> Source:
     """The splits of a named set or a folder. A missing test split is left out; a missing train or val is an error.
 
-    - ``wikitext2``, ``wikitext103``: $LM_DATA/wikitext-2 or -103 where that folder is there, else the hub's raw
-      configuration through ``datasets``. Documents are articles, cut at top-level headings. A folder of WikiText's
-      files or of those names, given by path, is read alike.
-    - ``pydoc``: this Python's own library: the topics of its help and its source files, 90/5/5 by the hash of each
-      one's path, so that a file falls in the same split on every machine.
-    - a folder: every .txt, .md, .py (a document each) and .jsonl (a document a line, field "text"), recursively in the
-      order of the paths, hidden ones aside. Where files or folders at its top are named train, val or test (shards such
-      as train-00001 too), these are the splits and other files are not read. Else documents are split 90/5/5 by the
-      hash of path and line, val and test holding at least one document each; with one or two documents each is cut by
-      position on line boundaries, first 90 % train, then 5 % val, then 5 % test.
+    A name in SETS is that set; a set of the hub is read from its folder in $LM_DATA where there is one. Of WikiText,
+    from there or given by path, documents are articles, cut at top-level headings.
+
+    A folder gives every .txt, .md, .py (a document each) and .jsonl (a document a line, field "text"), recursively in
+    the order of the paths, hidden ones aside. Where files or folders at its top are named train, val or test (shards
+    such as train-00001 too), these are the splits and other files are not read. Else documents are split 90/5/5 by the
+    hash of path and line, val and test holding at least one document each. With one or two documents each is cut by
+    position on line boundaries: first 90 % train, then 5 % val, then 5 % test.
 
     Raises ValueError, one line, for an unknown name, a split that is not there, and text that cannot be read.
     """
@@ -69,37 +68,16 @@ def open_source(name_or_folder: str, splits: Iterable[str] = SPLITS) -> Source:
     for split in splits:
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r}; expected some of {', '.join(SPLITS)}")
-    if name_or_folder in WIKITEXT:
-        return _open_wikitext(name_or_folder, splits)
-    if name_or_folder == "pydoc":
-        return _open_pydoc(splits)
+    if name_or_folder in SETS:
+        return SETS[name_or_folder](name_or_folder, splits)
     folder = _folder(name_or_folder)
-    name = _file_name(folder)
-    if _is_wikitext(folder):
-        return _open_wikitext_folder(name, folder, splits)
-    files = _text_files(folder)
-    named = {split: [f for f in files if _split_of(f.relative_to(folder)) == split] for split in SPLITS}
-    if not any(named.values()):
-        return _hash_split(name, str(folder), splits, lambda: _documents(folder, files))
-    for split in splits:
-        if not named[split] and split != "test":
-            like = [f.name for f in files if f.name.lower().startswith(split)]
-            raise ValueError(
-                f"{folder} names its splits ({', '.join(s for s in SPLITS if named[s])}) but has no {split}"
-                + (f" ({like[0]} is not one)" if like else "")
-                + f"; add {split}.txt, or take the names away to have the documents split by hash"
-            )
-    wanted = {split: named[split] for split in splits if named[split]}
-    return Source(
-        name, str(folder), {s: _whole(lambda part=part: _documents(folder, part)) for s, part in wanted.items()}
-    )
+    return _open_folder(_file_name(folder), folder, splits)
 
 
 def open_all(name_or_folder: str) -> Source:
     """One split, "all": the test split of a named set (or of a WikiText folder), or all text of a folder."""
-    named = name_or_folder in NAMES
-    folder = None if named else _folder(name_or_folder)
-    if named or _is_wikitext(folder):
+    folder = None if name_or_folder in SETS else _folder(name_or_folder)
+    if folder is None or _is_wikitext(folder):
         source = open_source(name_or_folder, ("test",))
         if "test" not in source.splits:
             raise ValueError(f"{name_or_folder} has no test split ({source.origin})")
@@ -108,36 +86,49 @@ def open_all(name_or_folder: str) -> Source:
     return Source(_file_name(folder), str(folder), {"all": _whole(lambda: _documents(folder, files))})
 
 
-# ---- WikiText --------------------------------------------------------------------------------------------------------
+# ---- sets of the hub -------------------------------------------------------------------------------------------------
 
 
-def _open_wikitext(name: str, splits: tuple[str, ...]) -> Source:
-    local, config = WIKITEXT[name]
-    root = os.environ.get("LM_DATA")
-    if root and (Path(root) / local).is_dir():
-        return _open_wikitext_folder(name, Path(root) / local, splits)
-    try:
-        import datasets
+def whole_rows(texts: Iterable[str]) -> Iterator[str]:
+    """A row is a document."""
+    return (text for text in texts if text.strip())
 
-        loaded = datasets.load_dataset("Salesforce/wikitext", config)
-    except Exception as error:  # no network, no package, hub errors of several libraries
-        reason = str(error).splitlines()[0][:120] if str(error) else ""
-        raise ValueError(
-            f"{name} cannot be loaded from the hub ({type(error).__name__}: {reason}); either give this machine a "
-            f"network (and pip install datasets), or put train.txt, validation.txt and test.txt in $LM_DATA/{local}"
-        ) from error
+
+def open_hub(
+    name: str,
+    splits: tuple[str, ...],
+    *,
+    repository: str,
+    configuration: str | None = None,
+    folder: str,
+    documents: Callable[[Iterable[str]], Iterator[str]] = whole_rows,
+    column: str = "text",
+) -> Source:
+    """The set in $LM_DATA/``folder``, else ``repository`` on the hub. ``documents`` makes documents of its rows."""
+    if local := lm_data(folder):
+        return _open_folder(name, local, splits)
+    way_out = f"put train.txt, validation.txt and test.txt in $LM_DATA/{folder}"
+    loaded = load_hub(name, way_out, repository, configuration)
     found = {}
     for split in splits:
-        rows = loaded["validation" if split == "val" else split]
+        rows = loaded.get("validation" if split == "val" else split)
+        if rows is not None:
+            texts = partial(_hub_documents, rows, column, documents)
+            # The hub's fingerprint stands for repository, revision and split; plain rows are hashed.
+            fingerprint = getattr(rows, "_fingerprint", None)
+            hashed = hashlib.sha256(f"{configuration} {fingerprint}".encode()).hexdigest()
+            found[split] = Split(texts, hashed, None) if fingerprint else _whole(lambda d=texts: enumerate(d()))
+        elif split != "test":
+            raise ValueError(f"{name} has no {split} split on the hub ({repository}); {way_out}")
+    return Source(name, f"hub, {repository} {configuration or ''}".rstrip(), found)
 
-        def documents(rows=rows) -> Iterator[str]:
-            return articles(_hub_lines(rows))
 
-        # The hub's fingerprint stands for repository, revision and split; plain rows are hashed.
-        fingerprint = getattr(rows, "_fingerprint", None)
-        hashed = hashlib.sha256(f"{config} {fingerprint}".encode()).hexdigest() if fingerprint else None
-        found[split] = Split(documents, hashed, None) if hashed else _whole(lambda d=documents: enumerate(d()))
-    return Source(name, f"hub, Salesforce/wikitext {config}", found)
+def _hub_documents(rows, column: str, documents: Callable[[Iterable[str]], Iterator[str]]) -> Iterator[str]:
+    batches = rows.iter(1000) if hasattr(rows, "iter") else [{column: [row[column] for row in rows]}]
+    return documents(text for batch in batches for text in batch[column])
+
+
+# ---- WikiText --------------------------------------------------------------------------------------------------------
 
 
 def _open_wikitext_folder(name: str, folder: Path, splits: tuple[str, ...]) -> Source:
@@ -159,7 +150,7 @@ def _open_wikitext_folder(name: str, folder: Path, splits: tuple[str, ...]) -> S
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise ValueError(f"cannot read {path} ({error.strerror})") from None
-        found[split] = Split(lambda path=path: articles(_lines(path)), digest, path.stat().st_size)
+        found[split] = Split(lambda path=path: articles(read_lines(path)), digest, path.stat().st_size)
     note = " (word level, rare words are <unk>: not comparable with raw WikiText)" if word_level else ""
     return Source(name, f"{folder}{note}", found)
 
@@ -196,22 +187,19 @@ def _is_title(line: str) -> bool:
     return len(text) > 4 and text.startswith("= ") and text.endswith(" =") and not text.startswith("= = ")
 
 
-def _hub_lines(rows) -> Iterator[str]:
-    # The hub's rows are the file's lines, but for blank ones, " \n" in the file, which became "".
-    batches = rows.iter(1000) if hasattr(rows, "iter") else [{"text": [row["text"] for row in rows]}]
-    for batch in batches:
-        for text in batch["text"]:
-            yield text if text.endswith("\n") else (text or " ") + "\n"
+def hub_articles(texts: Iterable[str]) -> Iterator[str]:
+    """Articles of the hub's rows: the file's lines, but that a blank one, " \\n" in the file, became ""."""
+    return articles(text if text.endswith("\n") else (text or " ") + "\n" for text in texts)
 
 
 def _is_wikitext(folder: Path) -> bool:
-    return folder.name in {local for local, _ in WIKITEXT.values()} or any(folder.glob("wiki.t*.*"))
+    return folder.name in WIKITEXT_FOLDERS or any(folder.glob("wiki.t*.*"))
 
 
 # ---- pydoc -----------------------------------------------------------------------------------------------------------
 
 
-def _open_pydoc(splits: tuple[str, ...]) -> Source:
+def _open_pydoc(name: str, splits: tuple[str, ...]) -> Source:
     root = Path(sysconfig.get_path("stdlib"))
 
     def documents() -> Iterator[tuple[str, str]]:
@@ -226,14 +214,33 @@ def _open_pydoc(splits: tuple[str, ...]) -> Source:
             relative = (Path(base, n).relative_to(root).as_posix() for n in names if n.endswith(".py"))
             files += [r for r in relative if r not in PYDOC_SKIPS and not r.startswith("_sysconfigdata")]
         for file in sorted(files):
-            if (text := _text(root / file)).strip():
+            if (text := read_text(root / file)).strip():
                 yield file, text
 
     version = sysconfig.get_python_version()
-    return _hash_split("pydoc", f"the library of Python {version} in {root}", splits, documents)
+    return _hash_split(name, f"the library of Python {version} in {root}", splits, documents)
 
 
 # ---- folders ---------------------------------------------------------------------------------------------------------
+
+
+def _open_folder(name: str, folder: Path, splits: tuple[str, ...]) -> Source:
+    if _is_wikitext(folder):
+        return _open_wikitext_folder(name, folder, splits)
+    files = _text_files(folder)
+    named = {split: [f for f in files if _split_of(f.relative_to(folder)) == split] for split in SPLITS}
+    if not any(named.values()):
+        return _hash_split(name, str(folder), splits, lambda: _documents(folder, files))
+    for split in splits:
+        if not named[split] and split != "test":
+            like = [f.name for f in files if f.name.lower().startswith(split)]
+            raise ValueError(
+                f"{folder} names its splits ({', '.join(s for s in SPLITS if named[s])}) but has no {split}"
+                + (f" ({like[0]} is not one)" if like else "")
+                + f"; add {split}.txt, or take the names away to have the documents split by hash"
+            )
+    found = {s: _whole(lambda part=named[s]: _documents(folder, part)) for s in splits if named[s]}
+    return Source(name, str(folder), found)
 
 
 def _folder(given: str) -> Path:
@@ -242,7 +249,7 @@ def _folder(given: str) -> Path:
         return folder.resolve()
     if folder.is_file():
         raise ValueError(f"{given} is a file; give the folder that holds it")
-    raise ValueError(f"unknown data {given!r}; expected {', '.join(NAMES)}, or a folder of text")
+    raise ValueError(f"unknown data {given!r}; expected {', '.join(SETS)}, or a folder of text")
 
 
 def _file_name(folder: Path) -> str:
@@ -273,10 +280,10 @@ def _documents(folder: Path, files: list[Path]) -> Iterator[tuple[str, str]]:
     for file in files:
         identity = file.relative_to(folder).as_posix()
         if file.suffix != ".jsonl":
-            if (text := _text(file)).strip():
+            if (text := read_text(file)).strip():
                 yield identity, text
             continue
-        for number, line in enumerate(_lines(file), 1):
+        for number, line in enumerate(read_lines(file), 1):
             if not line.strip():
                 continue
             try:
@@ -286,27 +293,6 @@ def _documents(folder: Path, files: list[Path]) -> Iterator[tuple[str, str]]:
                 raise ValueError(f'{file}, line {number}: expected {{"text": "..."}} in valid UTF-8') from None
             if text.strip():
                 yield f"{identity}#{number}", text
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode()  # bytes, so that line ends stay as they are
-    except OSError as error:
-        raise ValueError(f"cannot read {path} ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); convert it or take it away") from None
-
-
-def _lines(path: Path) -> Iterator[str]:
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    yield line.decode()
-                except UnicodeDecodeError:
-                    raise ValueError(f"{path} is not UTF-8 text (line {number}); convert it or take it away") from None
-    except OSError as error:
-        raise ValueError(f"cannot read {path} ({error.strerror})") from None
 
 
 # ---- splits of identified documents ----------------------------------------------------------------------------------
@@ -342,8 +328,8 @@ def _hash_split(
         raise ValueError(f"{name} holds no text ({origin})")
     if len(units) < 3:
         return Source(name, origin, _position_splits(name, splits, documents))
-    tests = max(1, int((units >= 0.95).sum()))
-    vals = max(1, int(((units >= 0.9) & (units < 0.95)).sum()))
+    tests = max(1, int((units >= TEST_FROM).sum()))
+    vals = max(1, int(((units >= VAL_FROM) & (units < TEST_FROM)).sum()))
     while tests + vals >= len(units):  # keeps a document for train, in corpora of a handful
         tests, vals = (tests - 1, vals) if tests >= vals else (tests, vals - 1)
     test_from, val_from = units[-tests], units[-tests - vals]
@@ -359,8 +345,8 @@ def _hash_split(
 
 def _position_splits(name: str, splits: tuple[str, ...], documents) -> dict[str, Split]:
     def parts(text: str) -> dict[str, str]:
-        first = text.find("\n", int(len(text) * 0.9)) + 1 or len(text)
-        second = text.find("\n", max(first, int(len(text) * 0.95))) + 1 or len(text)
+        first = text.find("\n", int(len(text) * VAL_FROM)) + 1 or len(text)
+        second = text.find("\n", max(first, int(len(text) * TEST_FROM))) + 1 or len(text)
         return {"train": text[:first], "val": text[first:second], "test": text[second:]}
 
     def stream(split: str) -> Iterator[tuple[str, str]]:
@@ -374,3 +360,16 @@ def _position_splits(name: str, splits: tuple[str, ...], documents) -> dict[str,
                 "val.txt and test.txt"
             )
     return found
+
+
+# ---- the named sets --------------------------------------------------------------------------------------------------
+
+_wikitext = partial(open_hub, repository="Salesforce/wikitext", documents=hub_articles)
+
+# Name -> what opens its splits: called with the name and the splits, it gives a Source.
+SETS: dict[str, Callable[[str, tuple[str, ...]], Source]] = {
+    "pydoc": _open_pydoc,
+    "wikitext2": partial(_wikitext, configuration="wikitext-2-raw-v1", folder="wikitext-2"),
+    "wikitext103": partial(_wikitext, configuration="wikitext-103-raw-v1", folder="wikitext-103"),
+}
+NAMES = tuple(SETS)

@@ -1,14 +1,13 @@
 """Articles and summaries: a named set or a folder -> pairs -> tokens -> batches of like lengths.
 
-What decides a batch, its order and its noise, is a pure function of (seed, step), as in data/windows.py, so that a
-run resumes with the same batches on any number of ranks.
+A batch, its order and its noise are pure functions of (seed, step), as in data/windows.py, so that a run resumes with
+the same batches on any number of ranks. A new named set is one entry in SETS.
 """
 
 import csv
+import dataclasses
 import hashlib
 import json
-import logging
-import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,25 +16,36 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as Backend
 from torch import Tensor
 
-from data.cache import open_tokens, write_tokens
-from data.tokenizer import Tokenizer, load_tokenizer
-from data.windows import IGNORE, _raw
+from data.cache import cached_tokens
+from data.files import lm_data, load_hub, read_lines, read_rows
+from data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer, merges_of, read_files
+from data.windows import IGNORE_INDEX, permutation, random_uint64
+from model.weights import first_line, folder_of
 
 SPLITS = ("train", "validation", "test")
-FILES = {"train": ("train",), "validation": ("validation", "val", "valid", "dev"), "test": ("test",)}
+STEMS = {"train": ("train",), "validation": ("validation", "val", "valid", "dev"), "test": ("test",)}
 ARTICLE = ("article", "document", "source")
 SUMMARY = ("highlights", "summary", "target")
-# Hub name, configuration, and the rows of the full set, by which a part is told from the whole.
+
+
+class PublishedSet(NamedTuple):
+    repository: str  # on the hub
+    configuration: str | None
+    rows: dict[str, int]  # of the full set, by which a part is told from the whole
+
+
 SETS = {
-    "cnn_dailymail": ("abisee/cnn_dailymail", "3.0.0", dict(train=287113, validation=13368, test=11490)),
-    "xsum": ("EdinburghNLP/xsum", None, dict(train=204045, validation=11332, test=11334)),
+    "cnn_dailymail": PublishedSet("abisee/cnn_dailymail", "3.0.0", dict(train=287113, validation=13368, test=11490)),
+    "xsum": PublishedSet("EdinburghNLP/xsum", None, dict(train=204045, validation=11332, test=11334)),
 }
 POOL = 100  # batches whose examples are sorted by length together
+# Streams of random numbers apart from the epochs' under the same seed.
+FOLD_COUNTER, SWAP_COUNTER = 2**63, 2**62
 SPECIALS = ("<s>", "<pad>", "</s>")  # BART's names of bos, pad and eos
-
-log = logging.getLogger("scorecast")
 
 
 class Pair(NamedTuple):
@@ -46,22 +56,21 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class Summaries:
-    """One split. ``partial`` says what is missing, "a sample: 100 of 287,113 rows", and is "" where nothing is known
-    to be; ``removed`` counts rows left out: "empty" (article or summary), "short" (article)."""
+    """One split of a set."""
 
     name: str
     split: str
     origin: str
-    partial: str
+    partial: str  # what is missing, "a sample: 100 of 287,113 rows"; empty where nothing is known to be
     pairs: list[Pair]
-    removed: dict[str, int]
+    removed: dict[str, int]  # rows left out: "empty" (article or summary), "short" (article)
 
     @property
     def label(self) -> str:
         """For people: what it is, how much of it, and what was left out."""
         left_out = ", ".join(f"{n} {what}" for what, n in self.removed.items() if n)
-        notes = [f"{len(self.pairs):,} pairs", self.partial, f"removed {left_out}" if left_out else ""]
-        return f"{self.name} {self.split} ({'; '.join(note for note in notes if note)})"
+        notes = [f"{len(self.pairs):,} pairs", self.partial, left_out and f"removed {left_out}"]
+        return f"{self.name} {self.split} ({'; '.join(filter(None, notes))})"
 
 
 def load_summaries(
@@ -69,39 +78,40 @@ def load_summaries(
 ) -> dict[str, Summaries | None]:
     """The asked-for splits of a set, each None where the set has no such split.
 
-    A name in SETS is $LM_DATA/NAME where that is a folder, else the hub's set through ``datasets``; any other is a
-    folder, or one in $LM_DATA. It has {train,validation,test}.jsonl or .csv with an article (or document, source) and
-    highlights (or summary, target) a row; lists of sentences are joined, and of several target summaries the first
+    A name in SETS is $LM_DATA/NAME where that is a folder, else the hub's set through ``datasets``. Any other is a
+    folder, or one in $LM_DATA. A folder has {train,validation,test}.jsonl or .csv with an article (or document, source)
+    and highlights (or summary, target) a row. Lists of sentences are joined, and of several target summaries the first
     counts. Rows whose article or summary is empty, or whose article has fewer than ``min_words`` words, are left out
     and counted. Raises ValueError, one line, for a set that cannot be had, a broken row or a missing column (with its
     line), and a split left empty.
     """
     name = str(name_or_folder)
-    root = os.environ.get("LM_DATA")
     here = name not in SETS and Path(name).is_dir()
-    folder = Path(root) / name if root and not here and (Path(root) / name).is_dir() else Path(name)
+    folder = Path(name) if here else lm_data(name) or Path(name)
     local = folder.is_dir()
     if not local and name not in SETS:
         known = ", ".join(SETS)
         raise ValueError(f"no data {name!r}: expected {known}, or a folder with train.jsonl, validation.jsonl ...")
-    full = SETS.get(folder.resolve().name if local else name, (None, None, {}))[2]
-    out, found = {}, False
-    for split in splits:
-        path = _split_file(folder, split) if local else None
-        if local and path is None:
-            out[split] = None
-            continue
-        found = True
-        rows = _file_rows(path) if local else _hub_rows(name, split)
-        origin = str(path) if local else f"the hub's {SETS[name][0]}"
-        out[split] = _read(rows, folder.resolve().name if local else name, split, origin, full.get(split), min_words)
-    if not found:
-        raise ValueError(f"{folder} has none of {', '.join(f'{s}.jsonl' for s in splits)} (or .csv); expected one")
+    label = folder.resolve().name if local else name
+    published = SETS.get(label, PublishedSet("", None, {}))
+    out: dict[str, Summaries | None] = dict.fromkeys(splits)
+    for split in out:
+        if local:
+            if (path := _split_file(folder, split)) is None:
+                continue
+            origin, rows = str(path), _file_rows(path)
+        else:
+            way_out = f"put {split}.jsonl into $LM_DATA/{name}"
+            loaded = load_hub(name, way_out, published.repository, published.configuration, split=split)
+            origin, rows = f"the hub's {published.repository}", enumerate(loaded, 1)
+        out[split] = _read(rows, label, split, origin, published.rows.get(split), min_words)
+    if not any(out.values()):
+        raise ValueError(f"{folder} has none of {', '.join(f'{s}.jsonl' for s in out)} (or .csv); expected one")
     return out
 
 
 def _split_file(folder: Path, split: str) -> Path | None:
-    have = [p for stem in FILES[split] for p in (folder / f"{stem}.jsonl", folder / f"{stem}.csv") if p.is_file()]
+    have = [p for stem in STEMS[split] for p in (folder / f"{stem}.jsonl", folder / f"{stem}.csv") if p.is_file()]
     if len(have) > 1:
         raise ValueError(f"{folder} has both {have[0].name} and {have[1].name} for {split}; remove one of them")
     return have[0] if have else None
@@ -142,38 +152,16 @@ def _text(row, names: tuple[str, ...], where: str) -> str:
 
 
 def _file_rows(path: Path) -> Iterable[tuple[int, dict]]:
+    if path.suffix != ".csv":
+        yield from read_rows(path)
+        return
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.DictReader(read_lines(path), strict=True)
     try:
-        with open(path, encoding="utf-8", newline="") as file:
-            if path.suffix == ".csv":
-                csv.field_size_limit(2**31 - 1)
-                reader = csv.DictReader(file, strict=True)
-                for row in reader:
-                    yield reader.line_num, row
-                return
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield number, json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} line {number} is not JSON ({error.msg})") from None
+        for row in reader:
+            yield reader.line_num, row
     except csv.Error as error:
         raise ValueError(f"{path} line {reader.line_num} is not CSV ({error})") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {path} ({getattr(error, 'strerror', None) or 'not UTF-8'})") from None
-
-
-def _hub_rows(name: str, split: str) -> Iterable[tuple[int, dict]]:
-    hub, configuration, _ = SETS[name]
-    try:
-        import datasets
-
-        rows = datasets.load_dataset(hub, configuration, split=split)
-    except Exception as error:  # no network, no package, hub errors of several libraries
-        reason = str(error).splitlines()[0][:120] if str(error) else ""
-        raise ValueError(
-            f"{name} cannot be loaded from the hub ({type(error).__name__}: {reason}); give this machine a network "
-            f"(and pip install datasets), or put {split}.jsonl into $LM_DATA/{name}"
-        ) from error
-    return enumerate(rows, 1)
 
 
 def fold(n: int, spec: str) -> tuple[np.ndarray, np.ndarray]:
@@ -187,7 +175,7 @@ def fold(n: int, spec: str) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"--fold {spec}: expected K/M with 1 <= K <= M and M at least 2, for example 1/5")
     if n < parts:
         raise ValueError(f"--fold {spec}: {n} training pairs are fewer than the {parts} parts")
-    place = np.argsort(np.argsort(_raw(0, 2**63, n)))  # a permutation
+    place = np.argsort(permutation(0, FOLD_COUNTER, n))
     held = place % parts == k - 1
     return np.flatnonzero(~held), np.flatnonzero(held)
 
@@ -200,8 +188,8 @@ def fold(n: int, spec: str) -> tuple[np.ndarray, np.ndarray]:
 class SummaryTokenizer:
     """A Tokenizer with the tokens around a source or target: [bos] text eos, and pad after it.
 
-    ``bos_id`` is None for PEGASUS. ``newline`` is what a line break in a summary becomes before it is encoded: a
-    space, as in fairseq's CNN/DailyMail, or PEGASUS's own "<n>", which decoding turns back.
+    ``bos_id`` is None for PEGASUS. ``newline`` is what a line break in a summary becomes before it is encoded: a space,
+    as in fairseq's CNN/DailyMail, or PEGASUS's own "<n>", which decoding turns back.
     """
 
     base: Tokenizer
@@ -228,13 +216,13 @@ class SummaryTokenizer:
 
     def state(self) -> dict:
         """What a checkpoint keeps; ``from_state`` is the inverse."""
-        ids = {name: getattr(self, name) for name in ("bos_id", "pad_id", "eos_id", "newline")}
+        ids = dict(bos_id=self.bos_id, pad_id=self.pad_id, eos_id=self.eos_id, newline=self.newline)
         return ids | {"files": self.base.files(), "name": self.base.name}
 
     @classmethod
     def from_state(cls, state: dict) -> "SummaryTokenizer":
-        ids = {name: state[name] for name in ("bos_id", "pad_id", "eos_id", "newline")}
-        return cls(Tokenizer.from_files(state["files"], state["name"]), **ids)
+        base = Tokenizer.from_files(state["files"], state["name"])
+        return cls(base, state["bos_id"], state["pad_id"], state["eos_id"], state["newline"])
 
 
 def tokenizer_for_training(spec: str, train: Summaries, cache: str | Path, *, bos: bool) -> SummaryTokenizer:
@@ -243,15 +231,18 @@ def tokenizer_for_training(spec: str, train: Summaries, cache: str | Path, *, bo
     A vocabulary that has <s>, <pad> and </s> (BART's vocab.json and merges.txt) keeps its ids; to any other they are
     added after its last. ``bos``: whether texts begin with <s>.
     """
+
+    def texts() -> Iterable[str]:
+        return (text for pair in train.pairs for text in (pair.article, pair.summary))
+
     folder = Path(spec).expanduser()
     if folder.is_dir() and not (folder / "tokenizer.json").is_file() and (folder / "vocab.json").is_file():
-        base = Tokenizer.from_files(_with_definition(_tokenizer_files(folder), folder, None), folder.name)
+        base = Tokenizer.from_files(_with_definition(read_files(folder), folder, None), folder.name)
     else:
-        texts = lambda: (text for pair in train.pairs for text in (pair.article, pair.summary))  # noqa: E731
         corpus = f"{train.name}-{_hash(train.pairs, '')[:12]}"
         base = load_tokenizer(spec, documents=texts, cache=cache, corpus=corpus)
     definition = base.files().get("tokenizer.json")
-    known = _vocabulary(json.loads(definition)) if definition else {}
+    known = _vocabulary(definition) if definition else {}
     if set(SPECIALS) <= set(known):
         bos_id, pad_id, eos_id = (known[name] for name in SPECIALS)
     else:
@@ -262,123 +253,92 @@ def tokenizer_for_training(spec: str, train: Summaries, cache: str | Path, *, bo
 def tokenizer_of_model(folder_or_hub_id: str, config) -> SummaryTokenizer:
     """The tokenizer in the folder (or hub repository) of a BART or PEGASUS whose Seq2SeqConfig is ``config``.
 
-    tokenizer.json, or BART's vocab.json and merges.txt. Raises ValueError, one line, where neither is there and
-    where the vocabulary is not the model's.
+    tokenizer.json, or BART's vocab.json and merges.txt. Raises ValueError, one line, where neither is there and where
+    the vocabulary is not the model's.
     """
-    folder = Path(folder_or_hub_id)
-    if not folder.is_dir():
-        try:
-            from huggingface_hub import snapshot_download
-
-            names = ["tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json"]
-            folder = Path(snapshot_download(str(folder_or_hub_id), allow_patterns=names))
-        except Exception as error:  # network, access, package: all have the same way out
-            reason = str(error).strip().split("\n")[0]
-            raise ValueError(f"the hub gave no tokenizer of {folder_or_hub_id} ({reason}); pass a folder") from error
-    files = _tokenizer_files(folder)
+    folder = folder_of(folder_or_hub_id, TOKENIZER_FILES)
+    files = read_files(folder)
     if "tokenizer.json" not in files and not {"vocab.json", "merges.txt"} <= set(files):
         way_out = "put the model's there (of a spiece.model, transformers' AutoTokenizer saves a tokenizer.json)"
         raise ValueError(f"{folder} has no tokenizer.json, nor vocab.json and merges.txt; {way_out}")
     base = Tokenizer.from_files(_with_definition(files, folder, config.eos_token_id), str(folder_or_hub_id))
     if base.vocab_size > config.vocab_size:
-        raise ValueError(
-            f"the tokenizer in {folder} has {base.vocab_size} tokens, the model only {config.vocab_size}; "
-            "use the tokenizer that the model was trained with"
-        )
-    bos = config.bos_token_id if config.kind == "bart" else None
-    newline = " " if config.kind == "bart" else "<n>"
+        sizes = f"has {base.vocab_size} tokens, the model only {config.vocab_size}"
+        raise ValueError(f"the tokenizer in {folder} {sizes}; use the tokenizer that the model was trained with")
+    bos, newline = (config.bos_token_id, " ") if config.kind == "bart" else (None, "<n>")
     return SummaryTokenizer(base, bos, config.pad_token_id, config.eos_token_id, newline)
 
 
-def _tokenizer_files(folder: Path) -> dict[str, bytes]:
-    names = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")
-    return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
-
-
-def _vocabulary(definition: dict) -> dict[str, int]:
-    vocab = (definition.get("model") or {}).get("vocab") or {}
-    if isinstance(vocab, list):  # Unigram: [[piece, score], ...]
-        vocab = {piece: i for i, (piece, _) in enumerate(vocab)}
-    return vocab | {token["content"]: token["id"] for token in definition.get("added_tokens") or []}
+def _vocabulary(definition: bytes) -> dict[str, int]:
+    """Token -> id of a tokenizer.json."""
+    return Backend.from_buffer(definition).get_vocab(with_added_tokens=True)
 
 
 def _with_definition(files: dict[str, bytes], folder: Path, eos_id: int | None) -> dict[str, bytes]:
-    """``files`` with a tokenizer.json, made of vocab.json and merges.txt where those are BART's (fairseq's order of
-    the ids, which is not that of the merges), and with the end-of-text token that has ``eos_id`` named."""
-    from tokenizers import AddedToken, decoders, models, pre_tokenizers
-    from tokenizers import Tokenizer as Backend
+    """``files`` with a tokenizer.json, and with the end-of-text token that has ``eos_id`` named.
 
+    The tokenizer.json is made of vocab.json and merges.txt where those are BART's: fairseq's order of the ids is not
+    that of the merges.
+    """
     files = dict(files)
     try:
         if "tokenizer.json" not in files:
             vocab = json.loads(files["vocab.json"])
             if eos_id is None and not set(SPECIALS) <= set(vocab):
                 return files  # GPT-2's kind
-            lines = files["merges.txt"].decode().split("\n")
-            merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
-            backend = Backend(models.BPE(vocab=vocab, merges=merges))
+            backend = Backend(models.BPE(vocab=vocab, merges=merges_of(files["merges.txt"])))
             backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
             backend.decoder = decoders.ByteLevel()
             names = [name for name in (*SPECIALS, "<unk>", "<mask>") if name in vocab]
             backend.add_special_tokens([AddedToken(name, special=True) for name in names])
             files["tokenizer.json"] = backend.to_str().encode()
-        known = _vocabulary(json.loads(files["tokenizer.json"]))
+        known = _vocabulary(files["tokenizer.json"])
         eos_id = known.get("</s>") if eos_id is None else eos_id
         eos = next((token for token, i in known.items() if i == eos_id), None)
         settings = json.loads(files.get("tokenizer_config.json", b"{}"))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error).splitlines()[0][:100]
+    except Exception as error:  # tokenizers raises bare Exception
+        reason = first_line(error)[:100]
         raise ValueError(f"the tokenizer files in {folder} are damaged or of another kind ({reason})") from None
     if eos is None:
         raise ValueError(f"the tokenizer in {folder} has no token {eos_id}, the model's end of text; it is another's")
     named = settings.get("eos_token")
     named = named["content"] if isinstance(named, dict) else named
     if named not in (None, eos):
-        raise ValueError(
-            f"the tokenizer in {folder} ends a text with {named}, the model with its token {eos_id}, {eos}; "
-            "use the tokenizer that the model was trained with"
-        )
+        ends = f"ends a text with {named}, the model with its token {eos_id}, {eos}"
+        raise ValueError(f"the tokenizer in {folder} {ends}; use the tokenizer that the model was trained with")
     files["tokenizer_config.json"] = json.dumps(settings | {"eos_token": eos}).encode()
     return files
 
 
+@dataclass
 class TokenPairs:
-    """Sources and targets of one split as token ids, cut to their limits; lengths include bos and eos.
+    """Sources and targets of one split as token ids, cut to their limits. Lengths include bos and eos.
 
-    ``truncated`` counts the sources and targets that were longer; ``hash`` changes with texts, tokenizer and limits.
+    ``truncated`` counts the sources and targets that were longer.
     """
 
-    def __init__(self, tokens, pairs: Sequence[Pair], tokenizer: SummaryTokenizer, max_source: int, max_target: int):
-        data = np.asarray(tokens.tokens)
-        ends = np.flatnonzero(data == tokens.eos_id)
-        if len(ends) != 2 * len(pairs):
-            raise ValueError(f"{tokens.path} holds {len(ends)} texts for {len(pairs)} pairs; delete the file")
-        starts = np.concatenate([[0], ends[:-1] + 1]) if len(ends) else ends
-        self.data, self.tokenizer, self.pairs = data, tokenizer, pairs
-        self.limits = (max_source, max_target)
-        self.spans = [(starts[side::2], ends[side::2]) for side in (0, 1)]
-        self.hash = hashlib.sha256(f"{tokens.hash} {self.limits} {tokenizer.bos_id}".encode()).hexdigest()
-        self._measure()
+    data: np.ndarray  # all tokens of the split
+    pairs: Sequence[Pair]
+    tokenizer: SummaryTokenizer
+    limits: tuple[int, int]  # of source and target
+    spans: list[tuple[np.ndarray, np.ndarray]]  # begin and end in data of every source, of every target
+    hash: str  # changes with texts, tokenizer and limits
 
-    def _measure(self) -> None:
+    def __post_init__(self):
         extra = 1 + (self.tokenizer.bos_id is not None)
         full = [end - start + extra for start, end in self.spans]
-        self.source_lengths, self.target_lengths = (np.minimum(n, m) for n, m in zip(full, self.limits, strict=True))
-        counts = [int((n > m).sum()) for n, m in zip(full, self.limits, strict=True)]
-        self.truncated = dict(zip(("sources", "targets"), counts, strict=True))
+        self.source_lengths, self.target_lengths = map(np.minimum, full, self.limits)
+        longer = [int((lengths > limit).sum()) for lengths, limit in zip(full, self.limits, strict=True)]
+        self.truncated = dict(sources=longer[0], targets=longer[1])
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def take(self, rows: np.ndarray) -> "TokenPairs":
         """The pairs at ``rows``, over the same tokens."""
-        out = object.__new__(TokenPairs)
-        out.__dict__ |= self.__dict__
-        out.pairs = [self.pairs[i] for i in rows]
-        out.spans = [(start[rows], end[rows]) for start, end in self.spans]
-        out.hash = hashlib.sha256(self.hash.encode() + np.asarray(rows, "<i8").tobytes()).hexdigest()
-        out._measure()
-        return out
+        digest = hashlib.sha256(self.hash.encode() + np.asarray(rows, "<i8").tobytes()).hexdigest()
+        spans = [(start[rows], end[rows]) for start, end in self.spans]
+        return dataclasses.replace(self, pairs=[self.pairs[i] for i in rows], spans=spans, hash=digest)
 
     def ids(self, side: int, i: int) -> np.ndarray:
         """The source (``side`` 0) or target (1) of pair ``i``, int64 [n]."""
@@ -391,15 +351,19 @@ def encode_pairs(
 ) -> TokenPairs:
     """Tokens of a split, through a verified token cache of whole texts, which other limits share."""
     digest = _hash(part.pairs, tokenizer.newline)
-    kind = re.sub(r"[^\w.-]+", "", tokenizer.base.name)[-40:]
-    path = Path(cache) / f"{part.name}-{part.split}-{digest[:12]}-{kind}-{tokenizer.base.hash[:12]}.tokens"
-    name = f"{part.name} {part.split}"
-    if not path.exists():
-        log.info("tokenising %s with %s into %s", name, tokenizer.base.name, path)
-        texts = (t for p in part.pairs for t in (p.article, p.summary.replace("\n", tokenizer.newline)))
-        write_tokens(path, texts, tokenizer.base, digest, title=name)
-    tokens = open_tokens(path, name=name, tokenizer_hash=tokenizer.base.hash, source_hash=digest)
-    return TokenPairs(tokens, part.pairs, tokenizer, max_source, max_target)
+
+    def texts() -> Iterable[str]:
+        return (t for p in part.pairs for t in (p.article, p.summary.replace("\n", tokenizer.newline)))
+
+    tokens = cached_tokens(cache, part.name, part.split, texts, tokenizer.base, digest)
+    data, limits = np.asarray(tokens.tokens), (max_source, max_target)
+    ends = np.flatnonzero(data == tokens.eos_id)
+    if len(ends) != 2 * len(part.pairs):
+        raise ValueError(f"{tokens.path} holds {len(ends)} texts for {len(part.pairs)} pairs; delete the file")
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    spans = [(starts[side::2], ends[side::2]) for side in (0, 1)]
+    digest = hashlib.sha256(f"{tokens.hash} {limits} {tokenizer.bos_id}".encode()).hexdigest()
+    return TokenPairs(data, part.pairs, tokenizer, limits, spans, digest)
 
 
 def _hash(pairs: Sequence[Pair], newline: str) -> str:
@@ -418,8 +382,8 @@ def _hash(pairs: Sequence[Pair], newline: str) -> str:
 class Bucketed:
     """Training batches of like lengths: ``indices(step)`` are the rows of a global batch, the longest first.
 
-    An epoch is a permutation, cut into pools of POOL batches. A pool is sorted by source length, neighbours among that
-    by target length, and cut into batches, whose order is then shuffled. What is left over of an epoch (less than a
+    An epoch is a permutation, cut into pools of POOL batches. A pool is sorted by source length, neighbours in that
+    order by target length, then cut into batches, whose order is shuffled. What is left over of an epoch (less than a
     batch, other rows each time) is not used. Raises ValueError where there are fewer pairs than a batch.
     """
 
@@ -438,7 +402,7 @@ class Bucketed:
 
     def _order(self, epoch: int) -> np.ndarray:
         source, target = self.pairs.source_lengths, self.pairs.target_lengths
-        kept = np.argsort(_raw(self.seed, 2 * epoch, len(self.pairs)))[: self.per_epoch * self.batch]
+        kept = permutation(self.seed, 2 * epoch, len(self.pairs))[: self.per_epoch * self.batch]
         batches = []
         for begin in range(0, len(kept), POOL * self.batch):
             pool = kept[begin : begin + POOL * self.batch]
@@ -449,8 +413,7 @@ class Bucketed:
                 for first in range(0, len(near), self.batch):
                     rows = near[first : first + self.batch]
                     batches.append(rows[np.argsort(-source[rows], kind="stable")])
-        shuffled = np.argsort(_raw(self.seed, 2 * epoch + 1, len(batches)))
-        return np.stack(batches)[shuffled]
+        return np.stack(batches)[permutation(self.seed, 2 * epoch + 1, len(batches))]
 
 
 def in_order(pairs: TokenPairs, batch: int) -> list[np.ndarray]:
@@ -463,11 +426,11 @@ def collate(
     pairs: TokenPairs, rows: np.ndarray, target_rows: np.ndarray | None = None, multiple: int = 1
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Sources int64 [B, S], their mask bool [B, S] (None where nothing is padded) and labels int64 [B, T], padded on
-    the right with pad_id and -100 to the longest, rounded up to a ``multiple``. ``target_rows``: whose targets the
-    rows get, their own by default."""
+    the right with pad_id and -100 to the longest, rounded up to a ``multiple``. ``target_rows``: whose targets the rows
+    get, their own by default."""
     target_rows = rows if target_rows is None else target_rows
     out = []
-    for side, picks, fill in ((0, rows, pairs.tokenizer.pad_id), (1, target_rows, IGNORE)):
+    for side, picks, fill in ((0, rows, pairs.tokenizer.pad_id), (1, target_rows, IGNORE_INDEX)):
         ids = [pairs.ids(side, i) for i in picks]
         width = min(-(-max(map(len, ids)) // multiple) * multiple, pairs.limits[side])
         padded = np.full((len(ids), width), fill, np.int64)
@@ -493,8 +456,8 @@ def swapped_references(batch: int, rate: float, seed: int, step: int) -> np.ndar
     """For each place in the global batch of ``step`` the place whose summary it gets, int64 [batch].
 
     After n steps exactly round(rate * batch * n) places have had another's summary. Those of one step exchange theirs
-    in a circle; one alone gets a copy of some other's. Raises ValueError for a rate outside [0, 1], and where a batch
-    of one has nobody to exchange with.
+    in a circle; a single one gets a copy of some other's. Raises ValueError for a rate outside [0, 1], and where a
+    batch of one has nobody to exchange with.
     """
     if not 0 <= rate <= 1:
         raise ValueError(f"--noise-references {rate} is outside [0, 1]")
@@ -503,7 +466,7 @@ def swapped_references(batch: int, rate: float, seed: int, step: int) -> np.ndar
     places = np.arange(batch)
     due = [int(np.floor(rate * batch * n + 0.5)) for n in (step, step + 1)]
     count = due[1] - due[0]
-    draws = _raw(seed, 2**62 + step, batch + 1)
+    draws = random_uint64(seed, SWAP_COUNTER + step, batch + 1)
     chosen = np.argsort(draws[:batch])[:count]
     if count == 1:
         places[chosen] = (chosen + 1 + int(draws[batch] % np.uint64(batch - 1))) % batch

@@ -47,13 +47,7 @@ def encode_sets(
         if text is not None:
             truncated = tokens[name].truncated
             cut = ", ".join(f"{n:,} {what}" for what, n in truncated.items())
-            about[name] = {
-                "set": text.name,
-                "origin": text.origin,
-                "pairs": len(text.pairs),
-                "partial": text.partial,
-                "removed": text.removed,
-                "truncated": truncated,
-                "label": f"{text.label}; cut to {max_source} and {max_target} tokens: {cut}",
-            }
+            label = f"{text.label}; cut to {max_source} and {max_target} tokens: {cut}"
+            about[name] = dict(set=text.name, origin=text.origin, pairs=len(text.pairs), partial=text.partial)
+            about[name] |= dict(removed=text.removed, truncated=truncated, label=label)
     return train, sets, about

@@ -1,8 +1,8 @@
 """Tokenizers by a spec string: ``gpt2``, ``bpe:N`` (trained on the corpus), or a folder.
 
-Two libraries do the work: tiktoken where the definition is GPT-2's kind (vocab.json + merges.txt), ``tokenizers`` where
-it is a tokenizer.json. Text is always ordinary text: a literal <|endoftext|> in it is encoded as the characters it is
-made of, never as the token that ends a document.
+Two libraries do the work: tiktoken where the definition is GPT-2's kind (vocab.json and merges.txt), ``tokenizers``
+where it is a tokenizer.json. Text is always ordinary text: a literal <|endoftext|> in it is encoded as its characters,
+never as the token that ends a document.
 """
 
 import hashlib
@@ -10,15 +10,23 @@ import json
 import logging
 import os
 import re
-import uuid
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import tiktoken
+import tiktoken.load
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from data.files import lm_data, read_bytes, write_cached
+from model.weights import first_line
 
 EOS = "<|endoftext|>"
-_CONFIG = "tokenizer_config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", TOKENIZER_CONFIG)
 # GPT-2's files as OpenAI publishes them, which are also the ones tiktoken pins: name, address, SHA-256.
 _GPT2 = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 GPT2_FILES = (
@@ -38,18 +46,12 @@ log = logging.getLogger("scorecast")
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Text to token ids and back.
+    """Text to token ids and back."""
 
-    name        the spec's name, for file names and run logs
-    vocab_size  highest id + 1
-    eos_id      the id that ends a document
-    hash        SHA-256 hex of the defining files and eos_id: equal hash, equal tokens
-    """
-
-    name: str
-    vocab_size: int
-    eos_id: int
-    hash: str
+    name: str  # the spec's, for file names and run logs
+    vocab_size: int  # highest id + 1
+    eos_id: int  # ends a document
+    hash: str  # SHA-256 hex of the defining files and eos_id: equal hash, equal tokens
     _files: dict[str, bytes] = field(repr=False)
     _encode: Callable[[list[str]], list] = field(repr=False)
     _decode: Callable[[list[int]], str] = field(repr=False)
@@ -57,13 +59,13 @@ class Tokenizer:
 
     @classmethod
     def from_files(cls, files: dict[str, bytes], name: str = "") -> "Tokenizer":
-        """The tokenizer that ``files`` define: tokenizer.json, or vocab.json with merges.txt; as ``files()`` gives.
+        """The tokenizer that ``files`` define: tokenizer.json, or else vocab.json and merges.txt.
 
-        Of both, tokenizer.json counts, being the complete definition. The token that ends a document is
-        tokenizer_config.json's eos_token, else <|endoftext|>. Raises ValueError where the files do not fit.
+        The token that ends a document is tokenizer_config.json's eos_token, else <|endoftext|>. Raises ValueError where
+        the files do not fit.
         """
         label = f"tokenizer {name}" if name else "tokenizer"
-        config = _json(files["tokenizer_config.json"], f"{label}: tokenizer_config.json") if _CONFIG in files else {}
+        config = _json(files[TOKENIZER_CONFIG], f"{label}: {TOKENIZER_CONFIG}") if TOKENIZER_CONFIG in files else {}
         eos = config.get("eos_token") or EOS
         eos = eos["content"] if isinstance(eos, dict) else eos
         if "tokenizer.json" in files:
@@ -73,9 +75,8 @@ class Tokenizer:
         elif {"vocab.json", "merges.txt"} <= set(files):
             kind = config.get("tokenizer_class", "GPT2Tokenizer")
             if kind not in ("GPT2Tokenizer", "GPT2TokenizerFast"):
-                raise ValueError(
-                    f"{label}: a {kind} is more than its vocab.json and merges.txt; put its tokenizer.json beside them"
-                )
+                more = f"a {kind} is more than its vocab.json and merges.txt"
+                raise ValueError(f"{label}: {more}; put its tokenizer.json beside them")
             defining, can_cut = ["merges.txt", "vocab.json"], True
             vocab_size, eos_id, encode, decode = _through_tiktoken(files["vocab.json"], files["merges.txt"], eos, label)
             if not name and all(hashlib.sha256(files[part]).hexdigest() == sha for part, _, sha in GPT2_FILES):
@@ -90,7 +91,7 @@ class Tokenizer:
         # What AutoTokenizer needs on top, kept where it was given. Decoding must not tidy spaces away.
         plain = {"tokenizer_class": kind, "eos_token": eos, "bos_token": eos, "unk_token": eos}
         plain["clean_up_tokenization_spaces"] = False
-        kept[_CONFIG] = files.get(_CONFIG, json.dumps(plain, indent=2).encode())
+        kept[TOKENIZER_CONFIG] = files.get(TOKENIZER_CONFIG, json.dumps(plain, indent=2).encode())
         return cls(name or "tokenizer", vocab_size, eos_id, digest.hexdigest(), kept, encode, decode, can_cut)
 
     def files(self) -> dict[str, bytes]:
@@ -103,25 +104,22 @@ class Tokenizer:
 
     def encode_documents(self, documents: Iterable[str]) -> Iterator[np.ndarray]:
         """The ids of each document, uint32 [n], without end-of-text tokens, in order; reads some 4 MB ahead."""
-        pieces: list[str] = []
-        ends: list[bool] = []
-        waiting: list[np.ndarray] = []  # pieces of the document that is not complete yet
-        size = 0
+        pieces: list[tuple[str, bool]] = []  # text, and whether its document ends with it
+        waiting: list[np.ndarray] = []  # ids of the document that is not complete yet
 
         def flush() -> Iterator[np.ndarray]:
-            for ids, end in zip(self._encode(pieces), ends, strict=True):
+            for ids, (_, ends) in zip(self._encode([text for text, _ in pieces]), pieces, strict=True):
                 waiting.append(np.asarray(ids, dtype=np.uint32))
-                if end:
+                if ends:
                     yield waiting[0] if len(waiting) == 1 else np.concatenate(waiting)
                     waiting.clear()
             pieces.clear()
-            ends.clear()
 
+        size = 0
         for document in documents:
-            for piece, end in _pieces(document) if self._can_cut else [(document, True)]:
+            for piece in _pieces(document) if self._can_cut else [(document, True)]:
                 pieces.append(piece)
-                ends.append(end)
-                size += len(piece)
+                size += len(piece[0])
                 if size >= BATCH_CHARACTERS:
                     yield from flush()
                     size = 0
@@ -141,10 +139,10 @@ def load_tokenizer(
 ) -> Tokenizer:
     """The tokenizer of ``spec``: ``gpt2``, ``bpe:N``, or a folder with tokenizer.json or vocab.json + merges.txt.
 
-    ``gpt2`` comes from $LM_DATA/tokenizers/gpt2 where that is there, else through tiktoken from the network; its files
-    are the published ones, by SHA-256, or it is an error. ``bpe:N`` needs ``documents`` (the TRAIN split's), the folder
-    ``cache`` and ``corpus`` (a name that changes with the text); the trained tokenizer is kept in ``cache``. Raises
-    ValueError, one line, where there is no such tokenizer.
+    ``gpt2`` comes from $LM_DATA/tokenizers/gpt2 where that is there, else through tiktoken from the network; other
+    files than the published ones, by SHA-256, are an error. ``bpe:N`` needs ``documents`` (the TRAIN split's), the
+    folder ``cache``, where it is kept, and ``corpus`` (a name that changes with the text). Raises ValueError, one line,
+    where there is no such tokenizer.
     """
     if isinstance(spec, Tokenizer):
         return spec
@@ -159,33 +157,42 @@ def load_tokenizer(
         return _cached_bpe(size, documents, Path(cache) / f"bpe{size}-{corpus}.json")
     folder = Path(spec).expanduser()
     if folder.is_dir():
-        names = ("tokenizer.json", "vocab.json", "merges.txt", _CONFIG)
-        return Tokenizer.from_files({n: _read(folder / n) for n in names if (folder / n).is_file()}, folder.name)
-    raise ValueError(
-        f"unknown tokenizer {spec!r}; expected gpt2, bpe:N (for example bpe:4096), or a folder with tokenizer.json or "
-        "vocab.json and merges.txt"
-    )
+        return Tokenizer.from_files(read_files(folder), folder.name)
+    folders = "a folder with tokenizer.json or vocab.json and merges.txt"
+    raise ValueError(f"unknown tokenizer {spec!r}; expected gpt2, bpe:N (for example bpe:4096), or {folders}")
 
 
-def train_bpe(documents: Iterable[str], size: int) -> bytes:
-    """tokenizer.json of a byte-level BPE of at most ``size`` tokens, deterministic in the text.
+def read_files(folder: Path) -> dict[str, bytes]:
+    """The files of a tokenizer that are in ``folder``, name -> content."""
+    return {name: read_bytes(folder / name) for name in TOKENIZER_FILES if (folder / name).is_file()}
 
-    Token 0 is <|endoftext|>, then the 256 bytes, then the merges by frequency, within GPT-2's pre-tokenisation. A small
-    text runs out of pairs before ``size``; that is logged.
+
+def merges_of(merges_txt: bytes) -> list[tuple[str, ...]]:
+    """The pairs that merges.txt joins, in order."""
+    lines = merges_txt.decode().split("\n")
+    return [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+
+
+def byte_level_bpe(documents: Iterable[str], size: int, special: tuple[str, ...]) -> Backend:
+    """A byte-level BPE of at most ``size`` tokens, deterministic in the text.
+
+    The ``special`` tokens come first, then the bytes, then the merges by frequency, within GPT-2's pre-tokenisation.
     """
-    from tokenizers import Tokenizer as Backend
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=size,
-        special_tokens=[EOS],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        vocab_size=size, special_tokens=list(special), initial_alphabet=alphabet, show_progress=False
     )
     backend.train_from_iterator(documents, trainer)
+    return backend
+
+
+def train_bpe(documents: Iterable[str], size: int) -> bytes:
+    """tokenizer.json of ``byte_level_bpe`` whose token 0 is <|endoftext|>. A small text runs out of pairs before
+    ``size``; that is logged."""
+    backend = byte_level_bpe(documents, size, (EOS,))
     if backend.get_vocab_size() < size:
         log.warning("the text is small: bpe:%d has only %d tokens", size, backend.get_vocab_size())
     return backend.to_str().encode()
@@ -196,51 +203,39 @@ def _cached_bpe(size: int, documents: Callable[[], Iterable[str]], path: Path) -
     if not path.exists():
         log.info("training %s into %s", name, path)
         definition = train_bpe(documents(), size)
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(definition)
-            os.replace(temporary, path)
-        except OSError as error:
-            raise ValueError(f"cannot write {path} ({error.strerror}); name another cache folder") from None
+        write_cached(path, lambda file: file.write(definition))
     try:
-        return Tokenizer.from_files({"tokenizer.json": _read(path)}, name)
+        return Tokenizer.from_files({"tokenizer.json": read_bytes(path)}, name)
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); delete the file and it will be made again") from None
 
 
 def _gpt2_files() -> dict[str, bytes]:
-    local = Path(os.environ["LM_DATA"]) / "tokenizers" / "gpt2" if os.environ.get("LM_DATA") else None
+    local = lm_data("tokenizers/gpt2")
     files = {}
     for name, url, sha in GPT2_FILES:
-        if local is not None and local.is_dir():
-            files[name] = _read(local / name)
+        if local is not None:
+            files[name] = read_bytes(local / name)
             if hashlib.sha256(files[name]).hexdigest() != sha:
                 raise ValueError(f"{local / name} is not GPT-2's; to use another vocabulary, name its folder instead")
             continue
         try:
-            from tiktoken.load import read_file_cached
-
-            files[name] = read_file_cached(url, sha)
-        except Exception as error:  # requests' errors, a failed checksum, tiktoken missing
-            reason = str(error).splitlines()[0][:100] if str(error) else ""
+            files[name] = tiktoken.load.read_file_cached(url, sha)
+        except Exception as error:  # requests' errors, a failed checksum
             raise ValueError(
-                f"tokenizer gpt2 cannot be downloaded ({type(error).__name__}: {reason}); without a network give "
-                "--tokenizer a folder with GPT-2's vocab.json and merges.txt, or put them in $LM_DATA/tokenizers/gpt2"
+                f"tokenizer gpt2 cannot be downloaded ({type(error).__name__}: {first_line(error)[:100]}); without a "
+                "network give --tokenizer a folder with GPT-2's vocab.json and merges.txt, or put them in "
+                "$LM_DATA/tokenizers/gpt2"
             ) from error
     return files
 
 
 def _through_tiktoken(vocab_json: bytes, merges_txt: bytes, eos: str, label: str):
-    import tiktoken
-
     vocab = _json(vocab_json, f"{label}: vocab.json")
     try:
-        lines = merges_txt.decode().split("\n")
-        merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
         byte_of = {c: b for b, c in enumerate(_byte_characters())}
         ranks = {bytes([b]): vocab[c] for c, b in byte_of.items()}
-        merged = [(vocab[left + right], left + right) for left, right in merges]
+        merged = [(vocab[left + right], left + right) for left, right in merges_of(merges_txt)]
         ranks |= {bytes(byte_of[c] for c in word): rank for rank, word in merged}
         # tiktoken joins the pair of the lowest ID first: right only where ids grow in the order of the merges.
         ordered = all(a[0] < b[0] for a, b in zip(merged, merged[1:], strict=False))
@@ -257,8 +252,6 @@ def _through_tiktoken(vocab_json: bytes, merges_txt: bytes, eos: str, label: str
     threads = min(8, os.cpu_count() or 1)
 
     def encode(texts: list[str]) -> list[np.ndarray]:
-        from concurrent.futures import ThreadPoolExecutor
-
         try:
             with ThreadPoolExecutor(threads) as pool:
                 return list(pool.map(lambda text: encoding.encode_to_numpy(text, disallowed_special=()), texts))
@@ -276,8 +269,6 @@ def _byte_characters() -> list[str]:
 
 
 def _through_tokenizers(definition: bytes, eos: str, label: str):
-    from tokenizers import Tokenizer as Backend
-
     parsed = _json(definition, f"{label}: tokenizer.json")
     try:
         backend = Backend.from_buffer(definition)
@@ -285,7 +276,7 @@ def _through_tokenizers(definition: bytes, eos: str, label: str):
         raise ValueError(f"{label}: tokenizer.json cannot be loaded ({str(error)[:100]})") from None
     eos_id = backend.token_to_id(eos)
     if eos_id is None:
-        raise ValueError(f"{label}: it has no {eos}; name its eos_token in {_CONFIG} beside it")
+        raise ValueError(f"{label}: it has no {eos}; name its eos_token in {TOKENIZER_CONFIG} beside it")
     backend.no_padding()
     backend.no_truncation()
     backend.encode_special_tokens = True  # special tokens in TEXT are ordinary characters
@@ -307,13 +298,6 @@ def _pieces(text: str) -> Iterator[tuple[str, bool]]:
         yield text[start : cut.end()], False
         start = cut.end()
     yield (text[start:] if start else text), True
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"cannot read {path} ({error.strerror})") from None
 
 
 def _json(raw: bytes, label: str) -> dict:

@@ -4,17 +4,38 @@ Randomness is raw Philox output under the key (seed, counter), which numpy guara
 resumes with the same batches under another numpy, on another machine or another number of ranks.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
 from data.cache import TokenSet
 
-IGNORE = -100  # targets outside the loss, as in torch.nn.functional.cross_entropy
+IGNORE_INDEX = -100  # of targets outside the loss, as in torch.nn.functional.cross_entropy
+LABEL_NOISE_COUNTER = 1 << 63  # a stream of random numbers apart from the epochs' orders under the same seed
 
 
-def _raw(seed: int, counter: int, n: int) -> np.ndarray:
+def random_uint64(seed: int, counter: int, n: int) -> np.ndarray:
     """``n`` uint64 of the stream (seed, counter)."""
     return np.random.Philox(key=np.array([seed, counter], dtype=np.uint64)).random_raw(n)
+
+
+def permutation(seed: int, counter: int, n: int) -> np.ndarray:
+    """A permutation of ``n``, int64 [n]."""
+    return np.argsort(random_uint64(seed, counter, n), kind="stable")
+
+
+def epoch_blocks(order: Callable[[int], np.ndarray], count: int, step: int, batch: int) -> np.ndarray:
+    """The ``batch`` rows of ``count`` that optimizer step ``step`` reads, int64 [batch].
+
+    Steps read the concatenation of order(0), order(1), ... in blocks of ``batch``, across epochs.
+    """
+    at, end, parts = step * batch, (step + 1) * batch, []
+    while at < end:
+        epoch, offset = divmod(at, count)
+        parts.append(order(epoch)[offset : offset + end - at])
+        at += len(parts[-1])
+    return np.concatenate(parts)
 
 
 def _check_count(name: str, value: int, least: int = 0) -> None:
@@ -25,8 +46,8 @@ def _check_count(name: str, value: int, least: int = 0) -> None:
 class Windows:
     """Non-overlapping windows of ``length`` inputs over a TokenSet; every token is a target exactly once an epoch.
 
-    The input before the first token is the end-of-text token, as it is before every other document's first token.
-    The last window is padded: inputs eos_id, targets -100. ``bytes`` is the TokenSet's, for bits per byte. Raises
+    The input before the first token is the end-of-text token, as it is before every other document's first token. The
+    last window is padded: inputs eos_id, targets -100. ``bytes`` is the TokenSet's, for bits per byte. Raises
     ValueError where ``length`` exceeds the tokens.
     """
 
@@ -69,7 +90,7 @@ class Windows:
         y_BT = torch.empty(len(indices), self.length, dtype=torch.int64)
         x_BT.numpy()[...], y_BT.numpy()[...] = rows[:, :-1], rows[:, 1:]
         if len(last):
-            y_BT.numpy()[last, self._last_targets :] = IGNORE
+            y_BT.numpy()[last, self._last_targets :] = IGNORE_INDEX
         return x_BT, y_BT
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
@@ -79,24 +100,16 @@ class Windows:
         if (seed, epoch) not in self._orders:
             while len(self._orders) > 1:  # a batch touches two epochs at most, unless it is larger than the data
                 self._orders.pop(next(iter(self._orders)))
-            permutation = np.argsort(_raw(seed, epoch, self._windows), kind="stable")
-            permutation.flags.writeable = False  # it is kept, so it is shared
-            self._orders[seed, epoch] = permutation
+            order = permutation(seed, epoch, self._windows)
+            order.flags.writeable = False  # it is kept, so it is shared
+            self._orders[seed, epoch] = order
         return self._orders[seed, epoch]
 
     def batch_indices(self, step: int, batch: int, seed: int) -> np.ndarray:
-        """The windows of optimizer step ``step``: int64 [batch]; nothing to save, so nothing to lose on a restart.
-
-        Steps read the concatenation of order(seed, 0), order(seed, 1), ... in blocks of ``batch``, across epochs.
-        """
+        """The windows of optimizer step ``step``, see ``epoch_blocks``. There is no state to save or to lose."""
         _check_count("step", step)
         _check_count("batch", batch, 1)
-        at, end, parts = step * batch, (step + 1) * batch, []
-        while at < end:
-            epoch, offset = divmod(at, self._windows)
-            parts.append(self.order(seed, epoch)[offset : offset + end - at])
-            at += len(parts[-1])
-        return np.concatenate(parts)
+        return epoch_blocks(lambda epoch: self.order(seed, epoch), self._windows, step, batch)
 
 
 def flip_labels(
@@ -105,9 +118,9 @@ def flip_labels(
     """Label noise: targets with flips, and how many were flipped.
 
     In a share ``step_share`` of the steps each target (never one of -100) becomes, with probability ``share``, another
-    token drawn uniformly from the other ``vocab_size - 1``. The draw of a target depends on (seed, step) and its
-    place in the GLOBAL batch: a rank or micro-batch that holds rows r.. of it passes ``first_row=r`` and gets those
-    rows' flips. ``y_BT`` is int64 on the CPU and is not written to; where nothing is flipped it is returned itself.
+    token drawn uniformly from the other ``vocab_size - 1``. The draw of a target depends on (seed, step) and its place
+    in the GLOBAL batch: a rank or micro-batch that holds rows r.. of it passes ``first_row=r`` and gets those rows'
+    flips. ``y_BT`` is int64 on the CPU and is not written to; where nothing is flipped it is returned itself.
     """
     for name, value in (("share", share), ("step_share", step_share)):
         if not 0 <= value <= 1:
@@ -119,14 +132,13 @@ def flip_labels(
         raise ValueError(f"label noise: targets must be int64 [B, T] on the CPU, not {y_BT.dtype} on {y_BT.device}")
     if not share or not step_share:
         return y_BT, 0
-    # The top bit of the counter keeps this stream apart from the epochs' orders under the same seed.
-    skip = 1 + first_row * y_BT.shape[1]
-    raw = _raw(seed, step | 1 << 63, 1)
-    if (raw[0] >> np.uint64(11)) * 2.0**-53 >= step_share:
+    counter = LABEL_NOISE_COUNTER | step
+    if (random_uint64(seed, counter, 1)[0] >> np.uint64(11)) * 2.0**-53 >= step_share:
         return y_BT, 0
-    raw = _raw(seed, step | 1 << 63, skip + y_BT.numel())[skip:].reshape(y_BT.shape)
+    skip = 1 + first_row * y_BT.shape[1]
+    raw = random_uint64(seed, counter, skip + y_BT.numel())[skip:].reshape(y_BT.shape)
     y = y_BT.numpy()
     # High half: flip or not. Low half: how far to move, 1 .. V-1, so never onto itself; uniform to V / 2^32.
-    flip = ((raw >> np.uint64(32)) * 2.0**-32 < share) & (y != IGNORE)
+    flip = ((raw >> np.uint64(32)) * 2.0**-32 < share) & (y != IGNORE_INDEX)
     move = ((raw & np.uint64(0xFFFFFFFF)) * np.uint64(vocab_size - 1) >> np.uint64(32)).astype(np.int64) + 1
     return torch.from_numpy(np.where(flip, (y + move) % vocab_size, y)), int(flip.sum())

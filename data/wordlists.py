@@ -1,4 +1,4 @@
-"""Word lists for an attack by synonyms: neighbours, stop words, antonyms, synonyms.
+"""Word lists for an attack by synonyms: neighbours, stop words, antonyms, synonyms, all in lower case here.
 
 ``load_lists`` takes a folder as TextFooler's material comes in
 
@@ -9,13 +9,13 @@
 
 or a file of neighbours with the others beside it: JSON as above; text lines "word neighbour neighbour ...", nearest
 first; or vectors, "word x1 x2 ...", as counter-fitted-vectors.txt has them, whose neighbours are then computed.
-A broken line is a ValueError with its number. Lists are lower case here, whatever the files have.
+A broken line is a ValueError with its number.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,13 +29,12 @@ NEAREST, MIN_COSINE = 50, 0.7  # of vectors: N and delta of Jin et al. (2020), "
 
 @dataclass(frozen=True)
 class WordLists:
-    """``neighbours``: word -> candidates, nearest first. ``antonyms``: pairs that are never exchanged, in either
-    order. ``synonyms``: None, or the only pairs that are. Everything in lower case."""
+    """What may stand for a word. Everything is in lower case."""
 
-    neighbours: "Mapping[str, Sequence[str]] | Vectors"
+    neighbours: "Mapping[str, Sequence[str]] | Vectors"  # word -> candidates, nearest first
     stop_words: frozenset[str] = frozenset()
-    antonyms: frozenset[tuple[str, str]] = frozenset()
-    synonyms: frozenset[tuple[str, str]] | None = None
+    antonyms: frozenset[tuple[str, ...]] = frozenset()  # pairs that are never exchanged, in either order
+    synonyms: frozenset[tuple[str, ...]] | None = None  # the only pairs that are exchanged; None: any
 
     def candidates(self, word: str) -> list[str]:
         """What may stand for ``word``, nearest first, in lower case; stop words neither give nor are candidates."""
@@ -85,9 +84,7 @@ def load_lists(
     """
     if words is None:
         if not os.environ.get("LM_DATA"):
-            raise ValueError(
-                "no word lists: give --words a folder or file, or set LM_DATA to a folder with textfooler/"
-            )
+            raise ValueError("no word lists: give --words a folder or file, or set LM_DATA to one with textfooler/")
         words = Path(os.environ["LM_DATA"]) / "textfooler"
     words, antonyms, synonyms = Path(words), [Path(p) for p in antonyms], [Path(p) for p in synonyms]
     if not words.exists():
@@ -98,39 +95,33 @@ def load_lists(
         words = words / NEIGHBOURS
     if stop_words is None:
         raise ValueError(f"no stop words beside {words}: give --stop-words a file with one word a line, or none")
-    files = [words, *antonyms, *synonyms]
-    stop = frozenset()
-    if str(stop_words) != "none":
-        stop = read_words(stop_words)
-        files.insert(1, Path(stop_words))
+    stop = [] if str(stop_words) == "none" else [Path(stop_words)]
     lists = WordLists(
         neighbours=read_neighbours(words),
-        stop_words=stop,
+        stop_words=frozenset().union(*map(read_words, stop)),
         antonyms=frozenset().union(*map(read_pairs, antonyms)),
         synonyms=frozenset().union(*map(read_pairs, synonyms)) if synonyms else None,
     )
+    files = [words, *stop, *antonyms, *synonyms]
     return lists, {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def read_words(path: str | os.PathLike) -> frozenset[str]:
     """A file with one word a line."""
-    words = set()
-    for number, line in _lines(path):
-        if len(line.split()) != 1:
-            raise ValueError(f"{path} line {number}: {_short(line)}; expected one word a line")
-        words.add(line.strip().lower())
-    return frozenset(words)
+    return frozenset(word for (word,) in _rows(path, 1, "one word"))
 
 
-def read_pairs(path: str | os.PathLike) -> frozenset[tuple[str, str]]:
+def read_pairs(path: str | os.PathLike) -> frozenset[tuple[str, ...]]:
     """A file with two words a line."""
-    pairs = set()
+    return frozenset(_rows(path, 2, "two words"))
+
+
+def _rows(path, width: int, expected: str) -> Iterator[tuple[str, ...]]:
     for number, line in _lines(path):
-        pair = tuple(line.lower().split())
-        if len(pair) != 2:
-            raise ValueError(f"{path} line {number}: {_short(line)}; expected two words a line")
-        pairs.add(pair)
-    return frozenset(pairs)
+        row = tuple(line.lower().split())
+        if len(row) != width:
+            raise ValueError(f"{path} line {number}: {_short(line)}; expected {expected} a line")
+        yield row
 
 
 def read_neighbours(path: str | os.PathLike) -> "Mapping[str, Sequence[str]] | Vectors":
@@ -193,13 +184,11 @@ def _lines(path) -> list[tuple[int, str]]:
 
 def _read(path) -> str:
     try:
-        data = Path(path).read_bytes()
+        return Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ValueError(f"cannot read the word list {path} ({error.strerror})") from None
-    try:
-        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
+        line = error.object.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{path} line {line}: not UTF-8 text") from None
 
 

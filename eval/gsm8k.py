@@ -31,30 +31,20 @@ from itertools import tee
 from pathlib import Path
 from typing import NamedTuple
 
+from data.gsm8k import FORMATS, load_gsm8k
+from data.numbers import last_number, parse_number, same_number
 from eval.rows import write_rows
 from eval.stats import bootstrap_interval, mcnemar_exact, paired
 from runtime.cli import user_errors
 from sandbox import Limits, run_many
 
-FORMATS = ("text", "code")
 PACKAGES_MEMORY = 2 << 30  # bytes of address space of a program that imports packages: numpy maps more than it uses
 # Task gsm8k of lm-evaluation-harness, filters strict-match and flexible-extract.
 STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
 FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
-TOLERANCE = 1e-6  # relative above 1, absolute below: a program's rounding, far under what a wrong answer misses by
-_CURRENCY = "$€£¥₹"
-_AMOUNT = re.compile(
-    rf"(?P<sign>[-+−]?)\s*[{_CURRENCY}]?\s*(?P<inner>[-+−]?)\s*"
-    r"(?P<number>(?:\d[\d,]*(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d{1,3})?)(?:\s*/\s*(?P<below>\d+))?"
-    rf"\s*[{_CURRENCY}%°]?\s*(?P<unit>[^\W\d_][^\d=+*/<>]*)?"
-)
-_NUMBER = re.compile(r"[-−]?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d{1,3})?|[-−]?\.\d+(?:[eE][-+]?\d{1,3})?")
-# A tuple or list as Python prints it, with a number in the first place.
-_SEQUENCE = re.compile(r"[(\[]([-+]?[\d.][\d.eE+-]*),(?: [^()\[\]]*)?[)\]]")
 # Every fence with its label, or the end of a block that is not Python would count as the start of one that is.
 _FENCE = re.compile(r"^```[ \t]*([^\s`]*)[^\n`]*\n(.*?)(?:^```[ \t]*$|\Z)", re.MULTILINE | re.DOTALL)
 _PYTHON = ("", "python", "py", "python3")
-_DIGITS = 1000  # a number with more is no answer, and Python refuses to read one of more than 4300
 
 
 # ----------------------------------------------------------------------------------------------
@@ -71,47 +61,6 @@ def extract_flexible(output: str) -> str | None:
     """The last number, as the harness' pattern sees one: "$18.00", "18," and ".." are numbers to it. None without."""
     found = [match.group() for match in FLEXIBLE.finditer(output)]
     return found[-1] if found else None
-
-
-def parse_number(text: str | None) -> Fraction | None:
-    """The value of text that is one number: sign, currency, commas, decimals, a/b, exponent, percent and unit allowed.
-
-    "$1,200.50", "-3", "3/4", "18 dollars", "45%", "12." are numbers; a percentage has the value of its digits (45), as
-    GSM8K's answers do. None for anything else, not-a-number and infinity included.
-    """
-    text = (text or "").strip().rstrip(".,").strip()
-    match = _AMOUNT.fullmatch(text)
-    if not match or (match["sign"] and match["inner"]):
-        return None
-    if max(len(match["number"]), len(match["below"] or "")) > _DIGITS:
-        return None
-    value = Fraction(match["number"].replace(",", "").rstrip("."))
-    if match["below"]:
-        if not int(match["below"]):
-            return None
-        value /= int(match["below"])
-    return -value if (match["sign"] or match["inner"]) in ("-", "−") else value
-
-
-def last_number(text: str) -> Fraction | None:
-    """The last number in a program's output, its last line read as a whole first ("answer: 1/2" holds 2, "1/2" is 0.5).
-
-    Of a line that is a tuple or a list, "(7, 2)", the first element counts: Program of Thoughts' rule for a solver that
-    returns several values (Chen et al., 2022; ``floatify_ans`` in their code), which their verdicts follow.
-    None where there is none; a last line of nan, inf or words is not skipped in favour of an earlier line.
-    """
-    line = text.rstrip().rpartition("\n")[2]
-    if (value := parse_number(line)) is not None:
-        return value
-    if several := _SEQUENCE.fullmatch(line.strip()):
-        return parse_number(several[1])
-    found = _NUMBER.findall(line)
-    return parse_number(found[-1]) if found else None
-
-
-def same_number(a: Fraction | float, b: Fraction | float) -> bool:
-    """Equal to TOLERANCE, relative to ``b`` where that is above 1."""
-    return abs(a - b) <= TOLERANCE * max(1, abs(b))
 
 
 def extract_program(output: str) -> str:
@@ -285,7 +234,6 @@ def describe_difference(a: Sequence[Score], b: Sequence[Score], *, one_sample: b
 
 
 def main(arguments: list[str] | None = None) -> None:
-    from data.gsm8k import load_gsm8k  # goes to the top when data/numbers.py takes the numbers from here
 
     parser = argparse.ArgumentParser(prog="python -m eval.gsm8k", description="Grade outputs for GSM8K.")
     parser.add_argument("outputs", nargs="+", help='one or two JSONL files of {"id", "output"}')

@@ -1,11 +1,11 @@
-"""Decoding strategies as tensor programs: what is chosen from the logits of one step, in fixed shapes.
+"""Decoding strategies: what is chosen from the logits of one step, in fixed shapes.
 
-``Beams`` searches, ``Draws`` is greedy or samples. Either holds its state in tensors that are allocated
-once and written in place, counts its own length on the device, and branches on no tensor's value: a step
-is the same program every time, for torch.compile and CUDA graphs, and needs no answer from the device.
+``Beams`` searches, ``Draws`` is greedy or samples. Either holds its state in tensors that are allocated once and
+written in place. It counts its own length on the device and branches on no tensor's value, so a step is the same
+program every time, for torch.compile and CUDA graphs, and needs no answer from the device.
 
-Shapes in names: B prompts, K = num_beams, N = B * K rows with the beams of a prompt adjacent, L prompt
-and new tokens, C candidates of a prompt, V = vocab_size.
+Shapes in names: B prompts, K = num_beams, N = B * K rows with the beams of a prompt adjacent, L prompt and new tokens,
+C candidates of a prompt, V = vocab_size.
 """
 
 import math
@@ -19,8 +19,8 @@ IMPOSSIBLE = -1e9  # the score of a hypothesis that is not there; finite, so tha
 
 @dataclass(frozen=True)
 class Decoding:
-    """How to decode. Lengths count new tokens, the EOS among them: transformers' max_length and min_length
-    of an encoder-decoder count the start token too and are one more. Raises ValueError for what cannot be."""
+    """How to decode. Lengths count new tokens, the EOS among them: transformers' max_length and min_length of an
+    encoder-decoder count the start token too and are one more. Raises ValueError for what cannot be."""
 
     max_new_tokens: int
     min_new_tokens: int = 0  # no EOS before so many
@@ -38,34 +38,30 @@ class Decoding:
     num_return: int = 1  # hypotheses per prompt, the best first
 
     def __post_init__(self):
-        for name, least in (("max_new_tokens", 1), ("min_new_tokens", 0), ("num_beams", 1), ("no_repeat_ngram", 0)):
-            _whole(name, getattr(self, name), least)
+        for name in ("max_new_tokens", "num_beams", "num_return"):
+            _whole(name, getattr(self, name), 1)
+        for name in ("min_new_tokens", "no_repeat_ngram"):
+            _whole(name, getattr(self, name), 0)
         if self.max_new_tokens < self.min_new_tokens:
-            raise ValueError(
-                f"max_new_tokens={self.max_new_tokens} is below min_new_tokens={self.min_new_tokens}; "
-                "raise the limit or lower the minimum"
-            )
-        _whole("num_return", self.num_return, 1)
+            lengths = f"max_new_tokens={self.max_new_tokens} is below min_new_tokens={self.min_new_tokens}"
+            raise ValueError(f"{lengths}; raise the limit or lower the minimum")
         if self.num_return > self.num_beams:
             raise ValueError(f"num_return={self.num_return}: expected at most num_beams={self.num_beams}")
         if not math.isfinite(self.length_penalty):
             raise ValueError(f"length_penalty={self.length_penalty!r}: expected a finite number")
         if not (isinstance(self.early_stopping, bool) or self.early_stopping == "never"):
             raise ValueError(f"early_stopping={self.early_stopping!r}: expected True, False or 'never'")
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature={self.temperature!r}: expected 0 (no sampling) or a positive number")
+        check_sampling(self.temperature, self.top_k, self.top_p)
         if self.temperature > 0 and self.num_beams > 1:
-            raise ValueError(
-                f"temperature={self.temperature!r} with num_beams={self.num_beams}: sampling has no beams, expected 1"
-            )
-        _whole("top_k", self.top_k, 0)
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p!r}: expected a probability mass in (0, 1]")
-        for name in ("pad_id", "forced_bos_id", "forced_eos_id"):
-            if getattr(self, name) is not None:
-                _whole(name, getattr(self, name), 0)
-        for eos in self.eos_ids:
-            _whole("eos_id", eos, 0)
+            both = f"temperature={self.temperature!r} with num_beams={self.num_beams}"
+            raise ValueError(f"{both}: sampling has no beams, expected 1")
+        for name, value in self.token_ids():
+            _whole(name, value, 0)
+
+    def token_ids(self) -> list[tuple[str, int]]:
+        """Name and value of every token id that is given."""
+        ids = [("pad_id", self.pad_id), ("forced_bos_id", self.forced_bos_id), ("forced_eos_id", self.forced_eos_id)]
+        return [(name, i) for name, i in [*ids, *(("eos_id", eos) for eos in self.eos_ids)] if i is not None]
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -77,9 +73,8 @@ class Decoding:
 
     def check_vocabulary(self, V: int) -> None:
         """Raises ValueError for an id that a vocabulary of ``V`` tokens does not have."""
-        ids = dict(pad_id=self.pad_id, forced_bos_id=self.forced_bos_id, forced_eos_id=self.forced_eos_id)
-        for name, value in [*ids.items(), *(("eos_id", eos) for eos in self.eos_ids)]:
-            if value is not None and value >= V:
+        for name, value in self.token_ids():
+            if value >= V:
                 raise ValueError(f"{name}={value}: expected a token id below the vocabulary's {V}")
         if V <= len(self.eos_ids):
             raise ValueError(
@@ -92,6 +87,33 @@ def _whole(name: str, value, least: int) -> None:
         raise ValueError(f"{name}={value!r}: expected an integer of {least} or more")
 
 
+def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
+    """Raises ValueError for what does not say how to draw a token."""
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature={temperature!r}: expected 0 (greedy) or a positive number")
+    _whole("top_k", top_k, 0)
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p!r}: expected a probability mass in (0, 1]")
+
+
+def filter_logits(logits_BV: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """Logits [B, V] with the tokens that may not be drawn at -inf. At least one token always stays.
+
+    First go all below the ``top_k``-th largest (ties with it stay; 0 keeps all). Then go all outside the nucleus, the
+    smallest set of most probable tokens whose mass reaches ``top_p`` (Holtzman et al., 2020; 1 keeps all).
+    """
+    if 0 < top_k < logits_BV.shape[-1]:
+        kth_B1 = logits_BV.topk(top_k).values[:, -1:]
+        logits_BV = logits_BV.masked_fill(logits_BV < kth_B1, float("-inf"))
+    if top_p < 1:
+        sorted_BV, order_BV = logits_BV.sort(descending=True, stable=True)
+        p_BV = sorted_BV.softmax(-1)
+        # A token is outside when those before it already have the mass; the first has none before it.
+        outside_BV = p_BV.cumsum(-1) - p_BV >= top_p
+        logits_BV = logits_BV.masked_fill(outside_BV.scatter(-1, order_BV, outside_BV), float("-inf"))
+    return logits_BV
+
+
 class Rules:
     """What may come next: no repeated n-gram, no early EOS, forced first and last tokens, in this order."""
 
@@ -99,10 +121,16 @@ class Rules:
         self.options, self.prompt_length = options, prompt_length
         self.is_eos_V = torch.zeros(V, dtype=torch.bool, device=device)
         self.is_eos_V[list(options.eos_ids)] = True
-        self.first_V, self.last_V = (
-            None if only is None else torch.full((V,), -math.inf, device=device).index_fill(0, _at(only, device), 0.0)
-            for only in (options.forced_bos_id, options.forced_eos_id)
-        )
+        self.first_V = self._only(options.forced_bos_id)
+        self.last_V = self._only(options.forced_eos_id)
+
+    def _only(self, index: int | None) -> Tensor | None:
+        """Scores [V] that leave one token."""
+        if index is None:
+            return None
+        scores_V = torch.full(self.is_eos_V.shape, -math.inf, device=self.is_eos_V.device)
+        scores_V[index] = 0.0
+        return scores_V
 
     def apply(self, scores_NV: Tensor, tokens_NL: Tensor, length: Tensor) -> Tensor:
         """Scores with what must not come at -inf; ``length`` [1]: tokens so far, prompt included."""
@@ -117,10 +145,6 @@ class Rules:
         if self.last_V is not None:
             scores_NV = torch.where(new == options.max_new_tokens - 1, self.last_V, scores_NV)
         return scores_NV
-
-
-def _at(index: int, device) -> Tensor:
-    return torch.tensor([index], device=device)
 
 
 def repeats(tokens_NL: Tensor, length: Tensor, n: int, V: int) -> Tensor:
@@ -144,25 +168,32 @@ def pick(tensor: Tensor, index_BC: Tensor) -> Tensor:
     return tensor.gather(1, index_BC)
 
 
-class Beams:
+class Search:
+    """What Beams and Draws keep: the rules, the length, and whether every step had a token to go on with."""
+
+    def __init__(self, prompt_BP: Tensor, options: Decoding, V: int):
+        self.options, self.prompt_length = options, prompt_BP.shape[1]
+        self.rules = Rules(options, self.prompt_length, V, prompt_BP.device)
+        self.length = torch.tensor([self.prompt_length], device=prompt_BP.device)
+        self.possible = torch.ones((), dtype=torch.bool, device=prompt_BP.device)
+
+
+class Beams(Search):
     """Beam search over hypotheses that end at EOS or at the limit.
 
-    In each step the 2 K best continuations of a prompt's K beams are candidates (more with several EOS
-    ids, so that K remain that do not end). Those among the first K that end are finished hypotheses and
-    compete by length-normalised score; the best K that do not end run on. These are the definitions of
-    transformers, so that both give the same tokens, with its three meanings of ``early_stopping``.
+    In each step the 2 K best continuations of a prompt's K beams are candidates (more with several EOS ids, so that K
+    remain that do not end). Those among the first K that end are finished hypotheses and compete by length-normalised
+    score; the best K that do not end run on. These are the definitions of transformers, with its three meanings of
+    ``early_stopping``, so that both give the same tokens.
 
-    A prompt that is done keeps its hypotheses whatever is run after, so that the caller may look at
-    ``done_B`` as rarely as it likes.
+    A prompt that is done keeps its hypotheses whatever is run after: the caller may look at ``done_B`` as rarely as it
+    likes.
     """
 
     def __init__(self, prompt_BP: Tensor, options: Decoding, V: int):
+        super().__init__(prompt_BP, options, V)
         (B, P), K, device = prompt_BP.shape, options.num_beams, prompt_BP.device
-        L = P + options.max_new_tokens
-        self.options, self.prompt_length = options, P
-        self.rules = Rules(options, P, V, device)
-        self.length = torch.tensor([P], device=device)
-        self.tokens = torch.full((B, K, L), options.fill, device=device)
+        self.tokens = torch.full((B, K, P + options.max_new_tokens), options.fill, device=device)
         self.tokens[:, :, :P] = prompt_BP[:, None]
         # All beams of a prompt are equal at first: only one of them may be continued.
         self.scores = torch.full((B, K), IMPOSSIBLE, device=device)
@@ -174,7 +205,6 @@ class Beams:
         self.hopeful = torch.ones(B, 1, dtype=torch.bool, device=device)  # a running beam may yet beat a finished one
         self.offset = torch.arange(0, B * K, K, device=device)[:, None]
         self.parents = torch.arange(B * K, device=device)  # [N]: the row that each row continues
-        self.possible = torch.ones((), dtype=torch.bool, device=device)  # every step had a token to go on with
 
     @property
     def rows_NL(self) -> Tensor:
@@ -185,7 +215,7 @@ class Beams:
         done = ~self.hopeful[:, 0]
         return done | self.finished.all(1) if self.options.early_stopping is True else done
 
-    def update(self, logits_NV: Tensor, noise_NV: None = None) -> None:
+    def update(self, logits_NV: Tensor, noise_NV: Tensor | None = None) -> None:
         """One step from fp32 logits of the token after each row's last."""
         options, B, K, V = self.options, *self.scores.shape, logits_NV.shape[1]
         log_p_NV = self.rules.apply(logits_NV.log_softmax(-1), self.rows_NL, self.length)
@@ -227,8 +257,10 @@ class Beams:
         self.hopeful.logical_and_((ceiling_B1 > floor_BK).any(1, keepdim=True))
 
     def results(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens [B, R, L], new tokens [B, R] and scores [B, R] of the R = num_return best hypotheses. One
-        that does not exist, as where two tokens are all that may come, has no new tokens and score -inf."""
+        """Tokens [B, R, L], new tokens [B, R] and scores [B, R] of the R = num_return best hypotheses.
+
+        One that does not exist, as where two tokens are all that may come, has no new tokens and score -inf.
+        """
         tokens, lengths, scores = (
             t[:, : self.options.num_return] for t in (self.best_tokens, self.best_lengths, self.best_scores)
         )
@@ -241,28 +273,25 @@ class Beams:
         )
 
 
-class Draws:
+class Draws(Search):
     """One row per prompt: the most probable token each time, or one drawn from the filtered distribution.
 
-    A row that has ended is filled up. Its score is that of a beam: the sum of the model's own log p (at
-    temperature 1, unfiltered; 0 for a forced token) over length^length_penalty.
+    A row that has ended is filled up. Its score is that of a beam: the sum of the model's own log p (at temperature 1,
+    unfiltered; 0 for a forced token) over length^length_penalty.
     """
 
-    def __init__(self, prompt_BP: Tensor, options: Decoding, V: int, filter_logits):
+    def __init__(self, prompt_BP: Tensor, options: Decoding, V: int):
+        super().__init__(prompt_BP, options, V)
         (B, P), device = prompt_BP.shape, prompt_BP.device
-        self.options, self.prompt_length, self.filter_logits = options, P, filter_logits
-        self.rules = Rules(options, P, V, device)
-        self.length = torch.tensor([P], device=device)
         self.rows_NL = torch.full((B, P + options.max_new_tokens), options.fill, device=device)
         self.rows_NL[:, :P] = prompt_BP
         self.scores = torch.zeros(B, device=device)
         self.lengths = torch.zeros(B, dtype=torch.long, device=device)
         self.done_B = torch.zeros(B, dtype=torch.bool, device=device)
-        self.possible = torch.ones((), dtype=torch.bool, device=device)  # every step had a token to go on with
 
     def update(self, logits_NV: Tensor, noise_NV: Tensor | None = None) -> None:
-        """``noise_NV``: Exp(1) draws where sampling; argmax p / noise is then a draw from p, without the
-        check of p that torch.multinomial waits for."""
+        """``noise_NV``: Exp(1) draws where sampling; argmax p / noise is then a draw from p, without the check of p
+        that torch.multinomial waits for."""
         options = self.options
         log_p_NV = self.rules.apply(logits_NV.log_softmax(-1), self.rows_NL, self.length)
         best_N = log_p_NV.amax(-1)
@@ -271,9 +300,8 @@ class Draws:
             next_N = log_p_NV.argmax(-1)
         else:
             # Relative to the largest, so that no temperature, however low, makes an infinity of it.
-            cut_NV = self.filter_logits(
-                (log_p_NV - best_N[:, None]) / options.temperature, options.top_k, options.top_p
-            )
+            relative_NV = (log_p_NV - best_N[:, None]) / options.temperature
+            cut_NV = filter_logits(relative_NV, options.top_k, options.top_p)
             next_N = (cut_NV.softmax(-1) / noise_NV).argmax(-1)
         gained_N = log_p_NV.gather(1, next_N[:, None])[:, 0]
         self.scores.add_(gained_N.masked_fill(self.done_B, 0.0))

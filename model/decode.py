@@ -1,12 +1,12 @@
 """Continuous batching: a fixed number of cache rows, each given the next prompt as soon as its text has ended.
 
-Every step runs one token of every row, in the same shapes, whatever the rows are doing: on a GPU it is a CUDA
-graph. A row that gets a prompt has all of it but the last token written to its cache in one forward; the last
-token then goes through the common step, which yields the first new one. The host reads one token a row after
-each step. So it can end rows by text, and put tokens into a row that the model has not chosen (``insert``).
+Every step runs one token of every row, in the same shapes whatever the rows are doing: on a GPU it is a CUDA graph. A
+row that gets a prompt has all of it but the last token written to its cache in one forward. The last token then goes
+through the common step, which yields the first new one. The host reads one token a row after each step, so it can end
+rows by text, and put tokens into a row that the model has not chosen (``insert``).
 
-A row's tokens depend on its request alone, up to the rounding of sums in batches of another size: random numbers
-are each request's own stream.
+A row's tokens depend on its request alone, up to the rounding of sums in batches of another size: random numbers are
+each request's own stream.
 
 Shapes in names: B rows, T prompt tokens, V = vocab_size.
 """
@@ -19,9 +19,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model.qwen3 import KVCache
+from model.layers import KVCache
 
 SPAN = 128  # attention reads the cache up to the next multiple of so many positions; on CUDA a graph each
+PROMPT_MULTIPLE = 32  # prompts are padded to a multiple of so many tokens, so that few lengths occur
+COLDEST = 1e-6  # the lowest temperature that logits are divided by
 PREFILL = 16384  # prompt tokens of one forward, at most
 
 
@@ -66,6 +68,16 @@ class _Row:
         uniform = self.uniform[len(self.new)] if self.uniform else 0.0
         return self.token, self.position, self.request.temperature, uniform
 
+    def take(self, token: int, eos: set[int], stop: Callable[[list[int]], bool] | None) -> str:
+        """Adds the token; the reason why the row ends with it, empty where it goes on."""
+        if token in eos:
+            return "eos"
+        self.new.append(token)
+        self.token, self.position = token, self.position + 1
+        if stop is not None and stop(self.new):
+            return "stop"
+        return "length" if len(self.new) == self.request.max_new_tokens else ""
+
 
 def cache_length(requests: Sequence[Request], positions: int) -> int:
     """Positions of a cache for the requests. Raises ValueError, naming the first request that does not fit, above
@@ -92,15 +104,17 @@ def decode(
     insert: Callable[[list[int]], Sequence[int]] | None = None,
     refill: int = 1,
 ) -> Iterator[list[Finished]]:
-    """Yields after every step the requests that it ended, an empty list mostly; each request ends once.
+    """Yields after every step the requests that it ended, mostly none; each request ends once.
 
-    ``model``: a Qwen3, in eval mode. ``stop(new tokens)`` true ends a row, ``insert(new tokens)`` gives tokens that
-    come next instead of what the model would choose; both are called on the host after each new token, ``insert``
-    not while inserted tokens are still to come. A row ends at one of ``eos_ids``, by ``stop`` or at its
-    max_new_tokens. ``refill``: prompts are taken in when so many rows are free (or no request is left for more);
-    above 1 fewer, larger prompt forwards for a few idle rows. Logits are computed in the activations' dtype; a
-    random token is the one at which the cumulative probability, in fp64, passes the row's next uniform number.
-    Raises ValueError for requests that do not fit the model and for logits that are not finite.
+    ``model``: a Qwen3, in eval mode. A row ends at one of ``eos_ids``, where ``stop(new tokens)`` is true, or at its
+    max_new_tokens. ``insert(new tokens)`` gives tokens that come next instead of what the model would choose. Both are
+    called on the host after each new token, ``insert`` not while inserted tokens are still to come. ``refill``: prompts
+    are taken in when so many rows are free, or no request is left for more; above 1 there are fewer, larger prompt
+    forwards for a few idle rows.
+
+    Logits are computed in the activations' dtype. A random token is the one at which the cumulative probability, in
+    fp64, passes the row's next uniform number. Raises ValueError for requests that do not fit the model and for logits
+    that are not finite.
     """
     if rows < 1 or refill < 1:
         raise ValueError(f"rows={rows}, refill={refill}: expected at least 1 of each")
@@ -125,17 +139,9 @@ def decode(
             if token < 0:
                 raise ValueError(f"the logits of request {row.index} are not finite; the weights are damaged")
             token = row.inserted.popleft() if row.inserted else token
-            if token in eos:
-                ended.append(Finished(row.index, row.new, "eos"))
-                slots[b] = None
-                continue
-            row.new.append(token)
-            row.token, row.position = token, row.position + 1
-            if stop is not None and stop(row.new):
-                ended.append(Finished(row.index, row.new, "stop"))
-                slots[b] = None
-            elif len(row.new) == row.request.max_new_tokens:
-                ended.append(Finished(row.index, row.new, "length"))
+            reason = row.take(token, eos, stop)
+            if reason:
+                ended.append(Finished(row.index, row.new, reason))
                 slots[b] = None
             elif insert is not None and not row.inserted:
                 row.inserted.extend(insert(row.new))
@@ -147,15 +153,14 @@ def _prefill(model, cache: KVCache, prompts: list[tuple[int, Sequence[int]]]) ->
     device, limit = cache.k.device, cache.k.shape[2]
     left = sorted(((b, tokens) for b, tokens in prompts if tokens), key=lambda p: -len(p[1]))
     while left:
-        T = min(limit, -(-len(left[0][1]) // 32) * 32)
+        T = min(limit, -(-len(left[0][1]) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE)
         group, left = left[: max(1, PREFILL // T)], left[max(1, PREFILL // T) :]
         tokens_BT = torch.zeros(len(group), T, dtype=torch.int64)
         for i, (_, tokens) in enumerate(group):
             tokens_BT[i, : len(tokens)] = torch.tensor(tokens)
         rows_B = torch.tensor([b for b, _ in group], device=device)
         positions_BT = torch.arange(T, device=device).expand(len(group), T)
-        part = KVCache(cache.k[:, :, :T], cache.v[:, :, :T])
-        model(tokens_BT.to(device), positions_BT=positions_BT, cache=part, rows_B=rows_B)
+        model(tokens_BT.to(device), positions_BT=positions_BT, cache=cache.first(T), rows_B=rows_B)
 
 
 class _Step:
@@ -171,8 +176,7 @@ class _Step:
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
     def forward(self, span: int) -> Tensor:
-        part = KVCache(self.cache.k[:, :, :span], self.cache.v[:, :, :span])
-        hidden = self.model(self.tokens_B1, positions_BT=self.positions_B1, cache=part)[:, 0]
+        hidden = self.model(self.tokens_B1, positions_BT=self.positions_B1, cache=self.cache.first(span))[:, 0]
         return hidden @ self.head_VD.t()  # [B, V]
 
     def logits(self, span: int) -> Tensor:
@@ -203,7 +207,7 @@ class _Step:
         logits_BV = self.logits(min(self.length, -(-(last + 1) // SPAN) * SPAN))
         best_B = logits_BV.argmax(dim=1)
         if sampling:
-            warm_B = state[2].clamp_min(1e-6)[:, None]
+            warm_B = state[2].clamp_min(COLDEST)[:, None]
             cumulative_BV = (logits_BV.double() / warm_B).softmax(dim=1).cumsum_(dim=1)
             total_B1 = cumulative_BV[:, -1:]
             drawn_B = torch.searchsorted(cumulative_BV, state[3, :, None] * total_B1, right=True)[:, 0]

@@ -1,25 +1,28 @@
 """Text from a model that maps tokens to hidden states.
 
-``generate`` decodes with a static key-value cache, greedily, by sampling or by beam search, from a
-decoder-only model (GPT2, Qwen3) or an encoder-decoder (Seq2Seq). ``sample`` has no cache and no limit:
-each new token runs the last block_size tokens again.
+``generate`` decodes with a static key-value cache: greedily, by sampling or by beam search, from a decoder-only model
+(GPT2, Qwen3) or an encoder-decoder (Seq2Seq). ``sample`` has no cache and no limit: each new token runs the last
+block_size tokens again.
 """
 
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from model.beam import Beams, Decoding, Draws
+from model.beam import Beams, Decoding, Draws, check_sampling, filter_logits
 
 REORDERED = 64  # beams' caches are reordered up to the next multiple of so many positions
 
 
 @dataclass
 class Generated:
-    """R hypotheses of each of B prompts, the best first, without the prompt. Where a prompt has fewer, the
-    others have length 0 and score -inf."""
+    """R hypotheses of each of B prompts, the best first, without the prompt.
+
+    Where a prompt has fewer, the others have length 0 and score -inf.
+    """
 
     tokens: Tensor  # int64 [B, R, max_new_tokens], filled with pad_id after a row's length
     lengths: Tensor  # int64 [B, R]: new tokens, the EOS among them
@@ -34,6 +37,17 @@ class Generated:
         return self.new_tokens / self.seconds
 
 
+@contextmanager
+def evaluating(model):
+    """The model in eval mode, without dropout; its own mode comes back afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 @torch.no_grad()
 def generate(
     model,
@@ -46,24 +60,21 @@ def generate(
 ) -> Generated:
     """Decodes as ``options`` say, with the tokens that transformers.generate would give.
 
-    ``prompt`` int [B, T]: for a decoder-only model the tokens to continue, all rows of one length (group
-    prompts by length: padding on the left is not supported), for an encoder-decoder the source, with
-    ``mask`` [B, T] true at tokens where rows are padded on the right; its decoder begins with the
-    config's decoder_start_token_id. A forced BOS is the first new token, whatever the prompt's length.
-    Prompt and new tokens, less one, must fit the model's positions. ``generator`` as in ``sample``.
-    Dropout is off, whatever mode the model is in. Logits are computed in fp32.
+    ``prompt`` int [B, T]. Of a decoder-only model it holds the tokens to continue, all rows of one length (padding on
+    the left is not supported). Of an encoder-decoder it is the source, with ``mask`` [B, T] true at tokens where rows
+    are padded on the right. A forced BOS is the first new token, whatever the prompt's length. Prompt and new tokens,
+    less one, must fit the model's positions. ``generator`` as in ``sample``. Logits are computed in fp32.
 
-    The first step runs the prompt, every later one a token per row, always in the same shapes, with the
-    cache and the search's state written in place; the source's keys and values are computed once and
-    shared by its beams. The host waits for the device every ``check_every`` steps, to see whether all is
-    done and every step had a token to go on with, and nowhere else. ``compile``: keyword arguments for torch.compile,
-    which then compiles that step with fullgraph=True; None runs it as it is. Sources padded to few
+    The first step runs the prompt, every later one a token per row, always in the same shapes, with the cache and the
+    search's state written in place. The host waits for the device every ``check_every`` steps and nowhere else, to see
+    whether all is done and whether every step had a token to go on with. ``compile`` holds keyword arguments for
+    torch.compile, which then compiles that step with fullgraph=True; None runs it as it is. Sources padded to few
     lengths, and batches of one size, keep the number of compiled versions low.
 
-    ``model``: ``head_weight`` [V, D], optionally ``head_bias`` [V] or None, and either
-    ``new_cache(batch, length)`` and ``model(tokens, positions_BT=, cache=)``, or Seq2Seq's ``encode``,
-    ``new_cache`` and ``decode``; caches have keys and values k and v, [layers, rows, length, ...].
-    Raises ValueError for arguments out of range and for logits that are not finite.
+    ``model`` has ``head_weight`` [V, D], optionally ``head_bias`` [V] or None, and either ``new_cache(batch, length)``
+    and ``model(tokens, positions_BT=, cache=)``, or Seq2Seq's ``encode``, ``new_cache`` and ``decode``. Caches have
+    keys and values k and v, [layers, rows, length, ...]. Raises ValueError for arguments out of range and for logits
+    that are not finite.
     """
     weight = model.head_weight
     (V, _), device, beams = weight.shape, weight.device, options.num_beams
@@ -80,9 +91,7 @@ def generate(
         if mask.shape != tokens_BT.shape or not mask.any(1).all():
             raise ValueError(f"mask of shape {tuple(mask.shape)}: expected the prompt's, with a token in every row")
 
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         start = time.perf_counter()
         if encodes:
             memory = model.encode(tokens_BT, mask)
@@ -92,7 +101,7 @@ def generate(
         else:
             cache = model.new_cache(B * beams, tokens_BT.shape[1] + options.max_new_tokens - 1)
             context, prompt_BP = (cache,), tokens_BT
-        search = Draws(prompt_BP, options, V, filter_logits) if beams == 1 else Beams(prompt_BP, options, V)
+        search = Draws(prompt_BP, options, V) if beams == 1 else Beams(prompt_BP, options, V)
         # The head in fp32 once, not once a step; fp32 masters are not copied.
         bias = getattr(model, "head_bias", None)
         head = weight.float(), None if bias is None else bias.float()
@@ -101,9 +110,7 @@ def generate(
         step = decode_step if compile is None else torch.compile(decode_step, fullgraph=True, **compile)
         P, steps = prompt_BP.shape[1], 0
         while steps < options.max_new_tokens:
-            drawn = None
-            if options.temperature > 0:
-                drawn = noise.exponential_(generator=generator).to(device)
+            drawn = noise.exponential_(generator=generator).to(device) if options.temperature > 0 else None
             if steps == 0:
                 run_step(model, context, head, search, search.rows_NL[:, :P], torch.arange(P, device=device), drawn)
             else:
@@ -127,8 +134,6 @@ def generate(
         ended = search.rules.is_eos_V[last] & (lengths > 0)
         count = int(lengths.sum())
         return Generated(tokens, lengths, scores, ended, count, time.perf_counter() - start, steps)
-    finally:
-        model.train(was_training)
 
 
 def decode_step(model, context: tuple, head: tuple, search, noise_NV: Tensor | None) -> None:
@@ -148,8 +153,10 @@ def run_step(model, context, head, search, tokens_NT: Tensor, positions_T: Tenso
 
 
 def reorder(cache, rows_N: Tensor, filled: int) -> None:
-    """Row n of the cache becomes what row rows_N[n] was, in place: a gather a layer, of the ``filled``
-    positions rounded up, so that few sizes occur and what is still empty is mostly left alone."""
+    """Row n of the cache becomes what row rows_N[n] was, in place: a gather a layer.
+
+    It moves the ``filled`` positions, rounded up, so that few sizes occur and what is still empty is mostly left alone.
+    """
     end = -(-filled // REORDERED) * REORDERED
     for kept in (cache.k, cache.v):
         for layer in kept:
@@ -169,33 +176,23 @@ def sample(
 ) -> Tensor:
     """Continues each prompt by up to ``max_new_tokens``; returns int64 [B, T + new], prompts included.
 
-    ``prompt_BT``: integers [B, T] with T >= 1, all prompts of one length, or one prompt as a list of
-    ids. ``temperature`` 0 takes the most probable token, the first one on a tie; otherwise logits are
-    divided by it, then cut to the ``top_k`` largest (0: all), then to the nucleus of mass ``top_p``
-    (1: all). Past block_size tokens the model sees the last block_size only, at positions from 0 on.
-    A row ends at ``eos_id`` and is filled with it from there on; when all rows have ended, so does the
-    sampling. ``generator`` may live on another device than the model, so that a seed on the CPU gives
-    the same draws everywhere. Dropout is off, whatever mode the model is in.
+    ``prompt_BT``: integers [B, T] with T >= 1, all prompts of one length, or one prompt as a list of ids.
+    ``temperature`` 0 takes the most probable token, the first one on a tie. Otherwise logits are divided by it, then
+    filtered as ``filter_logits`` does. Past block_size tokens the model sees the last block_size only, at positions
+    from 0 on. A row ends at ``eos_id`` and is filled with it from there on; when all rows have ended, so does the
+    sampling. ``generator`` may live on another device than the model, so that a seed on the CPU gives the same draws
+    everywhere.
 
-    ``model``: a module with ``model(tokens) -> hidden [B, T, D]``, ``head_weight`` [V, D], and
-    ``config.block_size``. Raises ValueError for arguments out of range and for logits that are not
-    finite.
+    ``model``: a module with ``model(tokens) -> hidden [B, T, D]``, ``head_weight`` [V, D], and ``config.block_size``.
+    Raises ValueError for arguments out of range and for logits that are not finite.
     """
     V, device = model.head_weight.shape[0], model.head_weight.device
     tokens = checked_prompt(prompt_BT, V, device)
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens={max_new_tokens}: expected 0 or more")
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature={temperature}: expected 0 (greedy) or a positive number")
-    if top_k < 0 or top_k != int(top_k):
-        raise ValueError(f"top_k={top_k}: expected a positive integer, or 0 for all tokens")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p}: expected a probability mass in (0, 1]")
-
-    was_training = model.training
-    model.eval()
-    try:
-        ended = torch.zeros(len(tokens), dtype=torch.bool, device=device)
+    check_sampling(temperature, top_k, top_p)
+    ended = torch.zeros(len(tokens), dtype=torch.bool, device=device)
+    with evaluating(model):
         for _ in range(max_new_tokens):
             hidden_BD = model(tokens[:, -model.config.block_size :])[:, -1]
             logits_BV = hidden_BD.float() @ model.head_weight.float().T
@@ -216,8 +213,6 @@ def sample(
             tokens = torch.cat([tokens, next_B[:, None]], dim=1)
             if eos_id is not None and ended.all():
                 break
-    finally:
-        model.train(was_training)
     return tokens
 
 
@@ -234,19 +229,3 @@ def checked_prompt(prompt_BT: Tensor | list[int], V: int, device) -> Tensor:
     if tokens.min() < 0 or tokens.max() >= V:
         raise ValueError(f"prompt holds ids {tokens.min()} to {tokens.max()}: expected 0 to {V - 1}")
     return tokens
-
-
-def filter_logits(logits_BV: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """Logits [B, V] with the tokens that may not be drawn at -inf: first all below the ``top_k``-th
-    largest (ties with it stay), then all outside the nucleus, the smallest set of most probable tokens
-    whose mass reaches ``top_p`` (Holtzman et al., 2020). At least one token always stays."""
-    if 0 < top_k < logits_BV.shape[-1]:
-        kth_B1 = logits_BV.topk(top_k).values[:, -1:]
-        logits_BV = logits_BV.masked_fill(logits_BV < kth_B1, float("-inf"))
-    if top_p < 1:
-        sorted_BV, order_BV = logits_BV.sort(descending=True, stable=True)
-        p_BV = sorted_BV.softmax(-1)
-        # A token is outside when those before it already have the mass; the first has none before it.
-        outside_BV = p_BV.cumsum(-1) - p_BV >= top_p
-        logits_BV = logits_BV.masked_fill(outside_BV.scatter(-1, order_BV, outside_BV), float("-inf"))
-    return logits_BV

@@ -1,16 +1,15 @@
 """GPT-2 in plain PyTorch: tokens in, hidden states out; the loss belongs to the caller.
 
 The architecture and the parameter names are those of OpenAI's release (Radford et al., 2019, and
-github.com/openai/gpt-2, src/model.py): learned positions, LayerNorm before each sub-layer, GELU in
-its tanh form, biases everywhere, the head tied to the token embedding. Layouts differ where Linear
-below says so; model/hub.py translates.
+github.com/openai/gpt-2, src/model.py): learned positions, LayerNorm before each sub-layer, GELU in its tanh form,
+biases everywhere, the head tied to the token embedding. Layouts differ where Linear below says so; model/gpt2_hub.py
+translates.
 
-Mixed precision needs no autocast. Parameters stay as they are, fp32 masters by default; the
-activations have the ``dtype`` the model was given, and every layer casts its parameters to the dtype
-of what comes in. With fp32 all casts are no-ops. FSDP2 may hand the layers bf16 parameters instead:
-each layer follows its input, so either way of mixing works.
+Mixed precision needs no autocast. Parameters stay as they are, fp32 masters by default. Activations have the ``dtype``
+the model was given, and every layer casts its parameters to the dtype of what comes in. FSDP2 may hand the layers bf16
+parameters instead: each layer follows its input.
 
-Shapes in names: B sequences, T positions, D = n_embd, V = vocab_size, H heads.
+Shapes in names: B sequences, T positions, D = n_embd, V = vocab_size, H heads of K, L cached positions.
 """
 
 import math
@@ -19,7 +18,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+
+from model import layers
+from model.layers import Embedding, KVCache, LayerNorm
 
 # GPT-2's published sizes, GPT-3 XL's shape (Brown et al., 2020, table 2.1), and two for a CPU.
 SIZES: dict[str, dict] = {
@@ -45,21 +46,17 @@ class GPT2Config:
     dropout: float = 0.0  # after the embeddings, on attention weights, and on both residual branches
 
     def __post_init__(self):
-        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r}: expected a positive integer")
+        layers.check_positive(self, ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"))
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}; heads share it evenly")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout!r}: expected a probability in [0, 1)")
+        layers.check_probabilities(self, ("dropout",))
 
 
 class Linear(nn.Module):
     """y = x W + b, computed in its input's dtype; W [in, out] where out > in, else stored as [out, in].
 
-    The longer side is last because the gradient of the weight is then a product with long rows, which
-    BLAS on a CPU computes faster (MKL in fp32, 384 <-> 1536: 14 % on that product).
+    The longer side is last because the gradient of the weight is then a product with long rows, which BLAS on a CPU
+    computes faster (MKL in fp32, 384 <-> 1536: 14 % on that product).
     """
 
     def __init__(self, n_in: int, n_out: int):
@@ -71,29 +68,6 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.to(x.dtype)
         return F.linear(x, weight.t() if self.widens else weight, self.bias.to(x.dtype))
-
-
-class Embedding(nn.Embedding):
-    """nn.Embedding that leaves its initialisation to GPT2.init_weights."""
-
-    def reset_parameters(self):
-        pass
-
-
-class LayerNorm(nn.Module):
-    """LayerNorm over the last dimension, eps 1e-5, with its parameters cast to the input's dtype.
-
-    The input is not upcast: torch's kernels take mean and variance in fp32 whatever the input is, so
-    fp32 copies of the activations would buy only the rounding of the gain, 2^-9 in bf16.
-    """
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(width))
-        self.bias = nn.Parameter(torch.empty(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.bias.to(x.dtype), 1e-5)
 
 
 class Attention(nn.Module):
@@ -144,30 +118,11 @@ class Block(nn.Module):
         return x_BTD + self.mlp(self.ln_2(x_BTD))
 
 
-@dataclass
-class KVCache:
-    """Keys and values of every layer, [layers, B, L, H, K] each, of fixed shape and written in place; zero
-    at first, since a masked value is still multiplied by 0, which must not meet a NaN."""
-
-    k: Tensor
-    v: Tensor
-
-
-class GPT2(nn.Module):
-    """GPT-2 without a loss. ``dtype`` is the activations' dtype; parameters are created in torch's
-    default dtype, fp32. The model comes initialised from torch's global CPU generator; one built on
-    the meta device does not, and needs ``to_empty`` and ``init_weights``, or ``load_state_dict``.
-
-    ``checkpoint_activations = True`` recomputes each block in backward: memory for a third more work.
-    """
+class GPT2(layers.Backbone):
+    """GPT-2 as a layers.Backbone: without a loss."""
 
     def __init__(self, config: GPT2Config, dtype: torch.dtype = torch.float32):
-        super().__init__()
-        if not dtype.is_floating_point:
-            raise ValueError(f"dtype={dtype}: expected a floating-point dtype for the activations")
-        self.config = config
-        self.dtype = dtype
-        self.checkpoint_activations = False
+        super().__init__(config, dtype)
         self.wte = Embedding(config.vocab_size, config.n_embd)
         self.wpe = Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -175,27 +130,19 @@ class GPT2(nn.Module):
         if not self.wte.weight.is_meta:
             self.init_weights()
 
-    @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Every initial value of the model, in parameter order.
+        """Every initial value of the model, drawn from ``generator`` as ``draw_weights`` says.
 
-        Biases 0; LayerNorm gains 1; matrices and token embeddings N(0, 0.02); the two projections of
-        each block that write to the residual stream N(0, 0.02 / sqrt(2 n_layer)) (Radford et al.,
-        2019, section 2.3); positions N(0, 0.01), as in OpenAI's src/model.py (Hugging Face draws them
-        with 0.02).
-
-        Normals are drawn in fp32 on the CPU, from ``generator`` (a CPU one) or torch's global one,
-        then copied: a seed gives one model, whatever the device or dtype. Call it before sharding.
+        Biases are 0, LayerNorm gains 1, matrices and token embeddings N(0, 0.02). The two projections of each block
+        that write to the residual stream are N(0, 0.02 / sqrt(2 n_layer)) (Radford et al., 2019, section 2.3).
+        Positions are N(0, 0.01), as in OpenAI's src/model.py; Hugging Face draws them with 0.02.
         """
         residual = 0.02 / math.sqrt(2 * self.config.n_layer)
-        for name, p in self.named_parameters():
-            if name.endswith("bias"):
-                p.zero_()
-            elif p.ndim == 1:
-                p.fill_(1)
-            else:
-                std = 0.01 if name == "wpe.weight" else residual if name.endswith("c_proj.weight") else 0.02
-                p.copy_(torch.empty(p.shape, dtype=torch.float32, device="cpu").normal_(0, std, generator=generator))
+
+        def std(name: str) -> float:
+            return 0.01 if name == "wpe.weight" else residual if name.endswith("c_proj.weight") else 0.02
+
+        layers.draw_weights(self, std, generator)
 
     @property
     def head_weight(self) -> Tensor:
@@ -203,27 +150,24 @@ class GPT2(nn.Module):
         return self.wte.weight
 
     def new_cache(self, batch: int, length: int) -> KVCache:
-        """An empty cache of ``batch`` rows of ``length`` positions, in the activations' dtype, on the model's
-        device. Raises ValueError for a length beyond block_size."""
+        """An empty cache of ``batch`` rows of ``length`` positions, in the activations' dtype, on the model's device.
+        Raises ValueError for a length beyond block_size."""
         c = self.config
         if batch < 1 or not 1 <= length <= c.block_size:
             raise ValueError(f"cache of {batch} x {length}: expected one row or more of 1 to block_size={c.block_size}")
         shape = (c.n_layer, batch, length, c.n_head, c.n_embd // c.n_head)
-        return KVCache(*(torch.zeros(shape, dtype=self.dtype, device=self.wte.weight.device) for _ in range(2)))
+        return KVCache.zeros(shape, like=self.wte.weight, dtype=self.dtype)
 
     def forward(self, tokens_BT: Tensor, positions_BT: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """int32 or int64 [B, T], T <= block_size -> hidden states [B, T, D] after the final LayerNorm,
-        in the activations' dtype. Raises ValueError for another shape of input.
+        """int32 or int64 [B, T], T <= block_size -> hidden states [B, T, D] after the final LayerNorm, in the
+        activations' dtype. Raises ValueError for another shape of input.
 
-        With a ``cache`` the tokens stand at ``positions_BT`` (int64, below the cache's length), are written
-        there, and see the cached positions of their row up to their own. Every shape is static. Without
-        one they stand at 0 to T - 1.
+        Without a ``cache`` the tokens stand at 0 to T - 1. With one they stand at ``positions_BT`` (int64, below the
+        cache's length), are written there, and see the cached positions of their row up to their own. Every shape is
+        static.
         """
-        if tokens_BT.ndim != 2:
-            raise ValueError(f"tokens of shape {tuple(tokens_BT.shape)}: expected two dimensions, [batch, time]")
+        layers.check_tokens(tokens_BT, "block_size", self.config.block_size)
         B, T = tokens_BT.shape
-        if T > self.config.block_size:
-            raise ValueError(f"sequence of {T} tokens: expected at most block_size={self.config.block_size}")
         if (cache is None) != (positions_BT is None):
             raise ValueError("positions_BT and cache belong together: expected both or neither")
         index_T = torch.arange(T, device=tokens_BT.device)
@@ -234,13 +178,8 @@ class GPT2(nn.Module):
             where = torch.arange(B, device=tokens_BT.device)[:, None], positions_BT
             seen_B1TL = torch.arange(cache.k.shape[2], device=tokens_BT.device) <= positions_BT[:, None, :, None]
         for i, block in enumerate(self.h):
-            if cache is not None:
-                x_BTD = block(x_BTD, (cache.k[i], cache.v[i], where, seen_B1TL))
-            elif self.checkpoint_activations:
-                # Without dropout nothing random is replayed, and saving the generator's state would cost a sync.
-                x_BTD = checkpoint(block, x_BTD, use_reentrant=False, preserve_rng_state=self.config.dropout > 0)
-            else:
-                x_BTD = block(x_BTD)
+            slot = None if cache is None else (cache.k[i], cache.v[i], where, seen_B1TL)
+            x_BTD = self.run(block, x_BTD, slot, random=self.config.dropout > 0)
         return self.ln_f(x_BTD)
 
 
@@ -252,18 +191,18 @@ def parameter_count(model: nn.Module) -> int:
 def flops_per_token(config: GPT2Config, block: int) -> int:
     """FLOPs of one training step per token at sequence length ``block``: 6 N + 12 L T D.
 
-    N counts the weights that a token is multiplied with, 12 D^2 a layer and V D for the head; an
-    embedding look-up multiplies nothing. A multiply-add is 2, forward once and backward twice. The
-    attention term does not discount the causal half, and recomputation does not count. From
-    Chowdhery et al., "PaLM", 2022, appendix B, so that MFU compares with published figures.
+    N counts the weights that a token is multiplied with, 12 D^2 a layer and V D for the head; an embedding look-up
+    multiplies nothing. A multiply-add is 2, forward once and backward twice. The attention term does not discount the
+    causal half, and recomputation does not count. From Chowdhery et al., "PaLM", 2022, appendix B, so that MFU compares
+    with published figures.
     """
     L, D = config.n_layer, config.n_embd
     return 6 * (12 * L * D * D + config.vocab_size * D) + 12 * L * block * D
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """AdamW's parameter groups: weight decay on matrices and embeddings (two dimensions and more), none
-    on biases and LayerNorm gains. Covers each trainable parameter exactly once, checked."""
+    """AdamW's parameter groups: weight decay on matrices and embeddings (two dimensions and more), none on biases and
+    LayerNorm gains. Covers each trainable parameter exactly once, checked."""
     if not weight_decay >= 0:
         raise ValueError(f"weight_decay={weight_decay!r}: expected 0 or more")
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -276,8 +215,8 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def check_groups(model: nn.Module, groups: list[dict]) -> None:
-    """Raises ValueError unless each parameter that requires a gradient is in ``groups`` exactly once,
-    and nothing else is; names what is wrong."""
+    """Raises ValueError unless each parameter that requires a gradient is in ``groups`` exactly once, and nothing else
+    is; names what is wrong."""
     counts: dict[int, int] = {}
     for group in groups:
         for p in group["params"]:

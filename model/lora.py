@@ -1,14 +1,19 @@
 """LoRA on Qwen3's linear layers, over a base in fp32, bf16 or NF4, with adapters in PEFT's format.
 
-A layer computes y = W x + s B A dropout(x), W frozen, A [r, in] and B [out, r] trained (Hu et al., "LoRA",
-2021, section 4.1), s = alpha / r, or alpha / sqrt(r) for rsLoRA (Kalajdzievski, 2023). B starts at 0, A
-uniform within 1 / sqrt(in), which is what the authors' code and PEFT call Kaiming with a = sqrt(5). NF4
-is QLoRA's 4-bit base (Dettmers et al., 2023), blocks of 64 values with one scale each, the scales
-quantised again with double quantisation; bitsandbytes does it, on a GPU and on a CPU.
+A layer computes
 
-The backward also measures. After ``set_segments(model, answer_mask)`` the gradient of each A and B is
-computed as the sum of two products, over the prompt's rows and over the answer's, which together cost what
-the one product costs; ``segment_rms`` reads what both parts weigh in each block.
+    y = W x + s B A dropout(x)
+
+with W frozen and A [r, in], B [out, r] trained (Hu et al., "LoRA", 2021, section 4.1). The scale s is alpha / r, or
+alpha / sqrt(r) for rsLoRA (Kalajdzievski, 2023). B starts at 0, A uniform within 1 / sqrt(in), which the authors' code
+and PEFT call Kaiming with a = sqrt(5).
+
+NF4 is QLoRA's 4-bit base (Dettmers et al., 2023): blocks of 64 values share a scale, and double quantisation quantises
+the scales too. The package bitsandbytes does it, on a GPU and on a CPU.
+
+The backward also measures. After ``set_segments(model, answer_mask)`` the gradient of each A and B is the sum of two
+products, over the prompt's rows and over the answer's, at the cost of one. ``segment_rms`` reads the size of both
+parts, block by block.
 
 Shapes in names: N rows (all tokens of the batch), r the rank.
 """
@@ -23,9 +28,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from model.gpt2_hub import _read_json
-from model.qwen3 import Linear, Qwen3, Qwen3Config, load_qwen3
-from model.weights import check_shapes, read_shapes, read_tensors, staged
+from model import weights
+from model.layers import Linear, check_probabilities
+from model.qwen3 import Qwen3, Qwen3Config
+from model.qwen3_hub import load_qwen3
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 BASES = ("bf16", "fp32", "nf4")
@@ -33,13 +39,11 @@ NF4_BLOCK = 64  # values that share one scale, QLoRA's choice
 
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
-# Fields of adapter_config.json that are read, or that cannot change what the adapter computes. Every other field is
-# an extension of LoRA: it has to be empty.
+# Fields of adapter_config.json that are read, and those that cannot change what the adapter computes. Every other field
+# is an extension of LoRA, and has to be empty.
 READ = ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "base_model_name_or_path")
-HARMLESS = (
-    *("task_type", "inference_mode", "auto_mapping", "revision", "peft_version"),
-    *("megatron_core", "qalora_group_size", "runtime_config"),  # set by default, without an effect of their own
-)
+HARMLESS = ("task_type", "inference_mode", "auto_mapping", "revision", "peft_version", "megatron_core")
+HARMLESS += ("qalora_group_size", "runtime_config")
 FIXED = dict(peft_type=("LORA",), bias=("none",), init_lora_weights=(True, False, "gaussian", "orthogonal", "eva"))
 
 
@@ -58,8 +62,7 @@ class LoRAConfig:
             raise ValueError(f"rank r={self.r!r}: expected a positive integer; rank 0 would train nothing")
         if not isinstance(self.alpha, int | float) or not 0 < self.alpha < math.inf:
             raise ValueError(f"alpha={self.alpha!r}: expected a positive number")
-        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout!r}: expected a probability in [0, 1)")
+        check_probabilities(self, ["dropout"])
         wrong = [name for name in self.targets if name not in TARGETS]
         if wrong or not self.targets or isinstance(self.targets, str):
             raise ValueError(f"targets={self.targets!r}: expected one or more of {', '.join(TARGETS)}")
@@ -75,29 +78,25 @@ def _bitsandbytes():
 
         return bitsandbytes.functional
     except (ImportError, OSError, RuntimeError) as error:
-        reason = str(error).strip().split("\n")[0]
         raise ValueError(
-            f"base 'nf4' needs the package bitsandbytes, which cannot be imported ({reason}); "
+            f"base 'nf4' needs the package bitsandbytes, which cannot be imported ({weights.first_line(error)}); "
             "pip install bitsandbytes, or take base 'bf16'"
         ) from error
 
 
 class NF4Linear(nn.Module):
-    """A frozen Linear in NF4: the weight [out, in] is quantised from the dtype and on the device it comes in, and
-    dequantised to that dtype for each product, in forward and again in backward, where nothing of it is kept.
+    """A frozen Linear whose weight [out, in] is kept in NF4 and dequantised anew for each product, backward's too.
 
-    What it holds moves with ``to(device)``; a change of dtype leaves it alone. It is not part of a state_dict:
-    the base is loaded anew from its files. Raises ValueError without bitsandbytes and for rows that blocks of 64
-    do not divide.
+    It quantises in the dtype and on the device of ``weight``, moves with ``to(device)``, and keeps its values when the
+    dtype changes. It is not part of a state_dict: the base is loaded from its files. Raises ValueError without
+    bitsandbytes, and for rows that blocks of 64 do not divide.
     """
 
     def __init__(self, weight: Tensor, double_quant: bool = True):
         super().__init__()
         if weight.ndim != 2 or weight.shape[1] % NF4_BLOCK:
-            raise ValueError(
-                f"NF4 of a weight {tuple(weight.shape)}: expected [out, in] with in a multiple of {NF4_BLOCK}; "
-                "take base 'bf16'"
-            )
+            expected = f"expected [out, in] with in a multiple of {NF4_BLOCK}"
+            raise ValueError(f"NF4 of a weight {tuple(weight.shape)}: {expected}; take base 'bf16'")
         self.shape = tuple(weight.shape)
         packed, self.quant = _bitsandbytes().quantize_4bit(
             weight.contiguous(), blocksize=NF4_BLOCK, compress_statistics=double_quant, quant_type="nf4"
@@ -119,8 +118,7 @@ class NF4Linear(nn.Module):
 
 
 class _Segments:
-    """Which rows of the batch are the answer's, and what the backward has measured since the last reset. One
-    for all layers of a model."""
+    """Which rows of the batch are the answer's, and what backwards measured. All layers of a model share one."""
 
     def __init__(self, blocks: int):
         self.order_N: Tensor | None = None  # the prompt's rows, then the answer's
@@ -136,8 +134,11 @@ class _Segments:
 
 
 class _LoRAProduct(torch.autograd.Function):
-    """W x + s B A dropout(x) for a frozen W. Kept for the backward: x, which the layers that read the same x share,
-    A x (r numbers a row) and dropout's mask, one byte a number. W is the base's own, dequantised anew if in NF4."""
+    """W x + s B A dropout(x) for a frozen W.
+
+    Kept for the backward: x, which the layers that read the same x share, A x (r numbers a row) and dropout's mask, one
+    byte a number. W is the base's own, dequantised anew if in NF4.
+    """
 
     @staticmethod
     def forward(ctx, x, A, B, base, scale: float, keep_p: float, segments: _Segments | None, block: int):
@@ -165,7 +166,7 @@ class _LoRAProduct(torch.autograd.Function):
         dx = dy @ ctx.base.dense(dy.dtype) if ctx.needs_input_grad[0] else None
         saved = ctx.saved_tensors  # once: under activation checkpointing each look recomputes
         if not saved:
-            return None if dx is None else dx.view(ctx.shape), None, None, None, None, None, None, None
+            return (None if dx is None else dx.view(ctx.shape), *[None] * 7)
         x, A, B, h, kept = saved
         rows = x.reshape(-1, x.shape[-1])
         mask = None if kept is None else kept.to(dy.dtype).div_(ctx.keep_p)
@@ -213,17 +214,15 @@ class LoRALinear(nn.Module):
     @torch.no_grad()
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The merged weight [out, in]: base + s B A, summed in fp32."""
-        return torch.addmm(
-            self.base.dense(torch.float32), self.lora_B.float(), self.lora_A.float(), alpha=self.scale
-        ).to(dtype)
+        base = self.base.dense(torch.float32)
+        return torch.addmm(base, self.lora_B.float(), self.lora_A.float(), alpha=self.scale).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         order = self.segments.order_N
-        if order is not None and torch.is_grad_enabled() and x[..., 0].numel() != len(order):
-            raise ValueError(
-                f"a batch of {x[..., 0].numel()} tokens, but the answer mask has {len(order)}: call "
-                "set_segments with this batch's mask, or with None"
-            )
+        tokens = x[..., 0].numel()
+        if order is not None and torch.is_grad_enabled() and tokens != len(order):
+            sizes = f"a batch of {tokens} tokens, but the answer mask has {len(order)}"
+            raise ValueError(f"{sizes}: call set_segments with this batch's mask, or with None")
         keep_p = 1 - self.dropout if self.training else 1.0
         return _LoRAProduct.apply(x, self.lora_A, self.lora_B, self.base, self.scale, keep_p, self.segments, self.block)
 
@@ -235,31 +234,29 @@ def load_base(
     device: str | torch.device = "cpu",
     double_quant: bool = True,
 ) -> Qwen3:
-    """A Qwen3 whose parameters are kept as ``base`` says, ready for ``add_lora``; ``dtype`` is the activations'.
+    """A Qwen3 whose parameters are kept as ``base`` says, ready for ``add_lora``. ``dtype`` is the activations'.
 
-    "bf16" and "fp32" keep all parameters so. "nf4" quantises each linear layer within the blocks as it is
-    loaded, on ``device``, from its value in ``dtype``; embedding, head and norms are kept in ``dtype``.
-    ``double_quant`` quantises NF4's scales too: 4.13 bits a weight instead of 4.5. Raises ValueError as
-    load_qwen3 does, for an unknown base, and for "nf4" without bitsandbytes.
+    "bf16" and "fp32" keep all parameters in that dtype. "nf4" quantises each linear layer within the blocks as it is
+    loaded, on ``device``, and keeps the rest in ``dtype``; with ``double_quant`` at 4.13 bits a weight instead of 4.5.
+    Raises ValueError as load_qwen3 does, for an unknown base, and for "nf4" without bitsandbytes.
     """
     if base not in BASES:
         raise ValueError(f"base={base!r}: expected one of {', '.join(BASES)}")
     if base != "nf4":
         return load_qwen3(folder_or_hub_id, dtype, dict(bf16=torch.bfloat16, fp32=torch.float32)[base], device)
     _bitsandbytes()
-    return load_qwen3(
-        folder_or_hub_id,
-        dtype,
-        device=device,
-        convert=lambda name, weight: NF4Linear(weight.to(device=device, dtype=dtype), double_quant),
-    )
+
+    def quantised(name: str, weight: Tensor) -> NF4Linear:
+        return NF4Linear(weight.to(device=device, dtype=dtype), double_quant)
+
+    return load_qwen3(folder_or_hub_id, dtype, device=device, convert=quantised)
 
 
 def add_lora(model: Qwen3, config: LoRAConfig, generator: torch.Generator | None = None) -> None:
-    """Freezes ``model`` and wraps the targeted layers of every block; A and B, in fp32, are all that trains.
+    """Freezes ``model`` and wraps the targeted layers of every block. Only A and B, in fp32, train.
 
-    A is drawn in fp32 on the CPU, in the layers' order, from ``generator`` or torch's global one: a seed gives
-    one adapter on every device. Raises ValueError for a model that has adapters already.
+    A is drawn in fp32 on the CPU, in the layers' order, from ``generator`` or torch's global one: a seed gives one
+    adapter on every device. Raises ValueError for a model that has adapters already.
     """
     _check_plain(model)
     for p in model.parameters():
@@ -273,8 +270,7 @@ def add_lora(model: Qwen3, config: LoRAConfig, generator: torch.Generator | None
         drawn = torch.empty(layer.lora_A.shape).uniform_(-bound, bound, generator=generator)
         with torch.no_grad():
             layer.lora_A.copy_(drawn)
-        parent, _, child = path.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer)
+        model.set_submodule(path, layer)
 
 
 def _check_plain(model: Qwen3) -> None:
@@ -300,9 +296,11 @@ def _adapted(model: Qwen3) -> dict[str, LoRALinear]:
 
 
 def merged(model: Qwen3) -> Qwen3:
-    """A plain model of the same function on the same device, for generation: each layer one dense matrix in the
-    activations' dtype, adapters summed in and NF4 dequantised. Embedding, head and norms are shared with
-    ``model``, which is not changed. To write a merged checkpoint, save_qwen3 needs no copy."""
+    """A plain model of the same function on the same device, for generation.
+
+    Each layer is one dense matrix in the activations' dtype, adapters summed in and NF4 dequantised. Embedding, head
+    and norms are shared with ``model``, which is not changed. To write a merged checkpoint, save_qwen3 needs no copy.
+    """
     with torch.device("meta"):
         plain = Qwen3(model.config, model.dtype)
     for path, layer in plain.named_modules():
@@ -322,35 +320,36 @@ def block_parameters(model: Qwen3) -> list[list[nn.Parameter]]:
     return blocks
 
 
-def flops_per_token(config: Qwen3Config, lora: LoRAConfig, block: int, loss_share: float = 1.0) -> float:
+def lora_flops_per_token(config: Qwen3Config, lora: LoRAConfig, block: int, loss_share: float = 1.0) -> float:
     """FLOPs of one LoRA training step per token at sequence length ``block``.
 
-    PaLM's count (Chowdhery et al., 2022, appendix B: a multiply-add is 2, attention 12 L T H K without a discount for
-    its causal half, an embedding look-up and recomputation nothing), of what LoRA runs: a frozen matrix [out, in] takes
-    4 out in, forward and the gradient of its input, none of itself; an adapter of rank r takes 6 r (in + out). The head
-    takes 4 V D for each target of the loss, ``loss_share`` of all tokens. Nothing that trains is before the first
-    block's q, k and v, so that these have no gradient of an input; all three are taken to be adapted, or none.
+    PaLM's count (Chowdhery et al., 2022, appendix B), of what LoRA runs. A multiply-add is 2. Attention takes
+    12 L T H K, without a discount for its causal half. An embedding look-up and recomputation take nothing.
+
+    - A frozen matrix [out, in] takes 4 out in: forward and the gradient of its input, none of itself.
+    - An adapter of rank r takes 6 r (in + out).
+    - The head takes 4 V D for each target of the loss, ``loss_share`` of all tokens.
+    - Before the first block's q, k and v nothing trains, so they have no gradient of an input. All three are taken to
+      be adapted, or none.
     """
-    c, r, total = config, lora.r, 0
-    D, K, H, J = c.hidden_size, c.head_dim, c.num_attention_heads, c.num_key_value_heads
-    for name, n_out, n_in in (
-        *(("q_proj", H * K, D), ("k_proj", J * K, D), ("v_proj", J * K, D), ("o_proj", D, H * K)),
-        *(("gate_proj", c.intermediate_size, D), ("up_proj", c.intermediate_size, D)),
-        ("down_proj", D, c.intermediate_size),
-    ):
-        adapter = r * (n_in + n_out) if name in lora.targets else 0
-        total += c.num_hidden_layers * (4 * n_out * n_in + 6 * adapter)
-        if name in ("q_proj", "k_proj", "v_proj"):
-            total -= 2 * n_out * n_in + (2 * r * n_in if adapter else 0)
-    return total + 12 * c.num_hidden_layers * block * H * K + 4 * loss_share * c.vocab_size * D
+    with torch.device("meta"):
+        layers = {path: m.shape for path, m in Qwen3(config).named_modules() if isinstance(m, Linear) and "." in path}
+    total = 0
+    for path, (n_out, n_in) in layers.items():
+        adapted = path.rpartition(".")[2] in lora.targets
+        total += 4 * n_out * n_in + 6 * adapted * lora.r * (n_in + n_out)
+        if path.startswith("layers.0.") and path.endswith(("q_proj", "k_proj", "v_proj")):
+            total -= 2 * n_out * n_in + 2 * adapted * lora.r * n_in
+    attention = 12 * config.num_hidden_layers * block * config.num_attention_heads * config.head_dim
+    return total + attention + 4 * loss_share * config.vocab_size * config.hidden_size
 
 
 def set_segments(model: Qwen3, answer_mask: Tensor | None) -> None:
-    """Says which tokens of the coming batch are the answer's: bool, one entry per token in the batch's layout
-    (usually [B, T]); every other token, padding too, counts to the prompt. None stops measuring.
+    """Says which tokens of the coming batch are the answer's: bool, one entry per token in the batch's layout, usually
+    [B, T]. Every other token, padding too, counts to the prompt. None stops measuring.
 
-    Call it between a micro-batch's backward and the next one's forward. A mask on the CPU costs no
-    synchronisation with a GPU, one on the GPU costs one. Raises ValueError for a mask that is not boolean.
+    Call it between a micro-batch's backward and the next one's forward. A mask on the CPU costs no synchronisation with
+    a GPU, one on the GPU costs one. Raises ValueError for a mask that is not boolean.
     """
     layers = _adapted(model)
     first = next(iter(layers.values()))
@@ -369,12 +368,11 @@ def set_segments(model: Qwen3, answer_mask: Tensor | None) -> None:
 
 
 def segment_rms(model: Qwen3, reset: bool = True) -> Tensor:
-    """RMS gradient of each transformer block's adapters, fp32 [blocks, 2]: over the prompt's rows, over the answer's.
+    """RMS gradient of each block's adapters, fp32 [blocks, 2]: over the prompt's rows, and over the answer's.
 
-    The root of the mean, over the elements of all A and B of the block and over the backward passes since the
-    last reset, of the squared gradient that those rows alone contribute. Micro-batches count as passes of
-    their own, with whatever factor their loss had. Stays on the device, without a synchronisation; 0 where
-    nothing was measured. ``reset`` begins anew.
+    It is the root of the mean squared gradient that those rows alone contribute, over the elements of all A and B of
+    the block and the backward passes since the last reset, each with whatever factor its loss had. It stays on the
+    device, without a synchronisation, and is 0 where nothing was measured. ``reset`` begins anew.
     """
     segments = next(iter(_adapted(model).values())).segments
     if segments.squares is None:
@@ -404,44 +402,24 @@ def adapter_tensors(model: Qwen3) -> dict[str, Tensor]:
 def save_adapter(model: Qwen3, folder: str | os.PathLike, base_model: str) -> None:
     """Writes adapter_config.json and adapter_model.safetensors as PEFT does. ``base_model`` is the name or folder the
     base was loaded from. A new folder appears whole or not at all."""
-    from safetensors.torch import save_file
-
-    tensors = {name: p.detach().cpu().contiguous() for name, p in adapter_tensors(model).items()}
     config: LoRAConfig = model.lora
-    fields = dict(
-        peft_type="LORA",
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=str(base_model),
-        r=config.r,
-        lora_alpha=config.alpha,
-        lora_dropout=config.dropout,
-        use_rslora=config.rslora,
-        target_modules=sorted(config.targets),
-        bias="none",
-        fan_in_fan_out=False,
-        inference_mode=True,
-        init_lora_weights=True,
-        modules_to_save=None,
-        use_dora=False,
-    )
-    with staged(Path(folder), last=ADAPTER_CONFIG) as temporary:
-        save_file(tensors, temporary / ADAPTER, metadata={"format": "pt"})
+    fields = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=str(base_model))
+    fields |= dict(r=config.r, lora_alpha=config.alpha, lora_dropout=config.dropout, use_rslora=config.rslora)
+    fields |= dict(target_modules=sorted(config.targets), bias="none", fan_in_fan_out=False, inference_mode=True)
+    fields |= dict(init_lora_weights=True, modules_to_save=None, use_dora=False)
+    with weights.staged(Path(folder), last=ADAPTER_CONFIG) as temporary:
+        weights.save_tensors(adapter_tensors(model).items(), temporary / ADAPTER)
         (temporary / ADAPTER_CONFIG).write_text(json.dumps(fields, indent=2) + "\n")
 
 
 def read_adapter_config(folder: str | os.PathLike) -> tuple[LoRAConfig, str | None]:
-    """The LoRAConfig of a PEFT adapter, and the name of its base. Raises ValueError for what is not plain LoRA on
-    Qwen3's linear layers."""
+    """The LoRAConfig of a PEFT adapter, and the name of its base. Raises ValueError for other kinds of adapters."""
     path = Path(folder) / ADAPTER_CONFIG
-    fields = _read_json(path)
-    for name, allowed in FIXED.items():
-        if fields.get(name, allowed[0]) not in allowed:
-            raise ValueError(f"{path}: {name}={fields[name]!r} is not supported; expected {allowed[0]!r}")
+    fields = weights.read_json(path)
+    weights.check_fields(path, fields, ("r", "lora_alpha", "target_modules"), FIXED)
     for name, value in fields.items():
         if name not in (*READ, *HARMLESS, *FIXED) and value:
             raise ValueError(f"{path}: {name}={value!r} is not supported; only plain LoRA and rsLoRA adapters are")
-    if missing := [name for name in ("r", "lora_alpha", "target_modules") if fields.get(name) is None]:
-        raise ValueError(f"{path} does not say {', '.join(missing)}")
     targets = fields["target_modules"]
     if targets == "all-linear":
         targets = list(TARGETS)
@@ -459,27 +437,26 @@ def read_adapter_config(folder: str | os.PathLike) -> tuple[LoRAConfig, str | No
 
 
 def load_adapter(model: Qwen3, folder: str | os.PathLike, base_model: str | None = None) -> None:
-    """Adds a PEFT adapter to ``model``, trainable; ours or PEFT's own.
+    """Adds a PEFT adapter, ours or PEFT's own, to ``model``. It is trainable.
 
-    ``base_model``: the name or folder ``model`` was loaded from. If given, its last component has to be the one
-    of the base that the adapter names, so that a local copy of a hub model passes. Raises ValueError, before
+    The last component of ``base_model``, the name or folder that ``model`` was loaded from, has to be that of the base
+    which the adapter names, so that a local copy of a hub model passes; None is not checked. Raises ValueError, before
     the model is changed, for another base, for tensors that do not fit it, and as read_adapter_config does.
     """
     _check_plain(model)
     folder = Path(folder)
     config, trained_on = read_adapter_config(folder)
     if base_model is not None and trained_on and Path(base_model).name != Path(trained_on).name:
-        raise ValueError(
-            f"{folder} is an adapter of {trained_on!r}, not of {str(base_model)!r}; load it on its own base"
-        )
+        reason = f"is an adapter of {trained_on!r}, not of {str(base_model)!r}"
+        raise ValueError(f"{folder} {reason}; load it on its own base")
     expected = {}
     for path, _, base in _targeted(model, config):
         n_out, n_in = base.shape
         expected[_peft_name(path, "lora_A")] = (config.r, n_in)
         expected[_peft_name(path, "lora_B")] = (n_out, config.r)
-    check_shapes(read_shapes([folder / ADAPTER]), expected, f"{folder} is no adapter of this base")
+    weights.check_shapes(weights.read_shapes([folder / ADAPTER]), expected, f"{folder} is no adapter of this base")
     add_lora(model, config)
     tensors = adapter_tensors(model)
     with torch.no_grad():
-        for name, tensor in read_tensors([folder / ADAPTER]):
+        for name, tensor in weights.read_tensors([folder / ADAPTER]):
             tensors[name].copy_(tensor)

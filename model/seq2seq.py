@@ -1,41 +1,38 @@
 """BART and PEGASUS in plain PyTorch, one encoder-decoder for both; the loss belongs to the caller.
 
-BART (Lewis et al., 2020): LayerNorm after each sub-layer and after the embeddings, learned positions
-whose table starts at 2 (fairseq kept two rows for padding). PEGASUS (Zhang et al., 2020): LayerNorm
-before each sub-layer and once more at the end of each stack, fixed sinusoidal positions. All else is
-shared. Parameters carry Hugging Face's names without the "model." prefix; model/seq2seq_hub.py reads
-and writes that layout.
+BART (Lewis et al., 2020) has LayerNorm after each sub-layer and after the embeddings, and learned positions whose table
+starts at 2 (fairseq kept two rows for padding). PEGASUS (Zhang et al., 2020) has LayerNorm before each sub-layer and
+once more at the end of each stack, and fixed sinusoidal positions. All else is shared. Parameters carry Hugging Face's
+names without the "model." prefix; model/seq2seq_hub.py reads and writes that layout. Mixed precision is that of
+model/gpt2.py.
 
-Mixed precision is that of model/gpt2.py: parameters stay as they are, fp32 masters by default, the
-activations have the model's ``dtype``, and each layer casts its parameters to what comes in.
-
-Shapes in names: B sequences, S source positions, T target positions, D = d_model, V = vocab_size,
-H heads of K, N = B * beams rows while decoding.
+Shapes in names: B sequences, S source positions, T target positions, D = d_model, V = vocab_size, H heads of K, L
+cached positions, N = B * beams rows while decoding.
 """
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from model.gpt2 import Embedding, LayerNorm
+from model import layers
+from model.layers import Embedding, LayerNorm, Linear
 
-ACTIVATIONS = {
-    "gelu": F.gelu,
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-    "silu": F.silu,
-    "swish": F.silu,
-}
+gelu_tanh = partial(F.gelu, approximate="tanh")
+ACTIVATIONS = dict(gelu=F.gelu, gelu_new=gelu_tanh, gelu_pytorch_tanh=gelu_tanh, relu=F.relu, silu=F.silu, swish=F.silu)
 
 # What a config.json that leaves them out means, as in transformers' BartConfig and PegasusConfig.
 TOKEN_IDS = dict(
     bart=dict(pad_token_id=1, bos_token_id=0, eos_token_id=2, decoder_start_token_id=2),
     pegasus=dict(pad_token_id=0, bos_token_id=None, eos_token_id=1, decoder_start_token_id=0),
+)
+# What all published sizes of a kind have.
+PUBLISHED = dict(
+    bart=dict(vocab_size=50265),
+    pegasus=dict(vocab_size=96103, activation_function="relu", scale_embedding=True),
 )
 
 
@@ -68,95 +65,62 @@ class Seq2SeqConfig:
     def __post_init__(self):
         if self.kind not in TOKEN_IDS:
             raise ValueError(f"kind={self.kind!r}: expected 'bart' or 'pegasus'")
-        for name in (*SHAPE, "vocab_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}={value!r}: expected a positive integer")
+        layers.check_positive(self, (*SHAPE_FIELDS, "vocab_size"))
         for name in ("encoder_attention_heads", "decoder_attention_heads"):
-            if self.d_model % getattr(self, name):
-                raise ValueError(
-                    f"d_model={self.d_model} is not a multiple of {name}={getattr(self, name)}; heads share it evenly"
-                )
+            heads = getattr(self, name)
+            if self.d_model % heads:
+                raise ValueError(f"d_model={self.d_model} is not a multiple of {name}={heads}; heads share it evenly")
         if self.kind == "pegasus" and self.d_model % 2:
             raise ValueError(f"d_model={self.d_model}: sinusoidal positions need an even width")
         if self.activation_function not in ACTIVATIONS:
-            raise ValueError(
-                f"activation_function={self.activation_function!r} is not supported; "
-                f"expected one of {', '.join(ACTIVATIONS)}"
-            )
+            known = ", ".join(ACTIVATIONS)
+            raise ValueError(f"activation_function={self.activation_function!r} is not supported; expected {known}")
         for name in TOKEN_IDS["bart"]:
             value = getattr(self, name)
-            if not (value is None and name == "bos_token_id"):
-                if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < self.vocab_size:
-                    raise ValueError(f"{name}={value!r}: expected a token id below vocab_size={self.vocab_size}")
+            if value is None and name == "bos_token_id":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < self.vocab_size:
+                raise ValueError(f"{name}={value!r}: expected a token id below vocab_size={self.vocab_size}")
         for name in ("scale_embedding", "logits_bias"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected true or false")
-        for name in ("dropout", "attention_dropout", "activation_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)!r}: expected a probability in [0, 1)")
+        layers.check_probabilities(self, ("dropout", "attention_dropout", "activation_dropout"))
         if not 0 < self.init_std < math.inf:
             raise ValueError(f"init_std={self.init_std!r}: expected a positive number")
 
 
-SHAPE = (
-    "d_model",
-    "encoder_layers",
-    "decoder_layers",
-    "encoder_attention_heads",
-    "decoder_attention_heads",
-    "encoder_ffn_dim",
-    "decoder_ffn_dim",
-    "max_position_embeddings",
-)
+SHAPE_FIELDS = ("d_model", "encoder_layers", "decoder_layers", "encoder_attention_heads", "decoder_attention_heads")
+SHAPE_FIELDS += ("encoder_ffn_dim", "decoder_ffn_dim", "max_position_embeddings")
 
 
-def bart_config(layers: int, d_model: int, heads: int, **changes) -> Seq2SeqConfig:
-    """A BART of ``layers`` in each stack, feed-forward width 4 d_model; ``changes`` replace any field."""
-    return _symmetric("bart", layers, d_model, heads, dict(vocab_size=50265) | changes)
-
-
-def pegasus_config(layers: int, d_model: int, heads: int, **changes) -> Seq2SeqConfig:
-    """A PEGASUS of ``layers`` in each stack, feed-forward width 4 d_model; ``changes`` replace any field."""
-    changes = dict(vocab_size=96103, activation_function="relu", scale_embedding=True) | changes
-    return _symmetric("pegasus", layers, d_model, heads, changes)
-
-
-def _symmetric(kind: str, layers: int, d_model: int, heads: int, changes: dict) -> Seq2SeqConfig:
-    shape = dict(kind=kind, d_model=d_model, max_position_embeddings=1024) | TOKEN_IDS[kind]
+def _symmetric(kind: str, layers: int, d_model: int, heads: int, **changes) -> Seq2SeqConfig:
+    """A model of ``layers`` in each stack, feed-forward width 4 d_model. ``changes`` replace any field."""
+    fields = dict(kind=kind, d_model=d_model, max_position_embeddings=1024) | TOKEN_IDS[kind] | PUBLISHED[kind]
     for side in ("encoder", "decoder"):
-        shape |= {f"{side}_layers": layers, f"{side}_attention_heads": heads, f"{side}_ffn_dim": 4 * d_model}
-    return Seq2SeqConfig(**(shape | changes))
+        fields |= {f"{side}_layers": layers, f"{side}_attention_heads": heads, f"{side}_ffn_dim": 4 * d_model}
+    return Seq2SeqConfig(**(fields | changes))
 
 
-# The published sizes (BART: paper, section 2, and fairseq's bart.base; PEGASUS: paper, section 5).
+bart_config, pegasus_config = partial(_symmetric, "bart"), partial(_symmetric, "pegasus")
+
+# The published sizes (BART: paper, section 2, and fairseq's bart.base; PEGASUS: paper, section 5), and two for a CPU.
 SIZES = {
-    "bart-base": lambda **changes: bart_config(6, 768, 12, **changes),
-    "bart-large": lambda **changes: bart_config(12, 1024, 16, **changes),
-    "pegasus-large": lambda **changes: pegasus_config(16, 1024, 16, **changes),
-    "bart-tiny": lambda **changes: bart_config(2, 128, 4, **changes),  # these two for tests and runs on a CPU
-    "pegasus-tiny": lambda **changes: pegasus_config(2, 128, 4, **changes),
+    "bart-base": partial(bart_config, 6, 768, 12),
+    "bart-large": partial(bart_config, 12, 1024, 16),
+    "pegasus-large": partial(pegasus_config, 16, 1024, 16),
+    "bart-tiny": partial(bart_config, 2, 128, 4),
+    "pegasus-tiny": partial(pegasus_config, 2, 128, 4),
 }
-
-
-class Linear(nn.Linear):
-    """nn.Linear that computes in its input's dtype and leaves its initialisation to Seq2Seq.init_weights."""
-
-    def reset_parameters(self):
-        pass
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
 
 
 class Attention(nn.Module):
     def __init__(self, width: int, heads: int, dropout: float):
         super().__init__()
         self.heads, self.dropout = heads, dropout
-        self.k_proj = Linear(width, width)
-        self.v_proj = Linear(width, width)
-        self.q_proj = Linear(width, width)
-        self.out_proj = Linear(width, width)
+        self.k_proj = Linear(width, width, bias=True)
+        self.v_proj = Linear(width, width, bias=True)
+        self.q_proj = Linear(width, width, bias=True)
+        self.out_proj = Linear(width, width, bias=True)
 
     def split(self, x_BTD: Tensor) -> Tensor:
         """[B, T, D] -> [B, H, T, K]"""
@@ -167,14 +131,8 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, mask: Tensor | None, causal=False) -> Tensor:
         """``mask``: bool, broadcast to [B, H, T, S], True where a query may look."""
-        y_BHTK = F.scaled_dot_product_attention(
-            self.split(self.q_proj(x_BTD)),
-            k_BHSK,
-            v_BHSK,
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=causal,
-        )
+        q_BHTK, dropout = self.split(self.q_proj(x_BTD)), self.dropout if self.training else 0.0
+        y_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, mask, dropout, is_causal=causal)
         return self.out_proj(y_BHTK.transpose(1, 2).flatten(2))
 
 
@@ -192,8 +150,8 @@ class Layer(nn.Module):
         if side == "decoder":
             self.encoder_attn = Attention(config.d_model, heads, config.attention_dropout)
             self.encoder_attn_layer_norm = LayerNorm(config.d_model)
-        self.fc1 = Linear(config.d_model, width)
-        self.fc2 = Linear(width, config.d_model)
+        self.fc1 = Linear(config.d_model, width, bias=True)
+        self.fc2 = Linear(width, config.d_model, bias=True)
         self.final_layer_norm = LayerNorm(config.d_model)
 
     def add(self, x_BTD: Tensor, norm: LayerNorm, branch) -> Tensor:
@@ -205,12 +163,13 @@ class Layer(nn.Module):
         return self.fc2(F.dropout(self.activation(self.fc1(x_BTD)), self.activation_dropout, self.training))
 
     def encode(self, x_BSD: Tensor, mask: Tensor | None) -> Tensor:
-        x_BSD = self.add(
-            x_BSD, self.self_attn_layer_norm, lambda x: self.self_attn(x, *self.self_attn.keys_values(x), mask)
-        )
+        def look_around(x_BSD):
+            return self.self_attn(x_BSD, *self.self_attn.keys_values(x_BSD), mask)
+
+        x_BSD = self.add(x_BSD, self.self_attn_layer_norm, look_around)
         return self.add(x_BSD, self.final_layer_norm, self.feed_forward)
 
-    def decode(self, x_NTD: Tensor, memory_BSD: Tensor | None, source_mask: Tensor | None, cached=None) -> Tensor:
+    def decode(self, x_NTD: Tensor, memory_BSD: Tensor, source_mask: Tensor | None, cached=None) -> Tensor:
         """``cached``: this layer's keys and values, the source's, the positions [T] of x, and the causal mask."""
 
         def look_back(x_NTD):
@@ -261,40 +220,31 @@ class Stack(nn.Module):
 
 
 def sinusoids(length: int, width: int) -> Tensor:
-    """fp32 [length, width]: sines in the first half of the width, cosines in the second, of
-    position / 10000^(2i / width) (Vaswani et al., 2017, section 3.5; there sines and cosines alternate)."""
+    """fp32 [length, width]: sines in the first half of the width, cosines in the second, of the angles
+
+        position / 10000^(2i / width)
+
+    (Vaswani et al., 2017, section 3.5; there sines and cosines alternate).
+    """
     rates = 10000.0 ** (torch.arange(0, width, 2, dtype=torch.float64, device="cpu") / -width)
     angles = torch.arange(length, dtype=torch.float64, device="cpu")[:, None] * rates
     return torch.cat([angles.sin(), angles.cos()], dim=1).float()
 
 
 @dataclass
-class Cache:
-    """What decoding keeps, allocated once and written in place: keys and values of the target's positions,
-    [layers, N, length, H, K], zero at first as a masked value is still multiplied by 0, and those of the
-    source, one [B, H, S, K] a layer."""
+class Cache(layers.KVCache):
+    """Keys and values of the target's positions, [layers, N, L, H, K], and of the source, one [B, H, S, K] a layer."""
 
-    k: Tensor
-    v: Tensor
     source_k: list[Tensor]
     source_v: list[Tensor]
 
 
-class Seq2Seq(nn.Module):
-    """An encoder-decoder without a loss. ``dtype`` is the activations' dtype; parameters are created in
-    torch's default dtype, fp32. It comes initialised from torch's global CPU generator; one built on the
-    meta device does not, and needs ``load_state_dict``.
-
-    ``checkpoint_activations = True`` recomputes each layer in backward: memory for a third more work.
-    """
+class Seq2Seq(layers.Backbone):
+    """An encoder-decoder as a layers.Backbone: without a loss."""
 
     def __init__(self, config: Seq2SeqConfig, dtype: torch.dtype = torch.float32):
-        super().__init__()
-        if not dtype.is_floating_point:
-            raise ValueError(f"dtype={dtype}: expected a floating-point dtype for the activations")
-        self.config = config
-        self.dtype = dtype
-        self.checkpoint_activations = False
+        super().__init__(config, dtype)
+        self.draws_random = max(config.dropout, config.attention_dropout, config.activation_dropout) > 0
         self.shared = Embedding(config.vocab_size, config.d_model)
         self.encoder = Stack(config, "encoder")
         self.decoder = Stack(config, "decoder")
@@ -305,20 +255,9 @@ class Seq2Seq(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Every initial value, in parameter order: biases 0, LayerNorm gains 1, matrices and embeddings
-        N(0, init_std), the row of the padding token 0 (fairseq's BART; transformers does the same).
-
-        Normals are drawn in fp32 on the CPU, from ``generator`` (a CPU one) or torch's global one, then
-        copied: a seed gives one model, whatever the device or dtype. Call it before sharding.
-        """
-        for name, p in self.named_parameters():
-            if name.endswith("bias"):
-                p.zero_()
-            elif p.ndim == 1:
-                p.fill_(1)
-            else:
-                normal = torch.empty(p.shape, dtype=torch.float32, device="cpu")
-                p.copy_(normal.normal_(0, self.config.init_std, generator=generator))
+        """Every initial value, drawn from ``generator`` as ``draw_weights`` says: biases 0, LayerNorm gains 1, matrices
+        and embeddings N(0, init_std), the row of the padding token 0 (fairseq's BART; transformers does the same)."""
+        layers.draw_weights(self, lambda name: self.config.init_std, generator)
         self.shared.weight[self.config.pad_token_id] = 0
 
     @property
@@ -332,36 +271,26 @@ class Seq2Seq(nn.Module):
         return self.final_logits_bias[0] if self.config.logits_bias else None
 
     def embed(self, stack: Stack, tokens_BT: Tensor, positions_T: Tensor | None) -> Tensor:
-        if tokens_BT.ndim != 2:
-            raise ValueError(f"tokens of shape {tuple(tokens_BT.shape)}: expected two dimensions, [batch, time]")
-        T, longest = tokens_BT.shape[1], self.config.max_position_embeddings
-        if T > longest:
-            raise ValueError(f"sequence of {T} tokens: expected at most max_position_embeddings={longest}")
+        layers.check_tokens(tokens_BT, "max_position_embeddings", self.config.max_position_embeddings)
         if positions_T is None:
-            positions_T = torch.arange(T, device=tokens_BT.device)
+            positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
         # The padding token's embedding gets no gradient as an input, as in the published models.
         x_BTD = F.embedding(tokens_BT, self.shared.weight, self.config.pad_token_id).to(self.dtype)
         if self.config.scale_embedding:
             x_BTD = x_BTD * math.sqrt(self.config.d_model)
         return stack.embed(x_BTD, positions_T)
 
-    def run(self, layer_function, *inputs):
-        if not self.checkpoint_activations:
-            return layer_function(*inputs)
-        random = max(self.config.dropout, self.config.attention_dropout, self.config.activation_dropout) > 0
-        return checkpoint(layer_function, *inputs, use_reentrant=False, preserve_rng_state=random)
-
     def encode(self, tokens_BS: Tensor, mask_BS: Tensor | None = None) -> Tensor:
         """Source tokens, int32 or int64 [B, S], S <= max_position_embeddings -> memory [B, S, D].
 
-        ``mask_BS``: true (or 1) at tokens, false (or 0) at padding, which stands on the right; each row
-        has a token. None: no padding, which lets attention use its faster kernels. Values at padding are
-        undefined. Raises ValueError for other shapes.
+        ``mask_BS`` is true at tokens and false at padding, which stands on the right; each row has a token. None means
+        no padding, and lets attention use its faster kernels. Values at padding are undefined. Raises ValueError for
+        other shapes.
         """
         mask = attention_mask(mask_BS, tokens_BS)
         x_BSD = self.embed(self.encoder, tokens_BS, None)
         for layer in self.encoder.layers:
-            x_BSD = self.run(layer.encode, x_BSD, mask)
+            x_BSD = self.run(layer.encode, x_BSD, mask, random=self.draws_random)
         return self.encoder.finish(x_BSD)
 
     def decode(
@@ -374,38 +303,38 @@ class Seq2Seq(nn.Module):
     ) -> Tensor:
         """Target tokens [N, T] and the memory of their sources -> hidden states [N, T, D].
 
-        Without a cache N = B and the tokens stand at positions 0 to T - 1. With one (``new_cache``) the
-        tokens stand at ``positions_T``, int64 and on the model's device, they see what the cache holds at
-        earlier positions, and are added to it; N may be a multiple of B, the rows of one source adjacent.
+        Without a cache N = B and the tokens stand at positions 0 to T - 1. With one (``new_cache``) they stand at
+        ``positions_T``, int64 on the model's device, see what the cache holds at earlier positions, and are added to
+        it. N may then be a multiple of B, the rows of one source adjacent.
         """
         x_NTD = self.embed(self.decoder, tokens_NT, positions_T)
         mask = attention_mask(mask_BS, memory_BSD[:, :, 0])
         if cache is not None:
             causal_TL = torch.arange(cache.k.shape[2], device=x_NTD.device) <= positions_T[:, None]
         for i, layer in enumerate(self.decoder.layers):
-            if cache is None:
-                x_NTD = self.run(layer.decode, x_NTD, memory_BSD, mask)
-            else:
-                kept = cache.k[i], cache.v[i], cache.source_k[i], cache.source_v[i]
-                x_NTD = layer.decode(x_NTD, None, mask, (*kept, positions_T, causal_TL))
+            cached = None
+            if cache is not None:
+                cached = cache.k[i], cache.v[i], cache.source_k[i], cache.source_v[i], positions_T, causal_TL
+            x_NTD = self.run(layer.decode, x_NTD, memory_BSD, mask, cached, random=self.draws_random)
         return self.decoder.finish(x_NTD)
 
     def forward(self, source_BS: Tensor, source_mask_BS: Tensor | None, target_in_BT: Tensor) -> Tensor:
-        """Hidden states [B, T, D] of the decoder, in the activations' dtype. Targets need no mask: they are
-        padded on the right and attention is causal, so that padding only sees, and is not seen."""
+        """Hidden states [B, T, D] of the decoder, in the activations' dtype. Targets need no mask: they are padded on
+        the right and attention is causal, so that padding only sees, and is not seen."""
         return self.decode(target_in_BT, self.encode(source_BS, source_mask_BS), source_mask_BS)
 
     def new_cache(self, memory_BSD: Tensor, beams: int, length: int) -> Cache:
-        """A cache for ``beams`` rows per source and ``length`` target positions, the source's part filled.
-        Raises ValueError when ``length`` exceeds the model's positions."""
-        if length > self.config.max_position_embeddings:
-            longest = self.config.max_position_embeddings
+        """A cache for ``beams`` rows per source and ``length`` target positions, the source's part filled. Raises
+        ValueError when ``length`` exceeds the model's positions."""
+        longest = self.config.max_position_embeddings
+        if length > longest:
             raise ValueError(f"cache for {length} tokens: expected at most max_position_embeddings={longest}")
-        heads, layers = self.config.decoder_attention_heads, self.decoder.layers
-        shape = (len(layers), beams * len(memory_BSD), length, heads, self.config.d_model // heads)
-        source = [layer.encoder_attn.keys_values(memory_BSD) for layer in layers]
+        heads, stack = self.config.decoder_attention_heads, self.decoder.layers
+        shape = (len(stack), beams * len(memory_BSD), length, heads, self.config.d_model // heads)
+        source = [layer.encoder_attn.keys_values(memory_BSD) for layer in stack]
         keys, values = ([t.contiguous() for t in side] for side in zip(*source, strict=True))
-        return Cache(memory_BSD.new_zeros(shape), memory_BSD.new_zeros(shape), keys, values)
+        target = layers.KVCache.zeros(shape, like=memory_BSD, dtype=memory_BSD.dtype)
+        return Cache(target.k, target.v, keys, values)
 
     def shift_right(self, labels_BT: Tensor) -> Tensor:
         """Decoder inputs from labels: the start token, then all labels but the last, -100 as padding."""
@@ -417,8 +346,8 @@ class Seq2Seq(nn.Module):
 def training_flops(config: Seq2SeqConfig, S, T):
     """FLOPs of one training step on a pair of ``S`` source and ``T`` target tokens (numbers or arrays).
 
-    A multiply-add is 2, forward once and backward twice; the decoder's attention is not discounted for its causal
-    half, an embedding look-up multiplies nothing, and recomputation does not count, as in PaLM's appendix B.
+    A multiply-add is 2, forward once and backward twice; the decoder's attention is not discounted for its causal half,
+    an embedding look-up multiplies nothing, and recomputation does not count, as in PaLM's appendix B.
     """
     D, E, G = config.d_model, config.encoder_ffn_dim, config.decoder_ffn_dim
     encoder = config.encoder_layers * (S * (4 * D * D + 2 * D * E) + 2 * S * S * D)

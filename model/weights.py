@@ -1,54 +1,115 @@
-"""Safetensors in and out of a folder, one tensor or one shard at a time, and folders that appear whole or not at all.
+"""Folders in Hugging Face's layout: config.json, safetensors and a tokenizer's files, read and written.
 
-Reading goes through the file's memory map, so that the memory a load needs is that of what it keeps,
-and a folder's contents are known and checked before the first tensor is read.
+A folder is checked before its first tensor is read, and a folder that is written appears whole or not at all. Tensors
+are read through the file's memory map, one after the other, so that a load needs the memory of what it keeps.
 """
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import safetensors
+import safetensors.torch
+import torch
 from torch import Tensor
 
-from model.gpt2_hub import INDEX, WEIGHTS, _read_json
+WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+MODEL_FILES = (CONFIG, WEIGHTS, INDEX, "model-*.safetensors")
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """model.safetensors, or the files that model.safetensors.index.json names. ValueError where there is neither."""
-    if (folder / WEIGHTS).exists():
-        return [folder / WEIGHTS]
-    if not (folder / INDEX).exists():
-        raise ValueError(f"{folder} has neither {WEIGHTS} nor {INDEX}; other formats are not read")
-    shards = _read_json(folder / INDEX).get("weight_map")
-    if not isinstance(shards, dict) or not all(
-        isinstance(name, str) and name == os.path.basename(name) for name in shards.values()
-    ):
-        raise ValueError(f"{folder / INDEX}: expected a weight_map from tensors to files of the same folder")
-    if lacking := [name for name in sorted(set(shards.values())) if not (folder / name).is_file()]:
-        raise ValueError(f"{folder} lacks {', '.join(lacking)}, which {INDEX} names; copy it there")
-    return [folder / name for name in sorted(set(shards.values()))]
+def first_line(error: BaseException) -> str:
+    """What an error says, its first line."""
+    return str(error).strip().split("\n")[0]
+
+
+def folder_of(folder_or_hub_id: str | os.PathLike, files: tuple[str, ...] = MODEL_FILES) -> Path:
+    """The local folder itself, or the local copy of those ``files`` (patterns) of a repository on the hub.
+
+    Raises ValueError for what is neither, and for a hub that cannot be reached.
+    """
+    folder, name = Path(folder_or_hub_id), str(folder_or_hub_id)
+    if folder.is_dir():
+        return folder
+    way_out = f"pass a local folder that holds {' and '.join(files[:2])}"
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name) or folder.exists():
+        raise ValueError(f"{name!r} is neither a folder nor a model's name on the hub; {way_out}")
+    try:
+        import huggingface_hub
+
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(files)))
+    except Exception as error:  # no package, no network, no such model, no access: all have the same way out
+        reason = first_line(error)
+        raise ValueError(f"no folder {name!r} here, and the hub gave none ({reason}); {way_out}") from error
+
+
+# ---- config.json
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file. Raises ValueError for a file that is missing or holds anything else."""
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path.parent} has no {path.name}; expected a folder in Hugging Face's layout") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return content
+
+
+def check_fields(path: Path, fields: dict, required: Iterable[str], allowed: Mapping[str, tuple]) -> None:
+    """Raises ValueError for a ``required`` field that is missing and for an option that has no ``allowed`` value.
+
+    The allowed values of an option mean the same function; the first of them is what a missing option means.
+    """
+    if missing := [name for name in required if fields.get(name) is None]:
+        raise ValueError(f"{path} does not say {', '.join(missing)}")
+    for name, values in allowed.items():
+        if fields.get(name, values[0]) not in values:
+            raise ValueError(f"{path}: {name}={fields[name]!r} is not supported; expected {values[0]!r}")
+
+
+# ---- tensors
+
+
+def weight_files(folder: Path, single: str = WEIGHTS, index: str = INDEX) -> list[Path]:
+    """The file ``single``, or the files that ``index`` names. ValueError where there is neither."""
+    if (folder / single).exists():
+        return [folder / single]
+    if not (folder / index).exists():
+        raise ValueError(f"{folder} has neither {single} nor {index}; other formats are not read")
+    shards = read_json(folder / index).get("weight_map")
+    values = shards.values() if isinstance(shards, dict) else [None]
+    if not all(isinstance(name, str) and name == os.path.basename(name) for name in values):
+        raise ValueError(f"{folder / index}: expected a weight_map from tensors to files of the same folder")
+    names = sorted(set(values))
+    if lacking := [name for name in names if not (folder / name).is_file()]:
+        raise ValueError(f"{folder} lacks {', '.join(lacking)}, which {index} names; copy it there")
+    return [folder / name for name in names]
 
 
 @contextmanager
 def _opened(path: Path):
     """safe_open with its errors as one-line ValueErrors that name the file."""
-    from safetensors import SafetensorError, safe_open
-
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
+        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             yield file
     except FileNotFoundError:
         raise ValueError(f"{path.parent} has no {path.name}") from None
-    except (SafetensorError, OSError) as error:
+    except (safetensors.SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
 
 
 def read_shapes(paths: list[Path]) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor in the files, from their headers alone. ValueError for a damaged file, a
-    truncated one included, and for a tensor that two files hold."""
+    """The shape of every tensor in the files, from their headers alone.
+
+    Raises ValueError for a damaged file, a truncated one included, and for a tensor that two files hold.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
     for path in paths:
         with _opened(path) as file:
@@ -67,36 +128,69 @@ def read_tensors(paths: list[Path]) -> Iterator[tuple[str, Tensor]]:
                 yield name, file.get_tensor(name)
 
 
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
 def check_shapes(found: Mapping[str, tuple], expected: Mapping[str, tuple], says: str) -> None:
-    """Raises ValueError, ``says`` and what is missing, unexpected or misshapen, three names of each kind at most."""
-
-    def some(items: list[str]) -> str:
-        return ", ".join(items[:3]) + (f" and {len(items) - 3} more" if len(items) > 3 else "")
-
-    wrong = []
-    if missing := [name for name in expected if name not in found]:
-        wrong.append("missing " + some(missing))
-    if unexpected := [name for name in found if name not in expected]:
-        wrong.append("unexpected " + some(unexpected))
-    if misshapen := [
-        f"{name} is {tuple(found[name])} instead of {tuple(shape)}"
-        for name, shape in expected.items()
-        if name in found and tuple(found[name]) != tuple(shape)
-    ]:
-        wrong.append(some(misshapen))
-    if wrong:
-        raise ValueError(f"{says}: " + "; ".join(wrong))
+    """Raises ValueError: ``says``, then the tensors that are missing, unexpected or misshapen, three of a kind."""
+    both = [name for name in expected if name in found]
+    wrong = {
+        "missing ": [name for name in expected if name not in found],
+        "unexpected ": [name for name in found if name not in expected],
+        "": [f"{n} is {found[n]} instead of {expected[n]}" for n in both if found[n] != expected[n]],
+    }
+    parts = []
+    for kind, items in wrong.items():
+        more = f" and {len(items) - 3} more" if len(items) > 3 else ""
+        parts += [kind + ", ".join(items[:3]) + more] if items else []
+    if parts:
+        raise ValueError(f"{says}: " + "; ".join(parts))
 
 
-def write_tensors(folder: Path, sizes: Mapping[str, int], tensor_of: Callable[[str], Tensor], max_bytes: int) -> None:
+def drop_tied(tensors: dict[str, Tensor], name: str, copies: Iterable[str], folder: Path) -> None:
+    """Leaves tensor ``name`` alone where the file holds ``copies`` of it too. Raises ValueError where one differs."""
+    for copy in copies:
+        tied = tensors.pop(copy, None)
+        if tied is not None and not torch.equal(tied, tensors.setdefault(name, tied)):
+            raise ValueError(f"{folder}: {copy} differs from {name}; the model here ties the two")
+
+
+# ---- writing
+
+
+def check_extra_files(files: Mapping[str, bytes], what: str = "tokenizer file") -> None:
+    """Raises ValueError unless each of ``files`` (name -> content) can stand beside a model's own."""
+    for name, content in files.items():
+        own = name in ("", ".", "..", INDEX, CONFIG) or name.endswith(".safetensors")
+        if own or name != os.path.basename(name):
+            raise ValueError(f"{what} {name!r}: expected a plain file name that is not one of the model's own")
+        if not isinstance(content, bytes):
+            raise ValueError(f"{what} {name!r} holds {type(content).__name__}: expected bytes")
+
+
+def write_model(
+    folder: Path,
+    fields: dict,
+    sizes: Mapping[str, int],
+    tensor_of: Callable[[str], Tensor],
+    files: Mapping[str, bytes],
+    max_bytes: float = float("inf"),
+) -> None:
+    """Writes config.json with ``fields``, the tensors as ``write_tensors`` does, and ``files`` beside them."""
+    with staged(folder, last=CONFIG) as temporary:
+        write_tensors(temporary, sizes, tensor_of, max_bytes)
+        for name, content in files.items():
+            (temporary / name).write_bytes(content)
+        (temporary / CONFIG).write_text(json.dumps(fields, indent=2) + "\n")
+
+
+def write_tensors(folder: Path, sizes: Mapping[str, int], tensor_of: Callable[[str], Tensor], max_bytes: float) -> None:
     """Writes one model.safetensors, or shards of at most ``max_bytes`` with their index, into ``folder``.
 
-    ``sizes``: bytes of each tensor, in the order to write; ``tensor_of(name)`` is asked for a tensor when
-    its shard is written, so that no more than one shard is held. A tensor above ``max_bytes`` has a file
-    of its own.
+    ``sizes`` holds the bytes of each tensor, in the order to write. ``tensor_of(name)`` is asked for a tensor when its
+    shard is written, so that no more than one shard is held. A tensor above ``max_bytes`` has a file of its own.
     """
-    from safetensors.torch import save_file
-
     shards: list[list[str]] = [[]]
     filled = 0
     for name, size in sizes.items():
@@ -108,20 +202,25 @@ def write_tensors(folder: Path, sizes: Mapping[str, int], tensor_of: Callable[[s
     weight_map = {}
     for i, names in enumerate(shards):
         file = WEIGHTS if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {name: tensor_of(name).detach().cpu().contiguous() for name in names}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        save_tensors(((name, tensor_of(name)) for name in names), folder / file)
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         index = dict(metadata=dict(total_size=sum(sizes.values())), weight_map=weight_map)
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
+def save_tensors(tensors: Iterable[tuple[str, Tensor]], path: Path) -> None:
+    """One safetensors file of the tensors, each copied to the CPU as it comes."""
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors}
+    safetensors.torch.save_file(contiguous, path, metadata={"format": "pt"})
+
+
 @contextmanager
 def staged(folder: Path, last: str):
-    """A temporary folder beside ``folder`` to write to; what it holds moves to ``folder`` when the block ends well.
+    """A temporary folder beside ``folder`` to write to. What it holds moves to ``folder`` when the block ends well.
 
-    A new ``folder`` appears whole or not at all; in one that exists each file is replaced whole, ``last``
-    after all others. Raises ValueError where ``folder`` is a file.
+    A new ``folder`` appears whole or not at all. In one that exists each file is replaced whole, ``last`` after all
+    others. Raises ValueError where ``folder`` is a file.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; expected the name of a folder to write to")

@@ -39,7 +39,8 @@ from kernels import linear_score
 from kernels.losses import ce
 from model.gpt2 import GPT2, SIZES, GPT2Config, decay_groups
 from model.lora import BASES, LoRAConfig, add_lora, block_parameters, load_base, segment_rms, set_segments
-from model.qwen3 import Qwen3, save_qwen3
+from model.qwen3 import Qwen3
+from model.qwen3_hub import save_qwen3
 from races import common
 from races.peft_gsm8k import SHAPES as QWEN3
 from runtime.cli import user_errors

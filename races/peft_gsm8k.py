@@ -24,7 +24,8 @@ from kernels import linear_score
 from kernels.losses import ce
 from model.decode import Request, decode
 from model.lora import BASES, LoRAConfig, add_lora, load_base
-from model.qwen3 import Qwen3, Qwen3Config, load_qwen3, save_qwen3
+from model.qwen3 import Qwen3, Qwen3Config
+from model.qwen3_hub import load_qwen3, save_qwen3
 from races import common
 from runtime.cli import user_errors
 from runtime.machine import peak_memory, start_world

@@ -24,9 +24,12 @@ import torch
 
 from data.gsm8k import load_gsm8k, split_heldout, text_target
 from data.packing import Example, batch_indices, pack
+from data.tokenizer import byte_level_bpe
 from kernels import linear_score
 from kernels.losses import ce
-from model.qwen3 import Qwen3, Qwen3Config, save_qwen3
+from model.gpt2 import parameter_count
+from model.qwen3 import Qwen3, Qwen3Config
+from model.qwen3_hub import save_qwen3
 from runtime.cli import user_errors
 from runtime.machine import keep_freed_memory, to_device
 from schedules.rules import lr_factor
@@ -43,21 +46,15 @@ ROW = 320  # tokens of a packed row in pre-training
 
 
 def train_tokenizer(texts: Iterable[str], size: int):
-    """A byte-level BPE (tokenizers.Tokenizer) of about ``size`` tokens with Qwen3's special ones; id 0 ends a text, and
-    <think> and </think>, which are no special tokens to Qwen3 either, come last. Raises ValueError for fewer tokens
-    than the bytes and these need."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    """A byte-level BPE (tokenizers.Tokenizer) of about ``size`` tokens with Qwen3's special ones.
 
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    if size < len(alphabet) + len(SPECIAL):
-        raise ValueError(f"a vocabulary of {size}: expected at least {len(alphabet) + len(SPECIAL)}, bytes and special")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size - 2, special_tokens=list(SPECIAL[:3]), initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
+    Id 0 ends a text. <think> and </think>, which are no special tokens to Qwen3 either, come last. Raises ValueError
+    for fewer tokens than the bytes and these need.
+    """
+    least = 256 + len(SPECIAL)
+    if size < least:
+        raise ValueError(f"a vocabulary of {size}: expected at least {least}, bytes and special")
+    tokenizer = byte_level_bpe(texts, size - 2, SPECIAL[:3])
     tokenizer.add_tokens(list(SPECIAL[3:]))
     return tokenizer
 
@@ -133,11 +130,10 @@ def main(argv: list[str] | None = None) -> int:
             loss = pretrain(model, rows, steps=given.steps, batch=given.batch, lr=given.lr, seed=given.seed)
         seconds = time.perf_counter() - began
         save_qwen3(model, given.folder, {"tokenizer.json": tokenizer.to_str().encode()})
-    parameters = sum(p.numel() for p in model.parameters())
     learnt = (
         f"; {given.steps} steps on {given.text} to {loss:.3f} nats per token in {seconds:.0f} s" if given.steps else ""
     )
-    print(f"{given.folder}: {parameters / 1e6:.2f} M parameters, {config.vocab_size} tokens{learnt}")
+    print(f"{given.folder}: {parameter_count(model) / 1e6:.2f} M parameters, {config.vocab_size} tokens{learnt}")
     return 0
 
 

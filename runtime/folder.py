@@ -9,6 +9,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import uuid
 import zipfile
 from pathlib import Path
 
@@ -24,7 +25,7 @@ PACKAGES = ("torch", "triton", "numpy", "tiktoken", "tokenizers", "datasets", "s
 
 def write_bytes(path: Path, writer) -> None:
     """Atomic: ``writer(file)`` fills a temporary file, which is flushed to disk and renamed to ``path``."""
-    tmp = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    tmp = path.with_name(f"{path.name}.tmp{uuid.uuid4().hex}")
     try:
         with open(tmp, "wb") as f:
             writer(f)

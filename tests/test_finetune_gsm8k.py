@@ -22,7 +22,7 @@ from eval.report.build import build
 from kernels import linear_score
 from kernels.losses import brier
 from model.decode import Finished, Request, decode
-from model.qwen3 import load_qwen3
+from model.qwen3_hub import load_qwen3
 from runtime.cli import roles
 from runtime.folder import load_checkpoint, read_metrics
 from runtime.machine import World

@@ -68,7 +68,7 @@ class TestOnADevice:
     def test_adapters_are_captured_too(self, monkeypatch, tmp_path, base):
         """--no-merge: LoRA layers, and NF4's dequantisation, inside a graph."""
         from model.lora import LoRAConfig, add_lora, load_base
-        from model.qwen3 import save_qwen3
+        from model.qwen3_hub import save_qwen3
 
         if base == "nf4":
             pytest.importorskip("bitsandbytes", reason="NF4 needs bitsandbytes")

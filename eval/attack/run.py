@@ -34,7 +34,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from data.summaries import load_summaries, tokenizer_of_model
-from data.windows import IGNORE
+from data.windows import IGNORE_INDEX
 from data.wordlists import WordLists, load_lists
 from eval.attack.textfooler import AttackOptions, attack_group
 from eval.attack.words import POS, SameClass, part_of_speech
@@ -79,7 +79,7 @@ class Target:
         """Yields (places, Moments [n * T]) of the references' tokens in batches of texts of like lengths."""
         targets = self._ids([r.replace("\n", self.tokenizer.newline) for r in references], self.max_target)
         for places, source, mask in self._batches(texts):
-            labels = pad_sequence([targets[i] for i in places], batch_first=True, padding_value=IGNORE)
+            labels = pad_sequence([targets[i] for i in places], batch_first=True, padding_value=IGNORE_INDEX)
             hidden, y = forward(self.model, source, mask, labels, self.device, self.model.shift_right)
             yield places, linear_moments(hidden, self.model.head_weight, y, bias=self.model.head_bias)
 

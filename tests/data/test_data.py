@@ -8,6 +8,7 @@ import sys
 import threading
 import types
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from data.cache import HEADER, HEADER_BYTES, open_tokens, write_tokens
 from data.lm import load_corpus, load_text_set, main
 from data.sources import articles, open_all, open_source
 from data.tokenizer import EOS, Tokenizer, load_tokenizer, train_bpe
-from data.windows import IGNORE, Windows, flip_labels
+from data.windows import IGNORE_INDEX, Windows, flip_labels
 
 LM_DATA = os.environ.get("LM_DATA")
 needs_lm_data = pytest.mark.skipif(not LM_DATA, reason="LM_DATA is not set")
@@ -396,6 +397,26 @@ def test_wikitext_without_network(monkeypatch, no_lm_data):
     message(lambda: open_source("wikitext2"), "Couldn't reach the Hub", "network", "$LM_DATA/wikitext-2")
 
 
+def test_a_named_set_is_one_entry_in_one_table(tmp_path, monkeypatch, no_lm_data, bpe):
+    datasets = pytest.importorskip("datasets")
+    stories = partial(sources.open_hub, repository="someone/stories", folder="stories", column="story")
+    monkeypatch.setitem(sources.SETS, "stories", stories)
+    rows = {"train": ["Once.\nTwice.", " ", "Thrice."], "validation": ["Val."]}
+    loaded = {split: datasets.Dataset.from_dict({"story": texts}) for split, texts in rows.items()}
+    monkeypatch.setattr(datasets, "load_dataset", lambda repository, configuration: loaded)
+    source = open_source("stories")
+    assert texts(source, "train") == ["Once.\nTwice.", "Thrice."] and texts(source, "val") == ["Val."]
+    assert set(source.splits) == {"train", "val"} and "someone/stories" in source.origin  # the hub has no test split
+    message(lambda: open_all("stories"), "no test split")
+    del loaded["validation"]
+    message(lambda: open_source("stories"), "stories has no val split on the hub", "$LM_DATA/stories")
+    assert load_corpus("stories", tokenizer=bpe, cache=tmp_path / "cache", splits=("train",)).train.documents == 2
+    monkeypatch.setenv("LM_DATA", str(tmp_path))
+    fill(tmp_path / "stories", {"train.txt": "here", "val.jsonl": '{"text": "too"}\n'})
+    assert texts(open_source("stories"), "train") == ["here"]  # a local copy comes first
+    message(lambda: open_source("storys"), "stories")  # the table is what an unknown name is told
+
+
 def test_pydoc_is_real_text_and_splits_alike_everywhere(monkeypatch, tmp_path):
     source = open_source("pydoc")
     assert all(source.splits[split].bytes > 50_000 for split in ("train", "val", "test"))
@@ -544,7 +565,7 @@ def test_corpus_is_cached_and_follows_its_text_and_tokenizer(tmp_path, bpe, monk
         raise AssertionError("tokenised or trained again")
 
     with monkeypatch.context() as patch:
-        patch.setattr("data.lm.write_tokens", never)
+        patch.setattr("data.cache.write_tokens", never)
         patch.setattr("data.tokenizer.train_bpe", never)
         second = load_corpus(str(folder), tokenizer="bpe:400", cache=cache)
     assert (second.train.hash, second.tokenizer.hash) == (first.train.hash, first.tokenizer.hash)
@@ -612,9 +633,9 @@ def test_windows_cover_each_token_once_as_a_target(n, length):
     assert x.dtype == y.dtype == torch.int64 and x.shape == y.shape == (len(windows), length)
     assert x.is_contiguous() and y.is_contiguous()
     flat = y.flatten()
-    assert flat[flat != IGNORE].tolist() == data.tokens.tolist()
+    assert flat[flat != IGNORE_INDEX].tolist() == data.tokens.tolist()
     assert x.flatten()[:n].tolist() == [data.eos_id, *data.tokens[:-1].tolist()]  # a target's input precedes it
-    assert (flat[n:] == IGNORE).all() and (x.flatten()[n:] == data.eos_id).all()
+    assert (flat[n:] == IGNORE_INDEX).all() and (x.flatten()[n:] == data.eos_id).all()
     # Any order, with repeats, gives the same rows.
     some = np.array([len(windows) - 1, 0, len(windows) // 2, 0])
     x2, y2 = windows.get(some)
@@ -666,7 +687,7 @@ def test_flips_have_the_stated_rates_and_are_uniform():
     torch.manual_seed(0)
     vocab, share = 11, 0.3
     y = torch.randint(vocab, (500, 200))
-    y[:, 150:] = IGNORE
+    y[:, 150:] = IGNORE_INDEX
     noisy, flipped = flip_labels(y, vocab, share, 1.0, seed=3, step=7)
     changed = noisy != y
     assert flipped == int(changed.sum()) and not changed[:, 150:].any()

@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import words
 
+from data import summaries
 from data.summaries import (
     Bucketed,
     Pair,
@@ -126,6 +127,33 @@ def test_a_set_that_is_not_there(tmp_path, monkeypatch):
     write(tmp_path, "validation", [dict(article=article(1), summary="a")])
     with pytest.raises(ValueError, match="both validation.jsonl and dev.jsonl"):
         load_summaries(tmp_path)
+
+
+def test_a_named_set_is_one_entry_in_one_table(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.delenv("LM_DATA", raising=False)
+    monkeypatch.setitem(summaries.SETS, "tldr", summaries.PublishedSet("someone/tldr", "small", dict(test=3)))
+    asked = []
+
+    def load_dataset(*arguments, split):
+        asked.append((*arguments, split))
+        return [dict(source=article(1), target="s"), dict(source=article(2), target="t")]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    part = load_summaries("tldr", ("test",))["test"]
+    assert asked == [("someone/tldr", "small", "test")] and part.partial == "a sample: 2 of 3 rows"
+    assert [p.id for p in part.pairs] == ["test/0", "test/1"] and part.origin == "the hub's someone/tldr"
+    monkeypatch.setenv("LM_DATA", str(tmp_path))
+    write(tmp_path / "tldr", "test", [dict(source=article(i), target="s") for i in range(3)])
+    local = load_summaries("tldr", ("test",))["test"]
+    assert len(local.pairs) == 3 and not local.partial and len(asked) == 1
+
+    def offline(*_, **__):
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(ValueError, match=r"xsum cannot be loaded .*no route\).* put test.jsonl into \$LM_DATA/xsum"):
+        load_summaries("xsum", ("test",))
 
 
 @pytest.mark.parametrize("n, parts", [(23, 5), (5, 5), (1000, 2)])

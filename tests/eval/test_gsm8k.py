@@ -10,18 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from data.gsm8k import (
-    ROWS,
-    Problem,
-    code_targets,
-    coverage_table,
-    evaluate,
-    load_gsm8k,
-    split_heldout,
-    text_target,
-    to_program,
-)
+from data.gsm8k import PUBLISHED_ROWS, load_gsm8k, split_heldout, text_target
 from data.gsm8k import main as data_main
+from data.programs import Problem, code_targets, coverage_table, evaluate, to_program
 from eval.gsm8k import (
     Sample,
     check_counts,
@@ -150,7 +141,7 @@ def test_heldout_split_is_stable():
 
 
 def test_full_set(published):
-    for split, count in ROWS.items():
+    for split, count in PUBLISHED_ROWS.items():
         assert len(load_gsm8k(published / "gsm8k", split)) == count
 
 
@@ -212,11 +203,11 @@ def test_no_program_without_a_derivation(answer, reason):
 
 
 def test_what_a_program_says_is_executed_and_checked(monkeypatch):
-    import data.gsm8k
-    from data.gsm8k import Conversion
+    import data.programs
+    from data.programs import Conversion
 
     programs = {"train/0": "print(5)", "train/1": "print(6)", "train/2": "1/0", "train/3": None}
-    monkeypatch.setattr(data.gsm8k, "to_program", lambda p: Conversion(programs[p.id], "none"))
+    monkeypatch.setattr(data.programs, "to_program", lambda p: Conversion(programs[p.id], "none"))
     problems = [problem("#### 5", name=name) for name in programs]
     kept, refused = code_targets(problems, workers=1, progress=False)
     assert kept == {"train/0": "print(5)"}

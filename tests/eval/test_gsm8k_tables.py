@@ -102,7 +102,7 @@ def problems(tmp_path):
 def test_the_tiny_base_is_a_model_and_the_same_again(problems, tmp_path, capsys):
     """A folder that is read as any other, whose base knows its text better than a drawn one, bit for bit again."""
     from data.prompts import Prompter
-    from model.qwen3 import load_qwen3
+    from model.qwen3_hub import load_qwen3
 
     def make(name: str, *more) -> torch.Tensor:
         flags = f"{tmp_path / name} --data {problems} --vocab 320 --hidden 64 --layers 1 --batch 8".split()
@@ -155,7 +155,8 @@ def test_race_with_peft(tmp_path, capsys):
 def test_both_sides_of_the_race_compute_the_same_loss(tmp_path):
     """Over 24 tokens of the same random weights, B being 0: a race of two different computations would show nothing."""
     pytest.importorskip("peft", reason="the race is against peft")
-    from model.qwen3 import Qwen3, save_qwen3
+    from model.qwen3 import Qwen3
+    from model.qwen3_hub import save_qwen3
 
     torch.manual_seed(0)
     save_qwen3(Qwen3(race_peft.SHAPES["tiny"]), tmp_path / "model", dtype=torch.float32)

@@ -16,12 +16,13 @@ from model.lora import (
     LoRALinear,
     NF4Linear,
     add_lora,
-    flops_per_token,
     load_adapter,
     load_base,
+    lora_flops_per_token,
     save_adapter,
 )
-from model.qwen3 import Qwen3, Qwen3Config, load_qwen3, save_qwen3
+from model.qwen3 import Qwen3, Qwen3Config
+from model.qwen3_hub import load_qwen3, save_qwen3
 
 # As in tests/test_qwen3.py: the order of fp32 sums costs under 1e-5 of logits of order 1 to 10; 1e-4 is promised.
 LOGITS_TOLERANCE = 1e-4
@@ -564,4 +565,4 @@ def test_flops_are_those_torch_counts(targets, share):
         hidden = model(tokens_BT).flatten(0, 1)[: int(32 * share)]
         loss, _ = linear_score(hidden, model.head_weight, tokens_BT.flatten()[: len(hidden)], ce, impl="torch")
         loss.backward()
-    assert counter.get_total_flops() == 32 * flops_per_token(config, lora, 16, share)
+    assert counter.get_total_flops() == 32 * lora_flops_per_token(config, lora, 16, share)

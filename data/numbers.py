@@ -1,0 +1,57 @@
+"""Numbers in text: what GSM8K's answers, outputs and annotations hold, as exact fractions."""
+
+import re
+from fractions import Fraction
+
+TOLERANCE = 1e-6  # relative above 1, absolute below: a program's rounding, far under what a wrong answer misses by
+MAX_DIGITS = 1000  # a number with more is no answer, and Python refuses to read one of more than 4300
+_CURRENCY = "$€£¥₹"
+_AMOUNT = re.compile(
+    rf"(?P<sign>[-+−]?)\s*[{_CURRENCY}]?\s*(?P<inner>[-+−]?)\s*"
+    r"(?P<number>(?:\d[\d,]*(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d{1,3})?)(?:\s*/\s*(?P<below>\d+))?"
+    rf"\s*[{_CURRENCY}%°]?\s*(?P<unit>[^\W\d_][^\d=+*/<>]*)?"
+)
+_NUMBER = re.compile(r"[-−]?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d{1,3})?|[-−]?\.\d+(?:[eE][-+]?\d{1,3})?")
+# A tuple or list as Python prints it, with a number in the first place.
+_SEQUENCE = re.compile(r"[(\[]([-+]?[\d.][\d.eE+-]*),(?: [^()\[\]]*)?[)\]]")
+
+
+def parse_number(text: str | None) -> Fraction | None:
+    """The value of text that is one number: sign, currency, commas, decimals, a/b, exponent, percent and unit allowed.
+
+    "$1,200.50", "-3", "3/4", "18 dollars", "45%", "12." are numbers; a percentage has the value of its digits (45), as
+    GSM8K's answers do. None for anything else, not-a-number and infinity included.
+    """
+    text = (text or "").strip().rstrip(".,").strip()
+    match = _AMOUNT.fullmatch(text)
+    if not match or (match["sign"] and match["inner"]):
+        return None
+    if max(len(match["number"]), len(match["below"] or "")) > MAX_DIGITS:
+        return None
+    value = Fraction(match["number"].replace(",", "").rstrip("."))
+    if match["below"]:
+        if not int(match["below"]):
+            return None
+        value /= int(match["below"])
+    return -value if (match["sign"] or match["inner"]) in ("-", "−") else value
+
+
+def last_number(text: str) -> Fraction | None:
+    """The last number in a program's output, its last line read as a whole first ("answer: 1/2" holds 2, "1/2" is 0.5).
+
+    Of a line that is a tuple or a list, "(7, 2)", the first element counts: Program of Thoughts' rule for a solver that
+    returns several values (Chen et al., 2022; ``floatify_ans`` in their code), which their verdicts follow. None where
+    there is none; a last line of nan, inf or words is not skipped in favour of an earlier line.
+    """
+    line = text.rstrip().rpartition("\n")[2]
+    if (value := parse_number(line)) is not None:
+        return value
+    if several := _SEQUENCE.fullmatch(line.strip()):
+        return parse_number(several[1])
+    found = _NUMBER.findall(line)
+    return parse_number(found[-1]) if found else None
+
+
+def same_number(a: Fraction | float, b: Fraction | float) -> bool:
+    """Equal to TOLERANCE, relative to ``b`` where that is above 1."""
+    return abs(a - b) <= TOLERANCE * max(1, abs(b))

@@ -1,0 +1,139 @@
+"""Layers that several models share, their first values, and the cache of keys and values.
+
+No layer needs autocast: each casts its parameters to the dtype of what comes in.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+class Linear(nn.Module):
+    """y = x W^T + b, W [out, in], computed in its input's dtype.
+
+    Other code reads W through ``shape`` and ``dense``, which a layer that stores W in another form has too
+    (model/lora.py).
+    """
+
+    def __init__(self, n_in: int, n_out: int, bias: bool = False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_out, n_in))
+        self.bias = nn.Parameter(torch.empty(n_out)) if bias else None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return tuple(self.weight.shape)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weight [out, in] as one tensor of ``dtype``."""
+        return self.weight.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.dense(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding that leaves its first values to ``draw_weights``."""
+
+    def reset_parameters(self):
+        pass
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm over the last dimension, eps 1e-5.
+
+    The input is not upcast: torch's kernels take mean and variance in fp32 whatever the input is, so fp32 copies of the
+    activations would buy only the rounding of the gain, 2^-9 in bf16.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.bias = nn.Parameter(torch.empty(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.bias.to(x.dtype), 1e-5)
+
+
+class Backbone(nn.Module):
+    """A model without a loss: tokens in, hidden states out.
+
+    ``dtype`` is the activations'. Parameters are created in torch's default dtype, fp32, and drawn from torch's global
+    CPU generator; a model built on the meta device needs ``to_empty`` and ``init_weights``, or ``load_state_dict``.
+    ``checkpoint_activations = True`` recomputes each block in backward: memory for a third more work.
+    """
+
+    def __init__(self, config, dtype: torch.dtype):
+        super().__init__()
+        if not dtype.is_floating_point:
+            raise ValueError(f"dtype={dtype}: expected a floating-point dtype for the activations")
+        self.config, self.dtype = config, dtype
+        self.checkpoint_activations = False
+
+    def run(self, block: Callable[..., Tensor], *inputs, random: bool) -> Tensor:
+        """The block's output, recomputed in backward where asked for. ``random``: the block draws numbers."""
+        if not (self.checkpoint_activations and torch.is_grad_enabled()):
+            return block(*inputs)
+        # Without dropout nothing random is replayed, and saving the generator's state would cost a sync.
+        return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=random)
+
+
+@torch.no_grad()
+def draw_weights(model: nn.Module, std: Callable[[str], float], generator: torch.Generator | None = None) -> None:
+    """Biases 0, gains 1, matrices and embeddings N(0, ``std(name)``), in parameter order. Call it before sharding.
+
+    Normals are drawn in fp32 on the CPU, from ``generator`` (a CPU one) or torch's global one, then copied: a seed
+    gives one model, whatever the device or dtype.
+    """
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            p.zero_()
+        elif p.ndim == 1:
+            p.fill_(1)
+        else:
+            p.copy_(torch.empty(p.shape, dtype=torch.float32, device="cpu").normal_(0, std(name), generator=generator))
+
+
+@dataclass
+class KVCache:
+    """Keys and values of every layer, [layers, rows, positions, heads, K] each. A forward writes them in place."""
+
+    k: Tensor
+    v: Tensor
+
+    @classmethod
+    def zeros(cls, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> "KVCache":
+        """Zeros on ``like``'s device. A masked value is still multiplied by 0, which must not meet a NaN."""
+        return cls(*(torch.zeros(shape, dtype=dtype, device=like.device) for _ in range(2)))
+
+    def first(self, positions: int) -> "KVCache":
+        """The same storage, read and written up to ``positions`` only."""
+        return KVCache(self.k[:, :, :positions], self.v[:, :, :positions])
+
+
+def check_tokens(tokens_BT: Tensor, name: str, longest: int) -> None:
+    """Raises ValueError unless tokens are [B, T] with T at most ``longest``, which the config calls ``name``."""
+    if tokens_BT.ndim != 2:
+        raise ValueError(f"tokens of shape {tuple(tokens_BT.shape)}: expected two dimensions, [batch, time]")
+    if tokens_BT.shape[1] > longest:
+        raise ValueError(f"sequence of {tokens_BT.shape[1]} tokens: expected at most {name}={longest}")
+
+
+def check_positive(config, names: Iterable[str]) -> None:
+    """Raises ValueError unless each of these fields of ``config`` is a positive integer."""
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name}={value!r}: expected a positive integer")
+
+
+def check_probabilities(config, names: Iterable[str]) -> None:
+    """Raises ValueError unless each of these fields of ``config`` is in [0, 1)."""
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, int | float) or not 0 <= value < 1:
+            raise ValueError(f"{name}={value!r}: expected a probability in [0, 1)")
