@@ -52,7 +52,7 @@ def variants(capability: int, vocab: int, dtype: str) -> list[tuple[str, object,
         ("gradient_kernel", impl.gradient_kernel, full | dict(HAS_B=False, HAS_T=False) | plain),
         ("gradient_kernel, tail", impl.gradient_kernel, full | plain),
     ]
-    for name, score in impl.SCORES.items():
+    for name, score in impl.FUSED_SCORES.items():
         flags = dict(SCORE=score.function, HAS_B=score.reads_mean, HAS_MASK=True, HAS_WEIGHTS=True, GRADIENT=True)
         read = "part of it twice" if score_shape["MORE"] else "one read"
         found.append((f"score_kernel, {name}, {read}", impl.score_kernel, flags | score_shape))

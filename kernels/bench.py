@@ -380,9 +380,7 @@ def main(argv=None) -> int:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--audit-2k", action="store_true", help="2,000 tokens through every score instead")
     mode.add_argument("--train-step", action="store_true", help="a training step of GPT-2 instead (a tiny one on CPU)")
-    mode.add_argument(
-        "--paths", action="store_true", help="ways to hold a row, and sizes of chunks, instead (GPU)"
-    )
+    mode.add_argument("--paths", action="store_true", help="ways to hold a row, and sizes of chunks, instead (GPU)")
     mode.add_argument("--claims", action="store_true", help="all shapes and the training step, then verdicts (GPU)")
     parser.add_argument("--trace", metavar="FOLDER", help="with --audit-2k: torch.profiler traces")
     parser.add_argument("--nvtx", action="store_true", help="with --audit-2k: an NVTX range a score, for Nsight")

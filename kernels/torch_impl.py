@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.moments import Coefficients, Stats
+from .moments import Coefficients, Stats
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 CAN_KEEP_W = True

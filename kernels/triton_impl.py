@@ -1,19 +1,16 @@
-"""The moments, the row gradient and the named scores as Triton kernels.
+"""The moments, the row gradient and the named scores as Triton kernels: how they are launched.
 
-Same functions and the same mathematics as torch_impl (see its head): sums over the row without its
-target, relative to a maximum, then r1, p_y and log_p from d = logsumexp_off - z_y. Runs on CUDA, and on
-CPU tensors under TRITON_INTERPRET=1, which must be set before this module is imported.
+Same functions and mathematics as torch_impl. Runs on CUDA, and on CPU tensors under TRITON_INTERPRET=1, which must be
+set before this module is imported. The kernels are in triton_kernels, with what makes them fast:
 
 moments_kernel   one read of a row: its Stats
 gradient_kernel  one read and one write: p_j (a + c p_j) + b + t [p_j in tail] over or beside the logits
 score_kernel     a score of triton_scores from logits to Stats, loss, Fisher and gradient in one launch. It holds the
-                 beginning of a row in registers as loaded, and reads that once: all of 50257 bf16 logits, half of
-                 151936. What is longer it reads a second time for the gradient, from its end, where the cache still
+                 beginning of a row in registers and reads that once: all of 50257 bf16 logits, half of 151936. The
+                 rest of a longer row it reads a second time for the gradient, from its end, where the cache still
                  has it.
 rest_kernel      the same, slowly and carefully, for the rows that score_kernel leaves to it: those outside of the
                  loss, and those with ties at the target or entries that are not finite
-
-The kernels are in triton_kernels, with what makes them fast; here is how they are launched.
 """
 
 import contextlib
@@ -23,19 +20,20 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels import triton_scores
-from kernels.moments import Coefficients, Stats
-from kernels.triton_kernels import gradient_kernel, moments_kernel, rescale_kernel, rest_kernel, score_kernel
+from .moments import Coefficients, Stats
+from .triton_kernels import gradient_kernel, moments_kernel, rescale_kernel, rest_kernel, score_kernel
+from .triton_scores import FUSED_SCORES
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CAN_KEEP_W = False
-SCORES = triton_scores.SCORES
 
-# Vectors of a row that score_kernel holds in a lane's registers, 4 each, where that is the whole row, and where more
-# follows; and the registers that it may take: two programs of 8 warps (V up to 51 k in bf16) or one of 16 a
-# multiprocessor. kernels.audit shows what fits without spilling, kernels.bench --paths what is fast.
-HELD, HELD_OF_MORE, REGISTERS, MOST_WARPS = 25, 18, 128, 16
 VECTOR_BYTES = 16
+# kernels.audit shows what fits without spilling, kernels.bench --paths what is fast.
+HELD = 25  # vectors of 4 registers that a lane of score_kernel holds of a row, where that is the whole row
+HELD_OF_MORE = 18  # the same where more follows
+REGISTERS = 128  # a lane: so two programs of 8 warps (V up to 51 k in bf16) or one of 16 fit a multiprocessor
+MOST_WARPS = 16
+RESCALED = 4096  # elements a program of rescale_kernel
 
 
 def forward(logits: Tensor, targets: Tensor, stats: Tensor, correct: Tensor, tail: float) -> None:
@@ -44,19 +42,9 @@ def forward(logits: Tensor, targets: Tensor, stats: Tensor, correct: Tensor, tai
     if n == 0:
         return
     logits, _ = _aligned(logits)
+    rows = _rows(logits, targets) | _results(stats, correct)
     with _on(logits):
-        moments_kernel[(n,)](
-            logits,
-            logits.stride(0),
-            targets,
-            stats,
-            stats.stride(0),
-            correct.view(torch.uint8),
-            tail,
-            vocab,
-            TAIL=tail > 0,
-            **_shape(vocab, logits.dtype),
-        )
+        moments_kernel[(n,)](**rows, tail=tail, TAIL=tail > 0, **_shape(vocab, logits.dtype))
 
 
 def gradient(
@@ -78,30 +66,25 @@ def gradient(
     _check_out(logits, out)
     a, c, b, t, target = (None if x is None else x.contiguous() for x in coefficients)
     shape = _shape(vocab, logits.dtype)
+    del shape["PACKED"]
     logits, result = _aligned(logits, out)
+    programs = triton.cdiv(vocab + shape["W"] - 1, shape["K"] * shape["R"] * shape["W"])  # of a row
     with _on(logits):
-        gradient_kernel[(n, triton.cdiv(vocab + shape["W"] - 1, shape["K"] * shape["R"] * shape["W"]))](
-            logits,
-            logits.stride(0),
-            result,
-            targets,
-            targets if mask is None else mask.view(torch.uint8),
-            stats.row_max,
-            stats.row_sum,
-            stats.r1,
-            stats.support,
-            a,
-            a if c is None else c,
-            a if b is None else b,
-            a if t is None else t,
-            target,
-            tail,
-            vocab,
-            HAS_C=c is not None,
-            HAS_B=b is not None,
-            HAS_T=t is not None,
-            HAS_MASK=mask is not None,
-            **{k: v for k, v in shape.items() if k != "PACKED"},
+        gradient_kernel[(n, programs)](
+            **_rows(logits, targets),
+            **_optional("mask_ptr", "HAS_MASK", None if mask is None else mask.view(torch.uint8), targets),
+            **_optional("c_ptr", "HAS_C", c, a),
+            **_optional("b_ptr", "HAS_B", b, a),
+            **_optional("t_ptr", "HAS_T", t, a),
+            out_ptr=result,
+            ref_ptr=stats.row_max,
+            sum_ptr=stats.row_sum,
+            r1_ptr=stats.r1,
+            support_ptr=stats.support,
+            a_ptr=a,
+            target_ptr=target,
+            tail=tail,
+            **shape,
         )
     if result is not out:
         out.copy_(result)
@@ -109,7 +92,7 @@ def gradient(
 
 def fused_score(
     name: str,
-    knob: Tensor,
+    knob: Tensor | float,
     logits: Tensor,
     targets: Tensor,
     mask: Tensor | None,
@@ -121,42 +104,36 @@ def fused_score(
     out: Tensor | None,
     shape: dict | None = None,
 ) -> None:
-    """The score ``name`` of triton_scores on logits [N, V]: fills stats, correct, losses and fisher, all 0
-    where ``mask`` is False, and writes the gradient of sum(weights * losses) to ``out`` (None: no gradient),
-    which may be the logits themselves. ``knob``: its parameter, 0-d fp32 on the device. ``shape``: launch constants
-    in place of ``score_shape``'s, to measure others."""
+    """The score ``name`` of triton_scores on logits [N, V]. Fills stats, correct, losses and fisher, all 0 where
+    ``mask`` is False, and ``out`` with the gradient of sum(weights * losses).
+
+    ``out`` may be the logits themselves; None: no gradient. ``knob`` is the score's parameter, a number or a 0-d fp32
+    tensor on the device. ``shape``: launch constants in place of ``score_shape``'s, to measure others.
+    """
     n, vocab = logits.shape
     if n == 0:
         return
+    if not isinstance(knob, Tensor):
+        knob = torch.full((), float(knob), device=logits.device)
     if out is not None:
         _check_out(logits, out)
     logits, result = _aligned(logits, out)
-    score = SCORES[name]
-    arguments = (
-        logits,
-        logits.stride(0),
-        logits if result is None else result,
-        targets,
-        targets if mask is None else mask.view(torch.uint8),
-        losses if weights is None else weights,
-        knob,
-        stats,
-        stats.stride(0),
-        correct.view(torch.uint8),
-        losses,
-        fisher,
-        vocab,
-    )
-    constants = dict(
+    score = FUSED_SCORES[name]
+    arguments = dict(
+        **_rows(logits, targets),
+        **_results(stats, correct),
+        **_optional("mask_ptr", "HAS_MASK", None if mask is None else mask.view(torch.uint8), targets),
+        **_optional("weights_ptr", "HAS_WEIGHTS", weights, losses),
+        **_optional("out_ptr", "GRADIENT", result, logits),
+        knob_ptr=knob,
+        loss_ptr=losses,
+        fisher_ptr=fisher,
         SCORE=score.function,
         HAS_B=score.reads_mean,
-        HAS_MASK=mask is not None,
-        HAS_WEIGHTS=weights is not None,
-        GRADIENT=out is not None,
     )
     with _on(logits):
-        score_kernel[(n,)](*arguments, **constants, **(shape or score_shape(vocab, logits.dtype)))
-        rest_kernel[(n,)](*arguments, **constants, **_rest_shape(vocab, logits.dtype))
+        score_kernel[(n,)](**arguments, **(shape or score_shape(vocab, logits.dtype)))
+        rest_kernel[(n,)](**arguments, **_rest_shape(vocab, logits.dtype))
     if result is not out:
         out.copy_(result)
 
@@ -167,7 +144,20 @@ def rescale(gradient: Tensor, scale: Tensor) -> None:
     if n == 0:
         return
     with _on(gradient):
-        rescale_kernel[(n, triton.cdiv(vocab, 4096))](gradient, gradient.stride(0), scale, vocab, BLOCK=4096)
+        rescale_kernel[(n, triton.cdiv(vocab, RESCALED))](gradient, gradient.stride(0), scale, vocab, BLOCK=RESCALED)
+
+
+def _rows(logits: Tensor, targets: Tensor) -> dict:
+    return dict(z_ptr=logits, z_stride=logits.stride(0), targets_ptr=targets, V=logits.shape[1])
+
+
+def _results(stats: Tensor, correct: Tensor) -> dict:
+    return dict(stats_ptr=stats, stats_stride=stats.stride(0), correct_ptr=correct.view(torch.uint8))
+
+
+def _optional(pointer: str, flag: str, tensor: Tensor | None, unread: Tensor) -> dict:
+    """Two arguments: a tensor, in whose place some other stands that is not read, and whether it is there."""
+    return {pointer: unread if tensor is None else tensor, flag: tensor is not None}
 
 
 def _check_out(logits: Tensor, out: Tensor) -> None:

@@ -1,20 +1,46 @@
 """What the Triton kernels do with one row: where it lies in memory, its sums, its Stats, its gradient.
 
-See triton_kernels for the kernels, and for why rows are read as they are.
+triton_kernels has the kernels, and says why rows are read as they are.
 
-A row is read in vectors of 16 bytes, of which a lane has one at a time: [R, 4] words of 32 bits, in each one
-fp32 logit or two of 16 bits. The vectors that hold the target, or begin or end outside of the row, are left to
-``edge``: at most three, an element a lane. So everything else is whole vectors of other entries, without a test
-an element. What a lane has in the place of a vector that is not its own is FILL, whose exponential is 0.
+A row is read in vectors of 16 bytes. A lane has one of them at a time, as [R, 4] words of 32 bits; a word is one fp32
+logit or two of 16 bits. ``edge`` takes the vectors that hold the target, or begin or end outside of the row: at most
+three, an element a lane. So everything else is whole vectors of other entries, without a test an element. In the place
+of a vector that is not its own a lane has FILL, whose exponential is 0.
+
+Three tuples go from function to function:
+
+    at      (origin, shift, first, last, ty), where a row lies, as ``place`` says
+    lanes   (top, count, sums) of each lane: its maximum, the number of its entries, and their sums as ``add_term``
+    found   (top, sums, live, beaten) of the row, as ``careful_sums`` says
 """
 
 import triton
 import triton.language as tl
 
+from .moments import Stats
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 FILL = tl.constexpr(-(2.0**120))  # finite, also as a sum of many times LOG2E
 FILL_FP16 = tl.constexpr(-65504.0)
+# The rows of moments.Stats, in their order.
+(
+    LOG_P,
+    R1,
+    R2,
+    MEAN_LOG_P,
+    TAIL_LOG_P,
+    R3,
+    R4,
+    ENTROPY,
+    CONFIDENCE,
+    SUPPORT,
+    P_Y,
+    TAIL_COUNT,
+    TAIL_OFF,
+    ROW_MAX,
+    ROW_SUM,
+) = (tl.constexpr(i) for i in range(len(Stats._fields)))
 NO_TOP = tl.constexpr(-65300.0)  # a maximum up to here may be a FILL, or so near to one that its exponential counts
 
 
@@ -43,9 +69,8 @@ def log1p_exp(x):
 
 @triton.jit
 def place(row, stride, V, y, W: tl.constexpr):
-    """(origin, shift, first, last, ty) of a row in vectors of W elements: it starts ``shift`` elements after
-    vector ``origin`` of the tensor; counted from there its whole vectors are first ... last - 1, and the target
-    is in vector ty."""
+    """Where a row lies, in vectors of W elements. It starts ``shift`` elements after vector ``origin`` of the tensor.
+    Counted from there its whole vectors are first ... last - 1, and the target is in vector ty."""
     start = row * stride
     origin = start // W
     shift = (start - origin * W).to(tl.int32)
@@ -53,9 +78,10 @@ def place(row, stride, V, y, W: tl.constexpr):
 
 
 @triton.jit
-def edge(ptr, origin, shift, first, last, ty, V, y, R: tl.constexpr, W: tl.constexpr):
-    """(z, at, mine, off), [R]: the elements of the vectors that are not whole or hold the target, one a lane (R is at
-    least 3 W); their places in the tensor, whether there is one, and whether it is another than the target."""
+def edge(ptr, at, V, y, R: tl.constexpr, W: tl.constexpr):
+    """(z, places, mine, off), [R]: the elements of the vectors that are not whole or hold the target, one a lane (R is
+    at least 3 W); their places in the tensor; whether there is one, and whether it is another than the target."""
+    origin, shift, first, last, ty = at
     lane = tl.arange(0, R)
     which = lane // W
     vector = tl.where(which == 0, 0, tl.where(which == 1, ty, last))
@@ -64,15 +90,15 @@ def edge(ptr, origin, shift, first, last, ty, V, y, R: tl.constexpr, W: tl.const
     mine = (which == 1) | ((which < first) & (which < ty)) | ((which == 2) & (vector != ty))
     mine = mine & (slot >= shift) & (slot < shift + V)
     off = mine & (slot != shift + y)
-    at = origin * W + slot
-    z = tl.load(ptr + at, mask=off, other=0.0).to(tl.float32)
-    return tl.where(off, z, FILL), at, mine, off
+    places = origin * W + slot
+    z = tl.load(ptr + places, mask=off, other=0.0).to(tl.float32)
+    return tl.where(off, z, FILL), places, mine, off
 
 
 @triton.jit
-def is_whole(v, first, last, ty, START: tl.constexpr, END: tl.constexpr):
-    """Whether vectors v are whole and without the target; START, END: whether those of the row's ends are among
-    them."""
+def is_whole(v, at, START: tl.constexpr, END: tl.constexpr):
+    """Whether vectors v are whole and without the target; START, END: whether the row's ends are among them."""
+    _origin, _shift, first, last, ty = at
     live = v != ty
     if START:
         live = live & (v >= first)
@@ -82,8 +108,9 @@ def is_whole(v, first, last, ty, START: tl.constexpr, END: tl.constexpr):
 
 
 @triton.jit
-def entries_of(lane, upto, first, ty, R: tl.constexpr, W: tl.constexpr):
+def entries_of(lane, upto, at, R: tl.constexpr, W: tl.constexpr):
     """How many entries a lane has in whole vectors up to ``upto``, of which it has every R-th."""
+    _origin, _shift, first, _last, ty = at
     vectors = (tl.maximum(upto - lane, 0) + R - 1) // R
     vectors -= ((lane == 0) & (first > 0) & (upto > 0)).to(tl.int32)
     vectors -= ((ty >= first) & (ty < upto) & (ty % R == lane)).to(tl.int32)
@@ -91,13 +118,13 @@ def entries_of(lane, upto, first, ty, R: tl.constexpr, W: tl.constexpr):
 
 
 @triton.jit
-def word_places(ptr, origin, v):
-    base = ptr.to(tl.pointer_type(tl.int32)) + tl.multiple_of(origin * 4, 4)
+def word_places(ptr, at, v):
+    base = ptr.to(tl.pointer_type(tl.int32)) + tl.multiple_of(at[0] * 4, 4)
     return base + (v * 4)[:, None] + tl.arange(0, 4)[None, :]
 
 
 @triton.jit
-def load_words(ptr, origin, v, live):
+def load_words(ptr, at, v, live):
     """[R, 4] words, FILL where not ``live``."""
     if ptr.dtype.element_ty == tl.float32:
         fill = tl.full([], FILL, tl.float32).to(tl.int32, bitcast=True)
@@ -105,13 +132,13 @@ def load_words(ptr, origin, v, live):
         fill = -0x047F0480  # FILL twice, 0xFB80FB80
     else:
         fill = -0x04000401  # FILL_FP16 twice, 0xFBFFFBFF
-    return tl.load(word_places(ptr, origin, v), mask=live[:, None], other=fill)
+    return tl.load(word_places(ptr, at, v), mask=live[:, None], other=fill)
 
 
 @triton.jit
 def part_of(word, half: tl.constexpr, zero, DTYPE: tl.constexpr):
-    """The logits in one half of the words, in fp32; of fp32 words the whole. ``zero`` is one that the compiler does
-    not know to be 0: it would otherwise keep what another pass over the words has unpacked, in twice the registers."""
+    """The logits in one half of the words, in fp32; of fp32 words the whole. ``zero`` is a 0 of which the compiler does
+    not know: it would otherwise keep what another pass over the words has unpacked, in twice the registers."""
     if DTYPE == tl.float32:
         z = word.to(tl.float32, bitcast=True)
     elif DTYPE == tl.bfloat16:
@@ -125,14 +152,14 @@ def part_of(word, half: tl.constexpr, zero, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def store_words(ptr, origin, v, live, low, high, R: tl.constexpr):
+def store_words(ptr, at, v, live, low, high):
     """[R, 4] values of the words' halves (fp32: of the words, ``low``) over whole vectors."""
     if ptr.dtype.element_ty == tl.float32:
-        places = ptr + tl.multiple_of(origin * 4, 4) + (v * 4)[:, None] + tl.arange(0, 4)[None, :]
+        places = ptr + tl.multiple_of(at[0] * 4, 4) + (v * 4)[:, None] + tl.arange(0, 4)[None, :]
         tl.store(places, low, mask=live[:, None])
     else:
-        g = tl.reshape(tl.join(low, high).to(ptr.dtype.element_ty), [R, 8])
-        places = ptr + tl.multiple_of(origin * 8, 8) + (v * 8)[:, None] + tl.arange(0, 8)[None, :]
+        g = tl.reshape(tl.join(low, high).to(ptr.dtype.element_ty), [low.shape[0], 8])
+        places = ptr + tl.multiple_of(at[0] * 8, 8) + (v * 8)[:, None] + tl.arange(0, 8)[None, :]
         tl.store(places, g, mask=live[:, None])
 
 
@@ -236,33 +263,29 @@ def added(a, b):
 
 
 @triton.jit
-def add_edge(top, count, sums, z, off, R: tl.constexpr):
-    """What each lane has, its maximum, the number of its elements and their sums, and one more where ``off``."""
+def add_edge(lanes, z, off, R: tl.constexpr):
+    """``lanes`` with one entry more, z, where ``off``."""
+    top, count, sums = lanes
     new_top = tl.maximum(top, z)
     base = base_of(new_top)
     none = tl.zeros([R], tl.float32)
     s1, s2, s3, s4, s_ex, s_x = add_term(z, base, none, none, none, none, none, none)
     one = off.to(tl.float32)
-    sums = added(
-        rescaled(sums, count, base_of(top) - base), (s1 * one, s2 * one, s3 * one, s4 * one, s_ex * one, s_x * one)
-    )
-    return new_top, count + one, sums
+    term = s1 * one, s2 * one, s3 * one, s4 * one, s_ex * one, s_x * one
+    return new_top, count + one, added(rescaled(sums, count, base_of(top) - base), term)
 
 
 @triton.jit
-def add_blocks(
-    ptr, origin, begin, first, last, ty, top, count, sums, K: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
-    PACKED: tl.constexpr,
-):  # fmt: skip
-    """The row's vectors from ``begin`` on, K a lane at a time, added to what each lane has: its maximum, the number
-    of its elements and their sums."""
+def add_blocks(ptr, at, begin, lanes, K: tl.constexpr, R: tl.constexpr, W: tl.constexpr, PACKED: tl.constexpr):
+    """``lanes`` with the row's vectors from ``begin`` on, K a lane at a time."""
     DTYPE: tl.constexpr = ptr.dtype.element_ty
+    top, count, sums = lanes
     lane = tl.arange(0, R)
-    for start in range(begin, last, K * R):
+    for start in range(begin, at[3], K * R):
         words = ()
         for k in tl.static_range(K):
             v = start + k * R + lane
-            words = words + (load_words(ptr, origin, v, is_whole(v, first, last, ty, True, True)),)
+            words = words + (load_words(ptr, at, v, is_whole(v, at, True, True)),)
         best = lowest(R, PACKED)
         for k in tl.static_range(K):
             best = higher(best, words[k], DTYPE, PACKED)
@@ -272,7 +295,7 @@ def add_blocks(
         fresh = no_sums(R)
         for k in tl.static_range(K):
             v = start + k * R + lane
-            live = is_whole(v, first, last, ty, True, True)
+            live = is_whole(v, at, True, True)
             fresh = add_word(words[k], live, base, 0, fresh, R, DTYPE)
             count += tl.where(live, W * 1.0, 0.0)
         sums = added(sums, per_lane(fresh))
@@ -281,8 +304,9 @@ def add_blocks(
 
 
 @triton.jit
-def over_lanes(top, count, sums):
-    """(maximum, sums) of the row from those of its lanes: of exp(t)^k, exp(t) t and t, with t = z - maximum."""
+def over_lanes(lanes):
+    """(maximum, sums) of the row: of exp(t)^k, exp(t) t and t, with t = z - maximum."""
+    top, count, sums = lanes
     most = tl.max(top, 0)
     s1, s2, s3, s4, s_ex, s_x = rescaled(sums, count, tl.fma(-most, LOG2E, base_of(top)))
     s_et, s_t = tl.sum(s_ex, 0) * LN2, tl.sum(s_x, 0) * LN2
@@ -290,26 +314,27 @@ def over_lanes(top, count, sums):
 
 
 @triton.jit
-def element(ptr, origin, v, half: tl.constexpr, shift, V, y, W: tl.constexpr):
+def element(ptr, at, v, half: tl.constexpr, V, y, W: tl.constexpr):
     """(z, j), [R, 4]: entries of vectors that need not be whole, -inf outside of the row and at the target, and their
     places in the row."""
-    word = tl.load(word_places(ptr, origin, v), mask=(v * W < shift + V)[:, None], other=0)
+    shift = at[1]
+    word = tl.load(word_places(ptr, at, v), mask=(v * W < shift + V)[:, None], other=0)
     j = (v * W)[:, None] + tl.arange(0, 4)[None, :] * (W // 4) + half - shift
     z = part_of(word, half, 0, ptr.dtype.element_ty)
     return tl.where((j >= 0) & (j < V) & (j != y), z, float("-inf")), j
 
 
 @triton.jit
-def careful_sums(ptr, origin, shift, last, V, y, z_y, keep, R: tl.constexpr, W: tl.constexpr):
-    """(maximum, sums as ``over_lanes``, live entries, whether one beats the target or ties it from before it), of a row
-    where any entry may be infinite, in two passes; nothing is read unless ``keep``."""
+def careful_sums(ptr, at, V, y, z_y, keep, R: tl.constexpr, W: tl.constexpr):
+    """(maximum, sums as ``over_lanes``, number of live entries, whether one beats the target or ties it from before it)
+    of a row where any entry may be infinite, in two passes. Nothing is read unless ``keep``."""
     lane = tl.arange(0, R)
     minus_inf = float("-inf")
-    end = tl.where(keep, last + 1, 0)
+    end = tl.where(keep, at[3] + 1, 0)
     best = tl.full([R], minus_inf, tl.float32)
     for start in range(0, end, R):
         for half in tl.static_range(W // 4):
-            z, _j = element(ptr, origin, start + lane, half, shift, V, y, W)
+            z, _j = element(ptr, at, start + lane, half, V, y, W)
             best = tl.maximum(best, tl.max(z, 1))
     top = tl.max(best, 0)
     ref = tl.where(top == minus_inf, 0.0, top)
@@ -318,7 +343,7 @@ def careful_sums(ptr, origin, shift, last, V, y, z_y, keep, R: tl.constexpr, W: 
     ahead = tl.zeros([R], tl.int32)
     for start in range(0, end, R):
         for half in tl.static_range(W // 4):
-            z, j = element(ptr, origin, start + lane, half, shift, V, y, W)
+            z, j = element(ptr, at, start + lane, half, V, y, W)
             live = z != minus_inf
             t = tl.where(live, z - ref, 0.0)
             e = tl.where(live, tl.exp2(t * LOG2E), 0.0)
@@ -343,9 +368,18 @@ def needs_care(top, s_t, z_y):
 
 
 @triton.jit
-def finish_row(out, stride, correct_ptr, keep, z_y, top, sums, live, beaten):
-    """The row's Stats, stored, 0 where ``keep`` is false; those that the callers go on with. ``live``: entries beside
-    the target that are not -inf; ``beaten``: whether one of them is the argmax."""
+def put(to, STAT: tl.constexpr, keep, value):
+    tl.store(to[0] + STAT * to[1], tl.where(keep, value, 0.0))
+
+
+@triton.jit
+def finish_row(to, keep, z_y, found):
+    """Stores the row's Stats, 0 where ``keep`` is false, in ``to``: (stats, their stride, correct).
+
+    Returns (moments, ref, w, rest). Moments are (log_p, r1, r2, r3, r4, mean_log_p, p_y, n), with n entries above -inf.
+    Off target p_j = w exp(z_j - ref) and log p_j = z_j - ref + rest[0]. The target's log_p, 0 where it is -inf, is
+    rest[1], and whether it is above -inf, rest[2]."""
+    top, sums, live, beaten = found
     minus_inf = float("-inf")
     s1, s2, s3, s4, s_et, s_t = sums
     ref = tl.where(top == minus_inf, 0.0, top)
@@ -372,28 +406,29 @@ def finish_row(out, stride, correct_ptr, keep, z_y, top, sums, live, beaten):
     r3 = w2 * w * s3
     r4 = w2 * w2 * s4
     mean_log_p = (s_t + live * off + target_log_p) / n
-    tl.store(out, tl.where(keep, log_p, 0.0))
-    tl.store(out + stride, tl.where(keep, r1, 0.0))
-    tl.store(out + 2 * stride, tl.where(keep, r2, 0.0))
-    tl.store(out + 3 * stride, tl.where(keep, mean_log_p, 0.0))
-    tl.store(out + 5 * stride, tl.where(keep, r3, 0.0))
-    tl.store(out + 6 * stride, tl.where(keep, r4, 0.0))
-    tl.store(out + 7 * stride, tl.where(keep, -(w * s_et + r1 * off + p_y * target_log_p), 0.0))
-    tl.store(out + 8 * stride, tl.where(keep, tl.maximum(p_y, w), 0.0))
-    tl.store(out + 9 * stride, tl.where(keep, n, 0.0))
-    tl.store(out + 10 * stride, tl.where(keep, p_y, 0.0))
-    tl.store(out + 13 * stride, tl.where(keep, ref, 0.0))
-    tl.store(out + 14 * stride, tl.where(keep, total, 0.0))
-    tl.store(correct_ptr, (beaten == 0) & keep)
-    return ref, w, log_p, r1, p_y, n, r2, r3, r4, mean_log_p, off, target_log_p, y_live
+    put(to, LOG_P, keep, log_p)
+    put(to, R1, keep, r1)
+    put(to, R2, keep, r2)
+    put(to, MEAN_LOG_P, keep, mean_log_p)
+    put(to, R3, keep, r3)
+    put(to, R4, keep, r4)
+    put(to, ENTROPY, keep, -(w * s_et + r1 * off + p_y * target_log_p))
+    put(to, CONFIDENCE, keep, tl.maximum(p_y, w))
+    put(to, SUPPORT, keep, n)
+    put(to, P_Y, keep, p_y)
+    put(to, ROW_MAX, keep, ref)
+    put(to, ROW_SUM, keep, total)
+    tl.store(to[2], (beaten == 0) & keep)
+    return (log_p, r1, r2, r3, r4, mean_log_p, p_y, n), ref, w, (off, target_log_p, y_live)
 
 
 # --- its gradient --------------------------------------------------------------------------------------
 
 
 @triton.jit
-def gradient_of(x, a, c, b, HAS_B: tl.constexpr):
-    """e (a + c e) + b with e = 2^x."""
+def gradient_of(x, rule, HAS_B: tl.constexpr):
+    """e (a + c e) + b with e = 2^x and ``rule`` (a, c, b)."""
+    a, c, b = rule
     e = tl.exp2(x)
     g = e * tl.fma(c, e, a)
     if HAS_B:
@@ -402,12 +437,11 @@ def gradient_of(x, a, c, b, HAS_B: tl.constexpr):
 
 
 @triton.jit
-def store_gradient(
-    ptr, origin, v, live, word, zero, base, a, c, b, HAS_B: tl.constexpr, R: tl.constexpr, DTYPE: tl.constexpr
-):
-    """``gradient_of`` the logits in [R, 4] words of DTYPE, x relative to ``base``, over whole vectors."""
-    low = gradient_of(tl.fma(part_of(word, 0, zero, DTYPE), LOG2E, -base), a, c, b, HAS_B)
+def store_gradient(ptr, at, v, live, word, zero, base, rule, HAS_B: tl.constexpr):
+    """``gradient_of`` the logits in [R, 4] words, x relative to ``base``, over whole vectors of the same dtype."""
+    DTYPE: tl.constexpr = ptr.dtype.element_ty
+    low = gradient_of(tl.fma(part_of(word, 0, zero, DTYPE), LOG2E, -base), rule, HAS_B)
     high = low
     if DTYPE != tl.float32:
-        high = gradient_of(tl.fma(part_of(word, 1, zero, DTYPE), LOG2E, -base), a, c, b, HAS_B)
-    store_words(ptr, origin, v, live, low, high, R)
+        high = gradient_of(tl.fma(part_of(word, 1, zero, DTYPE), LOG2E, -base), rule, HAS_B)
+    store_words(ptr, at, v, live, low, high)

@@ -4,7 +4,7 @@
 
 ``losses.py`` has the same scores in PyTorch and the sources of the formulas; a score there carries the
 name it has here (``score.fused``), and the tests hold the two together. A new one is a function here, its
-line in SCORES, and ``named("my_score", ...)`` around its PyTorch form.
+line in FUSED_SCORES, and ``named("my_score", ...)`` around its PyTorch form.
 """
 
 from typing import NamedTuple
@@ -51,16 +51,16 @@ def smoothing(log_p, r1, r2, mean_log_p, p_y, knob):
     return -(1.0 - knob) * log_p - knob * mean_log_p, knob - 1.0, 0.0, 0.0, -knob
 
 
-class Score(NamedTuple):
+class FusedScore(NamedTuple):
     function: triton.JITFunction
     reads_mean: bool = False  # has a derivative at mean_log_p
 
 
-SCORES = {
-    "ce": Score(ce),
-    "brier": Score(brier),
-    "spherical": Score(spherical),
-    "dpsm": Score(dpsm),
-    "focal": Score(focal),
-    "smoothing": Score(smoothing, reads_mean=True),
+FUSED_SCORES = {
+    "ce": FusedScore(ce),
+    "brier": FusedScore(brier),
+    "spherical": FusedScore(spherical),
+    "dpsm": FusedScore(dpsm),
+    "focal": FusedScore(focal),
+    "smoothing": FusedScore(smoothing, reads_mean=True),
 }

@@ -18,8 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import kernels.head
-import kernels.moments
+import kernels.impl
 import kernels.torch_impl
 from kernels import Moments, bench, linear_moments, linear_score, losses, softmax_moments, token_fisher
 
@@ -742,7 +741,7 @@ def test_ignore_index_inside_the_vocabulary():
 
 def test_impl_is_what_was_asked_for():
     z = torch.zeros(1, 4, device=DEVICE)
-    names = [kernels.moments.choose_impl(impl, z).__name__ for impl in (*IMPLS, "auto")]
+    names = [kernels.impl.choose_impl(impl, z).__name__ for impl in (*IMPLS, "auto")]
     assert names[:2] == ["kernels.torch_impl", "kernels.triton_impl"] and names[2] == names[DEVICE == "cuda"]
 
 
@@ -753,7 +752,7 @@ def test_triton_on_cpu_needs_the_interpreter(monkeypatch):
 
 
 def test_auto_says_once_what_it_chose(caplog):
-    kernels.moments._announce.cache_clear()
+    kernels.impl._automatic.cache_clear()
     with caplog.at_level(logging.INFO, logger="scorecast"):
         for _ in range(3):
             softmax_moments(torch.zeros(1, 4), torch.tensor([0]))
