@@ -17,30 +17,14 @@ Three tuples go from function to function:
 import triton
 import triton.language as tl
 
-from .moments import Stats
-
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 FILL = tl.constexpr(-(2.0**120))  # finite, also as a sum of many times LOG2E
 FILL_FP16 = tl.constexpr(-65504.0)
 # The rows of moments.Stats, in their order.
-(
-    LOG_P,
-    R1,
-    R2,
-    MEAN_LOG_P,
-    TAIL_LOG_P,
-    R3,
-    R4,
-    ENTROPY,
-    CONFIDENCE,
-    SUPPORT,
-    P_Y,
-    TAIL_COUNT,
-    TAIL_OFF,
-    ROW_MAX,
-    ROW_SUM,
-) = (tl.constexpr(i) for i in range(len(Stats._fields)))
+LOG_P, R1, R2, MEAN_LOG_P, TAIL_LOG_P = (tl.constexpr(i) for i in range(5))
+R3, R4, ENTROPY, CONFIDENCE, SUPPORT = (tl.constexpr(i) for i in range(5, 10))
+P_Y, TAIL_COUNT, TAIL_OFF, ROW_MAX, ROW_SUM = (tl.constexpr(i) for i in range(10, 15))
 NO_TOP = tl.constexpr(-65300.0)  # a maximum up to here may be a FILL, or so near to one that its exponential counts
 
 
@@ -271,8 +255,8 @@ def add_edge(lanes, z, off, R: tl.constexpr):
     none = tl.zeros([R], tl.float32)
     s1, s2, s3, s4, s_ex, s_x = add_term(z, base, none, none, none, none, none, none)
     one = off.to(tl.float32)
-    term = s1 * one, s2 * one, s3 * one, s4 * one, s_ex * one, s_x * one
-    return new_top, count + one, added(rescaled(sums, count, base_of(top) - base), term)
+    sums = rescaled(sums, count, base_of(top) - base)
+    return new_top, count + one, added(sums, (s1 * one, s2 * one, s3 * one, s4 * one, s_ex * one, s_x * one))
 
 
 @triton.jit
