@@ -30,21 +30,20 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-import torch
+from .bench.timing import DTYPE_OF
 
 CAPABILITIES = (80, 90)
 VOCABULARIES = (50257, 151936)
 # One instruction a line: /*0040*/  @P0 LDG.E.128 R4, ...
 OPCODE = re.compile(r"\s*/\*[0-9a-f]+\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 OPTIONS = ("num_warps", "maxnreg", "enable_fp_fusion")  # of a launch; its other constants are the kernel's
 
 
 def variants(capability: int, vocab: int, dtype: str) -> list[tuple[str, object, dict]]:
     """(label, kernel, constants) of everything that is launched for logits [N, vocab] of Triton's ``dtype``."""
-    from kernels import triton_impl as impl
+    from . import triton_impl as impl
 
-    plain, score_shape = impl._shape(vocab, DTYPES[dtype]), impl.score_shape(vocab, DTYPES[dtype])
+    plain, score_shape = impl._shape(vocab, DTYPE_OF[dtype]), impl.score_shape(vocab, DTYPE_OF[dtype])
     full = dict(HAS_C=True, HAS_B=True, HAS_T=True, HAS_MASK=True)
     found = [
         ("moments_kernel", impl.moments_kernel, dict(TAIL=False) | plain),
@@ -56,7 +55,7 @@ def variants(capability: int, vocab: int, dtype: str) -> list[tuple[str, object,
         flags = dict(SCORE=score.function, HAS_B=score.reads_mean, HAS_MASK=True, HAS_WEIGHTS=True, GRADIENT=True)
         read = "part of it twice" if score_shape["MORE"] else "one read"
         found.append((f"score_kernel, {name}, {read}", impl.score_kernel, flags | score_shape))
-        found.append((f"rest_kernel, {name}", impl.rest_kernel, flags | impl._rest_shape(vocab, DTYPES[dtype])))
+        found.append((f"rest_kernel, {name}", impl.rest_kernel, flags | impl._rest_shape(vocab, DTYPE_OF[dtype])))
     return found
 
 
@@ -177,7 +176,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--capability", type=int, nargs="+", default=CAPABILITIES, help="80: A100, 90: H100, H200")
     parser.add_argument("--vocab", type=int, nargs="+", default=VOCABULARIES)
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the logits")
+    parser.add_argument("--dtype", choices=DTYPE_OF, default="bf16", help="of the logits")
     parser.add_argument("--kernel", default="", help="only kernels whose label holds this")
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write the rows there")
     args = parser.parse_args(argv)

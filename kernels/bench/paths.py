@@ -1,0 +1,101 @@
+"""What the fixed choices should be on this GPU: how score_kernel holds a row, and tokens a chunk of linear_score.
+
+    python -m kernels.bench --paths --csv paths.csv
+
+triton_impl.score_shape decides with how many warps a row is read and how many vectors of it a lane holds. This times
+DPSM with its gradient in other shapes beside that one, and beside copying the logits. Then it times linear_score in
+chunks of many sizes, over the bare matrix products, beside what chunks.chunk_rows chooses.
+"""
+
+import torch
+
+from ..chunks import TILE, cuda_chunk
+from ..head import linear_score
+from ..losses import dpsm
+from ..moments import new_stats
+from .providers import ALPHA, matrix_products
+from .rows import Rows
+from .timing import DTYPE_OF, HEADS, Shape, make_inputs, median_ms, median_ratio, run_once, time_in_turns
+
+LOGITS = (("bf16", 50257), ("bf16", 151936), ("fp32", 50257))
+TOKENS = 4096
+
+
+def shapes_of(v: int, dtype: torch.dtype) -> dict[tuple[int, int], dict]:
+    """{(warps, vectors a lane holds): launch constants}, what score_shape chooses first; 0 vectors: the whole row is
+    read twice."""
+    from ..triton_impl import score_shape
+
+    found = {}
+    for given in ({}, *(dict(warps=w, held=h) for w in (8, 16) for h in (25, 18, 0))):
+        shape = score_shape(v, dtype, **given)
+        found.setdefault((shape["num_warps"], shape["PIECES"]), shape)
+    return found
+
+
+def time_paths(v: int, dtype: torch.dtype, device: str, repeats: int) -> dict[tuple[int, int] | str, float]:
+    """Milliseconds of DPSM with its gradient on TOKENS rows by ``shapes_of``, and of copying the logits ("copy")."""
+    from ..triton_impl import fused_score
+
+    z = torch.randn(TOKENS, v, dtype=dtype, device=device)
+    y = torch.randint(v, (TOKENS,), device=device)
+    out, (stats, correct) = torch.empty_like(z), new_stats(z, TOKENS)
+    arguments = dict(logits=z, targets=y, mask=None, weights=None, stats=stats, correct=correct, out=out)
+    arguments |= dict(losses=torch.empty_like(stats[0]), fisher=torch.empty_like(stats[0]))
+    knob = torch.full((), 0.5, device=device)
+    jobs = {
+        key: lambda shape=shape: fused_score("dpsm", knob, **arguments, shape=shape)
+        for key, shape in shapes_of(v, dtype).items()
+    }
+    times = time_in_turns(jobs | {"copy": lambda: out.copy_(z)}, device, repeats)
+    return {key: median_ms(times, key) for key in times}
+
+
+def time_chunks(shape: Shape, dtype: str, device: str, repeats: int, sizes) -> dict[int, float]:
+    """{tokens a chunk: median over rounds of linear_score's time over that of its bare matrix products}."""
+    leaves, targets = make_inputs(shape, dtype, device)
+    score = dpsm(ALPHA)
+
+    def in_chunks(size):
+        return lambda h, w, y: linear_score(h, w, y, score, fisher=True, chunk=size)[0]
+
+    functions = {size: in_chunks(size) for size in sizes} | {"products": matrix_products}
+    jobs = {key: lambda f=f: run_once(f, leaves, targets) for key, f in functions.items()}
+    times = time_in_turns(jobs, device, repeats)
+    return {size: median_ratio(times, size, "products") for size in sizes}
+
+
+def time_choices(args, rows: Rows) -> None:
+    """One row a dtype, vocabulary and shape, and one a size of chunk. Needs CUDA."""
+    rows.begin(
+        f"DPSM with its gradient, N={TOKENS}, on {rows.about['device']}",
+        ("kernel", "provider", 1, ""),
+        ("dtype", "dtype", 1, ""),
+        ("V", "v", 1, "d"),
+        ("warps", "warps", 1, "d"),
+        ("held", "held", 1, "d"),
+        ("ms", "step_ms", 1, ".3f"),
+        ("of copy", "share_of_copy", 100, ".0f"),
+    )
+    for dtype, v in LOGITS:
+        times = time_paths(v, DTYPE_OF[dtype], args.device, args.repeats)
+        copy = times.pop("copy")
+        chosen, fastest = next(iter(times)), min(times, key=times.get)
+        for key, ms in times.items():
+            row = dict(provider="score_kernel", n=TOKENS, v=v, d=None, dtype=dtype, warps=key[0], held=key[1])
+            row |= dict(step_ms=ms, copy_ms=copy, share_of_copy=copy / ms, chosen=key == chosen, repeats=args.repeats)
+            rows.add(row, "  chosen" * (key == chosen) + "  fastest" * (key == fastest))
+    sizes = [TILE << i for i in range(7)]  # 128 ... 8192
+    rows.begin(
+        "linear_score over its matrix products, bf16, by tokens a chunk",
+        ("loss", "provider", 1, ""),
+        ("V", "v", 1, "d"),
+        ("chunk", "chunk", 1, "d"),
+        ("x products", "ratio_to_products", 1, ".3f"),
+    )
+    for shape in HEADS.values():
+        chosen = cuda_chunk(*shape, 2, 2, torch.device("cuda", torch.cuda.current_device()))
+        ratios = time_chunks(shape, "bf16", args.device, args.repeats, sorted({*sizes, chosen}))
+        for size, ratio in ratios.items():
+            row = dict(provider="linear_score", **shape._asdict(), dtype="bf16", chunk=size, ratio_to_products=ratio)
+            rows.add(row | dict(chosen=size == chosen, repeats=args.repeats), "  chosen" * (size == chosen))

@@ -1,0 +1,168 @@
+"""What every bench measures with: inputs, one timer, peak memory and joules."""
+
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+DTYPE_OF = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+WARM_UPS = {"cuda": 3, "cpu": 1}  # rounds that do not count: they compile, and fill the allocator's pools
+
+
+class Shape(NamedTuple):
+    """N tokens, a vocabulary of V, and the hidden size D of a linear head; D is None for logits."""
+
+    n: int
+    v: int
+    d: int | None = None
+
+
+HEADS = {"gpt2": Shape(8192, 50257, 768), "qwen3": Shape(8192, 151936, 1024)}
+
+
+def make_inputs(shape: Shape, dtype: str, device: str) -> tuple[list[Tensor], Tensor]:
+    """Leaves that require a gradient, logits or hidden and weight, and targets."""
+    n, v, d = shape
+    generator = torch.Generator(device).manual_seed(0)
+    new = dict(device=device, generator=generator)
+    targets = torch.randint(v, (n,), **new)
+    if d is not None:
+        leaves = [torch.randn(rows, d, dtype=DTYPE_OF[dtype], **new) for rows in (n, v)]
+        leaves[1].mul_(0.02)
+    else:
+        leaves = [torch.randn(n, v, dtype=DTYPE_OF[dtype], **new).mul_(3)]
+    return [x.requires_grad_() for x in leaves], targets
+
+
+def drop_gradients(leaves) -> None:
+    for leaf in leaves:
+        leaf.grad = None
+
+
+def run_once(function: Callable, leaves, targets, forward: bool = False) -> None:
+    """One step of a loss, or its ``forward`` alone without gradient."""
+    drop_gradients(leaves)
+    if forward:
+        with torch.no_grad():
+            function(*leaves, targets)
+    else:
+        function(*leaves, targets).backward()
+
+
+def time_once(job: Callable[[], object], device: str) -> float:
+    """Seconds of one call: on CUDA between events, the device idle before and after."""
+    if device == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        begin.record()
+        job()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1000
+    start = time.perf_counter()
+    job()
+    return time.perf_counter() - start
+
+
+def time_in_turns(
+    jobs: dict[object, Callable], device: str, repeats: int, between: Callable | None = None
+) -> dict[object, list[float]]:
+    """Seconds of every job in each of ``repeats`` rounds.
+
+    The jobs take turns within a round, so that what else the machine does falls on all of them. ``between`` runs after
+    each job and is not timed.
+    """
+    times = {name: [] for name in jobs}
+    for turn in range(repeats + WARM_UPS[device]):
+        for name, job in jobs.items():
+            seconds = time_once(job, device)
+            if turn >= WARM_UPS[device]:
+                times[name].append(seconds)
+            if between:
+                between()
+    return times
+
+
+def median_ms(times: dict, name) -> float:
+    return 1e3 * statistics.median(times[name])
+
+
+def median_ratio(times: dict, name, base) -> float | None:
+    """Median over rounds of one job's time over the base job's: what slows a round slows both. None without base."""
+    if base not in times:
+        return None
+    return statistics.median(a / b for a, b in zip(times[name], times[base], strict=True))
+
+
+def cuda_peak(job: Callable[[], object]) -> int:
+    """Peak bytes that a call allocates beyond what was allocated before."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    job()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def measure_memory(function: Callable, shape: Shape, dtype: str, device: str) -> int:
+    """Peak bytes beyond the inputs of one step. On CPU run it in a process of its own."""
+    small = make_inputs(Shape(8, 64, shape.d), dtype, device)
+    run_once(function, *small)  # what the libraries load and keep once
+    leaves, targets = make_inputs(shape, dtype, device)
+    if device == "cuda":
+        run_once(function, leaves, targets)
+        drop_gradients(leaves)
+        return cuda_peak(lambda: run_once(function, leaves, targets))
+    before = _resident("VmRSS")
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+        run_once(function, leaves, targets)
+        return _resident("VmHWM") - before
+    except OSError:
+        run_once(function, leaves, targets)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+
+
+def _resident(field: str) -> int:
+    with open("/proc/self/status") as file:
+        line = next(x for x in file if x.startswith(field + ":"))
+    return int(line.split()[1]) * 1024
+
+
+def measure_memory_apart(name: str, shape: Shape, dtype: str, threads: int = 0) -> int:
+    """``measure_memory`` of a provider on CPU in a fresh process."""
+    n, v, d = shape
+    options = ["--n", n, "--v", v, "--d", d or 0, "--dtype", dtype, "--device", "cpu", "--threads", threads]
+    command = [sys.executable, "-m", __package__, *map(str, options), "--memory-of", name]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "MALLOC_ARENA_MAX": "1"})
+    if done.returncode:
+        raise RuntimeError(f"measuring the memory of {name} failed: {done.stderr.strip().splitlines()[-1]}")
+    return int(done.stdout.split()[-1])
+
+
+def measure_joules(job: Callable[[], object], device: str) -> float | None:
+    """Joules of one call, from a second of calls, by NVML's counter; None where there is none."""
+    if device != "cuda":
+        return None
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    pynvml.nvmlInit()
+    uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
+    handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}".encode())
+    before, calls = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle), 0  # millijoules
+    stop = time.perf_counter() + 1.0  # the counter moves in steps of milliseconds
+    while time.perf_counter() < stop:
+        job()
+        torch.cuda.synchronize()
+        calls += 1
+    return (pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) - before) / 1000 / calls
