@@ -1,5 +1,6 @@
 """Softmax moments, scores over logits or over a linear head without its logits, and the Fisher of each token."""
 
+# ruff: noqa: F401  what is imported here is the public face
 from .compiled import compilable
 from .head import linear_moments, linear_score
 from .logits import logits_score
@@ -21,27 +22,3 @@ from .losses import (
 from .moments import Moments, token_fisher
 from .parallel import parallel_linear_score
 from .softmax import softmax_moments
-
-__all__ = [
-    "ALPHA_SCHEDULES",
-    "LOSSES",
-    "Moments",
-    "ProperScoreLoss",
-    "alpha_at",
-    "brier",
-    "ce",
-    "compilable",
-    "dpsm",
-    "focal",
-    "knobs_of",
-    "linear_moments",
-    "linear_score",
-    "logits_score",
-    "make_score",
-    "parallel_linear_score",
-    "smoothing",
-    "softmax_moments",
-    "spherical",
-    "tail_smoothed",
-    "token_fisher",
-]

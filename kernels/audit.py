@@ -9,14 +9,14 @@ No GPU is needed: Triton's own assembler and disassembler do the work. Per kerne
     spill    bytes a thread that do not fit the registers (0 wanted)
     loads    loads of global memory in the code, by bits a thread, and
     stores   the same for stores; of the narrow ones a few belong to scalars and to the ends of a row
-    instr/el instructions an element: what a lane executes for its part of a row (its loops as often as the row
-             needs them, and everything outside of loops), over its elements. A multiprocessor of Hopper issues 128
-             a clock; at 132 of them, 1.7 GHz and 3 TB/s, one read and one write of a bf16 logit last as long as 38
-    sfu/el   the same for special functions, of which 16 a clock. score_kernel needs two (p for the sums and again
-             for the gradient), the others one
+    instr/el instructions an element: what a lane executes for its part of a row, loops as often as the row needs them,
+             over its elements. Hopper's 132 multiprocessors issue 128 a clock each; at 1.7 GHz and 3 TB/s that is 38
+             in the time of one read and one write of a bf16 logit
+    sfu/el   the same for special functions, 16 a clock. score_kernel needs two (p for the sums and again for the
+             gradient), the others one
     shared   bytes of shared memory a program
 
-The launch shapes are those of triton_impl's launchers, the integers specialised as Triton does at a call.
+Launch shapes are those of triton_impl, and integers are specialised as Triton does at a call.
 """
 
 import argparse
@@ -34,6 +34,11 @@ from .bench.timing import DTYPE_OF
 
 CAPABILITIES = (80, 90)
 VOCABULARIES = (50257, 151936)
+# Types of the kernels' arguments, beside logits, constants and pointers to fp32.
+TYPES = {"targets_ptr": "*i64", "mask_ptr": "*u8", "correct_ptr": "*u8", "tail": "fp32"}
+TYPES |= dict.fromkeys(("z_stride", "stats_stride", "V"), "i32")
+LINE = "{:40} {:>3} {:>7} {:>5} {:>5} {:22} {:22} {:>8} {:>6} {:>6}"
+HEADINGS = ("kernel", "sm", "V", "regs", "spill", "loads", "stores", "instr/el", "sfu/el", "shared")
 # One instruction a line: /*0040*/  @P0 LDG.E.128 R4, ...
 OPCODE = re.compile(r"\s*/\*[0-9a-f]+\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
 OPTIONS = ("num_warps", "maxnreg", "enable_fp_fusion")  # of a launch; its other constants are the kernel's
@@ -43,19 +48,19 @@ def variants(capability: int, vocab: int, dtype: str) -> list[tuple[str, object,
     """(label, kernel, constants) of everything that is launched for logits [N, vocab] of Triton's ``dtype``."""
     from . import triton_impl as impl
 
-    plain, score_shape = impl._shape(vocab, DTYPE_OF[dtype]), impl.score_shape(vocab, DTYPE_OF[dtype])
-    full = dict(HAS_C=True, HAS_B=True, HAS_T=True, HAS_MASK=True)
+    shape = vocab, DTYPE_OF[dtype]
+    plain, score_shape = impl._shape(*shape), impl.score_shape(*shape)
     found = [
         ("moments_kernel", impl.moments_kernel, dict(TAIL=False) | plain),
         ("moments_kernel, tail", impl.moments_kernel, dict(TAIL=True) | plain),
-        ("gradient_kernel", impl.gradient_kernel, full | dict(HAS_B=False, HAS_T=False) | plain),
-        ("gradient_kernel, tail", impl.gradient_kernel, full | plain),
+        ("gradient_kernel", impl.gradient_kernel, dict(b_ptr=None, t_ptr=None) | plain),
+        ("gradient_kernel, tail", impl.gradient_kernel, plain),
     ]
     for name, score in impl.FUSED_SCORES.items():
-        flags = dict(SCORE=score.function, HAS_B=score.reads_mean, HAS_MASK=True, HAS_WEIGHTS=True, GRADIENT=True)
+        flags = dict(SCORE=score.function, HAS_B=score.reads_mean)
         read = "part of it twice" if score_shape["MORE"] else "one read"
         found.append((f"score_kernel, {name}, {read}", impl.score_kernel, flags | score_shape))
-        found.append((f"rest_kernel, {name}", impl.rest_kernel, flags | impl._rest_shape(vocab, DTYPE_OF[dtype])))
+        found.append((f"rest_kernel, {name}", impl.rest_kernel, flags | impl._rest_shape(*shape)))
     return found
 
 
@@ -65,18 +70,8 @@ def compile_for(kernel, constants: dict, capability: int, dtype: str, vocab: int
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    def type_of(name):
-        if name in constants:
-            return "constexpr"
-        if name in ("z_ptr", "out_ptr"):
-            return f"*{dtype}"
-        if name in ("targets_ptr", "mask_ptr", "correct_ptr"):
-            return "*i64" if name == "targets_ptr" else "*u8"
-        if name.endswith("_ptr"):
-            return "*fp32"
-        return {"z_stride": "i32", "stats_stride": "i32", "tail": "fp32", "V": "i32"}[name]
-
-    signature = {name: type_of(name) for name in kernel.arg_names}
+    types = TYPES | dict.fromkeys(("z_ptr", "out_ptr"), f"*{dtype}") | dict.fromkeys(constants, "constexpr")
+    signature = {name: types.get(name, "*fp32") for name in kernel.arg_names}
     whole = [n for n in kernel.arg_names if n.endswith("_ptr") and n in ("z_ptr", "out_ptr", "knob_ptr")]
     if vocab % 16 == 0:
         whole += [n for n in ("z_stride", "V") if n in kernel.arg_names]
@@ -138,7 +133,7 @@ def read_code(compiled, constants: dict, vocab: int) -> dict:
     lanes, pieces = constants["R"], constants.get("PIECES", 0)
     elements = vocab / lanes  # of a lane
     vectors = math.ceil(vocab / constants["W"] / lanes)
-    if "HAS_T" in constants:  # gradient_kernel: a program is part of a row, without loops
+    if compiled.metadata.name == "gradient_kernel":  # gradient_kernel: a program is part of a row, without loops
         elements = constants["K"] * constants["W"]
     a_go = constants.get("K", 1)
     run = executed(code.splitlines(), a_go, math.ceil(max(0, vectors - pieces) / a_go))
@@ -189,22 +184,16 @@ def main(argv: list[str] | None = None) -> int:
         print("triton is not installed (it has wheels for Linux); pip install triton", file=sys.stderr)
         return 2
     print(f"triton {triton.__version__}, {args.dtype}")
-    print(
-        f"{'kernel':40} {'sm':>3} {'V':>7} {'regs':>5} {'spill':>5} {'loads':22} {'stores':22} "
-        f"{'instr/el':>8} {'sfu/el':>6} {'shared':>6}"
-    )
+    print(LINE.format(*HEADINGS))
     rows = []
     for vocab in args.vocab:
         for capability in args.capability:
             for row in audit(capability, vocab, args.dtype, args.kernel):
                 rows.append(row)
-                loads, stores = (" ".join(f"{n}x{bits}" for bits, n in row[k].items()) for k in ("loads", "stores"))
-                print(
-                    f"{row['kernel']:40} {capability:3} {vocab:7} {row['registers']:5} {row['spill_bytes']:5} "
-                    f"{loads:22} {stores:22} {row['instructions_per_element']:8.1f} {row['special_per_element']:6.2f} "
-                    f"{row['shared_bytes']:6}",
-                    flush=True,
-                )
+                accesses = [" ".join(f"{n}x{bits}" for bits, n in row[k].items()) for k in ("loads", "stores")]
+                figures = f"{row['instructions_per_element']:.1f}", f"{row['special_per_element']:.2f}"
+                sizes = capability, vocab, row["registers"], row["spill_bytes"]
+                print(LINE.format(row["kernel"], *sizes, *accesses, *figures, row["shared_bytes"]), flush=True)
     if args.json:
         args.json.write_text(json.dumps(dict(triton=triton.__version__, rows=rows), indent=1) + "\n")
     return 0

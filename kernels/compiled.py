@@ -73,54 +73,43 @@ def _with_autograd():
     return torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
 
 
-def _head(tensors, o: _Options) -> HeadPass:
-    hidden, weight, targets, bias, weights = tensors
+def _open(arguments) -> tuple[HeadPass, Callable, Tensor | None, _Options]:
+    """(pass, score, the last tensor, options) of an operator's arguments."""
+    hidden, weight, targets, bias, weights, last = arguments[:6]
+    o = _Options(*arguments[6:])
     how = dict(ignore_index=o.ignore_index, tail=o.tail, chunk=o.chunk or None, impl=o.impl)
-    return HeadPass(hidden, weight, targets, bias=bias, weights=weights, **how)
+    return HeadPass(hidden, weight, targets, bias=bias, weights=weights, **how), _SCORES[o.score], last, o
 
 
-@torch.library.custom_op(
-    "scorecast::linear_score",
-    mutates_args=(),
-    schema=_SCHEMA + "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
+@torch.library.custom_op("scorecast::linear_score", mutates_args=(), schema=_SCHEMA + f"({', '.join(['Tensor'] * 8)})")
 def _linear_score(*arguments):
     """(loss, stats, correct, fisher, d_hidden, d_weight, d_bias, denominator), empty tensors for what does not apply.
     The gradients are those of the sum; sums over chunks are fp32."""
-    *tensors, denominator = arguments[:6]
-    o = _Options(*arguments[6:])
-    head, score = _head(tensors, o), _SCORES[o.score]
-    grads = (None,) * 3
+    head, score, denominator, o = _open(arguments)
     with _with_autograd(), torch.no_grad():
         if o.reduction == "none":
             losses, moments, _ = head.losses(score, o.fisher, keep=False)
-            total, denominator = head.weighted(losses), None
+            total, grads, denominator = head.weighted(losses), (None,) * 3, None
         else:
             total, moments, grads, denominator = head.reduced(score, o.reduction, denominator, o.fisher, o.wants)
     if denominator is not None:
         denominator = denominator.to(head.stats.dtype)
-    # Each output is a tensor of its own.
     fishers, *rest = (head.h.new_empty(0) if x is None else x for x in (moments.fisher, *grads, denominator))
     return total, head.stats, head.correct, fishers, *rest
 
 
 @_linear_score.register_fake
 def _(hidden, weight, targets, bias, weights, denominator, *options):
-    o = _Options(*options)
-    n = hidden.shape[0]
-    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    sums = o.reduction != "none"
-    shapes = zip((hidden.shape, weight.shape, weight.shape[:1]), (hidden.dtype, wide, wide), o.wants, strict=True)
-    return (
-        hidden.new_empty(() if sums else n, dtype=wide),
-        *new_stats(hidden, n),
-        hidden.new_empty(n, dtype=wide) if o.fisher else hidden.new_empty(0),
-        *(
-            hidden.new_empty(shape, dtype=dtype) if wanted and sums else hidden.new_empty(0)
-            for shape, dtype, wanted in shapes
-        ),
-        hidden.new_empty((), dtype=wide) if o.reduction == "mean" else hidden.new_empty(0),
-    )
+    o, n = _Options(*options), hidden.shape[0]
+    narrow, wide = hidden.dtype, torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    summed = o.reduction != "none"
+
+    def new(shape, there: bool = True, dtype=wide):
+        return hidden.new_empty(shape if there else 0, dtype=dtype if there else narrow)
+
+    shapes = zip((hidden.shape, weight.shape, weight.shape[:1]), (narrow, wide, wide), o.wants, strict=True)
+    grads = [new(shape, wanted and summed, dtype) for shape, dtype, wanted in shapes]
+    return new(() if summed else n), *new_stats(hidden, n), new(n, o.fisher), *grads, new((), o.reduction == "mean")
 
 
 @torch.library.custom_op(
@@ -128,9 +117,7 @@ def _(hidden, weight, targets, bias, weights, denominator, *options):
 )
 def _linear_score_backward(*arguments):
     """(d_hidden, d_weight, d_bias) of reduction "none", from the logits computed again."""
-    *tensors, upstream = arguments[:6]
-    o = _Options(*arguments[6:])
-    head, score = _head(tensors, o), _SCORES[o.score]
+    head, score, upstream, o = _open(arguments)
     with _with_autograd(), torch.no_grad():
         _, _, kept = head.losses(score, False, keep=True)
         grads = head.gradient_of(score, kept, upstream, o.wants)

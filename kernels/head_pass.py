@@ -34,18 +34,7 @@ class HeadPass:
     """
 
     def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        *,
-        bias: Tensor | None = None,
-        weights: Tensor | None = None,
-        ignore_index: int = -100,
-        tail: float = 0.0,
-        chunk: int | None = None,
-        impl: str = "auto",
-        vocab: int | None = None,
+        self, hidden, weight, targets, *, ignore_index, chunk, impl, bias=None, weights=None, tail=0.0, vocab=None
     ):
         if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
             shapes = f"{tuple(hidden.shape)} and {tuple(weight.shape)}"
@@ -67,10 +56,9 @@ class HeadPass:
         self.can_keep_w = hidden.dtype == self.stats.dtype and self.module.CAN_KEEP_W
         self.stride = row_stride(self.vocab) if hidden.is_cuda else self.vocab
         if chunk is None and hidden.is_cuda:
-            sizes = hidden.element_size(), weight.element_size()
-            chunk = cuda_chunk(self.n, self.vocab, hidden.shape[1], *sizes, device)
+            chunk = cuda_chunk(self.n, self.vocab, hidden.shape[1], hidden.itemsize, weight.itemsize, device)
         elif chunk is None:
-            most = max(1, CPU_BUDGET // (self.stride * hidden.element_size()))
+            most = max(1, CPU_BUDGET // (self.stride * hidden.itemsize))
             chunk = -(-self.n // max(1, -(-self.n // most)))  # chunks of equal size
         chunk = max(1, min(chunk, self.n))
         self.chunks = [slice(i, min(i + chunk, self.n)) for i in range(0, self.n, chunk)]
@@ -100,7 +88,8 @@ class HeadPass:
         # w left in the logits' storage saves the second exponential of the gradient.
         gradient, keep_w = any(wants), any(wants) and self.can_keep_w
         with self.quiet():
-            if reduction == "mean":  # a copy: the caller may refill its tensor before backward
+            if reduction == "mean":
+                # A copy, as the caller may refill its tensor before backward.
                 denominator = self.count() if denominator is None else denominator.clone()
             for rows in self.chunks:
                 logits = self.logits(rows)
@@ -146,22 +135,15 @@ class HeadPass:
         losses[rows], partials = score_partials(self.moments(rows), score)
         if fishers is not None:
             fishers[rows] = self.in_loss(fisher_of(self.stats_of(rows), partials), rows)
-        return Partials(*(None if g is None else self.weighted(g, rows) for g in partials)), False
+        return partials.map(lambda g: self.weighted(g, rows)), False
 
     def fused(self, form, logits, rows, losses, fishers, out, weights) -> None:
-        """The chunk by one kernel. Losses and Fisher are written whether they are wanted or not."""
-        self.module.fused_score(
-            *form,
-            logits=logits,
-            targets=self.targets[rows],
-            mask=self.mask_of(rows),
-            weights=None if weights is None else weights[rows],
-            stats=self.stats[:, rows],
-            correct=self.correct[rows],
-            losses=losses[rows],
-            fisher=torch.empty_like(losses[rows]) if fishers is None else fishers[rows],
-            out=out,
-        )
+        """The chunk by one kernel. The Fisher is written whether it is wanted or not."""
+        fisher = torch.empty_like(losses[rows]) if fishers is None else fishers[rows]
+        weights = None if weights is None else weights[rows]
+        inputs = dict(logits=logits, targets=self.targets[rows], mask=self.mask_of(rows), weights=weights)
+        stats = dict(stats=self.stats[:, rows], correct=self.correct[rows])
+        self.module.fused_score(*form, **inputs, **stats, losses=losses[rows], fisher=fisher, out=out)
 
     def rows_of_buffer(self, rows: slice) -> Tensor:
         """Storage for the logits of a chunk, the same for every chunk."""
@@ -186,9 +168,9 @@ class HeadPass:
         return Stats(*self.stats[:, rows].unbind(0))
 
     def forward(self, logits: Tensor, rows: slice, keep_w: bool = False) -> None:
-        stats, correct, y = self.stats[:, rows], self.correct[rows], self.targets[rows]
+        stats, correct = self.stats[:, rows], self.correct[rows]
         extra = dict(keep_w=True, rows_again=lambda i: self.logits_again(rows, i)) if keep_w else {}
-        self.module.forward(logits, y, stats, correct, self.tail, **extra)
+        self.module.forward(logits, self.targets[rows], stats, correct, self.tail, **extra)
         mask_stats(stats, correct, self.mask_of(rows))
 
     def moments(self, rows: slice = ALL, fisher: Tensor | None = None) -> Moments:
@@ -206,12 +188,9 @@ class HeadPass:
 
     def gradient(self, logits: Tensor, rows: slice, partials: Partials, kept_w: bool = False) -> None:
         """Turns the chunk's logits into their gradient."""
-        stats = self.stats_of(rows)
-        coefficients = gradient_coefficients(stats, partials)
-        extra = dict(kept_w=True) if kept_w else {}
-        self.module.gradient(
-            logits, self.targets[rows], self.mask_of(rows), stats, coefficients, self.tail, logits, **extra
-        )
+        stats, targets, extra = self.stats_of(rows), self.targets[rows], dict(kept_w=True) if kept_w else {}
+        rule = gradient_coefficients(stats, partials)
+        self.module.gradient(logits, targets, self.mask_of(rows), stats, rule, self.tail, logits, **extra)
 
     def accumulate(self, logits: Tensor, rows: slice, grads) -> None:
         """Adds what follows from the gradient of a chunk's logits to ``grads``."""
@@ -243,8 +222,7 @@ class HeadPass:
                 if partials is None:
                     self.fused(score.fused, logits, rows, self.new_vector(), None, logits, scale)
                 else:
-                    up = upstream[rows]
-                    self.gradient(logits, rows, Partials(*(None if g is None else g * up for g in partials)))
+                    self.gradient(logits, rows, partials.map(upstream[rows].mul))
                 self.accumulate(logits, rows, grads)
         return [None if g is None else g.to(d) for g, d in zip(grads, self.grad_dtypes, strict=True)]
 

@@ -76,18 +76,9 @@ class _Fused(torch.autograd.Function):
         stats, correct = new_stats(z, len(z))
         losses, fishers = torch.empty_like(stats[0]), torch.empty_like(stats[0])
         ctx.gradient, ctx.module = z if inplace else empty_twin(z), module
-        module.fused_score(
-            *fused,
-            logits=z,
-            targets=targets,
-            mask=mask,
-            weights=scale,
-            stats=stats,
-            correct=correct,
-            losses=losses,
-            fisher=fishers,
-            out=ctx.gradient,
-        )
+        inputs = dict(logits=z, targets=targets, mask=mask, weights=scale)
+        outputs = dict(stats=stats, correct=correct, losses=losses, fisher=fishers, out=ctx.gradient)
+        module.fused_score(*fused, **inputs, **outputs)
         if inplace and z.data_ptr() == logits.data_ptr():
             torch.autograd.graph.increment_version(logits)
         total = torch.where(scale == 0, 0.0, losses * scale).sum()

@@ -98,6 +98,9 @@ class Partials(NamedTuple):
     mean_log_p: Tensor | None = None
     tail_log_p: Tensor | None = None
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Partials":
+        return Partials(*(None if g is None else function(g) for g in self))
+
 
 class Coefficients(NamedTuple):
     """The gradient of a row: p_j (a + c p_j) + b + t [p_j in tail] off target, ``target`` at y."""

@@ -69,23 +69,10 @@ def gradient(
     del shape["PACKED"]
     logits, result = _aligned(logits, out)
     programs = triton.cdiv(vocab + shape["W"] - 1, shape["K"] * shape["R"] * shape["W"])  # of a row
+    pointers = dict(ref_ptr=stats.row_max, sum_ptr=stats.row_sum, r1_ptr=stats.r1, support_ptr=stats.support)
+    pointers |= dict(a_ptr=a, c_ptr=c, b_ptr=b, t_ptr=t, target_ptr=target, out_ptr=result, mask_ptr=_bytes(mask))
     with _on(logits):
-        gradient_kernel[(n, programs)](
-            **_rows(logits, targets),
-            **_optional("mask_ptr", "HAS_MASK", None if mask is None else mask.view(torch.uint8), targets),
-            **_optional("c_ptr", "HAS_C", c, a),
-            **_optional("b_ptr", "HAS_B", b, a),
-            **_optional("t_ptr", "HAS_T", t, a),
-            out_ptr=result,
-            ref_ptr=stats.row_max,
-            sum_ptr=stats.row_sum,
-            r1_ptr=stats.r1,
-            support_ptr=stats.support,
-            a_ptr=a,
-            target_ptr=target,
-            tail=tail,
-            **shape,
-        )
+        gradient_kernel[(n, programs)](**_rows(logits, targets), **pointers, tail=tail, **shape)
     if result is not out:
         out.copy_(result)
 
@@ -119,18 +106,9 @@ def fused_score(
         _check_out(logits, out)
     logits, result = _aligned(logits, out)
     score = FUSED_SCORES[name]
-    arguments = dict(
-        **_rows(logits, targets),
-        **_results(stats, correct),
-        **_optional("mask_ptr", "HAS_MASK", None if mask is None else mask.view(torch.uint8), targets),
-        **_optional("weights_ptr", "HAS_WEIGHTS", weights, losses),
-        **_optional("out_ptr", "GRADIENT", result, logits),
-        knob_ptr=knob,
-        loss_ptr=losses,
-        fisher_ptr=fisher,
-        SCORE=score.function,
-        HAS_B=score.reads_mean,
-    )
+    arguments = _rows(logits, targets) | _results(stats, correct) | dict(SCORE=score.function, HAS_B=score.reads_mean)
+    arguments |= dict(knob_ptr=knob, loss_ptr=losses, fisher_ptr=fisher)
+    arguments |= dict(mask_ptr=_bytes(mask), weights_ptr=weights, out_ptr=result)
     with _on(logits):
         score_kernel[(n,)](**arguments, **(shape or score_shape(vocab, logits.dtype)))
         rest_kernel[(n,)](**arguments, **_rest_shape(vocab, logits.dtype))
@@ -152,12 +130,11 @@ def _rows(logits: Tensor, targets: Tensor) -> dict:
 
 
 def _results(stats: Tensor, correct: Tensor) -> dict:
-    return dict(stats_ptr=stats, stats_stride=stats.stride(0), correct_ptr=correct.view(torch.uint8))
+    return dict(stats_ptr=stats, stats_stride=stats.stride(0), correct_ptr=_bytes(correct))
 
 
-def _optional(pointer: str, flag: str, tensor: Tensor | None, unread: Tensor) -> dict:
-    """Two arguments: a tensor, in whose place some other stands that is not read, and whether it is there."""
-    return {pointer: unread if tensor is None else tensor, flag: tensor is not None}
+def _bytes(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask.view(torch.uint8)
 
 
 def _check_out(logits: Tensor, out: Tensor) -> None:

@@ -15,38 +15,7 @@ Three things make them fast; ``python -m kernels.audit`` checks the first two wi
 import triton
 import triton.language as tl
 
-from .triton_rows import (
-    FILL,
-    LOG2E,
-    ROW_MAX,
-    TAIL_COUNT,
-    TAIL_LOG_P,
-    TAIL_OFF,
-    add_blocks,
-    add_edge,
-    add_word,
-    base_of,
-    careful_sums,
-    edge,
-    element,
-    entries_of,
-    finish_row,
-    gradient_of,
-    higher,
-    is_whole,
-    load_words,
-    lowest,
-    needs_care,
-    no_sums,
-    over_lanes,
-    part_of,
-    per_lane,
-    place,
-    put,
-    store_gradient,
-    store_words,
-    top_of,
-)
+from . import triton_rows as rows
 
 LEFT = tl.constexpr(2)  # what score_kernel writes to ``correct`` of a row that it has left to rest_kernel
 
@@ -72,17 +41,17 @@ def moments_kernel(
     row = tl.program_id(0).to(tl.int64)
     y = tl.load(targets_ptr + row).to(tl.int32)
     z_y = tl.load(z_ptr + row * z_stride + y).to(tl.float32)
-    at = place(row, z_stride, V, y, W)
+    at = rows.place(row, z_stride, V, y, W)
     none = tl.zeros([R], tl.float32)
-    z_e, _places, _mine, off = edge(z_ptr, at, V, y, R, W)
-    lanes = add_edge((none + FILL, none, (none, none, none, none, none, none)), z_e, off, R)
-    top, sums = over_lanes(add_blocks(z_ptr, at, 0, lanes, K, R, W, PACKED))
+    z_e, _places, _mine, off = rows.edge(z_ptr, at, V, y, R, W)
+    lanes = rows.add_edge((none + rows.FILL, none, (none, none, none, none, none, none)), z_e, off, R)
+    top, sums = rows.over_lanes(rows.add_blocks(z_ptr, at, 0, lanes, K, R, W, PACKED))
     live, beaten = V - 1.0, z_y <= top
-    if needs_care(top, sums[5], z_y):
-        top, sums, live, beaten = careful_sums(z_ptr, at, V, y, z_y, True, R, W)
+    if rows.needs_care(top, sums[5], z_y):
+        top, sums, live, beaten = rows.careful_sums(z_ptr, at, V, y, z_y, True, R, W)
     to = stats_ptr + row, stats_stride, correct_ptr + row
     found = top, sums, live, beaten
-    moments, ref, w, rest = finish_row(to, True, z_y, found)
+    moments, ref, w, rest = rows.finish_row(to, True, z_y, found)
     if TAIL:
         # A second read, of a row that is still in the cache.
         p_y, n = moments[6], moments[7]
@@ -91,23 +60,23 @@ def moments_kernel(
         tail_t = tl.zeros([R, 4], tl.float32)
         for start in range(0, at[3] + 1, R):
             for half in tl.static_range(W // 4):
-                z, _j = element(z_ptr, at, start + tl.arange(0, R), half, V, y, W)
-                inside = (tl.exp2((z - ref) * LOG2E) * w < tail / n) & (z != float("-inf"))
+                z, _j = rows.element(z_ptr, at, start + tl.arange(0, R), half, V, y, W)
+                inside = (tl.exp2((z - ref) * rows.LOG2E) * w < tail / n) & (z != float("-inf"))
                 k += inside.to(tl.float32)
                 tail_t += tl.where(inside, z - ref, 0.0)
         k = tl.sum(tl.sum(k, 1), 0)
         tail_t = tl.sum(tl.sum(tail_t, 1), 0)
         y_in = tl.where(p_y < tail / n, y_live, 0.0)
-        put(to, TAIL_LOG_P, True, (tail_t + k * off_log + y_in * target_log_p) / n)
-        put(to, TAIL_COUNT, True, k + y_in)
-        put(to, TAIL_OFF, True, k)
+        rows.put(to, rows.TAIL_LOG_P, True, (tail_t + k * off_log + y_in * target_log_p) / n)
+        rows.put(to, rows.TAIL_COUNT, True, k + y_in)
+        rows.put(to, rows.TAIL_OFF, True, k)
 
 
 @triton.jit
 def any_gradient(z, ref, scale, rule, limit, HAS_C: tl.constexpr, HAS_B: tl.constexpr, HAS_T: tl.constexpr):
     """p (a + c p) + b + t [p < limit] with p = scale exp(z - ref) and ``rule`` (a, c, b, t), of any z, 0 for -inf."""
     a, c, b, t = rule
-    p = tl.exp2((z - ref) * LOG2E) * scale
+    p = tl.exp2((z - ref) * rows.LOG2E) * scale
     factor = a
     if HAS_C:
         factor = tl.fma(p, c, a)
@@ -137,10 +106,6 @@ def gradient_kernel(
     target_ptr,
     tail,
     V,
-    HAS_C: tl.constexpr,
-    HAS_B: tl.constexpr,
-    HAS_T: tl.constexpr,
-    HAS_MASK: tl.constexpr,
     K: tl.constexpr,
     R: tl.constexpr,
     W: tl.constexpr,
@@ -149,31 +114,37 @@ def gradient_kernel(
     DTYPE: tl.constexpr = z_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     y = tl.load(targets_ptr + row).to(tl.int32)
-    at = place(row, z_stride, V, y, W)
-    if HAS_MASK:  # an ignored row and its coefficients may hold anything
+    at = rows.place(row, z_stride, V, y, W)
+    if mask_ptr is not None:  # an ignored row and its coefficients may hold anything
         on = tl.load(mask_ptr + row) != 0
     ref = tl.load(ref_ptr + row)
     scale = tl.load(r1_ptr + row) / tl.load(sum_ptr + row)
-    rule = tl.load(a_ptr + row), tl.load(c_ptr + row), tl.load(b_ptr + row), tl.load(t_ptr + row)
+    HAS_C: tl.constexpr = c_ptr is not None
+    HAS_B: tl.constexpr = b_ptr is not None
+    HAS_T: tl.constexpr = t_ptr is not None
+    c = tl.load(c_ptr + row) if HAS_C else 0.0
+    b = tl.load(b_ptr + row) if HAS_B else 0.0
+    t = tl.load(t_ptr + row) if HAS_T else 0.0
+    rule = tl.load(a_ptr + row), c, b, t
     limit = tail / tl.maximum(tl.load(support_ptr + row), 1.0)
     start = tl.program_id(1) * (K * R)
     lane = tl.arange(0, R)
     for k in tl.static_range(K):
         v = start + k * R + lane
-        live = is_whole(v, at, True, True)
-        word = load_words(z_ptr, at, v, live)
-        low = any_gradient(part_of(word, 0, 0, DTYPE), ref, scale, rule, limit, HAS_C, HAS_B, HAS_T)
+        live = rows.is_whole(v, at, True, True)
+        word = rows.load_words(z_ptr, at, v, live)
+        low = any_gradient(rows.part_of(word, 0, 0, DTYPE), ref, scale, rule, limit, HAS_C, HAS_B, HAS_T)
         high = low
         if DTYPE != tl.float32:
-            high = any_gradient(part_of(word, 1, 0, DTYPE), ref, scale, rule, limit, HAS_C, HAS_B, HAS_T)
-        if HAS_MASK:
+            high = any_gradient(rows.part_of(word, 1, 0, DTYPE), ref, scale, rule, limit, HAS_C, HAS_B, HAS_T)
+        if mask_ptr is not None:
             low, high = tl.where(on, low, 0.0), tl.where(on, high, 0.0)
-        store_words(out_ptr, at, v, live, low, high)
+        rows.store_words(out_ptr, at, v, live, low, high)
     if tl.program_id(1) == 0:
-        z, places, mine, off = edge(z_ptr, at, V, y, R, W)
+        z, places, mine, off = rows.edge(z_ptr, at, V, y, R, W)
         g = any_gradient(z, ref, scale, rule, limit, HAS_C, HAS_B, HAS_T)
         g = tl.where(off, g, tl.load(target_ptr + row))
-        if HAS_MASK:
+        if mask_ptr is not None:
             g = tl.where(on, g, 0.0)
         tl.store(out_ptr + places, g.to(out_ptr.dtype.element_ty), mask=mine)
 
@@ -182,7 +153,7 @@ def gradient_kernel(
 def scored(to, loss_ptr, fisher_ptr, knob_ptr, keep, z_y, found, SCORE: tl.constexpr):
     """Stores Stats, loss and Fisher of a row. Returns ((a, c, b), target, ref): its gradient is e (a + c e) + b with
     e = exp(z - ref), and ``target`` at the target."""
-    moments, ref, w, _rest = finish_row(to, keep, z_y, found)
+    moments, ref, w, _rest = rows.finish_row(to, keep, z_y, found)
     log_p, r1, r2, r3, r4, mean_log_p, p_y, n = moments
     loss, g0, g1, g2, gm = SCORE(log_p, r1, r2, mean_log_p, p_y, tl.load(knob_ptr))
     tl.store(loss_ptr, tl.where(keep, loss, 0.0))
@@ -213,9 +184,6 @@ def score_kernel(
     V,
     SCORE: tl.constexpr,
     HAS_B: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    HAS_WEIGHTS: tl.constexpr,
-    GRADIENT: tl.constexpr,
     PIECES: tl.constexpr,
     MORE: tl.constexpr,
     PACKED: tl.constexpr,
@@ -231,62 +199,64 @@ def score_kernel(
     DTYPE: tl.constexpr = z_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     correct_ptr += row
-    if HAS_MASK:
+    if mask_ptr is not None:
         if tl.load(mask_ptr + row) == 0:
             tl.store(correct_ptr, LEFT)
             return
     y = tl.load(targets_ptr + row).to(tl.int32)
-    at = place(row, z_stride, V, y, W)
+    at = rows.place(row, z_stride, V, y, W)
     lane = tl.arange(0, R)
 
     # Straight code, no branch between the pieces: the assembler would spill the row at each of them.
     held = ()
     for k in tl.static_range(PIECES):
-        live = is_whole(k * R + lane, at, k == 0, MORE or k >= PIECES - 2)
-        held = held + (load_words(z_ptr, at, k * R + lane, live),)
-    best = lowest(R, PACKED)
+        live = rows.is_whole(k * R + lane, at, k == 0, MORE or k >= PIECES - 2)
+        held = held + (rows.load_words(z_ptr, at, k * R + lane, live),)
+    best = rows.lowest(R, PACKED)
     for k in tl.static_range(PIECES):
-        best = higher(best, held[k], DTYPE, PACKED)
-    new_top = top_of(best, PACKED)
-    base = base_of(new_top)
-    fresh = no_sums(R)
+        best = rows.higher(best, held[k], DTYPE, PACKED)
+    new_top = rows.top_of(best, PACKED)
+    base = rows.base_of(new_top)
+    fresh = rows.no_sums(R)
     for k in tl.static_range(PIECES):
-        live = is_whole(k * R + lane, at, k == 0, MORE or k >= PIECES - 2)
-        fresh = add_word(held[k], live, base, tl.num_programs(1) - 1, fresh, R, DTYPE)
-    sums = per_lane(fresh)
-    count = entries_of(lane, tl.minimum(at[3], PIECES * R), at, R, W)
-    z_e, _places, _mine, off = edge(z_ptr, at, V, y, R, W)
-    lanes = add_edge((new_top, count, sums), z_e, off, R)
+        live = rows.is_whole(k * R + lane, at, k == 0, MORE or k >= PIECES - 2)
+        fresh = rows.add_word(held[k], live, base, tl.num_programs(1) - 1, fresh, R, DTYPE)
+    sums = rows.per_lane(fresh)
+    count = rows.entries_of(lane, tl.minimum(at[3], PIECES * R), at, R, W)
+    z_e, _places, _mine, off = rows.edge(z_ptr, at, V, y, R, W)
+    lanes = rows.add_edge((new_top, count, sums), z_e, off, R)
     if MORE:
-        lanes = add_blocks(z_ptr, at, PIECES * R, lanes, K, R, W, PACKED)
-    top, sums = over_lanes(lanes)
+        lanes = rows.add_blocks(z_ptr, at, PIECES * R, lanes, K, R, W, PACKED)
+    top, sums = rows.over_lanes(lanes)
 
     z_y = tl.load(z_ptr + row * z_stride + y).to(tl.float32)
-    if needs_care(top, sums[5], z_y):
+    if rows.needs_care(top, sums[5], z_y):
         tl.store(correct_ptr, LEFT)
         return
     to = stats_ptr + row, stats_stride, correct_ptr
     found = top, sums, V - 1.0, z_y <= top
     rule, target, ref = scored(to, loss_ptr + row, fisher_ptr + row, knob_ptr, True, z_y, found, SCORE)
-    if GRADIENT:
+    if out_ptr is not None:
         # Read back, so that the compiler holds the row as it was loaded and not its exponentials.
         tl.debug_barrier()
-        ref = tl.load(stats_ptr + row + ROW_MAX * stats_stride, volatile=True)
+        ref = tl.load(stats_ptr + row + rows.ROW_MAX * stats_stride, volatile=True)
         zero = tl.num_programs(2) - 1
         # The row's place anew, for the compiler another one: kept since above it would cost registers.
         row += zero
         lane += zero
         y = tl.load(targets_ptr + row).to(tl.int32)
-        at = place(row, z_stride, V, y, W)
+        at = rows.place(row, z_stride, V, y, W)
         a, c, b = rule
-        if HAS_WEIGHTS:
+        if weights_ptr is not None:
             weight = tl.load(weights_ptr + row)
             on = weight != 0.0  # 0 times an infinite loss is no gradient
             a, c = tl.where(on, a * weight, 0.0), tl.where(on, c * weight, 0.0)
             b, target = tl.where(on, b * weight, 0.0), tl.where(on, target * weight, 0.0)
         tl.store(out_ptr + row * z_stride + y, target.to(out_ptr.dtype.element_ty))
-        base = base_of(ref)
-        scale = tl.exp2(tl.fma(-ref, LOG2E, base))  # exponentials are relative to base, coefficients to the maximum
+        base = rows.base_of(ref)
+        scale = tl.exp2(
+            tl.fma(-ref, rows.LOG2E, base)
+        )  # exponentials are relative to base, coefficients to the maximum
         rule = a * scale, c * scale * scale, b
         if MORE:
             blocks = (tl.maximum(at[3] - PIECES * R, 0) + K * R - 1) // (K * R)
@@ -294,14 +264,14 @@ def score_kernel(
                 start = PIECES * R + (blocks - 1 - n_block) * (K * R)
                 for k in tl.static_range(K):
                     v = start + k * R + lane
-                    live = is_whole(v, at, True, True)
-                    word = load_words(z_ptr, at, v, live)
-                    store_gradient(out_ptr, at, v, live, word, 0, base, rule, HAS_B)
+                    live = rows.is_whole(v, at, True, True)
+                    word = rows.load_words(z_ptr, at, v, live)
+                    rows.store_gradient(out_ptr, at, v, live, word, 0, base, rule, HAS_B)
         for k in tl.static_range(PIECES):
-            live = is_whole(k * R + lane, at, k == 0, MORE or k >= PIECES - 2)
-            store_gradient(out_ptr, at, k * R + lane, live, held[k], zero, base, rule, HAS_B)
-        z_e, places, _mine, off = edge(z_ptr, at, V, y, R, W)
-        g = gradient_of(tl.fma(z_e, LOG2E, -base), rule, HAS_B)
+            live = rows.is_whole(k * R + lane, at, k == 0, MORE or k >= PIECES - 2)
+            rows.store_gradient(out_ptr, at, k * R + lane, live, held[k], zero, base, rule, HAS_B)
+        z_e, places, _mine, off = rows.edge(z_ptr, at, V, y, R, W)
+        g = rows.gradient_of(tl.fma(z_e, rows.LOG2E, -base), rule, HAS_B)
         tl.store(out_ptr + places, g.to(out_ptr.dtype.element_ty), mask=off)
 
 
@@ -322,9 +292,6 @@ def rest_kernel(
     V,
     SCORE: tl.constexpr,
     HAS_B: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    HAS_WEIGHTS: tl.constexpr,
-    GRADIENT: tl.constexpr,
     R: tl.constexpr,
     W: tl.constexpr,
 ):
@@ -336,19 +303,19 @@ def rest_kernel(
     if tl.load(correct_ptr) != LEFT:
         return
     y = tl.load(targets_ptr + row).to(tl.int32)
-    at = place(row, z_stride, V, y, W)
+    at = rows.place(row, z_stride, V, y, W)
     lane = tl.arange(0, R)
     keep = True
-    if HAS_MASK:
+    if mask_ptr is not None:
         keep = tl.load(mask_ptr + row) != 0
     z_y = tl.load(z_ptr + row * z_stride + y).to(tl.float32)
-    found = careful_sums(z_ptr, at, V, y, z_y, keep, R, W)
+    found = rows.careful_sums(z_ptr, at, V, y, z_y, keep, R, W)
     to = stats_ptr + row, stats_stride, correct_ptr
     rule, target, ref = scored(to, loss_ptr + row, fisher_ptr + row, knob_ptr, keep, z_y, found, SCORE)
     on = keep
-    if GRADIENT:
+    if out_ptr is not None:
         a, c, b = rule
-        if HAS_WEIGHTS:
+        if weights_ptr is not None:
             weight = tl.load(weights_ptr + row)
             on = on & (weight != 0.0)  # 0 times an infinite loss is no gradient
             a, c, b, target = a * weight, c * weight, b * weight, target * weight
@@ -357,21 +324,21 @@ def rest_kernel(
         to_read = origin, shift, first, tl.where(on, last, 0), ty
         for start in range(0, last, R):
             v = start + lane
-            live = is_whole(v, at, True, True)
-            word = load_words(z_ptr, at, v, is_whole(v, to_read, True, True))
-            low = any_gradient(part_of(word, 0, 0, DTYPE), ref, 1.0, rule, 0.0, True, HAS_B, False)
+            live = rows.is_whole(v, at, True, True)
+            word = rows.load_words(z_ptr, at, v, rows.is_whole(v, to_read, True, True))
+            low = any_gradient(rows.part_of(word, 0, 0, DTYPE), ref, 1.0, rule, 0.0, True, HAS_B, False)
             high = low
             if DTYPE != tl.float32:
-                high = any_gradient(part_of(word, 1, 0, DTYPE), ref, 1.0, rule, 0.0, True, HAS_B, False)
-            store_words(out_ptr, at, v, live, tl.where(on, low, 0.0), tl.where(on, high, 0.0))
-        z_e, places, mine, off = edge(z_ptr, at, V, y, R, W)
+                high = any_gradient(rows.part_of(word, 1, 0, DTYPE), ref, 1.0, rule, 0.0, True, HAS_B, False)
+            rows.store_words(out_ptr, at, v, live, tl.where(on, low, 0.0), tl.where(on, high, 0.0))
+        z_e, places, mine, off = rows.edge(z_ptr, at, V, y, R, W)
         g = tl.where(off, any_gradient(z_e, ref, 1.0, rule, 0.0, True, HAS_B, False), target)
         tl.store(out_ptr + places, tl.where(on, g, 0.0).to(out_ptr.dtype.element_ty), mask=mine)
 
 
 @triton.jit
 def rescale_kernel(g_ptr, stride, scale_ptr, V, BLOCK: tl.constexpr):
-    """g *= scale, in place; nothing is read or written where scale is 1."""
+    """g *= scale, in rows.place; nothing is read or written where scale is 1."""
     scale = tl.load(scale_ptr).to(tl.float32)
     if scale != 1.0:
         j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -39,12 +39,8 @@ def log1p_exp(x):
     s = u / (2.0 + u)
     t = s * s
     series = 1.0 / 15 + t * (1.0 / 17)
-    series = 1.0 / 13 + t * series
-    series = 1.0 / 11 + t * series
-    series = 1.0 / 9 + t * series
-    series = 1.0 / 7 + t * series
-    series = 1.0 / 5 + t * series
-    series = 1.0 / 3 + t * series
+    for k in tl.static_range(6):
+        series = 1.0 / (13 - 2 * k) + t * series
     return 2.0 * s * (1.0 + t * series)
 
 
@@ -102,9 +98,14 @@ def entries_of(lane, upto, at, R: tl.constexpr, W: tl.constexpr):
 
 
 @triton.jit
-def word_places(ptr, at, v):
-    base = ptr.to(tl.pointer_type(tl.int32)) + tl.multiple_of(at[0] * 4, 4)
-    return base + (v * 4)[:, None] + tl.arange(0, 4)[None, :]
+def places_of(ptr, at, v, W: tl.constexpr):
+    """[R, W]: pointers to the elements of vectors v, W in each."""
+    return ptr + tl.multiple_of(at[0] * W, W) + (v * W)[:, None] + tl.arange(0, W)[None, :]
+
+
+@triton.jit
+def words_of(ptr, at, v):
+    return places_of(ptr.to(tl.pointer_type(tl.int32)), at, v, 4)
 
 
 @triton.jit
@@ -116,7 +117,7 @@ def load_words(ptr, at, v, live):
         fill = -0x047F0480  # FILL twice, 0xFB80FB80
     else:
         fill = -0x04000401  # FILL_FP16 twice, 0xFBFFFBFF
-    return tl.load(word_places(ptr, at, v), mask=live[:, None], other=fill)
+    return tl.load(words_of(ptr, at, v), mask=live[:, None], other=fill)
 
 
 @triton.jit
@@ -139,12 +140,10 @@ def part_of(word, half: tl.constexpr, zero, DTYPE: tl.constexpr):
 def store_words(ptr, at, v, live, low, high):
     """[R, 4] values of the words' halves (fp32: of the words, ``low``) over whole vectors."""
     if ptr.dtype.element_ty == tl.float32:
-        places = ptr + tl.multiple_of(at[0] * 4, 4) + (v * 4)[:, None] + tl.arange(0, 4)[None, :]
-        tl.store(places, low, mask=live[:, None])
+        tl.store(places_of(ptr, at, v, 4), low, mask=live[:, None])
     else:
         g = tl.reshape(tl.join(low, high).to(ptr.dtype.element_ty), [low.shape[0], 8])
-        places = ptr + tl.multiple_of(at[0] * 8, 8) + (v * 8)[:, None] + tl.arange(0, 8)[None, :]
-        tl.store(places, g, mask=live[:, None])
+        tl.store(places_of(ptr, at, v, 8), g, mask=live[:, None])
 
 
 # --- its sums ------------------------------------------------------------------------------------------
@@ -302,7 +301,7 @@ def element(ptr, at, v, half: tl.constexpr, V, y, W: tl.constexpr):
     """(z, j), [R, 4]: entries of vectors that need not be whole, -inf outside of the row and at the target, and their
     places in the row."""
     shift = at[1]
-    word = tl.load(word_places(ptr, at, v), mask=(v * W < shift + V)[:, None], other=0)
+    word = tl.load(words_of(ptr, at, v), mask=(v * W < shift + V)[:, None], other=0)
     j = (v * W)[:, None] + tl.arange(0, 4)[None, :] * (W // 4) + half - shift
     z = part_of(word, half, 0, ptr.dtype.element_ty)
     return tl.where((j >= 0) & (j < V) & (j != y), z, float("-inf")), j

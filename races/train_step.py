@@ -10,6 +10,7 @@ that of the activations. Peak memory is what a step needs beyond weights and opt
 
 import argparse
 import sys
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -61,18 +62,12 @@ def train_step(device: str, dtype: str, repeats: int, rows: Rows) -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    jobs = {name: lambda f=f: step(f) for name, f in sides(device).items()}
+    jobs = {name: partial(step, loss_of) for name, loss_of in sides(device).items()}
     times = time_in_turns(jobs, device, repeats)
     v, d = shape["vocab_size"], shape["n_embd"]
-    rows.begin(
-        f"training step, {batch} x {block} tokens, {shape['n_layer']} layers, D={d}, V={v}, {dtype} on "
-        f"{rows.about['device']}",
-        ("side", "provider", 1, ""),
-        ("step ms", "step_ms", 1, ".3f"),
-        ("x torch CE", "ratio_to_torch_ce", 1, ".3f"),
-        ("tokens/s", "tokens_per_s", 1, ".0f"),
-        ("peak MB", "peak_bytes", 1e-6, ".0f"),
-    )
+    what = f"training step, {batch} x {block} tokens, {shape['n_layer']} layers, D={d}, V={v}, {dtype}"
+    columns = ("step_ms", "ratio_to_torch_ce", "tokens_per_s", "peak_bytes")
+    rows.begin(f"{what} on {rows.about['device']}", "provider", *columns)
     for name, job in jobs.items():
         ms, ratio = median_ms(times, name), median_ratio(times, name, BASE)
         row = dict(provider=name, n=batch * block, v=v, d=d, dtype=dtype, step_ms=ms, ratio_to_torch_ce=ratio)

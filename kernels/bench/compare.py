@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,10 +32,7 @@ def time_losses(functions: dict, leaves, targets, repeats: int, forward: bool, c
     """Seconds of each loss in each round; with ``copy``, "copy" is copying the first leaf."""
     device = leaves[0].device.type
     own = {name: [leaves[0].detach().clone().requires_grad_()] for name in functions if name.endswith("in place")}
-    jobs = {
-        name: lambda f=f, name=name: run_once(f, own.get(name, leaves), targets, forward)
-        for name, f in functions.items()
-    }
+    jobs = {name: partial(run_once, f, own.get(name, leaves), targets, forward) for name, f in functions.items()}
     if copy:
         source = leaves[0].detach()
         target = torch.empty_like(source)
@@ -71,43 +69,25 @@ def compare(shape: Shape, args, rows: Rows) -> None:
     logits_bytes = shape.n * shape.v * DTYPE_OF[args.dtype].itemsize
     base = "linear + literal DPSM" if linear else "literal DPSM"
     n, v, d = shape
-    rows.begin(
-        f"N={n} V={v} D={d or '-'} {args.dtype} on {rows.about['device']}, {rows.about['threads']} CPU threads",
-        ("provider", "provider", 1, ""),
-        ("forward ms", "forward_ms", 1, ".3f"),
-        ("step ms", "step_ms", 1, ".3f"),
-        ("x literal", "ratio_to_literal", 1, ".3f"),
-        ("x products", "ratio_to_products", 1, ".3f") if linear else ("of copy", "share_of_copy", 100, ".0f"),
-        ("peak, logits", "peak_logits", 1, ".2f"),
-        ("beside MB", "beside_bytes", 1e-6, ".0f"),
-        ("error", "gradient_error", 1, ".1e"),
-    )
+    where = f"{args.dtype} on {rows.about['device']}, {rows.about['threads']} CPU threads"
+    columns = ["forward_ms", "step_ms", "ratio_to_literal", "ratio_to_products" if linear else "share_of_copy"]
+    columns += ["peak_logits", "beside_bytes", "gradient_error"]
+    rows.begin(f"N={n} V={v} D={d or '-'} {where}", "provider", *columns)
     common = dict(n=n, v=v, d=d, dtype=args.dtype)
     for name, function in functions.items():
         if args.device == "cuda":
             peak = measure_memory(function, shape, args.dtype, "cuda")
         else:
             peak = measure_memory_apart(name, shape, args.dtype, args.threads)
-        alpha = ALPHA if "DPSM" in name else 0.0
-        ms = median_ms(step, name)
-        row = dict(
-            provider=name,
-            **common,
-            forward_ms=median_ms(forward, name),
-            step_ms=ms,
-            best_step_ms=1e3 * min(step[name]),
-            ratio_to_literal=median_ratio(step, name, base),
-            share_of_copy=median_ratio(step, "copy", name) if "copy" in step else None,
-            ratio_to_products=median_ratio(step, name, "matrix products"),
-            beside_bytes=peak - gradient_bytes,
-            gb_per_s=None if linear else 2e-6 * logits_bytes / ms,
-            peak_bytes=peak,
-            peak_logits=peak / logits_bytes,
-            gradient_error=None,
-            repeats=args.repeats,
-        )
+        error = None
         if name != "matrix products":
-            row["gradient_error"] = gradient_error(function, shape, args.dtype, args.device, alpha)
+            error = gradient_error(function, shape, args.dtype, args.device, ALPHA if "DPSM" in name else 0.0)
+        ms, share = median_ms(step, name), None if linear else median_ratio(step, "copy", name)
+        row = dict(provider=name, **common, forward_ms=median_ms(forward, name), step_ms=ms)
+        row |= dict(best_step_ms=1e3 * min(step[name]), ratio_to_literal=median_ratio(step, name, base))
+        row |= dict(share_of_copy=share, ratio_to_products=median_ratio(step, name, "matrix products"))
+        row |= dict(beside_bytes=peak - gradient_bytes, gb_per_s=None if linear else 2e-6 * logits_bytes / ms)
+        row |= dict(peak_bytes=peak, peak_logits=peak / logits_bytes, gradient_error=error, repeats=args.repeats)
         rows.add(row)
     for name, why in missing.items():
         rows.add(dict(provider=name, **common, missing=why))
@@ -145,17 +125,10 @@ def audit_scores(args, rows: Rows) -> None:
     leaves, targets = make_inputs(shape, args.dtype, args.device)
     times = time_losses(functions, leaves, targets, args.repeats, forward=False, copy=False)
     where = f"V={shape.v} D={shape.d} {args.dtype} on {rows.about['device']}"
-    rows.begin(
-        f"2,000 tokens, {where}; ours with every moment and the Fisher",
-        ("loss", "loss", 1, ""),
-        ("step ms", "step_ms", 1, ".3f"),
-        ("x torch CE", "ratio_to_torch_ce", 1, ".3f"),
-        ("peak MB", "peak_bytes", 1e-6, ".0f"),
-        ("GFLOP", "flops", 1e-9, ".1f"),
-        ("joules a step", "joules", 1, ".3f"),
-    )
+    columns = ("step_ms", "ratio_to_torch_ce", "peak_bytes", "flops", "joules")
+    rows.begin(f"2,000 tokens, {where}; ours with every moment and the Fisher", "loss", *columns)
     for name, function in functions.items():
-        joules = measure_joules(lambda f=function: run_once(f, leaves, targets), args.device)
+        joules = measure_joules(partial(run_once, function, leaves, targets), args.device)
         nvtx = torch.cuda.nvtx.range(name) if args.nvtx else nullcontext()
         with nvtx, FlopCounterMode(display=False) as flops:
             run_once(function, leaves, targets)
@@ -163,9 +136,8 @@ def audit_scores(args, rows: Rows) -> None:
         if args.device == "cuda":
             peak = measure_memory(function, shape, args.dtype, "cuda")
         if args.trace:
-            write_trace(
-                function, leaves, targets, Path(args.trace) / f"{name.replace(' ', '_').replace('+', 'and')}.json"
-            )
+            file = name.replace(" ", "_").replace("+", "and") + ".json"
+            write_trace(function, leaves, targets, Path(args.trace) / file)
         row = dict(loss=name, **shape._asdict(), dtype=args.dtype, step_ms=median_ms(times, name))
         row |= dict(ratio_to_torch_ce=median_ratio(times, name, base))
         rows.add(row | dict(peak_bytes=peak, flops=flops.get_total_flops(), joules=joules))

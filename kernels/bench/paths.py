@@ -7,6 +7,8 @@ DPSM with its gradient in other shapes beside that one, and beside copying the l
 chunks of many sizes, over the bare matrix products, beside what chunks.chunk_rows chooses.
 """
 
+from functools import partial
+
 import torch
 
 from ..chunks import TILE, cuda_chunk
@@ -42,11 +44,8 @@ def time_paths(v: int, dtype: torch.dtype, device: str, repeats: int) -> dict[tu
     out, (stats, correct) = torch.empty_like(z), new_stats(z, TOKENS)
     arguments = dict(logits=z, targets=y, mask=None, weights=None, stats=stats, correct=correct, out=out)
     arguments |= dict(losses=torch.empty_like(stats[0]), fisher=torch.empty_like(stats[0]))
-    knob = torch.full((), 0.5, device=device)
-    jobs = {
-        key: lambda shape=shape: fused_score("dpsm", knob, **arguments, shape=shape)
-        for key, shape in shapes_of(v, dtype).items()
-    }
+    run = partial(fused_score, "dpsm", torch.full((), 0.5, device=device), **arguments)
+    jobs = {key: partial(run, shape=shape) for key, shape in shapes_of(v, dtype).items()}
     times = time_in_turns(jobs | {"copy": lambda: out.copy_(z)}, device, repeats)
     return {key: median_ms(times, key) for key in times}
 
@@ -54,29 +53,20 @@ def time_paths(v: int, dtype: torch.dtype, device: str, repeats: int) -> dict[tu
 def time_chunks(shape: Shape, dtype: str, device: str, repeats: int, sizes) -> dict[int, float]:
     """{tokens a chunk: median over rounds of linear_score's time over that of its bare matrix products}."""
     leaves, targets = make_inputs(shape, dtype, device)
-    score = dpsm(ALPHA)
 
     def in_chunks(size):
-        return lambda h, w, y: linear_score(h, w, y, score, fisher=True, chunk=size)[0]
+        return lambda h, w, y: linear_score(h, w, y, dpsm(ALPHA), fisher=True, chunk=size)[0]
 
     functions = {size: in_chunks(size) for size in sizes} | {"products": matrix_products}
-    jobs = {key: lambda f=f: run_once(f, leaves, targets) for key, f in functions.items()}
+    jobs = {key: partial(run_once, function, leaves, targets) for key, function in functions.items()}
     times = time_in_turns(jobs, device, repeats)
     return {size: median_ratio(times, size, "products") for size in sizes}
 
 
 def time_choices(args, rows: Rows) -> None:
     """One row a dtype, vocabulary and shape, and one a size of chunk. Needs CUDA."""
-    rows.begin(
-        f"DPSM with its gradient, N={TOKENS}, on {rows.about['device']}",
-        ("kernel", "provider", 1, ""),
-        ("dtype", "dtype", 1, ""),
-        ("V", "v", 1, "d"),
-        ("warps", "warps", 1, "d"),
-        ("held", "held", 1, "d"),
-        ("ms", "step_ms", 1, ".3f"),
-        ("of copy", "share_of_copy", 100, ".0f"),
-    )
+    title = f"DPSM with its gradient, N={TOKENS}, on {rows.about['device']}"
+    rows.begin(title, "provider", "dtype", "v", "warps", "held", "step_ms", "share_of_copy")
     for dtype, v in LOGITS:
         times = time_paths(v, DTYPE_OF[dtype], args.device, args.repeats)
         copy = times.pop("copy")
@@ -86,13 +76,8 @@ def time_choices(args, rows: Rows) -> None:
             row |= dict(step_ms=ms, copy_ms=copy, share_of_copy=copy / ms, chosen=key == chosen, repeats=args.repeats)
             rows.add(row, "  chosen" * (key == chosen) + "  fastest" * (key == fastest))
     sizes = [TILE << i for i in range(7)]  # 128 ... 8192
-    rows.begin(
-        "linear_score over its matrix products, bf16, by tokens a chunk",
-        ("loss", "provider", 1, ""),
-        ("V", "v", 1, "d"),
-        ("chunk", "chunk", 1, "d"),
-        ("x products", "ratio_to_products", 1, ".3f"),
-    )
+    title = "linear_score over its matrix products, bf16, by tokens a chunk"
+    rows.begin(title, "provider", "v", "chunk", "ratio_to_products")
     for shape in HEADS.values():
         chosen = cuda_chunk(*shape, 2, 2, torch.device("cuda", torch.cuda.current_device()))
         ratios = time_chunks(shape, "bf16", args.device, args.repeats, sorted({*sizes, chosen}))

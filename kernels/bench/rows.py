@@ -8,6 +8,27 @@ from datetime import UTC, datetime
 
 import torch
 
+# What a table shows: key of the row -> (heading, factor, format). The first column of a table is a name, as it is.
+COLUMNS = {
+    "dtype": ("dtype", 1, ""),
+    "v": ("V", 1, "d"),
+    "warps": ("warps", 1, "d"),
+    "held": ("held", 1, "d"),
+    "chunk": ("chunk", 1, "d"),
+    "forward_ms": ("forward ms", 1, ".3f"),
+    "step_ms": ("step ms", 1, ".3f"),
+    "ratio_to_literal": ("x literal", 1, ".3f"),
+    "ratio_to_torch_ce": ("x torch CE", 1, ".3f"),
+    "ratio_to_products": ("x products", 1, ".3f"),
+    "share_of_copy": ("of copy", 1, ".0%"),
+    "tokens_per_s": ("tokens/s", 1, ".0f"),
+    "peak_logits": ("peak, logits", 1, ".2f"),
+    "peak_bytes": ("peak MB", 1e-6, ".0f"),
+    "beside_bytes": ("beside MB", 1e-6, ".0f"),
+    "gradient_error": ("error", 1, ".1e"),
+    "flops": ("GFLOP", 1e-9, ".1f"),
+    "joules": ("joules a step", 1, ".3f"),
+}
 NAME_WIDTH, CELL_WIDTH = 29, 9
 
 
@@ -42,11 +63,11 @@ class Rows(list):
         super().__init__()
         self.file, self.about = file, where_and_when(device)
 
-    def begin(self, title: str, *columns: tuple[str, str, float, str]) -> None:
-        """Starts a table. A column is (heading, key of the row, factor, format); the first is its name, as it is."""
-        self.columns = columns
+    def begin(self, title: str, name: str, *columns: str) -> None:
+        """Starts a table of rows that are called by their ``name``, with ``columns`` of COLUMNS."""
+        self.name, self.columns = name, columns
         print(title)
-        self._print([heading for heading, *_ in columns])
+        self._print(name, [COLUMNS[key][0] for key in columns])
 
     def add(self, row: dict, note: str = "") -> None:
         """A row for the file and a line for the table; ``note`` ends the line. With ``missing``, the reason why there
@@ -54,17 +75,16 @@ class Rows(list):
         self.append(row | self.about)
         if self.file:
             write_csv(self, self.file)
-        (_, name, *_), *rest = self.columns
         if "missing" in row:
-            print(f"{row[name]:{NAME_WIDTH}} {row['missing']}")
+            print(f"{row[self.name]:{NAME_WIDTH}} {row['missing']}")
             return
-        shown = ["" if row[key] is None else format(row[key] * factor, spec) for _, key, factor, spec in rest]
-        self._print([row[name], *shown], note)
+        shown = [(row[key], *COLUMNS[key][1:]) for key in self.columns]
+        self._print(row[self.name], ["" if x is None else format(x * factor, spec) for x, factor, spec in shown], note)
 
-    def _print(self, cells: list[str], note: str = "") -> None:
-        widths = [max(CELL_WIDTH, len(heading)) for heading, *_ in self.columns[1:]]
-        line = " ".join(f"{cell:>{width}}" for cell, width in zip(cells[1:], widths, strict=True))
-        print(f"{cells[0]:{NAME_WIDTH}} {line}{note}", flush=True)
+    def _print(self, name: str, cells: list[str], note: str = "") -> None:
+        widths = [max(CELL_WIDTH, len(COLUMNS[key][0])) for key in self.columns]
+        line = " ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+        print(f"{name:{NAME_WIDTH}} {line}{note}", flush=True)
 
 
 def write_csv(rows: Iterable[dict], file: str) -> None:
@@ -107,17 +127,13 @@ def write_plot(rows: list[dict], file: str) -> None:
     figure, axes = plt.subplots(1, len(shapes), figsize=(6.5 * len(shapes), 4.2), squeeze=False, layout="constrained")
     for axis, (n, v, d) in zip(axes[0], shapes, strict=True):
         shown = [r for r in rows if (r["n"], r["v"], r["d"]) == (n, v, d)][::-1]
-        ours = ["ours" in r["provider"] or "linear_score" in r["provider"] for r in shown]
-        bars = axis.barh(
-            [r["provider"] for r in shown],
-            [r["step_ms"] for r in shown],
-            color=["#1f77b4" if x else "#bbbbbb" for x in ours],
-        )
+        names = [r["provider"] for r in shown]
+        colors = ["#1f77b4" if "ours" in name or "linear_score" in name else "#bbbbbb" for name in names]
+        bars = axis.barh(names, [r["step_ms"] for r in shown], color=colors)
         axis.bar_label(bars, fmt=" {:.3g} ms", fontsize=8)
         axis.margins(x=0.18)
         axis.set_xlabel("forward and backward, ms")
-        head = f"D = {d}" if d else "logits"
-        axis.set_title(f"N = {n}, V = {v}, {head}, {shown[0]['dtype']}", fontsize=10)
+        axis.set_title(f"N = {n}, V = {v}, {f'D = {d}' if d else 'logits'}, {shown[0]['dtype']}", fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"{rows[0]['device']}, torch {rows[0]['torch']}, {rows[0]['date'][:10]}", fontsize=9)
     figure.savefig(file, dpi=150)
