@@ -3,20 +3,16 @@
     python -m kernels.audit
     python -m kernels.audit --vocab 32000 --dtype fp16 --json audit.json
 
-No GPU is needed: Triton's own assembler and disassembler do the work. Per kernel it prints
+No GPU is needed: Triton's own assembler and disassembler do the work. Launch shapes are those of triton_impl.
 
     regs     registers a thread
     spill    bytes a thread that do not fit the registers (0 wanted)
-    loads    loads of global memory in the code, by bits a thread, and
+    loads    loads of global memory in the code, by bits a thread
     stores   the same for stores; of the narrow ones a few belong to scalars and to the ends of a row
-    instr/el instructions an element: what a lane executes for its part of a row, loops as often as the row needs them,
-             over its elements. Hopper's 132 multiprocessors issue 128 a clock each; at 1.7 GHz and 3 TB/s that is 38
-             in the time of one read and one write of a bf16 logit
-    sfu/el   the same for special functions, 16 a clock. score_kernel needs two (p for the sums and again for the
-             gradient), the others one
+    instr/el instructions that a lane executes for its part of a row, over its elements. Hopper's 132 multiprocessors
+             issue 128 a clock; at 1.7 GHz and 3 TB/s that is 38 while a bf16 logit is read and written
+    sfu/el   the same for special functions, 16 a clock. score_kernel needs two (p for the sums and for the gradient)
     shared   bytes of shared memory a program
-
-Launch shapes are those of triton_impl, and integers are specialised as Triton does at a call.
 """
 
 import argparse

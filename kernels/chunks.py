@@ -1,15 +1,14 @@
 """How many tokens linear_score takes at a time on a GPU, and the memory that it needs beside its inputs.
 
 Wanted: at most 300 MB beside inputs and gradients, and a time near that of the bare matrix products. Small chunks are
-slow for three reasons. Each adds its part of d_weight to an fp32 [V, D] in memory, 8 bytes an entry; the products round
-a chunk up to their tiles; the row kernel, one program a row, rounds it up to whole waves over the multiprocessors.
-Large chunks cost memory, linearly.
+slow: each adds its part of d_weight to an fp32 [V, D] in memory, the products round a chunk up to their tiles, and the
+row kernel, one program a row, to whole waves over the multiprocessors. Large chunks cost memory, linearly.
 
 With a bf16 gradient the fp32 sum of d_weight is itself beside it: 2 V D bytes while the chunks run, 4 V D while
-backward narrows it. That is 154 MB at (V, D) = (50257, 768), but 622 MB at (151936, 1024), where no chunk helps; a chunk
-is then given as much as the sum takes anyway. To need less, d_weight would have to be summed in bf16 (an error of 3.7e-3
-in place of 1.7e-3 for 8192 tokens in 10 chunks at 8192 x 512, on a CPU), or made a slice of the vocabulary at a time,
-for 4/3 of the work. With fp32 weights the sum is the gradient, and the bf16 copy of the weight is what is beside it.
+backward narrows it. That is 154 MB at (V, D) = (50257, 768), but 622 MB at (151936, 1024), where no chunk helps; then a
+chunk is given as much as the sum takes anyway. A sum in bf16 would need less but doubles d_weight's error (3.7e-3, not
+1.7e-3, for 8192 tokens in 10 chunks at 8192 x 512, on a CPU). With fp32 weights the sum is the gradient, and the bf16
+copy of the weight is what is beside it.
 """
 
 import functools
@@ -64,8 +63,8 @@ def chunk_rows(n: int, v: int, d: int, dtype_bytes: int, sm_count: int, free_byt
 def _cost(n: int, rows: int, d: int, sm_count: int) -> float:
     """Time of all chunks, in units of one product's time for one token.
 
-    A product computes whole tiles, 2 FLOPs a token and entry of the weight, and moves its largest matrix through memory,
-    2 bytes an entry (8 for d_weight); each hides most of the other (hypot). The row kernel moves 4 bytes a logit, in
+    A product computes whole tiles, 2 FLOPs a token and entry of the weight, and moves its largest matrix, 2 bytes an
+    entry (8 for d_weight); each hides most of the other (hypot). The row kernel moves 4 bytes a logit, in
     whole waves, where a product does 2 D FLOPs.
     """
 

@@ -1,8 +1,8 @@
 """linear_score inside torch.compile(fullgraph=True): custom operators that the compiler does not look into.
 
-An operator takes no Python function. It takes the number that ``compilable`` gave the score. The compiler reads the
-number while it traces and guards it, so that another score compiles another graph. Tensors that a score reads, such as
-DPSM's alpha, are read when the operator runs: fill them outside of the compiled function.
+An operator takes no Python function but the number that ``compilable`` gave the score. The compiler reads the number
+while it traces and guards it: another score compiles another graph. Tensors that a score reads, such as DPSM's alpha,
+are read when the operator runs: fill them outside of the compiled function.
 """
 
 import itertools

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from .compiled import traced_linear_score
-from .head_pass import GradientInForward, HeadPass, Recompute
+from .head_pass import HeadPass, scaled
 from .impl import check_reduction
 from .moments import Moments
+from .softmax import GradientKnown
 
 
 def linear_score(
@@ -33,21 +34,19 @@ def linear_score(
     the dtype of ``hidden`` (in autocast's under autocast), to which weight and bias are cast once. Gradients have the
     dtypes of hidden, weight and bias; those of weight and bias are summed over chunks in fp32.
 
-    ``score`` maps Moments to a loss per token, each token by itself. It may read tensors of its own, such as a 0-d
-    alpha; they receive no gradient. ``tail`` > 0 fills tail_log_p for it. On a GPU a named score (losses.named) takes
-    one kernel from logits to gradient. ``fisher`` fills Moments.fisher with |d score/dz|^2 of each token, computed
-    from the moments without a pass over the logits.
+    ``score`` maps Moments to a loss per token, each token by itself. Tensors that it reads beside, such as a 0-d alpha,
+    receive no gradient. On a GPU a named score (losses.named) is one kernel. ``tail`` > 0 fills tail_log_p. ``fisher``
+    fills Moments.fisher with |d score/dz|^2 of each token, without a pass over the logits.
 
-    ``weights`` [N], without gradient: a factor for each token's loss and gradient. A token of weight 0 has its
-    moments and Fisher, and no part in the loss: prompt tokens, for example.
+    ``weights`` [N], without gradient: a factor for each token's loss and gradient. A token of weight 0, such as a
+    prompt's, has its moments and Fisher, and no part in the loss.
 
-    ``reduction`` "mean" divides the sum of weights * losses by ``denominator``, a 0-d tensor on the device. Its
-    default is the sum of the weights in the loss (without weights, the number of tokens; 1 where that is 0). "sum"
-    does not divide. Both compute the gradient in the forward: backward only scales it and can run once. "none"
-    returns the weighted loss of each token, [N] fp32, and computes the logits again in backward.
+    ``reduction`` "mean" divides the sum of weights * losses by ``denominator``, a 0-d tensor on the device; by default
+    the sum of the weights in the loss (without weights, the number of tokens; 1 where that is 0). "mean" and "sum"
+    compute the gradient in the forward: backward only scales it and can run once. "none" gives the weighted loss of
+    each token, [N] fp32, and computes the logits again in backward.
 
-    ``chunk`` is the number of tokens at a time. By default it is what fits a fixed budget on CPU, and what
-    chunks.chunk_rows chooses on CUDA.
+    ``chunk``: tokens at a time, by default what fits a fixed budget on CPU, and chunks.chunk_rows on CUDA.
 
     Raises ValueError for arguments that do not fit together; targets are checked on CPU only. Inside torch.compile
     the score must have been made outside of the compiled function (kernels.compilable).
@@ -64,11 +63,12 @@ def linear_score(
         losses, moments, kept = head.losses(score, fisher, keep=any(wants))
         total = head.weighted(losses)
         if any(wants):
-            total = Recompute.apply(*leaves, total, head, score, kept, wants)
+            total = GradientKnown.apply(total, lambda up: head.gradient_of(score, kept, up, wants), False, *leaves)
         return total, moments
     total, moments, grads, denominator = head.reduced(score, reduction, denominator, fisher, wants)
     if any(wants):
-        total = GradientInForward.apply(*leaves, total, *grads, denominator)
+        dtypes = head.grad_dtypes  # not head, which would keep its buffers until backward
+        total = GradientKnown.apply(total, lambda up: scaled(grads, up, denominator, dtypes), True, *leaves)
     return total, moments
 
 

@@ -78,7 +78,7 @@ class HeadPass:
         losses, fishers, kept = self.new_vector(), self.new_vector() if fisher else None, []
         with self.quiet():
             for rows in self.chunks:
-                kept.append(self.score(self.logits(rows), rows, score, losses, fishers)[0])
+                kept.append(self.score(self.logits(rows), rows, score, losses, fishers))
         return self.in_loss(losses), self.moments(fisher=fishers), kept if keep else None
 
     def reduced(self, score, reduction: str, denominator: Tensor | None, fisher: bool, wants):
@@ -93,10 +93,9 @@ class HeadPass:
                 denominator = self.count() if denominator is None else denominator.clone()
             for rows in self.chunks:
                 logits = self.logits(rows)
-                partials, done = self.score(logits, rows, score, losses, fishers, gradient, keep_w)
+                partials = self.score(logits, rows, score, losses, fishers, gradient, keep_w)
                 if gradient:
-                    if not done:
-                        self.gradient(logits, rows, partials, keep_w)
+                    self.gradient(logits, rows, partials, keep_w)
                     self.accumulate(logits, rows, grads)
             total = self.weighted(self.in_loss(losses)).sum()
             if reduction == "mean":
@@ -125,17 +124,17 @@ class HeadPass:
         return torch.where(w == 0, 0.0, values * w)
 
     def score(self, logits, rows, score, losses, fishers, gradient=False, keep_w=False):
-        """Fills stats, losses and Fisher of a chunk: (partials, False), or (None, True) where one kernel did it all
-        and, with ``gradient``, left the weighted gradient over the logits."""
+        """Fills stats, losses and Fisher of a chunk. Gives the weighted partials, or None where one kernel did it all:
+        with ``gradient`` it left the weighted gradient over the logits."""
         fused = fused_form(score, self.module, self.tail)
         if fused:
             self.fused(fused, logits, rows, losses, fishers, logits if gradient else None, self.weights)
-            return None, True
+            return None
         self.forward(logits, rows, keep_w)
         losses[rows], partials = score_partials(self.moments(rows), score)
         if fishers is not None:
             fishers[rows] = self.in_loss(fisher_of(self.stats_of(rows), partials), rows)
-        return partials.map(lambda g: self.weighted(g, rows)), False
+        return partials.map(lambda g: self.weighted(g, rows))
 
     def fused(self, form, logits, rows, losses, fishers, out, weights) -> None:
         """The chunk by one kernel. The Fisher is written whether it is wanted or not."""
@@ -186,8 +185,10 @@ class HeadPass:
         d_weight = new(self.weight.shape, **wide) if wants[1] else None
         return [d_hidden, d_weight, torch.zeros(len(self.weight), **wide) if wants[2] else None]
 
-    def gradient(self, logits: Tensor, rows: slice, partials: Partials, kept_w: bool = False) -> None:
-        """Turns the chunk's logits into their gradient."""
+    def gradient(self, logits: Tensor, rows: slice, partials: Partials | None, kept_w: bool = False) -> None:
+        """Turns the chunk's logits into their gradient, where ``score`` has not."""
+        if partials is None:
+            return
         stats, targets, extra = self.stats_of(rows), self.targets[rows], dict(kept_w=True) if kept_w else {}
         rule = gradient_coefficients(stats, partials)
         self.module.gradient(logits, targets, self.mask_of(rows), stats, rule, self.tail, logits, **extra)
@@ -231,23 +232,6 @@ def dtypes_of(*tensors: Tensor | None) -> tuple[torch.dtype | None, ...]:
     return tuple(None if x is None else x.dtype for x in tensors)
 
 
-class GradientInForward(torch.autograd.Function):
-    """Attaches gradients of ``sum`` that are known already to ``loss`` = sum / denominator."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, loss, d_hidden, d_weight, d_bias, denominator):
-        ctx.grads, ctx.denominator = (d_hidden, d_weight, d_bias), denominator
-        ctx.dtypes = dtypes_of(hidden, weight, bias)
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        if ctx.grads is None:
-            raise RuntimeError("linear_score's gradient was handed out already; use reduction='none' to go back twice")
-        grads, ctx.grads = ctx.grads, None
-        return (*scaled(grads, grad, ctx.denominator, ctx.dtypes), *(None,) * 5)
-
-
 def scaled(grads, grad: Tensor, denominator: Tensor | None, dtypes, inplace: bool = True) -> list[Tensor | None]:
     """The gradients of the sum, times upstream over the denominator, in their inputs' dtypes."""
     # Together, as either alone can underflow in fp16.
@@ -261,18 +245,3 @@ def scaled(grads, grad: Tensor, denominator: Tensor | None, dtypes, inplace: boo
         return torch.mul(g, scale, out=torch.empty_like(g, dtype=dtype))  # one read, one write
 
     return [None if g is None else one(g, dtype) for g, dtype in zip(grads, dtypes, strict=True)]
-
-
-class Recompute(torch.autograd.Function):
-    """Attaches to the ``losses`` [N] a backward that computes the logits again, chunk by chunk."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, losses, head, score, kept, wants):
-        ctx.save_for_backward(hidden, weight, bias)
-        ctx.head, ctx.score, ctx.kept, ctx.wants = head, score, kept, wants
-        return losses.clone()
-
-    @staticmethod
-    def backward(ctx, upstream):
-        ctx.saved_tensors  # noqa: B018  raises where hidden or weight were changed in place since
-        return (*ctx.head.gradient_of(ctx.score, ctx.kept, upstream, ctx.wants), *(None,) * 5)

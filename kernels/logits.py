@@ -2,11 +2,10 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .impl import check_logits, check_reduction, check_targets, choose_impl, fused_form
 from .moments import Moments, Stats, as_moments, new_stats, token_fisher
-from .softmax import empty_twin, softmax_moments, with_own_rows
+from .softmax import GradientKnown, empty_twin, softmax_moments, with_own_rows
 
 
 def logits_score(
@@ -45,10 +44,15 @@ def logits_score(
     fused = fused_form(score, module, tail)
     if fused and grad and reduction != "none" and not torch.compiler.is_compiling():
         scale = factor if denominator is None else factor / denominator
-        total, *stats, correct, fishers = _Fused.apply(logits, targets, scale, fused, ignore_index, inplace, module)
-        moments = as_moments(Stats(*stats), correct, valid, logits.shape[1], 0.0)
-        moments.fisher = fishers if fisher else None
-        return total, moments
+        total, gradient, moments = _fused_sum(logits, targets, scale, fused, ignore_index, inplace, module)
+
+        def rescaled(upstream):
+            module.rescale(gradient, upstream)
+            return (gradient,)
+
+        if not fisher:
+            moments.fisher = None
+        return GradientKnown.apply(total, rescaled, True, logits), moments
     moments = softmax_moments(
         logits, targets, ignore_index=ignore_index, tail=tail, inplace_backward=inplace and grad, impl=impl
     )
@@ -65,35 +69,20 @@ def logits_score(
     return total, moments
 
 
-class _Fused(torch.autograd.Function):
-    """sum(scale * losses), its gradient computed in the forward. ``fused``: the score's name and knob."""
-
-    @staticmethod
-    def forward(ctx, logits, targets, scale, fused, ignore_index, inplace, module):
-        check_logits(logits, module)
-        targets, _, mask = check_targets(targets, len(logits), logits.shape[1], ignore_index, logits.device)
-        z = with_own_rows(logits.detach())
-        stats, correct = new_stats(z, len(z))
-        losses, fishers = torch.empty_like(stats[0]), torch.empty_like(stats[0])
-        ctx.gradient, ctx.module = z if inplace else empty_twin(z), module
-        inputs = dict(logits=z, targets=targets, mask=mask, weights=scale)
-        outputs = dict(stats=stats, correct=correct, losses=losses, fisher=fishers, out=ctx.gradient)
-        module.fused_score(*fused, **inputs, **outputs)
-        if inplace and z.data_ptr() == logits.data_ptr():
-            torch.autograd.graph.increment_version(logits)
-        total = torch.where(scale == 0, 0.0, losses * scale).sum()
-        rows = stats.unbind(0)
-        ctx.mark_non_differentiable(*rows, correct, fishers)
-        ctx.set_materialize_grads(False)
-        return total, *rows, correct, fishers
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad, *_):
-        if ctx.gradient is None:
-            raise RuntimeError("logits_score's gradient was handed out already; use reduction='none' to go back twice")
-        gradient, ctx.gradient = ctx.gradient, None
-        if grad is None:
-            return (None,) * 7
-        ctx.module.rescale(gradient, grad)
-        return gradient, *(None,) * 6
+@torch.no_grad()
+def _fused_sum(logits, targets, scale, fused, ignore_index, inplace, module) -> tuple[Tensor, Tensor, Moments]:
+    """(sum(scale * losses), its gradient [N, V], moments). ``fused``: the score's name and knob."""
+    check_logits(logits, module)
+    targets, valid, mask = check_targets(targets, len(logits), logits.shape[1], ignore_index, logits.device)
+    z = with_own_rows(logits.detach())
+    stats, correct = new_stats(z, len(z))
+    losses, fishers = torch.empty_like(stats[0]), torch.empty_like(stats[0])
+    gradient = z if inplace else empty_twin(z)
+    inputs = dict(logits=z, targets=targets, mask=mask, weights=scale)
+    outputs = dict(stats=stats, correct=correct, losses=losses, fisher=fishers, out=gradient)
+    module.fused_score(*fused, **inputs, **outputs)
+    if inplace and z.data_ptr() == logits.data_ptr():
+        torch.autograd.graph.increment_version(logits)
+    moments = as_moments(Stats(*stats.unbind(0)), correct, valid, logits.shape[1], 0.0)
+    moments.fisher = fishers
+    return torch.where(scale == 0, 0.0, losses * scale).sum(), gradient, moments

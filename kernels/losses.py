@@ -1,17 +1,16 @@
 """Proper scoring rules as functions of the Moments of one softmax row, DPSM's alpha schedule, and ProperScoreLoss.
 
-A score takes a ``Moments`` (fp32 vectors of length N, one entry per token) and returns the loss of each token, ``[N]``
-fp32, lower is better. It is ordinary PyTorch on small vectors: autograd gives the partial derivatives, and the kernels
-turn those into the gradient over the vocabulary. A score of your own is one line, for example CE plus spherical:
+A score takes ``Moments`` (fp32 vectors of length N, an entry a token) and returns the loss of each token, ``[N]`` fp32,
+lower is better. Autograd gives its partial derivatives on these small vectors, and the kernels turn them into the
+gradient over the vocabulary. A score of your own is one line, for example CE plus spherical:
 
     loss, moments = linear_score(hidden, weight, targets, lambda m: ce(m) + spherical(m))
 
-To give it a name, and so a ``--loss``, add it to SCORES. triton_scores.py has the scores below once more, as parts of
-a kernel that goes from logits to gradient on a GPU; ``named`` marks a score that is there. A score without that mark
-runs through the moments, with the same result.
+To give it a name, and so a ``--loss``, add it to SCORES. The scores below are in triton_scores.py once more, as parts
+of a kernel that goes from logits to gradient on a GPU; ``named`` marks them. Any other score runs through the moments,
+with the same result.
 
-Throughout, p = softmax(logits), y is the target, and r_k = sum_{j != y} p_j^k are the OFF-TARGET moments. 1 - p_y is
-r1, which does not cancel as p_y -> 1.
+p = softmax(logits), y is the target, and r_k = sum_{j != y} p_j^k. r1 is 1 - p_y, without cancellation as p_y -> 1.
 """
 
 import math
@@ -73,17 +72,15 @@ def focal(gamma: float) -> Callable[..., Tensor]:
 
 
 def smoothing(eps: float) -> Callable[..., Tensor]:
-    """Label smoothing: (1 - eps) * CE against y plus eps * CE against the uniform distribution
-    (Szegedy et al., 2016)."""
+    """Label smoothing: (1 - eps) * CE against y plus eps * CE against uniform (Szegedy et al., 2016)."""
     return named("smoothing", lambda m: (1 - eps) * ce(m) - eps * m.mean_log_p, eps)
 
 
 def dpsm(alpha: Tensor | float) -> Callable[..., Tensor]:
     """Dynamic Proper-Score Mixing: (1 - alpha) * CE + alpha * Brier.
 
-    ``alpha`` is a float or a 0-d tensor. A tensor on the device is read when the score is evaluated: fill it in place
-    to move the mixture, without a new score and without a synchronisation. Proper for every alpha in [0, 1], as a
-    convex mixture of proper scores.
+    Proper for every alpha in [0, 1], as a convex mixture of proper scores. ``alpha`` is a float or a 0-d tensor on the
+    device. A tensor is read when the score is evaluated: fill it in place to move the mixture, without a new score.
     """
     return named("dpsm", lambda m: (1 - alpha) * ce(m) + alpha * brier(m), alpha)
 
@@ -93,9 +90,9 @@ def tail_smoothed(base: str, eps: float) -> Callable[..., Tensor]:
 
     (1 - eps) * S(p, y) + eps * mean_j S(p, j) - (eps / V) * sum_{j: p_j < eps / V} log p_j
 
-    The last term pushes up tokens that fall under the smoothed target eps / V, where bounded scores have almost no
-    gradient; its mask is held constant in the gradient. From Shao et al., "Language Generation with Strictly Proper
-    Scoring Rules", ICML 2024, section 4.3, as in the authors' code. Needs moments taken with ``tail=eps``.
+    The last term pushes up tokens under the smoothed target eps / V, where bounded scores have almost no gradient; its
+    mask is held constant in the gradient. Needs moments taken with ``tail=eps``. From Shao et al., "Language Generation
+    with Strictly Proper Scoring Rules", ICML 2024, section 4.3, as in the authors' code.
     """
 
     def score(m):
@@ -142,11 +139,9 @@ def knobs_of(name: str) -> tuple[str, ...]:
 
 
 def make_score(name: str, **knobs: Tensor | float) -> Callable[..., Tensor]:
-    """The named score with its knobs: ``alpha`` for dpsm, ``gamma`` for focal, ``eps`` for smoothing, ``tail`` (0 is
-    off) for brier and spherical.
+    """The named score with its knobs. A missing one has its default in SCORES, one of another score is ignored.
 
-    A knob that is not given has its default, and one of another score is ignored. Raises ValueError for an unknown
-    name, a knob that no score has, and a tail where the score has none: the moments would be taken for nothing.
+    Raises ValueError for an unknown name, a knob that no score has, and a tail for a score that has none.
     """
     reads = knobs_of(name)
     _check_knobs(knobs)
@@ -179,8 +174,7 @@ def alpha_at(
         alpha_max * ramp((step - start * total) / (warmup * total))
 
     The ramp is linear or half a cosine, clipped to [0, 1]; ``fixed`` is alpha_max at every step. ``warmup`` and
-    ``start`` are fractions of ``total``; with warmup = 0 alpha jumps to alpha_max at ``start``. A function of its
-    arguments alone: micro-batches, evaluation and restarts cannot move it.
+    ``start`` are fractions of ``total``; with warmup = 0 alpha jumps to alpha_max at ``start``.
     """
     if schedule not in ALPHA_SCHEDULES:
         raise ValueError(f"unknown alpha schedule {schedule!r}; expected one of {', '.join(ALPHA_SCHEDULES)}")
@@ -199,12 +193,9 @@ class ProperScoreLoss(nn.Module):
         Trainer(..., compute_loss_func=loss_fn.trainer_loss)  # causal=False for encoder-decoders
 
     ``score`` is a name of LOSSES with its ``knobs`` as in ``make_score``, or any function of the Moments. DPSM's alpha
-    is a buffer, saved with the module. Call ``set_step(step, total)`` before each optimizer step: it moves alpha along
-    the ramp of ``alpha_at`` (warmup, schedule, alpha_max, start); without it alpha stays where it is. ``causal``:
-    whether ``trainer_loss`` shifts the labels by one token, as a decoder-only model predicts the next one; an
-    encoder-decoder's labels are in place already.
-
-    Raises ValueError for an unknown name or knob, or a knob out of place.
+    is a buffer, saved with the module. ``set_step(step, total)`` before each optimizer step moves it along the ramp of
+    ``alpha_at`` (warmup, schedule, alpha_max, start). ``causal``: ``trainer_loss`` shifts the labels by one token, as
+    decoder-only models need it. Raises ValueError for an unknown name or knob, or a knob out of place.
     """
 
     def __init__(
@@ -269,9 +260,9 @@ class ProperScoreLoss(nn.Module):
     def trainer_loss(self, outputs, labels: Tensor, num_items_in_batch=None) -> Tensor:
         """For ``transformers.Trainer(compute_loss_func=...)``: outputs with ``logits`` [B, T, V], labels [B, T].
 
-        ``num_items_in_batch`` is the number of tokens in the loss of the whole batch of an optimizer step. The sum is
-        divided by it, so that accumulated steps weigh every token alike. The Trainer counts labels before the shift:
-        mask the first label of each row, which predicts nothing.
+        The sum is divided by ``num_items_in_batch``, the tokens in the loss of a whole optimizer step, so that
+        accumulated steps weigh every token alike. The Trainer counts labels before the shift: mask the first label of
+        each row, which predicts nothing.
         """
         if self.reduction != "mean":
             raise ValueError(f"trainer_loss divides by the number of tokens; got reduction={self.reduction!r}")

@@ -1,18 +1,17 @@
 """Moments of softmax rows: the contract between the scores (losses.py) and the kernels (torch_impl, triton_impl).
 
-Let p = softmax(z), y the target, and r_k = sum_{j != y} p_j^k. Let a loss f(log_p, r1, r2) have the partial
-derivatives g0, g1, g2. From d log_p/dz_k = [k = y] - p_k and d p_j/dz_k = p_j ([j = k] - p_k) its gradient is
+Let p = softmax(z), y the target, r_k = sum_{j != y} p_j^k, and g0, g1, g2 the partial derivatives of a loss
+f(log_p, r1, r2). From d log_p/dz_k = [k = y] - p_k and d p_j/dz_k = p_j ([j = k] - p_k) its gradient is
 
     dL/dz_j = p_j (a + c p_j),  j != y        a = -g0 + g1 p_y - 2 g2 r2,    c = 2 g2
     dL/dz_y = -(a r1 + c r2)
 
-Two more moments may have derivatives: gm for ``mean_log_p`` and gt for ``tail_log_p``. In a row of n logits, k of
-them in the tail,
+With derivatives gm at ``mean_log_p`` and gt at ``tail_log_p``, in a row of n logits, k of them in the tail,
 
     a loses gm + k gt/n,    every entry gains b = gm/n,    every tail entry gains t = gt/n
 
 and the target's entry stays minus the sum of the others. So an implementation only reduces a row to its moments and
-writes p_j (a + c p_j) + b + t [p_j in tail]. Each offers
+writes p_j (a + c p_j) + b + t [p_j in tail]:
 
     forward(logits, targets, stats, correct, tail)                              fills Stats and ``correct``
     gradient(logits, targets, mask, stats, coefficients, tail, out)             fills ``out``
@@ -44,10 +43,9 @@ class Moments:
     support       number of logits above -inf                            detached
     fisher        |dL/dz|^2 of the score that linear_score was given; None unless asked for, detached
 
-    A token outside the loss (target == ignore_index) has 0 or False everywhere and gradient 0.
-
-    A logit of -inf is an entry outside the vocabulary: its p is 0, and mean_log_p, tail_log_p and entropy leave it
-    out, with ``support`` in the place of V. So a head padded with -inf gives what the unpadded head gives.
+    A token outside the loss (target == ignore_index) has 0 or False everywhere and gradient 0. A logit of -inf is an
+    entry outside the vocabulary: mean_log_p, tail_log_p and entropy leave it out, with ``support`` in the place of V.
+    So a head padded with -inf gives what the unpadded head gives.
     """
 
     log_p: Tensor
@@ -138,16 +136,14 @@ def gradient_coefficients(s: Stats, partials: Partials) -> Coefficients:
 
 
 def token_fisher(moments: Moments, score: Callable[[Moments], Tensor]) -> Tensor:
-    """|dL/dz|^2 per token, [N]: the squared norm of the loss's gradient over the vocabulary.
+    """|dL/dz|^2 per token, [N]: the squared norm of the score's gradient over the vocabulary.
 
-    ``score`` maps Moments to the loss of each token. Its partials come from autograd on [N] vectors. With the
-    coefficients at the head of this module the norm follows from the moments:
+    With the coefficients at the head of this module it follows from the moments: the square of the target's entry plus
 
         sum_{j != y} (p_j (a + c p_j) + b)^2
             = a^2 r2 + 2 a c r3 + c^2 r4 + 2 b (a r1 + c r2) + (n - 1) b^2
 
-    plus the square of the target's entry. Raises ValueError for a score that reads tail_log_p: its gradient needs
-    sums over the tail that are not among the moments.
+    Raises ValueError for a score that reads tail_log_p: its gradient needs sums over the tail beside the moments.
     """
     _, partials = score_partials(moments, score)
     if partials.tail_log_p is not None:

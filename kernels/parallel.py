@@ -1,17 +1,14 @@
 """linear_score with the vocabulary split over ranks, for heads that outgrow one device.
 
-Every rank holds the hidden states of all tokens and its own rows of the weight. It reduces its part of each row of
-logits to moments. One all-reduce exchanges these few numbers a token and rank. Then every rank knows the moments of
-the whole row, and the gradient of its own logits. d_hidden is summed over ranks by one more all-reduce, as in any
-tensor-parallel layer.
-
-Let q_k be the softmax over rank k's entries without the target, and share_k = exp(lse_k - logsumexp_k lse_k) the part
-of the off-target mass that lies there. Then
+Every rank holds all hidden states and its own rows of the weight, and reduces its part of each row of logits to moments.
+After one all-reduce of these few numbers a token every rank knows the moments of the whole row, and the gradient of its
+own logits. Let q_k be the softmax over rank k's entries without the target, and share_k = exp(lse_k - logsumexp_k lse_k)
+its part of the off-target mass. Then
 
     p_j = r1 share_k q_j            r_m = r1^m sum_k share_k^m sum_j q_j^m
     d = logsumexp_k lse_k - z_y     r1 = sigmoid(d), log_p = logsigmoid(-d)
 
-No sum over the vocabulary crosses ranks, and nothing cancels that does not in one process.
+and nothing cancels that does not in one process.
 """
 
 import torch
@@ -19,9 +16,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from .head_pass import GradientInForward, HeadPass
+from .head_pass import HeadPass, scaled
 from .impl import REDUCTIONS
 from .moments import Coefficients, Moments, Stats, fisher_of, gradient_coefficients, mask_stats, score_partials
+from .softmax import GradientKnown
 
 
 def parallel_linear_score(
@@ -80,7 +78,8 @@ def parallel_linear_score(
         if count is not None:
             total = total / count
     if any(wants):
-        total = GradientInForward.apply(hidden, weight, None, total, *grads, count)
+        dtypes = head.grad_dtypes  # not head, which would keep its buffers until backward
+        total = GradientKnown.apply(total, lambda up: scaled(grads, up, count, dtypes), True, hidden, weight, None)
     return total, head.moments(fisher=fishers)
 
 
@@ -145,18 +144,10 @@ class _PartPass(HeadPass):
         entropy = (share * (parts["entropy"] - log_share)).sum(0)
         sums = (parts["log_sum"] + parts["support"] * (log_share + off)).sum(0) + torch.where(y_live, log_p, 0.0)
         confidence = torch.where(parts["lse"] == -torch.inf, 0.0, (parts["top"] - lse).exp()).amax(0)
-        values = Stats(*(zero,) * len(Stats._fields))._replace(
-            log_p=log_p,
-            r1=r1,
-            r2=r1**2 * w2,
-            r3=r1**3 * w3,
-            r4=r1**4 * w4,
-            mean_log_p=sums / support,
-            entropy=r1 * (entropy - off) - p_y * torch.where(y_live, log_p, 0.0),
-            confidence=torch.maximum(p_y, r1 * confidence),
-            support=support,
-            p_y=p_y,
-        )
+        values = dict(log_p=log_p, r1=r1, p_y=p_y, r2=r1**2 * w2, r3=r1**3 * w3, r4=r1**4 * w4, support=support)
+        values |= dict(mean_log_p=sums / support, confidence=torch.maximum(p_y, r1 * confidence))
+        values |= dict(entropy=r1 * (entropy - off) - p_y * torch.where(y_live, log_p, 0.0))
+        values = Stats(*(zero,) * len(Stats._fields))._replace(**values)
         self.stats[:, rows] = torch.stack(values)
         best = parts["top"].amax(0)
         tied = (parts["top"] == best) & (best == z_y) & (parts["before"] > 0)

@@ -23,12 +23,11 @@ def softmax_moments(
     and moments are fp32 (fp64 for fp64). Beside the logits this takes O(N) memory: the backward computes p again.
     Rows may be strided; logits that are not contiguous along V are copied.
 
-    ``tail`` > 0 fills tail_log_p. ``inplace_backward`` writes the gradient over the logits' own storage and so
-    destroys them: for logits that nothing else needs, such as a head's output. ``impl`` is "triton", "torch", or
-    "auto": Triton for CUDA tensors, torch for others.
+    ``tail`` > 0 fills tail_log_p. ``inplace_backward`` writes the gradient over the logits, which nothing else may
+    need. ``impl`` is "triton", "torch", or "auto": Triton for CUDA tensors, torch for others.
 
-    Raises ValueError for wrong shapes, dtypes or impl, and on CPU for targets out of range; on CUDA targets are not
-    checked, as that would wait for the device.
+    Raises ValueError for wrong shapes, dtypes or impl, and on CPU for targets out of range; on CUDA that would wait for
+    the device.
     """
     module = choose_impl(impl, logits)
     check_logits(logits, module)
@@ -45,6 +44,33 @@ def with_own_rows(logits: Tensor) -> Tensor:
 def empty_twin(x: Tensor) -> Tensor:
     """An uninitialised tensor of x's shape, strides, dtype and device."""
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+
+
+class GradientKnown(torch.autograd.Function):
+    """Attaches to ``loss`` the gradients of ``leaves`` that gradients(upstream) gives.
+
+    With ``once`` backward can run once, as it uses up what they are made of. Otherwise it raises where a leaf was
+    changed in place since.
+    """
+
+    @staticmethod
+    def forward(ctx, loss, gradients, once, *leaves):
+        ctx.gradients, ctx.once = gradients, once
+        if not once:
+            ctx.save_for_backward(*leaves)
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        gradients = ctx.gradients
+        if gradients is None:
+            raise RuntimeError("the loss's gradient was handed out already; use reduction='none' to go back twice")
+        if ctx.once:
+            ctx.gradients = None
+        else:
+            ctx.saved_tensors  # noqa: B018  looks whether they were changed
+        return None, None, None, *gradients(upstream)
 
 
 class _SoftmaxMoments(torch.autograd.Function):

@@ -1,16 +1,15 @@
 """The moments, the row gradient and the named scores as Triton kernels: how they are launched.
 
 Same functions and mathematics as torch_impl. Runs on CUDA, and on CPU tensors under TRITON_INTERPRET=1, which must be
-set before this module is imported. The kernels are in triton_kernels, with what makes them fast:
+set before this module is imported. The kernels are in triton_kernels:
 
 moments_kernel   one read of a row: its Stats
 gradient_kernel  one read and one write: p_j (a + c p_j) + b + t [p_j in tail] over or beside the logits
-score_kernel     a score of triton_scores from logits to Stats, loss, Fisher and gradient in one launch. It holds the
-                 beginning of a row in registers and reads that once: all of 50257 bf16 logits, half of 151936. The
-                 rest of a longer row it reads a second time for the gradient, from its end, where the cache still
-                 has it.
-rest_kernel      the same, slowly and carefully, for the rows that score_kernel leaves to it: those outside of the
-                 loss, and those with ties at the target or entries that are not finite
+score_kernel     a score of triton_scores from logits to Stats, loss, Fisher and gradient. It holds the beginning of a
+                 row in registers and reads that once: all of 50257 bf16 logits, half of 151936. The rest it reads a
+                 second time for the gradient, from its end, where the cache still has it.
+rest_kernel      the same, slowly and carefully, for rows outside of the loss, or with ties at the target or entries
+                 that are not finite
 """
 
 import contextlib
@@ -47,16 +46,8 @@ def forward(logits: Tensor, targets: Tensor, stats: Tensor, correct: Tensor, tai
         moments_kernel[(n,)](**rows, tail=tail, TAIL=tail > 0, **_shape(vocab, logits.dtype))
 
 
-def gradient(
-    logits: Tensor,
-    targets: Tensor,
-    mask: Tensor | None,
-    stats: Stats,
-    coefficients: Coefficients,
-    tail: float,
-    out: Tensor,
-) -> None:
-    """Writes the gradient of the rows to ``out`` [N, V], which may be the logits themselves.
+def gradient(logits, targets, mask, stats: Stats, coefficients: Coefficients, tail: float, out: Tensor) -> None:
+    """Writes the gradient of the rows to ``out`` [N, V], which may be the logits themselves; 0 where ``mask`` is False.
 
     Raises ValueError where ``out`` has other strides than the logits.
     """
@@ -78,24 +69,14 @@ def gradient(
 
 
 def fused_score(
-    name: str,
-    knob: Tensor | float,
-    logits: Tensor,
-    targets: Tensor,
-    mask: Tensor | None,
-    weights: Tensor | None,
-    stats: Tensor,
-    correct: Tensor,
-    losses: Tensor,
-    fisher: Tensor,
-    out: Tensor | None,
-    shape: dict | None = None,
+    name: str, knob, logits, targets, mask, weights, *, stats, correct, losses, fisher, out, shape: dict | None = None
 ) -> None:
-    """The score ``name`` of triton_scores on logits [N, V]. Fills stats, correct, losses and fisher, all 0 where
-    ``mask`` is False, and ``out`` with the gradient of sum(weights * losses).
+    """The score ``name`` of triton_scores, with its ``knob``, a number or a 0-d fp32 tensor on the device.
 
-    ``out`` may be the logits themselves; None: no gradient. ``knob`` is the score's parameter, a number or a 0-d fp32
-    tensor on the device. ``shape``: launch constants in place of ``score_shape``'s, to measure others.
+    logits [N, V] and int64 targets [N]; ``mask`` [N] bool and ``weights`` [N] fp32, or None. Fills stats [15, N],
+    correct, losses and fisher [N], all 0 where ``mask`` is False, and ``out`` with the gradient of
+    sum(weights * losses). ``out`` may be the logits themselves; None: no gradient. ``shape``: launch constants in place
+    of ``score_shape``'s, to measure others.
     """
     n, vocab = logits.shape
     if n == 0:

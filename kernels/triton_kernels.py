@@ -1,15 +1,15 @@
 """The Triton kernels: triton_impl says what each does and launches it, triton_rows has the parts of a row.
 
-Three things make them fast; ``python -m kernels.audit`` checks the first two without a GPU.
+16-byte accesses for any V. A row of an odd number of 2-byte logits starts anywhere: its first and last vector of 16
+bytes may belong to another row as well. Those two and the target's are left out, and their elements dealt to lanes one
+by one (triton_rows.edge). So no element of a vector is masked or compared.
 
-1. 16-byte accesses for any V. A row of an odd number of 2-byte logits starts anywhere: its first and its last vector
-   of 16 bytes may belong to another row as well. Those two and the target's are left out, and their elements dealt to
-   lanes one by one (triton_rows.edge). So no element of a vector is masked or compared.
-2. Few instructions an element: 22 for loss, all moments, Fisher and gradient. An H100 issues 38 while its memory reads
-   and writes a bf16 logit. Two logits stay in the register in which they came, maxima are taken of both at once, powers
-   go into their sums by fused multiply-adds, and what only a rare row needs is in a kernel of its own.
-3. Two programs a multiprocessor: one loads while the other computes. Within a program no lane waits for another before
-   its part of the row is done: each has its own maximum, and moves its sums to another by a power of two.
+Few instructions an element: 22 for loss, all moments, Fisher and gradient. An H100 issues 38 while its memory reads and
+writes a bf16 logit. Two logits stay in the register in which they came, maxima are taken of both at once, and what only
+a rare row needs is in a kernel of its own. ``python -m kernels.audit`` checks both without a GPU.
+
+Two programs a multiprocessor: one loads while the other computes. Within a program no lane waits for another before its
+part of the row is done: each has its own maximum, and moves its sums to another by a power of two.
 """
 
 import triton
@@ -134,9 +134,7 @@ def gradient_kernel(
         live = rows.is_whole(v, at, True, True)
         word = rows.load_words(z_ptr, at, v, live)
         low = any_gradient(rows.part_of(word, 0, 0, DTYPE), ref, scale, rule, limit, HAS_C, HAS_B, HAS_T)
-        high = low
-        if DTYPE != tl.float32:
-            high = any_gradient(rows.part_of(word, 1, 0, DTYPE), ref, scale, rule, limit, HAS_C, HAS_B, HAS_T)
+        high = any_gradient(rows.part_of(word, 1, 0, DTYPE), ref, scale, rule, limit, HAS_C, HAS_B, HAS_T)
         if mask_ptr is not None:
             low, high = tl.where(on, low, 0.0), tl.where(on, high, 0.0)
         rows.store_words(out_ptr, at, v, live, low, high)
@@ -327,9 +325,7 @@ def rest_kernel(
             live = rows.is_whole(v, at, True, True)
             word = rows.load_words(z_ptr, at, v, rows.is_whole(v, to_read, True, True))
             low = any_gradient(rows.part_of(word, 0, 0, DTYPE), ref, 1.0, rule, 0.0, True, HAS_B, False)
-            high = low
-            if DTYPE != tl.float32:
-                high = any_gradient(rows.part_of(word, 1, 0, DTYPE), ref, 1.0, rule, 0.0, True, HAS_B, False)
+            high = any_gradient(rows.part_of(word, 1, 0, DTYPE), ref, 1.0, rule, 0.0, True, HAS_B, False)
             rows.store_words(out_ptr, at, v, live, tl.where(on, low, 0.0), tl.where(on, high, 0.0))
         z_e, places, mine, off = rows.edge(z_ptr, at, V, y, R, W)
         g = tl.where(off, any_gradient(z_e, ref, 1.0, rule, 0.0, True, HAS_B, False), target)

@@ -1,11 +1,8 @@
 """What the Triton kernels do with one row: where it lies in memory, its sums, its Stats, its gradient.
 
-triton_kernels has the kernels, and says why rows are read as they are.
-
 A row is read in vectors of 16 bytes. A lane has one of them at a time, as [R, 4] words of 32 bits; a word is one fp32
 logit or two of 16 bits. ``edge`` takes the vectors that hold the target, or begin or end outside of the row: at most
-three, an element a lane. So everything else is whole vectors of other entries, without a test an element. In the place
-of a vector that is not its own a lane has FILL, whose exponential is 0.
+three, an element a lane. In the place of a vector that is not its own a lane has FILL, whose exponential is 0.
 
 Three tuples go from function to function:
 
@@ -42,9 +39,6 @@ def log1p_exp(x):
     for k in tl.static_range(6):
         series = 1.0 / (13 - 2 * k) + t * series
     return 2.0 * s * (1.0 + t * series)
-
-
-# --- where a row lies ----------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -144,9 +138,6 @@ def store_words(ptr, at, v, live, low, high):
     else:
         g = tl.reshape(tl.join(low, high).to(ptr.dtype.element_ty), [low.shape[0], 8])
         tl.store(places_of(ptr, at, v, 8), g, mask=live[:, None])
-
-
-# --- its sums ------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -340,9 +331,6 @@ def careful_sums(ptr, at, V, y, z_y, keep, R: tl.constexpr, W: tl.constexpr):
     return top, sums, tl.sum(count, 0), tl.sum(ahead, 0) > 0
 
 
-# --- its Stats -----------------------------------------------------------------------------------------
-
-
 @triton.jit
 def needs_care(top, s_t, z_y):
     """Whether ``careful_sums`` must have a look: only then can there be ties with the target, entries that are not
@@ -405,9 +393,6 @@ def finish_row(to, keep, z_y, found):
     return (log_p, r1, r2, r3, r4, mean_log_p, p_y, n), ref, w, (off, target_log_p, y_live)
 
 
-# --- its gradient --------------------------------------------------------------------------------------
-
-
 @triton.jit
 def gradient_of(x, rule, HAS_B: tl.constexpr):
     """e (a + c e) + b with e = 2^x and ``rule`` (a, c, b)."""
@@ -424,7 +409,5 @@ def store_gradient(ptr, at, v, live, word, zero, base, rule, HAS_B: tl.constexpr
     """``gradient_of`` the logits in [R, 4] words, x relative to ``base``, over whole vectors of the same dtype."""
     DTYPE: tl.constexpr = ptr.dtype.element_ty
     low = gradient_of(tl.fma(part_of(word, 0, zero, DTYPE), LOG2E, -base), rule, HAS_B)
-    high = low
-    if DTYPE != tl.float32:
-        high = gradient_of(tl.fma(part_of(word, 1, zero, DTYPE), LOG2E, -base), rule, HAS_B)
+    high = gradient_of(tl.fma(part_of(word, 1, zero, DTYPE), LOG2E, -base), rule, HAS_B)
     store_words(ptr, at, v, live, low, high)

@@ -2,9 +2,8 @@
 
     f(log_p, r1, r2, mean_log_p, p_y, knob) -> (loss, d/d log_p, d/d r1, d/d r2, d/d mean_log_p)
 
-``losses.py`` has the same scores in PyTorch and the sources of the formulas; a score there carries the
-name it has here (``score.fused``), and the tests hold the two together. A new one is a function here, its
-line in FUSED_SCORES, and ``named("my_score", ...)`` around its PyTorch form.
+losses.py has the same scores in PyTorch, and the sources of the formulas. A new one here is a function, its line in
+FUSED_SCORES, and ``named("my_score", ...)`` around its PyTorch form; the tests hold the two together.
 """
 
 from typing import NamedTuple

@@ -3,9 +3,9 @@
     python -m races.train_step --csv step.csv
     python -m kernels.bench --claims --train-step-csv step.csv      # what is claimed of it
 
-One model and one AdamW serve all sides, which take turns step by step: forward, loss, backward, optimizer. On a GPU it
-is GPT-2 124M on 8 x 1024 random tokens, blocks under torch.compile; on CPU a tiny one. Weights are fp32; --dtype is
-that of the activations. Peak memory is what a step needs beyond weights and optimizer state.
+One model and one AdamW serve all sides, which take turns step by step. On a GPU it is GPT-2 124M on 8 x 1024 random
+tokens, blocks under torch.compile; on CPU a tiny one. Weights are fp32, --dtype is that of the activations. Peak memory
+is what a step needs beyond weights and optimizer state.
 """
 
 import argparse
@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 
 from kernels import ce, dpsm, linear_score
+from kernels.bench import timing
 from kernels.bench.providers import ALPHA
 from kernels.bench.rows import Rows
-from kernels.bench.timing import DTYPE_OF, cuda_peak, median_ms, median_ratio, time_in_turns
 from model.gpt2 import GPT2, GPT2Config, decay_groups
 
 GPU_SHAPE = dict(batch=8, block=1024, vocab_size=50257, n_layer=12, n_head=12, n_embd=768)
@@ -48,7 +48,7 @@ def train_step(device: str, dtype: str, repeats: int, rows: Rows) -> None:
     shape = dict(GPU_SHAPE if device == "cuda" else CPU_SHAPE)
     batch, block = shape.pop("batch"), shape.pop("block")
     torch.manual_seed(0)
-    model = GPT2(GPT2Config(block_size=block, **shape), dtype=DTYPE_OF[dtype]).to(device)
+    model = GPT2(GPT2Config(block_size=block, **shape), dtype=timing.DTYPE_OF[dtype]).to(device)
     if device == "cuda":
         for part in model.h:
             part.compile()
@@ -63,37 +63,29 @@ def train_step(device: str, dtype: str, repeats: int, rows: Rows) -> None:
         optimizer.zero_grad(set_to_none=True)
 
     jobs = {name: partial(step, loss_of) for name, loss_of in sides(device).items()}
-    times = time_in_turns(jobs, device, repeats)
+    times = timing.time_in_turns(jobs, device, repeats)
     v, d = shape["vocab_size"], shape["n_embd"]
     what = f"training step, {batch} x {block} tokens, {shape['n_layer']} layers, D={d}, V={v}, {dtype}"
     columns = ("step_ms", "ratio_to_torch_ce", "tokens_per_s", "peak_bytes")
     rows.begin(f"{what} on {rows.about['device']}", "provider", *columns)
     for name, job in jobs.items():
-        ms, ratio = median_ms(times, name), median_ratio(times, name, BASE)
+        ms, ratio = timing.median_ms(times, name), timing.median_ratio(times, name, BASE)
         row = dict(provider=name, n=batch * block, v=v, d=d, dtype=dtype, step_ms=ms, ratio_to_torch_ce=ratio)
-        row |= dict(tokens_per_s=1e3 * batch * block / ms, peak_bytes=cuda_peak(job) if device == "cuda" else None)
-        rows.add(row | dict(repeats=repeats))
+        peak = timing.cuda_peak(job) if device == "cuda" else None
+        rows.add(row | dict(tokens_per_s=1e3 * batch * block / ms, peak_bytes=peak, repeats=repeats))
 
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m races.train_step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    cuda = torch.cuda.is_available()
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu")
-    parser.add_argument("--dtype", choices=DTYPE_OF, help="of the activations (bf16 on a GPU, else fp32)")
-    parser.add_argument("--repeats", type=int, default=0, help="rounds that count (30 on a GPU, else 7)")
-    parser.add_argument("--csv", metavar="FILE", help="also write the rows there")
+    timing.add_options(parser)
     args = parser.parse_args(argv)
-    wrong = f"--repeats {args.repeats}" if args.repeats < 0 else None
-    if args.device == "cuda" and not cuda:
-        wrong = "--device cuda, and torch sees no CUDA device"
+    wrong = timing.fill_options(args)
     if wrong:
         print(f"races.train_step: cannot do this: {wrong}", file=sys.stderr)
         return 2
-    on_gpu = args.device == "cuda"
-    rows = Rows(args.device, args.csv)
-    train_step(args.device, args.dtype or ("bf16" if on_gpu else "fp32"), args.repeats or (30 if on_gpu else 7), rows)
+    train_step(args.device, args.dtype, args.repeats, Rows(args.device, args.csv))
     return 0
 
 

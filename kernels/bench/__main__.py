@@ -8,21 +8,18 @@
     python -m kernels.bench --claims --csv all.csv      # all shapes, then every claim's verdict (GPU)
     python -m kernels.bench --claims-of all.csv         # the verdicts again, from rows measured before
 
-The providers take turns in one process, so that what else the machine does falls on all of them; the table gives
-medians. Forward is without gradient; step is forward and backward.
+The providers take turns in one process, so that what else the machine does falls on all of them. The table gives
+medians: "forward" without gradient, "step" forward and backward.
 
-x literal    a step's time over that of the literal form
-of copy      per cent of the speed of copying the logits, for one read and one write of them, in the same turns: how
-             close a step comes to the memory limit
+of copy      speed of one read and one write of the logits over that of copying them, in the same turns
 x products   a linear loss's time over that of its bare matrix products
-peak         memory of a step beyond the inputs, in logits tensors: on CUDA from the allocator, on CPU in a fresh
-             process from the high-water mark of resident memory; "beside MB" is the peak less the gradients
+peak         memory of a step beyond the inputs, in logits tensors; on CPU in a fresh process, from the high-water mark
+             of resident memory. "beside MB" is the peak less the gradients
 error        |gradient - exact| / |exact| in the 2-norm, of the leaf where it is larger, on 64 tokens (512 on a GPU);
              exact is float64 autograd of the same loss
 
-What is not installed, or fails, is named, and has its row in the CSV. The CSV is written anew after every row: a run
-that is cut off keeps what it has. "In place" overwrites the logits, so its later rounds see other values; the work does
-not depend on them. A whole training step is timed by python -m races.train_step.
+What is not installed, or fails, is named, and has its row in the CSV. "In place" overwrites the logits, so its later
+rounds see other values; the work does not depend on them. python -m races.train_step times a whole training step.
 """
 
 import argparse
@@ -37,7 +34,7 @@ from .compare import audit_scores, compare
 from .paths import time_choices
 from .providers import FROM_HIDDEN, FROM_LOGITS, providers
 from .rows import Rows, read_csv, write_plot
-from .timing import DTYPE_OF, HEADS, Shape, measure_memory
+from .timing import HEADS, Shape, add_options, fill_options, measure_memory
 
 
 def parse(argv) -> argparse.Namespace:
@@ -48,11 +45,8 @@ def parse(argv) -> argparse.Namespace:
     parser.add_argument("--n", type=int, default=0, help="tokens, in place of --shape")
     parser.add_argument("--v", type=int, default=0, help="vocabulary")
     parser.add_argument("--d", type=int, default=0, help="hidden size; above 0 also times the linear head")
-    parser.add_argument("--dtype", choices=DTYPE_OF, help="of logits, hidden and weight (bf16 on a GPU, else fp32)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    add_options(parser)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
-    parser.add_argument("--repeats", type=int, default=0, help="rounds that count (30 on a GPU, else 7)")
-    parser.add_argument("--csv", metavar="FILE", help="also write the rows there")
     parser.add_argument("--json", metavar="FILE", help="likewise")
     parser.add_argument("--plot", metavar="FILE", help="step times as a PNG")
     mode = parser.add_mutually_exclusive_group()
@@ -70,10 +64,7 @@ def parse(argv) -> argparse.Namespace:
 
 
 def what_is_wrong(args) -> str | None:
-    """Why this cannot be done, None where it can."""
-    negative = next((f"--{k} {v}" for k, v in vars(args).items() if isinstance(v, int) and v < 0), None)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        return "--device cuda, and torch sees no CUDA device"
+    """Why these modes do not go together, None where they do."""
     if (args.trace or args.nvtx) and not args.audit_2k:
         return "--trace and --nvtx go with --audit-2k"
     if args.nvtx and args.device != "cuda":
@@ -82,17 +73,16 @@ def what_is_wrong(args) -> str | None:
         return "--plot is of the bench; leave out --audit-2k, --paths, --claims and --claims-of"
     if (args.paths or args.claims) and args.device != "cuda":
         return f"--{'paths' if args.paths else 'claims'} needs a GPU; torch sees no CUDA device or --device is cpu"
-    if args.claims and (args.dtype or "bf16") != "bf16":
+    if args.claims and args.dtype != "bf16":
         return f"--claims is about bf16, got --dtype {args.dtype}"
     if args.train_step_csv and not args.claims:
         return "--train-step-csv goes with --claims; --claims-of takes several files"
-    return negative
+    return None
 
 
 def shapes_to_compare(args) -> list[Shape]:
     """Each head as logits, and as a linear head where it has a hidden size."""
-    cuda = args.device == "cuda"
-    heads = [HEADS[name] for name in args.shape or (HEADS if cuda else ())]
+    heads = [HEADS[name] for name in args.shape or (HEADS if args.device == "cuda" else ())]
     if not args.claims and (args.n or args.v or args.d or not heads):
         heads = [Shape(args.n or 2048, args.v or 50257, args.d or None)]
     return [shape for head in heads for shape in ((head._replace(d=None), head) if head.d else (head,))]
@@ -100,7 +90,7 @@ def shapes_to_compare(args) -> list[Shape]:
 
 def main(argv=None) -> int:
     args = parse(argv)
-    wrong = what_is_wrong(args)
+    wrong = fill_options(args) or what_is_wrong(args)
     try:
         known = [row for file in args.claims_of or [args.train_step_csv] if file for row in read_csv(file)]
     except (OSError, ValueError) as e:
@@ -111,8 +101,6 @@ def main(argv=None) -> int:
     if args.claims_of:
         print_verdicts(known)
         return 0
-    cuda = args.device == "cuda"
-    args.dtype, args.repeats = args.dtype or ("bf16" if cuda else "fp32"), args.repeats or (30 if cuda else 7)
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.memory_of:

@@ -1,10 +1,6 @@
 """The project's speed claims as a table: criterion, required, measured, and whether it is met.
 
-    python -m kernels.bench --claims --csv bench.csv     # measures everything on a GPU, then prints the table
-    python -m kernels.bench --claims-of bench.csv        # the table again, from rows measured before
-
-Every figure is a ratio within one run. What was not measured is said to be so, with the reason where the run
-gave one (a peer that is not installed).
+Every figure is a ratio within one run. What was not measured is said to be so, with the reason where there is one.
 """
 
 import operator

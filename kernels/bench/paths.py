@@ -1,10 +1,7 @@
 """What the fixed choices should be on this GPU: how score_kernel holds a row, and tokens a chunk of linear_score.
 
-    python -m kernels.bench --paths --csv paths.csv
-
-triton_impl.score_shape decides with how many warps a row is read and how many vectors of it a lane holds. This times
-DPSM with its gradient in other shapes beside that one, and beside copying the logits. Then it times linear_score in
-chunks of many sizes, over the bare matrix products, beside what chunks.chunk_rows chooses.
+triton_impl.score_shape and chunks.chunk_rows choose them. This times DPSM with its gradient in other shapes, beside
+copying the logits, and linear_score in chunks of many sizes, over the bare matrix products.
 """
 
 from functools import partial
@@ -15,9 +12,10 @@ from ..chunks import TILE, cuda_chunk
 from ..head import linear_score
 from ..losses import dpsm
 from ..moments import new_stats
+from . import timing
 from .providers import ALPHA, matrix_products
 from .rows import Rows
-from .timing import DTYPE_OF, HEADS, Shape, make_inputs, median_ms, median_ratio, run_once, time_in_turns
+from .timing import Shape
 
 LOGITS = (("bf16", 50257), ("bf16", 151936), ("fp32", 50257))
 TOKENS = 4096
@@ -46,21 +44,21 @@ def time_paths(v: int, dtype: torch.dtype, device: str, repeats: int) -> dict[tu
     arguments |= dict(losses=torch.empty_like(stats[0]), fisher=torch.empty_like(stats[0]))
     run = partial(fused_score, "dpsm", torch.full((), 0.5, device=device), **arguments)
     jobs = {key: partial(run, shape=shape) for key, shape in shapes_of(v, dtype).items()}
-    times = time_in_turns(jobs | {"copy": lambda: out.copy_(z)}, device, repeats)
-    return {key: median_ms(times, key) for key in times}
+    times = timing.time_in_turns(jobs | {"copy": lambda: out.copy_(z)}, device, repeats)
+    return {key: timing.median_ms(times, key) for key in times}
 
 
 def time_chunks(shape: Shape, dtype: str, device: str, repeats: int, sizes) -> dict[int, float]:
     """{tokens a chunk: median over rounds of linear_score's time over that of its bare matrix products}."""
-    leaves, targets = make_inputs(shape, dtype, device)
+    leaves, targets = timing.make_inputs(shape, dtype, device)
 
     def in_chunks(size):
         return lambda h, w, y: linear_score(h, w, y, dpsm(ALPHA), fisher=True, chunk=size)[0]
 
     functions = {size: in_chunks(size) for size in sizes} | {"products": matrix_products}
-    jobs = {key: partial(run_once, function, leaves, targets) for key, function in functions.items()}
-    times = time_in_turns(jobs, device, repeats)
-    return {size: median_ratio(times, size, "products") for size in sizes}
+    jobs = {key: partial(timing.run_once, function, leaves, targets) for key, function in functions.items()}
+    times = timing.time_in_turns(jobs, device, repeats)
+    return {size: timing.median_ratio(times, size, "products") for size in sizes}
 
 
 def time_choices(args, rows: Rows) -> None:
@@ -68,7 +66,7 @@ def time_choices(args, rows: Rows) -> None:
     title = f"DPSM with its gradient, N={TOKENS}, on {rows.about['device']}"
     rows.begin(title, "provider", "dtype", "v", "warps", "held", "step_ms", "share_of_copy")
     for dtype, v in LOGITS:
-        times = time_paths(v, DTYPE_OF[dtype], args.device, args.repeats)
+        times = time_paths(v, timing.DTYPE_OF[dtype], args.device, args.repeats)
         copy = times.pop("copy")
         chosen, fastest = next(iter(times)), min(times, key=times.get)
         for key, ms in times.items():
@@ -78,7 +76,7 @@ def time_choices(args, rows: Rows) -> None:
     sizes = [TILE << i for i in range(7)]  # 128 ... 8192
     title = "linear_score over its matrix products, bf16, by tokens a chunk"
     rows.begin(title, "provider", "v", "chunk", "ratio_to_products")
-    for shape in HEADS.values():
+    for shape in timing.HEADS.values():
         chosen = cuda_chunk(*shape, 2, 2, torch.device("cuda", torch.cuda.current_device()))
         ratios = time_chunks(shape, "bf16", args.device, args.repeats, sorted({*sizes, chosen}))
         for size, ratio in ratios.items():

@@ -1,5 +1,6 @@
 """What every bench measures with: inputs, one timer, peak memory and joules."""
 
+import argparse
 import os
 import resource
 import statistics
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 DTYPE_OF = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+REPEATS = {"cuda": 30, "cpu": 7}  # rounds that count
 WARM_UPS = {"cuda": 3, "cpu": 1}  # rounds that do not count: they compile, and fill the allocator's pools
 
 
@@ -26,6 +28,23 @@ class Shape(NamedTuple):
 
 
 HEADS = {"gpt2": Shape(8192, 50257, 768), "qwen3": Shape(8192, 151936, 1024)}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--dtype", choices=DTYPE_OF, help="of logits, hidden and weight (bf16 on a GPU, else fp32)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=device)
+    parser.add_argument("--repeats", type=int, default=0, help="rounds that count (30 on a GPU, else 7)")
+    parser.add_argument("--csv", metavar="FILE", help="also write the rows there")
+
+
+def fill_options(args: argparse.Namespace) -> str | None:
+    """Puts the defaults of a device in. Gives what is wrong with the options, None where nothing is."""
+    args.dtype = args.dtype or ("bf16" if args.device == "cuda" else "fp32")
+    args.repeats = args.repeats or REPEATS[args.device]
+    if args.device == "cuda" and not torch.cuda.is_available():
+        return "--device cuda, and torch sees no CUDA device"
+    return next((f"--{k} {v}" for k, v in vars(args).items() if isinstance(v, int) and v < 0), None)
 
 
 def make_inputs(shape: Shape, dtype: str, device: str) -> tuple[list[Tensor], Tensor]:

@@ -15,7 +15,7 @@ if not torch.cuda.is_available():
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import head_pass, linear_score, losses
-from kernels.bench import claims, compare
+from kernels.bench import claims, compare, timing
 from kernels.bench.__main__ import main
 from kernels.bench.paths import shapes_of, time_chunks
 from kernels.bench.providers import FROM_HIDDEN, FROM_LOGITS
@@ -295,7 +295,7 @@ def test_rows_are_on_file_as_they_come(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return 10**6
 
-    monkeypatch.setattr(compare, "measure_memory_apart", memory)
+    monkeypatch.setattr(timing, "measure_memory_apart", memory)
     with pytest.raises(KeyboardInterrupt):
         main(["--n", "8", "--v", "30", "--d", "4", "--repeats", "1", "--device", "cpu", "--csv", str(file)])
     with open(file) as opened:
@@ -317,7 +317,8 @@ def test_every_shape_of_the_score_kernel_gives_the_same_numbers(dtype):
     for shape in shapes:
         stats, correct = torch.empty(15, 3), torch.empty(3, dtype=torch.bool)
         loss, fisher, out = torch.empty(3), torch.empty(3), torch.empty_like(z)
-        triton_impl.fused_score("dpsm", knob, z, y, None, None, stats, correct, loss, fisher, out, shape=shape)
+        filled = dict(stats=stats, correct=correct, losses=loss, fisher=fisher, out=out)
+        triton_impl.fused_score("dpsm", knob, z, y, None, None, **filled, shape=shape)
         results.append([loss, fisher, out, *stats[[0, 1, 2, 3, 5, 6, 7, 8]]])
     for other in results[1:]:
         torch.testing.assert_close(other[2], results[0][2], rtol=2**-8 if dtype == torch.bfloat16 else 2e-5, atol=1e-9)

@@ -21,7 +21,7 @@ if not torch.cuda.is_available():
 import kernels.impl
 import kernels.torch_impl
 from kernels import Moments, linear_moments, linear_score, losses, softmax_moments, token_fisher
-from kernels.bench import compare
+from kernels.bench import timing
 from kernels.bench.__main__ import main
 from kernels.bench.providers import FROM_HIDDEN, FROM_LOGITS
 from kernels.bench.timing import Shape, make_inputs, measure_memory_apart
@@ -791,7 +791,7 @@ def test_kernels_compile_for_gpus_without_one(tmp_path):
 
 
 def test_bench_writes_its_rows(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(compare, "measure_memory_apart", lambda *args: 4 * 32 * 100)
+    monkeypatch.setattr(timing, "measure_memory_apart", lambda *args: 4 * 32 * 100)
     files = {k: tmp_path / f"bench.{k}" for k in ("json", "csv", "png")}
     shape = ["--n", "32", "--v", "100", "--d", "8", "--repeats", "1", "--device", "cpu"]
     files_to = ["--json", str(files["json"]), "--csv", str(files["csv"]), "--plot", str(files["png"])]
