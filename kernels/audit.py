@@ -53,7 +53,7 @@ def variants(capability: int, vocab: int, dtype: str) -> list[tuple[str, object,
         ("gradient_kernel, tail", impl.gradient_kernel, plain),
     ]
     for name, score in impl.FUSED_SCORES.items():
-        flags = dict(SCORE=score.function, HAS_B=score.reads_mean)
+        flags = dict(SCORE=score, HAS_B=name in impl.READS_MEAN)
         read = "part of it twice" if score_shape["MORE"] else "one read"
         found.append((f"score_kernel, {name}, {read}", impl.score_kernel, flags | score_shape))
         found.append((f"rest_kernel, {name}", impl.rest_kernel, flags | impl._rest_shape(*shape)))
@@ -68,15 +68,12 @@ def compile_for(kernel, constants: dict, capability: int, dtype: str, vocab: int
 
     types = TYPES | dict.fromkeys(("z_ptr", "out_ptr"), f"*{dtype}") | dict.fromkeys(constants, "constexpr")
     signature = {name: types.get(name, "*fp32") for name in kernel.arg_names}
-    whole = [n for n in kernel.arg_names if n.endswith("_ptr") and n in ("z_ptr", "out_ptr", "knob_ptr")]
-    if vocab % 16 == 0:
-        whole += [n for n in ("z_stride", "V") if n in kernel.arg_names]
-    attributes = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in whole}
+    whole = ("z_ptr", "out_ptr", "knob_ptr") + (("z_stride", "V") if vocab % 16 == 0 else ())
+    attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name in whole}
     constexprs = {name: constants[name] for name in kernel.arg_names if name in constants}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
-    target = GPUTarget("cuda", capability, 32)
     options = {name: constants[name] for name in OPTIONS if name in constants}
-    return triton.compile(source, target=target, options=options)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 def executed(lines: list[str], vectors_a_go: int, rounds: int) -> list[str]:
@@ -118,34 +115,23 @@ def read_code(compiled, constants: dict, vocab: int) -> dict:
     if not opcodes:
         raise RuntimeError("no instruction found in nvdisasm's output; its format has changed")
 
-    def widths(prefix):
-        bits = Counter()
-        for op in opcodes:
-            if op.split(".")[0] == prefix:
-                sized = re.search(r"\.(128|64|U16|S16|U8|S8)\b", op)
-                bits[int(re.sub(r"\D", "", sized[1])) if sized else 32] += 1
-        return dict(sorted(bits.items(), reverse=True))
+    def widths(prefix: str) -> dict[int, int]:
+        sizes = [re.search(r"\.[US]?(128|64|16|8)\b", op) for op in opcodes if op.split(".")[0] == prefix]
+        return dict(sorted(Counter(int(size[1]) if size else 32 for size in sizes).items(), reverse=True))
 
     lanes, pieces = constants["R"], constants.get("PIECES", 0)
     elements = vocab / lanes  # of a lane
     vectors = math.ceil(vocab / constants["W"] / lanes)
-    if compiled.metadata.name == "gradient_kernel":  # gradient_kernel: a program is part of a row, without loops
+    if compiled.metadata.name == "gradient_kernel":  # a program is part of a row, without loops
         elements = constants["K"] * constants["W"]
     a_go = constants.get("K", 1)
     run = executed(code.splitlines(), a_go, math.ceil(max(0, vectors - pieces) / a_go))
-    local = [op for op in opcodes if op.split(".")[0] in ("LDL", "STL")]
-    usage = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage))
-    return {
-        "registers": int(usage["REG"]),
-        "spill_bytes": int(usage["STACK"]) + int(usage["LOCAL"]),
-        "spill_instructions": len(local),
-        "loads": widths("LDG"),
-        "stores": widths("STG"),
-        "instructions_per_element": len(run) / elements,
-        "special_per_element": sum(op.startswith("MUFU") for op in run) / elements,
-        "shared_bytes": compiled.metadata.shared,
-        "instructions": len(opcodes),
-    }
+    special, local = sum(op.startswith("MUFU") for op in run), sum(op.split(".")[0] in ("LDL", "STL") for op in opcodes)
+    usage = {name: int(n) for name, n in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+    figures = dict(registers=usage["REG"], spill_bytes=usage["STACK"] + usage["LOCAL"], spill_instructions=local)
+    figures |= dict(loads=widths("LDG"), stores=widths("STG"), shared_bytes=compiled.metadata.shared)
+    figures |= dict(instructions_per_element=len(run) / elements, special_per_element=special / elements)
+    return figures | dict(instructions=len(opcodes))
 
 
 def audit(capability: int, vocab: int, dtype: str, only: str = "") -> list[dict]:

@@ -6,9 +6,8 @@ row kernel, one program a row, to whole waves over the multiprocessors. Large ch
 
 With a bf16 gradient the fp32 sum of d_weight is itself beside it: 2 V D bytes while the chunks run, 4 V D while
 backward narrows it. That is 154 MB at (V, D) = (50257, 768), but 622 MB at (151936, 1024), where no chunk helps; then a
-chunk is given as much as the sum takes anyway. A sum in bf16 would need less but doubles d_weight's error (3.7e-3, not
-1.7e-3, for 8192 tokens in 10 chunks at 8192 x 512, on a CPU). With fp32 weights the sum is the gradient, and the bf16
-copy of the weight is what is beside it.
+chunk is given as much as the sum takes anyway. (A sum in bf16 doubled d_weight's error, from 1.7e-3 to 3.7e-3.) With
+fp32 weights the sum is the gradient, and the bf16 copy of the weight is what is beside it.
 """
 
 import functools
@@ -28,18 +27,10 @@ def row_stride(vocab: int) -> int:
 
 
 def weight_bytes_beside(v: int, d: int, hidden_bytes: int, weight_bytes: int) -> int:
-    """Bytes of size [V, D] that are there while the chunks run: the fp32 sum beyond the weight's gradient, and the
-    weight in the dtype of ``hidden`` where that is another. Sizes in bytes an element."""
+    """Bytes of size [V, D] beside what is the caller's while the chunks run: the fp32 sum beyond the weight's gradient,
+    and the weight in the dtype of ``hidden`` where that is another."""
     sum_bytes = max(4, hidden_bytes)
     return v * d * (sum_bytes - min(sum_bytes, weight_bytes) + (hidden_bytes if hidden_bytes != weight_bytes else 0))
-
-
-def bytes_beside(n: int, v: int, d: int, rows: int, hidden_bytes: int, weight_bytes: int) -> int:
-    """Peak bytes of linear_score's step (mean or sum, both gradients) beside inputs and gradients, less what is of size
-    N. In the forward: a chunk of logits and ``weight_bytes_beside``; in backward: the fp32 sum while it is narrowed."""
-    forward = min(rows, n) * row_stride(v) * hidden_bytes + weight_bytes_beside(v, d, hidden_bytes, weight_bytes)
-    sum_bytes = max(4, hidden_bytes)
-    return max(forward, v * d * sum_bytes if weight_bytes != sum_bytes else 0)
 
 
 def chunk_rows(n: int, v: int, d: int, dtype_bytes: int, sm_count: int, free_bytes: int, beside: int = 0) -> int:
@@ -64,8 +55,7 @@ def _cost(n: int, rows: int, d: int, sm_count: int) -> float:
     """Time of all chunks, in units of one product's time for one token.
 
     A product computes whole tiles, 2 FLOPs a token and entry of the weight, and moves its largest matrix, 2 bytes an
-    entry (8 for d_weight); each hides most of the other (hypot). The row kernel moves 4 bytes a logit, in
-    whole waves, where a product does 2 D FLOPs.
+    entry (8 for d_weight); each hides most of the other (hypot). The row kernel moves 4 bytes a logit, in whole waves.
     """
 
     def chunk(m: int) -> float:

@@ -88,8 +88,8 @@ def _linear_score(*arguments):
     head, score, denominator, o = _open(arguments)
     with _with_autograd(), torch.no_grad():
         if o.reduction == "none":
-            losses, moments, _ = head.losses(score, o.fisher, keep=False)
-            total, grads, denominator = head.weighted(losses), (None,) * 3, None
+            total, moments, _ = head.losses(score, o.fisher)
+            grads, denominator = (None,) * 3, None
         else:
             total, moments, grads, denominator = head.reduced(score, o.reduction, denominator, o.fisher, o.wants)
     if denominator is not None:
@@ -119,7 +119,7 @@ def _linear_score_backward(*arguments):
     """(d_hidden, d_weight, d_bias) of reduction "none", from the logits computed again."""
     head, score, upstream, o = _open(arguments)
     with _with_autograd(), torch.no_grad():
-        _, _, kept = head.losses(score, False, keep=True)
+        _, _, kept = head.losses(score, False)
         grads = head.gradient_of(score, kept, upstream, o.wants)
     return tuple(head.h.new_empty(0) if g is None else g for g in grads)
 

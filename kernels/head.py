@@ -60,8 +60,7 @@ def linear_score(
     leaves = (head.hidden, weight, bias)
     wants = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in leaves)
     if reduction == "none":
-        losses, moments, kept = head.losses(score, fisher, keep=any(wants))
-        total = head.weighted(losses)
+        total, moments, kept = head.losses(score, fisher)
         if any(wants):
             total = GradientKnown.apply(total, lambda up: head.gradient_of(score, kept, up, wants), False, *leaves)
         return total, moments

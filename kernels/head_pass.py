@@ -64,7 +64,7 @@ class HeadPass:
         self.chunks = [slice(i, min(i + chunk, self.n)) for i in range(0, self.n, chunk)]
         self.weight, self.h = weight.detach().to(hidden.dtype), hidden.detach()
         self.bias = None if bias is None else bias.detach().to(hidden.dtype)
-        self.buffer = None
+        self.buffer, self.can_fuse = None, True
 
     @contextlib.contextmanager
     def quiet(self):
@@ -73,34 +73,34 @@ class HeadPass:
             yield
         self.buffer = None
 
-    def losses(self, score, fisher: bool, keep: bool):
-        """(losses [N] without weights, Moments, what ``gradient_of`` needs) of all chunks."""
+    def losses(self, score, fisher: bool, grads=None):
+        """(weighted losses [N], Moments, what ``gradient_of`` needs) of all chunks. ``grads``, where there are any, get
+        the gradients of the losses' sum."""
         losses, fishers, kept = self.new_vector(), self.new_vector() if fisher else None, []
-        with self.quiet():
-            for rows in self.chunks:
-                kept.append(self.score(self.logits(rows), rows, score, losses, fishers))
-        return self.in_loss(losses), self.moments(fisher=fishers), kept if keep else None
-
-    def reduced(self, score, reduction: str, denominator: Tensor | None, fisher: bool, wants):
-        """(loss, Moments, gradients of the weighted SUM, denominator): one pass over the chunks."""
-        losses, fishers = self.new_vector(), self.new_vector() if fisher else None
-        grads = self.new_grads(wants)
         # w left in the logits' storage saves the second exponential of the gradient.
-        gradient, keep_w = any(wants), any(wants) and self.can_keep_w
+        gradient = grads is not None
+        keep_w = gradient and self.can_keep_w
         with self.quiet():
-            if reduction == "mean":
-                # A copy, as the caller may refill its tensor before backward.
-                denominator = self.count() if denominator is None else denominator.clone()
             for rows in self.chunks:
                 logits = self.logits(rows)
                 partials = self.score(logits, rows, score, losses, fishers, gradient, keep_w)
                 if gradient:
                     self.gradient(logits, rows, partials, keep_w)
                     self.accumulate(logits, rows, grads)
-            total = self.weighted(self.in_loss(losses)).sum()
+                kept.append(partials)
+            return self.weighted(self.in_loss(losses)), self.moments(fisher=fishers), kept
+
+    def reduced(self, score, reduction: str, denominator: Tensor | None, fisher: bool, wants):
+        """(loss, Moments, gradients of the weighted SUM, denominator): one pass over the chunks."""
+        grads = self.new_grads(wants)
+        losses, moments, _ = self.losses(score, fisher, grads if any(wants) else None)
+        with self.quiet():
+            total = losses.sum()
             if reduction == "mean":
+                # A copy, as the caller may refill its tensor before backward.
+                denominator = self.count() if denominator is None else denominator.clone()
                 total = total / denominator
-        return total, self.moments(fisher=fishers), grads, denominator
+        return total, moments, grads, denominator
 
     def new_vector(self) -> Tensor:
         return torch.empty(self.n, dtype=self.stats.dtype, device=self.h.device)
@@ -126,7 +126,7 @@ class HeadPass:
     def score(self, logits, rows, score, losses, fishers, gradient=False, keep_w=False):
         """Fills stats, losses and Fisher of a chunk. Gives the weighted partials, or None where one kernel did it all:
         with ``gradient`` it left the weighted gradient over the logits."""
-        fused = fused_form(score, self.module, self.tail)
+        fused = self.can_fuse and fused_form(score, self.module, self.tail)
         if fused:
             self.fused(fused, logits, rows, losses, fishers, logits if gradient else None, self.weights)
             return None

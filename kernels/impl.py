@@ -32,10 +32,8 @@ def choose_impl(impl: str, tensor: Tensor) -> ModuleType:
 
 @functools.cache  # so that each choice is logged once
 def _automatic(device_type: str, cuda_float64: bool) -> str:
-    name, why = "torch", f"tensors are on {device_type}"
-    if cuda_float64:
-        why = "tensors are float64"
-    elif device_type == "cuda":
+    name, why = "torch", "tensors are float64" if cuda_float64 else f"tensors are on {device_type}"
+    if device_type == "cuda" and not cuda_float64:
         try:
             import triton  # noqa: F401
 
@@ -72,11 +70,8 @@ def check_logits(logits: Tensor, module: ModuleType) -> None:
 def check_targets(
     targets: Tensor, n: int, vocab: int, ignore_index: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(targets as int64 with 0 for the ignored ones, which are in the loss, the same as a mask).
-
-    The mask is None where all tokens are known to be in the loss. On CUDA that is never known without waiting for
-    the device.
-    """
+    """(targets as int64 with 0 for the ignored ones, which are in the loss, the same as a mask). The mask is None where
+    all are known to be in the loss; on CUDA that is never known, as it would take a wait for the device."""
     if targets.shape != (n,) or targets.is_floating_point() or targets.dtype == torch.bool:
         got = f"{tuple(targets.shape)} {targets.dtype}"
         raise ValueError(f"targets must be integers of shape ({n},), one a row of logits; got {got}")

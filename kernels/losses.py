@@ -161,13 +161,7 @@ def _check_knobs(knobs) -> None:
 
 
 def alpha_at(
-    step: int,
-    total: int,
-    *,
-    warmup: float = 0.1,
-    schedule: str = "linear",
-    alpha_max: float = 1.0,
-    start: float = 0.0,
+    step: int, total: int, *, warmup: float = 0.1, schedule: str = "linear", alpha_max: float = 1.0, start: float = 0.0
 ) -> float:
     """DPSM's alpha before OPTIMIZER step ``step`` (0-based) of ``total``.
 
@@ -245,16 +239,9 @@ class ProperScoreLoss(nn.Module):
 
     def forward(self, logits: Tensor, targets: Tensor, denominator: Tensor | None = None) -> Tensor:
         """logits [..., V], targets [...]: the loss, 0-d, or [...] with reduction "none"."""
-        loss, self.moments = logits_score(
-            logits.reshape(-1, logits.shape[-1]),
-            targets.reshape(-1),
-            self.score(),
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            denominator=denominator,
-            tail=self.tail,
-            impl=self.impl,
-        )
+        rows = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
+        how = dict(ignore_index=self.ignore_index, reduction=self.reduction, tail=self.tail, impl=self.impl)
+        loss, self.moments = logits_score(*rows, self.score(), denominator=denominator, **how)
         return loss.view_as(targets) if self.reduction == "none" else loss
 
     def trainer_loss(self, outputs, labels: Tensor, num_items_in_batch=None) -> Tensor:

@@ -29,39 +29,28 @@ from torch import Tensor
 class Moments:
     """What a score may read about each token: vectors [N], fp32 (fp64 for fp64 logits).
 
-    log_p         log p_y, in nats                                       differentiable
-    r1, r2        sum_{j != y} p_j^k; r1 is 1 - p_y without cancellation differentiable
-    mean_log_p    mean over j of log p_j                                 differentiable
-    r3, r4        off-target sums, for the Fisher                        detached
-    entropy       -sum_j p_j log p_j, in nats                            detached
-    confidence    max_j p_j                                              detached
-    correct       bool: argmax == target, the first index wins a tie
-    valid         bool: target != ignore_index
-    vocab_size    V, the length of a row
-    tail_log_p    (1/V) sum_{j: p_j < tail/V} log p_j, its mask held constant in the gradient;
-                  None unless asked for                                  differentiable
-    support       number of logits above -inf                            detached
-    fisher        |dL/dz|^2 of the score that linear_score was given; None unless asked for, detached
-
     A token outside the loss (target == ignore_index) has 0 or False everywhere and gradient 0. A logit of -inf is an
     entry outside the vocabulary: mean_log_p, tail_log_p and entropy leave it out, with ``support`` in the place of V.
     So a head padded with -inf gives what the unpadded head gives.
     """
 
-    log_p: Tensor
-    r1: Tensor
-    r2: Tensor
-    mean_log_p: Tensor
-    r3: Tensor
+    # Differentiable:
+    log_p: Tensor  # log p_y, in nats
+    r1: Tensor  # sum_{j != y} p_j, which is 1 - p_y without cancellation
+    r2: Tensor  # sum_{j != y} p_j^2
+    mean_log_p: Tensor  # mean over j of log p_j
+    # Detached:
+    r3: Tensor  # off-target sums of p_j^3 and p_j^4, for the Fisher
     r4: Tensor
-    entropy: Tensor
-    confidence: Tensor
-    correct: Tensor
-    valid: Tensor
-    vocab_size: int
+    entropy: Tensor  # -sum_j p_j log p_j, in nats
+    confidence: Tensor  # max_j p_j
+    correct: Tensor  # bool: argmax == target, the first index wins a tie
+    valid: Tensor  # bool: target != ignore_index
+    vocab_size: int  # V, the length of a row
+    # (1/V) sum_{j: p_j < tail/V} log p_j, differentiable with its mask held constant; None unless asked for.
     tail_log_p: Tensor | None = None
-    support: Tensor | None = None
-    fisher: Tensor | None = None
+    support: Tensor | None = None  # number of logits above -inf
+    fisher: Tensor | None = None  # |dL/dz|^2 of the score that linear_score was given; None unless asked for
 
 
 class Stats(NamedTuple):

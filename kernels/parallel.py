@@ -1,8 +1,8 @@
 """linear_score with the vocabulary split over ranks, for heads that outgrow one device.
 
-Every rank holds all hidden states and its own rows of the weight, and reduces its part of each row of logits to moments.
-After one all-reduce of these few numbers a token every rank knows the moments of the whole row, and the gradient of its
-own logits. Let q_k be the softmax over rank k's entries without the target, and share_k = exp(lse_k - logsumexp_k lse_k)
+Every rank holds all hidden states and its own rows of the weight. It reduces its part of each row of logits to moments.
+After one all-reduce of these few numbers every rank knows the moments of the whole row, and the gradient of its own
+logits. Let q_k be the softmax over rank k's entries without the target, and share_k = exp(lse_k - logsumexp_k lse_k)
 its part of the off-target mass. Then
 
     p_j = r1 share_k q_j            r_m = r1^m sum_k share_k^m sum_j q_j^m
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .head_pass import HeadPass, scaled
 from .impl import REDUCTIONS
-from .moments import Coefficients, Moments, Stats, fisher_of, gradient_coefficients, mask_stats, score_partials
+from .moments import Coefficients, Moments, Partials, Stats, gradient_coefficients, mask_stats
 from .softmax import GradientKnown
 
 
@@ -57,30 +57,13 @@ def parallel_linear_score(
         raise ValueError(f"target {wrong[0].item()} is outside [0, {vocab}), the vocabulary of all ranks together")
     head = _PartPass(hidden, weight, targets, first, group, ignore_index=ignore_index, chunk=chunk, impl=impl)
     wants = tuple(torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)) + (False,)
-    losses, fishers = head.new_vector(), head.new_vector() if fisher else None
-    grads = head.new_grads(wants)
-    with head.quiet():
-        for rows in head.chunks:
-            logits = head.part_logits(rows)
-            share = head.combine(logits, rows)
-            mask_stats(head.stats[:, rows], head.correct[rows], head.mask[rows])
-            losses[rows], partials = score_partials(head.moments(rows), score)
-            stats = head.stats_of(rows)
-            if fisher:
-                fishers[rows] = head.in_loss(fisher_of(stats, partials), rows)
-            if any(wants):
-                head.part_gradient(logits, rows, gradient_coefficients(stats, partials), share)
-                head.accumulate(logits[:, :-1], rows, grads)
-        if grads[0] is not None:
-            dist.all_reduce(grads[0], group=group)
-        total = head.in_loss(losses).sum()
-        count = head.count() if reduction == "mean" else None
-        if count is not None:
-            total = total / count
+    total, moments, grads, count = head.reduced(score, reduction, None, fisher, wants)
+    if grads[0] is not None:
+        dist.all_reduce(grads[0], group=group)
     if any(wants):
         dtypes = head.grad_dtypes  # not head, which would keep its buffers until backward
         total = GradientKnown.apply(total, lambda up: scaled(grads, up, count, dtypes), True, hidden, weight, None)
-    return total, head.moments(fisher=fishers)
+    return total, moments
 
 
 class _PartPass(HeadPass):
@@ -95,10 +78,9 @@ class _PartPass(HeadPass):
         super().__init__(hidden, weight, local, ignore_index=ignore_index, vocab=len(weight) + 1, **how)
         self.global_targets = torch.where(targets == ignore_index, -1, targets.long())
         self.first, self.group = first, group
-        # On CPU check_targets may have found no ignored token; combine masks by ``valid`` in any case.
-        self.mask = self.valid
+        self.mask, self.can_fuse, self.can_keep_w = self.valid, False, False
 
-    def part_logits(self, rows: slice) -> Tensor:
+    def logits(self, rows: slice) -> Tensor:
         """[n, V_k + 1], -inf in the last column and at the target where it is this rank's; fills self.mine
         (which rows have it), self.at (where) and self.z_y."""
         logits = self.rows_of_buffer(rows)
@@ -111,8 +93,8 @@ class _PartPass(HeadPass):
         logits.scatter_(1, self.at, -torch.inf)
         return logits
 
-    def combine(self, logits: Tensor, rows: slice) -> Tensor:
-        """Fills the chunk's stats with those of the whole rows; this rank's share of the off-target mass, [n]."""
+    def forward(self, logits: Tensor, rows: slice, keep_w: bool = False) -> None:
+        """Fills the chunk's stats with those of the whole rows, and self.share: this rank's of the off-target mass."""
         local = torch.empty_like(self.stats[:, rows])
         ignored = torch.empty_like(self.correct[rows])
         last = torch.full_like(self.targets[rows], self.vocab - 1)
@@ -152,7 +134,8 @@ class _PartPass(HeadPass):
         best = parts["top"].amax(0)
         tied = (parts["top"] == best) & (best == z_y) & (parts["before"] > 0)
         self.correct[rows] = alone | (z_y > best) | ((z_y == best) & ~tied.any(0))
-        return share[dist.get_rank(self.group)]
+        self.share = share[dist.get_rank(self.group)]
+        mask_stats(self.stats[:, rows], self.correct[rows], self.mask[rows])
 
     def from_all_ranks(self, mine: dict[str, Tensor]) -> dict[str, Tensor]:
         """{name: [ranks, n]} from this rank's {name: [n]}, by one all-reduce."""
@@ -163,12 +146,16 @@ class _PartPass(HeadPass):
         dist.all_reduce(everyone, group=self.group)
         return dict(zip(mine, everyone.unbind(1), strict=True))
 
-    def part_gradient(self, logits, rows, coefficients: Coefficients, share: Tensor) -> None:
+    def gradient(self, logits: Tensor, rows: slice, partials: Partials, kept_w: bool = False) -> None:
         """Over the logits: p_j (a + c p_j) + b off target, the target's own entry where it is this rank's."""
-        a, c, b, _, target = coefficients
-        mass = self.stats_of(rows).r1 * share  # p_j = mass * q_j
+        stats = self.stats_of(rows)
+        a, c, b, _, target = gradient_coefficients(stats, partials)
+        mass = stats.r1 * self.share  # p_j = mass * q_j
         part = Coefficients(a * mass, None if c is None else c * mass * mass, b, None, torch.zeros_like(a))
         last, mask = torch.full_like(self.targets[rows], self.vocab - 1), self.mask[rows]
         self.module.gradient(logits, last, mask, self.local, part, 0.0, logits)
         logits.masked_fill_((self.local.support == 0)[:, None], 0.0)
         logits.scatter_(1, self.at, torch.where(mask, target, 0.0)[:, None].to(logits.dtype))
+
+    def accumulate(self, logits: Tensor, rows: slice, grads) -> None:
+        super().accumulate(logits[:, :-1], rows, grads)

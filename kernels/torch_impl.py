@@ -13,7 +13,6 @@ a group is one thread's work from end to end: threads that shared each pass woul
 import functools
 import os
 import threading
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -31,8 +30,7 @@ CAN_KEEP_W = True
 CPU_ELEMENTS = 2**17
 CUDA_ELEMENTS = 2**26
 
-# w below this adds nothing to the sums of powers (V * 1e-18 against at least 1/V), but its powers would be denormal,
-# which makes a CPU's multiply some 20 times slower.
+# w below this adds nothing to the sums of powers, but its powers would be denormal, and a CPU some 20 times slower.
 _W_FLOOR = 1e-9
 # A row whose factors are below this has a gradient far under any rounding; left alone, it is denormal.
 _FACTOR_FLOOR = 1e-28
@@ -201,29 +199,19 @@ def _for_each_group(work: Callable, groups: list[tuple], size: int, like: Tensor
 
     On CPU as many groups at a time as torch has threads, each in a thread that works alone.
     """
+    waiting = iter(groups)  # shared: Python's lock makes next() atomic
 
-    def new_buffers():
-        return [torch.empty(size, like.shape[1], dtype=dtype, device=like.device) for _ in range(count)]
+    def run():
+        buffers = [torch.empty(size, like.shape[1], dtype=dtype, device=like.device) for _ in range(count)]
+        with torch.no_grad():  # a thread does not inherit it
+            for group in waiting:
+                work(buffers, *group)
 
     threads = 1 if like.is_cuda else min(torch.get_num_threads(), len(groups))
     if threads == 1:
-        buffers = new_buffers()
-        for group in groups:
-            work(buffers, *group)
-        return
-    waiting = deque(groups)
-
-    def run(buffers):
-        with torch.no_grad():  # a thread does not inherit it
-            while True:
-                try:
-                    group = waiting.popleft()
-                except IndexError:
-                    return
-                work(buffers, *group)
-
+        return run()
     pool = _pool(torch.get_num_threads())
-    for future in [pool.submit(run, new_buffers()) for _ in range(threads)]:
+    for future in [pool.submit(run) for _ in range(threads)]:
         future.result()
 
 

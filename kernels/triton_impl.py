@@ -1,15 +1,7 @@
 """The moments, the row gradient and the named scores as Triton kernels: how they are launched.
 
-Same functions and mathematics as torch_impl. Runs on CUDA, and on CPU tensors under TRITON_INTERPRET=1, which must be
-set before this module is imported. The kernels are in triton_kernels:
-
-moments_kernel   one read of a row: its Stats
-gradient_kernel  one read and one write: p_j (a + c p_j) + b + t [p_j in tail] over or beside the logits
-score_kernel     a score of triton_scores from logits to Stats, loss, Fisher and gradient. It holds the beginning of a
-                 row in registers and reads that once: all of 50257 bf16 logits, half of 151936. The rest it reads a
-                 second time for the gradient, from its end, where the cache still has it.
-rest_kernel      the same, slowly and carefully, for rows outside of the loss, or with ties at the target or entries
-                 that are not finite
+Same functions and mathematics as torch_impl; the kernels are in triton_kernels. Runs on CUDA, and on CPU tensors under
+TRITON_INTERPRET=1, which must be set before this module is imported.
 """
 
 import contextlib
@@ -21,7 +13,7 @@ from torch import Tensor
 
 from .moments import Coefficients, Stats
 from .triton_kernels import gradient_kernel, moments_kernel, rescale_kernel, rest_kernel, score_kernel
-from .triton_scores import FUSED_SCORES
+from .triton_scores import FUSED_SCORES, READS_MEAN
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CAN_KEEP_W = False
@@ -56,8 +48,7 @@ def gradient(logits, targets, mask, stats: Stats, coefficients: Coefficients, ta
         return
     _check_out(logits, out)
     a, c, b, t, target = (None if x is None else x.contiguous() for x in coefficients)
-    shape = _shape(vocab, logits.dtype)
-    del shape["PACKED"]
+    shape = _shape(vocab, logits.dtype, "PACKED")
     logits, result = _aligned(logits, out)
     programs = triton.cdiv(vocab + shape["W"] - 1, shape["K"] * shape["R"] * shape["W"])  # of a row
     pointers = dict(ref_ptr=stats.row_max, sum_ptr=stats.row_sum, r1_ptr=stats.r1, support_ptr=stats.support)
@@ -86,9 +77,8 @@ def fused_score(
     if out is not None:
         _check_out(logits, out)
     logits, result = _aligned(logits, out)
-    score = FUSED_SCORES[name]
-    arguments = _rows(logits, targets) | _results(stats, correct) | dict(SCORE=score.function, HAS_B=score.reads_mean)
-    arguments |= dict(knob_ptr=knob, loss_ptr=losses, fisher_ptr=fisher)
+    arguments = _rows(logits, targets) | _results(stats, correct) | dict(loss_ptr=losses, fisher_ptr=fisher)
+    arguments |= dict(SCORE=FUSED_SCORES[name], HAS_B=name in READS_MEAN, knob_ptr=knob)
     arguments |= dict(mask_ptr=_bytes(mask), weights_ptr=weights, out_ptr=result)
     with _on(logits):
         score_kernel[(n,)](**arguments, **(shape or score_shape(vocab, logits.dtype)))
@@ -131,40 +121,39 @@ def _aligned(logits: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor 
     return logits, out
 
 
-def _vectors(vocab: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Elements of a vector, and the vectors that a row can touch."""
+def _vectors(vocab: int, dtype: torch.dtype) -> int:
+    """The vectors that a row can touch."""
     width = VECTOR_BYTES // dtype.itemsize
-    return width, triton.cdiv(vocab + width - 1, width)
+    return triton.cdiv(vocab + width - 1, width)
 
 
-def _launch(dtype: torch.dtype, width: int, warps: int, per_go: int) -> dict:
+def _launch(dtype: torch.dtype, warps: int, per_go: int) -> dict:
     packed = dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") != "1"  # no assembly there
-    constants = {"PACKED": packed, "K": per_go, "R": 32 * warps, "W": width}
-    return constants | {"num_warps": warps, "enable_fp_fusion": True}
+    constants = dict(PACKED=packed, K=per_go, R=32 * warps, W=VECTOR_BYTES // dtype.itemsize)
+    return constants | dict(num_warps=warps, enable_fp_fusion=True)
 
 
-def _shape(vocab: int, dtype: torch.dtype) -> dict:
-    """Launch constants of the kernels that read K vectors a lane at a time."""
-    width, vectors = _vectors(vocab, dtype)
-    return _launch(dtype, width, max(1, min(8, triton.next_power_of_2(vectors) // 128)), 4)
+def _shape(vocab: int, dtype: torch.dtype, *without: str) -> dict:
+    """Launch constants of the other kernels, which read K vectors a lane at a time; those that one has not left out."""
+    warps = max(1, min(8, triton.next_power_of_2(_vectors(vocab, dtype)) // 128))
+    shape = _launch(dtype, warps, per_go=4)
+    return {name: value for name, value in shape.items() if name not in without}
 
 
 def _rest_shape(vocab: int, dtype: torch.dtype) -> dict:
-    """Launch constants of rest_kernel."""
-    return {name: value for name, value in _shape(vocab, dtype).items() if name not in ("K", "PACKED")}
+    return _shape(vocab, dtype, "K", "PACKED")
 
 
 def score_shape(vocab: int, dtype: torch.dtype, warps: int = 0, held: int | None = None) -> dict:
     """Launch constants of score_kernel: the fewest warps whose lanes hold the row in HELD vectors each, or ``warps``;
     MORE where the row is longer than that. ``held``: vectors a lane instead of HELD or HELD_OF_MORE."""
-    width, vectors = _vectors(vocab, dtype)
+    vectors = _vectors(vocab, dtype)
     if not warps:
         warps = min(MOST_WARPS, triton.next_power_of_2(triton.cdiv(vectors, 32 * HELD)))
     pieces = triton.cdiv(vectors, 32 * warps)
     if held is None:
         held = HELD if pieces <= HELD else HELD_OF_MORE
-    shape = {"PIECES": min(pieces, held), "MORE": pieces > held, "maxnreg": REGISTERS}
-    return shape | _launch(dtype, width, warps, 2)
+    return dict(PIECES=min(pieces, held), MORE=pieces > held, maxnreg=REGISTERS) | _launch(dtype, warps, per_go=2)
 
 
 def _on(tensor: Tensor):

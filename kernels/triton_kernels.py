@@ -1,4 +1,4 @@
-"""The Triton kernels: triton_impl says what each does and launches it, triton_rows has the parts of a row.
+"""The Triton kernels: triton_impl launches them, triton_rows has the parts of a row.
 
 16-byte accesses for any V. A row of an odd number of 2-byte logits starts anywhere: its first and last vector of 16
 bytes may belong to another row as well. Those two and the target's are left out, and their elements dealt to lanes one
@@ -37,7 +37,7 @@ def moments_kernel(
     R: tl.constexpr,
     W: tl.constexpr,
 ):
-    """One program a row; the rows of stats are those of moments.Stats."""
+    """One program a row, one read: its Stats, in the rows of ``stats``."""
     row = tl.program_id(0).to(tl.int64)
     y = tl.load(targets_ptr + row).to(tl.int32)
     z_y = tl.load(z_ptr + row * z_stride + y).to(tl.float32)
@@ -110,11 +110,13 @@ def gradient_kernel(
     R: tl.constexpr,
     W: tl.constexpr,
 ):
-    """One program K vectors a lane of a row: p_j (a + c p_j) + b + t [p_j in tail], and ``target`` at y."""
+    """One program K vectors a lane of a row, one read and one write over or beside the logits:
+    p_j (a + c p_j) + b + t [p_j in tail], and ``target`` at y."""
     DTYPE: tl.constexpr = z_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     y = tl.load(targets_ptr + row).to(tl.int32)
     at = rows.place(row, z_stride, V, y, W)
+    on = True
     if mask_ptr is not None:  # an ignored row and its coefficients may hold anything
         on = tl.load(mask_ptr + row) != 0
     ref = tl.load(ref_ptr + row)
@@ -135,16 +137,12 @@ def gradient_kernel(
         word = rows.load_words(z_ptr, at, v, live)
         low = any_gradient(rows.part_of(word, 0, 0, DTYPE), ref, scale, rule, limit, HAS_C, HAS_B, HAS_T)
         high = any_gradient(rows.part_of(word, 1, 0, DTYPE), ref, scale, rule, limit, HAS_C, HAS_B, HAS_T)
-        if mask_ptr is not None:
-            low, high = tl.where(on, low, 0.0), tl.where(on, high, 0.0)
-        rows.store_words(out_ptr, at, v, live, low, high)
+        rows.store_words(out_ptr, at, v, live, tl.where(on, low, 0.0), tl.where(on, high, 0.0))
     if tl.program_id(1) == 0:
         z, places, mine, off = rows.edge(z_ptr, at, V, y, R, W)
         g = any_gradient(z, ref, scale, rule, limit, HAS_C, HAS_B, HAS_T)
         g = tl.where(off, g, tl.load(target_ptr + row))
-        if mask_ptr is not None:
-            g = tl.where(on, g, 0.0)
-        tl.store(out_ptr + places, g.to(out_ptr.dtype.element_ty), mask=mine)
+        tl.store(out_ptr + places, tl.where(on, g, 0.0).to(out_ptr.dtype.element_ty), mask=mine)
 
 
 @triton.jit
@@ -191,8 +189,9 @@ def score_kernel(
 ):
     """One program a row: Stats, the loss, |dL/dz|^2, and the gradient of weight * loss to ``out``.
 
-    The first PIECES vectors of each lane are held on chip; MORE: what follows is read K vectors a lane at a time, and
-    for the gradient again. What is rare is left to rest_kernel, and said so in ``correct``.
+    The first PIECES vectors of each lane are held in registers and read once: all of 50257 bf16 logits, half of 151936.
+    MORE: what follows is read K vectors a lane at a time, and again for the gradient, from the row's end, where the
+    cache still has it. What is rare is left to rest_kernel, and said so in ``correct``.
     """
     DTYPE: tl.constexpr = z_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
@@ -204,7 +203,6 @@ def score_kernel(
     y = tl.load(targets_ptr + row).to(tl.int32)
     at = rows.place(row, z_stride, V, y, W)
     lane = tl.arange(0, R)
-
     # Straight code, no branch between the pieces: the assembler would spill the row at each of them.
     held = ()
     for k in tl.static_range(PIECES):
@@ -226,7 +224,6 @@ def score_kernel(
     if MORE:
         lanes = rows.add_blocks(z_ptr, at, PIECES * R, lanes, K, R, W, PACKED)
     top, sums = rows.over_lanes(lanes)
-
     z_y = tl.load(z_ptr + row * z_stride + y).to(tl.float32)
     if rows.needs_care(top, sums[5], z_y):
         tl.store(correct_ptr, LEFT)
@@ -252,9 +249,8 @@ def score_kernel(
             b, target = tl.where(on, b * weight, 0.0), tl.where(on, target * weight, 0.0)
         tl.store(out_ptr + row * z_stride + y, target.to(out_ptr.dtype.element_ty))
         base = rows.base_of(ref)
-        scale = tl.exp2(
-            tl.fma(-ref, rows.LOG2E, base)
-        )  # exponentials are relative to base, coefficients to the maximum
+        # Exponentials are relative to base, coefficients to the maximum.
+        scale = tl.exp2(tl.fma(-ref, rows.LOG2E, base))
         rule = a * scale, c * scale * scale, b
         if MORE:
             blocks = (tl.maximum(at[3] - PIECES * R, 0) + K * R - 1) // (K * R)
@@ -293,8 +289,8 @@ def rest_kernel(
     R: tl.constexpr,
     W: tl.constexpr,
 ):
-    """What score_kernel has left: rows outside of the loss, which get 0 everywhere whatever they hold, and those that
-    ``needs_care`` names."""
+    """What score_kernel has left, slowly and carefully: rows outside of the loss, which get 0 everywhere whatever they
+    hold, and those that ``needs_care`` names."""
     DTYPE: tl.constexpr = z_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     correct_ptr += row
@@ -334,7 +330,7 @@ def rest_kernel(
 
 @triton.jit
 def rescale_kernel(g_ptr, stride, scale_ptr, V, BLOCK: tl.constexpr):
-    """g *= scale, in rows.place; nothing is read or written where scale is 1."""
+    """g *= scale, in place; nothing is read or written where scale is 1."""
     scale = tl.load(scale_ptr).to(tl.float32)
     if scale != 1.0:
         j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

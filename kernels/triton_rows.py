@@ -17,7 +17,8 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 FILL = tl.constexpr(-(2.0**120))  # finite, also as a sum of many times LOG2E
-FILL_FP16 = tl.constexpr(-65504.0)
+FILL_BF16_TWICE = tl.constexpr(-0x047F0480)  # the same in both halves of a word, 0xFB80FB80
+FILL_FP16_TWICE = tl.constexpr(-0x04000401)  # -65504 in both, 0xFBFFFBFF
 # The rows of moments.Stats, in their order.
 LOG_P, R1, R2, MEAN_LOG_P, TAIL_LOG_P = (tl.constexpr(i) for i in range(5))
 R3, R4, ENTROPY, CONFIDENCE, SUPPORT = (tl.constexpr(i) for i in range(5, 10))
@@ -29,8 +30,8 @@ NO_TOP = tl.constexpr(-65300.0)  # a maximum up to here may be a FILL, or so nea
 def log1p_exp(x):
     """log(1 + exp(x)) for x <= 0, to full relative precision.
 
-    log(1 + u) = 2 atanh(u / (2 + u)), by its series: the argument is at most 1/3, and the first term
-    left out below 2e-9 of the sum. The hardware's log has an absolute error of 2e-7 near 1.
+    log(1 + u) = 2 atanh(u / (2 + u)), by its series: the argument is at most 1/3, the first term left out below 2e-9 of
+    the sum. The hardware's log has an absolute error of 2e-7 near 1.
     """
     u = tl.exp2(x * LOG2E)
     s = u / (2.0 + u)
@@ -108,9 +109,9 @@ def load_words(ptr, at, v, live):
     if ptr.dtype.element_ty == tl.float32:
         fill = tl.full([], FILL, tl.float32).to(tl.int32, bitcast=True)
     elif ptr.dtype.element_ty == tl.bfloat16:
-        fill = -0x047F0480  # FILL twice, 0xFB80FB80
+        fill = FILL_BF16_TWICE
     else:
-        fill = -0x04000401  # FILL_FP16 twice, 0xFBFFFBFF
+        fill = FILL_FP16_TWICE
     return tl.load(words_of(ptr, at, v), mask=live[:, None], other=fill)
 
 
@@ -148,20 +149,15 @@ def higher(best, word, DTYPE: tl.constexpr, PACKED: tl.constexpr):
             "max.bf16x2 $0, $1, $2;", "=r,r,r", [best, word], dtype=tl.int32, is_pure=True, pack=1
         )
     else:
-        best = tl.maximum(best, part_of(word, 0, 0, DTYPE))
-        if DTYPE != tl.float32:
-            best = tl.maximum(best, part_of(word, 1, 0, DTYPE))
+        for half in tl.static_range(1 if DTYPE == tl.float32 else 2):
+            best = tl.maximum(best, part_of(word, half, 0, DTYPE))
     return best
 
 
 @triton.jit
 def lowest(R: tl.constexpr, PACKED: tl.constexpr):
     """What ``higher`` starts from."""
-    if PACKED:
-        best = tl.full([R, 4], -0x047F0480, tl.int32)
-    else:
-        best = tl.full([R, 4], FILL, tl.float32)
-    return best
+    return tl.full([R, 4], FILL_BF16_TWICE, tl.int32) if PACKED else tl.full([R, 4], FILL, tl.float32)
 
 
 @triton.jit
@@ -174,8 +170,7 @@ def top_of(best, PACKED: tl.constexpr):
 
 @triton.jit
 def base_of(top):
-    """What exponents are taken relative to, for a maximum: an integer power of two, so that a lane's sums move to
-    another maximum without rounding, and so that it is the same wherever it is computed."""
+    """What exponents of two are relative to: an integer, so that sums move to another maximum without rounding."""
     return tl.floor(top * LOG2E)
 
 
@@ -195,14 +190,10 @@ def add_word(word, live, base, zero, sums, R: tl.constexpr, DTYPE: tl.constexpr)
     part = tl.zeros([R, 2], tl.float32)
     left, right = tl.split(tl.reshape(word, [R, 2, 2]))
     base = base[:, None]
-    z = part_of(left, 0, zero, DTYPE)
-    s1, s2, s3, s4, s_ex, part = add_term(z, base, s1, s2, s3, s4, s_ex, part)
-    z = part_of(right, 0, zero, DTYPE)
-    s1, s2, s3, s4, s_ex, part = add_term(z, base, s1, s2, s3, s4, s_ex, part)
-    if DTYPE != tl.float32:
-        z = part_of(left, 1, zero, DTYPE)
+    for half in tl.static_range(1 if DTYPE == tl.float32 else 2):
+        z = part_of(left, half, zero, DTYPE)
         s1, s2, s3, s4, s_ex, part = add_term(z, base, s1, s2, s3, s4, s_ex, part)
-        z = part_of(right, 1, zero, DTYPE)
+        z = part_of(right, half, zero, DTYPE)
         s1, s2, s3, s4, s_ex, part = add_term(z, base, s1, s2, s3, s4, s_ex, part)
     return s1, s2, s3, s4, s_ex, s_x + tl.where(live, tl.sum(part, 1), 0.0)
 
@@ -313,7 +304,7 @@ def careful_sums(ptr, at, V, y, z_y, keep, R: tl.constexpr, W: tl.constexpr):
     top = tl.max(best, 0)
     ref = tl.where(top == minus_inf, 0.0, top)
     none = tl.zeros([R], tl.float32)
-    s1, s2, s3, s4, s_et, s_t, count = none, none, none, none, none, none, none
+    sums, count = (none, none, none, none, none, none), none
     ahead = tl.zeros([R], tl.int32)
     for start in range(0, end, R):
         for half in tl.static_range(W // 4):
@@ -322,19 +313,18 @@ def careful_sums(ptr, at, V, y, z_y, keep, R: tl.constexpr, W: tl.constexpr):
             t = tl.where(live, z - ref, 0.0)
             e = tl.where(live, tl.exp2(t * LOG2E), 0.0)
             e2 = e * e
-            s1, s2 = s1 + tl.sum(e, 1), s2 + tl.sum(e2, 1)
-            s3, s4 = s3 + tl.sum(e2 * e, 1), s4 + tl.sum(e2 * e2, 1)
-            s_et, s_t = s_et + tl.sum(e * t, 1), s_t + tl.sum(t, 1)
+            powers = tl.sum(e, 1), tl.sum(e2, 1), tl.sum(e2 * e, 1), tl.sum(e2 * e2, 1)
+            sums = added(sums, powers + (tl.sum(e * t, 1), tl.sum(t, 1)))
             count += tl.sum(live.to(tl.float32), 1)
             ahead += tl.sum(((z > z_y) | ((z == z_y) & (j < y) & live)).to(tl.int32), 1)
-    sums = (tl.sum(s1, 0), tl.sum(s2, 0), tl.sum(s3, 0), tl.sum(s4, 0), tl.sum(s_et, 0), tl.sum(s_t, 0))
+    s1, s2, s3, s4, s_et, s_t = sums
+    sums = tl.sum(s1, 0), tl.sum(s2, 0), tl.sum(s3, 0), tl.sum(s4, 0), tl.sum(s_et, 0), tl.sum(s_t, 0)
     return top, sums, tl.sum(count, 0), tl.sum(ahead, 0) > 0
 
 
 @triton.jit
 def needs_care(top, s_t, z_y):
-    """Whether ``careful_sums`` must have a look: only then can there be ties with the target, entries that are not
-    finite, or none at all."""
+    """Whether there may be ties with the target, entries that are not finite, or none at all."""
     return (z_y == top) | (s_t - s_t != 0.0) | (top <= NO_TOP)
 
 

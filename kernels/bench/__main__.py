@@ -65,19 +65,18 @@ def parse(argv) -> argparse.Namespace:
 
 def what_is_wrong(args) -> str | None:
     """Why these modes do not go together, None where they do."""
-    if (args.trace or args.nvtx) and not args.audit_2k:
-        return "--trace and --nvtx go with --audit-2k"
-    if args.nvtx and args.device != "cuda":
-        return "--nvtx needs a CUDA device"
-    if args.plot and (args.audit_2k or args.paths or args.claims or args.claims_of):
-        return "--plot is of the bench; leave out --audit-2k, --paths, --claims and --claims-of"
-    if (args.paths or args.claims) and args.device != "cuda":
-        return f"--{'paths' if args.paths else 'claims'} needs a GPU; torch sees no CUDA device or --device is cpu"
-    if args.claims and args.dtype != "bf16":
-        return f"--claims is about bf16, got --dtype {args.dtype}"
-    if args.train_step_csv and not args.claims:
-        return "--train-step-csv goes with --claims; --claims-of takes several files"
-    return None
+    other = args.audit_2k or args.paths or args.claims or args.claims_of
+    on_gpu = "paths" if args.paths else "claims"
+    checks = {
+        "--trace and --nvtx go with --audit-2k": (args.trace or args.nvtx) and not args.audit_2k,
+        "--nvtx needs a CUDA device": args.nvtx and args.device != "cuda",
+        "--plot is of the bench; leave out --audit-2k, --paths, --claims and --claims-of": args.plot and other,
+        f"--{on_gpu} needs a GPU; torch sees no CUDA device or --device is cpu": (args.paths or args.claims)
+        and args.device != "cuda",
+        f"--claims is about bf16, got --dtype {args.dtype}": args.claims and args.dtype != "bf16",
+        "--train-step-csv goes with --claims; --claims-of takes several files": args.train_step_csv and not args.claims,
+    }
+    return next((why for why, wrong in checks.items() if wrong), None)
 
 
 def shapes_to_compare(args) -> list[Shape]:

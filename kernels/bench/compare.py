@@ -137,7 +137,6 @@ def write_trace(function: Callable, leaves, targets, file: Path) -> None:
     from torch.profiler import ProfilerActivity, profile
 
     file.parent.mkdir(parents=True, exist_ok=True)
-    kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if leaves[0].is_cuda else [])
-    with profile(activities=kinds) as profiler:
+    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * leaves[0].is_cuda) as profiler:
         timing.run_once(function, leaves, targets)
     profiler.export_chrome_trace(str(file))

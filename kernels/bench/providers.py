@@ -6,6 +6,7 @@ Peers are made on demand: what is not installed raises ImportError, which the be
 
 import importlib
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -68,14 +69,8 @@ FROM_HIDDEN: dict[str, Callable] = {
     "linear_score DPSM, Fisher": lambda h, w, y: linear_score(h, w, y, dpsm(ALPHA), fisher=True)[0],
 }
 # The scores of the efficiency audit, through the head.
-AUDITED = {
-    "CE": ce,
-    "Brier": brier,
-    "spherical": spherical,
-    "DPSM": dpsm(ALPHA),
-    "focal": focal(2.0),
-    "smoothing": smoothing(0.1),
-}
+AUDITED = {"CE": ce, "Brier": brier, "spherical": spherical, "DPSM": dpsm(ALPHA)}
+AUDITED |= {"focal": focal(2.0), "smoothing": smoothing(0.1)}
 
 
 def _peer(module: str, name: str):
@@ -85,19 +80,14 @@ def _peer(module: str, name: str):
         raise ImportError(f"{module} has no {name}") from e
 
 
-def _flash_attn_ce():
-    loss = _peer("flash_attn.ops.triton.cross_entropy", "cross_entropy_loss")
-    return lambda z, y: loss(z, y)[0].mean()
-
-
 def _liger_linear_ce():
     loss = _peer("liger_kernel.transformers", "LigerFusedLinearCrossEntropyLoss")()
     return lambda h, w, y: loss(w, h, y)
 
 
-def _cut_ce(**options):
-    loss = _peer("cut_cross_entropy", "linear_cross_entropy")
-    return lambda h, w, y: loss(h, w, y, **options)
+def _flash_attn_ce():
+    loss = _peer("flash_attn.ops.triton.cross_entropy", "cross_entropy_loss")
+    return lambda z, y: loss(z, y)[0].mean()
 
 
 PEERS_FROM_LOGITS: dict[str, Callable[[], Callable]] = {
@@ -106,12 +96,13 @@ PEERS_FROM_LOGITS: dict[str, Callable[[], Callable]] = {
     "QuACK CE": lambda: _peer("quack.cross_entropy", "cross_entropy"),
     "flash-attn CE": _flash_attn_ce,
 }
+_CUT = ("cut_cross_entropy", "linear_cross_entropy")
 PEERS_FROM_HIDDEN: dict[str, Callable[[], Callable]] = {
     "torch.compile linear CE": lambda: torch.compile(FROM_HIDDEN["linear + torch CE"]),
     "F.linear_cross_entropy": lambda: _peer("torch.nn.functional", "linear_cross_entropy"),
     "Liger linear CE": _liger_linear_ce,
-    "Cut Cross-Entropy": _cut_ce,
-    "Cut Cross-Entropy, no filter": lambda: _cut_ce(filter_eps=None),  # of small gradients, as ours has none
+    "Cut Cross-Entropy": lambda: _peer(*_CUT),
+    "Cut Cross-Entropy, no filter": lambda: partial(_peer(*_CUT), filter_eps=None),  # of small gradients
 }
 ON_CPU_TOO = {"F.linear_cross_entropy"}  # the other peers are kernels for CUDA
 

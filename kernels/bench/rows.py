@@ -4,17 +4,15 @@ import csv
 import os
 import platform
 from collections.abc import Iterable
+from contextlib import suppress
 from datetime import UTC, datetime
+from importlib import metadata
+from importlib.metadata import PackageNotFoundError
 
 import torch
 
-# What a table shows: key of the row -> (heading, factor, format). The first column of a table is a name, as it is.
+# How a table shows figures: key of the row -> (heading, factor, format). Other keys are shown as they are.
 COLUMNS = {
-    "dtype": ("dtype", 1, ""),
-    "v": ("V", 1, "d"),
-    "warps": ("warps", 1, "d"),
-    "held": ("held", 1, "d"),
-    "chunk": ("chunk", 1, "d"),
     "forward_ms": ("forward ms", 1, ".3f"),
     "step_ms": ("step ms", 1, ".3f"),
     "ratio_to_literal": ("x literal", 1, ".3f"),
@@ -44,13 +42,9 @@ def device_name(device: str) -> str:
 
 def where_and_when(device: str) -> dict:
     """Device, threads, versions and date: the last columns of every row."""
-    try:
-        import triton
-
-        version = triton.__version__
-    except ImportError:
-        version = None
-    date = datetime.now(UTC).isoformat(timespec="seconds")
+    version, date = None, datetime.now(UTC).isoformat(timespec="seconds")
+    with suppress(PackageNotFoundError):
+        version = metadata.version("triton")
     machine = dict(device=device_name(device), threads=torch.get_num_threads())
     return machine | dict(torch=torch.__version__, triton=version, date=date)
 
@@ -64,10 +58,10 @@ class Rows(list):
         self.file, self.about = file, where_and_when(device)
 
     def begin(self, title: str, name: str, *columns: str) -> None:
-        """Starts a table of rows that are called by their ``name``, with ``columns`` of COLUMNS."""
-        self.name, self.columns = name, columns
+        """Starts a table: its lines begin with a row's ``name`` and show ``columns``, keys of the row."""
+        self.name, self.columns = name, {key: COLUMNS.get(key, (key, 1, "")) for key in columns}
         print(title)
-        self._print(name, [COLUMNS[key][0] for key in columns])
+        self._print(name, [heading for heading, *_ in self.columns.values()])
 
     def add(self, row: dict, note: str = "") -> None:
         """A row for the file and a line for the table; ``note`` ends the line. With ``missing``, the reason why there
@@ -78,11 +72,11 @@ class Rows(list):
         if "missing" in row:
             print(f"{row[self.name]:{NAME_WIDTH}} {row['missing']}")
             return
-        shown = [(row[key], *COLUMNS[key][1:]) for key in self.columns]
+        shown = [(row[key], factor, spec) for key, (_, factor, spec) in self.columns.items()]
         self._print(row[self.name], ["" if x is None else format(x * factor, spec) for x, factor, spec in shown], note)
 
     def _print(self, name: str, cells: list[str], note: str = "") -> None:
-        widths = [max(CELL_WIDTH, len(COLUMNS[key][0])) for key in self.columns]
+        widths = [max(CELL_WIDTH, len(heading)) for heading, *_ in self.columns.values()]
         line = " ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
         print(f"{name:{NAME_WIDTH}} {line}{note}", flush=True)
 
@@ -117,15 +111,12 @@ def read_csv(file: str) -> list[dict]:
 
 def write_plot(rows: list[dict], file: str) -> None:
     """Step times of the providers, one panel a shape."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     rows = [r for r in rows if r.get("step_ms")]
     shapes = list(dict.fromkeys((r["n"], r["v"], r["d"]) for r in rows))
-    figure, axes = plt.subplots(1, len(shapes), figsize=(6.5 * len(shapes), 4.2), squeeze=False, layout="constrained")
-    for axis, (n, v, d) in zip(axes[0], shapes, strict=True):
+    figure = Figure(figsize=(6.5 * len(shapes), 4.2), layout="constrained")
+    for axis, (n, v, d) in zip(figure.subplots(1, len(shapes), squeeze=False)[0], shapes, strict=True):
         shown = [r for r in rows if (r["n"], r["v"], r["d"]) == (n, v, d)][::-1]
         names = [r["provider"] for r in shown]
         colors = ["#1f77b4" if "ours" in name or "linear_score" in name else "#bbbbbb" for name in names]

@@ -2,12 +2,13 @@
 
 import argparse
 import os
-import resource
+import re
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,11 +70,10 @@ def drop_gradients(leaves) -> None:
 def run_once(function: Callable, leaves, targets, forward: bool = False) -> None:
     """One step of a loss, or its ``forward`` alone without gradient."""
     drop_gradients(leaves)
-    if forward:
-        with torch.no_grad():
-            function(*leaves, targets)
-    else:
-        function(*leaves, targets).backward()
+    with torch.set_grad_enabled(not forward):
+        loss = function(*leaves, targets)
+    if not forward:
+        loss.backward()
 
 
 def time_once(job: Callable[[], object], device: str) -> float:
@@ -141,19 +141,15 @@ def measure_memory(function: Callable, shape: Shape, dtype: str, device: str) ->
         drop_gradients(leaves)
         return cuda_peak(lambda: run_once(function, leaves, targets))
     before = _resident("VmRSS")
-    try:
+    with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
-        run_once(function, leaves, targets)
-        return _resident("VmHWM") - before
-    except OSError:
-        run_once(function, leaves, targets)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    run_once(function, leaves, targets)
+    return _resident("VmHWM") - before
 
 
 def _resident(field: str) -> int:
-    with open("/proc/self/status") as file:
-        line = next(x for x in file if x.startswith(field + ":"))
-    return int(line.split()[1]) * 1024
+    """Bytes of this process by the kernel: VmRSS now, VmHWM at most."""
+    return 1024 * int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 def measure_memory_apart(name: str, shape: Shape, dtype: str, threads: int = 0) -> int:

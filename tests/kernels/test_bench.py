@@ -12,6 +12,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from accounting import bytes_beside
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import head_pass, linear_score, losses
@@ -21,7 +22,7 @@ from kernels.bench.paths import shapes_of, time_chunks
 from kernels.bench.providers import FROM_HIDDEN, FROM_LOGITS
 from kernels.bench.rows import write_csv
 from kernels.bench.timing import Shape, make_inputs
-from kernels.chunks import ALLOWANCE, TILE, bytes_beside, chunk_rows, cuda_chunk, row_stride, weight_bytes_beside
+from kernels.chunks import ALLOWANCE, TILE, chunk_rows, cuda_chunk, row_stride, weight_bytes_beside
 from races import train_step
 
 HEADS = {"gpt2": (8192, 50257, 768), "qwen3": (8192, 151936, 1024)}

@@ -8,11 +8,12 @@ import time
 
 import pytest
 import torch
+from accounting import bytes_beside
 
 from kernels import linear_score, logits_score, losses
 from kernels.bench.providers import FROM_HIDDEN
 from kernels.bench.timing import HEADS, measure_memory
-from kernels.chunks import ALLOWANCE, bytes_beside, cuda_chunk
+from kernels.chunks import ALLOWANCE, cuda_chunk
 
 pytestmark = [
     pytest.mark.gpu,
