@@ -165,9 +165,8 @@ def main(argv: list[str] | None = None) -> int:
     except ImportError:
         print("triton is not installed (it has wheels for Linux); pip install triton", file=sys.stderr)
         return 2
-    print(f"triton {triton.__version__}, {args.dtype}")
-    print(LINE.format(*HEADINGS))
     rows = []
+    print(f"triton {triton.__version__}, {args.dtype}", LINE.format(*HEADINGS), sep="\n")
     for vocab in args.vocab:
         for capability in args.capability:
             for row in audit(capability, vocab, args.dtype, args.kernel):

@@ -34,18 +34,19 @@ class _Options(NamedTuple):
 
 
 # The last tensor is the denominator of the forward, the upstream gradient of the backward.
-_SCHEMA = (
-    "(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor? weights, Tensor? last, int score, "
-    "bool[] wants, str reduction, bool fisher, int ignore_index, float tail, int chunk, str impl) -> "
-)
+_TENSORS = "Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor? weights, Tensor? last"
+_OPTIONS = "int score, bool[] wants, str reduction, bool fisher, int ignore_index, float tail, int chunk, str impl"
+
+
+def _operator(name: str, outputs: int):
+    schema = f"({_TENSORS}, {_OPTIONS}) -> ({', '.join(['Tensor'] * outputs)})"
+    return torch.library.custom_op(f"scorecast::{name}", mutates_args=(), schema=schema)
 
 
 def compilable(score: Callable[[Moments], Tensor]) -> Callable[[Moments], Tensor]:
-    """``score``, known to linear_score inside torch.compile; call this outside of the compiled function.
-
-    The scores of losses.py are known already. Returns the score itself, with its number in the attribute ``number``,
-    where the compiler can read it: any callable that takes attributes will do.
-    """
+    """``score`` itself, any callable that takes attributes, known to linear_score inside torch.compile. Its number is
+    in the attribute ``number``, where the compiler can read it. Call this outside of the compiled function; the scores
+    of losses.py are known already."""
     score.number = next(_numbers)
     _SCORES[score.number] = score
     return score
@@ -53,15 +54,12 @@ def compilable(score: Callable[[Moments], Tensor]) -> Callable[[Moments], Tensor
 
 def traced_linear_score(tensors, score, *, chunk: int | None, **options) -> tuple[Tensor, Moments]:
     """linear_score while the compiler traces; ``tensors`` are hidden, weight, targets, bias, weights, denominator."""
-    number = getattr(score, "number", -1)
-    if number < 0:
-        raise ValueError(
-            "inside torch.compile a score must be marked: score = kernels.compilable(score), outside of it"
-        )
+    if not hasattr(score, "number"):
+        raise ValueError("inside torch.compile a score must be marked, outside of it: kernels.compilable(score)")
     hidden, weight, targets, bias, *_ = tensors
     grad = torch.is_grad_enabled()
     wants = [grad and x is not None and x.requires_grad for x in (hidden, weight, bias)]
-    o = _Options(score=number, wants=wants, chunk=chunk or 0, **options)
+    o = _Options(score=score.number, wants=wants, chunk=chunk or 0, **options)
     total, stats, correct, fishers, *_ = _linear_score(*tensors, *o)
     moments = as_moments(Stats(*stats.unbind(0)), correct, targets != o.ignore_index, weight.shape[0], o.tail)
     moments.fisher = fishers if o.fisher else None
@@ -81,7 +79,7 @@ def _open(arguments) -> tuple[HeadPass, Callable, Tensor | None, _Options]:
     return HeadPass(hidden, weight, targets, bias=bias, weights=weights, **how), _SCORES[o.score], last, o
 
 
-@torch.library.custom_op("scorecast::linear_score", mutates_args=(), schema=_SCHEMA + f"({', '.join(['Tensor'] * 8)})")
+@_operator("linear_score", outputs=8)
 def _linear_score(*arguments):
     """(loss, stats, correct, fisher, d_hidden, d_weight, d_bias, denominator), empty tensors for what does not apply.
     The gradients are those of the sum; sums over chunks are fp32."""
@@ -112,9 +110,7 @@ def _(hidden, weight, targets, bias, weights, denominator, *options):
     return new(() if summed else n), *new_stats(hidden, n), new(n, o.fisher), *grads, new((), o.reduction == "mean")
 
 
-@torch.library.custom_op(
-    "scorecast::linear_score_backward", mutates_args=(), schema=_SCHEMA + "(Tensor, Tensor, Tensor)"
-)
+@_operator("linear_score_backward", outputs=3)
 def _linear_score_backward(*arguments):
     """(d_hidden, d_weight, d_bias) of reduction "none", from the logits computed again."""
     head, score, upstream, o = _open(arguments)

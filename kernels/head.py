@@ -82,10 +82,8 @@ def linear_moments(
     chunk: int | None = None,
     impl: str = "auto",
 ) -> Moments:
-    """Moments of softmax(scale * (hidden @ weight.T + bias)) at the targets, without gradient.
-
-    Arguments as in ``linear_score``; ``scale`` is 1 / temperature.
-    """
+    """Moments of softmax(scale * (hidden @ weight.T + bias)) at the targets, without gradient. Arguments as in
+    ``linear_score``; ``scale`` is 1 / temperature."""
     head = HeadPass(hidden, weight, targets, bias=bias, ignore_index=ignore_index, chunk=chunk, impl=impl)
     with head.quiet():
         for rows in head.chunks:

@@ -28,10 +28,8 @@ ALL = slice(None)
 
 
 class HeadPass:
-    """The checked inputs of one pass, and the buffers that it reuses. Arguments as in ``linear_score``.
-
-    ``vocab`` is the length of a row of logits where it is not the number of the weight's rows.
-    """
+    """The checked inputs of one pass, and the buffers that it reuses. Arguments as in ``linear_score``; ``vocab`` is
+    the length of a row of logits where it is not the number of the weight's rows."""
 
     def __init__(
         self, hidden, weight, targets, *, ignore_index, chunk, impl, bias=None, weights=None, tail=0.0, vocab=None

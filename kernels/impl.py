@@ -51,7 +51,6 @@ def fused_form(score, module: ModuleType, tail: float) -> tuple[str, Tensor | fl
 
 
 def check_reduction(reduction: str, denominator=None, weights: Tensor | None = None, tokens: Tensor | None = None):
-    """``tokens``: a tensor with one row a token, where there are weights."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"unknown reduction {reduction!r}; expected one of {', '.join(REDUCTIONS)}")
     if denominator is not None and reduction != "mean":

@@ -29,10 +29,8 @@ ALPHA_SCHEDULES = ("linear", "cosine", "fixed")
 
 
 def named(name: str, score: Callable[..., Tensor], knob: Tensor | float = 0.0) -> Callable[..., Tensor]:
-    """``score`` itself, marked as the score ``name`` of triton_scores.py with the parameter ``knob``.
-
-    The mark is the attribute ``fused``, (name, knob): linear_score and logits_score look for it.
-    """
+    """``score`` itself, marked as the score ``name`` of triton_scores.py with the parameter ``knob``: by the attribute
+    ``fused``, (name, knob), which linear_score and logits_score look for."""
     score.fused = (name, knob)
     return compilable(score)
 
@@ -48,10 +46,8 @@ def brier(m: Moments) -> Tensor:
 
 
 def spherical(m: Moments) -> Tensor:
-    """Spherical score as a loss, 1 - p_y / ||p||_2, between 0 and 1 (Good, 1971).
-
-    Written r2 / (n (n + p_y)) with n = ||p||_2, which does not cancel as p_y -> 1.
-    """
+    """Spherical score as a loss, 1 - p_y / ||p||_2, between 0 and 1 (Good, 1971). Written r2 / (n (n + p_y)) with
+    n = ||p||_2, which does not cancel as p_y -> 1."""
     p = m.log_p.exp()
     norm = (p * p + m.r2).sqrt()
     return m.r2 / (norm * (norm + p))
@@ -114,10 +110,8 @@ def tail_smoothed(base: str, eps: float) -> Callable[..., Tensor]:
 
 
 class Score(NamedTuple):
-    """An entry of SCORES: a score; or what makes one from its knobs, and their names and defaults."""
-
-    make: Callable[..., Tensor | Callable[..., Tensor]]
-    knobs: Mapping[str, float] = {}
+    make: Callable[..., Tensor | Callable[..., Tensor]]  # the score, or with knobs what makes it from them
+    knobs: Mapping[str, float] = {}  # their names and defaults
 
 
 SCORES = {
@@ -139,10 +133,8 @@ def knobs_of(name: str) -> tuple[str, ...]:
 
 
 def make_score(name: str, **knobs: Tensor | float) -> Callable[..., Tensor]:
-    """The named score with its knobs. A missing one has its default in SCORES, one of another score is ignored.
-
-    Raises ValueError for an unknown name, a knob that no score has, and a tail for a score that has none.
-    """
+    """The named score with its knobs. A missing one has its default in SCORES, one of another score is ignored. Raises
+    ValueError for an unknown name, a knob that no score has, and a tail for a score that has none."""
     reads = knobs_of(name)
     _check_knobs(knobs)
     if "tail" not in reads and knobs.get("tail"):

@@ -100,10 +100,8 @@ class Coefficients(NamedTuple):
 
 
 def gradient_coefficients(s: Stats, partials: Partials) -> Coefficients:
-    """Coefficients of the row gradients, as derived at the head of this module.
-
-    Those of tokens outside the loss may be infinite or NaN: ``gradient`` and token_fisher mask rows.
-    """
+    """Coefficients of the row gradients, as derived at the head of this module. Those of tokens outside the loss may be
+    infinite or NaN: ``gradient`` and token_fisher mask rows."""
     a = -partials.log_p if partials.log_p is not None else torch.zeros_like(s.r1)
     b = c = t = None
     if partials.r1 is not None:
@@ -154,10 +152,8 @@ def fisher_of(s: Stats, partials: Partials) -> Tensor:
 
 
 def score_partials(moments: Moments, score: Callable[[Moments], Tensor]) -> tuple[Tensor, Partials]:
-    """Loss per token [N], detached, and its partial derivatives at the moments.
-
-    The score must treat tokens independently. Raises ValueError where it does not return [N].
-    """
+    """Loss per token [N], detached, and its partial derivatives at the moments. The score must treat tokens
+    independently. Raises ValueError where it does not return [N]."""
     names = [n for n in Partials._fields if getattr(moments, n) is not None]
     with torch.enable_grad():
         leaves = {n: getattr(moments, n).detach().requires_grad_() for n in names}

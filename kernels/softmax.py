@@ -24,10 +24,8 @@ def softmax_moments(
     Rows may be strided; logits that are not contiguous along V are copied.
 
     ``tail`` > 0 fills tail_log_p. ``inplace_backward`` writes the gradient over the logits, which nothing else may
-    need. ``impl`` is "triton", "torch", or "auto": Triton for CUDA tensors, torch for others.
-
-    Raises ValueError for wrong shapes, dtypes or impl, and on CPU for targets out of range; on CUDA that would wait for
-    the device.
+    need. ``impl`` is "triton", "torch", or "auto": Triton for CUDA tensors, torch for others. Raises ValueError
+    for wrong shapes, dtypes or impl, and on CPU for targets out of range; on CUDA that would wait for the device.
     """
     module = choose_impl(impl, logits)
     check_logits(logits, module)
@@ -47,11 +45,8 @@ def empty_twin(x: Tensor) -> Tensor:
 
 
 class GradientKnown(torch.autograd.Function):
-    """Attaches to ``loss`` the gradients of ``leaves`` that gradients(upstream) gives.
-
-    With ``once`` backward can run once, as it uses up what they are made of. Otherwise it raises where a leaf was
-    changed in place since.
-    """
+    """Attaches to ``loss`` the gradients of ``leaves`` that gradients(upstream) gives. With ``once`` backward can run
+    once, as it uses up what they are made of; else it raises where a leaf was changed in place since."""
 
     @staticmethod
     def forward(ctx, loss, gradients, once, *leaves):

@@ -138,9 +138,7 @@ def gradient(
     logits, targets, mask, stats: Stats, coefficients: Coefficients, tail: float, out: Tensor, *, kept_w=False
 ) -> None:
     """Writes the gradient of the rows to ``out`` [N, V], which may be the logits themselves; 0 where ``mask`` is False.
-
-    ``kept_w``: the logits' storage holds w, as ``forward(keep_w=True)`` left it, and ``out`` is the logits.
-    """
+    ``kept_w``: the logits' storage holds w, as ``forward(keep_w=True)`` left it, and ``out`` is the logits."""
     dtype, vocab = stats.r1.dtype, logits.shape[1]
     a, c, b, t, target = coefficients
     if kept_w:  # p = r1 w
@@ -195,10 +193,8 @@ def _group_size(logits: Tensor) -> int:
 
 
 def _for_each_group(work: Callable, groups: list[tuple], size: int, like: Tensor, dtype: torch.dtype, count: int):
-    """work(buffers, *group) for each group, with ``count`` buffers [size, V] of scratch.
-
-    On CPU as many groups at a time as torch has threads, each in a thread that works alone.
-    """
+    """work(buffers, *group) for each group, with ``count`` buffers [size, V] of scratch. On CPU as many groups at a
+    time as torch has threads, each in a thread that works alone."""
     waiting = iter(groups)  # shared: Python's lock makes next() atomic
 
     def run():

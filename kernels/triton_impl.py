@@ -40,9 +40,7 @@ def forward(logits: Tensor, targets: Tensor, stats: Tensor, correct: Tensor, tai
 
 def gradient(logits, targets, mask, stats: Stats, coefficients: Coefficients, tail: float, out: Tensor) -> None:
     """Writes the gradient of the rows to ``out`` [N, V], which may be the logits themselves; 0 where ``mask`` is False.
-
-    Raises ValueError where ``out`` has other strides than the logits.
-    """
+    Raises ValueError where ``out`` has other strides than the logits."""
     n, vocab = logits.shape
     if n == 0:
         return
@@ -65,10 +63,8 @@ def fused_score(
     """The score ``name`` of triton_scores, with its ``knob``, a number or a 0-d fp32 tensor on the device.
 
     logits [N, V] and int64 targets [N]; ``mask`` [N] bool and ``weights`` [N] fp32, or None. Fills stats [15, N],
-    correct, losses and fisher [N], all 0 where ``mask`` is False, and ``out`` with the gradient of
-    sum(weights * losses). ``out`` may be the logits themselves; None: no gradient. ``shape``: launch constants in place
-    of ``score_shape``'s, to measure others.
-    """
+    correct, losses and fisher [N], 0 where ``mask`` is False, and ``out`` with the gradient of sum(weights * losses);
+    ``out`` may be the logits, None is no gradient. ``shape``: launch constants to measure, for ``score_shape``'s."""
     n, vocab = logits.shape
     if n == 0:
         return

@@ -28,11 +28,8 @@ NO_TOP = tl.constexpr(-65300.0)  # a maximum up to here may be a FILL, or so nea
 
 @triton.jit
 def log1p_exp(x):
-    """log(1 + exp(x)) for x <= 0, to full relative precision.
-
-    log(1 + u) = 2 atanh(u / (2 + u)), by its series: the argument is at most 1/3, the first term left out below 2e-9 of
-    the sum. The hardware's log has an absolute error of 2e-7 near 1.
-    """
+    """log(1 + exp(x)) for x <= 0 to full relative precision: 2 atanh(u / (2 + u)) by its series, the argument at most
+    1/3, the first term left out below 2e-9 of the sum. The hardware's log has an absolute error of 2e-7 near 1."""
     u = tl.exp2(x * LOG2E)
     s = u / (2.0 + u)
     t = s * s

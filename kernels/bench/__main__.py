@@ -18,8 +18,8 @@ peak         memory of a step beyond the inputs, in logits tensors; on CPU in a 
 error        |gradient - exact| / |exact| in the 2-norm, of the leaf where it is larger, on 64 tokens (512 on a GPU);
              exact is float64 autograd of the same loss
 
-What is not installed, or fails, is named, and has its row in the CSV. "In place" overwrites the logits, so its later
-rounds see other values; the work does not depend on them. python -m races.train_step times a whole training step.
+What is not installed, or fails, is named, and has its row in the CSV. "In place" overwrites the logits: later rounds
+see other values, but do the same work. python -m races.train_step times a whole training step.
 """
 
 import argparse

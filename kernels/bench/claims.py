@@ -32,11 +32,8 @@ class _Figures(dict):
 
 
 def verdicts(rows: list[dict]) -> list[dict]:
-    """One dict a criterion (criterion, required, measured, verdict) from rows of kernels.bench and races.train_step.
-
-    Rows in bf16 at 8192 tokens count; of two rows of one provider and shape the later. ``measured`` is a figure with
-    its unit, or the reason why there is none.
-    """
+    """One dict a criterion (criterion, required, measured, verdict) from rows of kernels.bench and races.train_step, of
+    which those in bf16 at 8192 tokens count. ``measured`` is a figure with its unit, or why there is none."""
     rows = [r for r in rows if r.get("dtype") == "bf16" and r.get("n") == TOKENS]
     figures, table = _Figures({(r["provider"], r["v"], bool(r.get("d"))): r for r in rows}), []
 

@@ -31,8 +31,8 @@ def time_losses(functions: dict, leaves, targets, repeats: int, forward: bool, c
 
 
 def gradient_error(function, shape: Shape, dtype: str, device: str, alpha: float) -> float:
-    """Relative error of a leaf's gradient in the 2-norm, the larger of the leaves, on a few tokens. What is exact is
-    float64 autograd of (1 - alpha) CE + alpha Brier."""
+    """Relative error of a leaf's gradient in the 2-norm, the larger of the leaves, on a few tokens, against float64
+    autograd of (1 - alpha) CE + alpha Brier."""
     leaves, targets = timing.make_inputs(shape._replace(n=512 if device == "cuda" else 64), dtype, device)
     exact = [x.detach().double().requires_grad_() for x in leaves]
     log_p = (exact[0] if shape.d is None else exact[0] @ exact[1].t()).log_softmax(-1)
@@ -121,9 +121,8 @@ def audit_scores(args, rows: Rows) -> None:
         nvtx = torch.cuda.nvtx.range(name) if args.nvtx else nullcontext()
         with nvtx, FlopCounterMode(display=False) as flops:
             timing.run_once(function, leaves, targets)
-        peak = None  # on CPU the bench without --audit-2k measures it, in fresh processes
-        if args.device == "cuda":
-            peak = timing.measure_memory(function, shape, args.dtype, "cuda")
+        # On CPU the bench without --audit-2k measures it, in fresh processes.
+        peak = timing.measure_memory(function, shape, args.dtype, "cuda") if args.device == "cuda" else None
         if args.trace:
             file = name.replace(" ", "_").replace("+", "and") + ".json"
             write_trace(function, leaves, targets, Path(args.trace) / file)

@@ -22,8 +22,7 @@ TOKENS = 4096
 
 
 def shapes_of(v: int, dtype: torch.dtype) -> dict[tuple[int, int], dict]:
-    """{(warps, vectors a lane holds): launch constants}, what score_shape chooses first; 0 vectors: the whole row is
-    read twice."""
+    """{(warps, vectors that a lane holds): launch constants}, what score_shape chooses first; 0: all is read twice."""
     from ..triton_impl import score_shape
 
     found = {}

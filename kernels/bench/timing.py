@@ -21,11 +21,9 @@ WARM_UPS = {"cuda": 3, "cpu": 1}  # rounds that do not count: they compile, and 
 
 
 class Shape(NamedTuple):
-    """N tokens, a vocabulary of V, and the hidden size D of a linear head; D is None for logits."""
-
-    n: int
-    v: int
-    d: int | None = None
+    n: int  # tokens
+    v: int  # vocabulary
+    d: int | None = None  # hidden size of a linear head; None for logits
 
 
 HEADS = {"gpt2": Shape(8192, 50257, 768), "qwen3": Shape(8192, 151936, 1024)}
@@ -94,11 +92,8 @@ def time_once(job: Callable[[], object], device: str) -> float:
 def time_in_turns(
     jobs: dict[object, Callable], device: str, repeats: int, between: Callable | None = None
 ) -> dict[object, list[float]]:
-    """Seconds of every job in each of ``repeats`` rounds.
-
-    The jobs take turns within a round, so that what else the machine does falls on all of them. ``between`` runs after
-    each job and is not timed.
-    """
+    """Seconds of every job in each of ``repeats`` rounds, in which they take turns, so that what else the machine does
+    falls on all of them. ``between`` runs after each job and is not timed."""
     times = {name: [] for name in jobs}
     for turn in range(repeats + WARM_UPS[device]):
         for name, job in jobs.items():

@@ -19,11 +19,10 @@ from kernels import head_pass, linear_score, losses
 from kernels.bench import claims, compare, timing
 from kernels.bench.__main__ import main
 from kernels.bench.paths import shapes_of, time_chunks
-from kernels.bench.providers import FROM_HIDDEN, FROM_LOGITS
+from kernels.bench.providers import FROM_LOGITS
 from kernels.bench.rows import write_csv
 from kernels.bench.timing import Shape, make_inputs
 from kernels.chunks import ALLOWANCE, TILE, chunk_rows, cuda_chunk, row_stride, weight_bytes_beside
-from races import train_step
 
 HEADS = {"gpt2": (8192, 50257, 768), "qwen3": (8192, 151936, 1024)}
 PLENTY = 80 * 10**9
@@ -227,6 +226,20 @@ def test_a_missing_peer_is_named_and_other_runs_do_not_count(tmp_path, capsys):
     assert shown.count("  met") == 18
 
 
+def test_claims_of_the_training_step_say_how_to_measure_them(tmp_path, capsys):
+    files = {}
+    for step in (False, True):
+        rows = [r for r in figures() if r["provider"].startswith("step: ") == step]
+        files[step] = tmp_path / f"{step}.csv"
+        write_csv(rows, str(files[step]))
+    assert main(["--claims-of", str(files[False])]) == 0
+    shown = capsys.readouterr().out
+    how = "python -m races.train_step --csv FILE, then --train-step-csv FILE"
+    assert shown.count("not measured") == shown.count(how) == 4 and shown.count("  met") == 16
+    assert main(["--claims-of", *map(str, files.values())]) == 0
+    assert capsys.readouterr().out.count("  met") == 20
+
+
 def test_claims_of_a_file_that_is_none(tmp_path, capsys):
     other = tmp_path / "other.csv"
     other.write_text("a,b\n1,2\n")
@@ -236,24 +249,6 @@ def test_claims_of_a_file_that_is_none(tmp_path, capsys):
 
 
 # --- the bench's other modes ------------------------------------------------------------------------------
-
-
-def test_training_step_of_a_tiny_model(tmp_path, capsys):
-    file = tmp_path / "step.csv"
-    assert train_step.main(["--repeats", "1", "--device", "cpu", "--csv", str(file)]) == 0
-    with open(file) as opened:
-        rows = {r["provider"]: r for r in csv.DictReader(opened)}
-    assert set(rows) == {"step: torch CE", "step: our CE", "step: DPSM, Fisher"}
-    assert all(float(r["step_ms"]) > 0 and r["peak_bytes"] == "" for r in rows.values())
-    assert "step: DPSM, Fisher" in capsys.readouterr().out
-
-
-def test_sides_of_the_training_step_compute_their_loss():
-    hidden, weight, targets = torch.randn(6, 8), torch.randn(30, 8), torch.randint(30, (6,))
-    values = {name: loss_of(hidden, weight, targets) for name, loss_of in train_step.sides("cpu").items()}
-    torch.testing.assert_close(values["step: torch CE"], values["step: our CE"])
-    want = FROM_HIDDEN["linear + literal DPSM"](hidden, weight, targets)
-    torch.testing.assert_close(values["step: DPSM, Fisher"], want)
 
 
 @pytest.mark.parametrize("arguments, message", [
