@@ -193,18 +193,21 @@ def test_every_claim_has_its_line():
     assert len(by_verdict([])["not measured"]) == 20
 
 
-@pytest.mark.parametrize("change, lines", [
-    ({"ours DPSM": dict(share_of_copy=0.74)}, 2),
-    ({"Liger CE": dict(step_ms=1.52)}, 2),
-    ({"torch.compile CE": dict(step_ms=1.52)}, 2),
-    ({"ours CE": dict(step_ms=0.99)}, 2),
-    ({"linear_score CE": dict(step_ms=0.99)}, 2),
-    ({claims.FULL: dict(ratio_to_products=1.11)}, 2),
-    ({claims.FULL: dict(beside_bytes=301e6)}, 2),
-    ({claims.FULL: dict(gradient_error=0.0051)}, 2),
-    ({"step: torch CE": dict(step_ms=98.0)}, 1),
-    ({"step: DPSM, Fisher": dict(peak_bytes=11e9)}, 2),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, lines",
+    [
+        ({"ours DPSM": dict(share_of_copy=0.74)}, 2),
+        ({"Liger CE": dict(step_ms=1.52)}, 2),
+        ({"torch.compile CE": dict(step_ms=1.52)}, 2),
+        ({"ours CE": dict(step_ms=0.99)}, 2),
+        ({"linear_score CE": dict(step_ms=0.99)}, 2),
+        ({claims.FULL: dict(ratio_to_products=1.11)}, 2),
+        ({claims.FULL: dict(beside_bytes=301e6)}, 2),
+        ({claims.FULL: dict(gradient_error=0.0051)}, 2),
+        ({"step: torch CE": dict(step_ms=98.0)}, 1),
+        ({"step: DPSM, Fisher": dict(peak_bytes=11e9)}, 2),
+    ],
+)
 def test_a_claim_that_does_not_hold_is_said_not_to(change, lines):
     table = by_verdict(figures(**change))
     assert len(table["not met"]) == lines and len(table["met"]) == 20 - lines
@@ -251,13 +254,16 @@ def test_claims_of_a_file_that_is_none(tmp_path, capsys):
 # --- the bench's other modes ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--paths", "--device", "cpu"], "--paths needs a GPU"),
-    (["--claims", "--device", "cpu"], "--claims needs a GPU"),
-    (["--audit-2k", "--plot", "x.png"], "--plot is of the bench"),
-    (["--train-step-csv", "x.csv"], "--train-step-csv goes with --claims"),
-    (["--n", "-1"], "--n -1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--paths", "--device", "cpu"], "--paths needs a GPU"),
+        (["--claims", "--device", "cpu"], "--claims needs a GPU"),
+        (["--audit-2k", "--plot", "x.png"], "--plot is of the bench"),
+        (["--train-step-csv", "x.csv"], "--train-step-csv goes with --claims"),
+        (["--n", "-1"], "--n -1"),
+    ],
+)
 def test_modes_that_cannot_be_say_so_in_one_line(arguments, message, capsys):
     assert main(arguments) == 2
     err = capsys.readouterr().err

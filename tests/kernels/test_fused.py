@@ -287,11 +287,14 @@ def test_weight_zero_ignores_even_an_infinite_loss(impl):
         assert loss.isfinite() and hidden.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(bias=torch.zeros(3)), "bias must be"),
-    (dict(weights=torch.ones(3)), "weights must be"),
-    (dict(reduction="none", denominator=torch.tensor(2.0)), "denominator is for"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(bias=torch.zeros(3)), "bias must be"),
+        (dict(weights=torch.ones(3)), "weights must be"),
+        (dict(reduction="none", denominator=torch.tensor(2.0)), "denominator is for"),
+    ],
+)
 def test_bad_arguments_are_named(change, message):
     hidden, weight, _, targets, _ = head()
     with pytest.raises(ValueError, match=message):
@@ -459,10 +462,22 @@ def test_hf_trainer_gives_the_loss_curve_of_our_own_loop(tmp_path):
             loss_fn.set_step(state.global_step, state.max_steps)
 
     arguments = TrainingArguments(
-        tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=3, max_steps=4, learning_rate=1e-2,
-        lr_scheduler_type="constant", logging_steps=1, report_to=[], save_strategy="no", use_cpu=DEVICE == "cpu",
-        optim="adamw_torch", weight_decay=0.0, max_grad_norm=0, disable_tqdm=True, train_sampling_strategy="sequential",
-    )  # fmt: skip
+        tmp_path,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=3,
+        max_steps=4,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=DEVICE == "cpu",
+        optim="adamw_torch",
+        weight_decay=0.0,
+        max_grad_norm=0,
+        disable_tqdm=True,
+        train_sampling_strategy="sequential",
+    )
     trainer = Trainer(model, arguments, train_dataset=rows, compute_loss_func=loss_fn.trainer_loss, callbacks=[Ramp()])
     trainer.train()
     curve = [row["loss"] for row in trainer.state.log_history if "loss" in row]
