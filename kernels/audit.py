@@ -56,7 +56,7 @@ def variants(capability: int, vocab: int, dtype: str) -> list[tuple[str, object,
         flags = dict(SCORE=score, HAS_B=name in impl.READS_MEAN)
         read = "part of it twice" if score_shape["MORE"] else "one read"
         found.append((f"score_kernel, {name}, {read}", impl.score_kernel, flags | score_shape))
-        found.append((f"rest_kernel, {name}", impl.rest_kernel, flags | impl._rest_shape(*shape)))
+        found.append((f"rest_kernel, {name}", impl.rest_kernel, flags | impl._shape(*shape, "K", "PACKED")))
     return found
 
 

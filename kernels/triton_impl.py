@@ -78,7 +78,7 @@ def fused_score(
     arguments |= dict(mask_ptr=_bytes(mask), weights_ptr=weights, out_ptr=result)
     with _on(logits):
         score_kernel[(n,)](**arguments, **(shape or score_shape(vocab, logits.dtype)))
-        rest_kernel[(n,)](**arguments, **_rest_shape(vocab, logits.dtype))
+        rest_kernel[(n,)](**arguments, **_shape(vocab, logits.dtype, "K", "PACKED"))
     if result is not out:
         out.copy_(result)
 
@@ -134,10 +134,6 @@ def _shape(vocab: int, dtype: torch.dtype, *without: str) -> dict:
     warps = max(1, min(8, triton.next_power_of_2(_vectors(vocab, dtype)) // 128))
     shape = _launch(dtype, warps, per_go=4)
     return {name: value for name, value in shape.items() if name not in without}
-
-
-def _rest_shape(vocab: int, dtype: torch.dtype) -> dict:
-    return _shape(vocab, dtype, "K", "PACKED")
 
 
 def score_shape(vocab: int, dtype: torch.dtype, warps: int = 0, held: int | None = None) -> dict:
