@@ -3,20 +3,16 @@
     python -m kernels.audit
     python -m kernels.audit --vocab 32000 --dtype fp16 --json audit.json
 
-No GPU is needed: Triton's own assembler and disassembler do the work. Per kernel it prints
+No GPU is needed: Triton's own assembler and disassembler do the work. Launch shapes are those of triton_impl.
 
     regs     registers a thread
     spill    bytes a thread that do not fit the registers (0 wanted)
-    loads    loads of global memory in the code, by bits a thread, and
+    loads    loads of global memory in the code, by bits a thread
     stores   the same for stores; of the narrow ones a few belong to scalars and to the ends of a row
-    instr/el instructions an element: what a lane executes for its part of a row (its loops as often as the row
-             needs them, and everything outside of loops), over its elements. A multiprocessor of Hopper issues 128
-             a clock; at 132 of them, 1.7 GHz and 3 TB/s, one read and one write of a bf16 logit last as long as 38
-    sfu/el   the same for special functions, of which 16 a clock. score_kernel needs two (p for the sums and again
-             for the gradient), the others one
+    instr/el instructions that a lane executes for its part of a row, over its elements. Hopper's 132 multiprocessors
+             issue 128 a clock; at 1.7 GHz and 3 TB/s that is 38 while a bf16 logit is read and written
+    sfu/el   the same for special functions, 16 a clock. score_kernel needs two (p for the sums and for the gradient)
     shared   bytes of shared memory a program
-
-The launch shapes are those of triton_impl's launchers, the integers specialised as Triton does at a call.
 """
 
 import argparse
@@ -30,33 +26,37 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-import torch
+from .bench.timing import DTYPE_OF
 
 CAPABILITIES = (80, 90)
 VOCABULARIES = (50257, 151936)
+# Types of the kernels' arguments, beside logits, constants and pointers to fp32.
+TYPES = {"targets_ptr": "*i64", "mask_ptr": "*u8", "correct_ptr": "*u8", "tail": "fp32"}
+TYPES |= dict.fromkeys(("z_stride", "stats_stride", "V"), "i32")
+LINE = "{:40} {:>3} {:>7} {:>5} {:>5} {:22} {:22} {:>8} {:>6} {:>6}"
+HEADINGS = ("kernel", "sm", "V", "regs", "spill", "loads", "stores", "instr/el", "sfu/el", "shared")
 # One instruction a line: /*0040*/  @P0 LDG.E.128 R4, ...
 OPCODE = re.compile(r"\s*/\*[0-9a-f]+\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 OPTIONS = ("num_warps", "maxnreg", "enable_fp_fusion")  # of a launch; its other constants are the kernel's
 
 
 def variants(capability: int, vocab: int, dtype: str) -> list[tuple[str, object, dict]]:
     """(label, kernel, constants) of everything that is launched for logits [N, vocab] of Triton's ``dtype``."""
-    from kernels import triton_impl as impl
+    from . import triton_impl as impl
 
-    plain, score_shape = impl._shape(vocab, DTYPES[dtype]), impl.score_shape(vocab, DTYPES[dtype])
-    full = dict(HAS_C=True, HAS_B=True, HAS_T=True, HAS_MASK=True)
+    shape = vocab, DTYPE_OF[dtype]
+    plain, score_shape = impl._shape(*shape), impl.score_shape(*shape)
     found = [
         ("moments_kernel", impl.moments_kernel, dict(TAIL=False) | plain),
         ("moments_kernel, tail", impl.moments_kernel, dict(TAIL=True) | plain),
-        ("gradient_kernel", impl.gradient_kernel, full | dict(HAS_B=False, HAS_T=False) | plain),
-        ("gradient_kernel, tail", impl.gradient_kernel, full | plain),
+        ("gradient_kernel", impl.gradient_kernel, dict(b_ptr=None, t_ptr=None) | plain),
+        ("gradient_kernel, tail", impl.gradient_kernel, plain),
     ]
-    for name, score in impl.SCORES.items():
-        flags = dict(SCORE=score.function, HAS_B=score.reads_mean, HAS_MASK=True, HAS_WEIGHTS=True, GRADIENT=True)
+    for name, score in impl.FUSED_SCORES.items():
+        flags = dict(SCORE=score, HAS_B=name in impl.READS_MEAN)
         read = "part of it twice" if score_shape["MORE"] else "one read"
         found.append((f"score_kernel, {name}, {read}", impl.score_kernel, flags | score_shape))
-        found.append((f"rest_kernel, {name}", impl.rest_kernel, flags | impl._rest_shape(vocab, DTYPES[dtype])))
+        found.append((f"rest_kernel, {name}", impl.rest_kernel, flags | impl._shape(*shape, "K", "PACKED")))
     return found
 
 
@@ -66,27 +66,14 @@ def compile_for(kernel, constants: dict, capability: int, dtype: str, vocab: int
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    def type_of(name):
-        if name in constants:
-            return "constexpr"
-        if name in ("z_ptr", "out_ptr"):
-            return f"*{dtype}"
-        if name in ("targets_ptr", "mask_ptr", "correct_ptr"):
-            return "*i64" if name == "targets_ptr" else "*u8"
-        if name.endswith("_ptr"):
-            return "*fp32"
-        return {"z_stride": "i32", "stats_stride": "i32", "tail": "fp32", "V": "i32"}[name]
-
-    signature = {name: type_of(name) for name in kernel.arg_names}
-    whole = [n for n in kernel.arg_names if n.endswith("_ptr") and n in ("z_ptr", "out_ptr", "knob_ptr")]
-    if vocab % 16 == 0:
-        whole += [n for n in ("z_stride", "V") if n in kernel.arg_names]
-    attributes = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in whole}
+    types = TYPES | dict.fromkeys(("z_ptr", "out_ptr"), f"*{dtype}") | dict.fromkeys(constants, "constexpr")
+    signature = {name: types.get(name, "*fp32") for name in kernel.arg_names}
+    whole = ("z_ptr", "out_ptr", "knob_ptr") + (("z_stride", "V") if vocab % 16 == 0 else ())
+    attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name in whole}
     constexprs = {name: constants[name] for name in kernel.arg_names if name in constants}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
-    target = GPUTarget("cuda", capability, 32)
     options = {name: constants[name] for name in OPTIONS if name in constants}
-    return triton.compile(source, target=target, options=options)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 def executed(lines: list[str], vectors_a_go: int, rounds: int) -> list[str]:
@@ -128,34 +115,23 @@ def read_code(compiled, constants: dict, vocab: int) -> dict:
     if not opcodes:
         raise RuntimeError("no instruction found in nvdisasm's output; its format has changed")
 
-    def widths(prefix):
-        bits = Counter()
-        for op in opcodes:
-            if op.split(".")[0] == prefix:
-                sized = re.search(r"\.(128|64|U16|S16|U8|S8)\b", op)
-                bits[int(re.sub(r"\D", "", sized[1])) if sized else 32] += 1
-        return dict(sorted(bits.items(), reverse=True))
+    def widths(prefix: str) -> dict[int, int]:
+        sizes = [re.search(r"\.[US]?(128|64|16|8)\b", op) for op in opcodes if op.split(".")[0] == prefix]
+        return dict(sorted(Counter(int(size[1]) if size else 32 for size in sizes).items(), reverse=True))
 
     lanes, pieces = constants["R"], constants.get("PIECES", 0)
     elements = vocab / lanes  # of a lane
     vectors = math.ceil(vocab / constants["W"] / lanes)
-    if "HAS_T" in constants:  # gradient_kernel: a program is part of a row, without loops
+    if compiled.metadata.name == "gradient_kernel":  # a program is part of a row, without loops
         elements = constants["K"] * constants["W"]
     a_go = constants.get("K", 1)
     run = executed(code.splitlines(), a_go, math.ceil(max(0, vectors - pieces) / a_go))
-    local = [op for op in opcodes if op.split(".")[0] in ("LDL", "STL")]
-    usage = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage))
-    return {
-        "registers": int(usage["REG"]),
-        "spill_bytes": int(usage["STACK"]) + int(usage["LOCAL"]),
-        "spill_instructions": len(local),
-        "loads": widths("LDG"),
-        "stores": widths("STG"),
-        "instructions_per_element": len(run) / elements,
-        "special_per_element": sum(op.startswith("MUFU") for op in run) / elements,
-        "shared_bytes": compiled.metadata.shared,
-        "instructions": len(opcodes),
-    }
+    special, local = sum(op.startswith("MUFU") for op in run), sum(op.split(".")[0] in ("LDL", "STL") for op in opcodes)
+    usage = {name: int(n) for name, n in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+    figures = dict(registers=usage["REG"], spill_bytes=usage["STACK"] + usage["LOCAL"], spill_instructions=local)
+    figures |= dict(loads=widths("LDG"), stores=widths("STG"), shared_bytes=compiled.metadata.shared)
+    figures |= dict(instructions_per_element=len(run) / elements, special_per_element=special / elements)
+    return figures | dict(instructions=len(opcodes))
 
 
 def audit(capability: int, vocab: int, dtype: str, only: str = "") -> list[dict]:
@@ -177,7 +153,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--capability", type=int, nargs="+", default=CAPABILITIES, help="80: A100, 90: H100, H200")
     parser.add_argument("--vocab", type=int, nargs="+", default=VOCABULARIES)
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the logits")
+    parser.add_argument("--dtype", choices=DTYPE_OF, default="bf16", help="of the logits")
     parser.add_argument("--kernel", default="", help="only kernels whose label holds this")
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write the rows there")
     args = parser.parse_args(argv)
@@ -189,23 +165,16 @@ def main(argv: list[str] | None = None) -> int:
     except ImportError:
         print("triton is not installed (it has wheels for Linux); pip install triton", file=sys.stderr)
         return 2
-    print(f"triton {triton.__version__}, {args.dtype}")
-    print(
-        f"{'kernel':40} {'sm':>3} {'V':>7} {'regs':>5} {'spill':>5} {'loads':22} {'stores':22} "
-        f"{'instr/el':>8} {'sfu/el':>6} {'shared':>6}"
-    )
     rows = []
+    print(f"triton {triton.__version__}, {args.dtype}", LINE.format(*HEADINGS), sep="\n")
     for vocab in args.vocab:
         for capability in args.capability:
             for row in audit(capability, vocab, args.dtype, args.kernel):
                 rows.append(row)
-                loads, stores = (" ".join(f"{n}x{bits}" for bits, n in row[k].items()) for k in ("loads", "stores"))
-                print(
-                    f"{row['kernel']:40} {capability:3} {vocab:7} {row['registers']:5} {row['spill_bytes']:5} "
-                    f"{loads:22} {stores:22} {row['instructions_per_element']:8.1f} {row['special_per_element']:6.2f} "
-                    f"{row['shared_bytes']:6}",
-                    flush=True,
-                )
+                accesses = [" ".join(f"{n}x{bits}" for bits, n in row[k].items()) for k in ("loads", "stores")]
+                figures = f"{row['instructions_per_element']:.1f}", f"{row['special_per_element']:.2f}"
+                sizes = capability, vocab, row["registers"], row["spill_bytes"]
+                print(LINE.format(row["kernel"], *sizes, *accesses, *figures, row["shared_bytes"]), flush=True)
     if args.json:
         args.json.write_text(json.dumps(dict(triton=triton.__version__, rows=rows), indent=1) + "\n")
     return 0

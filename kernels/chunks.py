@@ -1,16 +1,13 @@
 """How many tokens linear_score takes at a time on a GPU, and the memory that it needs beside its inputs.
 
-Wanted: at most 300 MB beside inputs and gradients, and a time near that of the bare matrix products. Three things
-make small chunks slow: a chunk's part of d_weight is added to an fp32 [V, D] in memory, 8 bytes an entry; the
-products round the chunk up to their tiles; and the row kernel, one program a row, to whole waves over the
-multiprocessors. Large chunks cost memory, linearly.
+Wanted: at most 300 MB beside inputs and gradients, and a time near that of the bare matrix products. Small chunks are
+slow: each adds its part of d_weight to an fp32 [V, D] in memory, the products round a chunk up to their tiles, and the
+row kernel, one program a row, to whole waves over the multiprocessors. Large chunks cost memory, linearly.
 
 With a bf16 gradient the fp32 sum of d_weight is itself beside it: 2 V D bytes while the chunks run, 4 V D while
-backward narrows it. That is 154 MB at (V, D) = (50257, 768), within the allowance; but 622 MB at (151936, 1024), and
-there no chunk helps. To need less, d_weight would have to be summed in bf16 (8192 tokens in 10 chunks: an error of
-3.7e-3 in place of 1.7e-3, measured on a CPU at 8192 x 512), or a slice of the vocabulary finished at a time, which
-takes its logits for all tokens: a second product, 4/3 of the work. So a chunk is then given as much as the sum takes
-anyway. With fp32 weights the sum is the gradient, and the bf16 copy of the weight is what is beside it.
+backward narrows it. That is 154 MB at (V, D) = (50257, 768), but 622 MB at (151936, 1024), where no chunk helps; then a
+chunk is given as much as the sum takes anyway. (A sum in bf16 doubled d_weight's error, from 1.7e-3 to 3.7e-3.) With
+fp32 weights the sum is the gradient, and the bf16 copy of the weight is what is beside it.
 """
 
 import functools
@@ -30,28 +27,18 @@ def row_stride(vocab: int) -> int:
 
 
 def weight_bytes_beside(v: int, d: int, hidden_bytes: int, weight_bytes: int) -> int:
-    """Bytes of size [V, D] that are there for the length of the chunks: the fp32 sum beyond the weight's gradient,
-    and the weight in the dtype of ``hidden`` where that is another. Sizes in bytes an element."""
+    """Bytes of size [V, D] beside what is the caller's while the chunks run: the fp32 sum beyond the weight's gradient,
+    and the weight in the dtype of ``hidden`` where that is another."""
     sum_bytes = max(4, hidden_bytes)
     return v * d * (sum_bytes - min(sum_bytes, weight_bytes) + (hidden_bytes if hidden_bytes != weight_bytes else 0))
-
-
-def bytes_beside(n: int, v: int, d: int, rows: int, hidden_bytes: int, weight_bytes: int) -> int:
-    """Peak bytes of linear_score's step (mean or sum, both gradients) beside inputs and gradients, without what is
-    of size N: in the forward a chunk of logits and ``weight_bytes_beside``, in backward the fp32 sum while it is
-    narrowed to the gradient."""
-    forward = min(rows, n) * row_stride(v) * hidden_bytes + weight_bytes_beside(v, d, hidden_bytes, weight_bytes)
-    sum_bytes = max(4, hidden_bytes)
-    return max(forward, v * d * sum_bytes if weight_bytes != sum_bytes else 0)
 
 
 def chunk_rows(n: int, v: int, d: int, dtype_bytes: int, sm_count: int, free_bytes: int, beside: int = 0) -> int:
     """Tokens a chunk for N tokens, V entries of ``dtype_bytes`` each, hidden size D, on ``sm_count`` multiprocessors.
 
-    Of the multiples of 128 whose logits fit, and N itself if it fits, the one of least cost by the model below,
-    the smaller of equals. What fits: ALLOWANCE less ``beside`` (weight_bytes_beside), or as many bytes as that
-    where it leaves less; at most half of ``free_bytes``, so that the choice is one of shape alone as long as
-    memory is not short; at least one row. Never shrinks as memory grows.
+    The candidates are the multiples of 128 whose logits fit, and N itself if it fits; the least cost wins, the smaller
+    of equals. What fits is ALLOWANCE less ``beside`` (weight_bytes_beside), or ``beside`` where that is more, and at
+    most half of ``free_bytes``: a choice of shape alone as long as memory is not short. At least one row.
     """
     fits = min(max(ALLOWANCE - beside, beside), free_bytes // 2)
     most = max(1, fits // (row_stride(v) * dtype_bytes))
@@ -67,9 +54,8 @@ def chunk_rows(n: int, v: int, d: int, dtype_bytes: int, sm_count: int, free_byt
 def _cost(n: int, rows: int, d: int, sm_count: int) -> float:
     """Time of all chunks, in units of one product's time for one token.
 
-    A product computes whole tiles and moves its largest matrix through memory, 2 bytes an entry of the weight
-    against 2 FLOPs a token and entry, 8 bytes for d_weight; each hides most of the other (hypot). The row kernel
-    moves 4 bytes a logit where a product does 2 D FLOPs, in whole waves.
+    A product computes whole tiles, 2 FLOPs a token and entry of the weight, and moves its largest matrix, 2 bytes an
+    entry (8 for d_weight); each hides most of the other (hypot). The row kernel moves 4 bytes a logit, in whole waves.
     """
 
     def chunk(m: int) -> float:

@@ -1,17 +1,14 @@
 """linear_score with the vocabulary split over ranks, for heads that outgrow one device.
 
-Every rank holds the hidden states of all tokens and its own rows of the weight. It reduces its part of
-each row of logits to moments of its own; one all-reduce brings the few numbers a token and rank together,
-and from there every rank knows the moments of the whole row, and the gradient of its own logits. Sums of
-d_hidden over ranks are one more all-reduce, as in any tensor-parallel layer.
-
-With q_k the softmax over rank k's entries without the target, and share_k the part of the off-target mass
-that lies there, share_k = exp(lse_k - logsumexp_k lse_k):
+Every rank holds all hidden states and its own rows of the weight. It reduces its part of each row of logits to moments.
+After one all-reduce of these few numbers every rank knows the moments of the whole row, and the gradient of its own
+logits. Let q_k be the softmax over rank k's entries without the target, and share_k = exp(lse_k - logsumexp_k lse_k)
+its part of the off-target mass. Then
 
     p_j = r1 share_k q_j            r_m = r1^m sum_k share_k^m sum_j q_j^m
     d = logsumexp_k lse_k - z_y     r1 = sigmoid(d), log_p = logsigmoid(-d)
 
-so no sum over the vocabulary crosses ranks, and nothing cancels that does not in one process.
+and nothing cancels that does not in one process.
 """
 
 import torch
@@ -19,11 +16,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.head import REDUCTIONS, GradientInForward, Head
-from kernels.moments import Coefficients, Moments, Stats, fisher_of, gradient_coefficients, mask_stats, score_partials
-
-# What a rank contributes for each token, all of its own entries without the target.
-_SENT = ("lse", "w2", "w3", "w4", "entropy", "log_sum", "support", "top", "z_y", "before")
+from .head_pass import HeadPass, scaled
+from .impl import REDUCTIONS
+from .moments import Coefficients, Moments, Partials, Stats, gradient_coefficients, mask_stats
+from .softmax import GradientKnown
 
 
 def parallel_linear_score(
@@ -41,12 +37,10 @@ def parallel_linear_score(
 ) -> tuple[Tensor, Moments]:
     """``linear_score`` for a weight [V / ranks, D] that holds this rank's rows of the head, in rank order.
 
-    hidden [N, D] and targets [N], in terms of the whole vocabulary, are the same on all ranks of ``group``;
-    parts may differ in size. The loss and the Moments come out the same on every rank, d_weight is that of
-    this rank's rows, and d_hidden is complete on every rank: do not reduce it again. Moments as in
-    linear_score, without tail_log_p. The gradient is computed in the forward; reduction "mean" or "sum".
-
-    Raises ValueError for other reductions, and as ``linear_score`` does.
+    hidden [N, D] and targets [N], in terms of the whole vocabulary, are the same on all ranks of ``group``; parts may
+    differ in size. The loss and the Moments (without tail_log_p) come out the same on every rank. d_weight is that of
+    this rank's rows. d_hidden is complete on every rank: do not reduce it again. The gradient is computed in the
+    forward; reduction "mean" or "sum". Raises ValueError for other reductions, and as ``linear_score`` does.
     """
     if reduction not in REDUCTIONS[:2]:
         raise ValueError(f"reduction={reduction!r}: expected 'mean' or 'sum' where the vocabulary is split over ranks")
@@ -59,62 +53,36 @@ def parallel_linear_score(
     wrong = targets[valid & ((targets < 0) | (targets >= vocab))]
     if len(wrong):
         raise ValueError(f"target {wrong[0].item()} is outside [0, {vocab}), the vocabulary of all ranks together")
-    head = _PartHead(hidden, weight, targets, first, ignore_index, chunk, impl)
+    head = _PartPass(hidden, weight, targets, first, group, ignore_index=ignore_index, chunk=chunk, impl=impl)
     wants = tuple(torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)) + (False,)
-    losses, fishers = head.new_vector(), head.new_vector() if fisher else None
-    grads = head.new_grads(wants)
-    with head.quiet():
-        for rows in head.chunks:
-            logits = head.part_logits(rows)
-            share = head.combine(logits, rows, rank, ranks, group)
-            mask_stats(head.stats[:, rows], head.correct[rows], head.mask_of(rows))
-            losses[rows], partials = score_partials(head.moments(rows), score)
-            stats = Stats(*head.stats[:, rows].unbind(0))
-            if fisher:
-                fishers[rows] = torch.where(head.valid[rows], fisher_of(stats, partials), 0.0)
-            if any(wants):
-                head.part_gradient(logits, rows, gradient_coefficients(stats, partials), share)
-                head.accumulate(logits[:, :-1], rows, grads)
-        if grads[0] is not None:
-            dist.all_reduce(grads[0], group=group)
-        total = torch.where(head.valid, losses, 0.0).sum()
-        if reduction == "mean":
-            total = total / head.valid.sum().clamp_min(1)
+    total, moments, grads, count = head.reduced(score, reduction, None, fisher, wants)
+    if grads[0] is not None:
+        dist.all_reduce(grads[0], group=group)
     if any(wants):
-        count = head.valid.sum().clamp_min(1) if reduction == "mean" else None
-        total = GradientInForward.apply(hidden, weight, None, total, *grads, count)
-    return total, head.moments(slice(None), fishers)
+        dtypes = head.grad_dtypes  # not head, which would keep its buffers until backward
+        total = GradientKnown.apply(total, lambda up: scaled(grads, up, count, dtypes), True, hidden, weight, None)
+    return total, moments
 
 
-class _PartHead(Head):
-    """A head over one rank's rows. Its logits carry one column more, of -inf, which stands in for the target:
-    the kernels then reduce exactly the entries that are not the target, and the column is thrown away."""
+class _PartPass(HeadPass):
+    """A pass over one rank's rows, of which the first is row ``first`` of the head.
 
-    def __init__(self, hidden, weight, targets, first, ignore_index, chunk, impl):
+    Its logits have one column more, of -inf, which stands in for the target. So the kernels reduce exactly the entries
+    that are not the target; the column is thrown away.
+    """
+
+    def __init__(self, hidden, weight, targets, first: int, group, *, ignore_index: int, **how):
         local = torch.where(targets == ignore_index, ignore_index, len(weight))
-        super().__init__(hidden, F.pad(weight.detach(), (0, 0, 0, 1)), local, ignore_index, 0.0, chunk, impl)
-        self.rows_weight = weight.detach().to(self.h.dtype)
-        self.weight = self.rows_weight
-        self.grad_dtypes = (hidden.dtype, weight.dtype, None)
+        super().__init__(hidden, weight, local, ignore_index=ignore_index, vocab=len(weight) + 1, **how)
         self.global_targets = torch.where(targets == ignore_index, -1, targets.long())
-        self.first = first
-        # On CPU check_targets may have found no ignored token; combine masks by ``valid`` in any case.
-        self.mask = self.valid
+        self.first, self.group = first, group
+        self.mask, self.can_fuse, self.can_keep_w = self.valid, False, False
 
-    def new_grads(self, wants):
-        self.vocab -= 1
-        try:
-            return super().new_grads(wants)
-        finally:
-            self.vocab += 1
-
-    def part_logits(self, rows: slice) -> Tensor:
+    def logits(self, rows: slice) -> Tensor:
         """[n, V_k + 1], -inf in the last column and at the target where it is this rank's; fills self.mine
         (which rows have it), self.at (where) and self.z_y."""
-        if self.buffer is None:
-            self.buffer = self.h.new_empty(self.chunks[0].stop, self.stride)[:, : self.vocab]
-        logits = self.buffer[: rows.stop - rows.start]
-        torch.mm(self.h[rows], self.rows_weight.t(), out=logits[:, :-1])
+        logits = self.rows_of_buffer(rows)
+        torch.mm(self.h[rows], self.weight.t(), out=logits[:, :-1])
         logits[:, -1] = -torch.inf
         at = self.global_targets[rows] - self.first
         self.mine = (at >= 0) & (at < self.vocab - 1)
@@ -123,28 +91,24 @@ class _PartHead(Head):
         logits.scatter_(1, self.at, -torch.inf)
         return logits
 
-    def combine(self, logits: Tensor, rows: slice, rank: int, ranks: int, group) -> Tensor:
-        """Fills the chunk's stats with those of the whole rows; this rank's share of the off-target mass, [n]."""
+    def forward(self, logits: Tensor, rows: slice, keep_w: bool = False) -> None:
+        """Fills the chunk's stats with those of the whole rows, and self.share: this rank's of the off-target mass."""
         local = torch.empty_like(self.stats[:, rows])
         ignored = torch.empty_like(self.correct[rows])
         last = torch.full_like(self.targets[rows], self.vocab - 1)
         self.module.forward(logits, last, local, ignored, 0.0)
         self.local = s = Stats(*local.unbind(0))
         zero = torch.zeros_like(s.r1)
-        empty = s.support == 0  # no entry here: the kernels' numbers for such a row are those of a sure target
-        top = torch.where(empty, -torch.inf, s.row_max)
-        sent = torch.stack([
-            torch.where(empty, -torch.inf, s.row_max + s.row_sum.log()),
-            *(torch.where(empty, zero, x) for x in (s.r2, s.r3, s.r4, s.entropy, s.mean_log_p * s.support, s.support)),
-            top,
-            torch.where(self.mine, self.z_y, -torch.inf),
-            (logits.argmax(-1) + self.first < self.global_targets[rows]).to(top.dtype),  # in a tie the first wins
-        ])  # fmt: skip
-        everyone = torch.zeros(ranks, *sent.shape, dtype=sent.dtype, device=sent.device)
-        everyone[rank] = sent
-        # -inf + 0 is -inf, so a sum of parts that are 0 elsewhere hands everyone's numbers to all.
-        dist.all_reduce(everyone, group=group)
-        parts = dict(zip(_SENT, everyone.unbind(1), strict=True))
+        none = s.support == 0  # no entry here: the kernels' numbers for such a row are those of a sure target
+        sums = dict(w2=s.r2, w3=s.r3, w4=s.r4, entropy=s.entropy, log_sum=s.mean_log_p * s.support, support=s.support)
+        # What this rank contributes for each token, all of its own entries without the target.
+        sent = {name: torch.where(none, zero, x) for name, x in sums.items()} | dict(
+            lse=torch.where(none, -torch.inf, s.row_max + s.row_sum.log()),
+            top=torch.where(none, -torch.inf, s.row_max),
+            z_y=torch.where(self.mine, self.z_y, -torch.inf),
+            before=logits.argmax(-1) + self.first < self.global_targets[rows],  # in a tie the first wins
+        )
+        parts = self.from_all_ranks(sent)
         z_y = parts["z_y"].amax(0)
         lse = parts["lse"].logsumexp(0)
         alone = lse == -torch.inf
@@ -160,30 +124,36 @@ class _PartHead(Head):
         entropy = (share * (parts["entropy"] - log_share)).sum(0)
         sums = (parts["log_sum"] + parts["support"] * (log_share + off)).sum(0) + torch.where(y_live, log_p, 0.0)
         confidence = torch.where(parts["lse"] == -torch.inf, 0.0, (parts["top"] - lse).exp()).amax(0)
-        values = Stats(*(zero,) * 15)._replace(
-            log_p=log_p,
-            r1=r1,
-            r2=r1**2 * w2,
-            r3=r1**3 * w3,
-            r4=r1**4 * w4,
-            mean_log_p=sums / support,
-            entropy=r1 * (entropy - off) - p_y * torch.where(y_live, log_p, 0.0),
-            confidence=torch.maximum(p_y, r1 * confidence),
-            support=support,
-            p_y=p_y,
-        )
+        values = dict(log_p=log_p, r1=r1, p_y=p_y, r2=r1**2 * w2, r3=r1**3 * w3, r4=r1**4 * w4, support=support)
+        values |= dict(mean_log_p=sums / support, confidence=torch.maximum(p_y, r1 * confidence))
+        values |= dict(entropy=r1 * (entropy - off) - p_y * torch.where(y_live, log_p, 0.0))
+        values = Stats(*(zero,) * len(Stats._fields))._replace(**values)
         self.stats[:, rows] = torch.stack(values)
         best = parts["top"].amax(0)
         tied = (parts["top"] == best) & (best == z_y) & (parts["before"] > 0)
         self.correct[rows] = alone | (z_y > best) | ((z_y == best) & ~tied.any(0))
-        return share[rank]
+        self.share = share[dist.get_rank(self.group)]
+        mask_stats(self.stats[:, rows], self.correct[rows], self.mask[rows])
 
-    def part_gradient(self, logits, rows, coefficients, share: Tensor) -> None:
+    def from_all_ranks(self, mine: dict[str, Tensor]) -> dict[str, Tensor]:
+        """{name: [ranks, n]} from this rank's {name: [n]}, by one all-reduce."""
+        sent = torch.stack([x.to(self.stats.dtype) for x in mine.values()])
+        everyone = sent.new_zeros(dist.get_world_size(self.group), *sent.shape)
+        everyone[dist.get_rank(self.group)] = sent
+        # A sum in which all other parts are 0; -inf + 0 is -inf.
+        dist.all_reduce(everyone, group=self.group)
+        return dict(zip(mine, everyone.unbind(1), strict=True))
+
+    def gradient(self, logits: Tensor, rows: slice, partials: Partials, kept_w: bool = False) -> None:
         """Over the logits: p_j (a + c p_j) + b off target, the target's own entry where it is this rank's."""
-        a, c, b, _, target = coefficients
-        mass = self.stats[1, rows] * share  # p_j = mass * q_j
+        stats = self.stats_of(rows)
+        a, c, b, _, target = gradient_coefficients(stats, partials)
+        mass = stats.r1 * self.share  # p_j = mass * q_j
         part = Coefficients(a * mass, None if c is None else c * mass * mass, b, None, torch.zeros_like(a))
-        last, mask = torch.full_like(self.targets[rows], self.vocab - 1), self.mask_of(rows)
+        last, mask = torch.full_like(self.targets[rows], self.vocab - 1), self.mask[rows]
         self.module.gradient(logits, last, mask, self.local, part, 0.0, logits)
         logits.masked_fill_((self.local.support == 0)[:, None], 0.0)
         logits.scatter_(1, self.at, torch.where(mask, target, 0.0)[:, None].to(logits.dtype))
+
+    def accumulate(self, logits: Tensor, rows: slice, grads) -> None:
+        super().accumulate(logits[:, :-1], rows, grads)

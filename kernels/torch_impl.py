@@ -1,20 +1,18 @@
 """The moments and the row gradient in plain PyTorch: the CPU path, and the specification of the others.
 
-The rows go through in groups small enough that their scratch stays in one core's own cache, so the
-many passes below read memory once. No one-hot, no second [N, V] tensor, one exponential per element.
-On CPU a group is one thread's work from end to end: were every pass spread over the threads instead,
-they would wait for each other some 16 times a group, which a busy machine turns into most of the time.
+Without the target's logit, softmax gives w_j = p_j / r1, the distribution over the other entries. Everything follows
+from it without cancellation, however near p_y is to 0 or 1:
 
-With the target's logit taken out of the row, softmax gives w_j = p_j / r1, the distribution over the
-other entries. Everything follows from it without cancellation, however near p_y is to 0 or 1: with
-d = logsumexp_{j != y}(z) - z_y, r1 = sigmoid(d), p_y = sigmoid(-d), log_p = logsigmoid(-d) and
-r_k = r1^k sum_j w_j^k.
+    d = logsumexp_{j != y}(z) - z_y     r1 = sigmoid(d), p_y = sigmoid(-d), log_p = logsigmoid(-d)
+    r_k = r1^k sum_j w_j^k
+
+The rows go through in groups whose scratch stays in one core's cache, so that the many passes read memory once. On CPU
+a group is one thread's work from end to end: threads that shared each pass would mostly wait for each other.
 """
 
 import functools
 import os
 import threading
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -22,19 +20,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.moments import Coefficients, Stats
+from .moments import Coefficients, Stats
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 CAN_KEEP_W = True
 
-# Elements a group. In one thread 0.5 MB of scratch in fp32, as the three buffers then fit the 2 MB of
-# level-2 cache of a server core; several threads hand Python's lock around, which twice the work between
-# two hand-overs pays for. On CUDA a group only has to be large enough to hide the launches.
+# Elements a group: three fp32 buffers of 0.5 MB fit the 2 MB of level-2 cache of a server core. Several threads hand
+# Python's lock around, and take twice as much. On CUDA a group only has to be large enough to hide the launches.
 CPU_ELEMENTS = 2**17
 CUDA_ELEMENTS = 2**26
 
-# w below this adds nothing to the sums of powers (V * 1e-18 against at least 1/V), but its powers
-# would be denormal, which makes a CPU's multiply some 20 times slower.
+# w below this adds nothing to the sums of powers, but its powers would be denormal, and a CPU some 20 times slower.
 _W_FLOOR = 1e-9
 # A row whose factors are below this has a gradient far under any rounding; left alone, it is denormal.
 _FACTOR_FLOOR = 1e-28
@@ -43,20 +39,12 @@ _LSE_MAX = 256.0
 
 
 def forward(
-    logits: Tensor,
-    targets: Tensor,
-    stats: Tensor,
-    correct: Tensor,
-    tail: float,
-    *,
-    keep_w: bool = False,
-    rows_again: Callable[[Tensor], Tensor] | None = None,
+    logits: Tensor, targets: Tensor, stats: Tensor, correct: Tensor, tail: float, *, keep_w=False, rows_again=None
 ) -> None:
     """Fills ``stats`` [15, N] (the rows of moments.Stats) and ``correct`` [N] from logits [N, V].
 
-    ``keep_w`` leaves w in the logits' storage, 0 at the target, for ``gradient`` to go on from; it
-    takes logits in the dtype of stats, and ``rows_again(index)`` must then give back the logits of
-    the few rows that need more care.
+    ``keep_w`` leaves w in the logits' storage, 0 at the target, for ``gradient`` to go on from. It takes logits in the
+    dtype of stats; ``rows_again(index)`` must then give back the logits of the few rows that need more care.
     """
     vocab = logits.shape[1]
     y = targets[:, None]
@@ -100,27 +88,15 @@ def forward(
     lse = z_y - log_p
     total = z_sum + z_y
     r1_squared = r1 * r1
-    values = Stats(
-        log_p=log_p,
-        r1=r1,
-        r2=r1_squared * w2,
-        mean_log_p=total / vocab - lse,
-        tail_log_p=tails[0],
-        r3=r1_squared * r1 * w3,
-        r4=(r1_squared * w4).square_(),
-        entropy=r1 * (z_top - log_w_top - wz - log_r1) - p_y * log_p,
-        confidence=torch.maximum(p_y, r1 * w_top),
-        support=torch.full_like(r1, vocab),
-        p_y=p_y,
-        tail_count=tails[1],
-        tail_off=tails[2],
-        row_max=z_top,
-        row_sum=1 / w_top,
-    )
-    torch.stack(values, out=stats)
+    values = dict(log_p=log_p, r1=r1, p_y=p_y, row_max=z_top, row_sum=1 / w_top, support=torch.full_like(r1, vocab))
+    values |= dict(r2=r1_squared * w2, r3=r1_squared * r1 * w3, r4=(r1_squared * w4).square_())
+    values |= dict(mean_log_p=total / vocab - lse, confidence=torch.maximum(p_y, r1 * w_top))
+    values |= dict(entropy=r1 * (z_top - log_w_top - wz - log_r1) - p_y * log_p)
+    values |= dict(tail_log_p=tails[0], tail_count=tails[1], tail_off=tails[2])
+    torch.stack(Stats(**values), out=stats)
     torch.gt(z_y, z_top, out=correct)
-    # Ties, -inf among the logits (total * 0 is NaN) and large offsets; on CUDA every row, as finding
-    # the few would wait for the device.
+    # Again: ties, -inf among the logits (total * 0 is NaN), large offsets; on CUDA every row, as finding the few would
+    # wait for the device.
     plain = ((total * 0 + lse).abs() < _LSE_MAX) & (z_y != z_top)
     if logits.is_cuda or not bool(plain.all()):
         index = torch.arange(len(plain), device=plain.device) if logits.is_cuda else (~plain).nonzero()[:, 0]
@@ -159,21 +135,10 @@ def _careful(z, targets, index, stats: Stats, correct: Tensor) -> None:
 
 
 def gradient(
-    logits: Tensor,
-    targets: Tensor,
-    mask: Tensor | None,
-    stats: Stats,
-    coefficients: Coefficients,
-    tail: float,
-    out: Tensor,
-    *,
-    kept_w: bool = False,
+    logits, targets, mask, stats: Stats, coefficients: Coefficients, tail: float, out: Tensor, *, kept_w=False
 ) -> None:
-    """Writes the gradient of the rows to ``out`` [N, V], which may be the logits themselves.
-
-    ``kept_w`` says that the logits' storage holds w, as ``forward(keep_w=True)`` left it; ``out`` is
-    then the logits.
-    """
+    """Writes the gradient of the rows to ``out`` [N, V], which may be the logits themselves; 0 where ``mask`` is False.
+    ``kept_w``: the logits' storage holds w, as ``forward(keep_w=True)`` left it, and ``out`` is the logits."""
     dtype, vocab = stats.r1.dtype, logits.shape[1]
     a, c, b, t, target = coefficients
     if kept_w:  # p = r1 w
@@ -228,33 +193,21 @@ def _group_size(logits: Tensor) -> int:
 
 
 def _for_each_group(work: Callable, groups: list[tuple], size: int, like: Tensor, dtype: torch.dtype, count: int):
-    """work(buffers, *group) for each group, with ``count`` buffers [size, V] of scratch.
+    """work(buffers, *group) for each group, with ``count`` buffers [size, V] of scratch. On CPU as many groups at a
+    time as torch has threads, each in a thread that works alone."""
+    waiting = iter(groups)  # shared: Python's lock makes next() atomic
 
-    On CPU as many groups at a time as torch has threads, each in a thread that works alone.
-    """
-
-    def new_buffers():
-        return [torch.empty(size, like.shape[1], dtype=dtype, device=like.device) for _ in range(count)]
+    def run():
+        buffers = [torch.empty(size, like.shape[1], dtype=dtype, device=like.device) for _ in range(count)]
+        with torch.no_grad():  # a thread does not inherit it
+            for group in waiting:
+                work(buffers, *group)
 
     threads = 1 if like.is_cuda else min(torch.get_num_threads(), len(groups))
     if threads == 1:
-        buffers = new_buffers()
-        for group in groups:
-            work(buffers, *group)
-        return
-    waiting = deque(groups)
-
-    def run(buffers):
-        with torch.no_grad():  # a thread does not inherit it
-            while True:
-                try:
-                    group = waiting.popleft()
-                except IndexError:
-                    return
-                work(buffers, *group)
-
+        return run()
     pool = _pool(torch.get_num_threads())
-    for future in [pool.submit(run, new_buffers()) for _ in range(threads)]:
+    for future in [pool.submit(run) for _ in range(threads)]:
         future.result()
 
 

@@ -1,19 +1,7 @@
-"""The moments, the row gradient and the named scores as Triton kernels.
+"""The moments, the row gradient and the named scores as Triton kernels: how they are launched.
 
-Same functions and the same mathematics as torch_impl (see its head): sums over the row without its
-target, relative to a maximum, then r1, p_y and log_p from d = logsumexp_off - z_y. Runs on CUDA, and on
-CPU tensors under TRITON_INTERPRET=1, which must be set before this module is imported.
-
-moments_kernel   one read of a row: its Stats
-gradient_kernel  one read and one write: p_j (a + c p_j) + b + t [p_j in tail] over or beside the logits
-score_kernel     a score of triton_scores from logits to Stats, loss, Fisher and gradient in one launch. It holds the
-                 beginning of a row in registers as loaded, and reads that once: all of 50257 bf16 logits, half of
-                 151936. What is longer it reads a second time for the gradient, from its end, where the cache still
-                 has it.
-rest_kernel      the same, slowly and carefully, for the rows that score_kernel leaves to it: those outside of the
-                 loss, and those with ties at the target or entries that are not finite
-
-The kernels are in triton_kernels, with what makes them fast; here is how they are launched.
+Same functions and mathematics as torch_impl; the kernels are in triton_kernels. Runs on CUDA, and on CPU tensors under
+TRITON_INTERPRET=1, which must be set before this module is imported.
 """
 
 import contextlib
@@ -23,19 +11,20 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels import triton_scores
-from kernels.moments import Coefficients, Stats
-from kernels.triton_kernels import gradient_kernel, moments_kernel, rescale_kernel, rest_kernel, score_kernel
+from .moments import Coefficients, Stats
+from .triton_kernels import gradient_kernel, moments_kernel, rescale_kernel, rest_kernel, score_kernel
+from .triton_scores import FUSED_SCORES, READS_MEAN
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CAN_KEEP_W = False
-SCORES = triton_scores.SCORES
 
-# Vectors of a row that score_kernel holds in a lane's registers, 4 each, where that is the whole row, and where more
-# follows; and the registers that it may take: two programs of 8 warps (V up to 51 k in bf16) or one of 16 a
-# multiprocessor. kernels.audit shows what fits without spilling, kernels.bench --paths what is fast.
-HELD, HELD_OF_MORE, REGISTERS, MOST_WARPS = 25, 18, 128, 16
 VECTOR_BYTES = 16
+# kernels.audit shows what fits without spilling, kernels.bench --paths what is fast.
+HELD = 25  # vectors of 4 registers that a lane of score_kernel holds of a row, where that is the whole row
+HELD_OF_MORE = 18  # the same where more follows
+REGISTERS = 128  # a lane: so two programs of 8 warps (V up to 51 k in bf16) or one of 16 fit a multiprocessor
+MOST_WARPS = 16
+RESCALED = 4096  # elements a program of rescale_kernel
 
 
 def forward(logits: Tensor, targets: Tensor, stats: Tensor, correct: Tensor, tail: float) -> None:
@@ -44,119 +33,52 @@ def forward(logits: Tensor, targets: Tensor, stats: Tensor, correct: Tensor, tai
     if n == 0:
         return
     logits, _ = _aligned(logits)
+    rows = _rows(logits, targets) | _results(stats, correct)
     with _on(logits):
-        moments_kernel[(n,)](
-            logits,
-            logits.stride(0),
-            targets,
-            stats,
-            stats.stride(0),
-            correct.view(torch.uint8),
-            tail,
-            vocab,
-            TAIL=tail > 0,
-            **_shape(vocab, logits.dtype),
-        )
+        moments_kernel[(n,)](**rows, tail=tail, TAIL=tail > 0, **_shape(vocab, logits.dtype))
 
 
-def gradient(
-    logits: Tensor,
-    targets: Tensor,
-    mask: Tensor | None,
-    stats: Stats,
-    coefficients: Coefficients,
-    tail: float,
-    out: Tensor,
-) -> None:
-    """Writes the gradient of the rows to ``out`` [N, V], which may be the logits themselves.
-
-    Raises ValueError where ``out`` has other strides than the logits.
-    """
+def gradient(logits, targets, mask, stats: Stats, coefficients: Coefficients, tail: float, out: Tensor) -> None:
+    """Writes the gradient of the rows to ``out`` [N, V], which may be the logits themselves; 0 where ``mask`` is False.
+    Raises ValueError where ``out`` has other strides than the logits."""
     n, vocab = logits.shape
     if n == 0:
         return
     _check_out(logits, out)
     a, c, b, t, target = (None if x is None else x.contiguous() for x in coefficients)
-    shape = _shape(vocab, logits.dtype)
+    shape = _shape(vocab, logits.dtype, "PACKED")
     logits, result = _aligned(logits, out)
+    programs = triton.cdiv(vocab + shape["W"] - 1, shape["K"] * shape["R"] * shape["W"])  # of a row
+    pointers = dict(ref_ptr=stats.row_max, sum_ptr=stats.row_sum, r1_ptr=stats.r1, support_ptr=stats.support)
+    pointers |= dict(a_ptr=a, c_ptr=c, b_ptr=b, t_ptr=t, target_ptr=target, out_ptr=result, mask_ptr=_bytes(mask))
     with _on(logits):
-        gradient_kernel[(n, triton.cdiv(vocab + shape["W"] - 1, shape["K"] * shape["R"] * shape["W"]))](
-            logits,
-            logits.stride(0),
-            result,
-            targets,
-            targets if mask is None else mask.view(torch.uint8),
-            stats.row_max,
-            stats.row_sum,
-            stats.r1,
-            stats.support,
-            a,
-            a if c is None else c,
-            a if b is None else b,
-            a if t is None else t,
-            target,
-            tail,
-            vocab,
-            HAS_C=c is not None,
-            HAS_B=b is not None,
-            HAS_T=t is not None,
-            HAS_MASK=mask is not None,
-            **{k: v for k, v in shape.items() if k != "PACKED"},
-        )
+        gradient_kernel[(n, programs)](**_rows(logits, targets), **pointers, tail=tail, **shape)
     if result is not out:
         out.copy_(result)
 
 
 def fused_score(
-    name: str,
-    knob: Tensor,
-    logits: Tensor,
-    targets: Tensor,
-    mask: Tensor | None,
-    weights: Tensor | None,
-    stats: Tensor,
-    correct: Tensor,
-    losses: Tensor,
-    fisher: Tensor,
-    out: Tensor | None,
-    shape: dict | None = None,
+    name: str, knob, logits, targets, mask, weights, *, stats, correct, losses, fisher, out, shape: dict | None = None
 ) -> None:
-    """The score ``name`` of triton_scores on logits [N, V]: fills stats, correct, losses and fisher, all 0
-    where ``mask`` is False, and writes the gradient of sum(weights * losses) to ``out`` (None: no gradient),
-    which may be the logits themselves. ``knob``: its parameter, 0-d fp32 on the device. ``shape``: launch constants
-    in place of ``score_shape``'s, to measure others."""
+    """The score ``name`` of triton_scores, with its ``knob``, a number or a 0-d fp32 tensor on the device.
+
+    logits [N, V] and int64 targets [N]; ``mask`` [N] bool and ``weights`` [N] fp32, or None. Fills stats [15, N],
+    correct, losses and fisher [N], 0 where ``mask`` is False, and ``out`` with the gradient of sum(weights * losses);
+    ``out`` may be the logits, None is no gradient. ``shape``: launch constants to measure, for ``score_shape``'s."""
     n, vocab = logits.shape
     if n == 0:
         return
+    if not isinstance(knob, Tensor):
+        knob = torch.full((), float(knob), device=logits.device)
     if out is not None:
         _check_out(logits, out)
     logits, result = _aligned(logits, out)
-    score = SCORES[name]
-    arguments = (
-        logits,
-        logits.stride(0),
-        logits if result is None else result,
-        targets,
-        targets if mask is None else mask.view(torch.uint8),
-        losses if weights is None else weights,
-        knob,
-        stats,
-        stats.stride(0),
-        correct.view(torch.uint8),
-        losses,
-        fisher,
-        vocab,
-    )
-    constants = dict(
-        SCORE=score.function,
-        HAS_B=score.reads_mean,
-        HAS_MASK=mask is not None,
-        HAS_WEIGHTS=weights is not None,
-        GRADIENT=out is not None,
-    )
+    arguments = _rows(logits, targets) | _results(stats, correct) | dict(loss_ptr=losses, fisher_ptr=fisher)
+    arguments |= dict(SCORE=FUSED_SCORES[name], HAS_B=name in READS_MEAN, knob_ptr=knob)
+    arguments |= dict(mask_ptr=_bytes(mask), weights_ptr=weights, out_ptr=result)
     with _on(logits):
-        score_kernel[(n,)](*arguments, **constants, **(shape or score_shape(vocab, logits.dtype)))
-        rest_kernel[(n,)](*arguments, **constants, **_rest_shape(vocab, logits.dtype))
+        score_kernel[(n,)](**arguments, **(shape or score_shape(vocab, logits.dtype)))
+        rest_kernel[(n,)](**arguments, **_shape(vocab, logits.dtype, "K", "PACKED"))
     if result is not out:
         out.copy_(result)
 
@@ -167,7 +89,19 @@ def rescale(gradient: Tensor, scale: Tensor) -> None:
     if n == 0:
         return
     with _on(gradient):
-        rescale_kernel[(n, triton.cdiv(vocab, 4096))](gradient, gradient.stride(0), scale, vocab, BLOCK=4096)
+        rescale_kernel[(n, triton.cdiv(vocab, RESCALED))](gradient, gradient.stride(0), scale, vocab, BLOCK=RESCALED)
+
+
+def _rows(logits: Tensor, targets: Tensor) -> dict:
+    return dict(z_ptr=logits, z_stride=logits.stride(0), targets_ptr=targets, V=logits.shape[1])
+
+
+def _results(stats: Tensor, correct: Tensor) -> dict:
+    return dict(stats_ptr=stats, stats_stride=stats.stride(0), correct_ptr=_bytes(correct))
+
+
+def _bytes(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask.view(torch.uint8)
 
 
 def _check_out(logits: Tensor, out: Tensor) -> None:
@@ -183,40 +117,35 @@ def _aligned(logits: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor 
     return logits, out
 
 
-def _vectors(vocab: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Elements of a vector, and the vectors that a row can touch."""
+def _vectors(vocab: int, dtype: torch.dtype) -> int:
+    """The vectors that a row can touch."""
     width = VECTOR_BYTES // dtype.itemsize
-    return width, triton.cdiv(vocab + width - 1, width)
+    return triton.cdiv(vocab + width - 1, width)
 
 
-def _launch(dtype: torch.dtype, width: int, warps: int, per_go: int) -> dict:
+def _launch(dtype: torch.dtype, warps: int, per_go: int) -> dict:
     packed = dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") != "1"  # no assembly there
-    constants = {"PACKED": packed, "K": per_go, "R": 32 * warps, "W": width}
-    return constants | {"num_warps": warps, "enable_fp_fusion": True}
+    constants = dict(PACKED=packed, K=per_go, R=32 * warps, W=VECTOR_BYTES // dtype.itemsize)
+    return constants | dict(num_warps=warps, enable_fp_fusion=True)
 
 
-def _shape(vocab: int, dtype: torch.dtype) -> dict:
-    """Launch constants of the kernels that read K vectors a lane at a time."""
-    width, vectors = _vectors(vocab, dtype)
-    return _launch(dtype, width, max(1, min(8, triton.next_power_of_2(vectors) // 128)), 4)
-
-
-def _rest_shape(vocab: int, dtype: torch.dtype) -> dict:
-    """Launch constants of rest_kernel."""
-    return {name: value for name, value in _shape(vocab, dtype).items() if name not in ("K", "PACKED")}
+def _shape(vocab: int, dtype: torch.dtype, *without: str) -> dict:
+    """Launch constants of the other kernels, which read K vectors a lane at a time; those that one has not left out."""
+    warps = max(1, min(8, triton.next_power_of_2(_vectors(vocab, dtype)) // 128))
+    shape = _launch(dtype, warps, per_go=4)
+    return {name: value for name, value in shape.items() if name not in without}
 
 
 def score_shape(vocab: int, dtype: torch.dtype, warps: int = 0, held: int | None = None) -> dict:
     """Launch constants of score_kernel: the fewest warps whose lanes hold the row in HELD vectors each, or ``warps``;
     MORE where the row is longer than that. ``held``: vectors a lane instead of HELD or HELD_OF_MORE."""
-    width, vectors = _vectors(vocab, dtype)
+    vectors = _vectors(vocab, dtype)
     if not warps:
         warps = min(MOST_WARPS, triton.next_power_of_2(triton.cdiv(vectors, 32 * HELD)))
     pieces = triton.cdiv(vectors, 32 * warps)
     if held is None:
         held = HELD if pieces <= HELD else HELD_OF_MORE
-    shape = {"PIECES": min(pieces, held), "MORE": pieces > held, "maxnreg": REGISTERS}
-    return shape | _launch(dtype, width, warps, 2)
+    return dict(PIECES=min(pieces, held), MORE=pieces > held, maxnreg=REGISTERS) | _launch(dtype, warps, per_go=2)
 
 
 def _on(tensor: Tensor):

@@ -1,50 +1,21 @@
-"""The Triton kernels: triton_impl says what each does and launches it, triton_rows has the parts of a row.
+"""The Triton kernels: triton_impl launches them, triton_rows has the parts of a row.
 
-What makes them fast, and what ``python -m kernels.audit`` checks without a GPU:
+16-byte accesses for any V. A row of an odd number of 2-byte logits starts anywhere: its first and last vector of 16
+bytes may belong to another row as well. Those two and the target's are left out, and their elements dealt to lanes one
+by one (triton_rows.edge). So no element of a vector is masked or compared.
 
-16-byte accesses for any V. A row of an odd number of 2-byte logits starts anywhere, so that its first and its last
-vector of 16 bytes may belong to another row as well. Those two and the target's are left out, and their elements dealt
-to lanes one by one (triton_rows.edge). So no element of a vector is masked, and none is compared with anything.
+Few instructions an element: 22 for loss, all moments, Fisher and gradient. An H100 issues 38 while its memory reads and
+writes a bf16 logit. Two logits stay in the register in which they came, maxima are taken of both at once, and what only
+a rare row needs is in a kernel of its own. ``python -m kernels.audit`` checks both without a GPU.
 
-Few instructions an element: 22 for loss, all moments, Fisher and gradient. An H100 issues 38 in the time in which its
-memory reads and writes a bf16 logit, so that a kernel of many more is bound by them. Two logits stay in the register in
-which they came; maxima are taken of both at once; powers go into their sums by fused multiply-adds; and what only a
-rare row needs is not in the way of the others.
-
-Two programs a multiprocessor, so that one loads while the other computes, and within a program no lane waits for
-another before its part of the row is done: each has its own maximum, and moves its sums to another by a power of two.
+Two programs a multiprocessor: one loads while the other computes. Within a program no lane waits for another before its
+part of the row is done: each has its own maximum, and moves its sums to another by a power of two.
 """
 
 import triton
 import triton.language as tl
 
-from kernels.triton_rows import (
-    FILL,
-    LOG2E,
-    add_blocks,
-    add_edge,
-    add_word,
-    base_of,
-    careful_sums,
-    edge,
-    element,
-    entries_of,
-    finish_row,
-    gradient_of,
-    higher,
-    is_whole,
-    load_words,
-    lowest,
-    needs_care,
-    no_sums,
-    over_lanes,
-    part_of,
-    per_lane,
-    place,
-    store_gradient,
-    store_words,
-    top_of,
-)
+from . import triton_rows as rows
 
 LEFT = tl.constexpr(2)  # what score_kernel writes to ``correct`` of a row that it has left to rest_kernel
 
@@ -66,45 +37,46 @@ def moments_kernel(
     R: tl.constexpr,
     W: tl.constexpr,
 ):
-    """One program a row; the rows of stats are those of moments.Stats."""
+    """One program a row, one read: its Stats, in the rows of ``stats``."""
     row = tl.program_id(0).to(tl.int64)
     y = tl.load(targets_ptr + row).to(tl.int32)
     z_y = tl.load(z_ptr + row * z_stride + y).to(tl.float32)
-    origin, shift, first, last, ty = place(row, z_stride, V, y, W)
+    at = rows.place(row, z_stride, V, y, W)
     none = tl.zeros([R], tl.float32)
-    z_e, _at, _mine, off = edge(z_ptr, origin, shift, first, last, ty, V, y, R, W)
-    top, count, sums = add_edge(none + FILL, none, (none, none, none, none, none, none), z_e, off, R)
-    top, count, sums = add_blocks(z_ptr, origin, 0, first, last, ty, top, count, sums, K, R, W, PACKED)
-    top, sums = over_lanes(top, count, sums)
-    out = stats_ptr + row
+    z_e, _places, _mine, off = rows.edge(z_ptr, at, V, y, R, W)
+    lanes = rows.add_edge((none + rows.FILL, none, (none, none, none, none, none, none)), z_e, off, R)
+    top, sums = rows.over_lanes(rows.add_blocks(z_ptr, at, 0, lanes, K, R, W, PACKED))
     live, beaten = V - 1.0, z_y <= top
-    if needs_care(top, sums[5], z_y):
-        top, sums, live, beaten = careful_sums(z_ptr, origin, shift, last, V, y, z_y, True, R, W)
-    ref, w, _log_p, _r1, p_y, n, _r2, _r3, _r4, _mean, off_log, target_log_p, y_live = finish_row(
-        out, stats_stride, correct_ptr + row, True, z_y, top, sums, live, beaten
-    )
+    if rows.needs_care(top, sums[5], z_y):
+        top, sums, live, beaten = rows.careful_sums(z_ptr, at, V, y, z_y, True, R, W)
+    to = stats_ptr + row, stats_stride, correct_ptr + row
+    found = top, sums, live, beaten
+    moments, ref, w, rest = rows.finish_row(to, True, z_y, found)
     if TAIL:
         # A second read, of a row that is still in the cache.
+        p_y, n = moments[6], moments[7]
+        off_log, target_log_p, y_live = rest
         k = tl.zeros([R, 4], tl.float32)
         tail_t = tl.zeros([R, 4], tl.float32)
-        for start in range(0, last + 1, R):
+        for start in range(0, at[3] + 1, R):
             for half in tl.static_range(W // 4):
-                z, _j = element(z_ptr, origin, start + tl.arange(0, R), half, shift, V, y, W)
-                inside = (tl.exp2((z - ref) * LOG2E) * w < tail / n) & (z != float("-inf"))
+                z, _j = rows.element(z_ptr, at, start + tl.arange(0, R), half, V, y, W)
+                inside = (tl.exp2((z - ref) * rows.LOG2E) * w < tail / n) & (z != float("-inf"))
                 k += inside.to(tl.float32)
                 tail_t += tl.where(inside, z - ref, 0.0)
         k = tl.sum(tl.sum(k, 1), 0)
         tail_t = tl.sum(tl.sum(tail_t, 1), 0)
         y_in = tl.where(p_y < tail / n, y_live, 0.0)
-        tl.store(out + 4 * stats_stride, (tail_t + k * off_log + y_in * target_log_p) / n)
-        tl.store(out + 11 * stats_stride, k + y_in)
-        tl.store(out + 12 * stats_stride, k)
+        rows.put(to, rows.TAIL_LOG_P, True, (tail_t + k * off_log + y_in * target_log_p) / n)
+        rows.put(to, rows.TAIL_COUNT, True, k + y_in)
+        rows.put(to, rows.TAIL_OFF, True, k)
 
 
 @triton.jit
-def any_gradient(z, ref, scale, a, c, b, t, limit, HAS_C: tl.constexpr, HAS_B: tl.constexpr, HAS_T: tl.constexpr):
-    """p (a + c p) + b + t [p < limit] with p = scale exp(z - ref), of any z, 0 for -inf."""
-    p = tl.exp2((z - ref) * LOG2E) * scale
+def any_gradient(z, ref, scale, rule, limit, HAS_C: tl.constexpr, HAS_B: tl.constexpr, HAS_T: tl.constexpr):
+    """p (a + c p) + b + t [p < limit] with p = scale exp(z - ref) and ``rule`` (a, c, b, t), of any z, 0 for -inf."""
+    a, c, b, t = rule
+    p = tl.exp2((z - ref) * rows.LOG2E) * scale
     factor = a
     if HAS_C:
         factor = tl.fma(p, c, a)
@@ -134,56 +106,51 @@ def gradient_kernel(
     target_ptr,
     tail,
     V,
-    HAS_C: tl.constexpr,
-    HAS_B: tl.constexpr,
-    HAS_T: tl.constexpr,
-    HAS_MASK: tl.constexpr,
     K: tl.constexpr,
     R: tl.constexpr,
     W: tl.constexpr,
 ):
-    """One program K vectors a lane of a row: p_j (a + c p_j) + b + t [p_j in tail], and ``target`` at y."""
+    """One program K vectors a lane of a row, one read and one write over or beside the logits:
+    p_j (a + c p_j) + b + t [p_j in tail], and ``target`` at y."""
     DTYPE: tl.constexpr = z_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     y = tl.load(targets_ptr + row).to(tl.int32)
-    origin, shift, first, last, ty = place(row, z_stride, V, y, W)
-    if HAS_MASK:  # an ignored row and its coefficients may hold anything
+    at = rows.place(row, z_stride, V, y, W)
+    on = True
+    if mask_ptr is not None:  # an ignored row and its coefficients may hold anything
         on = tl.load(mask_ptr + row) != 0
     ref = tl.load(ref_ptr + row)
     scale = tl.load(r1_ptr + row) / tl.load(sum_ptr + row)
-    a, c, b, t = tl.load(a_ptr + row), tl.load(c_ptr + row), tl.load(b_ptr + row), tl.load(t_ptr + row)
+    HAS_C: tl.constexpr = c_ptr is not None
+    HAS_B: tl.constexpr = b_ptr is not None
+    HAS_T: tl.constexpr = t_ptr is not None
+    c = tl.load(c_ptr + row) if HAS_C else 0.0
+    b = tl.load(b_ptr + row) if HAS_B else 0.0
+    t = tl.load(t_ptr + row) if HAS_T else 0.0
+    rule = tl.load(a_ptr + row), c, b, t
     limit = tail / tl.maximum(tl.load(support_ptr + row), 1.0)
     start = tl.program_id(1) * (K * R)
     lane = tl.arange(0, R)
     for k in tl.static_range(K):
         v = start + k * R + lane
-        live = is_whole(v, first, last, ty, True, True)
-        word = load_words(z_ptr, origin, v, live)
-        low = any_gradient(part_of(word, 0, 0, DTYPE), ref, scale, a, c, b, t, limit, HAS_C, HAS_B, HAS_T)
-        high = low
-        if DTYPE != tl.float32:
-            high = any_gradient(part_of(word, 1, 0, DTYPE), ref, scale, a, c, b, t, limit, HAS_C, HAS_B, HAS_T)
-        if HAS_MASK:
-            low, high = tl.where(on, low, 0.0), tl.where(on, high, 0.0)
-        store_words(out_ptr, origin, v, live, low, high, R)
+        live = rows.is_whole(v, at, True, True)
+        word = rows.load_words(z_ptr, at, v, live)
+        low = any_gradient(rows.part_of(word, 0, 0, DTYPE), ref, scale, rule, limit, HAS_C, HAS_B, HAS_T)
+        high = any_gradient(rows.part_of(word, 1, 0, DTYPE), ref, scale, rule, limit, HAS_C, HAS_B, HAS_T)
+        rows.store_words(out_ptr, at, v, live, tl.where(on, low, 0.0), tl.where(on, high, 0.0))
     if tl.program_id(1) == 0:
-        z, at, mine, off = edge(z_ptr, origin, shift, first, last, ty, V, y, R, W)
-        g = any_gradient(z, ref, scale, a, c, b, t, limit, HAS_C, HAS_B, HAS_T)
+        z, places, mine, off = rows.edge(z_ptr, at, V, y, R, W)
+        g = any_gradient(z, ref, scale, rule, limit, HAS_C, HAS_B, HAS_T)
         g = tl.where(off, g, tl.load(target_ptr + row))
-        if HAS_MASK:
-            g = tl.where(on, g, 0.0)
-        tl.store(out_ptr + at, g.to(out_ptr.dtype.element_ty), mask=mine)
+        tl.store(out_ptr + places, tl.where(on, g, 0.0).to(out_ptr.dtype.element_ty), mask=mine)
 
 
 @triton.jit
-def scored(
-    out, stride, correct_ptr, loss_ptr, fisher_ptr, knob_ptr, keep, z_y, top, sums, live, beaten, SCORE: tl.constexpr
-):
-    """Stats, loss and Fisher of a row from its sums, stored; the coefficients of its gradient, e (a + c e) + b with e
-    relative to the maximum, its value at the target, and the maximum."""
-    ref, w, log_p, r1, p_y, n, r2, r3, r4, mean_log_p, _off, _target_log_p, _y_live = finish_row(
-        out, stride, correct_ptr, keep, z_y, top, sums, live, beaten
-    )
+def scored(to, loss_ptr, fisher_ptr, knob_ptr, keep, z_y, found, SCORE: tl.constexpr):
+    """Stores Stats, loss and Fisher of a row. Returns ((a, c, b), target, ref): its gradient is e (a + c e) + b with
+    e = exp(z - ref), and ``target`` at the target."""
+    moments, ref, w, _rest = rows.finish_row(to, keep, z_y, found)
+    log_p, r1, r2, r3, r4, mean_log_p, p_y, n = moments
     loss, g0, g1, g2, gm = SCORE(log_p, r1, r2, mean_log_p, p_y, tl.load(knob_ptr))
     tl.store(loss_ptr, tl.where(keep, loss, 0.0))
     # As derived at the head of moments.py.
@@ -193,7 +160,7 @@ def scored(
     target = -(a * r1 + c * r2 + (n - 1.0) * b)
     fisher = a * a * r2 + 2.0 * a * c * r3 + c * c * r4 + 2.0 * b * (a * r1 + c * r2) + (n - 1.0) * b * b
     tl.store(fisher_ptr, tl.where(keep, fisher + target * target, 0.0))
-    return a * w, c * w * w, b, target, ref
+    return (a * w, c * w * w, b), target, ref
 
 
 @triton.jit(do_not_specialize=["stats_stride"])
@@ -213,9 +180,6 @@ def score_kernel(
     V,
     SCORE: tl.constexpr,
     HAS_B: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    HAS_WEIGHTS: tl.constexpr,
-    GRADIENT: tl.constexpr,
     PIECES: tl.constexpr,
     MORE: tl.constexpr,
     PACKED: tl.constexpr,
@@ -225,85 +189,84 @@ def score_kernel(
 ):
     """One program a row: Stats, the loss, |dL/dz|^2, and the gradient of weight * loss to ``out``.
 
-    The first PIECES vectors of each lane are held on chip; MORE: what follows is read K vectors a lane at a time, and
-    for the gradient again. What is rare is left to rest_kernel, and said so in ``correct``.
+    The first PIECES vectors of each lane are held in registers and read once: all of 50257 bf16 logits, half of 151936.
+    MORE: what follows is read K vectors a lane at a time, and again for the gradient, from the row's end, where the
+    cache still has it. What is rare is left to rest_kernel, and said so in ``correct``.
     """
     DTYPE: tl.constexpr = z_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     correct_ptr += row
-    if HAS_MASK:
+    if mask_ptr is not None:
         if tl.load(mask_ptr + row) == 0:
             tl.store(correct_ptr, LEFT)
             return
     y = tl.load(targets_ptr + row).to(tl.int32)
-    origin, shift, first, last, ty = place(row, z_stride, V, y, W)
+    at = rows.place(row, z_stride, V, y, W)
     lane = tl.arange(0, R)
-
     # Straight code, no branch between the pieces: the assembler would spill the row at each of them.
     held = ()
     for k in tl.static_range(PIECES):
-        live = is_whole(k * R + lane, first, last, ty, k == 0, MORE or k >= PIECES - 2)
-        held = held + (load_words(z_ptr, origin, k * R + lane, live),)
-    best = lowest(R, PACKED)
+        live = rows.is_whole(k * R + lane, at, k == 0, MORE or k >= PIECES - 2)
+        held = held + (rows.load_words(z_ptr, at, k * R + lane, live),)
+    best = rows.lowest(R, PACKED)
     for k in tl.static_range(PIECES):
-        best = higher(best, held[k], DTYPE, PACKED)
-    new_top = top_of(best, PACKED)
-    base = base_of(new_top)
-    fresh = no_sums(R)
+        best = rows.higher(best, held[k], DTYPE, PACKED)
+    new_top = rows.top_of(best, PACKED)
+    base = rows.base_of(new_top)
+    fresh = rows.no_sums(R)
     for k in tl.static_range(PIECES):
-        live = is_whole(k * R + lane, first, last, ty, k == 0, MORE or k >= PIECES - 2)
-        fresh = add_word(held[k], live, base, tl.num_programs(1) - 1, fresh, R, DTYPE)
-    sums = per_lane(fresh)
-    count = entries_of(lane, tl.minimum(last, PIECES * R), first, ty, R, W)
-    z_e, at, _mine, off = edge(z_ptr, origin, shift, first, last, ty, V, y, R, W)
-    top, count, sums = add_edge(new_top, count, sums, z_e, off, R)
+        live = rows.is_whole(k * R + lane, at, k == 0, MORE or k >= PIECES - 2)
+        fresh = rows.add_word(held[k], live, base, tl.num_programs(1) - 1, fresh, R, DTYPE)
+    sums = rows.per_lane(fresh)
+    count = rows.entries_of(lane, tl.minimum(at[3], PIECES * R), at, R, W)
+    z_e, _places, _mine, off = rows.edge(z_ptr, at, V, y, R, W)
+    lanes = rows.add_edge((new_top, count, sums), z_e, off, R)
     if MORE:
-        top, count, sums = add_blocks(z_ptr, origin, PIECES * R, first, last, ty, top, count, sums, K, R, W, PACKED)
-    top, sums = over_lanes(top, count, sums)
-
+        lanes = rows.add_blocks(z_ptr, at, PIECES * R, lanes, K, R, W, PACKED)
+    top, sums = rows.over_lanes(lanes)
     z_y = tl.load(z_ptr + row * z_stride + y).to(tl.float32)
-    if needs_care(top, sums[5], z_y):
+    if rows.needs_care(top, sums[5], z_y):
         tl.store(correct_ptr, LEFT)
         return
-    out = stats_ptr + row
-    aw, cw, b, target, ref = scored(
-        out, stats_stride, correct_ptr, loss_ptr + row, fisher_ptr + row, knob_ptr, True, z_y, top, sums, V - 1.0,
-        z_y <= top, SCORE,
-    )  # fmt: skip
-    if GRADIENT:
+    to = stats_ptr + row, stats_stride, correct_ptr
+    found = top, sums, V - 1.0, z_y <= top
+    rule, target, ref = scored(to, loss_ptr + row, fisher_ptr + row, knob_ptr, True, z_y, found, SCORE)
+    if out_ptr is not None:
         # Read back, so that the compiler holds the row as it was loaded and not its exponentials.
         tl.debug_barrier()
-        ref = tl.load(out + 13 * stats_stride, volatile=True)
+        ref = tl.load(stats_ptr + row + rows.ROW_MAX * stats_stride, volatile=True)
         zero = tl.num_programs(2) - 1
         # The row's place anew, for the compiler another one: kept since above it would cost registers.
         row += zero
         lane += zero
         y = tl.load(targets_ptr + row).to(tl.int32)
-        origin, shift, first, last, ty = place(row, z_stride, V, y, W)
-        if HAS_WEIGHTS:
+        at = rows.place(row, z_stride, V, y, W)
+        a, c, b = rule
+        if weights_ptr is not None:
             weight = tl.load(weights_ptr + row)
             on = weight != 0.0  # 0 times an infinite loss is no gradient
-            aw, cw = tl.where(on, aw * weight, 0.0), tl.where(on, cw * weight, 0.0)
+            a, c = tl.where(on, a * weight, 0.0), tl.where(on, c * weight, 0.0)
             b, target = tl.where(on, b * weight, 0.0), tl.where(on, target * weight, 0.0)
         tl.store(out_ptr + row * z_stride + y, target.to(out_ptr.dtype.element_ty))
-        base = base_of(ref)
-        scale = tl.exp2(tl.fma(-ref, LOG2E, base))  # exponentials are relative to base, coefficients to the maximum
-        aw, cw = aw * scale, cw * scale * scale
+        base = rows.base_of(ref)
+        # Exponentials are relative to base, coefficients to the maximum.
+        scale = tl.exp2(tl.fma(-ref, rows.LOG2E, base))
+        rule = a * scale, c * scale * scale, b
         if MORE:
-            blocks = (tl.maximum(last - PIECES * R, 0) + K * R - 1) // (K * R)
+            blocks = (tl.maximum(at[3] - PIECES * R, 0) + K * R - 1) // (K * R)
             for n_block in range(0, blocks):
                 start = PIECES * R + (blocks - 1 - n_block) * (K * R)
                 for k in tl.static_range(K):
                     v = start + k * R + lane
-                    live = is_whole(v, first, last, ty, True, True)
-                    word = load_words(z_ptr, origin, v, live)
-                    store_gradient(out_ptr, origin, v, live, word, 0, base, aw, cw, b, HAS_B, R, DTYPE)
+                    live = rows.is_whole(v, at, True, True)
+                    word = rows.load_words(z_ptr, at, v, live)
+                    rows.store_gradient(out_ptr, at, v, live, word, 0, base, rule, HAS_B)
         for k in tl.static_range(PIECES):
-            live = is_whole(k * R + lane, first, last, ty, k == 0, MORE or k >= PIECES - 2)
-            store_gradient(out_ptr, origin, k * R + lane, live, held[k], zero, base, aw, cw, b, HAS_B, R, DTYPE)
-        z_e, at, _mine, off = edge(z_ptr, origin, shift, first, last, ty, V, y, R, W)
-        g = gradient_of(tl.fma(z_e, LOG2E, -base), aw, cw, b, HAS_B)
-        tl.store(out_ptr + at, g.to(out_ptr.dtype.element_ty), mask=off)
+            live = rows.is_whole(k * R + lane, at, k == 0, MORE or k >= PIECES - 2)
+            rows.store_gradient(out_ptr, at, k * R + lane, live, held[k], zero, base, rule, HAS_B)
+        z_e, places, _mine, off = rows.edge(z_ptr, at, V, y, R, W)
+        g = rows.gradient_of(tl.fma(z_e, rows.LOG2E, -base), rule, HAS_B)
+        tl.store(out_ptr + places, g.to(out_ptr.dtype.element_ty), mask=off)
 
 
 @triton.jit(do_not_specialize=["stats_stride"])
@@ -323,50 +286,46 @@ def rest_kernel(
     V,
     SCORE: tl.constexpr,
     HAS_B: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    HAS_WEIGHTS: tl.constexpr,
-    GRADIENT: tl.constexpr,
     R: tl.constexpr,
     W: tl.constexpr,
 ):
-    """What score_kernel has left: rows outside of the loss, which get 0 everywhere whatever they hold, and those that
-    ``needs_care`` names."""
+    """What score_kernel has left, slowly and carefully: rows outside of the loss, which get 0 everywhere whatever they
+    hold, and those that ``needs_care`` names."""
     DTYPE: tl.constexpr = z_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     correct_ptr += row
     if tl.load(correct_ptr) != LEFT:
         return
     y = tl.load(targets_ptr + row).to(tl.int32)
-    origin, shift, first, last, ty = place(row, z_stride, V, y, W)
+    at = rows.place(row, z_stride, V, y, W)
     lane = tl.arange(0, R)
     keep = True
-    if HAS_MASK:
+    if mask_ptr is not None:
         keep = tl.load(mask_ptr + row) != 0
     z_y = tl.load(z_ptr + row * z_stride + y).to(tl.float32)
-    top, sums, count, beaten = careful_sums(z_ptr, origin, shift, last, V, y, z_y, keep, R, W)
-    aw, cw, b, target, ref = scored(
-        stats_ptr + row, stats_stride, correct_ptr, loss_ptr + row, fisher_ptr + row, knob_ptr, keep, z_y, top, sums,
-        count, beaten, SCORE,
-    )  # fmt: skip
+    found = rows.careful_sums(z_ptr, at, V, y, z_y, keep, R, W)
+    to = stats_ptr + row, stats_stride, correct_ptr
+    rule, target, ref = scored(to, loss_ptr + row, fisher_ptr + row, knob_ptr, keep, z_y, found, SCORE)
     on = keep
-    if GRADIENT:
-        if HAS_WEIGHTS:
+    if out_ptr is not None:
+        a, c, b = rule
+        if weights_ptr is not None:
             weight = tl.load(weights_ptr + row)
             on = on & (weight != 0.0)  # 0 times an infinite loss is no gradient
-            aw, cw, b, target = aw * weight, cw * weight, b * weight, target * weight
-        end = tl.where(on, last, 0)
+            a, c, b, target = a * weight, c * weight, b * weight, target * weight
+        rule = a, c, b, 0.0
+        origin, shift, first, last, ty = at
+        to_read = origin, shift, first, tl.where(on, last, 0), ty
         for start in range(0, last, R):
             v = start + lane
-            live = is_whole(v, first, last, ty, True, True)
-            word = load_words(z_ptr, origin, v, is_whole(v, first, end, ty, True, True))
-            low = any_gradient(part_of(word, 0, 0, DTYPE), ref, 1.0, aw, cw, b, 0.0, 0.0, True, HAS_B, False)
-            high = low
-            if DTYPE != tl.float32:
-                high = any_gradient(part_of(word, 1, 0, DTYPE), ref, 1.0, aw, cw, b, 0.0, 0.0, True, HAS_B, False)
-            store_words(out_ptr, origin, v, live, tl.where(on, low, 0.0), tl.where(on, high, 0.0), R)
-        z_e, at, mine, off = edge(z_ptr, origin, shift, first, last, ty, V, y, R, W)
-        g = tl.where(off, any_gradient(z_e, ref, 1.0, aw, cw, b, 0.0, 0.0, True, HAS_B, False), target)
-        tl.store(out_ptr + at, tl.where(on, g, 0.0).to(out_ptr.dtype.element_ty), mask=mine)
+            live = rows.is_whole(v, at, True, True)
+            word = rows.load_words(z_ptr, at, v, rows.is_whole(v, to_read, True, True))
+            low = any_gradient(rows.part_of(word, 0, 0, DTYPE), ref, 1.0, rule, 0.0, True, HAS_B, False)
+            high = any_gradient(rows.part_of(word, 1, 0, DTYPE), ref, 1.0, rule, 0.0, True, HAS_B, False)
+            rows.store_words(out_ptr, at, v, live, tl.where(on, low, 0.0), tl.where(on, high, 0.0))
+        z_e, places, mine, off = rows.edge(z_ptr, at, V, y, R, W)
+        g = tl.where(off, any_gradient(z_e, ref, 1.0, rule, 0.0, True, HAS_B, False), target)
+        tl.store(out_ptr + places, tl.where(on, g, 0.0).to(out_ptr.dtype.element_ty), mask=mine)
 
 
 @triton.jit

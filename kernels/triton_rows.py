@@ -1,11 +1,14 @@
 """What the Triton kernels do with one row: where it lies in memory, its sums, its Stats, its gradient.
 
-See triton_kernels for the kernels, and for why rows are read as they are.
+A row is read in vectors of 16 bytes. A lane has one of them at a time, as [R, 4] words of 32 bits; a word is one fp32
+logit or two of 16 bits. ``edge`` takes the vectors that hold the target, or begin or end outside of the row: at most
+three, an element a lane. In the place of a vector that is not its own a lane has FILL, whose exponential is 0.
 
-A row is read in vectors of 16 bytes, of which a lane has one at a time: [R, 4] words of 32 bits, in each one
-fp32 logit or two of 16 bits. The vectors that hold the target, or begin or end outside of the row, are left to
-``edge``: at most three, an element a lane. So everything else is whole vectors of other entries, without a test
-an element. What a lane has in the place of a vector that is not its own is FILL, whose exponential is 0.
+Three tuples go from function to function:
+
+    at      (origin, shift, first, last, ty), where a row lies, as ``place`` says
+    lanes   (top, count, sums) of each lane: its maximum, the number of its entries, and their sums as ``add_term``
+    found   (top, sums, live, beaten) of the row, as ``careful_sums`` says
 """
 
 import triton
@@ -14,38 +17,32 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 FILL = tl.constexpr(-(2.0**120))  # finite, also as a sum of many times LOG2E
-FILL_FP16 = tl.constexpr(-65504.0)
+FILL_BF16_TWICE = tl.constexpr(-0x047F0480)  # the same in both halves of a word, 0xFB80FB80
+FILL_FP16_TWICE = tl.constexpr(-0x04000401)  # -65504 in both, 0xFBFFFBFF
+# The rows of moments.Stats, in their order.
+LOG_P, R1, R2, MEAN_LOG_P, TAIL_LOG_P = (tl.constexpr(i) for i in range(5))
+R3, R4, ENTROPY, CONFIDENCE, SUPPORT = (tl.constexpr(i) for i in range(5, 10))
+P_Y, TAIL_COUNT, TAIL_OFF, ROW_MAX, ROW_SUM = (tl.constexpr(i) for i in range(10, 15))
 NO_TOP = tl.constexpr(-65300.0)  # a maximum up to here may be a FILL, or so near to one that its exponential counts
 
 
 @triton.jit
 def log1p_exp(x):
-    """log(1 + exp(x)) for x <= 0, to full relative precision.
-
-    log(1 + u) = 2 atanh(u / (2 + u)), by its series: the argument is at most 1/3, and the first term
-    left out below 2e-9 of the sum. The hardware's log has an absolute error of 2e-7 near 1.
-    """
+    """log(1 + exp(x)) for x <= 0 to full relative precision: 2 atanh(u / (2 + u)) by its series, the argument at most
+    1/3, the first term left out below 2e-9 of the sum. The hardware's log has an absolute error of 2e-7 near 1."""
     u = tl.exp2(x * LOG2E)
     s = u / (2.0 + u)
     t = s * s
     series = 1.0 / 15 + t * (1.0 / 17)
-    series = 1.0 / 13 + t * series
-    series = 1.0 / 11 + t * series
-    series = 1.0 / 9 + t * series
-    series = 1.0 / 7 + t * series
-    series = 1.0 / 5 + t * series
-    series = 1.0 / 3 + t * series
+    for k in tl.static_range(6):
+        series = 1.0 / (13 - 2 * k) + t * series
     return 2.0 * s * (1.0 + t * series)
-
-
-# --- where a row lies ----------------------------------------------------------------------------------
 
 
 @triton.jit
 def place(row, stride, V, y, W: tl.constexpr):
-    """(origin, shift, first, last, ty) of a row in vectors of W elements: it starts ``shift`` elements after
-    vector ``origin`` of the tensor; counted from there its whole vectors are first ... last - 1, and the target
-    is in vector ty."""
+    """Where a row lies, in vectors of W elements. It starts ``shift`` elements after vector ``origin`` of the tensor.
+    Counted from there its whole vectors are first ... last - 1, and the target is in vector ty."""
     start = row * stride
     origin = start // W
     shift = (start - origin * W).to(tl.int32)
@@ -53,9 +50,10 @@ def place(row, stride, V, y, W: tl.constexpr):
 
 
 @triton.jit
-def edge(ptr, origin, shift, first, last, ty, V, y, R: tl.constexpr, W: tl.constexpr):
-    """(z, at, mine, off), [R]: the elements of the vectors that are not whole or hold the target, one a lane (R is at
-    least 3 W); their places in the tensor, whether there is one, and whether it is another than the target."""
+def edge(ptr, at, V, y, R: tl.constexpr, W: tl.constexpr):
+    """(z, places, mine, off), [R]: the elements of the vectors that are not whole or hold the target, one a lane (R is
+    at least 3 W); their places in the tensor; whether there is one, and whether it is another than the target."""
+    origin, shift, first, last, ty = at
     lane = tl.arange(0, R)
     which = lane // W
     vector = tl.where(which == 0, 0, tl.where(which == 1, ty, last))
@@ -64,15 +62,15 @@ def edge(ptr, origin, shift, first, last, ty, V, y, R: tl.constexpr, W: tl.const
     mine = (which == 1) | ((which < first) & (which < ty)) | ((which == 2) & (vector != ty))
     mine = mine & (slot >= shift) & (slot < shift + V)
     off = mine & (slot != shift + y)
-    at = origin * W + slot
-    z = tl.load(ptr + at, mask=off, other=0.0).to(tl.float32)
-    return tl.where(off, z, FILL), at, mine, off
+    places = origin * W + slot
+    z = tl.load(ptr + places, mask=off, other=0.0).to(tl.float32)
+    return tl.where(off, z, FILL), places, mine, off
 
 
 @triton.jit
-def is_whole(v, first, last, ty, START: tl.constexpr, END: tl.constexpr):
-    """Whether vectors v are whole and without the target; START, END: whether those of the row's ends are among
-    them."""
+def is_whole(v, at, START: tl.constexpr, END: tl.constexpr):
+    """Whether vectors v are whole and without the target; START, END: whether the row's ends are among them."""
+    _origin, _shift, first, last, ty = at
     live = v != ty
     if START:
         live = live & (v >= first)
@@ -82,8 +80,9 @@ def is_whole(v, first, last, ty, START: tl.constexpr, END: tl.constexpr):
 
 
 @triton.jit
-def entries_of(lane, upto, first, ty, R: tl.constexpr, W: tl.constexpr):
+def entries_of(lane, upto, at, R: tl.constexpr, W: tl.constexpr):
     """How many entries a lane has in whole vectors up to ``upto``, of which it has every R-th."""
+    _origin, _shift, first, _last, ty = at
     vectors = (tl.maximum(upto - lane, 0) + R - 1) // R
     vectors -= ((lane == 0) & (first > 0) & (upto > 0)).to(tl.int32)
     vectors -= ((ty >= first) & (ty < upto) & (ty % R == lane)).to(tl.int32)
@@ -91,27 +90,32 @@ def entries_of(lane, upto, first, ty, R: tl.constexpr, W: tl.constexpr):
 
 
 @triton.jit
-def word_places(ptr, origin, v):
-    base = ptr.to(tl.pointer_type(tl.int32)) + tl.multiple_of(origin * 4, 4)
-    return base + (v * 4)[:, None] + tl.arange(0, 4)[None, :]
+def places_of(ptr, at, v, W: tl.constexpr):
+    """[R, W]: pointers to the elements of vectors v, W in each."""
+    return ptr + tl.multiple_of(at[0] * W, W) + (v * W)[:, None] + tl.arange(0, W)[None, :]
 
 
 @triton.jit
-def load_words(ptr, origin, v, live):
+def words_of(ptr, at, v):
+    return places_of(ptr.to(tl.pointer_type(tl.int32)), at, v, 4)
+
+
+@triton.jit
+def load_words(ptr, at, v, live):
     """[R, 4] words, FILL where not ``live``."""
     if ptr.dtype.element_ty == tl.float32:
         fill = tl.full([], FILL, tl.float32).to(tl.int32, bitcast=True)
     elif ptr.dtype.element_ty == tl.bfloat16:
-        fill = -0x047F0480  # FILL twice, 0xFB80FB80
+        fill = FILL_BF16_TWICE
     else:
-        fill = -0x04000401  # FILL_FP16 twice, 0xFBFFFBFF
-    return tl.load(word_places(ptr, origin, v), mask=live[:, None], other=fill)
+        fill = FILL_FP16_TWICE
+    return tl.load(words_of(ptr, at, v), mask=live[:, None], other=fill)
 
 
 @triton.jit
 def part_of(word, half: tl.constexpr, zero, DTYPE: tl.constexpr):
-    """The logits in one half of the words, in fp32; of fp32 words the whole. ``zero`` is one that the compiler does
-    not know to be 0: it would otherwise keep what another pass over the words has unpacked, in twice the registers."""
+    """The logits in one half of the words, in fp32; of fp32 words the whole. ``zero`` is a 0 of which the compiler does
+    not know: it would otherwise keep what another pass over the words has unpacked, in twice the registers."""
     if DTYPE == tl.float32:
         z = word.to(tl.float32, bitcast=True)
     elif DTYPE == tl.bfloat16:
@@ -125,18 +129,13 @@ def part_of(word, half: tl.constexpr, zero, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def store_words(ptr, origin, v, live, low, high, R: tl.constexpr):
+def store_words(ptr, at, v, live, low, high):
     """[R, 4] values of the words' halves (fp32: of the words, ``low``) over whole vectors."""
     if ptr.dtype.element_ty == tl.float32:
-        places = ptr + tl.multiple_of(origin * 4, 4) + (v * 4)[:, None] + tl.arange(0, 4)[None, :]
-        tl.store(places, low, mask=live[:, None])
+        tl.store(places_of(ptr, at, v, 4), low, mask=live[:, None])
     else:
-        g = tl.reshape(tl.join(low, high).to(ptr.dtype.element_ty), [R, 8])
-        places = ptr + tl.multiple_of(origin * 8, 8) + (v * 8)[:, None] + tl.arange(0, 8)[None, :]
-        tl.store(places, g, mask=live[:, None])
-
-
-# --- its sums ------------------------------------------------------------------------------------------
+        g = tl.reshape(tl.join(low, high).to(ptr.dtype.element_ty), [low.shape[0], 8])
+        tl.store(places_of(ptr, at, v, 8), g, mask=live[:, None])
 
 
 @triton.jit
@@ -147,20 +146,15 @@ def higher(best, word, DTYPE: tl.constexpr, PACKED: tl.constexpr):
             "max.bf16x2 $0, $1, $2;", "=r,r,r", [best, word], dtype=tl.int32, is_pure=True, pack=1
         )
     else:
-        best = tl.maximum(best, part_of(word, 0, 0, DTYPE))
-        if DTYPE != tl.float32:
-            best = tl.maximum(best, part_of(word, 1, 0, DTYPE))
+        for half in tl.static_range(1 if DTYPE == tl.float32 else 2):
+            best = tl.maximum(best, part_of(word, half, 0, DTYPE))
     return best
 
 
 @triton.jit
 def lowest(R: tl.constexpr, PACKED: tl.constexpr):
     """What ``higher`` starts from."""
-    if PACKED:
-        best = tl.full([R, 4], -0x047F0480, tl.int32)
-    else:
-        best = tl.full([R, 4], FILL, tl.float32)
-    return best
+    return tl.full([R, 4], FILL_BF16_TWICE, tl.int32) if PACKED else tl.full([R, 4], FILL, tl.float32)
 
 
 @triton.jit
@@ -173,8 +167,7 @@ def top_of(best, PACKED: tl.constexpr):
 
 @triton.jit
 def base_of(top):
-    """What exponents are taken relative to, for a maximum: an integer power of two, so that a lane's sums move to
-    another maximum without rounding, and so that it is the same wherever it is computed."""
+    """What exponents of two are relative to: an integer, so that sums move to another maximum without rounding."""
     return tl.floor(top * LOG2E)
 
 
@@ -194,14 +187,10 @@ def add_word(word, live, base, zero, sums, R: tl.constexpr, DTYPE: tl.constexpr)
     part = tl.zeros([R, 2], tl.float32)
     left, right = tl.split(tl.reshape(word, [R, 2, 2]))
     base = base[:, None]
-    z = part_of(left, 0, zero, DTYPE)
-    s1, s2, s3, s4, s_ex, part = add_term(z, base, s1, s2, s3, s4, s_ex, part)
-    z = part_of(right, 0, zero, DTYPE)
-    s1, s2, s3, s4, s_ex, part = add_term(z, base, s1, s2, s3, s4, s_ex, part)
-    if DTYPE != tl.float32:
-        z = part_of(left, 1, zero, DTYPE)
+    for half in tl.static_range(1 if DTYPE == tl.float32 else 2):
+        z = part_of(left, half, zero, DTYPE)
         s1, s2, s3, s4, s_ex, part = add_term(z, base, s1, s2, s3, s4, s_ex, part)
-        z = part_of(right, 1, zero, DTYPE)
+        z = part_of(right, half, zero, DTYPE)
         s1, s2, s3, s4, s_ex, part = add_term(z, base, s1, s2, s3, s4, s_ex, part)
     return s1, s2, s3, s4, s_ex, s_x + tl.where(live, tl.sum(part, 1), 0.0)
 
@@ -236,33 +225,29 @@ def added(a, b):
 
 
 @triton.jit
-def add_edge(top, count, sums, z, off, R: tl.constexpr):
-    """What each lane has, its maximum, the number of its elements and their sums, and one more where ``off``."""
+def add_edge(lanes, z, off, R: tl.constexpr):
+    """``lanes`` with one entry more, z, where ``off``."""
+    top, count, sums = lanes
     new_top = tl.maximum(top, z)
     base = base_of(new_top)
     none = tl.zeros([R], tl.float32)
     s1, s2, s3, s4, s_ex, s_x = add_term(z, base, none, none, none, none, none, none)
     one = off.to(tl.float32)
-    sums = added(
-        rescaled(sums, count, base_of(top) - base), (s1 * one, s2 * one, s3 * one, s4 * one, s_ex * one, s_x * one)
-    )
-    return new_top, count + one, sums
+    sums = rescaled(sums, count, base_of(top) - base)
+    return new_top, count + one, added(sums, (s1 * one, s2 * one, s3 * one, s4 * one, s_ex * one, s_x * one))
 
 
 @triton.jit
-def add_blocks(
-    ptr, origin, begin, first, last, ty, top, count, sums, K: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
-    PACKED: tl.constexpr,
-):  # fmt: skip
-    """The row's vectors from ``begin`` on, K a lane at a time, added to what each lane has: its maximum, the number
-    of its elements and their sums."""
+def add_blocks(ptr, at, begin, lanes, K: tl.constexpr, R: tl.constexpr, W: tl.constexpr, PACKED: tl.constexpr):
+    """``lanes`` with the row's vectors from ``begin`` on, K a lane at a time."""
     DTYPE: tl.constexpr = ptr.dtype.element_ty
+    top, count, sums = lanes
     lane = tl.arange(0, R)
-    for start in range(begin, last, K * R):
+    for start in range(begin, at[3], K * R):
         words = ()
         for k in tl.static_range(K):
             v = start + k * R + lane
-            words = words + (load_words(ptr, origin, v, is_whole(v, first, last, ty, True, True)),)
+            words = words + (load_words(ptr, at, v, is_whole(v, at, True, True)),)
         best = lowest(R, PACKED)
         for k in tl.static_range(K):
             best = higher(best, words[k], DTYPE, PACKED)
@@ -272,7 +257,7 @@ def add_blocks(
         fresh = no_sums(R)
         for k in tl.static_range(K):
             v = start + k * R + lane
-            live = is_whole(v, first, last, ty, True, True)
+            live = is_whole(v, at, True, True)
             fresh = add_word(words[k], live, base, 0, fresh, R, DTYPE)
             count += tl.where(live, W * 1.0, 0.0)
         sums = added(sums, per_lane(fresh))
@@ -281,8 +266,9 @@ def add_blocks(
 
 
 @triton.jit
-def over_lanes(top, count, sums):
-    """(maximum, sums) of the row from those of its lanes: of exp(t)^k, exp(t) t and t, with t = z - maximum."""
+def over_lanes(lanes):
+    """(maximum, sums) of the row: of exp(t)^k, exp(t) t and t, with t = z - maximum."""
+    top, count, sums = lanes
     most = tl.max(top, 0)
     s1, s2, s3, s4, s_ex, s_x = rescaled(sums, count, tl.fma(-most, LOG2E, base_of(top)))
     s_et, s_t = tl.sum(s_ex, 0) * LN2, tl.sum(s_x, 0) * LN2
@@ -290,62 +276,68 @@ def over_lanes(top, count, sums):
 
 
 @triton.jit
-def element(ptr, origin, v, half: tl.constexpr, shift, V, y, W: tl.constexpr):
+def element(ptr, at, v, half: tl.constexpr, V, y, W: tl.constexpr):
     """(z, j), [R, 4]: entries of vectors that need not be whole, -inf outside of the row and at the target, and their
     places in the row."""
-    word = tl.load(word_places(ptr, origin, v), mask=(v * W < shift + V)[:, None], other=0)
+    shift = at[1]
+    word = tl.load(words_of(ptr, at, v), mask=(v * W < shift + V)[:, None], other=0)
     j = (v * W)[:, None] + tl.arange(0, 4)[None, :] * (W // 4) + half - shift
     z = part_of(word, half, 0, ptr.dtype.element_ty)
     return tl.where((j >= 0) & (j < V) & (j != y), z, float("-inf")), j
 
 
 @triton.jit
-def careful_sums(ptr, origin, shift, last, V, y, z_y, keep, R: tl.constexpr, W: tl.constexpr):
-    """(maximum, sums as ``over_lanes``, live entries, whether one beats the target or ties it from before it), of a row
-    where any entry may be infinite, in two passes; nothing is read unless ``keep``."""
+def careful_sums(ptr, at, V, y, z_y, keep, R: tl.constexpr, W: tl.constexpr):
+    """(maximum, sums as ``over_lanes``, number of live entries, whether one beats the target or ties it from before it)
+    of a row where any entry may be infinite, in two passes. Nothing is read unless ``keep``."""
     lane = tl.arange(0, R)
     minus_inf = float("-inf")
-    end = tl.where(keep, last + 1, 0)
+    end = tl.where(keep, at[3] + 1, 0)
     best = tl.full([R], minus_inf, tl.float32)
     for start in range(0, end, R):
         for half in tl.static_range(W // 4):
-            z, _j = element(ptr, origin, start + lane, half, shift, V, y, W)
+            z, _j = element(ptr, at, start + lane, half, V, y, W)
             best = tl.maximum(best, tl.max(z, 1))
     top = tl.max(best, 0)
     ref = tl.where(top == minus_inf, 0.0, top)
     none = tl.zeros([R], tl.float32)
-    s1, s2, s3, s4, s_et, s_t, count = none, none, none, none, none, none, none
+    sums, count = (none, none, none, none, none, none), none
     ahead = tl.zeros([R], tl.int32)
     for start in range(0, end, R):
         for half in tl.static_range(W // 4):
-            z, j = element(ptr, origin, start + lane, half, shift, V, y, W)
+            z, j = element(ptr, at, start + lane, half, V, y, W)
             live = z != minus_inf
             t = tl.where(live, z - ref, 0.0)
             e = tl.where(live, tl.exp2(t * LOG2E), 0.0)
             e2 = e * e
-            s1, s2 = s1 + tl.sum(e, 1), s2 + tl.sum(e2, 1)
-            s3, s4 = s3 + tl.sum(e2 * e, 1), s4 + tl.sum(e2 * e2, 1)
-            s_et, s_t = s_et + tl.sum(e * t, 1), s_t + tl.sum(t, 1)
+            powers = tl.sum(e, 1), tl.sum(e2, 1), tl.sum(e2 * e, 1), tl.sum(e2 * e2, 1)
+            sums = added(sums, powers + (tl.sum(e * t, 1), tl.sum(t, 1)))
             count += tl.sum(live.to(tl.float32), 1)
             ahead += tl.sum(((z > z_y) | ((z == z_y) & (j < y) & live)).to(tl.int32), 1)
-    sums = (tl.sum(s1, 0), tl.sum(s2, 0), tl.sum(s3, 0), tl.sum(s4, 0), tl.sum(s_et, 0), tl.sum(s_t, 0))
+    s1, s2, s3, s4, s_et, s_t = sums
+    sums = tl.sum(s1, 0), tl.sum(s2, 0), tl.sum(s3, 0), tl.sum(s4, 0), tl.sum(s_et, 0), tl.sum(s_t, 0)
     return top, sums, tl.sum(count, 0), tl.sum(ahead, 0) > 0
-
-
-# --- its Stats -----------------------------------------------------------------------------------------
 
 
 @triton.jit
 def needs_care(top, s_t, z_y):
-    """Whether ``careful_sums`` must have a look: only then can there be ties with the target, entries that are not
-    finite, or none at all."""
+    """Whether there may be ties with the target, entries that are not finite, or none at all."""
     return (z_y == top) | (s_t - s_t != 0.0) | (top <= NO_TOP)
 
 
 @triton.jit
-def finish_row(out, stride, correct_ptr, keep, z_y, top, sums, live, beaten):
-    """The row's Stats, stored, 0 where ``keep`` is false; those that the callers go on with. ``live``: entries beside
-    the target that are not -inf; ``beaten``: whether one of them is the argmax."""
+def put(to, STAT: tl.constexpr, keep, value):
+    tl.store(to[0] + STAT * to[1], tl.where(keep, value, 0.0))
+
+
+@triton.jit
+def finish_row(to, keep, z_y, found):
+    """Stores the row's Stats, 0 where ``keep`` is false, in ``to``: (stats, their stride, correct).
+
+    Returns (moments, ref, w, rest). Moments are (log_p, r1, r2, r3, r4, mean_log_p, p_y, n), with n entries above -inf.
+    Off target p_j = w exp(z_j - ref) and log p_j = z_j - ref + rest[0]. The target's log_p, 0 where it is -inf, is
+    rest[1], and whether it is above -inf, rest[2]."""
+    top, sums, live, beaten = found
     minus_inf = float("-inf")
     s1, s2, s3, s4, s_et, s_t = sums
     ref = tl.where(top == minus_inf, 0.0, top)
@@ -372,28 +364,26 @@ def finish_row(out, stride, correct_ptr, keep, z_y, top, sums, live, beaten):
     r3 = w2 * w * s3
     r4 = w2 * w2 * s4
     mean_log_p = (s_t + live * off + target_log_p) / n
-    tl.store(out, tl.where(keep, log_p, 0.0))
-    tl.store(out + stride, tl.where(keep, r1, 0.0))
-    tl.store(out + 2 * stride, tl.where(keep, r2, 0.0))
-    tl.store(out + 3 * stride, tl.where(keep, mean_log_p, 0.0))
-    tl.store(out + 5 * stride, tl.where(keep, r3, 0.0))
-    tl.store(out + 6 * stride, tl.where(keep, r4, 0.0))
-    tl.store(out + 7 * stride, tl.where(keep, -(w * s_et + r1 * off + p_y * target_log_p), 0.0))
-    tl.store(out + 8 * stride, tl.where(keep, tl.maximum(p_y, w), 0.0))
-    tl.store(out + 9 * stride, tl.where(keep, n, 0.0))
-    tl.store(out + 10 * stride, tl.where(keep, p_y, 0.0))
-    tl.store(out + 13 * stride, tl.where(keep, ref, 0.0))
-    tl.store(out + 14 * stride, tl.where(keep, total, 0.0))
-    tl.store(correct_ptr, (beaten == 0) & keep)
-    return ref, w, log_p, r1, p_y, n, r2, r3, r4, mean_log_p, off, target_log_p, y_live
-
-
-# --- its gradient --------------------------------------------------------------------------------------
+    put(to, LOG_P, keep, log_p)
+    put(to, R1, keep, r1)
+    put(to, R2, keep, r2)
+    put(to, MEAN_LOG_P, keep, mean_log_p)
+    put(to, R3, keep, r3)
+    put(to, R4, keep, r4)
+    put(to, ENTROPY, keep, -(w * s_et + r1 * off + p_y * target_log_p))
+    put(to, CONFIDENCE, keep, tl.maximum(p_y, w))
+    put(to, SUPPORT, keep, n)
+    put(to, P_Y, keep, p_y)
+    put(to, ROW_MAX, keep, ref)
+    put(to, ROW_SUM, keep, total)
+    tl.store(to[2], (beaten == 0) & keep)
+    return (log_p, r1, r2, r3, r4, mean_log_p, p_y, n), ref, w, (off, target_log_p, y_live)
 
 
 @triton.jit
-def gradient_of(x, a, c, b, HAS_B: tl.constexpr):
-    """e (a + c e) + b with e = 2^x."""
+def gradient_of(x, rule, HAS_B: tl.constexpr):
+    """e (a + c e) + b with e = 2^x and ``rule`` (a, c, b)."""
+    a, c, b = rule
     e = tl.exp2(x)
     g = e * tl.fma(c, e, a)
     if HAS_B:
@@ -402,12 +392,9 @@ def gradient_of(x, a, c, b, HAS_B: tl.constexpr):
 
 
 @triton.jit
-def store_gradient(
-    ptr, origin, v, live, word, zero, base, a, c, b, HAS_B: tl.constexpr, R: tl.constexpr, DTYPE: tl.constexpr
-):
-    """``gradient_of`` the logits in [R, 4] words of DTYPE, x relative to ``base``, over whole vectors."""
-    low = gradient_of(tl.fma(part_of(word, 0, zero, DTYPE), LOG2E, -base), a, c, b, HAS_B)
-    high = low
-    if DTYPE != tl.float32:
-        high = gradient_of(tl.fma(part_of(word, 1, zero, DTYPE), LOG2E, -base), a, c, b, HAS_B)
-    store_words(ptr, origin, v, live, low, high, R)
+def store_gradient(ptr, at, v, live, word, zero, base, rule, HAS_B: tl.constexpr):
+    """``gradient_of`` the logits in [R, 4] words, x relative to ``base``, over whole vectors of the same dtype."""
+    DTYPE: tl.constexpr = ptr.dtype.element_ty
+    low = gradient_of(tl.fma(part_of(word, 0, zero, DTYPE), LOG2E, -base), rule, HAS_B)
+    high = gradient_of(tl.fma(part_of(word, 1, zero, DTYPE), LOG2E, -base), rule, HAS_B)
+    store_words(ptr, at, v, live, low, high)

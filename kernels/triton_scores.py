@@ -2,17 +2,12 @@
 
     f(log_p, r1, r2, mean_log_p, p_y, knob) -> (loss, d/d log_p, d/d r1, d/d r2, d/d mean_log_p)
 
-``losses.py`` has the same scores in PyTorch and the sources of the formulas; a score there carries the
-name it has here (``score.fused``), and the tests hold the two together. A new one is a function here, its
-line in SCORES, and ``named("my_score", ...)`` around its PyTorch form.
+losses.py has the same scores in PyTorch, and the sources of the formulas. A new one here is a function, its name in
+FUSED_SCORES, and ``named("my_score", ...)`` around its PyTorch form; the tests hold the two together.
 """
-
-from typing import NamedTuple
 
 import triton
 import triton.language as tl
-
-LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -51,16 +46,5 @@ def smoothing(log_p, r1, r2, mean_log_p, p_y, knob):
     return -(1.0 - knob) * log_p - knob * mean_log_p, knob - 1.0, 0.0, 0.0, -knob
 
 
-class Score(NamedTuple):
-    function: triton.JITFunction
-    reads_mean: bool = False  # has a derivative at mean_log_p
-
-
-SCORES = {
-    "ce": Score(ce),
-    "brier": Score(brier),
-    "spherical": Score(spherical),
-    "dpsm": Score(dpsm),
-    "focal": Score(focal),
-    "smoothing": Score(smoothing, reads_mean=True),
-}
+FUSED_SCORES = {score.__name__: score for score in (ce, brier, spherical, dpsm, focal, smoothing)}
+READS_MEAN = {"smoothing"}  # the scores with a derivative at mean_log_p

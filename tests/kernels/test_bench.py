@@ -12,11 +12,17 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from accounting import bytes_beside
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import bench, claims, linear_score, losses
-from kernels import head as linear
-from kernels.chunks import ALLOWANCE, TILE, bytes_beside, chunk_rows, cuda_chunk, row_stride, weight_bytes_beside
+from kernels import head_pass, linear_score, losses
+from kernels.bench import claims, compare, timing
+from kernels.bench.__main__ import main
+from kernels.bench.paths import shapes_of, time_chunks
+from kernels.bench.providers import FROM_LOGITS
+from kernels.bench.rows import write_csv
+from kernels.bench.timing import Shape, make_inputs
+from kernels.chunks import ALLOWANCE, TILE, chunk_rows, cuda_chunk, row_stride, weight_bytes_beside
 
 HEADS = {"gpt2": (8192, 50257, 768), "qwen3": (8192, 151936, 1024)}
 PLENTY = 80 * 10**9
@@ -135,9 +141,9 @@ def test_memory_is_what_the_accounting_says(rows, weight_dtype, monkeypatch):
         for x in (stats, correct, losses, fisher, out):
             x.zero_()
 
-    kernel = SimpleNamespace(SCORES={"ce"}, DTYPES=(torch.bfloat16,), CAN_KEEP_W=False, fused_score=fused_score)
-    monkeypatch.setattr(linear, "choose_impl", lambda impl, tensor: kernel)
-    monkeypatch.setattr(linear, "products_widen", lambda device: True)
+    kernel = SimpleNamespace(FUSED_SCORES={"ce"}, DTYPES=(torch.bfloat16,), CAN_KEEP_W=False, fused_score=fused_score)
+    monkeypatch.setattr(head_pass, "choose_impl", lambda impl, tensor: kernel)
+    monkeypatch.setattr(head_pass, "products_widen", lambda device: True)
     monkeypatch.setattr(torch, "mm", mm)
     monkeypatch.setattr(torch, "addmm", addmm)
     with Live(hidden, weight, targets) as live:
@@ -187,18 +193,21 @@ def test_every_claim_has_its_line():
     assert len(by_verdict([])["not measured"]) == 20
 
 
-@pytest.mark.parametrize("change, lines", [
-    ({"ours DPSM": dict(share_of_copy=0.74)}, 2),
-    ({"Liger CE": dict(step_ms=1.52)}, 2),
-    ({"torch.compile CE": dict(step_ms=1.52)}, 2),
-    ({"ours CE": dict(step_ms=0.99)}, 2),
-    ({"linear_score CE": dict(step_ms=0.99)}, 2),
-    ({claims.FULL: dict(ratio_to_products=1.11)}, 2),
-    ({claims.FULL: dict(beside_bytes=301e6)}, 2),
-    ({claims.FULL: dict(gradient_error=0.0051)}, 2),
-    ({"step: torch CE": dict(step_ms=98.0)}, 1),
-    ({"step: DPSM, Fisher": dict(peak_bytes=11e9)}, 2),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, lines",
+    [
+        ({"ours DPSM": dict(share_of_copy=0.74)}, 2),
+        ({"Liger CE": dict(step_ms=1.52)}, 2),
+        ({"torch.compile CE": dict(step_ms=1.52)}, 2),
+        ({"ours CE": dict(step_ms=0.99)}, 2),
+        ({"linear_score CE": dict(step_ms=0.99)}, 2),
+        ({claims.FULL: dict(ratio_to_products=1.11)}, 2),
+        ({claims.FULL: dict(beside_bytes=301e6)}, 2),
+        ({claims.FULL: dict(gradient_error=0.0051)}, 2),
+        ({"step: torch CE": dict(step_ms=98.0)}, 1),
+        ({"step: DPSM, Fisher": dict(peak_bytes=11e9)}, 2),
+    ],
+)
 def test_a_claim_that_does_not_hold_is_said_not_to(change, lines):
     table = by_verdict(figures(**change))
     assert len(table["not met"]) == lines and len(table["met"]) == 20 - lines
@@ -213,51 +222,50 @@ def test_a_missing_peer_is_named_and_other_runs_do_not_count(tmp_path, capsys):
     assert all("liger_kernel" in r["measured"] for r in table["not measured"])
     # The same from the file, by the command.
     file = tmp_path / "rows.csv"
-    bench.write_csv(rows, str(file))
-    assert claims.main([str(file)]) == 0
+    write_csv(rows, str(file))
+    assert main(["--claims-of", str(file)]) == 0
     shown = capsys.readouterr().out
     assert shown.count("not measured  (Liger CE: not installed: No module named 'liger_kernel')") == 2
     assert shown.count("  met") == 18
+
+
+def test_claims_of_the_training_step_say_how_to_measure_them(tmp_path, capsys):
+    files = {}
+    for step in (False, True):
+        rows = [r for r in figures() if r["provider"].startswith("step: ") == step]
+        files[step] = tmp_path / f"{step}.csv"
+        write_csv(rows, str(files[step]))
+    assert main(["--claims-of", str(files[False])]) == 0
+    shown = capsys.readouterr().out
+    how = "python -m races.train_step --csv FILE, then --train-step-csv FILE"
+    assert shown.count("not measured") == shown.count(how) == 4 and shown.count("  met") == 16
+    assert main(["--claims-of", *map(str, files.values())]) == 0
+    assert capsys.readouterr().out.count("  met") == 20
 
 
 def test_claims_of_a_file_that_is_none(tmp_path, capsys):
     other = tmp_path / "other.csv"
     other.write_text("a,b\n1,2\n")
     for file in (other, tmp_path / "absent.csv"):
-        assert claims.main([str(file)]) == 2
+        assert main(["--claims-of", str(file)]) == 2
         assert capsys.readouterr().err.count("\n") == 1
 
 
 # --- the bench's other modes ------------------------------------------------------------------------------
 
 
-def test_training_step_of_a_tiny_model(tmp_path, capsys):
-    file = tmp_path / "step.csv"
-    assert bench.main(["--train-step", "--repeats", "1", "--device", "cpu", "--csv", str(file)]) == 0
-    with open(file) as opened:
-        rows = {r["provider"]: r for r in csv.DictReader(opened)}
-    assert set(rows) == {"step: torch CE", "step: our CE", "step: DPSM, Fisher"}
-    assert all(float(r["step_ms"]) > 0 and r["peak_bytes"] == "" for r in rows.values())
-    assert "step: DPSM, Fisher" in capsys.readouterr().out
-
-
-def test_sides_of_the_training_step_compute_their_loss():
-    from races.train_step import sides
-
-    hidden, weight, targets = torch.randn(6, 8), torch.randn(30, 8), torch.randint(30, (6,))
-    values = {name: loss_of(hidden, weight, targets) for name, loss_of in sides("cpu").items()}
-    torch.testing.assert_close(values["step: torch CE"], values["step: our CE"])
-    want = bench.LINEAR["linear + literal DPSM"](hidden, weight, targets)
-    torch.testing.assert_close(values["step: DPSM, Fisher"], want)
-
-
-@pytest.mark.parametrize("arguments, message", [
-    (["--paths", "--device", "cpu"], "--paths needs a GPU"),
-    (["--claims", "--device", "cpu"], "--claims needs a GPU"),
-    (["--train-step", "--plot", "x.png"], "--plot is of the bench"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--paths", "--device", "cpu"], "--paths needs a GPU"),
+        (["--claims", "--device", "cpu"], "--claims needs a GPU"),
+        (["--audit-2k", "--plot", "x.png"], "--plot is of the bench"),
+        (["--train-step-csv", "x.csv"], "--train-step-csv goes with --claims"),
+        (["--n", "-1"], "--n -1"),
+    ],
+)
 def test_modes_that_cannot_be_say_so_in_one_line(arguments, message, capsys):
-    assert bench.main(arguments) == 2
+    assert main(arguments) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and message in err
 
@@ -270,13 +278,13 @@ def test_a_peer_that_fails_is_named_and_one_of_ours_is_not_hidden(monkeypatch):
         raise torch.OutOfMemoryError("8 GiB")
 
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    leaves, targets = bench.make_inputs(False, 4, 9, 0, "fp32", "cpu")
-    functions = {"ours CE": bench.LOSSES["ours CE"], "Liger CE": fails, "literal DPSM": too_large}
-    missing = bench.drop_failing(functions, leaves, targets)
+    leaves, targets = make_inputs(Shape(4, 9), "fp32", "cpu")
+    functions = {"ours CE": FROM_LOGITS["ours CE"], "Liger CE": fails, "literal DPSM": too_large}
+    missing = compare.drop_failing(functions, leaves, targets)
     assert missing == {"Liger CE": "failed: AttributeError: no such kernel", "literal DPSM": "out of memory"}
     assert list(functions) == ["ours CE"]
     with pytest.raises(AttributeError):
-        bench.drop_failing({"ours CE": fails}, leaves, targets)
+        compare.drop_failing({"ours CE": fails}, leaves, targets)
 
 
 def test_rows_are_on_file_as_they_come(tmp_path, monkeypatch):
@@ -289,9 +297,9 @@ def test_rows_are_on_file_as_they_come(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return 10**6
 
-    monkeypatch.setattr(bench, "measure_memory_apart", memory)
+    monkeypatch.setattr(timing, "measure_memory_apart", memory)
     with pytest.raises(KeyboardInterrupt):
-        bench.main(["--n", "8", "--v", "30", "--d", "4", "--repeats", "1", "--device", "cpu", "--csv", str(file)])
+        main(["--n", "8", "--v", "30", "--d", "4", "--repeats", "1", "--device", "cpu", "--csv", str(file)])
     with open(file) as opened:
         assert [r["provider"] for r in csv.DictReader(opened)] == seen[:2]
 
@@ -311,7 +319,8 @@ def test_every_shape_of_the_score_kernel_gives_the_same_numbers(dtype):
     for shape in shapes:
         stats, correct = torch.empty(15, 3), torch.empty(3, dtype=torch.bool)
         loss, fisher, out = torch.empty(3), torch.empty(3), torch.empty_like(z)
-        triton_impl.fused_score("dpsm", knob, z, y, None, None, stats, correct, loss, fisher, out, shape=shape)
+        filled = dict(stats=stats, correct=correct, losses=loss, fisher=fisher, out=out)
+        triton_impl.fused_score("dpsm", knob, z, y, None, None, **filled, shape=shape)
         results.append([loss, fisher, out, *stats[[0, 1, 2, 3, 5, 6, 7, 8]]])
     for other in results[1:]:
         torch.testing.assert_close(other[2], results[0][2], rtol=2**-8 if dtype == torch.bfloat16 else 2e-5, atol=1e-9)
@@ -320,7 +329,6 @@ def test_every_shape_of_the_score_kernel_gives_the_same_numbers(dtype):
 
 def test_paths_begin_with_the_shape_that_is_chosen():
     triton_impl = pytest.importorskip("kernels.triton_impl")
-    from kernels.paths import shapes_of
 
     for v in (50257, 151936):
         shapes = shapes_of(v, torch.bfloat16)
@@ -329,7 +337,5 @@ def test_paths_begin_with_the_shape_that_is_chosen():
 
 
 def test_chunks_are_timed_beside_the_products():
-    from kernels.paths import time_chunks
-
-    ratios = time_chunks(8, 30, 4, "fp32", "cpu", 1, (2, 8))
+    ratios = time_chunks(Shape(8, 30, 4), "fp32", "cpu", 1, (2, 8))
     assert list(ratios) == [2, 8] and all(x > 0 for x in ratios.values())

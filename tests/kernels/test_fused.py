@@ -76,12 +76,12 @@ def test_kernel_form_of_a_score_is_its_torch_form(name):
     logits = torch.randn(64, 11, generator=torch.Generator().manual_seed(1)).mul_(6).to(DEVICE)
     m = softmax_moments(logits, torch.arange(64, device=DEVICE) % 11, impl="torch")
     want, partials = score_partials(m, NAMED[name])
-    function = triton_scores.SCORES[name].function
+    function = triton_scores.FUSED_SCORES[name]
     got = _evaluate(function, m, NAMED[name].fused[1])
     torch.testing.assert_close(got[0], want, rtol=1e-5, atol=1e-6)
     for g, p in zip(got[1:], Partials(*partials)[:4], strict=True):
         torch.testing.assert_close(g, torch.zeros_like(want) if p is None else p, rtol=2e-5, atol=1e-6)
-    assert triton_scores.SCORES[name].reads_mean == (partials.mean_log_p is not None)
+    assert (name in triton_scores.READS_MEAN) == (partials.mean_log_p is not None)
 
 
 def _evaluate(function, m, knob):
@@ -287,11 +287,14 @@ def test_weight_zero_ignores_even_an_infinite_loss(impl):
         assert loss.isfinite() and hidden.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(bias=torch.zeros(3)), "bias must be"),
-    (dict(weights=torch.ones(3)), "weights must be"),
-    (dict(reduction="none", denominator=torch.tensor(2.0)), "denominator is for"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(bias=torch.zeros(3)), "bias must be"),
+        (dict(weights=torch.ones(3)), "weights must be"),
+        (dict(reduction="none", denominator=torch.tensor(2.0)), "denominator is for"),
+    ],
+)
 def test_bad_arguments_are_named(change, message):
     hidden, weight, _, targets, _ = head()
     with pytest.raises(ValueError, match=message):
@@ -345,43 +348,13 @@ def test_the_operators_are_sound(name):
     from kernels import compiled
 
     hidden, weight, bias, targets, weights = head()
-    number = losses.ce.number
-    if name == "linear_score":
-        op = compiled._linear_score
-        for reduction in ("mean", "none"):
-            args = (
-                hidden,
-                weight,
-                targets,
-                bias,
-                weights,
-                None,
-                number,
-                -100,
-                reduction,
-                0.0,
-                True,
-                4,
-                "auto",
-                [True] * 3,
-            )
-            torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
-    else:
-        args = (
-            hidden,
-            weight,
-            targets,
-            bias,
-            weights,
-            torch.ones(13, device=DEVICE),
-            number,
-            -100,
-            0.0,
-            4,
-            "auto",
-            [True] * 3,
-        )
-        torch.library.opcheck(compiled._linear_score_backward, args, test_utils=("test_schema", "test_faketensor"))
+    options = dict(score=losses.ce.number, wants=[True] * 3, fisher=True, ignore_index=-100, tail=0.0, chunk=4)
+    for reduction in ("mean", "none"):
+        o = compiled._Options(**options, reduction=reduction, impl="auto")
+        last = None if name == "linear_score" else torch.ones(13, device=DEVICE)
+        arguments = (hidden, weight, targets, bias, weights, last, *o)
+        op = getattr(compiled, f"_{name}")
+        torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -489,10 +462,22 @@ def test_hf_trainer_gives_the_loss_curve_of_our_own_loop(tmp_path):
             loss_fn.set_step(state.global_step, state.max_steps)
 
     arguments = TrainingArguments(
-        tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=3, max_steps=4, learning_rate=1e-2,
-        lr_scheduler_type="constant", logging_steps=1, report_to=[], save_strategy="no", use_cpu=DEVICE == "cpu",
-        optim="adamw_torch", weight_decay=0.0, max_grad_norm=0, disable_tqdm=True, train_sampling_strategy="sequential",
-    )  # fmt: skip
+        tmp_path,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=3,
+        max_steps=4,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=DEVICE == "cpu",
+        optim="adamw_torch",
+        weight_decay=0.0,
+        max_grad_norm=0,
+        disable_tqdm=True,
+        train_sampling_strategy="sequential",
+    )
     trainer = Trainer(model, arguments, train_dataset=rows, compute_loss_func=loss_fn.trainer_loss, callbacks=[Ramp()])
     trainer.train()
     curve = [row["loss"] for row in trainer.state.log_history if "loss" in row]

@@ -1,16 +1,19 @@
 """What only a device shows: the compiled kernels over the full grid, tensors beyond 2^31 elements, the memory of
 linear_score, and that nothing waits for the device.
 
-    pytest -m gpu tests/test_gpu.py -n 8     # pytest-xdist: most of the time is spent compiling kernels
+    pytest -m gpu tests/kernels/test_gpu.py -n 8     # pytest-xdist: most of the time is spent compiling kernels
 """
 
 import time
 
 import pytest
 import torch
+from accounting import bytes_beside
 
-from kernels import bench, linear_score, logits_score, losses
-from kernels.chunks import ALLOWANCE, bytes_beside, cuda_chunk
+from kernels import linear_score, logits_score, losses
+from kernels.bench.providers import FROM_HIDDEN
+from kernels.bench.timing import HEADS, measure_memory
+from kernels.chunks import ALLOWANCE, cuda_chunk
 
 pytestmark = [
     pytest.mark.gpu,
@@ -144,8 +147,8 @@ def test_linear_score_against_fp64(v, dtypes):
 
 @pytest.mark.parametrize("shape", ["gpt2", "qwen3"])
 def test_memory_of_linear_score(shape):
-    n, v, d = bench.SHAPES[shape]
-    peak = bench.measure_memory(bench.LINEAR["linear_score DPSM, Fisher"], True, n, v, d, "bf16", "cuda")
+    n, v, d = HEADS[shape]
+    peak = measure_memory(FROM_HIDDEN["linear_score DPSM, Fisher"], HEADS[shape], "bf16", "cuda")
     beside = peak - 2 * (n + v) * d
     rows = cuda_chunk(n, v, d, 2, 2, torch.device("cuda", torch.cuda.current_device()))
     # What the accounting leaves out is of size N: statistics, targets, masks, some 200 bytes a token; and the

@@ -18,10 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import kernels.head
-import kernels.moments
+import kernels.impl
 import kernels.torch_impl
-from kernels import Moments, bench, linear_moments, linear_score, losses, softmax_moments, token_fisher
+from kernels import Moments, linear_moments, linear_score, losses, softmax_moments, token_fisher
+from kernels.bench import timing
+from kernels.bench.__main__ import main
+from kernels.bench.providers import FROM_HIDDEN, FROM_LOGITS
+from kernels.bench.timing import Shape, make_inputs, measure_memory_apart
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IMPLS = ("torch", "triton")
@@ -422,9 +425,9 @@ def test_errors_in_threads_come_out():
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux's high-water mark")
 def test_peak_memory_of_a_fresh_process():
     one = 2048 * 8192 * 4
-    assert bench.measure_memory_apart("ours DPSM in place", 2048, 8192, 0, "fp32", 1) <= 0.1 * one
+    assert measure_memory_apart("ours DPSM in place", Shape(2048, 8192), "fp32", 1) <= 0.1 * one
     # the gradient itself, and the scratch
-    assert bench.measure_memory_apart("ours DPSM", 2048, 8192, 0, "fp32", 1) <= 1.1 * one
+    assert measure_memory_apart("ours DPSM", Shape(2048, 8192), "fp32", 1) <= 1.1 * one
 
 
 # --- token_fisher -----------------------------------------------------------------------------------
@@ -742,7 +745,7 @@ def test_ignore_index_inside_the_vocabulary():
 
 def test_impl_is_what_was_asked_for():
     z = torch.zeros(1, 4, device=DEVICE)
-    names = [kernels.moments.choose_impl(impl, z).__name__ for impl in (*IMPLS, "auto")]
+    names = [kernels.impl.choose_impl(impl, z).__name__ for impl in (*IMPLS, "auto")]
     assert names[:2] == ["kernels.torch_impl", "kernels.triton_impl"] and names[2] == names[DEVICE == "cuda"]
 
 
@@ -753,7 +756,7 @@ def test_triton_on_cpu_needs_the_interpreter(monkeypatch):
 
 
 def test_auto_says_once_what_it_chose(caplog):
-    kernels.moments._announce.cache_clear()
+    kernels.impl._automatic.cache_clear()
     with caplog.at_level(logging.INFO, logger="scorecast"):
         for _ in range(3):
             softmax_moments(torch.zeros(1, 4), torch.tensor([0]))
@@ -788,13 +791,13 @@ def test_kernels_compile_for_gpus_without_one(tmp_path):
 
 
 def test_bench_writes_its_rows(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "measure_memory_apart", lambda *args: 4 * 32 * 100)
+    monkeypatch.setattr(timing, "measure_memory_apart", lambda *args: 4 * 32 * 100)
     files = {k: tmp_path / f"bench.{k}" for k in ("json", "csv", "png")}
     shape = ["--n", "32", "--v", "100", "--d", "8", "--repeats", "1", "--device", "cpu"]
     files_to = ["--json", str(files["json"]), "--csv", str(files["csv"]), "--plot", str(files["png"])]
-    assert bench.main([*shape, *files_to]) == 0
+    assert main([*shape, *files_to]) == 0
     rows = {r["provider"]: r for r in json.loads(files["json"].read_text())}
-    assert set(rows) >= {*bench.LOSSES, *bench.LINEAR}
+    assert set(rows) >= {*FROM_LOGITS, *FROM_HIDDEN}
     assert rows["literal DPSM"]["ratio_to_literal"] == 1 and rows["ours DPSM"]["peak_logits"] == 1
     with open(files["csv"]) as file:
         assert [r["provider"] for r in csv.DictReader(file)] == list(rows)
@@ -809,22 +812,22 @@ def test_bench_writes_its_rows(tmp_path, monkeypatch, capsys):
 def test_audit_of_2000_tokens(tmp_path, capsys):
     file, traces = tmp_path / "audit.csv", tmp_path / "traces"
     small = ["--v", "64", "--d", "8", "--repeats", "1", "--device", "cpu"]
-    assert bench.main(["--audit-2k", *small, "--csv", str(file), "--trace", str(traces)]) == 0
+    assert main(["--audit-2k", *small, "--csv", str(file), "--trace", str(traces)]) == 0
     with open(file) as opened:
         rows = {r["loss"]: r for r in csv.DictReader(opened)}
     assert len(rows) == 8 and len(list(traces.iterdir())) == 8
     # Three products of 2000 x 64 x 8, whatever the score.
     assert {int(r["flops"]) for r in rows.values()} == {3 * 2 * 2000 * 64 * 8}
-    assert bench.main(["--nvtx", "--device", "cpu"]) == 2
+    assert main(["--nvtx", "--device", "cpu"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_bench_providers_compute_the_same_loss():
-    leaves, targets = bench.make_inputs(False, 16, 50, 0, "fp32", "cpu")
+    leaves, targets = make_inputs(Shape(16, 50), "fp32", "cpu")
     names = ("literal DPSM", "ours DPSM", "ours DPSM by moments", "ours DPSM in place")
-    values = [bench.LOSSES[n](*leaves, targets).item() for n in names]
-    leaves, targets = bench.make_inputs(True, 16, 50, 8, "fp32", "cpu")
-    values2 = [bench.LINEAR[n](*leaves, targets).item() for n in ("linear + literal DPSM", "linear_score DPSM")]
+    values = [FROM_LOGITS[n](*leaves, targets).item() for n in names]
+    leaves, targets = make_inputs(Shape(16, 50, 8), "fp32", "cpu")
+    values2 = [FROM_HIDDEN[n](*leaves, targets).item() for n in ("linear + literal DPSM", "linear_score DPSM")]
     assert max(values) - min(values) < 1e-5 and max(values2) - min(values2) < 1e-5
 
 

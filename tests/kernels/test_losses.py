@@ -132,6 +132,48 @@ def test_names_and_knobs():
         losses.tail_smoothed("brier", 0.2)(softmax_moments(torch.randn(1, 9), torch.tensor([0])))
 
 
+def test_each_loss_says_which_knobs_it_reads():
+    read = {name: losses.knobs_of(name) for name in losses.LOSSES}
+    assert read == {
+        "ce": (),
+        "brier": ("tail",),
+        "spherical": ("tail",),
+        "dpsm": ("alpha",),
+        "focal": ("gamma",),
+        "smoothing": ("eps",),
+    }
+    m = softmax_moments(torch.randn(6, 9), torch.arange(6), tail=0.2)
+    for name, knobs in read.items():
+        plain = losses.make_score(name)(m)
+        for knob in ("alpha", "gamma", "eps", "tail"):
+            if knob == "tail" and knob not in knobs:
+                continue  # refused, see above
+            assert torch.equal(losses.make_score(name, **{knob: 0.3})(m), plain) == (knob not in knobs)
+    with pytest.raises(ValueError, match="unknown loss 'hinge'"):
+        losses.knobs_of("hinge")
+    for make in (losses.make_score, losses.ProperScoreLoss):
+        with pytest.raises(ValueError, match="unknown knob 'gama'; expected one of tail, alpha, gamma, eps"):
+            make("focal", gama=2.0)
+
+
+def test_a_new_score_is_one_entry_of_the_table(monkeypatch):
+    monkeypatch.setitem(losses.SCORES, "pseudo", losses.Score(lambda m: m.r2))
+    monkeypatch.setitem(losses.SCORES, "mixed", losses.Score(lambda beta: lambda m: m.r1 + beta * m.r2, {"beta": 0.5}))
+    hidden, weight, targets = torch.randn(6, 8), torch.randn(9, 8), torch.arange(6)
+    m = softmax_moments(hidden @ weight.t(), targets)
+    for score, want in (
+        (losses.make_score("pseudo", alpha=0.1), m.r2),
+        (losses.make_score("mixed"), m.r1 + 0.5 * m.r2),
+        (losses.make_score("mixed", beta=2.0), m.r1 + 2 * m.r2),
+    ):
+        torch.testing.assert_close(linear_score(hidden, weight, targets, score)[0], want.mean())
+        compiled = torch.compile(linear_score, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(hidden, weight, targets, score)[0], want.mean())
+    loss = losses.ProperScoreLoss("mixed", beta=2.0)(hidden @ weight.t(), targets)
+    torch.testing.assert_close(loss, (m.r1 + 2 * m.r2).mean())
+    assert losses.knobs_of("mixed") == ("beta",)
+
+
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_alpha_rises_from_zero_to_its_maximum(schedule):
     alphas = [losses.alpha_at(t, 1000, warmup=0.2, schedule=schedule, alpha_max=0.8) for t in range(1001)]

@@ -1,18 +1,21 @@
 """The losses that kernels.bench sets side by side: the literal DPSM, PyTorch's, ours, and the published kernels.
 
-A provider takes leaves that require a gradient, (logits,) or (hidden, weight), and targets, and gives the
-mean loss. Peers are made on demand: what is not installed raises ImportError, which the bench names.
+A provider takes leaves that require a gradient, (logits,) or (hidden, weight), and targets, and gives the mean loss.
+Peers are made on demand: what is not installed raises ImportError, which the bench names.
 """
 
 import importlib
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-from kernels import linear_score, logits_score, softmax_moments
-from kernels.chunks import row_stride
-from kernels.losses import brier, ce, dpsm, focal, smoothing, spherical
+from ..chunks import row_stride
+from ..head import linear_score
+from ..logits import logits_score
+from ..losses import brier, ce, dpsm, focal, smoothing, spherical
+from ..softmax import softmax_moments
 
 ALPHA = 0.5
 
@@ -49,7 +52,7 @@ class _Products(torch.autograd.Function):
 
 
 # Named for what they compute; "ours" with every moment that calibration and Fisher need.
-LOSSES: dict[str, Callable] = {
+FROM_LOGITS: dict[str, Callable] = {
     "literal DPSM": literal_loss,
     "torch CE": F.cross_entropy,
     "ours CE": lambda z, y: logits_score(z, y, ce)[0],
@@ -57,7 +60,7 @@ LOSSES: dict[str, Callable] = {
     "ours DPSM in place": lambda z, y: logits_score(z, y, dpsm(ALPHA), inplace=True)[0],
     "ours DPSM by moments": lambda z, y: dpsm(ALPHA)(softmax_moments(z, y)).mean(),
 }
-LINEAR: dict[str, Callable] = {
+FROM_HIDDEN: dict[str, Callable] = {
     "linear + literal DPSM": lambda h, w, y: literal_loss(F.linear(h, w), y),
     "linear + torch CE": lambda h, w, y: F.cross_entropy(F.linear(h, w), y),
     "matrix products": matrix_products,
@@ -65,85 +68,50 @@ LINEAR: dict[str, Callable] = {
     "linear_score DPSM": lambda h, w, y: linear_score(h, w, y, dpsm(ALPHA))[0],
     "linear_score DPSM, Fisher": lambda h, w, y: linear_score(h, w, y, dpsm(ALPHA), fisher=True)[0],
 }
+# The scores of the efficiency audit, through the head.
+AUDITED = {"CE": ce, "Brier": brier, "spherical": spherical, "DPSM": dpsm(ALPHA)}
+AUDITED |= {"focal": focal(2.0), "smoothing": smoothing(0.1)}
 
 
-def compiled_ce():
-    return torch.compile(F.cross_entropy)
+def _peer(module: str, name: str):
+    try:
+        return getattr(importlib.import_module(module), name)
+    except AttributeError as e:
+        raise ImportError(f"{module} has no {name}") from e
 
 
-def compiled_linear_ce():
-    return torch.compile(lambda h, w, y: F.cross_entropy(F.linear(h, w), y))
-
-
-def torch_linear_ce():
-    if not hasattr(F, "linear_cross_entropy"):
-        raise ImportError(f"torch {torch.__version__} has no F.linear_cross_entropy")
-    return F.linear_cross_entropy
-
-
-def liger_ce():
-    loss = importlib.import_module("liger_kernel.transformers").LigerCrossEntropyLoss()
-    return loss
-
-
-def liger_linear_ce():
-    loss = importlib.import_module("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss()
+def _liger_linear_ce():
+    loss = _peer("liger_kernel.transformers", "LigerFusedLinearCrossEntropyLoss")()
     return lambda h, w, y: loss(w, h, y)
 
 
-def quack_ce():
-    return importlib.import_module("quack.cross_entropy").cross_entropy
-
-
-def flash_attn_ce():
-    loss = importlib.import_module("flash_attn.ops.triton.cross_entropy").cross_entropy_loss
+def _flash_attn_ce():
+    loss = _peer("flash_attn.ops.triton.cross_entropy", "cross_entropy_loss")
     return lambda z, y: loss(z, y)[0].mean()
 
 
-def cut_ce():
-    loss = importlib.import_module("cut_cross_entropy").linear_cross_entropy
-    return lambda h, w, y: loss(h, w, y)
-
-
-def cut_ce_unfiltered():
-    """Without its filter of small gradients, as ours has none."""
-    loss = importlib.import_module("cut_cross_entropy").linear_cross_entropy
-    return lambda h, w, y: loss(h, w, y, filter_eps=None)
-
-
-PEERS: dict[str, Callable[[], Callable]] = {
-    "torch.compile CE": compiled_ce,
-    "Liger CE": liger_ce,
-    "QuACK CE": quack_ce,
-    "flash-attn CE": flash_attn_ce,
+PEERS_FROM_LOGITS: dict[str, Callable[[], Callable]] = {
+    "torch.compile CE": lambda: torch.compile(F.cross_entropy),
+    "Liger CE": lambda: _peer("liger_kernel.transformers", "LigerCrossEntropyLoss")(),
+    "QuACK CE": lambda: _peer("quack.cross_entropy", "cross_entropy"),
+    "flash-attn CE": _flash_attn_ce,
 }
-LINEAR_PEERS: dict[str, Callable[[], Callable]] = {
-    "torch.compile linear CE": compiled_linear_ce,
-    "F.linear_cross_entropy": torch_linear_ce,
-    "Liger linear CE": liger_linear_ce,
-    "Cut Cross-Entropy": cut_ce,
-    "Cut Cross-Entropy, no filter": cut_ce_unfiltered,
+_CUT = ("cut_cross_entropy", "linear_cross_entropy")
+PEERS_FROM_HIDDEN: dict[str, Callable[[], Callable]] = {
+    "torch.compile linear CE": lambda: torch.compile(FROM_HIDDEN["linear + torch CE"]),
+    "F.linear_cross_entropy": lambda: _peer("torch.nn.functional", "linear_cross_entropy"),
+    "Liger linear CE": _liger_linear_ce,
+    "Cut Cross-Entropy": lambda: _peer(*_CUT),
+    "Cut Cross-Entropy, no filter": lambda: partial(_peer(*_CUT), filter_eps=None),  # of small gradients
 }
-# Kernels for CUDA only.
-CUDA_ONLY = {"torch.compile CE", "torch.compile linear CE", "Liger CE", "QuACK CE", "flash-attn CE", "Liger linear CE"}
-CUDA_ONLY |= {"Cut Cross-Entropy", "Cut Cross-Entropy, no filter"}
-
-# The scores of the efficiency audit, through the head.
-SCORES = {
-    "CE": ce,
-    "Brier": brier,
-    "spherical": spherical,
-    "DPSM": dpsm(ALPHA),
-    "focal": focal(2.0),
-    "smoothing": smoothing(0.1),
-}
+ON_CPU_TOO = {"F.linear_cross_entropy"}  # the other peers are kernels for CUDA
 
 
 def providers(linear: bool, device: str) -> tuple[dict[str, Callable], dict[str, str]]:
     """({name: function}, {name: why it is not there})."""
-    found, missing = dict(LINEAR if linear else LOSSES), {}
-    for name, make in (LINEAR_PEERS if linear else PEERS).items():
-        if name in CUDA_ONLY and device != "cuda":
+    found, missing = dict(FROM_HIDDEN if linear else FROM_LOGITS), {}
+    for name, make in (PEERS_FROM_HIDDEN if linear else PEERS_FROM_LOGITS).items():
+        if name not in ON_CPU_TOO and device != "cuda":
             missing[name] = "needs CUDA"
             continue
         try:

@@ -1,0 +1,1 @@
+"""Time, memory and error of the losses beside their peers: ``python -m kernels.bench``."""

@@ -1,0 +1,128 @@
+"""Time, memory, bandwidth and error of DPSM's loss beside every peer that is installed.
+
+    python -m kernels.bench                        # on a GPU GPT-2's and Qwen3's heads, bf16; on CPU 2048 x 50257
+    python -m kernels.bench --n 3072 --v 512 --d 384 --dtype fp32 --csv bench.csv
+    python -m kernels.bench --csv bench.csv --plot bench.png
+    python -m kernels.bench --audit-2k --trace traces   # one batch of 2,000 tokens through every score
+    python -m kernels.bench --paths --csv paths.csv     # how a row is held, sizes of chunks (GPU)
+    python -m kernels.bench --claims --csv all.csv      # all shapes, then every claim's verdict (GPU)
+    python -m kernels.bench --claims-of all.csv         # the verdicts again, from rows measured before
+
+The providers take turns in one process, so that what else the machine does falls on all of them. The table gives
+medians: "forward" without gradient, "step" forward and backward.
+
+of copy      speed of one read and one write of the logits over that of copying them, in the same turns
+x products   a linear loss's time over that of its bare matrix products
+peak         memory of a step beyond the inputs, in logits tensors; on CPU in a fresh process, from the high-water mark
+             of resident memory. "beside MB" is the peak less the gradients
+error        |gradient - exact| / |exact| in the 2-norm, of the leaf where it is larger, on 64 tokens (512 on a GPU);
+             exact is float64 autograd of the same loss
+
+What is not installed, or fails, is named, and has its row in the CSV. "In place" overwrites the logits: later rounds
+see other values, but do the same work. python -m races.train_step times a whole training step.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from .claims import TRAIN_STEP, print_verdicts
+from .compare import audit_scores, compare
+from .paths import time_choices
+from .providers import FROM_HIDDEN, FROM_LOGITS, providers
+from .rows import Rows, read_csv, write_plot
+from .timing import HEADS, Shape, add_options, fill_options, measure_memory
+
+
+def parse(argv) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m kernels.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", choices=HEADS, nargs="+", help="on a GPU by default all")
+    parser.add_argument("--n", type=int, default=0, help="tokens, in place of --shape")
+    parser.add_argument("--v", type=int, default=0, help="vocabulary")
+    parser.add_argument("--d", type=int, default=0, help="hidden size; above 0 also times the linear head")
+    add_options(parser)
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
+    parser.add_argument("--json", metavar="FILE", help="likewise")
+    parser.add_argument("--plot", metavar="FILE", help="step times as a PNG")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--audit-2k", action="store_true", help="2,000 tokens through every score instead")
+    mode.add_argument("--paths", action="store_true", help="ways to hold a row, and sizes of chunks, instead (GPU)")
+    mode.add_argument("--claims", action="store_true", help="all shapes, then verdicts (GPU)")
+    mode.add_argument("--claims-of", metavar="FILE", nargs="+", help="verdicts from rows on file; measures nothing")
+    parser.add_argument("--train-step-csv", metavar="FILE", help=f"with --claims: what {TRAIN_STEP} wrote")
+    parser.add_argument("--trace", metavar="FOLDER", help="with --audit-2k: torch.profiler traces")
+    parser.add_argument("--nvtx", action="store_true", help="with --audit-2k: an NVTX range a score, for Nsight")
+    parser.add_argument(
+        "--memory-of", choices=(*FROM_LOGITS, *FROM_HIDDEN, "F.linear_cross_entropy"), help=argparse.SUPPRESS
+    )
+    return parser.parse_args(argv)
+
+
+def what_is_wrong(args) -> str | None:
+    """Why these modes do not go together, None where they do."""
+    other = args.audit_2k or args.paths or args.claims or args.claims_of
+    on_gpu = "paths" if args.paths else "claims"
+    checks = {
+        "--trace and --nvtx go with --audit-2k": (args.trace or args.nvtx) and not args.audit_2k,
+        "--nvtx needs a CUDA device": args.nvtx and args.device != "cuda",
+        "--plot is of the bench; leave out --audit-2k, --paths, --claims and --claims-of": args.plot and other,
+        f"--{on_gpu} needs a GPU; torch sees no CUDA device or --device is cpu": (args.paths or args.claims)
+        and args.device != "cuda",
+        f"--claims is about bf16, got --dtype {args.dtype}": args.claims and args.dtype != "bf16",
+        "--train-step-csv goes with --claims; --claims-of takes several files": args.train_step_csv and not args.claims,
+    }
+    return next((why for why, wrong in checks.items() if wrong), None)
+
+
+def shapes_to_compare(args) -> list[Shape]:
+    """Each head as logits, and as a linear head where it has a hidden size."""
+    heads = [HEADS[name] for name in args.shape or (HEADS if args.device == "cuda" else ())]
+    if not args.claims and (args.n or args.v or args.d or not heads):
+        heads = [Shape(args.n or 2048, args.v or 50257, args.d or None)]
+    return [shape for head in heads for shape in ((head._replace(d=None), head) if head.d else (head,))]
+
+
+def main(argv=None) -> int:
+    args = parse(argv)
+    wrong = fill_options(args) or what_is_wrong(args)
+    try:
+        known = [row for file in args.claims_of or [args.train_step_csv] if file for row in read_csv(file)]
+    except (OSError, ValueError) as e:
+        wrong = wrong or e
+    if wrong:
+        print(f"kernels.bench: cannot do this: {wrong}", file=sys.stderr)
+        return 2
+    if args.claims_of:
+        print_verdicts(known)
+        return 0
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.memory_of:
+        linear = args.memory_of not in FROM_LOGITS
+        function = providers(linear, args.device)[0][args.memory_of]
+        print(measure_memory(function, Shape(args.n, args.v, args.d if linear else None), args.dtype, args.device))
+        return 0
+    rows = Rows(args.device, args.csv)
+    if args.audit_2k:
+        audit_scores(args, rows)
+    elif args.paths:
+        time_choices(args, rows)
+    else:
+        for shape in shapes_to_compare(args):
+            compare(shape, args, rows)
+    if args.claims:
+        print_verdicts([*rows, *known])
+    if args.json:
+        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
+    if args.plot:
+        write_plot(rows, args.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

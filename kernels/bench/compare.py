@@ -1,0 +1,141 @@
+"""The two comparisons of kernels.bench: providers side by side at one shape, and every score on 2,000 tokens."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..head import linear_score
+from . import timing
+from .providers import ALPHA, AUDITED, FROM_HIDDEN, FROM_LOGITS, providers
+from .rows import Rows
+from .timing import Shape
+
+AUDIT_TOKENS = 2000
+
+
+def time_losses(functions: dict, leaves, targets, repeats: int, forward: bool, copy: bool) -> dict[str, list[float]]:
+    """Seconds of each loss in each round; with ``copy``, "copy" is copying the first leaf."""
+    device = leaves[0].device.type
+    own = {name: [leaves[0].detach().clone().requires_grad_()] for name in functions if name.endswith("in place")}
+    jobs = {name: partial(timing.run_once, f, own.get(name, leaves), targets, forward) for name, f in functions.items()}
+    if copy:
+        source = leaves[0].detach()
+        target = torch.empty_like(source)
+        jobs["copy"] = lambda: target.copy_(source)
+    every = [*leaves, *(x for xs in own.values() for x in xs)]
+    return timing.time_in_turns(jobs, device, repeats, between=lambda: timing.drop_gradients(every))
+
+
+def gradient_error(function, shape: Shape, dtype: str, device: str, alpha: float) -> float:
+    """Relative error of a leaf's gradient in the 2-norm, the larger of the leaves, on a few tokens, against float64
+    autograd of (1 - alpha) CE + alpha Brier."""
+    leaves, targets = timing.make_inputs(shape._replace(n=512 if device == "cuda" else 64), dtype, device)
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    log_p = (exact[0] if shape.d is None else exact[0] @ exact[1].t()).log_softmax(-1)
+    log_p_y = log_p.gather(1, targets[:, None])[:, 0]
+    brier = log_p.exp().square().sum(-1) - 2 * log_p_y.exp() + 1
+    ((1 - alpha) * -log_p_y + alpha * brier).mean().backward()
+    timing.run_once(function, leaves, targets)
+    pairs = zip(leaves, exact, strict=True)
+    return max(((x.grad.double() - e.grad).norm() / e.grad.norm()).item() for x, e in pairs)
+
+
+def compare(shape: Shape, args, rows: Rows) -> None:
+    """One row a provider. One that is not there has its reason in ``missing``."""
+    linear = shape.d is not None
+    functions, missing = providers(linear, args.device)
+    leaves, targets = timing.make_inputs(shape, args.dtype, args.device)
+    if args.device == "cuda":
+        missing |= drop_failing(functions, leaves, targets)
+    step = time_losses(functions, leaves, targets, args.repeats, forward=False, copy=not linear)
+    forward = time_losses(functions, leaves, targets, args.repeats, forward=True, copy=False)
+    gradient_bytes = sum(x.nbytes for x in leaves)
+    del leaves
+    logits_bytes = shape.n * shape.v * timing.DTYPE_OF[args.dtype].itemsize
+    base = "linear + literal DPSM" if linear else "literal DPSM"
+    n, v, d = shape
+    where = f"{args.dtype} on {rows.about['device']}, {rows.about['threads']} CPU threads"
+    columns = ["forward_ms", "step_ms", "ratio_to_literal", "ratio_to_products" if linear else "share_of_copy"]
+    columns += ["peak_logits", "beside_bytes", "gradient_error"]
+    rows.begin(f"N={n} V={v} D={d or '-'} {where}", "provider", *columns)
+    common = dict(n=n, v=v, d=d, dtype=args.dtype)
+    for name, function in functions.items():
+        if args.device == "cuda":
+            peak = timing.measure_memory(function, shape, args.dtype, "cuda")
+        else:
+            peak = timing.measure_memory_apart(name, shape, args.dtype, args.threads)
+        error = None
+        if name != "matrix products":
+            error = gradient_error(function, shape, args.dtype, args.device, ALPHA if "DPSM" in name else 0.0)
+        ms, share = timing.median_ms(step, name), None if linear else timing.median_ratio(step, "copy", name)
+        row = dict(provider=name, **common, forward_ms=timing.median_ms(forward, name), step_ms=ms)
+        row |= dict(best_step_ms=1e3 * min(step[name]), ratio_to_literal=timing.median_ratio(step, name, base))
+        row |= dict(share_of_copy=share, ratio_to_products=timing.median_ratio(step, name, "matrix products"))
+        row |= dict(beside_bytes=peak - gradient_bytes, gb_per_s=None if linear else 2e-6 * logits_bytes / ms)
+        row |= dict(peak_bytes=peak, peak_logits=peak / logits_bytes, gradient_error=error, repeats=args.repeats)
+        rows.add(row)
+    for name, why in missing.items():
+        rows.add(dict(provider=name, **common, missing=why))
+
+
+def drop_failing(functions: dict, leaves, targets) -> dict[str, str]:
+    """Runs each once, and takes out of ``functions`` what does not fit in memory and peers that fail: {name: why}."""
+    missing = {}
+    for name, function in list(functions.items()):
+        try:
+            own = [leaves[0].detach().clone().requires_grad_()] if name.endswith("in place") else leaves
+            timing.run_once(function, own, targets)
+            timing.run_once(function, own, targets, forward=True)
+            torch.cuda.synchronize()
+        except torch.OutOfMemoryError:
+            missing[name] = "out of memory"
+        except Exception as e:  # another project's kernel, on a version of its choice
+            if name in FROM_LOGITS or name in FROM_HIDDEN:
+                raise
+            missing[name] = f"failed: {type(e).__name__}: {e}".splitlines()[0][:200]
+        if name in missing:
+            del functions[name]
+            timing.drop_gradients(leaves)
+            torch.cuda.empty_cache()
+    return missing
+
+
+def audit_scores(args, rows: Rows) -> None:
+    """One fixed batch of 2,000 tokens through every score: time, memory, FLOPs and joules of a step."""
+    shape = Shape(AUDIT_TOKENS, args.v or 50257, args.d or 768)
+    base = "linear + torch CE"
+    functions = {name: FROM_HIDDEN[name] for name in ("linear + literal DPSM", base)}
+    for name, score in AUDITED.items():
+        functions[f"linear_score {name}"] = lambda h, w, y, s=score: linear_score(h, w, y, s, fisher=True)[0]
+    leaves, targets = timing.make_inputs(shape, args.dtype, args.device)
+    times = time_losses(functions, leaves, targets, args.repeats, forward=False, copy=False)
+    where = f"V={shape.v} D={shape.d} {args.dtype} on {rows.about['device']}"
+    columns = ("step_ms", "ratio_to_torch_ce", "peak_bytes", "flops", "joules")
+    rows.begin(f"2,000 tokens, {where}; ours with every moment and the Fisher", "loss", *columns)
+    for name, function in functions.items():
+        joules = timing.measure_joules(partial(timing.run_once, function, leaves, targets), args.device)
+        nvtx = torch.cuda.nvtx.range(name) if args.nvtx else nullcontext()
+        with nvtx, FlopCounterMode(display=False) as flops:
+            timing.run_once(function, leaves, targets)
+        # On CPU the bench without --audit-2k measures it, in fresh processes.
+        peak = timing.measure_memory(function, shape, args.dtype, "cuda") if args.device == "cuda" else None
+        if args.trace:
+            file = name.replace(" ", "_").replace("+", "and") + ".json"
+            write_trace(function, leaves, targets, Path(args.trace) / file)
+        row = dict(loss=name, **shape._asdict(), dtype=args.dtype, step_ms=timing.median_ms(times, name))
+        row |= dict(ratio_to_torch_ce=timing.median_ratio(times, name, base))
+        rows.add(row | dict(peak_bytes=peak, flops=flops.get_total_flops(), joules=joules))
+
+
+def write_trace(function: Callable, leaves, targets, file: Path) -> None:
+    """A torch.profiler trace of one step, for chrome://tracing or Perfetto."""
+    from torch.profiler import ProfilerActivity, profile
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * leaves[0].is_cuda) as profiler:
+        timing.run_once(function, leaves, targets)
+    profiler.export_chrome_trace(str(file))

@@ -1,0 +1,83 @@
+"""What the fixed choices should be on this GPU: how score_kernel holds a row, and tokens a chunk of linear_score.
+
+triton_impl.score_shape and chunks.chunk_rows choose them. This times DPSM with its gradient in other shapes, beside
+copying the logits, and linear_score in chunks of many sizes, over the bare matrix products.
+"""
+
+from functools import partial
+
+import torch
+
+from ..chunks import TILE, cuda_chunk
+from ..head import linear_score
+from ..losses import dpsm
+from ..moments import new_stats
+from . import timing
+from .providers import ALPHA, matrix_products
+from .rows import Rows
+from .timing import Shape
+
+LOGITS = (("bf16", 50257), ("bf16", 151936), ("fp32", 50257))
+TOKENS = 4096
+
+
+def shapes_of(v: int, dtype: torch.dtype) -> dict[tuple[int, int], dict]:
+    """{(warps, vectors that a lane holds): launch constants}, what score_shape chooses first; 0: all is read twice."""
+    from ..triton_impl import score_shape
+
+    found = {}
+    for given in ({}, *(dict(warps=w, held=h) for w in (8, 16) for h in (25, 18, 0))):
+        shape = score_shape(v, dtype, **given)
+        found.setdefault((shape["num_warps"], shape["PIECES"]), shape)
+    return found
+
+
+def time_paths(v: int, dtype: torch.dtype, device: str, repeats: int) -> dict[tuple[int, int] | str, float]:
+    """Milliseconds of DPSM with its gradient on TOKENS rows by ``shapes_of``, and of copying the logits ("copy")."""
+    from ..triton_impl import fused_score
+
+    z = torch.randn(TOKENS, v, dtype=dtype, device=device)
+    y = torch.randint(v, (TOKENS,), device=device)
+    out, (stats, correct) = torch.empty_like(z), new_stats(z, TOKENS)
+    arguments = dict(logits=z, targets=y, mask=None, weights=None, stats=stats, correct=correct, out=out)
+    arguments |= dict(losses=torch.empty_like(stats[0]), fisher=torch.empty_like(stats[0]))
+    run = partial(fused_score, "dpsm", torch.full((), 0.5, device=device), **arguments)
+    jobs = {key: partial(run, shape=shape) for key, shape in shapes_of(v, dtype).items()}
+    times = timing.time_in_turns(jobs | {"copy": lambda: out.copy_(z)}, device, repeats)
+    return {key: timing.median_ms(times, key) for key in times}
+
+
+def time_chunks(shape: Shape, dtype: str, device: str, repeats: int, sizes) -> dict[int, float]:
+    """{tokens a chunk: median over rounds of linear_score's time over that of its bare matrix products}."""
+    leaves, targets = timing.make_inputs(shape, dtype, device)
+
+    def in_chunks(size):
+        return lambda h, w, y: linear_score(h, w, y, dpsm(ALPHA), fisher=True, chunk=size)[0]
+
+    functions = {size: in_chunks(size) for size in sizes} | {"products": matrix_products}
+    jobs = {key: partial(timing.run_once, function, leaves, targets) for key, function in functions.items()}
+    times = timing.time_in_turns(jobs, device, repeats)
+    return {size: timing.median_ratio(times, size, "products") for size in sizes}
+
+
+def time_choices(args, rows: Rows) -> None:
+    """One row a dtype, vocabulary and shape, and one a size of chunk. Needs CUDA."""
+    title = f"DPSM with its gradient, N={TOKENS}, on {rows.about['device']}"
+    rows.begin(title, "provider", "dtype", "v", "warps", "held", "step_ms", "share_of_copy")
+    for dtype, v in LOGITS:
+        times = time_paths(v, timing.DTYPE_OF[dtype], args.device, args.repeats)
+        copy = times.pop("copy")
+        chosen, fastest = next(iter(times)), min(times, key=times.get)
+        for key, ms in times.items():
+            row = dict(provider="score_kernel", n=TOKENS, v=v, d=None, dtype=dtype, warps=key[0], held=key[1])
+            row |= dict(step_ms=ms, copy_ms=copy, share_of_copy=copy / ms, chosen=key == chosen, repeats=args.repeats)
+            rows.add(row, "  chosen" * (key == chosen) + "  fastest" * (key == fastest))
+    sizes = [TILE << i for i in range(7)]  # 128 ... 8192
+    title = "linear_score over its matrix products, bf16, by tokens a chunk"
+    rows.begin(title, "provider", "v", "chunk", "ratio_to_products")
+    for shape in timing.HEADS.values():
+        chosen = cuda_chunk(*shape, 2, 2, torch.device("cuda", torch.cuda.current_device()))
+        ratios = time_chunks(shape, "bf16", args.device, args.repeats, sorted({*sizes, chosen}))
+        for size, ratio in ratios.items():
+            row = dict(provider="linear_score", **shape._asdict(), dtype="bf16", chunk=size, ratio_to_products=ratio)
+            rows.add(row | dict(chosen=size == chosen, repeats=args.repeats), "  chosen" * (size == chosen))

@@ -1,0 +1,128 @@
+"""The rows that a bench measures: printed and written to a CSV as they come, read again, drawn."""
+
+import csv
+import os
+import platform
+from collections.abc import Iterable
+from contextlib import suppress
+from datetime import UTC, datetime
+from importlib import metadata
+from importlib.metadata import PackageNotFoundError
+
+import torch
+
+# How a table shows figures: key of the row -> (heading, factor, format). Other keys are shown as they are.
+COLUMNS = {
+    "forward_ms": ("forward ms", 1, ".3f"),
+    "step_ms": ("step ms", 1, ".3f"),
+    "ratio_to_literal": ("x literal", 1, ".3f"),
+    "ratio_to_torch_ce": ("x torch CE", 1, ".3f"),
+    "ratio_to_products": ("x products", 1, ".3f"),
+    "share_of_copy": ("of copy", 1, ".0%"),
+    "tokens_per_s": ("tokens/s", 1, ".0f"),
+    "peak_logits": ("peak, logits", 1, ".2f"),
+    "peak_bytes": ("peak MB", 1e-6, ".0f"),
+    "beside_bytes": ("beside MB", 1e-6, ".0f"),
+    "gradient_error": ("error", 1, ".1e"),
+    "flops": ("GFLOP", 1e-9, ".1f"),
+    "joules": ("joules a step", 1, ".3f"),
+}
+NAME_WIDTH, CELL_WIDTH = 29, 9
+
+
+def device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    with suppress(OSError, StopIteration), open("/proc/cpuinfo") as file:
+        return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+    return platform.processor() or platform.machine()
+
+
+def where_and_when(device: str) -> dict:
+    """Device, threads, versions and date: the last columns of every row."""
+    version, date = None, datetime.now(UTC).isoformat(timespec="seconds")
+    with suppress(PackageNotFoundError):
+        version = metadata.version("triton")
+    machine = dict(device=device_name(device), threads=torch.get_num_threads())
+    return machine | dict(torch=torch.__version__, triton=version, date=date)
+
+
+class Rows(list):
+    """The rows of a run on ``device``. ``file``: a CSV that is written anew after every row, so that a run that is cut
+    off keeps what it has."""
+
+    def __init__(self, device: str, file: str | None = None):
+        super().__init__()
+        self.file, self.about = file, where_and_when(device)
+
+    def begin(self, title: str, name: str, *columns: str) -> None:
+        """Starts a table: its lines begin with a row's ``name`` and show ``columns``, keys of the row."""
+        self.name, self.columns = name, {key: COLUMNS.get(key, (key, 1, "")) for key in columns}
+        print(title)
+        self._print(name, [heading for heading, *_ in self.columns.values()])
+
+    def add(self, row: dict, note: str = "") -> None:
+        """A row for the file and a line for the table; ``note`` ends the line. With ``missing``, the reason why there
+        are no figures, the line is the reason."""
+        self.append(row | self.about)
+        if self.file:
+            write_csv(self, self.file)
+        if "missing" in row:
+            print(f"{row[self.name]:{NAME_WIDTH}} {row['missing']}")
+            return
+        shown = [(row[key], factor, spec) for key, (_, factor, spec) in self.columns.items()]
+        self._print(row[self.name], ["" if x is None else format(x * factor, spec) for x, factor, spec in shown], note)
+
+    def _print(self, name: str, cells: list[str], note: str = "") -> None:
+        widths = [max(CELL_WIDTH, len(heading)) for heading, *_ in self.columns.values()]
+        line = " ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+        print(f"{name:{NAME_WIDTH}} {line}{note}", flush=True)
+
+
+def write_csv(rows: Iterable[dict], file: str) -> None:
+    """All rows, with every column that one of them has; the file is replaced whole."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with open(f"{file}.tmp", "w", newline="") as opened:
+        writer = csv.DictWriter(opened, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(f"{file}.tmp", file)
+
+
+def read_csv(file: str) -> list[dict]:
+    """What ``write_csv`` wrote, numbers as numbers and empty cells as None. Raises ValueError for another file."""
+
+    def value(text: str | None):
+        for read in (int, float):
+            try:
+                return read(text) if text else None
+            except ValueError:
+                pass
+        return text
+
+    with open(file, newline="") as opened:
+        rows = [{key: value(text) for key, text in row.items()} for row in csv.DictReader(opened)]
+    if not rows or not {"provider", "v", "dtype"} <= set(rows[0]):
+        raise ValueError(f"{file} has no rows of kernels.bench; expected columns provider, v, d, dtype, step_ms")
+    return rows
+
+
+def write_plot(rows: list[dict], file: str) -> None:
+    """Step times of the providers, one panel a shape."""
+    from matplotlib.figure import Figure
+
+    rows = [r for r in rows if r.get("step_ms")]
+    shapes = list(dict.fromkeys((r["n"], r["v"], r["d"]) for r in rows))
+    figure = Figure(figsize=(6.5 * len(shapes), 4.2), layout="constrained")
+    for axis, (n, v, d) in zip(figure.subplots(1, len(shapes), squeeze=False)[0], shapes, strict=True):
+        shown = [r for r in rows if (r["n"], r["v"], r["d"]) == (n, v, d)][::-1]
+        names = [r["provider"] for r in shown]
+        colors = ["#1f77b4" if "ours" in name or "linear_score" in name else "#bbbbbb" for name in names]
+        bars = axis.barh(names, [r["step_ms"] for r in shown], color=colors)
+        axis.bar_label(bars, fmt=" {:.3g} ms", fontsize=8)
+        axis.margins(x=0.18)
+        axis.set_xlabel("forward and backward, ms")
+        axis.set_title(f"N = {n}, V = {v}, {f'D = {d}' if d else 'logits'}, {shown[0]['dtype']}", fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{rows[0]['device']}, torch {rows[0]['torch']}, {rows[0]['date'][:10]}", fontsize=9)
+    figure.savefig(file, dpi=150)

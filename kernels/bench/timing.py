@@ -1,0 +1,178 @@
+"""What every bench measures with: inputs, one timer, peak memory and joules."""
+
+import argparse
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+DTYPE_OF = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+REPEATS = {"cuda": 30, "cpu": 7}  # rounds that count
+WARM_UPS = {"cuda": 3, "cpu": 1}  # rounds that do not count: they compile, and fill the allocator's pools
+
+
+class Shape(NamedTuple):
+    n: int  # tokens
+    v: int  # vocabulary
+    d: int | None = None  # hidden size of a linear head; None for logits
+
+
+HEADS = {"gpt2": Shape(8192, 50257, 768), "qwen3": Shape(8192, 151936, 1024)}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--dtype", choices=DTYPE_OF, help="of logits, hidden and weight (bf16 on a GPU, else fp32)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=device)
+    parser.add_argument("--repeats", type=int, default=0, help="rounds that count (30 on a GPU, else 7)")
+    parser.add_argument("--csv", metavar="FILE", help="also write the rows there")
+
+
+def fill_options(args: argparse.Namespace) -> str | None:
+    """Puts the defaults of a device in. Gives what is wrong with the options, None where nothing is."""
+    args.dtype = args.dtype or ("bf16" if args.device == "cuda" else "fp32")
+    args.repeats = args.repeats or REPEATS[args.device]
+    if args.device == "cuda" and not torch.cuda.is_available():
+        return "--device cuda, and torch sees no CUDA device"
+    return next((f"--{k} {v}" for k, v in vars(args).items() if isinstance(v, int) and v < 0), None)
+
+
+def make_inputs(shape: Shape, dtype: str, device: str) -> tuple[list[Tensor], Tensor]:
+    """Leaves that require a gradient, logits or hidden and weight, and targets."""
+    n, v, d = shape
+    generator = torch.Generator(device).manual_seed(0)
+    new = dict(device=device, generator=generator)
+    targets = torch.randint(v, (n,), **new)
+    if d is not None:
+        leaves = [torch.randn(rows, d, dtype=DTYPE_OF[dtype], **new) for rows in (n, v)]
+        leaves[1].mul_(0.02)
+    else:
+        leaves = [torch.randn(n, v, dtype=DTYPE_OF[dtype], **new).mul_(3)]
+    return [x.requires_grad_() for x in leaves], targets
+
+
+def drop_gradients(leaves) -> None:
+    for leaf in leaves:
+        leaf.grad = None
+
+
+def run_once(function: Callable, leaves, targets, forward: bool = False) -> None:
+    """One step of a loss, or its ``forward`` alone without gradient."""
+    drop_gradients(leaves)
+    with torch.set_grad_enabled(not forward):
+        loss = function(*leaves, targets)
+    if not forward:
+        loss.backward()
+
+
+def time_once(job: Callable[[], object], device: str) -> float:
+    """Seconds of one call: on CUDA between events, the device idle before and after."""
+    if device == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        begin.record()
+        job()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1000
+    start = time.perf_counter()
+    job()
+    return time.perf_counter() - start
+
+
+def time_in_turns(
+    jobs: dict[object, Callable], device: str, repeats: int, between: Callable | None = None
+) -> dict[object, list[float]]:
+    """Seconds of every job in each of ``repeats`` rounds, in which they take turns, so that what else the machine does
+    falls on all of them. ``between`` runs after each job and is not timed."""
+    times = {name: [] for name in jobs}
+    for turn in range(repeats + WARM_UPS[device]):
+        for name, job in jobs.items():
+            seconds = time_once(job, device)
+            if turn >= WARM_UPS[device]:
+                times[name].append(seconds)
+            if between:
+                between()
+    return times
+
+
+def median_ms(times: dict, name) -> float:
+    return 1e3 * statistics.median(times[name])
+
+
+def median_ratio(times: dict, name, base) -> float | None:
+    """Median over rounds of one job's time over the base job's: what slows a round slows both. None without base."""
+    if base not in times:
+        return None
+    return statistics.median(a / b for a, b in zip(times[name], times[base], strict=True))
+
+
+def cuda_peak(job: Callable[[], object]) -> int:
+    """Peak bytes that a call allocates beyond what was allocated before."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    job()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def measure_memory(function: Callable, shape: Shape, dtype: str, device: str) -> int:
+    """Peak bytes beyond the inputs of one step. On CPU run it in a process of its own."""
+    small = make_inputs(Shape(8, 64, shape.d), dtype, device)
+    run_once(function, *small)  # what the libraries load and keep once
+    leaves, targets = make_inputs(shape, dtype, device)
+    if device == "cuda":
+        run_once(function, leaves, targets)
+        drop_gradients(leaves)
+        return cuda_peak(lambda: run_once(function, leaves, targets))
+    before = _resident("VmRSS")
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+    run_once(function, leaves, targets)
+    return _resident("VmHWM") - before
+
+
+def _resident(field: str) -> int:
+    """Bytes of this process by the kernel: VmRSS now, VmHWM at most."""
+    return 1024 * int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+def measure_memory_apart(name: str, shape: Shape, dtype: str, threads: int = 0) -> int:
+    """``measure_memory`` of a provider on CPU in a fresh process."""
+    n, v, d = shape
+    options = ["--n", n, "--v", v, "--d", d or 0, "--dtype", dtype, "--device", "cpu", "--threads", threads]
+    command = [sys.executable, "-m", __package__, *map(str, options), "--memory-of", name]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "MALLOC_ARENA_MAX": "1"})
+    if done.returncode:
+        raise RuntimeError(f"measuring the memory of {name} failed: {done.stderr.strip().splitlines()[-1]}")
+    return int(done.stdout.split()[-1])
+
+
+def measure_joules(job: Callable[[], object], device: str) -> float | None:
+    """Joules of one call, from a second of calls, by NVML's counter; None where there is none."""
+    if device != "cuda":
+        return None
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    pynvml.nvmlInit()
+    uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
+    handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}".encode())
+    before, calls = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle), 0  # millijoules
+    stop = time.perf_counter() + 1.0  # the counter moves in steps of milliseconds
+    while time.perf_counter() < stop:
+        job()
+        torch.cuda.synchronize()
+        calls += 1
+    return (pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) - before) / 1000 / calls

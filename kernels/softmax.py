@@ -1,0 +1,95 @@
+"""softmax_moments: the Moments of logits as an autograd function."""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .impl import check_logits, check_targets, choose_impl
+from .moments import Moments, Partials, Stats, as_moments, gradient_coefficients, mask_stats, new_stats
+
+
+def softmax_moments(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    tail: float = 0.0,
+    inplace_backward: bool = False,
+    impl: str = "auto",
+) -> Moments:
+    """Moments of softmax(logits) at the targets, differentiable with respect to the logits.
+
+    logits [N, V] fp32, bf16 or fp16 (fp64: torch only), targets [N] integers in [0, V) or ignore_index. Arithmetic
+    and moments are fp32 (fp64 for fp64). Beside the logits this takes O(N) memory: the backward computes p again.
+    Rows may be strided; logits that are not contiguous along V are copied.
+
+    ``tail`` > 0 fills tail_log_p. ``inplace_backward`` writes the gradient over the logits, which nothing else may
+    need. ``impl`` is "triton", "torch", or "auto": Triton for CUDA tensors, torch for others. Raises ValueError
+    for wrong shapes, dtypes or impl, and on CPU for targets out of range; on CUDA that would wait for the device.
+    """
+    module = choose_impl(impl, logits)
+    check_logits(logits, module)
+    targets, valid, mask = check_targets(targets, len(logits), logits.shape[1], ignore_index, logits.device)
+    *values, correct = _SoftmaxMoments.apply(logits, targets, mask, tail, inplace_backward, module)
+    return as_moments(Stats(*values), correct, valid, logits.shape[1], tail)
+
+
+def with_own_rows(logits: Tensor) -> Tensor:
+    """``logits`` contiguous along V, each row in a storage of its own: a broadcast row could not be written to."""
+    return logits.contiguous() if logits.stride(1) != 1 or logits.stride(0) < logits.shape[1] else logits
+
+
+def empty_twin(x: Tensor) -> Tensor:
+    """An uninitialised tensor of x's shape, strides, dtype and device."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+
+
+class GradientKnown(torch.autograd.Function):
+    """Attaches to ``loss`` the gradients of ``leaves`` that gradients(upstream) gives. With ``once`` backward can run
+    once, as it uses up what they are made of; else it raises where a leaf was changed in place since."""
+
+    @staticmethod
+    def forward(ctx, loss, gradients, once, *leaves):
+        ctx.gradients, ctx.once = gradients, once
+        if not once:
+            ctx.save_for_backward(*leaves)
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        gradients = ctx.gradients
+        if gradients is None:
+            raise RuntimeError("the loss's gradient was handed out already; use reduction='none' to go back twice")
+        if ctx.once:
+            ctx.gradients = None
+        else:
+            ctx.saved_tensors  # noqa: B018  looks whether they were changed
+        return None, None, None, *gradients(upstream)
+
+
+class _SoftmaxMoments(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, targets, mask, tail, inplace_backward, module):
+        logits = with_own_rows(logits)
+        stats, correct = new_stats(logits, len(logits))
+        module.forward(logits, targets, stats, correct, tail)
+        mask_stats(stats, correct, mask)
+        ctx.save_for_backward(logits, targets, mask, stats)
+        ctx.tail, ctx.inplace_backward, ctx.module = tail, inplace_backward, module
+        ctx.set_materialize_grads(False)
+        rows = Stats(*stats.unbind(0))
+        ctx.mark_non_differentiable(*rows[len(Partials._fields) :], correct)
+        return *rows, correct
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *upstream):
+        partials = Partials(*upstream[: len(Partials._fields)])  # the first of Stats, in the same order
+        if all(g is None for g in partials):
+            return (None,) * 6
+        logits, targets, mask, stats = ctx.saved_tensors
+        logits, stats = logits.detach(), Stats(*stats.unbind(0))
+        out = logits if ctx.inplace_backward else empty_twin(logits)
+        ctx.module.gradient(logits, targets, mask, stats, gradient_coefficients(stats, partials), ctx.tail, out)
+        return out, None, None, None, None, None
