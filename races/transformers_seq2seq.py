@@ -14,6 +14,7 @@ Trainer does, and both generate from bf16 weights. Peak memory is measured on CU
 import argparse
 import statistics
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -37,13 +38,7 @@ def their_model(config: Seq2SeqConfig, dtype: torch.dtype, device: torch.device)
         from transformers import BartConfig, BartForConditionalGeneration
     except ImportError as e:
         raise ValueError(f"the race needs the package transformers ({e}); pip install transformers") from e
-    names = (
-        "d_model vocab_size max_position_embeddings dropout attention_dropout pad_token_id eos_token_id bos_token_id "
-        "decoder_start_token_id encoder_layers decoder_layers encoder_attention_heads decoder_attention_heads "
-        "encoder_ffn_dim decoder_ffn_dim"
-    )
-    shape = {name: getattr(config, name) for name in names.split()}
-    theirs = BartConfig(**shape, activation_dropout=0.0, forced_eos_token_id=None, attn_implementation="sdpa")
+    theirs = BartConfig(**asdict(config), forced_eos_token_id=None, attn_implementation="sdpa")
     return BartForConditionalGeneration(theirs).to(device, dtype)
 
 
@@ -54,22 +49,19 @@ def train_turn(side: str, config: Seq2SeqConfig, batch: int, args) -> tuple[floa
     device, theirs = args.device, side == "transformers"
     model = their_model(config, torch.float32, device) if theirs else Seq2Seq(config, args.dtype).to(device)
     model.train()
-    if args.compile == "both" or (args.compile == "ours" and not theirs):
-        if theirs:
-            model.compile()
-        else:
-            for stack in (model.encoder, model.decoder):
-                for layer in stack.layers:
-                    layer.encode, layer.decode = torch.compile(layer.encode), torch.compile(layer.decode)
+    if args.compile == "both" and theirs:
+        model.compile()
+    elif args.compile != "none" and not theirs:
+        for layer in (*model.encoder.layers, *model.decoder.layers):
+            layer.encode, layer.decode = torch.compile(layer.encode), torch.compile(layer.decode)
     optimizer = torch.optim.AdamW(decay_groups(model, 0.01), lr=3e-5, fused=True)
     score = make_score("dpsm" if side == "dpsm" else "ce", alpha=torch.tensor(0.5, device=device))
     source = torch.randint(5, config.vocab_size, (batch, args.source), device=device)
     labels = torch.randint(5, config.vocab_size, (batch, args.target), device=device)
-    mixed = theirs and args.dtype != torch.float32
 
     def step() -> None:
         if theirs:
-            with torch.autocast(device.type, args.dtype, enabled=mixed):
+            with torch.autocast(device.type, args.dtype, enabled=args.dtype != torch.float32):
                 loss = model(input_ids=source, labels=labels).loss
         else:
             hidden = model(source, None, model.shift_right(labels)).flatten(0, 1)
@@ -89,8 +81,7 @@ def generate_turn(side: str, config: Seq2SeqConfig, batch: int, args) -> tuple[f
     up; peak bytes on CUDA) of one side."""
     common.forget_peak(args.device)
     torch.manual_seed(0)
-    device, n = args.device, args.new_tokens
-    theirs = side == "transformers"
+    device, n, theirs = args.device, args.new_tokens, side == "transformers"
     model = their_model(config, args.dtype, device) if theirs else Seq2Seq(config, args.dtype).to(device, args.dtype)
     model.eval()
     source = torch.randint(5, config.vocab_size, (batch, args.source), device=device)
@@ -100,10 +91,10 @@ def generate_turn(side: str, config: Seq2SeqConfig, batch: int, args) -> tuple[f
 
     def run() -> None:
         if theirs:
-            made = model.generate(source, attention_mask=torch.ones_like(source), **like).shape[1] - 1
+            made = model.generate(source, attention_mask=torch.ones_like(source), **like)[:, 1:]
         else:
-            made = generate(model, source, options, compile=None if args.compile == "none" else {}).tokens.shape[2]
-        lengths.append(made)
+            made = generate(model, source, options, compile=None if args.compile == "none" else {}).tokens
+        lengths.append(made.shape[-1])
 
     seconds = [common.seconds_of(run, device) for _ in range(3)]
     if set(lengths) != {n}:
@@ -158,8 +149,7 @@ def main(argv: list[str] | None = None) -> int:
                     "a batch of one does not fit on this device; choose a smaller model",
                 )
         args.out.mkdir(parents=True)
-    rows = []
-    tokens = {"train": args.source + args.target, "generate": args.new_tokens}  # of a row of the batch
+    rows, tokens = [], {"train": args.source + args.target, "generate": args.new_tokens}  # of a row of the batch
     for i in range(args.rounds):
         for task, (measure, sides) in TASKS.items():
             batch, shown = batches[task], []
@@ -187,12 +177,9 @@ def write_results(rows: list[dict], args) -> None:
     def ratio(task: str, side: str, base: str) -> float:
         return common.median_ratio((row for row in rows if row["task"] == task), "tokens_per_second", side, base)
 
-    ratios = {
-        "train_ce_over_transformers": ratio("train", "ce", "transformers"),
-        "train_dpsm_over_transformers": ratio("train", "dpsm", "transformers"),
-        "train_dpsm_over_ce": ratio("train", "dpsm", "ce"),
-        "generate_over_transformers": ratio("generate", "ce", "transformers"),
-    }
+    compared = (("ce", "transformers"), ("dpsm", "transformers"), ("dpsm", "ce"))
+    ratios = {f"train_{side}_over_{base}": ratio("train", side, base) for side, base in compared}
+    ratios["generate_over_transformers"] = ratio("generate", "ce", "transformers")
     write_json(args.out / "race.json", about | ratios | {"rows": rows, "environment": env})
     shown = ", ".join(f"{name} {value:.3f}" for name, value in ratios.items())
     print(f"tokens/s as a ratio, medians of {args.rounds} rounds: {shown} ({args.out / 'race.csv'})")
