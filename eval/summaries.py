@@ -10,7 +10,7 @@ import contextlib
 import math
 import re
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -115,12 +115,15 @@ def _f1(
 
 
 def rouge(predictions: Sequence[str], references: Sequence[str], *, resamples: int = 1000) -> dict[str, float]:
-    """The mean of each ROUGE over pairs and its 95 % bootstrap interval: rouge1, rouge1_low, rouge1_high and so on.
+    """`intervals` of `rouge_scores`."""
+    return intervals(rouge_scores(predictions, references), resamples)
 
-    Both ends are None for a single pair. Errors as in `rouge_scores`.
-    """
+
+def intervals(scores: Mapping[str, Sequence[float]], resamples: int = 10_000) -> dict[str, float | None]:
+    """The mean of each score and its 95 % bootstrap interval: rouge1, rouge1_low, rouge1_high and so on. Both ends are
+    None for a single value."""
     out = {}
-    for name, values in rouge_scores(predictions, references).items():
+    for name, values in scores.items():
         low, high = bootstrap_interval(values, resamples=resamples) if len(values) > 1 else (None, None)
         out |= {name: math.fsum(values) / len(values), f"{name}_low": low, f"{name}_high": high}
     return out
