@@ -27,6 +27,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from itertools import tee
 from pathlib import Path
 from typing import NamedTuple
@@ -192,13 +193,15 @@ def check_counts(samples: Iterable[Sample], k: Sequence[int], *, name: str = "ou
 def grade_text(samples: Iterable[Sample], golds: Mapping[str, str]) -> list[Verdict]:
     """Strict and flexible verdicts of text outputs. ``golds``: id -> the gold answer."""
     verdicts = []
-    for sample in samples:
-        gold = parse_number(golds[sample.id])
-        answers = {"strict": extract_strict(sample.output), "flexible": extract_flexible(sample.output)}
-        values = {rule: parse_number(answer) for rule, answer in answers.items()}
-        correct = {rule: value is not None and same_number(value, gold) for rule, value in values.items()}
-        verdicts.append(Verdict(sample.id, answers, correct, ""))
+    for name, output in samples:
+        answers = {"strict": extract_strict(output), "flexible": extract_flexible(output)}
+        correct = {rule: right(parse_number(answer), golds[name]) for rule, answer in answers.items()}
+        verdicts.append(Verdict(name, answers, correct, ""))
     return verdicts
+
+
+def right(value: Fraction | None, gold: str) -> bool:
+    return value is not None and same_number(value, parse_number(gold))
 
 
 def grade_code(
@@ -220,10 +223,9 @@ def grade_code(
     verdicts = []
     for result, sample in zip(run_many(programs, workers, limits, progress=progress), taken, strict=False):
         value = last_number(result.stdout) if result.status == "ok" else None
-        right = value is not None and same_number(value, parse_number(golds[sample.id]))
-        status = result.status if result.status != "ok" or value is not None else "no number"
-        answer = result.stdout.rstrip().rpartition("\n")[2][:200] if value is not None else None
-        verdicts.append(Verdict(sample.id, {"code": answer}, {"code": right}, status))
+        answer = None if value is None else result.stdout.rstrip().rpartition("\n")[2][:200]
+        status = "no number" if result.status == "ok" and value is None else result.status
+        verdicts.append(Verdict(sample.id, {"code": answer}, {"code": right(value, golds[sample.id])}, status))
     return verdicts
 
 
@@ -322,20 +324,18 @@ def main(arguments: list[str] | None = None) -> None:
             files[path] = read_outputs(path, ids)
             check_counts(files[path], given.k, name=path)
         limits = Limits(packages=True, memory_bytes=PACKAGES_MEMORY) if given.packages else Limits()
-        progress = "running programs" if sys.stderr.isatty() else ""
-        graded, found = [], []
+        how = dict(workers=given.workers, limits=limits, progress="running programs" if sys.stderr.isatty() else "")
+        grade = partial(grade_code, **how) if given.format == "code" else grade_text
+        found, rows = [], []
         for path, samples in files.items():
-            if given.format == "code":
-                graded.append(grade_code(samples, golds, workers=given.workers, limits=limits, progress=progress))
-            else:
-                graded.append(grade_text(samples, golds))
-            found.append(scores(graded[-1], ids, given.k))
-            print(describe_file(path, graded[-1], ids, found[-1]))
+            verdicts = grade(samples, golds)
+            rows += [v._asdict() | {"file": path} for v in verdicts]
+            found.append(scores(verdicts, ids, given.k))
+            print(describe_file(path, verdicts, ids, found[-1]))
         if len(found) == 2:
             print(describe_difference(*found, one_sample=given.k == [1]))
         if given.out:
-            judged = ((path, v) for path, part in zip(files, graded, strict=True) for v in part)
-            write_rows(given.out, (v._asdict() | {"file": path} for path, v in judged))
+            write_rows(given.out, rows)
 
 
 if __name__ == "__main__":

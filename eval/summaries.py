@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from data.summaries import TokenPairs, collate, in_order
@@ -66,7 +67,6 @@ def rouge_scores(predictions: Sequence[str], references: Sequence[str]) -> dict[
 
     Raises ValueError where the numbers of texts differ, where there is none, and where the package is missing.
     """
-    _check_pairs(predictions, references)
     from rouge_score.tokenizers import DefaultTokenizer
 
     # Without a tokenizer the scorer makes this same one, and a log line that gives the root logger a handler.
@@ -85,7 +85,6 @@ def files2rouge_scores(predictions: Sequence[str], references: Sequence[str]) ->
     irregular forms are not looked up in WordNet's exceptions (went: go), and an empty prediction scores 0, where
     files2rouge stops. Raises as `rouge_scores`.
     """
-    _check_pairs(predictions, references)
     from nltk.stem.porter import PorterStemmer
     from nltk.tokenize.treebank import TreebankWordTokenizer
 
@@ -103,12 +102,11 @@ def files2rouge_scores(predictions: Sequence[str], references: Sequence[str]) ->
     return _f1(predictions, references, FILES2ROUGE, Stemmed(), lines)
 
 
-def _f1(
-    predictions, references, names: dict[str, str], tokenizer, lines: Callable[[str], str]
-) -> dict[str, list[float]]:
+def _f1(predictions, references, names: dict, tokenizer, lines: Callable[[str], str]) -> dict[str, list[float]]:
     """F1 in percent of each pair. ``names``: our name of a score -> rouge-score's; ``lines`` makes a text's lines."""
     from rouge_score.rouge_scorer import RougeScorer
 
+    _check_pairs(predictions, references)
     scorer = RougeScorer([*names.values()], tokenizer=tokenizer)
     scores = [scorer.score(lines(r), lines(p)) for p, r in zip(predictions, references, strict=True)]
     return {ours: [100 * score[theirs].fmeasure for score in scores] for ours, theirs in names.items()}
@@ -173,12 +171,10 @@ def bert_score(
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"--bertscore {model} cannot be loaded: {reason}") from error
     texts = [(p, r) for p, r in zip(predictions, references, strict=True) if p.strip() and r.strip()]
-    sums = [0.0, 0.0, 0.0]
-    if texts:
-        sums = [t.double().sum().item() for t in scorer.score(*map(list, zip(*texts, strict=True)))]
+    found = scorer.score(*map(list, zip(*texts, strict=True))) if texts else torch.zeros(3, 1)
+    means = [each.double().sum().item() / len(predictions) for each in found]
     names = ("bertscore_precision", "bertscore_recall", "bertscore_f1")
-    means = {name: total / len(predictions) for name, total in zip(names, sums, strict=True)}
-    return means | {"bertscore_hash": scorer.hash}
+    return dict(zip(names, means, strict=True)) | {"bertscore_hash": scorer.hash}
 
 
 @_needs("--bertscore", "bert-score==0.3.13")

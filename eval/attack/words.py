@@ -107,8 +107,6 @@ def by_tagger(tag: Callable[[list[list[str]]], list[list[str]]], window: int = 1
     """
 
     def same(words: Words, i: int, candidates: list[str]) -> list[bool]:
-        if not candidates:
-            return []
         first = max(0, i - window // 2)
         near = [core or chunk for core, chunk in zip(words.cores, words.chunks, strict=True)][first : first + window]
         at = i - first
@@ -127,40 +125,33 @@ def part_of_speech(rule: str) -> tuple[str, SameClass | None]:
 
     Raises ValueError where the package or its data is not there.
     """
+    if rule not in POS:
+        raise ValueError(f"--pos {rule!r}; expected one of {', '.join(POS)}")
     if rule == "auto":
         for name in ("nltk", "spacy"):
             with contextlib.suppress(ValueError):
                 return part_of_speech(name)
-        rule = "suffix"
     if rule == "none":
         return "none", None
-    if rule == "suffix":
-        return "suffix classes (no tagger)", same_suffix_class
-    if rule == "nltk":
-        try:
+    try:
+        if rule == "nltk":
             import nltk
 
             tagger = nltk.tag.PerceptronTagger()  # once: it reads its weights anew each time
-        except (ImportError, LookupError):
-            needs = "nltk and its data averaged_perceptron_tagger_eng"
-            raise ValueError(f"--pos nltk needs {needs}; or take --pos suffix") from None
-
-        def tag(sentences):
-            return [[_PENN.get(t[:2], t) for _, t in tagger.tag(s)] for s in sentences]
-
-        return f"nltk {nltk.__version__} PerceptronTagger", by_tagger(tag)
-    if rule == "spacy":
-        try:
+            name = f"nltk {nltk.__version__} PerceptronTagger"
+            return name, by_tagger(lambda texts: [[_PENN.get(t[:2], t) for _, t in tagger.tag(s)] for s in texts])
+        if rule == "spacy":
             import spacy
             from spacy.tokens import Doc
 
             nlp = spacy.load("en_core_web_sm", disable=["parser", "ner", "lemmatizer"])
-        except (ImportError, OSError):
-            raise ValueError("--pos spacy needs spacy and its model en_core_web_sm; or take --pos suffix") from None
 
-        def tag(sentences):
-            docs = (Doc(nlp.vocab, words=s) for s in sentences)
-            return [["NOUN" if t.pos_ == "PROPN" else t.pos_ for t in doc] for doc in nlp.pipe(docs)]
+            def tag(sentences):
+                docs = nlp.pipe(Doc(nlp.vocab, words=s) for s in sentences)
+                return [["NOUN" if t.pos_ == "PROPN" else t.pos_ for t in doc] for doc in docs]
 
-        return f"spacy {spacy.__version__} en_core_web_sm", by_tagger(tag)
-    raise ValueError(f"--pos {rule!r}; expected one of {', '.join(POS)}")
+            return f"spacy {spacy.__version__} en_core_web_sm", by_tagger(tag)
+    except (ImportError, LookupError, OSError):
+        data = {"nltk": "its data averaged_perceptron_tagger_eng", "spacy": "its model en_core_web_sm"}[rule]
+        raise ValueError(f"--pos {rule} needs {rule} and {data}; or take --pos suffix") from None
+    return "suffix classes (no tagger)", same_suffix_class
