@@ -25,10 +25,10 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from itertools import tee
+from operator import gt, lt
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,7 +65,7 @@ _DIGITS = 1000  # a number with more is no answer, and Python refuses to read on
 def extract_strict(output: str) -> str | None:
     """The text of the first ``#### NUMBER``; None where there is none."""
     match = STRICT.search(output)
-    return match.group(1) if match else None
+    return match[1] if match else None
 
 
 def extract_flexible(output: str) -> str | None:
@@ -139,8 +139,7 @@ class Verdict(NamedTuple):
     status: str  # of the program's run; empty for text
 
 
-@dataclass(frozen=True)
-class Score:
+class Score(NamedTuple):
     """pass@k of one file under one rule, over all problems of the split."""
 
     rule: str
@@ -244,9 +243,8 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 def scores(verdicts: Sequence[Verdict], ids: Sequence[str], k: Sequence[int] = (1,), *, seed: int = 0) -> list[Score]:
     """pass@k for each rule and k; a problem of ``ids`` without a verdict counts 0. The interval is over problems."""
-    out = []
+    out, n = [], Counter(v.id for v in verdicts)
     for rule in verdicts[0].correct:
-        n = Counter(v.id for v in verdicts)
         c = Counter(v.id for v in verdicts if v.correct[rule])
         for each in k:
             values = tuple(pass_at_k(n[i], c[i], each) if n[i] else 0.0 for i in ids)
@@ -272,8 +270,7 @@ def describe_file(path: str, verdicts: Sequence[Verdict], ids: Sequence[str], fo
     """Lines for people about one file."""
     answered = {v.id for v in verdicts}
     lines = [f"{path}: {len(verdicts):,} outputs for {len(answered):,} of {len(ids):,} problems"]
-    missing = [i for i in ids if i not in answered]
-    if missing:
+    if missing := [i for i in ids if i not in answered]:
         some = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
         lines.append(f"  missing, graded wrong    {len(missing):,}  {some}")
     for status, count in Counter(v.status for v in verdicts if v.status not in ("", "ok")).most_common():
@@ -292,8 +289,7 @@ def describe_difference(a: Sequence[Score], b: Sequence[Score], *, one_sample: b
         line = f"  {x.rule:10}pass@{x.k:<4}{100 * difference.mean:+11.2f} pp  95 % "
         line += f"[{100 * difference.boot_low:+.2f}, {100 * difference.boot_high:+.2f}]"
         if one_sample:
-            both = list(zip(x.per_problem, y.per_problem, strict=True))
-            first, second = sum(p > q for p, q in both), sum(p < q for p, q in both)
+            first, second = (sum(map(op, x.per_problem, y.per_problem)) for op in (gt, lt))
             line += f"  McNemar exact p {mcnemar_exact(first, second):.4g} ({first} only first, {second} only second)"
         lines.append(line)
     return "\n".join(lines)

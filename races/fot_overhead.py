@@ -72,25 +72,19 @@ SHAPES = {
 
 
 class Clock:
-    """Splits the time of a step into parts: ``mark(part)`` ends the part that began at the last mark.
-
-    On a CPU it reads CPU time. On a GPU it records CUDA events, which wait for nothing; they measure the device's time,
-    its idling included.
-    """
+    """Splits the time of a step into parts: ``mark(part)`` ends the part that began at the last mark. On a CPU it reads
+    CPU time; on a GPU it records CUDA events, which wait for nothing and measure the device's time, idling included."""
 
     def __init__(self, device: torch.device):
         self.device, self.on = device, False
         self.marks: list[tuple[str, float | torch.cuda.Event]] = []
 
     def mark(self, part: str) -> None:
-        if not self.on:
-            return
-        if self.device.type == "cuda":
-            now = torch.cuda.Event(enable_timing=True)
-            now.record()
-        else:
-            now = time.process_time()
-        self.marks.append((part, now))
+        if self.on and self.device.type == "cuda":
+            self.marks.append((part, torch.cuda.Event(enable_timing=True)))
+            self.marks[-1][1].record()
+        elif self.on:
+            self.marks.append((part, time.process_time()))
 
     def take(self) -> dict[str, float]:
         """Milliseconds of each part since the last call; "" begins anew and is no part."""
@@ -217,9 +211,8 @@ def make_sides(args, device: torch.device, total: int) -> list[Side]:
         first = GPT2(GPT2Config(args.vocab, args.seq_len, **SIZES[args.shape]), dtype).to(device)
         models = [first, copy.deepcopy(first)]
         groups, adam = [decay_groups(model, 0.1) for model in models], dict(lr=6e-4, betas=(0.9, 0.95))
-        if args.compile:
-            for model in models:
-                model.compile()
+        for model in models if args.compile else ():
+            model.compile()
     else:
         with tempfile.TemporaryDirectory() as folder:
             base = Path(folder) / "model"
@@ -338,8 +331,6 @@ def main(argv: list[str] | None = None) -> int:
     with user_errors():
         args, device = parse(argv)
         cpu = device.type == "cpu"
-        if not cpu:
-            torch.set_float32_matmul_precision("high")
         windows = args.steps // args.window
         further = 0 if cpu else max(1, windows // 4)
         # Twice what is run: the middle of a run, where FoT plans and no learning rate is 0.
@@ -359,7 +350,7 @@ def main(argv: list[str] | None = None) -> int:
     race(sides, batches, args, windows)
     race(sides, batches, args, further, counted=False)
     parts = [side.clock.take() for side in sides]
-    shared = [] if cpu else list(islice(batches, args.window))
+    shared = list(islice(batches, args.window))
     syncs = {} if cpu else {side.name: synchronisations(side, shared, args) for side in sides}
 
     rows = list(cost_rows(sides, parts, (further or windows) * args.window, args, cpu))

@@ -54,8 +54,8 @@ def our_loss(folder: Path, base: str, rank: int, dtype: torch.dtype, device: tor
 def their_model(folder: Path, dtype: torch.dtype, device: torch.device, **more):
     from transformers import AutoModelForCausalLM
 
-    more |= dict(attn_implementation="sdpa", device_map={"": device})
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **more)
+    how = dict(dtype=dtype, attn_implementation="sdpa", device_map={"": device})
+    return AutoModelForCausalLM.from_pretrained(folder, **how, **more)
 
 
 def their_loss(folder: Path, base: str, rank: int, dtype: torch.dtype, device: torch.device):
@@ -80,8 +80,8 @@ def their_loss(folder: Path, base: str, rank: int, dtype: torch.dtype, device: t
 
 
 def turn_row(batch: int, tokens: int, seconds: float, device: torch.device) -> dict:
-    row = {"batch": batch, "tokens_per_second": tokens / seconds, "seconds": seconds}
-    return row | {"peak_memory_bytes": peak_memory(device)}
+    rate, peak = tokens / seconds, peak_memory(device)
+    return {"batch": batch, "tokens_per_second": rate, "seconds": seconds, "peak_memory_bytes": peak}
 
 
 def train_turn(args, side: str, world: World) -> dict:
@@ -102,9 +102,8 @@ def train_turn(args, side: str, world: World) -> dict:
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
 
-    first = min(args.micro_batch or args.batch, args.batch)
     complaint = f"{side}: not one sequence of {args.seq_len} tokens fits the memory"
-    micro = common.largest_that_fits(step, first, complaint)
+    micro = common.largest_that_fits(step, min(args.micro_batch or args.batch, args.batch), complaint)
     common.forget_peak(device)
     seconds = [common.seconds_of(lambda: step(micro), device) for _ in range(args.steps + 1)]
     return turn_row(micro, args.batch * args.seq_len, statistics.median(seconds[1:]), device)
@@ -174,8 +173,7 @@ def evaluate_turn(args, side: str, world: World) -> dict:
     return turn_row(best, *timed(prompts, best), device)
 
 
-def run_turn(part: str, side: str, argv: list[str], model: Path) -> dict:
-    turn = f"{part}:{side}"
+def run_turn(turn: str, argv: list[str], model: Path) -> dict:
     line = common.command("-m", "races.peft_gsm8k", *argv, model=model, turn=turn)
     printed = common.output_of(line, f"the turn {turn} failed", cwd=Path(__file__).parent.parent)
     return json.loads(printed.strip().splitlines()[-1])
@@ -222,7 +220,7 @@ def main(argv: list[str] | None = None) -> int:
         for i in range(args.rounds):
             for part in parts:
                 for side in SIDES if i % 2 == 0 else SIDES[::-1]:
-                    row = {"round": i + 1, "part": part, "side": side} | run_turn(part, side, argv, model)
+                    row = {"round": i + 1, "part": part, "side": side} | run_turn(f"{part}:{side}", argv, model)
                     rows.append(row)
                     print(
                         f"round {i + 1} {part} {side}: {row['tokens_per_second']:,.0f} tokens/s at batch "

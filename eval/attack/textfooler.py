@@ -105,10 +105,8 @@ def attack_group(
     if (options.min_similarity is None) != (embed_of is None):
         raise ValueError("min_similarity and embed_of go together: give both or neither")
     limits = [None] * len(texts) if limits is None else limits
-    searches = [
-        _search(text, lists, options, rng, same_class, embed_of, limit)
-        for text, rng, limit in zip(texts, rngs, limits, strict=True)
-    ]
+    each = zip(texts, rngs, limits, strict=True)
+    searches = [_search(text, lists, options, rng, same_class, embed_of, limit) for text, rng, limit in each]
     waiting = {k: next(search) for k, search in enumerate(searches)}
     results: dict[int, Attack] = {}
     while waiting:
@@ -148,10 +146,8 @@ def _search(text, lists, options, rng, same_class, embed_of, limit) -> Generator
         changed = tuple((i, words.cores[i], changes[i]) for i in sorted(changes))
         return Attack(words.render(changes), changed, spent, before, loss, read, stop)
 
-    if not found:
-        return end("words")
-    if not allowed:
-        return end("share")
+    if not found or not allowed:
+        return end("share" if found else "words")
     most = (options.queries - spent) // 2
     if most == 0:
         return end("budget")
@@ -168,9 +164,7 @@ def _search(text, lists, options, rng, same_class, embed_of, limit) -> Generator
             return end("share")
         if spent == options.queries:
             return end("budget")
-        near = [(c, 0.0) for c in found[i]]
-        if embed_of is not None:
-            near = _similar(words, i, found[i], changes, options, embed_of)
+        near = _similar(words, i, found[i], changes, options, embed_of) if embed_of else [(c, 0.0) for c in found[i]]
         cut |= len(near) > options.queries - spent
         near = near[: options.queries - spent]
         if not near:

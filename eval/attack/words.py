@@ -4,7 +4,6 @@ import contextlib
 import re
 from collections.abc import Callable
 
-_CHUNK = re.compile(r"\S+")
 # Punctuation, the word, a possessive and punctuation. All but the word stays when the word is exchanged.
 _WORD = re.compile(r"(\W*)([^\W\d_]+)((?:['’]s)?\W*)")
 _SENTENCE_END = re.compile(r"[.!?:][\"'”’)\]]*$")
@@ -17,10 +16,8 @@ class Words:
     """
 
     def __init__(self, text: str):
-        spans = [m.span() for m in _CHUNK.finditer(text)]
-        self.chunks = [text[a:b] for a, b in spans]
-        edges = [0, *(x for span in spans for x in span), len(text)]
-        self.gaps = [text[a:b] for a, b in zip(edges[::2], edges[1::2], strict=True)]  # one more than chunks
+        parts = re.split(r"(\S+)", text)
+        self.chunks, self.gaps = parts[1::2], parts[::2]  # of gaps one more than of chunks
         found = [_WORD.fullmatch(chunk) for chunk in self.chunks]
         self.edges = [(m[1], m[3]) if m else ("", "") for m in found]
         self.cores = [m[2] if m else "" for m in found]
@@ -81,15 +78,12 @@ _ENDINGS = {
 
 
 def suffix_class(word: str) -> str:
-    """What the ending says about a word: adverb, -ing, -ed, noun, adjective, superlative, -s, or base.
+    """What the ending says about a word: a key of _ENDINGS, or base.
 
-    The first of these with a known ending after at least three letters counts. Words in -ss, -us and -is are no
-    plurals. It stands in for a tagger: it is coarse and has no context, and irregular forms are "base".
+    The first with a known ending after at least three letters counts. Words in -ss, -us and -is are no plurals. It
+    stands in for a tagger: it is coarse and has no context, and irregular forms are "base".
     """
-    for name, endings in _ENDINGS.items():
-        if re.search(f"...({endings})$", word.lower()):
-            return name
-    return "base"
+    return next((name for name, ends in _ENDINGS.items() if re.search(f"...({ends})$", word.lower())), "base")
 
 
 SameClass = Callable[[Words, int, list[str]], list[bool]]  # (words, position, candidates) -> which may stand there
