@@ -70,7 +70,7 @@ class Target:
 
     def words_read(self, text: str) -> int:
         """How many of the text's words the model gets to see, the last perhaps in part."""
-        ids = self._ids([text], self.max_source)[0]
+        (ids,) = self._ids([text], self.max_source)
         return min(len(self.tokenizer.decode(ids).split()), len(text.split()))
 
     @torch.no_grad()
@@ -91,13 +91,20 @@ class Target:
             out |= zip(places, (nll_BT.sum(1) / tokens_B).tolist(), strict=True)
         return [out[i] for i in range(len(texts))]
 
+    def calibration(self, texts: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+        """Token-level calibration on the references, given the texts."""
+        calibration = Calibration(self.device)
+        for _, moments in self.moments(texts, references):
+            calibration.update(moments)
+        return calibration.compute()
+
     def summaries(self, texts: Sequence[str]) -> list[str]:
         """What the model writes, the best hypothesis of each text."""
         out = {}
         for places, source, mask in self._batches(texts):
             found = generate(self.model, source, self.decoding, mask)
-            for i, ids, length in zip(places, found.tokens[:, 0].tolist(), found.lengths[:, 0], strict=True):
-                out[i] = self.tokenizer.decode(ids[:length])
+            best = zip(found.tokens[:, 0].tolist(), found.lengths[:, 0].tolist(), strict=True)
+            out |= zip(places, (self.tokenizer.decode(ids[:length]) for ids, length in best), strict=True)
         return [out[i] for i in range(len(texts))]
 
     @torch.no_grad()
@@ -161,10 +168,8 @@ def attack_all(
     path = folder / ROWS_FILE
     rows = finished_rows(path, pairs, group) if resume else []
     write_rows(path, rows)
-    with (
-        open(path, "a", encoding="utf-8") as file,
-        tqdm(total=len(pairs), initial=len(rows), unit="article", dynamic_ncols=True, disable=not progress) as bar,
-    ):
+    bar = tqdm(total=len(pairs), initial=len(rows), unit="article", dynamic_ncols=True, disable=not progress)
+    with bar, open(path, "a", encoding="utf-8") as file:
         for start in range(len(rows), len(pairs), group):
             part = attack(pairs[start : start + group])
             file.write("".join(map(json_line, part)))
@@ -224,14 +229,6 @@ def figures(rows: list[dict], references: Sequence[str], goal: float) -> dict:
         "rouge_after": intervals(after, resamples=1000),
         "rouge_drop": intervals(drops),
     }
-
-
-def calibration_of(target: Target, texts: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """Token-level calibration on the references, given the texts."""
-    calibration = Calibration(target.device)
-    for _, moments in target.moments(texts, references):
-        calibration.update(moments)
-    return calibration.compute()
 
 
 def differences(options: AttackOptions, pos: str, lists: dict[str, str]) -> list[str]:
@@ -319,11 +316,8 @@ def _config_of(run: Path) -> dict:
 
 def chosen(pairs: list, count: int, seed: int) -> list:
     """``count`` of the pairs, drawn by ``seed``, in their order; all of them where there are no more."""
-    if count < 1:
-        raise ValueError(f"--articles {count}: expected 1 or more")
-    if count >= len(pairs):
-        return pairs
-    return [pairs[i] for i in sorted(random.Random(seed).sample(range(len(pairs)), count))]
+    drawn = random.Random(seed).sample(range(len(pairs)), min(count, len(pairs)))
+    return [pairs[i] for i in sorted(drawn)]
 
 
 def prepare_out(out: Path, config: dict, resume: bool) -> None:
@@ -376,7 +370,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> None:
     given = parser().parse_args(arguments)
     with user_errors():
-        for name in ("group", "batch"):
+        for name in ("articles", "group", "batch"):
             if getattr(given, name) < 1:
                 raise ValueError(f"--{name} {getattr(given, name)}: expected 1 or more")
         same_names = ("queries", "goal", "max_changed", "candidates", "min_similarity")
@@ -407,8 +401,8 @@ def main(arguments: list[str] | None = None) -> None:
         references = [p.summary for p in pairs]
         content |= {"state": "finished", "seconds": seconds}  # of this call: a resumed attack took longer in all
         content["figures"] = figures(rows, references, options.goal)
-        content["calibration_before"] = calibration_of(target, [p.article for p in pairs], references)
-        content["calibration_after"] = calibration_of(target, [row["article"] for row in rows], references)
+        content["calibration_before"] = target.calibration([p.article for p in pairs], references)
+        content["calibration_after"] = target.calibration([row["article"] for row in rows], references)
         write_json(given.out / RESULT_FILE, content)
     print("\n".join(summary_lines(content)))
     print(f"  {given.out / RESULT_FILE}, {given.out / ROWS_FILE}")
