@@ -203,24 +203,18 @@ def right(value: Fraction | None, gold: str) -> bool:
     return value is not None and same_number(value, parse_number(gold))
 
 
-def grade_code(
-    samples: Iterable[Sample],
-    golds: Mapping[str, str],
-    *,
-    workers: int | None = None,
-    limits: Limits | None = None,
-    progress: str = "",
-) -> list[Verdict]:
+def grade_code(samples: Iterable[Sample], golds: Mapping[str, str], **how) -> list[Verdict]:
     """Runs each output's program in the sandbox and compares what it printed last with the gold answer.
 
-    ``samples`` may be a generator that still makes them: it is read as workers get free.
+    ``samples`` may be a generator that still makes them: it is read as workers get free. ``how``: workers, limits and
+    progress, as `sandbox.run_many` takes them.
     """
     source, taken = tee(samples)
     programs = (extract_program(sample.output) for sample in source)
     if isinstance(samples, Sequence):
         programs = list(programs)  # of a known length, for the progress bar
     verdicts = []
-    for result, sample in zip(run_many(programs, workers, limits, progress=progress), taken, strict=False):
+    for result, sample in zip(run_many(programs, **how), taken, strict=False):
         value = last_number(result.stdout) if result.status == "ok" else None
         answer = None if value is None else result.stdout.rstrip().rpartition("\n")[2][:200]
         status = "no number" if result.status == "ok" and value is None else result.status

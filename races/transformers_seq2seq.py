@@ -15,6 +15,7 @@ import argparse
 import statistics
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -42,10 +43,8 @@ def their_model(config: Seq2SeqConfig, dtype: torch.dtype, device: torch.device)
     return BartForConditionalGeneration(theirs).to(device, dtype)
 
 
-def train_turn(side: str, config: Seq2SeqConfig, batch: int, args) -> tuple[float, int | None]:
-    """(median milliseconds of --steps training steps after --warm ones, peak bytes on CUDA) of one side."""
-    common.forget_peak(args.device)
-    torch.manual_seed(0)
+def train_turn(side: str, config: Seq2SeqConfig, batch: int, args) -> float:
+    """Median milliseconds of --steps training steps after --warm ones, of one side."""
     device, theirs = args.device, side == "transformers"
     model = their_model(config, torch.float32, device) if theirs else Seq2Seq(config, args.dtype).to(device)
     model.train()
@@ -72,15 +71,12 @@ def train_turn(side: str, config: Seq2SeqConfig, batch: int, args) -> tuple[floa
         optimizer.zero_grad(set_to_none=True)
 
     seconds = [common.seconds_of(step, device) for _ in range(args.warm + args.steps)]
-    return 1000 * statistics.median(seconds[args.warm :]), common.cuda_peak(device)
+    return 1000 * statistics.median(seconds[args.warm :])
 
 
 @torch.no_grad()
-def generate_turn(side: str, config: Seq2SeqConfig, batch: int, args) -> tuple[float, int | None]:
-    """(milliseconds of generating --new-tokens with --beams for a whole batch, the faster of two after one that warms
-    up; peak bytes on CUDA) of one side."""
-    common.forget_peak(args.device)
-    torch.manual_seed(0)
+def generate_turn(side: str, config: Seq2SeqConfig, batch: int, args) -> float:
+    """Milliseconds of generating --new-tokens for a whole batch, the faster of two after one that warms up."""
     device, n, theirs = args.device, args.new_tokens, side == "transformers"
     model = their_model(config, args.dtype, device) if theirs else Seq2Seq(config, args.dtype).to(device, args.dtype)
     model.eval()
@@ -99,11 +95,21 @@ def generate_turn(side: str, config: Seq2SeqConfig, batch: int, args) -> tuple[f
     seconds = [common.seconds_of(run, device) for _ in range(3)]
     if set(lengths) != {n}:
         raise ValueError(f"{side} generated {lengths} tokens, expected {n}: there is nothing to compare")
-    return 1000 * min(seconds[1:]), common.cuda_peak(device)
+    return 1000 * min(seconds[1:])
 
 
 # Of a task: how a turn is measured, and who takes part. A score does not change decoding.
 TASKS = {"train": (train_turn, SIDES), "generate": (generate_turn, SIDES[:2])}
+
+
+def turns(task: str, config: Seq2SeqConfig, args, batch: int) -> dict[str, tuple[float, int | None]]:
+    """{side: (milliseconds, peak bytes on CUDA)}, a turn each."""
+    found, (measure, sides) = {}, TASKS[task]
+    for side in sides:
+        common.forget_peak(args.device)
+        torch.manual_seed(0)
+        found[side] = measure(side, config, batch, args), common.cuda_peak(args.device)
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -142,19 +148,15 @@ def main(argv: list[str] | None = None) -> int:
         if args.device.type == "cuda":
             torch.set_float32_matmul_precision("high")
             trial = argparse.Namespace(**vars(args) | {"steps": 1})
-            for task, (measure, sides) in TASKS.items():
-                batches[task] = common.largest_that_fits(
-                    lambda n, measure=measure, sides=sides: [measure(side, config, n, trial) for side in sides],
-                    batches[task],
-                    "a batch of one does not fit on this device; choose a smaller model",
-                )
+            complaint = "a batch of one does not fit on this device; choose a smaller model"
+            for task, batch in batches.items():
+                batches[task] = common.largest_that_fits(partial(turns, task, config, trial), batch, complaint)
         args.out.mkdir(parents=True)
     rows, tokens = [], {"train": args.source + args.target, "generate": args.new_tokens}  # of a row of the batch
     for i in range(args.rounds):
-        for task, (measure, sides) in TASKS.items():
-            batch, shown = batches[task], []
-            for side in sides:
-                ms, peak = measure(side, config, batch, args)
+        for task, batch in batches.items():
+            shown = []
+            for side, (ms, peak) in turns(task, config, args, batch).items():
                 rate = 1000 * batch * tokens[task] / ms
                 row = {"round": i, "task": task, "side": side, "batch": batch, "ms": ms, "tokens_per_second": rate}
                 rows.append(row | {"peak_memory_bytes": peak})

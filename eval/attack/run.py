@@ -160,11 +160,8 @@ def attack_pairs(
 def attack_all(
     folder: Path, pairs, group: int, attack: Callable[[list], list[dict]], resume: bool, progress: bool = False
 ) -> list[dict]:
-    """Attacks ``pairs``, ``group`` at a time, appending to attack.jsonl and syncing it after each group.
-
-    With ``resume`` the whole groups that the file holds are kept; a half-written one is done again. Raises ValueError
-    where the file is of other articles.
-    """
+    """Attacks ``pairs``, ``group`` at a time, appending to attack.jsonl and syncing it after each group. ``resume`` keeps
+    the whole groups that the file holds. Raises ValueError where the file is of other articles."""
     path = folder / ROWS_FILE
     rows = finished_rows(path, pairs, group) if resume else []
     write_rows(path, rows)
@@ -186,7 +183,7 @@ def attack_all(
 
 
 def finished_rows(path: Path, pairs, group: int) -> list[dict]:
-    """The rows of the whole groups in ``path``. Its last line may be half-written."""
+    """The rows of the whole groups in ``path``. Its last line may be half-written; its last group is done again."""
     rows = []
     lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
     for number, line in enumerate(lines[:-1], 1):  # without a line that no newline ends
@@ -337,10 +334,8 @@ def prepare_out(out: Path, config: dict, resume: bool) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    default = AttackOptions()
-    out = argparse.ArgumentParser(
-        prog="python -m eval.attack", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    default, raw = AttackOptions(), argparse.RawDescriptionHelpFormatter
+    out = argparse.ArgumentParser(prog="python -m eval.attack", description=__doc__, formatter_class=raw)
     add = out.add_argument
     add("run", type=Path, help="run folder of finetune_seq2seq.py, or a model's folder")
     add("--out", type=Path, required=True, help="folder for attack.json and attack.jsonl")
@@ -378,8 +373,7 @@ def main(arguments: list[str] | None = None) -> None:
         rouge_scores(["a"], ["a"])  # the package is there: found out before the attack, not after
         pos, same_class = part_of_speech(given.pos)
         lists, sources = load_lists(given.words, given.stop_words, given.antonyms, given.synonyms)
-        run_config = _config_of(given.run)
-        least = {"min_words": run_config["min_words"]} if "min_words" in run_config else {}  # the run's own rule
+        least = {k: v for k, v in _config_of(given.run).items() if k == "min_words"}  # the run's own rule
         part = load_summaries(given.data, [given.split], **least)[given.split]
         pairs = chosen(part.pairs, given.articles, given.seed)
         device = start_world(given.device).device
@@ -397,9 +391,8 @@ def main(arguments: list[str] | None = None) -> None:
         start = time.perf_counter()
         attack = partial(attack_pairs, target, lists=lists, options=options, seed=given.seed, same_class=same_class)
         rows = attack_all(given.out, pairs, given.group, attack, given.resume, progress=sys.stderr.isatty())
-        seconds = time.perf_counter() - start
+        content |= {"state": "finished", "seconds": time.perf_counter() - start}  # of this call, resumed or not
         references = [p.summary for p in pairs]
-        content |= {"state": "finished", "seconds": seconds}  # of this call: a resumed attack took longer in all
         content["figures"] = figures(rows, references, options.goal)
         content["calibration_before"] = target.calibration([p.article for p in pairs], references)
         content["calibration_after"] = target.calibration([row["article"] for row in rows], references)

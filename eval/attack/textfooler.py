@@ -64,14 +64,7 @@ class Attack:
 
 
 def attack_article(
-    text: str,
-    loss_of: Callable[[list[str]], Sequence[float]],
-    lists: WordLists,
-    options: AttackOptions,
-    rng: random.Random,
-    *,
-    limit: int | None = None,
-    **how,
+    text: str, loss_of: Callable[[list[str]], Sequence[float]], lists, options, rng, *, limit: int | None = None, **how
 ) -> Attack:
     """One article under attack, alone: ``loss_of`` gets texts. All else is as in `attack_group`."""
 
