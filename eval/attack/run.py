@@ -160,8 +160,8 @@ def attack_pairs(
 def attack_all(
     folder: Path, pairs, group: int, attack: Callable[[list], list[dict]], resume: bool, progress: bool = False
 ) -> list[dict]:
-    """Attacks ``pairs``, ``group`` at a time, appending to attack.jsonl and syncing it after each group. ``resume`` keeps
-    the whole groups that the file holds. Raises ValueError where the file is of other articles."""
+    """Attacks ``pairs``, ``group`` at a time, and syncs attack.jsonl after each group. ``resume`` keeps the whole groups
+    that the file holds. Raises ValueError where the file is of other articles."""
     path = folder / ROWS_FILE
     rows = finished_rows(path, pairs, group) if resume else []
     write_rows(path, rows)
