@@ -206,12 +206,8 @@ def _check_pairs(predictions: Sequence[str], references: Sequence[str]) -> None:
         raise ValueError("no predictions to measure; expected at least one")
 
 
-def read_predictions(paths: Sequence[Path], key: str | int) -> dict[int, dict]:
-    """Rows of predictions files by index, those made under ``key``, without half-written ones."""
-    return _by_index((row for path in paths for row in whole_rows(path)), key)
-
-
-def _by_index(rows: Iterable[dict], key: str | int) -> dict[int, dict]:
+def by_index(rows: Iterable[dict], key: str | int) -> dict[int, dict]:
+    """Rows of predictions by index, those made under ``key``."""
     return {row["index"]: row for row in rows if row["key"] == key}
 
 
@@ -235,10 +231,10 @@ def write_predictions(
     reference, tokens (EOS included), ended (by EOS, not by the limit) and score.
     """
     everything = range(len(pairs))
-    if len(done := read_predictions([path], key)) == len(pairs):
+    if len(done := by_index(whole_rows(path), key)) == len(pairs):
         return [done[i] for i in everything], None
     parts = Parts(path.parent, f"{path.stem}.part*.jsonl", world)
-    done = _by_index(parts.read(), key)
+    done = by_index(parts.read(), key)
     todo = np.array([i for rows in in_order(pairs, len(pairs)) for i in rows if i not in done])
     batches = [todo[i : i + batch] for i in range(0, len(todo), batch)][world.rank :: world.size]
     tokens, seconds = 0, 0.0
@@ -253,7 +249,7 @@ def write_predictions(
                 fields = {"index": i, "id": pair.id, "key": key, "prediction": text, "reference": pair.summary}
                 fields |= {"tokens": n, "ended": bool(made.ended[row, 0]), "score": float(made.scores[row, 0])}
                 file.write(json_line(fields))
-    done = _by_index(parts.read(), key)
+    done = by_index(parts.read(), key)
     if world.main:
         write_rows(path, (done[i] for i in everything))
     parts.remove()

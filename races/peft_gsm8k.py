@@ -37,7 +37,6 @@ SHAPES = {
     "tiny": Qwen3Config(300, 64, 128, 2, 4, 2, 16, 512, tie_word_embeddings=True),
 }
 SIDES = ("theirs", "ours")
-TURNS = ("train", "evaluate")
 
 
 def our_loss(folder: Path, base: str, rank: int, dtype: torch.dtype, device: torch.device):
@@ -173,6 +172,9 @@ def evaluate_turn(args, side: str, world: World) -> dict:
     return turn_row(best, *timed(prompts, best), device)
 
 
+TURNS = {"train": train_turn, "evaluate": evaluate_turn}
+
+
 def run_turn(turn: str, argv: list[str], model: Path) -> dict:
     line = common.command("-m", "races.peft_gsm8k", *argv, model=model, turn=turn)
     printed = common.output_of(line, f"the turn {turn} failed", cwd=Path(__file__).parent.parent)
@@ -208,14 +210,14 @@ def main(argv: list[str] | None = None) -> int:
             part, _, side = args.turn.partition(":")
             if part not in TURNS or side not in SIDES:
                 raise ValueError(f"--turn {args.turn!r}: expected train or evaluate, a colon, and theirs or ours")
-            print(json.dumps((train_turn if part == "train" else evaluate_turn)(args, side, world)))
+            print(json.dumps(TURNS[part](args, side, world)))
             return 0
         common.check_new(args.out)
         args.out.mkdir(parents=True)
         if args.model is None:
             torch.manual_seed(0)
             save_qwen3(Qwen3(SHAPES[args.shape]), args.out / "model", dtype=torch.bfloat16)
-        parts = TURNS if args.prompts else TURNS[:1]
+        parts = [*TURNS] if args.prompts else ["train"]
         rows, model = [], (args.model or args.out / "model").resolve()
         for i in range(args.rounds):
             for part in parts:

@@ -160,8 +160,8 @@ def attack_pairs(
 def attack_all(
     folder: Path, pairs, group: int, attack: Callable[[list], list[dict]], resume: bool, progress: bool = False
 ) -> list[dict]:
-    """Attacks ``pairs``, ``group`` at a time, and syncs attack.jsonl after each group. ``resume`` keeps the whole groups
-    that the file holds. Raises ValueError where the file is of other articles."""
+    """Attacks ``pairs``, ``group`` at a time, and syncs attack.jsonl after each group. ``resume`` keeps whole groups
+    that are in the file. Raises ValueError where the file is of other articles."""
     path = folder / ROWS_FILE
     rows = finished_rows(path, pairs, group) if resume else []
     write_rows(path, rows)
@@ -280,8 +280,7 @@ def load_target(run: Path, checkpoint: str, data: str, device: torch.device, bat
     """The model of a run of finetune_seq2seq.py with that run's limits and search, or a model's plain folder with the
     published ones of its kind; and what to record of it."""
     if "model_type" in _config_of(run):
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        model = load_seq2seq(run, dtype=dtype).to(device)
+        model = load_seq2seq(run, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32).to(device)
         tokenizer = tokenizer_of_model(str(run), model.config)
         files = sorted([*run.glob("*.safetensors"), *run.glob("pytorch_model*.bin")])
         settings = SimpleNamespace(**preset_values(model.config.kind, data))
