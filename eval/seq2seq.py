@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from data.summaries import SummaryTokenizer, TokenPairs
-from data.windows import IGNORE
 from eval.summaries import ROUGE, bert_model, bert_score, rouge_scores, summary_metrics, write_predictions
 from kernels import linear_score
 from model.beam import Decoding
@@ -136,7 +135,7 @@ def profile(
         model.zero_grad(set_to_none=True)
     joules = None if start is None else (energy.read() - start) / steps
     source, mask, labels = batch
-    tokens = int(source.numel() if mask is None else mask.sum()) + int((labels != IGNORE).sum())
+    tokens = int(source.numel() if mask is None else mask.sum()) + int((labels != -100).sum())
     flops = float(len(source) * training_flops(model.config, source.shape[1], labels.shape[1]))
     median, peak = statistics.median(seconds), peak_flops(device, model.dtype)
     cost = {"pairs": len(source), "source_tokens": source.shape[1], "target_tokens": labels.shape[1], "tokens": tokens}
