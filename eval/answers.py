@@ -130,16 +130,7 @@ def generate(
 
 
 def examine(
-    model: Qwen3,
-    problems: list[Problem],
-    prompter: Prompter,
-    folder: Path,
-    world: World,
-    *,
-    format: str,
-    k: Sequence[int],
-    samples: int = 0,
-    **how,
+    model: Qwen3, problems, prompter, folder: Path, world: World, *, format: str, k: Sequence[int], **how
 ) -> dict | None:
     """Summary entries of the model's answers. None where the generation was stopped early; empty on other ranks.
 
@@ -147,24 +138,23 @@ def examine(
     outputs_sampled.jsonl and verdicts.jsonl.
     """
     began = time.perf_counter()
-    made = generate(model, problems, prompter, folder, world, samples=samples, **how)
+    made = generate(model, problems, prompter, folder, world, **how)
     if made is None or not world.main:
         return None if made is None else {}
-    answers, new_tokens, reused = made
     seconds = time.perf_counter() - began
-    entries, verdicts = grade(answers, problems, format, k)
-    write_rows(folder / "outputs.jsonl", (a for a in answers if not a["sample"]))
-    if samples:
-        write_rows(folder / "outputs_sampled.jsonl", (a for a in answers if a["sample"]))
-    write_rows(folder / "verdicts.jsonl", verdicts)
+    entries, verdicts = grade(made.rows, problems, format, k)
+    greedy, sampled = ([a for a in made.rows if bool(a["sample"]) == drawn] for drawn in (False, True))
+    files = {"outputs": greedy} | ({"outputs_sampled": sampled} if sampled else {}) | {"verdicts": verdicts}
+    for name, rows in files.items():
+        write_rows(folder / f"{name}.jsonl", rows)
     forget(folder)
     return entries | {
         "eval_problems": len(problems),
         "eval_seconds": time.perf_counter() - began,
         "generate_seconds": seconds,
-        "generated_tokens_per_second": new_tokens / seconds,
-        "outputs_reused": reused,
-        "outputs_at_limit": sum(a["ended"] == "length" for a in answers) / len(answers),
+        "generated_tokens_per_second": made.new_tokens / seconds,
+        "outputs_reused": made.reused,
+        "outputs_at_limit": sum(a["ended"] == "length" for a in made.rows) / len(made.rows),
     }
 
 

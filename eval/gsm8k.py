@@ -25,9 +25,10 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from itertools import tee
+from operator import gt, lt
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,7 +55,7 @@ _PYTHON = ("", "python", "py", "python3")
 def extract_strict(output: str) -> str | None:
     """The text of the first ``#### NUMBER``; None where there is none."""
     match = STRICT.search(output)
-    return match.group(1) if match else None
+    return match[1] if match else None
 
 
 def extract_flexible(output: str) -> str | None:
@@ -87,8 +88,7 @@ class Verdict(NamedTuple):
     status: str  # of the program's run; empty for text
 
 
-@dataclass(frozen=True)
-class Score:
+class Score(NamedTuple):
     """pass@k of one file under one rule, over all problems of the split."""
 
     rule: str
@@ -141,38 +141,33 @@ def check_counts(samples: Iterable[Sample], k: Sequence[int], *, name: str = "ou
 def grade_text(samples: Iterable[Sample], golds: Mapping[str, str]) -> list[Verdict]:
     """Strict and flexible verdicts of text outputs. ``golds``: id -> the gold answer."""
     verdicts = []
-    for sample in samples:
-        gold = parse_number(golds[sample.id])
-        answers = {"strict": extract_strict(sample.output), "flexible": extract_flexible(sample.output)}
-        values = {rule: parse_number(answer) for rule, answer in answers.items()}
-        correct = {rule: value is not None and same_number(value, gold) for rule, value in values.items()}
-        verdicts.append(Verdict(sample.id, answers, correct, ""))
+    for name, output in samples:
+        answers = {"strict": extract_strict(output), "flexible": extract_flexible(output)}
+        correct = {rule: right(parse_number(answer), golds[name]) for rule, answer in answers.items()}
+        verdicts.append(Verdict(name, answers, correct, ""))
     return verdicts
 
 
-def grade_code(
-    samples: Iterable[Sample],
-    golds: Mapping[str, str],
-    *,
-    workers: int | None = None,
-    limits: Limits | None = None,
-    progress: str = "",
-) -> list[Verdict]:
+def right(value: Fraction | None, gold: str) -> bool:
+    return value is not None and same_number(value, parse_number(gold))
+
+
+def grade_code(samples: Iterable[Sample], golds: Mapping[str, str], **how) -> list[Verdict]:
     """Runs each output's program in the sandbox and compares what it printed last with the gold answer.
 
-    ``samples`` may be a generator that still makes them: it is read as workers get free.
+    ``samples`` may be a generator that still makes them: it is read as workers get free. ``how``: workers, limits and
+    progress, as `sandbox.run_many` takes them.
     """
     source, taken = tee(samples)
     programs = (extract_program(sample.output) for sample in source)
     if isinstance(samples, Sequence):
         programs = list(programs)  # of a known length, for the progress bar
     verdicts = []
-    for result, sample in zip(run_many(programs, workers, limits, progress=progress), taken, strict=False):
+    for result, sample in zip(run_many(programs, **how), taken, strict=False):
         value = last_number(result.stdout) if result.status == "ok" else None
-        right = value is not None and same_number(value, parse_number(golds[sample.id]))
-        status = result.status if result.status != "ok" or value is not None else "no number"
-        answer = result.stdout.rstrip().rpartition("\n")[2][:200] if value is not None else None
-        verdicts.append(Verdict(sample.id, {"code": answer}, {"code": right}, status))
+        answer = None if value is None else result.stdout.rstrip().rpartition("\n")[2][:200]
+        status = "no number" if result.status == "ok" and value is None else result.status
+        verdicts.append(Verdict(sample.id, {"code": answer}, {"code": right(value, golds[sample.id])}, status))
     return verdicts
 
 
@@ -191,9 +186,8 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 def scores(verdicts: Sequence[Verdict], ids: Sequence[str], k: Sequence[int] = (1,), *, seed: int = 0) -> list[Score]:
     """pass@k for each rule and k; a problem of ``ids`` without a verdict counts 0. The interval is over problems."""
-    out = []
+    out, n = [], Counter(v.id for v in verdicts)
     for rule in verdicts[0].correct:
-        n = Counter(v.id for v in verdicts)
         c = Counter(v.id for v in verdicts if v.correct[rule])
         for each in k:
             values = tuple(pass_at_k(n[i], c[i], each) if n[i] else 0.0 for i in ids)
@@ -206,8 +200,7 @@ def describe_file(path: str, verdicts: Sequence[Verdict], ids: Sequence[str], fo
     """Lines for people about one file."""
     answered = {v.id for v in verdicts}
     lines = [f"{path}: {len(verdicts):,} outputs for {len(answered):,} of {len(ids):,} problems"]
-    missing = [i for i in ids if i not in answered]
-    if missing:
+    if missing := [i for i in ids if i not in answered]:
         some = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
         lines.append(f"  missing, graded wrong    {len(missing):,}  {some}")
     for status, count in Counter(v.status for v in verdicts if v.status not in ("", "ok")).most_common():
@@ -226,8 +219,7 @@ def describe_difference(a: Sequence[Score], b: Sequence[Score], *, one_sample: b
         line = f"  {x.rule:10}pass@{x.k:<4}{100 * difference.mean:+11.2f} pp  95 % "
         line += f"[{100 * difference.boot_low:+.2f}, {100 * difference.boot_high:+.2f}]"
         if one_sample:
-            both = list(zip(x.per_problem, y.per_problem, strict=True))
-            first, second = sum(p > q for p, q in both), sum(p < q for p, q in both)
+            first, second = (sum(map(op, x.per_problem, y.per_problem)) for op in (gt, lt))
             line += f"  McNemar exact p {mcnemar_exact(first, second):.4g} ({first} only first, {second} only second)"
         lines.append(line)
     return "\n".join(lines)
@@ -257,20 +249,18 @@ def main(arguments: list[str] | None = None) -> None:
             files[path] = read_outputs(path, ids)
             check_counts(files[path], given.k, name=path)
         limits = Limits(packages=True, memory_bytes=PACKAGES_MEMORY) if given.packages else Limits()
-        progress = "running programs" if sys.stderr.isatty() else ""
-        graded, found = [], []
+        how = dict(workers=given.workers, limits=limits, progress="running programs" if sys.stderr.isatty() else "")
+        grade = partial(grade_code, **how) if given.format == "code" else grade_text
+        found, rows = [], []
         for path, samples in files.items():
-            if given.format == "code":
-                graded.append(grade_code(samples, golds, workers=given.workers, limits=limits, progress=progress))
-            else:
-                graded.append(grade_text(samples, golds))
-            found.append(scores(graded[-1], ids, given.k))
-            print(describe_file(path, graded[-1], ids, found[-1]))
+            verdicts = grade(samples, golds)
+            rows += [v._asdict() | {"file": path} for v in verdicts]
+            found.append(scores(verdicts, ids, given.k))
+            print(describe_file(path, verdicts, ids, found[-1]))
         if len(found) == 2:
             print(describe_difference(*found, one_sample=given.k == [1]))
         if given.out:
-            judged = ((path, v) for path, part in zip(files, graded, strict=True) for v in part)
-            write_rows(given.out, (v._asdict() | {"file": path} for path, v in judged))
+            write_rows(given.out, rows)
 
 
 if __name__ == "__main__":

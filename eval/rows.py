@@ -5,8 +5,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TextIO
 
-import torch.distributed as dist
-
 from runtime.folder import write_bytes
 from runtime.machine import World
 
@@ -42,9 +40,9 @@ class Parts:
 
     def read(self) -> list[dict]:
         """The rows of all ranks: all have written before one reads, and all have read before one goes on."""
-        self._barrier()
+        self.world.wait()
         rows = [row for path in sorted(self.folder.glob(self.pattern)) for row in whole_rows(path)]
-        self._barrier()
+        self.world.wait()
         return rows
 
     def append(self) -> TextIO:
@@ -57,7 +55,3 @@ class Parts:
         """Takes the files away, on rank 0."""
         for path in self.folder.glob(self.pattern) if self.world.main else ():
             path.unlink()
-
-    def _barrier(self) -> None:
-        if self.world.size > 1:
-            dist.barrier()

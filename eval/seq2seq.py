@@ -38,17 +38,9 @@ def decoding(settings, tokenizer: SummaryTokenizer) -> Decoding:
 
     EOS is not forced at the limit, because the share of beams that end is measured.
     """
-    return Decoding(
-        max_new_tokens=settings.max_new_tokens,
-        min_new_tokens=settings.min_new_tokens,
-        num_beams=settings.beams,
-        length_penalty=settings.length_penalty,
-        no_repeat_ngram=settings.no_repeat_ngram,
-        early_stopping=settings.early_stopping,
-        eos_id=tokenizer.eos_id,
-        pad_id=tokenizer.pad_id,
-        forced_bos_id=tokenizer.bos_id,
-    )
+    names = ("max_new_tokens", "min_new_tokens", "length_penalty", "no_repeat_ngram", "early_stopping")
+    ids = dict(eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id, forced_bos_id=tokenizer.bos_id)
+    return Decoding(num_beams=settings.beams, **{name: getattr(settings, name) for name in names}, **ids)
 
 
 def check_packages(bertscore: str) -> None:
@@ -65,8 +57,7 @@ def multiple_of(device: torch.device) -> int:
 
 def forward(model, source: Tensor, mask: Tensor | None, labels: Tensor, device: torch.device, shift: Callable):
     """Hidden states [N, D] and labels [N] of a collated batch, N = batch x target length, on ``device``."""
-    source, labels = to_device(source, device), to_device(labels, device)
-    mask = mask if mask is None else to_device(mask, device)
+    source, mask, labels = (t if t is None else to_device(t, device) for t in (source, mask, labels))
     return model(source, mask, shift(labels)).flatten(0, 1), labels.flatten()
 
 
@@ -82,23 +73,14 @@ def generation_metrics(rows: list[dict], speed: float | None, *, bertscore: str 
 
 
 def summarise(
-    model: Seq2Seq,
-    sets: dict[str, TokenPairs | None],
-    options: Decoding,
-    folder: Path,
-    world: World,
-    *,
-    key: int,
-    batch: int,
+    model: Seq2Seq, sets: dict[str, TokenPairs | None], options: Decoding, folder: Path, world: World, **how
 ) -> dict[str, tuple[list[dict], float | None]]:
     """`write_predictions` of each set that is summarised, into ``folder``: the test sets and ood, or, where there is no
-    test set, as when a fold selects, the validation set and ood. ``key``: the step of the weights."""
+    test set, as when a fold selects, the validation set and ood. ``how``: its key and its batch."""
     names = ["val" if sets["test"] is None else "test"] + ["ood"] * (sets["ood"] is not None)
-    how = dict(key=key, batch=batch, multiple=multiple_of(world.device))
-    return {
-        name: write_predictions(model, sets[name], options, folder / f"predictions-{name}.jsonl", world, **how)
-        for name in names
-    }
+    paths = {name: folder / f"predictions-{name}.jsonl" for name in names}
+    how |= dict(multiple=multiple_of(world.device))
+    return {name: write_predictions(model, sets[name], options, path, world, **how) for name, path in paths.items()}
 
 
 def describe(name: str, summary: dict) -> list[str]:
@@ -137,8 +119,8 @@ def profile(
     """
     device, seconds, busy, energy = world.device, [], [], EnergyMeter(world.device)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    for step in range(steps + PROFILE_WARM_UP):
-        if step == PROFILE_WARM_UP:
+    for step in range(-PROFILE_WARM_UP, steps):
+        if step == 0:
             start = energy.read()
         wait()
         clock = time.perf_counter()
@@ -146,7 +128,7 @@ def profile(
         loss, _ = linear_score(hidden, model.head_weight, y, score, bias=model.head_bias, tail=tail, impl=impl)
         loss.backward()
         wait()
-        if step >= PROFILE_WARM_UP:
+        if step >= 0:
             seconds.append(time.perf_counter() - clock)
             if energy.read() is not None:
                 busy.append(torch.cuda.utilization(device))

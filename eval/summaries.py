@@ -10,10 +10,11 @@ import contextlib
 import math
 import re
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from data.summaries import TokenPairs, collate, in_order
@@ -66,7 +67,6 @@ def rouge_scores(predictions: Sequence[str], references: Sequence[str]) -> dict[
 
     Raises ValueError where the numbers of texts differ, where there is none, and where the package is missing.
     """
-    _check_pairs(predictions, references)
     from rouge_score.tokenizers import DefaultTokenizer
 
     # Without a tokenizer the scorer makes this same one, and a log line that gives the root logger a handler.
@@ -85,7 +85,6 @@ def files2rouge_scores(predictions: Sequence[str], references: Sequence[str]) ->
     irregular forms are not looked up in WordNet's exceptions (went: go), and an empty prediction scores 0, where
     files2rouge stops. Raises as `rouge_scores`.
     """
-    _check_pairs(predictions, references)
     from nltk.stem.porter import PorterStemmer
     from nltk.tokenize.treebank import TreebankWordTokenizer
 
@@ -103,24 +102,26 @@ def files2rouge_scores(predictions: Sequence[str], references: Sequence[str]) ->
     return _f1(predictions, references, FILES2ROUGE, Stemmed(), lines)
 
 
-def _f1(
-    predictions, references, names: dict[str, str], tokenizer, lines: Callable[[str], str]
-) -> dict[str, list[float]]:
+def _f1(predictions, references, names: dict, tokenizer, lines: Callable[[str], str]) -> dict[str, list[float]]:
     """F1 in percent of each pair. ``names``: our name of a score -> rouge-score's; ``lines`` makes a text's lines."""
     from rouge_score.rouge_scorer import RougeScorer
 
+    _check_pairs(predictions, references)
     scorer = RougeScorer([*names.values()], tokenizer=tokenizer)
     scores = [scorer.score(lines(r), lines(p)) for p, r in zip(predictions, references, strict=True)]
     return {ours: [100 * score[theirs].fmeasure for score in scores] for ours, theirs in names.items()}
 
 
 def rouge(predictions: Sequence[str], references: Sequence[str], *, resamples: int = 1000) -> dict[str, float]:
-    """The mean of each ROUGE over pairs and its 95 % bootstrap interval: rouge1, rouge1_low, rouge1_high and so on.
+    """`intervals` of `rouge_scores`."""
+    return intervals(rouge_scores(predictions, references), resamples)
 
-    Both ends are None for a single pair. Errors as in `rouge_scores`.
-    """
+
+def intervals(scores: Mapping[str, Sequence[float]], resamples: int = 10_000) -> dict[str, float | None]:
+    """The mean of each score and its 95 % bootstrap interval: rouge1, rouge1_low, rouge1_high and so on. Both ends are
+    None for a single value."""
     out = {}
-    for name, values in rouge_scores(predictions, references).items():
+    for name, values in scores.items():
         low, high = bootstrap_interval(values, resamples=resamples) if len(values) > 1 else (None, None)
         out |= {name: math.fsum(values) / len(values), f"{name}_low": low, f"{name}_high": high}
     return out
@@ -170,12 +171,10 @@ def bert_score(
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"--bertscore {model} cannot be loaded: {reason}") from error
     texts = [(p, r) for p, r in zip(predictions, references, strict=True) if p.strip() and r.strip()]
-    sums = [0.0, 0.0, 0.0]
-    if texts:
-        sums = [t.double().sum().item() for t in scorer.score(*map(list, zip(*texts, strict=True)))]
+    found = scorer.score(*map(list, zip(*texts, strict=True))) if texts else torch.zeros(3, 1)
+    means = [each.double().sum().item() / len(predictions) for each in found]
     names = ("bertscore_precision", "bertscore_recall", "bertscore_f1")
-    means = {name: total / len(predictions) for name, total in zip(names, sums, strict=True)}
-    return means | {"bertscore_hash": scorer.hash}
+    return dict(zip(names, means, strict=True)) | {"bertscore_hash": scorer.hash}
 
 
 @_needs("--bertscore", "bert-score==0.3.13")
@@ -207,12 +206,8 @@ def _check_pairs(predictions: Sequence[str], references: Sequence[str]) -> None:
         raise ValueError("no predictions to measure; expected at least one")
 
 
-def read_predictions(paths: Sequence[Path], key: str | int) -> dict[int, dict]:
-    """Rows of predictions files by index, those made under ``key``, without half-written ones."""
-    return _by_index((row for path in paths for row in whole_rows(path)), key)
-
-
-def _by_index(rows: Iterable[dict], key: str | int) -> dict[int, dict]:
+def by_index(rows: Iterable[dict], key: str | int) -> dict[int, dict]:
+    """Rows of predictions by index, those made under ``key``."""
     return {row["index"]: row for row in rows if row["key"] == key}
 
 
@@ -236,10 +231,10 @@ def write_predictions(
     reference, tokens (EOS included), ended (by EOS, not by the limit) and score.
     """
     everything = range(len(pairs))
-    if len(done := read_predictions([path], key)) == len(pairs):
+    if len(done := by_index(whole_rows(path), key)) == len(pairs):
         return [done[i] for i in everything], None
     parts = Parts(path.parent, f"{path.stem}.part*.jsonl", world)
-    done = _by_index(parts.read(), key)
+    done = by_index(parts.read(), key)
     todo = np.array([i for rows in in_order(pairs, len(pairs)) for i in rows if i not in done])
     batches = [todo[i : i + batch] for i in range(0, len(todo), batch)][world.rank :: world.size]
     tokens, seconds = 0, 0.0
@@ -254,7 +249,7 @@ def write_predictions(
                 fields = {"index": i, "id": pair.id, "key": key, "prediction": text, "reference": pair.summary}
                 fields |= {"tokens": n, "ended": bool(made.ended[row, 0]), "score": float(made.scores[row, 0])}
                 file.write(json_line(fields))
-    done = _by_index(parts.read(), key)
+    done = by_index(parts.read(), key)
     if world.main:
         write_rows(path, (done[i] for i in everything))
     parts.remove()

@@ -1,5 +1,6 @@
 """Measures of generated text."""
 
+from collections import Counter
 from collections.abc import Iterable
 
 
@@ -15,10 +16,6 @@ def distinct_n(texts: Iterable[str], n: int) -> float | None:
         raise ValueError("texts is one string; expected a list of strings, one a text")
     if n < 1:
         raise ValueError(f"n={n}: expected the length of an n-gram, 1 or more")
-    different, total = set(), 0
-    for text in texts:
-        words = text.split()
-        grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
-        different.update(grams)
-        total += len(grams)
-    return len(different) / total if total else None
+    split = map(str.split, texts)
+    grams = Counter(tuple(words[i : i + n]) for words in split for i in range(len(words) - n + 1))
+    return len(grams) / grams.total() if grams else None

@@ -4,6 +4,7 @@ Machines are shared and drift. So the sides of a race take turns, each round giv
 """
 
 import argparse
+import contextlib
 import csv
 import datetime
 import gc
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from runtime.cli import flag_name
 from runtime.folder import write_bytes
 
 
@@ -30,7 +32,7 @@ def check_least(args: argparse.Namespace, **least: int) -> None:
     """Raises ValueError for a flag that is below its least value."""
     for name, value in least.items():
         if getattr(args, name) < value:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least {value}")
+            raise ValueError(f"{flag_name(name)} {getattr(args, name)}: expected at least {value}")
 
 
 def check_new(out: Path) -> None:
@@ -66,15 +68,13 @@ def largest_that_fits(run: Callable[[int], object], batch: int, complaint: str) 
 
     Raises ValueError, the ``complaint``, where a batch of one does.
     """
-    while True:
-        try:
+    while batch:
+        with contextlib.suppress(torch.OutOfMemoryError):
             run(batch)
             return batch
-        except torch.OutOfMemoryError:
-            if batch == 1:
-                raise ValueError(complaint) from None
-        torch.cuda.empty_cache()  # outside the handler, whose traceback holds the activations
+        torch.cuda.empty_cache()  # once the error is gone, whose traceback holds the activations
         batch //= 2
+    raise ValueError(complaint)
 
 
 def cuda_peak(device: torch.device) -> int | None:
@@ -90,10 +90,8 @@ def median_ratio(rows: Iterable[dict], column: str, side: str, base: str) -> flo
 
 def command(*words, **flags) -> list[str]:
     """A command of this interpreter; ``seq_len=8`` becomes --seq-len 8."""
-    line = [sys.executable, *words]
-    for name, value in flags.items():
-        line += ["--" + name.replace("_", "-"), value]
-    return [str(word) for word in line]
+    given = [word for name, value in flags.items() for word in (flag_name(name), value)]
+    return [str(word) for word in (sys.executable, *words, *given)]
 
 
 def output_of(line: list[str], complaint: str, cwd: Path | None = None) -> str:
@@ -114,13 +112,11 @@ def today() -> str:
 
 def here_and_now(device: torch.device) -> dict[str, str]:
     """The last columns of a CSV: the device, the versions that decide a race, and the date."""
-    found = {}
-    for package in ("torch", "transformers", "peft", "bitsandbytes"):
-        try:
+    found = dict.fromkeys(("torch", "transformers", "peft", "bitsandbytes"), "none")
+    for package in found:
+        with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "none"
-    versions = " ".join(f"{package} {version}" for package, version in found.items())
+    versions = " ".join(map(" ".join, found.items()))
     return {"device": device_name(device), "versions": versions, "date": today()}
 
 

@@ -26,15 +26,17 @@ import tempfile
 import time
 import warnings
 from collections import defaultdict, namedtuple
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, wraps
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from data.packing import Example, Rows, batch_indices, pack
+from eval.answers import hidden_at
 from kernels import linear_score
 from kernels.losses import ce
 from model.gpt2 import GPT2, SIZES, GPT2Config, decay_groups
@@ -45,8 +47,8 @@ from races import common
 from races.peft_gsm8k import SHAPES as QWEN3
 from runtime.cli import user_errors
 from runtime.machine import start_world, to_device
-from schedules.fot import FoT
-from schedules.rules import lr_factor
+from runtime.optim import take_step
+from schedules import FoT, Planned, make_rule
 
 CLAIM = {"cuda": 0.2, "cpu": 1.0}  # per cent of the step
 SIDES = ("linear", "fot")
@@ -54,6 +56,7 @@ FOT_PARTS = ("observe", "gradient statistics", "decision", "forecasts")  # FoT's
 STEP_PARTS = ("forward and backward", "observe", "gradient statistics", "clipping", "optimizer", "schedule")
 STEP_PARTS += ("decision", "forecasts")
 COLUMNS = ("part", "linear_ms", "fot_ms", "added_percent", "low_percent", "high_percent")
+THIN = 8  # of finetune_gsm8k.py: of the prompt's tokens every so many go through the head
 FEWEST_WINDOWS = 5  # the whole range of five holds the median with a chance of 15 in 16
 
 # Tokens in the vocabulary and of a row, the batch (sequences; problems for Qwen3), rows in one forward.
@@ -70,25 +73,19 @@ SHAPES = {
 
 
 class Clock:
-    """Splits the time of a step into parts: ``mark(part)`` ends the part that began at the last mark.
-
-    On a CPU it reads CPU time. On a GPU it records CUDA events, which wait for nothing; they measure the device's time,
-    its idling included.
-    """
+    """Splits the time of a step into parts: ``mark(part)`` ends the part that began at the last mark. On a CPU it reads
+    CPU time; on a GPU it records CUDA events, which wait for nothing and measure the device's time, idling included."""
 
     def __init__(self, device: torch.device):
         self.device, self.on = device, False
         self.marks: list[tuple[str, float | torch.cuda.Event]] = []
 
     def mark(self, part: str) -> None:
-        if not self.on:
-            return
-        if self.device.type == "cuda":
-            now = torch.cuda.Event(enable_timing=True)
-            now.record()
-        else:
-            now = time.process_time()
-        self.marks.append((part, now))
+        if self.on and self.device.type == "cuda":
+            self.marks.append((part, torch.cuda.Event(enable_timing=True)))
+            self.marks[-1][1].record()
+        elif self.on:
+            self.marks.append((part, time.process_time()))
 
     def take(self) -> dict[str, float]:
         """Milliseconds of each part since the last call; "" begins anew and is no part."""
@@ -108,118 +105,83 @@ class Side:
     name: str
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
-    parameters: list[torch.nn.Parameter]
-    lr: float
-    total: int  # steps that the schedule is made for
+    rule: Planned | FoT
     clock: Clock
-    fot: FoT | None = None
-    steps: int = 0
     turns: list[tuple[float, float]] = field(default_factory=list)  # those that count: (seconds, of them CPU time)
 
     def __post_init__(self):
-        if self.fot:
-            self.mark_around(self.fot.stats, "sample", "optimizer", "gradient statistics")
-            self.mark_around(self.fot.forecaster, "forecast", "decision", "forecasts")
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.mark_around(self.optimizer, "step", "clipping", "optimizer")
+        if isinstance(self.rule, FoT):
+            self.mark_around(self.rule, "observe", "forward and backward", "observe")
+            self.mark_around(self.rule.stats, "micro", "observe", "gradient statistics")
+            self.mark_around(self.rule.stats, "sample", "optimizer", "gradient statistics")
+            self.mark_around(self.rule.forecaster, "forecast", "decision", "forecasts")
 
     def mark_around(self, owner, name: str, before: str, part: str) -> None:
         """Makes a method of ``owner`` a part of its own; ``before`` is the part that it interrupts."""
         method = getattr(owner, name)
 
-        def marked(*args):
+        @wraps(method)
+        def marked(*args, **how):
             self.clock.mark(before)
-            found = method(*args)
+            found = method(*args, **how)
             self.clock.mark(part)
             return found
 
         setattr(owner, name, marked)
 
 
-def lm_step(side: Side, tokens_BT: torch.Tensor, micro: int) -> None:
-    """train_lm.py's step; tokens [B, T + 1] on the CPU."""
-    model, fot, device = side.model, side.fot, side.clock.device
+def lm_parts(side: Side, tokens_BT: torch.Tensor, micro: int) -> Iterator[tuple]:
+    """train_lm.py's forwards of tokens [B, T + 1]: (loss, NLL, tokens, what else `observe` takes) of each part."""
+    device, splits = side.clock.device, side.rule.splits
     x, y = (to_device(t.contiguous(), device) for t in (tokens_BT[:, :-1], tokens_BT[:, 1:]))
     denominator = to_device(torch.tensor(float(y.numel())), device)
-    begin(side)
-    measured = fot is not None and fot.splits
-    rows = math.ceil(len(x) / 2) if measured and micro == len(x) else micro
-    loss = torch.zeros((), device=device)
+    rows = math.ceil(len(x) / 2) if splits and micro == len(x) else micro
     for i in range(0, len(x), rows):
-        hidden = model(x[i : i + rows]).flatten(0, 1)
-        part, moments = linear_score(hidden, model.head_weight, y[i : i + rows].flatten(), ce, denominator=denominator)
-        part.backward()
-        loss += part.detach()
-        side.clock.mark("forward and backward")
-        if fot:
-            fot.observe(-moments.log_p.sum(), moments.valid.sum())
-            side.clock.mark("observe")
-            if measured and i == 0:
-                fot.stats.micro(min(rows, len(x)) / len(x))
-                side.clock.mark("gradient statistics")
-    end(side, loss)
+        hidden, targets = side.model(x[i : i + rows]).flatten(0, 1), y[i : i + rows].flatten()
+        loss, moments = linear_score(hidden, side.model.head_weight, targets, ce, denominator=denominator)
+        share = rows / len(x) if splits and i == 0 else None
+        yield loss, -moments.log_p.sum(), moments.valid.sum(), {"share": share}
 
 
-def lora_step(side: Side, rows: Rows, micro: int) -> None:
-    """finetune_gsm8k.py's step, the loss on the answers."""
-    model, fot, device = side.model, side.fot, side.clock.device
-    count = int(rows.answer_RT.sum())
-    begin(side)
-    deciding = fot is not None and (side.steps + 1) % fot.every == 0
-    measured = fot is not None and fot.splits and len(rows) > 1
-    if deciding:
-        segment_rms(model)
-    if measured:
-        rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(side.steps))]
+def lora_parts(side: Side, rows: Rows, micro: int) -> Iterator[tuple]:
+    """The same of finetune_gsm8k.py, the loss on the answers."""
+    model, rule, device = side.model, side.rule, side.clock.device
+    answers = int(rows.answer_RT.sum())
+    if measured := rule.splits and len(rows) > 1:
+        rows = rows[torch.randperm(len(rows))]
         micro = min(micro, math.ceil(len(rows) / 2))
-    denominator, loss = to_device(torch.tensor(float(count)), device), torch.zeros((), device=device)
+    if rule.weighs_blocks:
+        segment_rms(model)
+    denominator = to_device(torch.tensor(float(answers)), device)
     for i in range(0, len(rows), micro):
         part = rows[i : i + micro]
-        if fot:
-            set_segments(model, part.answer_RT if deciding else None)
-        at = part.positions("all" if deciding else "answer")
-        answer = to_device(part.answer_RT.flatten()[at], device)
-        y, at = to_device(part.targets_RT.flatten()[at], device), to_device(at, device)
-        hidden = model(to_device(part.tokens_RT, device), documents_BT=to_device(part.documents_RT, device))
-        weights = answer.float() if deciding else None
-        hidden = hidden.flatten(0, 1).index_select(0, at)
-        part_loss, moments = linear_score(
-            hidden, model.head_weight, y, ce, denominator=denominator, weights=weights, fisher=deciding
-        )
-        part_loss.backward()
-        loss += part_loss.detach()
-        side.clock.mark("forward and backward")
-        if fot:
-            if deciding:
-                fot.observe(0.0, 0.0, fisher=moments.fisher, prompt=~answer, answer=answer)
-            valid = moments.valid & answer
-            fot.observe(-moments.log_p.where(valid, 0).sum(), valid.sum())
-            side.clock.mark("observe")
-            if measured and i == 0:
-                fot.stats.micro(len(part.positions("answer")) / count)
-                side.clock.mark("gradient statistics")
-    end(side, loss)
+        at, y, answer, inside = (to_device(t, device) for t in part.seen("answer", prompt=rule.gates, thin=THIN))
+        if isinstance(rule, FoT):
+            set_segments(model, part.answer_RT if rule.weighs_blocks else None)
+        hidden = hidden_at(model, part, at, device)
+        how = {"weights": inside.float(), "fisher": True} if rule.gates else {}
+        loss, moments = linear_score(hidden, model.head_weight, y, ce, denominator=denominator, **how)
+        valid = moments.valid & inside
+        more = {"fisher": moments.fisher, "prompt": ~answer, "answer": answer} if rule.gates else {}
+        more["share"] = len(part.positions("answer")) / answers if measured and i == 0 else None
+        yield loss, -moments.log_p.where(valid, 0).sum(), valid.sum(), more
 
 
-def begin(side: Side) -> None:
+def train_step(side: Side, batch: torch.Tensor | Rows, args) -> None:
+    """A step of either script, without its log lines."""
     side.clock.mark("")
-    if side.fot is None:
-        for group in side.optimizer.param_groups:
-            group["lr"] = side.lr * lr_factor("linear", side.steps, side.total, warmup=0.03)
-    side.clock.mark("schedule")
-
-
-def end(side: Side, loss: torch.Tensor) -> None:
-    norm = torch.nn.utils.clip_grad_norm_(side.parameters, 1.0)
-    if side.fot:
-        side.fot.clipped_by = norm.clamp(min=1)
-    side.optimizer.found_inf = (~(torch.isfinite(norm) & torch.isfinite(loss))).float()
-    side.clock.mark("clipping")
-    side.optimizer.step()
-    side.optimizer.zero_grad(set_to_none=True)
+    total = torch.zeros((), device=side.clock.device)
+    for loss, nll, tokens, more in (lm_parts if args.shape in SIZES else lora_parts)(side, batch, args.micro_batch):
+        loss.backward()
+        total += loss.detach()
+        side.clock.mark("forward and backward")
+        side.rule.observe(nll, tokens, **more)
+    take_step(side.optimizer, side.parameters, 1.0, total)
     side.clock.mark("optimizer")
-    side.steps += 1
-    if side.fot:
-        side.fot.step()
-        side.clock.mark("decision" if side.fot.decided else "schedule")
+    decision = side.rule.step()
+    side.clock.mark("decision" if decision else "schedule")
 
 
 def zipf(shape: tuple[int, ...], vocab: int, seed: int) -> torch.Tensor:
@@ -229,28 +191,29 @@ def zipf(shape: tuple[int, ...], vocab: int, seed: int) -> torch.Tensor:
     return torch.multinomial(weights, math.prod(shape), replacement=True, generator=generator).view(shape)
 
 
-def make_batches(args) -> Callable[[int], torch.Tensor | Rows]:
-    """The batch of a step, on the CPU. Problems are as long as GSM8K's with Qwen3's tokenizer, in shares of a row."""
-    vocab = SHAPES[args.shape].vocab
+def make_batches(args) -> Iterator[torch.Tensor | Rows]:
+    """The steps' batches, on the CPU. Problems are as long as GSM8K's with Qwen3's tokenizer, in shares of a row."""
     if args.shape in SIZES:
-        return lambda step: zipf((args.batch, args.seq_len + 1), vocab, step)
+        yield from (zipf((args.batch, args.seq_len + 1), args.vocab, step) for step in count())
     lengths = np.random.default_rng(0).uniform(0.12, 0.28, (max(256, args.batch), 2))
-    problems = []
-    for i, (prompt, answer) in enumerate((lengths * args.seq_len).astype(int).tolist()):
-        problems.append(Example(str(i), zipf((prompt + answer,), vocab, i).tolist(), max(prompt, 1)))
-    return lambda step: pack([problems[i] for i in batch_indices(len(problems), step, args.batch, 0)], args.seq_len)
+    problems = [
+        Example(str(i), zipf((prompt + answer,), args.vocab, i).tolist(), max(prompt, 1))
+        for i, (prompt, answer) in enumerate((lengths * args.seq_len).astype(int).tolist())
+    ]
+    for step in count():
+        yield pack([problems[i] for i in batch_indices(len(problems), step, args.batch, 0)], args.seq_len)
 
 
 def make_sides(args, device: torch.device, total: int) -> list[Side]:
+    """Both runs, of ``total`` steps, from the same weights."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.manual_seed(0)
     if args.shape in SIZES:
-        first = GPT2(GPT2Config(SHAPES[args.shape].vocab, args.seq_len, **SIZES[args.shape]), dtype).to(device)
+        first = GPT2(GPT2Config(args.vocab, args.seq_len, **SIZES[args.shape]), dtype).to(device)
         models = [first, copy.deepcopy(first)]
-        groups, lr, betas = [decay_groups(model, 0.1) for model in models], 6e-4, (0.9, 0.95)
-        if args.compile:
-            for model in models:
-                model.compile()
+        groups, adam = [decay_groups(model, 0.1) for model in models], dict(lr=6e-4, betas=(0.9, 0.95))
+        for model in models if args.compile else ():
+            model.compile()
     else:
         with tempfile.TemporaryDirectory() as folder:
             base = Path(folder) / "model"
@@ -259,51 +222,44 @@ def make_sides(args, device: torch.device, total: int) -> list[Side]:
         for model in models:
             add_lora(model, LoRAConfig(args.rank), torch.Generator().manual_seed(1))
         blocks = [{"params": p, "block": i} for i, p in enumerate(block_parameters(models[1]))]
-        groups, lr, betas = [[p for p in models[0].parameters() if p.requires_grad], blocks], 2e-4, (0.9, 0.999)
+        groups = [[p for p in models[0].parameters() if p.requires_grad], blocks]
+        adam = dict(lr=2e-4, betas=(0.9, 0.999))
     sides = []
     for name, model, some in zip(SIDES, models, groups, strict=True):
-        model.train()
-        optimizer = torch.optim.AdamW(some, lr=lr, betas=betas, fused=True)
-        parameters, fot = [p for p in model.parameters() if p.requires_grad], None
-        if name == "fot":
-            rms = None if args.shape in SIZES else partial(segment_rms, model, reset=False)
-            fot = FoT(optimizer, total, warmup=0.03, every=args.window, block_rms=rms)
-        sides.append(Side(name, model, optimizer, parameters, lr, total, Clock(device), fot))
+        optimizer = torch.optim.AdamW(some, fused=True, **adam)
+        rms = None if args.shape in SIZES else partial(segment_rms, model, reset=False)
+        rule = make_rule(name, optimizer, total, warmup=0.03, every=args.window, block_rms=rms)
+        sides.append(Side(name, model.train(), optimizer, rule, Clock(device)))
     return sides
 
 
-def train_step_of(args) -> Callable[[Side, torch.Tensor | Rows], None]:
-    return partial(lm_step if args.shape in SIZES else lora_step, micro=args.micro_batch)
-
-
-def race(sides: list[Side], batch_of: Callable, args, windows: int, *, count: bool = True) -> None:
+def race(sides: list[Side], batches: Iterator, args, windows: int, *, counted: bool = True) -> None:
     """``windows`` windows of W steps of every side, in turns. Who begins a turn alternates from turn to turn, and for
-    the same step of a window from window to window."""
-    train_step = train_step_of(args)
-    device = sides[0].clock.device
+    the same step of a window from window to window. Those that do not count are clocked; on a CPU all are, as two
+    readings of a clock cost nothing there."""
+    for side in sides:
+        side.clock.on = not counted or side.clock.device.type == "cpu"
     for window in range(windows):
         for turn in range(args.window // args.turn):
-            batches = [batch_of(sides[0].steps + i) for i in range(args.turn)]
+            shared = list(islice(batches, args.turn))
             for side in sides if (window + turn) % 2 == 0 else sides[::-1]:
-                common.synchronize(device)
+                common.synchronize(side.clock.device)
                 began, began_cpu = time.perf_counter(), time.process_time()
-                for batch in batches:
-                    train_step(side, batch)
-                common.synchronize(device)
-                if count:
+                for batch in shared:
+                    train_step(side, batch, args)
+                common.synchronize(side.clock.device)
+                if counted:
                     side.turns.append((time.perf_counter() - began, time.process_time() - began_cpu))
 
 
-def synchronisations(side: Side, batch_of: Callable, args) -> int:
-    """How often the host waits for the GPU in a window's steps."""
-    train_step = train_step_of(args)
-    batches = [batch_of(side.steps + i) for i in range(args.window)]
+def synchronisations(side: Side, batches: list, args) -> int:
+    """How often the host waits for the GPU in these steps."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
             for batch in batches:
-                train_step(side, batch)
+                train_step(side, batch, args)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     return sum("synchronizing CUDA operation" in str(w.message) for w in caught)
@@ -330,10 +286,9 @@ def cost_rows(sides: list[Side], parts: list[dict[str, float]], steps: int, args
         medians = (1000 * np.median(took[..., clock], (1, 2)) / args.turn).tolist()
         yield dict(zip(COLUMNS, (name, *medians, *interval(100 * (fot / linear - 1))), strict=True))
     whole = sum(parts[0].values())
-    timed = sum(parts[1][name] for name in FOT_PARTS)
-    yield {"part": "timed alone", "linear_ms": 0.0, "fot_ms": timed / steps, "added_percent": 100 * timed / whole}
-    for name in STEP_PARTS:
-        a, b = parts[0][name], parts[1][name]
+    costs = {"timed alone": (0.0, sum(parts[1][name] for name in FOT_PARTS))}
+    costs |= {name: (parts[0][name], parts[1][name]) for name in STEP_PARTS}
+    for name, (a, b) in costs.items():
         yield {"part": name, "linear_ms": a / steps, "fot_ms": b / steps, "added_percent": 100 * (b - a) / whole}
 
 
@@ -353,6 +308,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, torch.device]:
     parser.add_argument("--csv", type=Path, help="file to write")
     args = parser.parse_args(argv)
     shape = SHAPES[args.shape]
+    args.vocab = shape.vocab
     args.seq_len = shape.seq_len if args.seq_len is None else args.seq_len
     args.batch = shape.batch if args.batch is None else args.batch
     args.micro_batch = min(shape.micro_batch, args.batch) if args.micro_batch is None else args.micro_batch
@@ -376,13 +332,11 @@ def main(argv: list[str] | None = None) -> int:
     with user_errors():
         args, device = parse(argv)
         cpu = device.type == "cpu"
-        if not cpu:
-            torch.set_float32_matmul_precision("high")
         windows = args.steps // args.window
         further = 0 if cpu else max(1, windows // 4)
         # Twice what is run: the middle of a run, where FoT plans and no learning rate is 0.
         sides = make_sides(args, device, 2 * (args.steps + (3 + further) * args.window))
-    batch_of, train_step = make_batches(args), train_step_of(args)
+    batches = make_batches(args)
     trained = sum(p.numel() for p in sides[0].parameters) / 1e6
     print(
         f"{args.shape}, {args.batch} x {args.seq_len} in micro-batches of {args.micro_batch}, W = {args.window}: "
@@ -391,20 +345,14 @@ def main(argv: list[str] | None = None) -> int:
     )
 
     # A window and a half that do not count: compilation, the optimizer's state, the first measurement and decision.
-    for step in range(args.window + args.window // 2):
+    for batch in islice(batches, args.window + args.window // 2):
         for side in sides:
-            train_step(side, batch_of(step))
-    for side in sides:
-        side.clock.on = cpu  # two readings of a clock cost nothing there
-    race(sides, batch_of, args, windows)
-    if further:
-        for side in sides:
-            side.clock.on = True
-        race(sides, batch_of, args, further, count=False)
+            train_step(side, batch, args)
+    race(sides, batches, args, windows)
+    race(sides, batches, args, further, counted=False)
     parts = [side.clock.take() for side in sides]
-    for side in sides:
-        side.clock.on = False
-    syncs = {} if cpu else {side.name: synchronisations(side, batch_of, args) for side in sides}
+    shared = list(islice(batches, args.window))
+    syncs = {} if cpu else {side.name: synchronisations(side, shared, args) for side in sides}
 
     rows = list(cost_rows(sides, parts, (further or windows) * args.window, args, cpu))
     print(f"{'':22} {'linear ms':>10} {'FoT ms':>10} {'added %':>9}")

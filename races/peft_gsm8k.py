@@ -13,12 +13,14 @@ gains nothing from early ends. Theirs is what their users run: bfloat16 autocast
 scaled_dot_product_attention, left padding.
 """
 
+import contextlib
 import json
 import statistics
 import sys
 from pathlib import Path
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from kernels import linear_score
 from kernels.losses import ce
@@ -28,7 +30,7 @@ from model.qwen3 import Qwen3, Qwen3Config
 from model.qwen3_hub import load_qwen3, save_qwen3
 from races import common
 from runtime.cli import user_errors
-from runtime.machine import peak_memory, start_world
+from runtime.machine import World, peak_memory, start_world
 
 SHAPES = {
     "0.6b": Qwen3Config(151936, 1024, 3072, 28, 16, 8, 128, 40960, rope_theta=1e6, tie_word_embeddings=True),
@@ -36,7 +38,6 @@ SHAPES = {
     "tiny": Qwen3Config(300, 64, 128, 2, 4, 2, 16, 512, tie_word_embeddings=True),
 }
 SIDES = ("theirs", "ours")
-TURNS = ("train", "evaluate")
 
 
 def our_loss(folder: Path, base: str, rank: int, dtype: torch.dtype, device: torch.device):
@@ -53,8 +54,8 @@ def our_loss(folder: Path, base: str, rank: int, dtype: torch.dtype, device: tor
 def their_model(folder: Path, dtype: torch.dtype, device: torch.device, **more):
     from transformers import AutoModelForCausalLM
 
-    more |= dict(attn_implementation="sdpa", device_map={"": device})
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **more)
+    how = dict(dtype=dtype, attn_implementation="sdpa", device_map={"": device})
+    return AutoModelForCausalLM.from_pretrained(folder, **how, **more)
 
 
 def their_loss(folder: Path, base: str, rank: int, dtype: torch.dtype, device: torch.device):
@@ -78,19 +79,15 @@ def their_loss(folder: Path, base: str, rank: int, dtype: torch.dtype, device: t
     return model, loss
 
 
-def dtype_on(device: torch.device) -> torch.dtype:
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
+def turn_row(batch: int, tokens: int, seconds: float, device: torch.device) -> dict:
+    rate, peak = tokens / seconds, peak_memory(device)
+    return {"batch": batch, "tokens_per_second": rate, "seconds": seconds, "peak_memory_bytes": peak}
 
 
-def turn_row(batch: int, tokens_per_second: float, seconds: float, device: torch.device) -> dict:
-    row = {"batch": batch, "tokens_per_second": tokens_per_second, "seconds": seconds}
-    return row | {"peak_memory_bytes": peak_memory(device)}
-
-
-def train_turn(args, side: str, device: torch.device) -> dict:
+def train_turn(args, side: str, world: World) -> dict:
     torch.manual_seed(0)
-    make = our_loss if side == "ours" else their_loss
-    model, loss_of = make(args.model, args.base, args.rank, dtype_on(device), device)
+    device, make = world.device, our_loss if side == "ours" else their_loss
+    model, loss_of = make(args.model, args.base, args.rank, world.dtype("auto"), device)
     model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
@@ -105,19 +102,18 @@ def train_turn(args, side: str, device: torch.device) -> dict:
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
 
-    first = min(args.micro_batch or args.batch, args.batch)
     complaint = f"{side}: not one sequence of {args.seq_len} tokens fits the memory"
-    micro = common.largest_that_fits(step, first, complaint)
+    micro = common.largest_that_fits(step, min(args.micro_batch or args.batch, args.batch), complaint)
     common.forget_peak(device)
     seconds = [common.seconds_of(lambda: step(micro), device) for _ in range(args.steps + 1)]
-    took = statistics.median(seconds[1:])
-    return turn_row(micro, args.batch * args.seq_len / took, took, device)
+    return turn_row(micro, args.batch * args.seq_len, statistics.median(seconds[1:]), device)
 
 
 def prompts_of(args) -> list[list[int]]:
     """Prompts of random tokens, seeded. GSM8K's questions have 60 to 220 with Qwen3's tokenizer and chat turns."""
     generator = torch.Generator().manual_seed(2)
-    lengths = torch.randint(args.prompt_tokens // 4, args.prompt_tokens + 1, (args.prompts,), generator=generator)
+    least = max(1, args.prompt_tokens // 4)
+    lengths = torch.randint(least, args.prompt_tokens + 1, (args.prompts,), generator=generator)
     vocab = SHAPES[args.shape].vocab_size
     return [torch.randint(1, vocab, (n,), generator=generator).tolist() for n in lengths.tolist()]
 
@@ -140,49 +136,47 @@ def their_generate(folder: Path, dtype: torch.dtype, device: torch.device):
         made = 0
         ordered = sorted(prompts, key=len)  # batches of like lengths: as little padding as can be had
         for i in range(0, len(ordered), batch):
-            part = ordered[i : i + batch]
-            width = max(map(len, part))
-            tokens = torch.tensor([[0] * (width - len(p)) + p for p in part], device=device)
-            mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in part], device=device)
-            out = model.generate(
-                input_ids=tokens, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, **greedy
-            )
-            made += len(part) * (out.shape[1] - width)
+            part = [torch.tensor(p) for p in ordered[i : i + batch]]  # no token of a prompt is 0
+            tokens = pad_sequence(part, batch_first=True, padding_side="left").to(device)
+            how = dict(attention_mask=tokens.ne(0).long(), max_new_tokens=new, min_new_tokens=new)
+            made += model.generate(input_ids=tokens, **how, **greedy)[:, tokens.shape[1] :].numel()
         return made
 
     return generate
 
 
-def evaluate_turn(args, side: str, device: torch.device) -> dict:
-    generate = (our_generate if side == "ours" else their_generate)(args.model, dtype_on(device), device)
+def evaluate_turn(args, side: str, world: World) -> dict:
+    device, make = world.device, our_generate if side == "ours" else their_generate
+    generate = make(args.model, world.dtype("auto"), device)
     prompts = prompts_of(args)
 
-    def timed(some, batch: int) -> tuple[float, float]:
-        """(tokens/s, seconds)"""
-        made = []
+    def timed(some, batch: int) -> tuple[int, float]:
+        """(tokens, seconds)"""
+        wanted, made = len(some) * args.new_tokens, []
         seconds = common.seconds_of(lambda: made.append(generate(some, batch, args.new_tokens)), device)
-        if made[0] != len(some) * args.new_tokens:
-            raise ValueError(f"{side} made {made[0]} tokens, expected {len(some) * args.new_tokens}")
-        return made[0] / seconds, seconds
+        if made != [wanted]:
+            raise ValueError(f"{side} made {made[0]} tokens, expected {wanted}")
+        return wanted, seconds
 
     rates = {}
     batches = [int(b) for b in args.eval_batches.split(",")]
     generate(prompts[: batches[0]], batches[0], 2)  # libraries set themselves up
     for batch in batches if len(batches) > 1 else ():
-        try:
-            rates[batch] = timed(prompts[: 2 * batch], batch)[0]
-        except torch.OutOfMemoryError:
-            pass  # the batch is too large for this side: it has no rate
+        with contextlib.suppress(torch.OutOfMemoryError):  # a batch that is too large for this side has no rate
+            tokens, seconds = timed(prompts[: 2 * batch], batch)
+            rates[batch] = tokens / seconds
         common.forget_peak(device)
     if len(batches) > 1 and not rates:
         raise ValueError(f"{side}: none of --eval-batches {args.eval_batches} fits the memory")
-    best = max(rates, key=rates.get) if rates else batches[0]
+    best = max(rates, key=rates.get, default=batches[0])
     common.forget_peak(device)
     return turn_row(best, *timed(prompts, best), device)
 
 
-def run_turn(part: str, side: str, argv: list[str], model: Path) -> dict:
-    turn = f"{part}:{side}"
+TURNS = {"train": train_turn, "evaluate": evaluate_turn}
+
+
+def run_turn(turn: str, argv: list[str], model: Path) -> dict:
     line = common.command("-m", "races.peft_gsm8k", *argv, model=model, turn=turn)
     printed = common.output_of(line, f"the turn {turn} failed", cwd=Path(__file__).parent.parent)
     return json.loads(printed.strip().splitlines()[-1])
@@ -212,33 +206,33 @@ def main(argv: list[str] | None = None) -> int:
         common.check_least(args, rank=1, batch=1, seq_len=1, steps=1, new_tokens=1, rounds=1, prompt_tokens=1)
         if not all(b.isdigit() and int(b) for b in args.eval_batches.split(",")):
             raise ValueError(f"--eval-batches {args.eval_batches!r}: expected batch sizes separated by commas")
-        device = start_world(args.device).device
+        world = start_world(args.device)
         if args.turn:
             part, _, side = args.turn.partition(":")
             if part not in TURNS or side not in SIDES:
                 raise ValueError(f"--turn {args.turn!r}: expected train or evaluate, a colon, and theirs or ours")
-            print(json.dumps((train_turn if part == "train" else evaluate_turn)(args, side, device)))
+            print(json.dumps(TURNS[part](args, side, world)))
             return 0
         common.check_new(args.out)
         args.out.mkdir(parents=True)
         if args.model is None:
             torch.manual_seed(0)
             save_qwen3(Qwen3(SHAPES[args.shape]), args.out / "model", dtype=torch.bfloat16)
-        parts = TURNS if args.prompts else TURNS[:1]
+        parts = [*TURNS] if args.prompts else ["train"]
         rows, model = [], (args.model or args.out / "model").resolve()
         for i in range(args.rounds):
             for part in parts:
                 for side in SIDES if i % 2 == 0 else SIDES[::-1]:
-                    row = {"round": i + 1, "part": part, "side": side} | run_turn(part, side, argv, model)
+                    row = {"round": i + 1, "part": part, "side": side} | run_turn(f"{part}:{side}", argv, model)
                     rows.append(row)
                     print(
                         f"round {i + 1} {part} {side}: {row['tokens_per_second']:,.0f} tokens/s at batch "
                         f"{row['batch']}, peak {row['peak_memory_bytes'] / 1e6:,.0f} MB",
                         flush=True,
                     )
-        same = {name: getattr(args, name) for name in ("shape", "base", "rank")} | {"step_batch": args.batch}
-        same |= {name: getattr(args, name) for name in ("seq_len", "prompts", "new_tokens")}
-        common.write_csv(args.out / "race.csv", rows, same | common.here_and_now(device))
+        same = {"shape": args.shape, "base": args.base, "rank": args.rank, "step_batch": args.batch}
+        same |= {"seq_len": args.seq_len, "prompts": args.prompts, "new_tokens": args.new_tokens}
+        common.write_csv(args.out / "race.csv", rows, same | common.here_and_now(world.device))
     for part in parts:
         for key, word in (("tokens_per_second", "tokens/s"), ("peak_memory_bytes", "peak memory")):
             ratio = common.median_ratio((row for row in rows if row["part"] == part), key, "ours", "theirs")

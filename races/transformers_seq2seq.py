@@ -14,6 +14,8 @@ Trainer does, and both generate from bf16 weights. Peak memory is measured on CU
 import argparse
 import statistics
 import sys
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,39 +39,28 @@ def their_model(config: Seq2SeqConfig, dtype: torch.dtype, device: torch.device)
         from transformers import BartConfig, BartForConditionalGeneration
     except ImportError as e:
         raise ValueError(f"the race needs the package transformers ({e}); pip install transformers") from e
-    names = (
-        "d_model vocab_size max_position_embeddings dropout attention_dropout pad_token_id eos_token_id bos_token_id "
-        "decoder_start_token_id encoder_layers decoder_layers encoder_attention_heads decoder_attention_heads "
-        "encoder_ffn_dim decoder_ffn_dim"
-    )
-    shape = {name: getattr(config, name) for name in names.split()}
-    theirs = BartConfig(**shape, activation_dropout=0.0, forced_eos_token_id=None, attn_implementation="sdpa")
+    theirs = BartConfig(**asdict(config), forced_eos_token_id=None, attn_implementation="sdpa")
     return BartForConditionalGeneration(theirs).to(device, dtype)
 
 
-def train_turn(side: str, config: Seq2SeqConfig, batch: int, args) -> tuple[float, int | None]:
-    """(median milliseconds of --steps training steps after --warm ones, peak bytes on CUDA) of one side."""
-    common.forget_peak(args.device)
-    torch.manual_seed(0)
+def train_turn(side: str, config: Seq2SeqConfig, batch: int, args) -> float:
+    """Median milliseconds of --steps training steps after --warm ones, of one side."""
     device, theirs = args.device, side == "transformers"
     model = their_model(config, torch.float32, device) if theirs else Seq2Seq(config, args.dtype).to(device)
     model.train()
-    if args.compile == "both" or (args.compile == "ours" and not theirs):
-        if theirs:
-            model.compile()
-        else:
-            for stack in (model.encoder, model.decoder):
-                for layer in stack.layers:
-                    layer.encode, layer.decode = torch.compile(layer.encode), torch.compile(layer.decode)
+    if args.compile == "both" and theirs:
+        model.compile()
+    elif args.compile != "none" and not theirs:
+        for layer in (*model.encoder.layers, *model.decoder.layers):
+            layer.encode, layer.decode = torch.compile(layer.encode), torch.compile(layer.decode)
     optimizer = torch.optim.AdamW(decay_groups(model, 0.01), lr=3e-5, fused=True)
     score = make_score("dpsm" if side == "dpsm" else "ce", alpha=torch.tensor(0.5, device=device))
     source = torch.randint(5, config.vocab_size, (batch, args.source), device=device)
     labels = torch.randint(5, config.vocab_size, (batch, args.target), device=device)
-    mixed = theirs and args.dtype != torch.float32
 
     def step() -> None:
         if theirs:
-            with torch.autocast(device.type, args.dtype, enabled=mixed):
+            with torch.autocast(device.type, args.dtype, enabled=args.dtype != torch.float32):
                 loss = model(input_ids=source, labels=labels).loss
         else:
             hidden = model(source, None, model.shift_right(labels)).flatten(0, 1)
@@ -80,17 +71,13 @@ def train_turn(side: str, config: Seq2SeqConfig, batch: int, args) -> tuple[floa
         optimizer.zero_grad(set_to_none=True)
 
     seconds = [common.seconds_of(step, device) for _ in range(args.warm + args.steps)]
-    return 1000 * statistics.median(seconds[args.warm :]), common.cuda_peak(device)
+    return 1000 * statistics.median(seconds[args.warm :])
 
 
 @torch.no_grad()
-def generate_turn(side: str, config: Seq2SeqConfig, batch: int, args) -> tuple[float, int | None]:
-    """(milliseconds of generating --new-tokens with --beams for a whole batch, the faster of two after one that warms
-    up; peak bytes on CUDA) of one side."""
-    common.forget_peak(args.device)
-    torch.manual_seed(0)
-    device, n = args.device, args.new_tokens
-    theirs = side == "transformers"
+def generate_turn(side: str, config: Seq2SeqConfig, batch: int, args) -> float:
+    """Milliseconds of generating --new-tokens for a whole batch, the faster of two after one that warms up."""
+    device, n, theirs = args.device, args.new_tokens, side == "transformers"
     model = their_model(config, args.dtype, device) if theirs else Seq2Seq(config, args.dtype).to(device, args.dtype)
     model.eval()
     source = torch.randint(5, config.vocab_size, (batch, args.source), device=device)
@@ -100,19 +87,29 @@ def generate_turn(side: str, config: Seq2SeqConfig, batch: int, args) -> tuple[f
 
     def run() -> None:
         if theirs:
-            made = model.generate(source, attention_mask=torch.ones_like(source), **like).shape[1] - 1
+            made = model.generate(source, attention_mask=torch.ones_like(source), **like)[:, 1:]
         else:
-            made = generate(model, source, options, compile=None if args.compile == "none" else {}).tokens.shape[2]
-        lengths.append(made)
+            made = generate(model, source, options, compile=None if args.compile == "none" else {}).tokens
+        lengths.append(made.shape[-1])
 
     seconds = [common.seconds_of(run, device) for _ in range(3)]
     if set(lengths) != {n}:
         raise ValueError(f"{side} generated {lengths} tokens, expected {n}: there is nothing to compare")
-    return 1000 * min(seconds[1:]), common.cuda_peak(device)
+    return 1000 * min(seconds[1:])
 
 
 # Of a task: how a turn is measured, and who takes part. A score does not change decoding.
 TASKS = {"train": (train_turn, SIDES), "generate": (generate_turn, SIDES[:2])}
+
+
+def turns(task: str, config: Seq2SeqConfig, args, batch: int) -> dict[str, tuple[float, int | None]]:
+    """{side: (milliseconds, peak bytes on CUDA)}, a turn each."""
+    found, (measure, sides) = {}, TASKS[task]
+    for side in sides:
+        common.forget_peak(args.device)
+        torch.manual_seed(0)
+        found[side] = measure(side, config, batch, args), common.cuda_peak(args.device)
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -151,20 +148,15 @@ def main(argv: list[str] | None = None) -> int:
         if args.device.type == "cuda":
             torch.set_float32_matmul_precision("high")
             trial = argparse.Namespace(**vars(args) | {"steps": 1})
-            for task, (measure, sides) in TASKS.items():
-                batches[task] = common.largest_that_fits(
-                    lambda n, measure=measure, sides=sides: [measure(side, config, n, trial) for side in sides],
-                    batches[task],
-                    "a batch of one does not fit on this device; choose a smaller model",
-                )
+            complaint = "a batch of one does not fit on this device; choose a smaller model"
+            for task, batch in batches.items():
+                batches[task] = common.largest_that_fits(partial(turns, task, config, trial), batch, complaint)
         args.out.mkdir(parents=True)
-    rows = []
-    tokens = {"train": args.source + args.target, "generate": args.new_tokens}  # of a row of the batch
+    rows, tokens = [], {"train": args.source + args.target, "generate": args.new_tokens}  # of a row of the batch
     for i in range(args.rounds):
-        for task, (measure, sides) in TASKS.items():
-            batch, shown = batches[task], []
-            for side in sides:
-                ms, peak = measure(side, config, batch, args)
+        for task, batch in batches.items():
+            shown = []
+            for side, (ms, peak) in turns(task, config, args, batch).items():
                 rate = 1000 * batch * tokens[task] / ms
                 row = {"round": i, "task": task, "side": side, "batch": batch, "ms": ms, "tokens_per_second": rate}
                 rows.append(row | {"peak_memory_bytes": peak})
@@ -187,12 +179,9 @@ def write_results(rows: list[dict], args) -> None:
     def ratio(task: str, side: str, base: str) -> float:
         return common.median_ratio((row for row in rows if row["task"] == task), "tokens_per_second", side, base)
 
-    ratios = {
-        "train_ce_over_transformers": ratio("train", "ce", "transformers"),
-        "train_dpsm_over_transformers": ratio("train", "dpsm", "transformers"),
-        "train_dpsm_over_ce": ratio("train", "dpsm", "ce"),
-        "generate_over_transformers": ratio("generate", "ce", "transformers"),
-    }
+    compared = (("ce", "transformers"), ("dpsm", "transformers"), ("dpsm", "ce"))
+    ratios = {f"train_{side}_over_{base}": ratio("train", side, base) for side, base in compared}
+    ratios["generate_over_transformers"] = ratio("generate", "ce", "transformers")
     write_json(args.out / "race.json", about | ratios | {"rows": rows, "environment": env})
     shown = ", ".join(f"{name} {value:.3f}" for name, value in ratios.items())
     print(f"tokens/s as a ratio, medians of {args.rounds} rounds: {shown} ({args.out / 'race.csv'})")

@@ -23,9 +23,7 @@ In all modes CPU seconds, address space, the size of a file and the number of op
 so a program as a whole may use ``processes`` times as much. Root that cannot become user 65534 has no limit on
 processes; the probe says so. No mode contains faults of the kernel, or what a program can learn from timing.
 
-How it works: a worker is a process, jailer.py, a script that a clean ``python -I -S`` runs. It enters the namespaces
-once and then runs one program after the other, each in a process namespace, scratch folder and interpreter of its own.
-Caller (run.py) and jailer speak JSON lines through pipes. The caller neither forks nor starts threads.
+A worker is a process, jailer.py, whose head says how it works. The caller (run.py) neither forks nor starts threads.
 """
 
 from .run import MODES, STATUSES, Limits, Probe, Result, probe, run_many, run_program

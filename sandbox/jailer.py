@@ -1,9 +1,10 @@
 """The jailer: a process of its own that runs programs, one after the other, and holds nothing else.
 
 Not for import. run.py starts this file as a script, by a clean ``python -I -S``, so it uses the standard library alone.
-It has one thread, so that it may fork. First it says hello: a JSON line of what the machine withholds, or of why the
-mode cannot be had. Then it answers each request, a JSON line {code, stdin, limits}, by a line {stdout, stderr, status,
-code, seconds}. It ends when its stdin does.
+It has one thread, so that it may fork. It enters the namespaces once. Then each program has a process namespace, a
+scratch folder and an interpreter of its own. Caller and jailer speak JSON lines through pipes: first a hello of what
+the machine withholds, or of why the mode cannot be had; then an answer {stdout, stderr, status, code, seconds} to each
+request {code, stdin, limits}. The jailer ends when its stdin does.
 
 A program in mode ``namespaces`` is the grandchild of a guard:
 
@@ -84,8 +85,7 @@ def _jailer(mode: str, packages: list[str]) -> None:
 
 
 def _answer(value: dict) -> None:
-    sys.stdout.write(json.dumps(value) + "\n")  # ASCII, also where the program's output was not
-    sys.stdout.flush()
+    print(json.dumps(value), flush=True)  # ASCII, also where the program's output was not
 
 
 class _Jail:
@@ -398,7 +398,6 @@ def _enter_namespaces(root: bool, packages: list[str]) -> dict:
         raise OSError(f"not known for {platform.machine()}")
     inside_r, inside_w = os.pipe()
     mapped_r, mapped_w = os.pipe()
-    user, group = os.geteuid(), os.getegid()
     pid = os.fork()
     if pid:
         os.close(inside_w)
@@ -407,8 +406,8 @@ def _enter_namespaces(root: bool, packages: list[str]) -> dict:
                 if not root:
                     _put(f"/proc/{pid}/setgroups", "deny")
                 # Root keeps itself, to read an interpreter that only root can, and gets a user to give programs to.
-                _put(f"/proc/{pid}/gid_map", f"0 0 1\n{NOBODY} {NOBODY} 1" if root else f"{NOBODY} {group} 1")
-                _put(f"/proc/{pid}/uid_map", f"0 0 1\n{NOBODY} {NOBODY} 1" if root else f"{NOBODY} {user} 1")
+                for kind, own in (("gid", os.getegid()), ("uid", os.geteuid())):
+                    _put(f"/proc/{pid}/{kind}_map", f"0 0 1\n{NOBODY} {NOBODY} 1" if root else f"{NOBODY} {own} 1")
                 os.write(mapped_w, b"+")
             except OSError as error:
                 os.write(mapped_w, str(error).encode())

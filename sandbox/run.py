@@ -10,7 +10,7 @@ import sysconfig
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from itertools import islice
 from multiprocessing.connection import wait  # polls: select refuses descriptors above 1023
 from pathlib import Path
@@ -39,10 +39,9 @@ class Limits:
     packages: bool = False  # may import what is installed beside this interpreter; without, the standard library
 
     def __post_init__(self):
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if f.name != "packages" and not value > 0:
-                raise ValueError(f"{f.name}={value}, expected a limit above 0")
+        for name, value in asdict(self).items():
+            if name != "packages" and not value > 0:
+                raise ValueError(f"{name}={value}, expected a limit above 0")
 
 
 class Result(NamedTuple):
@@ -101,9 +100,7 @@ def run_many(
     return _run_many(iter(programs), workers, limits or Limits(), stdin, mode or probe().mode, bar)
 
 
-def _run_many(
-    programs: Iterator[str], workers: int, limits: Limits, stdin: str, mode: str, bar_options: dict
-) -> Iterator[Result]:
+def _run_many(programs, workers: int, limits: Limits, stdin: str, mode: str, bar_options: dict) -> Iterator[Result]:
     bar, jailers, idle = tqdm(**bar_options), [], []
     slots: deque[list[Result]] = deque()  # of the programs taken and not yet yielded, in order; [] until it has ended
     running: dict[_Jailer, list[Result]] = {}
@@ -214,16 +211,13 @@ def probe() -> Probe:
     refused = {}
     for mode in MODES:
         try:
-            jailer = _Jailer(mode, False)
+            with contextlib.closing(_Jailer(mode, False)) as jailer:
+                jailer.send("print(6 * 7)", "", Limits())
+                result = jailer.receive()
         except ValueError as error:
             refused[mode] = str(error).removeprefix(f"no sandbox of mode {mode}: ")
             continue
-        try:
-            jailer.send("print(6 * 7)", "", Limits())
-            result = jailer.receive()
-            if result.stdout == "42\n":
-                return Probe(mode, jailer.hello, refused)
-            refused[mode] = " ".join((result.stderr or result.status).split())[-200:]
-        finally:
-            jailer.close()
+        if result.stdout == "42\n":
+            return Probe(mode, jailer.hello, refused)
+        refused[mode] = " ".join((result.stderr or result.status).split())[-200:]
     raise ValueError(f"programs cannot be run apart on this machine: {refused}")

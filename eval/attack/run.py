@@ -41,8 +41,7 @@ from eval.attack.words import POS, SameClass, part_of_speech
 from eval.calibration import Calibration
 from eval.rows import json_line, write_rows
 from eval.seq2seq import decoding, forward, load_finetuned
-from eval.stats import bootstrap_interval
-from eval.summaries import ROUGE, rouge, rouge_scores
+from eval.summaries import ROUGE, intervals, rouge_scores
 from kernels import linear_moments
 from model.generate import generate
 from model.seq2seq_hub import load_seq2seq
@@ -71,7 +70,7 @@ class Target:
 
     def words_read(self, text: str) -> int:
         """How many of the text's words the model gets to see, the last perhaps in part."""
-        ids = self._ids([text], self.max_source)[0]
+        (ids,) = self._ids([text], self.max_source)
         return min(len(self.tokenizer.decode(ids).split()), len(text.split()))
 
     @torch.no_grad()
@@ -85,23 +84,28 @@ class Target:
 
     def losses(self, texts: Sequence[str], references: Sequence[str]) -> list[float]:
         """Mean NLL of each reference's tokens (its end among them) given its text, in nats."""
-        out = [math.nan] * len(texts)
+        out = {}
         for places, moments in self.moments(texts, references):
             nll_BT = torch.where(moments.valid, -moments.log_p, 0.0).view(len(places), -1).double()
             tokens_B = moments.valid.view(len(places), -1).sum(1)
-            for i, loss in zip(places, (nll_BT.sum(1) / tokens_B).tolist(), strict=True):
-                out[i] = loss
-        return out
+            out |= zip(places, (nll_BT.sum(1) / tokens_B).tolist(), strict=True)
+        return [out[i] for i in range(len(texts))]
+
+    def calibration(self, texts: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+        """Token-level calibration on the references, given the texts."""
+        calibration = Calibration(self.device)
+        for _, moments in self.moments(texts, references):
+            calibration.update(moments)
+        return calibration.compute()
 
     def summaries(self, texts: Sequence[str]) -> list[str]:
         """What the model writes, the best hypothesis of each text."""
-        out = [""] * len(texts)
+        out = {}
         for places, source, mask in self._batches(texts):
             found = generate(self.model, source, self.decoding, mask)
-            tokens_BT, lengths_B = found.tokens[:, 0].tolist(), found.lengths[:, 0].tolist()
-            for i, ids, length in zip(places, tokens_BT, lengths_B, strict=True):
-                out[i] = self.tokenizer.decode(ids[:length])
-        return out
+            best = zip(found.tokens[:, 0].tolist(), found.lengths[:, 0].tolist(), strict=True)
+            out |= zip(places, (self.tokenizer.decode(ids[:length]) for ids, length in best), strict=True)
+        return [out[i] for i in range(len(texts))]
 
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> Tensor:
@@ -111,12 +115,12 @@ class Target:
             weight = (torch.ones_like(source) if mask is None else mask).float()[:, :, None]
             states = self.model.encode(source, mask).float()
             means = torch.where(weight > 0, states, 0.0).sum(1) / weight.sum(1)
-            out |= dict(zip(places, means, strict=True))
+            out |= zip(places, means, strict=True)
         return torch.stack([out[i] for i in range(len(texts))])
 
     def _ids(self, texts: Sequence[str], limit: int) -> list[Tensor]:
-        found = self.tokenizer.base.encode_documents(texts)
-        return [torch.from_numpy(self.tokenizer.wrap(ids, limit)) for ids in found]
+        documents = self.tokenizer.base.encode_documents(texts)
+        return [torch.from_numpy(self.tokenizer.wrap(ids, limit)) for ids in documents]
 
     def _batches(self, texts: Sequence[str]) -> Iterator[tuple[list[int], Tensor, Tensor | None]]:
         """Batches of texts of like lengths, on the device: (places, sources [n, S], mask, None without padding)."""
@@ -127,7 +131,7 @@ class Target:
             rows = [sources[i] for i in places]
             padded = pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_id)
             mask = torch.arange(padded.shape[1]) < torch.tensor([[len(row)] for row in rows])
-            yield places, padded.to(self.device), None if bool(mask.all()) else mask.to(self.device)
+            yield places, padded.to(self.device), None if mask.all() else mask.to(self.device)
 
 
 def attack_pairs(
@@ -140,33 +144,29 @@ def attack_pairs(
         return target.losses([text for _, text in asked], [references[k] for k, _ in asked])
 
     rngs = [random.Random(f"{seed}/{p.id}") for p in pairs]  # of the article alone: the groups change nothing
-    embed_of = None if options.min_similarity is None else target.embed
-    limits = [target.words_read(article) for article in articles]
-    how = dict(same_class=same_class, embed_of=embed_of, limits=limits)
+    how = {"same_class": same_class, "embed_of": None if options.min_similarity is None else target.embed}
+    how["limits"] = [target.words_read(article) for article in articles]
     attacks = attack_group(articles, loss_of, lists, options, rngs, **how)
     written = target.summaries([*articles, *(a.text for a in attacks)])
-    rows = []
-    for pair, found, before, after in zip(pairs, attacks, written[: len(pairs)], written[len(pairs) :], strict=True):
-        row = {"id": pair.id, "article": found.text} | {name: getattr(found, name) for name in KEPT}
-        rows.append(row | {"summary_before": before, "summary_after": after})
-    return rows
+    before, after = written[: len(pairs)], written[len(pairs) :]
+    return [
+        {"id": pair.id, "article": found.text}
+        | {name: getattr(found, name) for name in KEPT}
+        | {"summary_before": was, "summary_after": now}
+        for pair, found, was, now in zip(pairs, attacks, before, after, strict=True)
+    ]
 
 
 def attack_all(
     folder: Path, pairs, group: int, attack: Callable[[list], list[dict]], resume: bool, progress: bool = False
 ) -> list[dict]:
-    """Attacks ``pairs``, ``group`` at a time, appending to attack.jsonl and syncing it after each group.
-
-    With ``resume`` the whole groups that the file holds are kept; a half-written one is done again. Raises ValueError
-    where the file is of other articles.
-    """
+    """Attacks ``pairs``, ``group`` at a time, and syncs attack.jsonl after each group. ``resume`` keeps whole groups
+    that are in the file. Raises ValueError where the file is of other articles."""
     path = folder / ROWS_FILE
     rows = finished_rows(path, pairs, group) if resume else []
     write_rows(path, rows)
-    with (
-        open(path, "a", encoding="utf-8") as file,
-        tqdm(total=len(pairs), initial=len(rows), unit="article", dynamic_ncols=True, disable=not progress) as bar,
-    ):
+    bar = tqdm(total=len(pairs), initial=len(rows), unit="article", dynamic_ncols=True, disable=not progress)
+    with bar, open(path, "a", encoding="utf-8") as file:
         for start in range(len(rows), len(pairs), group):
             part = attack(pairs[start : start + group])
             file.write("".join(map(json_line, part)))
@@ -183,7 +183,7 @@ def attack_all(
 
 
 def finished_rows(path: Path, pairs, group: int) -> list[dict]:
-    """The rows of the whole groups in ``path``. Its last line may be half-written."""
+    """The rows of the whole groups in ``path``. Its last line may be half-written; its last group is done again."""
     rows = []
     lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
     for number, line in enumerate(lines[:-1], 1):  # without a line that no newline ends
@@ -206,75 +206,56 @@ def by_article(rows: list[dict]) -> dict[str, list[float]]:
     return out
 
 
-def mean_and_interval(name: str, values: list[float]) -> dict[str, float]:
-    """``name``, ``name``_low and ``name``_high: the mean and its 95 % bootstrap interval."""
-    low, high = bootstrap_interval(values)
-    return {name: statistics.fmean(values), f"{name}_low": low, f"{name}_high": high}
-
-
 def figures(rows: list[dict], references: Sequence[str], goal: float) -> dict:
     """What the attack did: means over articles, ROUGE before and after, and 95 % intervals of the loss's rise and of
     ROUGE's drop. ``success_rate`` is the share that reached the goal, None without a goal."""
     values = by_article(rows)
-    out = {
+    mean = {name: statistics.fmean(each) for name, each in values.items()}
+    before, after = (rouge_scores([row[f"summary_{when}"] for row in rows], references) for when in ("before", "after"))
+    drops = {name: [a - b for a, b in zip(before[name], after[name], strict=True)] for name in ROUGE}
+    return {
         "articles": len(rows),
-        "success_rate": statistics.fmean(values["goal"]) if math.isfinite(goal) else None,
-        "perturbation_rate": statistics.fmean(values["rate"]),
-        "queries_per_article": statistics.fmean(values["queries"]),
+        "success_rate": mean["goal"] if math.isfinite(goal) else None,
+        "perturbation_rate": mean["rate"],
+        "queries_per_article": mean["queries"],
         "queries_max": max(values["queries"]),
-        **mean_and_interval("loss_rise", values["rise"]),
+        **intervals({"loss_rise": values["rise"]}),
         "stopped_by": dict(Counter(row["stop"] for row in rows)),
-        **{name: statistics.fmean(values[name]) for name in ("loss_before", "loss_after", "words", "changed")},
+        **{name: mean[name] for name in ("loss_before", "loss_after", "words", "changed")},
+        "rouge_before": intervals(before, resamples=1000),
+        "rouge_after": intervals(after, resamples=1000),
+        "rouge_drop": intervals(drops),
     }
-    scores = {}
-    for when in ("before", "after"):
-        texts = [row[f"summary_{when}"] for row in rows]
-        out[f"rouge_{when}"], scores[when] = rouge(texts, references), rouge_scores(texts, references)
-    out["rouge_drop"] = {}
-    for name in ROUGE:
-        drops = [a - b for a, b in zip(scores["before"][name], scores["after"][name], strict=True)]
-        out["rouge_drop"] |= mean_and_interval(name, drops)
-    return out
-
-
-def calibration_of(target: Target, texts: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """Token-level calibration on the references, given the texts."""
-    calibration = Calibration(target.device)
-    for _, moments in target.moments(texts, references):
-        calibration.update(moments)
-    return calibration.compute()
 
 
 def differences(options: AttackOptions, pos: str, lists: dict[str, str]) -> list[str]:
     """How the attack differs from the published recipe, in sentences. ``lists``: the word lists' files, by name."""
-    neighbours = next(iter(lists))
-    success = "and no rise of it is called a success."
-    if math.isfinite(options.goal):
-        success = f"and success is a rise of it by {options.goal:g} nats per token, not a changed label."
+    neighbours, similarity = next(iter(lists)), options.min_similarity
+    success = f"success is a rise of it by {options.goal:g} nats per token, not a changed label."
     threshold = "" if "vectors" in neighbours else ", as listed there, without a cosine threshold of ours"
-    out = [
+    said = [
         "The target is a summariser: harm is the mean NLL of the reference summary, not the probability of a class, "
-        + success,
+        f"and {success if math.isfinite(options.goal) else 'no rise of it is called a success.'}",
         "Importance is measured by deleting the word from the text; words that could not be exchanged are not ranked.",
         f"At most {100 * options.max_changed:g} % of the words that the model reads are exchanged, and "
         f"{options.queries} texts are put through it; the published attack has no such bounds.",
         f"Neighbours are those of {neighbours}, at most {options.candidates} a word{threshold}; published: 50 of "
         "cosine 0.7 or more.",
-        f"Similarity is the cosine of the attacked model's own mean encoder states over {options.window} words, at "
-        f"least {options.min_similarity:g}, against the original text; published: the Universal Sentence Encoder, "
-        "0.7, against the text so far. Such states are alike for most texts, so that it binds less."
-        if options.min_similarity is not None
-        else "No sentence encoder: the share of changed words alone stands for the similarity of meaning.",
+        "No sentence encoder: the share of changed words alone stands for the similarity of meaning."
+        if similarity is None
+        else f"Similarity is the cosine of the attacked model's own mean encoder states over {options.window} words, "
+        f"at least {similarity:g}, against the original text; published: the Universal Sentence Encoder, 0.7, against "
+        "the text so far. Such states are alike for most texts, so that it binds less.",
+        # False where one does not apply:
+        pos == "none" and "No part-of-speech check.",
+        "suffix" in pos
+        and "Part of speech is a class of word endings (eval.attack.words.suffix_class), not a tagger's.",
+        any("antonym" in name for name in lists)
+        and "Listed antonyms are never exchanged; the published attack leaves that to the vectors.",
+        options.keep_names
+        and "Capitalised words inside a sentence are taken for names and stay; published: lower-case text.",
     ]
-    if pos == "none":
-        out.append("No part-of-speech check.")
-    elif "suffix" in pos:
-        out.append("Part of speech is a class of word endings (eval.attack.words.suffix_class), not a tagger's.")
-    if any("antonym" in name for name in lists):
-        out.append("Listed antonyms are never exchanged; the published attack leaves that to the vectors.")
-    if options.keep_names:
-        out.append("Capitalised words inside a sentence are taken for names and stay; published: lower-case text.")
-    return out
+    return [sentence for sentence in said if sentence]
 
 
 def summary_lines(content: dict) -> list[str]:
@@ -298,22 +279,18 @@ def summary_lines(content: dict) -> list[str]:
 def load_target(run: Path, checkpoint: str, data: str, device: torch.device, batch: int) -> tuple[Target, dict]:
     """The model of a run of finetune_seq2seq.py with that run's limits and search, or a model's plain folder with the
     published ones of its kind; and what to record of it."""
-    config = _config_of(run)
-    if "model_type" in config:
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        model = load_seq2seq(run, dtype=dtype).to(device)
+    if "model_type" in _config_of(run):
+        model = load_seq2seq(run, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32).to(device)
         tokenizer = tokenizer_of_model(str(run), model.config)
         files = sorted([*run.glob("*.safetensors"), *run.glob("pytorch_model*.bin")])
         settings = SimpleNamespace(**preset_values(model.config.kind, data))
         settings.max_source = min(settings.max_source, model.config.max_position_embeddings)
     else:
         model, tokenizer, kept = load_finetuned(run, checkpoint, device)
-        settings = SimpleNamespace(**kept["config"])
-        files = [run / checkpoint]
+        settings, files = SimpleNamespace(**kept["config"]), [run / checkpoint]
     search = decoding(settings, tokenizer)
     about = {"decoding": asdict(search), "max_source": settings.max_source, "max_target": settings.max_target}
-    about |= {"model_dtype": str(model.dtype).removeprefix("torch."), "tokenizer": tokenizer.base.hash}
-    about["weights"] = {}
+    about |= {"model_dtype": str(model.dtype).removeprefix("torch."), "tokenizer": tokenizer.base.hash, "weights": {}}
     for path in files:  # a run that was trained further is another target
         with open(path, "rb") as file:
             about["weights"][path.name] = hashlib.file_digest(file, "sha256").hexdigest()
@@ -335,11 +312,8 @@ def _config_of(run: Path) -> dict:
 
 def chosen(pairs: list, count: int, seed: int) -> list:
     """``count`` of the pairs, drawn by ``seed``, in their order; all of them where there are no more."""
-    if count < 1:
-        raise ValueError(f"--articles {count}: expected 1 or more")
-    if count >= len(pairs):
-        return pairs
-    return [pairs[i] for i in sorted(random.Random(seed).sample(range(len(pairs)), count))]
+    drawn = random.Random(seed).sample(range(len(pairs)), min(count, len(pairs)))
+    return [pairs[i] for i in sorted(drawn)]
 
 
 def prepare_out(out: Path, config: dict, resume: bool) -> None:
@@ -359,10 +333,8 @@ def prepare_out(out: Path, config: dict, resume: bool) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    default = AttackOptions()
-    out = argparse.ArgumentParser(
-        prog="python -m eval.attack", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    default, raw = AttackOptions(), argparse.RawDescriptionHelpFormatter
+    out = argparse.ArgumentParser(prog="python -m eval.attack", description=__doc__, formatter_class=raw)
     add = out.add_argument
     add("run", type=Path, help="run folder of finetune_seq2seq.py, or a model's folder")
     add("--out", type=Path, required=True, help="folder for attack.json and attack.jsonl")
@@ -392,7 +364,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> None:
     given = parser().parse_args(arguments)
     with user_errors():
-        for name in ("group", "batch"):
+        for name in ("articles", "group", "batch"):
             if getattr(given, name) < 1:
                 raise ValueError(f"--{name} {getattr(given, name)}: expected 1 or more")
         same_names = ("queries", "goal", "max_changed", "candidates", "min_similarity")
@@ -400,17 +372,15 @@ def main(arguments: list[str] | None = None) -> None:
         rouge_scores(["a"], ["a"])  # the package is there: found out before the attack, not after
         pos, same_class = part_of_speech(given.pos)
         lists, sources = load_lists(given.words, given.stop_words, given.antonyms, given.synonyms)
-        run_config = _config_of(given.run)
-        least = {"min_words": run_config["min_words"]} if "min_words" in run_config else {}  # the run's own rule
+        least = {k: v for k, v in _config_of(given.run).items() if k == "min_words"}  # the run's own rule
         part = load_summaries(given.data, [given.split], **least)[given.split]
         pairs = chosen(part.pairs, given.articles, given.seed)
         device = start_world(given.device).device
         target, about = load_target(given.run, given.checkpoint, given.data, device, given.batch)
-        flags = {k: str(v) if isinstance(v, Path) else v for k, v in vars(given).items()}
-        flags["goal"] = given.goal if math.isfinite(given.goal) else None  # JSON has no inf
-        digest = hashlib.sha256(json.dumps([list(pair) for pair in pairs]).encode()).hexdigest()
-        config = flags | {"pos": pos, "lists": sources, "set": part.label, "pairs": digest} | about
-        config = json.loads(json.dumps(config))  # as a resumed attack will read it
+        digest = hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
+        config = vars(given) | {"pos": pos, "lists": sources, "set": part.label, "pairs": digest} | about
+        config["goal"] = given.goal if math.isfinite(given.goal) else None  # JSON has no inf
+        config = json.loads(json.dumps(config, default=str))  # as a resumed attack will read it
         prepare_out(given.out, config, given.resume)
         given.out.mkdir(parents=True, exist_ok=True)
         content = {"state": "running", "config": config, "environment": environment(device)}
@@ -420,12 +390,11 @@ def main(arguments: list[str] | None = None) -> None:
         start = time.perf_counter()
         attack = partial(attack_pairs, target, lists=lists, options=options, seed=given.seed, same_class=same_class)
         rows = attack_all(given.out, pairs, given.group, attack, given.resume, progress=sys.stderr.isatty())
-        seconds = time.perf_counter() - start
+        content |= {"state": "finished", "seconds": time.perf_counter() - start}  # of this call, resumed or not
         references = [p.summary for p in pairs]
-        content |= {"state": "finished", "seconds": seconds}  # of this call: a resumed attack took longer in all
         content["figures"] = figures(rows, references, options.goal)
-        content["calibration_before"] = calibration_of(target, [p.article for p in pairs], references)
-        content["calibration_after"] = calibration_of(target, [row["article"] for row in rows], references)
+        content["calibration_before"] = target.calibration([p.article for p in pairs], references)
+        content["calibration_after"] = target.calibration([row["article"] for row in rows], references)
         write_json(given.out / RESULT_FILE, content)
     print("\n".join(summary_lines(content)))
     print(f"  {given.out / RESULT_FILE}, {given.out / ROWS_FILE}")

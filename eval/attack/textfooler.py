@@ -64,28 +64,14 @@ class Attack:
 
 
 def attack_article(
-    text: str,
-    loss_of: Callable[[list[str]], Sequence[float]],
-    lists: WordLists,
-    options: AttackOptions,
-    rng: random.Random,
-    *,
-    same_class: SameClass | None = same_suffix_class,
-    embed_of: Callable[[list[str]], Tensor] | None = None,
-    limit: int | None = None,
+    text: str, loss_of: Callable[[list[str]], Sequence[float]], lists, options, rng, *, limit: int | None = None, **how
 ) -> Attack:
-    """One article under attack.
-
-    ``loss_of`` scores many texts in one call, each a query. ``same_class`` is the part-of-speech check, None for none.
-    ``embed_of`` gives vectors [n, D] of texts, which are no queries. Words from ``limit`` on, which the model does not
-    read, stay as they are. ``rng`` draws the words to rank where the budget is too small for all of them; half of it,
-    less the first query, is for ranking. Raises ValueError for a loss that is not finite.
-    """
+    """One article under attack, alone: ``loss_of`` gets texts. All else is as in `attack_group`."""
 
     def losses(asked):
         return loss_of([candidate for _, candidate in asked])
 
-    return attack_group([text], losses, lists, options, [rng], same_class, embed_of, [limit])[0]
+    return attack_group([text], losses, lists, options, [rng], limits=[limit], **how)[0]
 
 
 def attack_group(
@@ -94,20 +80,26 @@ def attack_group(
     lists: WordLists,
     options: AttackOptions,
     rngs: Sequence[random.Random],
+    *,
     same_class: SameClass | None = same_suffix_class,
     embed_of: Callable[[list[str]], Tensor] | None = None,
     limits: Sequence[int | None] | None = None,
 ) -> list[Attack]:
-    """`attack_article` for several articles at a time, so that a GPU sees full batches: a call of ``loss_of`` gets
-    (article, text) for all that are still under attack. Each result is that of an attack on the article alone, if
-    ``loss_of`` scores a text whatever the others are (a model's loss depends on them by rounding)."""
+    """Several articles under attack at a time, so that a GPU sees full batches.
+
+    ``loss_of`` scores (article, text) of all that are still under attack in one call, each a query. ``rngs`` draw an
+    article's words to rank where the budget is too small for all of them; half of it, less the first query, is for
+    ranking. ``same_class`` is the part-of-speech check, None for none. ``embed_of`` gives vectors [n, D] of texts,
+    which are no queries. Words from ``limits`` on, which the model does not read, stay as they are.
+
+    Each result is that of an attack on the article alone, if ``loss_of`` scores a text whatever the others are (a
+    model's loss depends on them by rounding). Raises ValueError for a loss that is not finite.
+    """
     if (options.min_similarity is None) != (embed_of is None):
         raise ValueError("min_similarity and embed_of go together: give both or neither")
     limits = [None] * len(texts) if limits is None else limits
-    searches = [
-        _search(text, lists, options, rng, same_class, embed_of, limit)
-        for text, rng, limit in zip(texts, rngs, limits, strict=True)
-    ]
+    each = zip(texts, rngs, limits, strict=True)
+    searches = [_search(text, lists, options, rng, same_class, embed_of, limit) for text, rng, limit in each]
     waiting = {k: next(search) for k, search in enumerate(searches)}
     results: dict[int, Attack] = {}
     while waiting:
@@ -147,16 +139,12 @@ def _search(text, lists, options, rng, same_class, embed_of, limit) -> Generator
         changed = tuple((i, words.cores[i], changes[i]) for i in sorted(changes))
         return Attack(words.render(changes), changed, spent, before, loss, read, stop)
 
-    if not found:
-        return end("words")
-    if not allowed:
-        return end("share")
-    ranked = list(found)
+    if not found or not allowed:
+        return end("share" if found else "words")
     most = (options.queries - spent) // 2
     if most == 0:
         return end("budget")
-    if len(ranked) > most:
-        ranked = sorted(rng.sample(ranked, most))
+    ranked = list(found) if len(found) <= most else sorted(rng.sample(list(found), most))
     losses = yield [words.without(i) for i in ranked]
     spent += len(ranked)
     importance = dict(zip(ranked, losses, strict=True))
@@ -169,9 +157,7 @@ def _search(text, lists, options, rng, same_class, embed_of, limit) -> Generator
             return end("share")
         if spent == options.queries:
             return end("budget")
-        near = [(c, 0.0) for c in found[i]]
-        if embed_of is not None:
-            near = _similar(words, i, found[i], changes, options, embed_of)
+        near = _similar(words, i, found[i], changes, options, embed_of) if embed_of else [(c, 0.0) for c in found[i]]
         cut |= len(near) > options.queries - spent
         near = near[: options.queries - spent]
         if not near:
@@ -179,10 +165,8 @@ def _search(text, lists, options, rng, same_class, embed_of, limit) -> Generator
         losses = yield [words.render(changes | {i: c}) for c, _ in near]
         spent += len(near)
         reached = [j for j, value in enumerate(losses) if value - before >= options.goal]
-        if reached:  # the most similar of them; without similarities the nearest neighbour
-            best = max(reached, key=lambda j: near[j][1])
-        else:
-            best = max(range(len(near)), key=losses.__getitem__)
+        # Of those that reach it the most similar; without similarities the nearest neighbour.
+        best = max(reached, key=lambda j: near[j][1]) if reached else max(range(len(near)), key=losses.__getitem__)
         if losses[best] > loss:
             changes[i], loss = near[best][0], losses[best]
         if reached:

@@ -4,7 +4,6 @@ import contextlib
 import re
 from collections.abc import Callable
 
-_CHUNK = re.compile(r"\S+")
 # Punctuation, the word, a possessive and punctuation. All but the word stays when the word is exchanged.
 _WORD = re.compile(r"(\W*)([^\W\d_]+)((?:['’]s)?\W*)")
 _SENTENCE_END = re.compile(r"[.!?:][\"'”’)\]]*$")
@@ -17,10 +16,8 @@ class Words:
     """
 
     def __init__(self, text: str):
-        spans = [m.span() for m in _CHUNK.finditer(text)]
-        self.chunks = [text[a:b] for a, b in spans]
-        edges = [0, *(x for span in spans for x in span), len(text)]
-        self.gaps = [text[a:b] for a, b in zip(edges[::2], edges[1::2], strict=True)]  # one more than chunks
+        parts = re.split(r"(\S+)", text)
+        self.chunks, self.gaps = parts[1::2], parts[::2]  # of gaps one more than of chunks
         found = [_WORD.fullmatch(chunk) for chunk in self.chunks]
         self.edges = [(m[1], m[3]) if m else ("", "") for m in found]
         self.cores = [m[2] if m else "" for m in found]
@@ -81,15 +78,12 @@ _ENDINGS = {
 
 
 def suffix_class(word: str) -> str:
-    """What the ending says about a word: adverb, -ing, -ed, noun, adjective, superlative, -s, or base.
+    """What the ending says about a word: a key of _ENDINGS, or base.
 
-    The first of these with a known ending after at least three letters counts. Words in -ss, -us and -is are no
-    plurals. It stands in for a tagger: it is coarse and has no context, and irregular forms are "base".
+    The first with a known ending after at least three letters counts. Words in -ss, -us and -is are no plurals. It
+    stands in for a tagger: it is coarse and has no context, and irregular forms are "base".
     """
-    for name, endings in _ENDINGS.items():
-        if re.search(f"...({endings})$", word.lower()):
-            return name
-    return "base"
+    return next((name for name, ends in _ENDINGS.items() if re.search(f"...({ends})$", word.lower())), "base")
 
 
 SameClass = Callable[[Words, int, list[str]], list[bool]]  # (words, position, candidates) -> which may stand there
@@ -107,8 +101,6 @@ def by_tagger(tag: Callable[[list[list[str]]], list[list[str]]], window: int = 1
     """
 
     def same(words: Words, i: int, candidates: list[str]) -> list[bool]:
-        if not candidates:
-            return []
         first = max(0, i - window // 2)
         near = [core or chunk for core, chunk in zip(words.cores, words.chunks, strict=True)][first : first + window]
         at = i - first
@@ -127,40 +119,33 @@ def part_of_speech(rule: str) -> tuple[str, SameClass | None]:
 
     Raises ValueError where the package or its data is not there.
     """
+    if rule not in POS:
+        raise ValueError(f"--pos {rule!r}; expected one of {', '.join(POS)}")
     if rule == "auto":
         for name in ("nltk", "spacy"):
             with contextlib.suppress(ValueError):
                 return part_of_speech(name)
-        rule = "suffix"
     if rule == "none":
         return "none", None
-    if rule == "suffix":
-        return "suffix classes (no tagger)", same_suffix_class
-    if rule == "nltk":
-        try:
+    try:
+        if rule == "nltk":
             import nltk
 
             tagger = nltk.tag.PerceptronTagger()  # once: it reads its weights anew each time
-        except (ImportError, LookupError):
-            needs = "nltk and its data averaged_perceptron_tagger_eng"
-            raise ValueError(f"--pos nltk needs {needs}; or take --pos suffix") from None
-
-        def tag(sentences):
-            return [[_PENN.get(t[:2], t) for _, t in tagger.tag(s)] for s in sentences]
-
-        return f"nltk {nltk.__version__} PerceptronTagger", by_tagger(tag)
-    if rule == "spacy":
-        try:
+            name = f"nltk {nltk.__version__} PerceptronTagger"
+            return name, by_tagger(lambda texts: [[_PENN.get(t[:2], t) for _, t in tagger.tag(s)] for s in texts])
+        if rule == "spacy":
             import spacy
             from spacy.tokens import Doc
 
             nlp = spacy.load("en_core_web_sm", disable=["parser", "ner", "lemmatizer"])
-        except (ImportError, OSError):
-            raise ValueError("--pos spacy needs spacy and its model en_core_web_sm; or take --pos suffix") from None
 
-        def tag(sentences):
-            docs = (Doc(nlp.vocab, words=s) for s in sentences)
-            return [["NOUN" if t.pos_ == "PROPN" else t.pos_ for t in doc] for doc in nlp.pipe(docs)]
+            def tag(sentences):
+                docs = nlp.pipe(Doc(nlp.vocab, words=s) for s in sentences)
+                return [["NOUN" if t.pos_ == "PROPN" else t.pos_ for t in doc] for doc in docs]
 
-        return f"spacy {spacy.__version__} en_core_web_sm", by_tagger(tag)
-    raise ValueError(f"--pos {rule!r}; expected one of {', '.join(POS)}")
+            return f"spacy {spacy.__version__} en_core_web_sm", by_tagger(tag)
+    except (ImportError, LookupError, OSError):
+        data = {"nltk": "its data averaged_perceptron_tagger_eng", "spacy": "its model en_core_web_sm"}[rule]
+        raise ValueError(f"--pos {rule} needs {rule} and {data}; or take --pos suffix") from None
+    return "suffix classes (no tagger)", same_suffix_class

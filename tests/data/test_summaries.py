@@ -32,6 +32,7 @@ from data.summaries import (
     tokenizer_of_model,
 )
 from eval import summaries as measures
+from eval.rows import whole_rows
 from eval.text import distinct_n
 from model.seq2seq import bart_config, pegasus_config
 
@@ -483,7 +484,7 @@ def test_half_written_predictions_are_read_up_to_there(tmp_path):
         for i, k in ((0, 5), (1, 4), (2, 5))
     ]
     (tmp_path / "p.jsonl").write_text("\n".join(rows) + '\n{"index": 3, "ke')
-    assert sorted(measures.read_predictions([tmp_path / "p.jsonl"], 5)) == [0, 2]  # of one checkpoint only
+    assert sorted(measures.by_index(whole_rows(tmp_path / "p.jsonl"), 5)) == [0, 2]  # of one checkpoint only
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import eval.attack.run as script
 from data.summaries import Pair, Summaries, tokenizer_for_training
 from data.wordlists import WordLists, load_lists, read_neighbours
-from eval.attack.run import Target, attack_all, calibration_of, chosen
+from eval.attack.run import Target, attack_all, chosen
 from eval.attack.textfooler import AttackOptions, attack_article, attack_group
 from eval.attack.words import Words, by_tagger, like, part_of_speech, suffix_class
 from eval.seq2seq import decoding
@@ -489,7 +489,7 @@ def test_losses_are_the_mean_nll_of_the_reference(tiny):
         expected.append(F.cross_entropy(hidden[0] @ target.model.head_weight.T, labels[0]).item())
     assert target.losses(texts, references) == pytest.approx(expected, rel=1e-5)
     tokens = [min(len(target.tokenizer.base.encode(r)) + 2, 24) for r in references]
-    measured = calibration_of(target, texts, references)
+    measured = target.calibration(texts, references)
     assert measured["tokens"] == sum(tokens)
     assert measured["nll"] == pytest.approx(np.average(expected, weights=tokens), rel=1e-5)
 
