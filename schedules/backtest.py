@@ -4,9 +4,8 @@
     python -m schedules backtest curves/**/*.csv --plans plans.json --leave-out
 
 A curve is a csv with a header or a jsonl file with `step`, a loss and, where known, the learning rate. The final loss
-is the mean over the points in the last 2 % of the steps, and every method is asked for the loss at their mean step.
-`fot` is given the learning rates to come, as a scheduler would know them; `fot-blind` holds the last one, whatever the
-run did.
+is the mean over the points in the last 2 % of the steps. Every method is asked for the loss at their mean step. `fot`
+is given the learning rates to come, as a scheduler knows them; `fot-blind` holds the last one.
 """
 
 import argparse
@@ -17,6 +16,8 @@ import itertools
 import json
 import math
 import os
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ import numpy as np
 
 from .forecast import Forecast, Forecaster, Prior, literal_forecast
 from .rules import lr_factor
-from .style import INK, PALETTE, styled, thousands
+from .style import INK, PALETTE, png, styled, thousands
 
 FRACTIONS = (0.1, 0.25, 0.5, 0.75)
 SHIPPED = Prior()
@@ -68,67 +69,62 @@ class Row(NamedTuple):
 def read_curve(path: str | Path, *, loss: str | None = None, family: str = "", plan: dict | None = None) -> Curve:
     """A csv (with a header) or jsonl file as a curve.
 
-    The loss is the column ``loss``, or the first of loss, val_loss, train_loss and *CrossEntropyLoss that is there.
-    Rows of a jsonl file that lack it, or are of another "kind" than the first that has it, are passed over. ``plan``
-    holds the arguments of `lr_factor` ("schedule" for its name) for a file without learning rates. Raises ValueError
-    with the line number for a line that cannot be read and for steps that do not increase.
+    ``loss``: its column; by default the first of loss, val_loss, train_loss and *CrossEntropyLoss that is there. Rows
+    of a jsonl file that lack it, or are of another "kind" than the first that has it, are passed over. ``plan``:
+    arguments of `lr_factor` ("schedule" for its name), for a file without learning rates. Raises ValueError with the
+    line number for a line that cannot be read and for steps that do not increase.
     """
     path = Path(path)
-    rows = _csv_rows(path) if path.suffix == ".csv" else _jsonl_rows(path)
+    rows = list(_csv_rows(path) if path.suffix == ".csv" else _jsonl_rows(path))
     names = {name: None for _, row in rows for name in row}
-    step_name, lr_name = (next((n for n in known if n in names), None) for known in (STEP_NAMES, LR_NAMES))
-    losses = [n for n in LOSS_NAMES if n in names] + [n for n in names if n.endswith("CrossEntropyLoss")]
-    loss_name = loss or next(iter(losses), None)
-    if step_name is None or loss_name not in names:
-        wanted = loss or f"one of {', '.join(LOSS_NAMES)}, *CrossEntropyLoss"
-        raise ValueError(f"{path}: columns {', '.join(names) or 'none'}; expected step and {wanted}")
+    losses = (*LOSS_NAMES, *(n for n in names if n.endswith("CrossEntropyLoss")))
+    wanted = (STEP_NAMES, (loss,) if loss else losses, LR_NAMES)
+    found = [next((name for name in known if name in names), None) for known in wanted]
+    if None in found[:2]:
+        expected = loss or f"one of {', '.join(LOSS_NAMES)}, *CrossEntropyLoss"
+        raise ValueError(f"{path}: columns {', '.join(names) or 'none'}; expected step and {expected}")
     if path.suffix != ".csv":
-        rows = [(number, row) for number, row in rows if row.get(loss_name) is not None]
+        rows = [(number, row) for number, row in rows if row.get(found[1]) is not None]
         rows = [(number, row) for number, row in rows if row.get("kind") == rows[0][1].get("kind")]
     points, last = [], -math.inf
     for number, row in rows:
         where = f"{path}, line {number}"
-        step, value = (_number(where, name, row.get(name)) for name in (step_name, loss_name))
-        lr = _number(where, lr_name, row.get(lr_name)) if lr_name else math.nan
+        step, value, *lr = (_number(where, name, row.get(name)) for name in found if name)
         if not last < step < math.inf:
             after = f" after step {last:g}" if points else ""
             raise ValueError(f"{where}: step {step:g}{after}; expected steps that increase")
-        if lr_name and not 0 <= lr < math.inf:
-            raise ValueError(f"{where}: learning rate {lr}; expected a finite number, 0 or more")
-        points.append((step, value, lr))
+        if lr and not 0 <= lr[0] < math.inf:
+            raise ValueError(f"{where}: learning rate {lr[0]}; expected a finite number, 0 or more")
+        points.append((step, value, *lr))
         last = step
     if len(points) < 2:
         raise ValueError(f"{path}: {len(points)} points, expected at least 2")
-    steps, losses, lrs = np.array(points).T
-    if not lr_name and plan:
-        name, settings = plan.get("schedule", "wsd"), {k: v for k, v in plan.items() if k != "schedule"}
+    steps, losses, *lrs = np.array(points).T
+    if not lrs and plan:
+        name, how = plan.get("schedule", "wsd"), {k: v for k, v in plan.items() if k != "schedule"}
         try:
-            lrs = np.array([lr_factor(name, step, last, **settings) for step in steps])
+            lrs = [np.array([lr_factor(name, step, last, **how) for step in steps])]
         except TypeError:
             raise ValueError(f"plan {plan}; expected schedule, warmup, floor, decay and power") from None
-    return Curve(path.stem, family, steps, losses, lrs if lr_name or plan else None)
+    return Curve(path.stem, family, steps, losses, lrs[0] if lrs else None)
 
 
-def _csv_rows(path: Path) -> list[tuple[int, dict]]:
-    rows = []
+def _csv_rows(path: Path) -> Iterator[tuple[int, dict]]:
     with open(path, newline="", encoding="utf-8") as file:
         reader = csv.reader(file)
         header = next(reader, [])
         for values in reader:
             if len(values) != len(header):
                 raise ValueError(f"{path}, line {reader.line_num}: {len(values)} values, expected {len(header)}")
-            rows.append((reader.line_num, dict(zip(header, values, strict=True))))
-    return rows
+            yield reader.line_num, dict(zip(header, values, strict=True))
 
 
-def _jsonl_rows(path: Path) -> list[tuple[int, dict]]:
-    rows = []
+def _jsonl_rows(path: Path) -> Iterator[tuple[int, dict]]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
-            rows.append((number, dict(json.loads(line).items())))
+            yield number, dict(json.loads(line).items())
         except (ValueError, AttributeError):
             raise ValueError(f"{path}, line {number}: {line[:40]!r} is not a JSON object") from None
-    return rows
 
 
 def _number(where: str, name: str, value) -> float:
@@ -160,9 +156,9 @@ def halfway(curve: Curve, fraction: float, prior: Prior = SHIPPED) -> tuple[Fore
     """The forecaster when ``fraction`` of the steps are done, and the learning rates to come until `final_loss`."""
     end, _, _ = final_loss(curve)
     seen = int(np.searchsorted(curve.step, fraction * curve.step[-1], side="right"))
-    forecaster = Forecaster(prior=prior)
-    for i in range(seen):
-        forecaster.update(curve.step[i], curve.loss[i], None if curve.lr is None else curve.lr[i])
+    forecaster, lr = Forecaster(prior=prior), [None] * seen if curve.lr is None else curve.lr
+    for point in zip(curve.step[:seen], curve.loss, lr, strict=False):
+        forecaster.update(*point)
     if curve.lr is None or not seen:
         return forecaster, None
     return forecaster, np.interp(np.linspace(curve.step[seen - 1], end, 1025)[1:], curve.step, curve.lr)
@@ -175,19 +171,14 @@ def fot_at(curve: Curve, fraction: float, *, planned: bool, prior: Prior) -> For
     return forecaster.forecast(end, plan if planned else None, window=width)
 
 
-def persistence(step: np.ndarray, loss: np.ndarray, end: float, last: float) -> float:
-    """The mean over the last ``last`` steps."""
-    return float(loss[step > step[-1] - last].mean())
-
-
-def slope(step: np.ndarray, loss: np.ndarray, end: float, last: float) -> float:
+def slope(step: np.ndarray, loss: np.ndarray, end: float) -> float:
     """The least-squares line through the last fifth of the points."""
     tail = max(len(step) // 5, 2)
     per_step, now = np.polyfit(step[-tail:] - step[-1], loss[-tail:], 1)
     return float(now + per_step * (end - step[-1]))
 
 
-def power(step: np.ndarray, loss: np.ndarray, end: float, last: float) -> float:
+def power(step: np.ndarray, loss: np.ndarray, end: float) -> float:
     """a (t + b)^-alpha by least squares in log space; nan for too few points and for losses that are not positive."""
     if len(step) < 4 or (loss <= 0).any():
         return math.nan
@@ -199,12 +190,12 @@ def power(step: np.ndarray, loss: np.ndarray, end: float, last: float) -> float:
     return min(fits)[1]
 
 
-# The loss at ``end`` from the finite points so far; nan for none.
+# The loss at ``end`` from the finite points so far; nan for none. Persistence is the mean over the ``last`` steps.
 RIVALS = {
-    "persistence": persistence,
-    "slope": slope,
+    "persistence": lambda step, loss, end, last: float(loss[step > step[-1] - last].mean()),
+    "slope": lambda step, loss, end, last: slope(step, loss, end),
     "literal": lambda step, loss, end, last: literal_forecast(step, loss, end),
-    "power": power,
+    "power": lambda step, loss, end, last: power(step, loss, end),
 }
 METHODS = ("fot", "fot-blind", *RIVALS)
 
@@ -268,27 +259,25 @@ def summary_text(rows: list[Row], fractions=FRACTIONS, methods=METHODS) -> str:
         if group:
             s = summarize(group, rows)
             name = method + ("*" if any(row.planned for row in group) else "")
-            values = [_cell(s.median, 9, 2), _cell(s.worst, 8, 2), _cell(s.bias, 8, 2, "+"), _cell(s.ratio, 9, 2)]
-            values += [_cell(100 * s.cover68, 8, 0), _cell(100 * s.cover95, 8, 0)]
-            lines.append(f"{fraction:<5.0%} {name:<11} {s.n:>2} {s.none:>5} " + " ".join(values))
+            cells = [_cell(s.median, "9", 2), _cell(s.worst, "8", 2), _cell(s.bias, "+8", 2), _cell(s.ratio, "9", 2)]
+            cells += [_cell(100 * share, "8", 0) for share in (s.cover68, s.cover95)]
+            lines.append(f"{fraction:<5.0%} {name:<11} {s.n:>2} {s.none:>5} " + " ".join(cells))
     return "\n".join(lines)
 
 
-def _cell(value: float, width: int, digits: int, sign: str = "") -> str:
+def _cell(value: float, width: str, digits: int) -> str:
     if math.isnan(value):
-        return "-".rjust(width)
-    return f"{value:{sign}{width}.{digits}f}" if abs(value) < 1e4 else f"{value:{sign}{width}.1e}"
+        return "-".rjust(int(width))
+    return f"{value:{width}.{digits}f}" if abs(value) < 1e4 else f"{value:{width}.1e}"
 
 
 @styled
 def fans(curves: list[Curve], prior: Prior, fractions=FRACTIONS, columns: int = 3) -> bytes:
     """A panel a curve: the loss, and from each fraction of it the forecast with one and two standard deviations."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     rows = math.ceil(len(curves) / columns)
     figure = Figure(figsize=(4.6 * columns, 2.9 * rows + 0.5), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for panel, curve in zip(panels, curves, strict=False):
         end, final, _ = final_loss(curve)
@@ -314,9 +303,7 @@ def fans(curves: list[Curve], prior: Prior, fractions=FRACTIONS, columns: int = 
         panel.set_visible(False)
     handles = {label: h for p in panels for h, label in zip(*p.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    return png(figure)
 
 
 def learn_prior(curves: list[Curve], base: Prior = SHIPPED) -> Prior:
@@ -326,34 +313,37 @@ def learn_prior(curves: list[Curve], base: Prior = SHIPPED) -> Prior:
     on k. The floor of the sd is then the smallest of `FLOORS` with which 68 % of the finals are inside one standard
     deviation of the forecasts at half and at three quarters. Raises ValueError when no learning rate came down.
     """
-    shares: dict[str, list[float]] = {}
+    shares = defaultdict(list)
     for curve in curves:
         if curve.lr is None or curve.lr[-1] > 0.7 * curve.lr.max():
             continue
         forecaster, _ = halfway(curve, 1.0, base._replace(k_sd=10.0))
         forecast = forecaster.forecast(curve.step[-1] + 1)
         if forecast.mean is not None:
-            shares.setdefault(curve.family, []).append(forecast.parameters["k"] / forecast.mean)
+            shares[curve.family].append(forecast.parameters["k"] / forecast.mean)
     if not shares:
         raise ValueError("no curve with a learning rate that came down, nothing to learn a prior from")
-    k_mean = float(np.mean([np.mean(v) for v in shares.values()]))
-    k_sd = math.sqrt(np.mean([np.mean((np.array(v) - k_mean) ** 2) for v in shares.values()]))
+    k_mean = _family_mean(shares)
+    k_sd = math.sqrt(_family_mean({family: (np.array(k) - k_mean) ** 2 for family, k in shares.items()}))
     prior = base._replace(k_mean=k_mean, k_sd=max(k_sd, 0.001))
-    inside: dict[str, list[list[bool]]] = {}
-    for curve in curves:
-        end, final, width = final_loss(curve)
-        for fraction in (0.5, 0.75):
-            forecaster, plan = halfway(curve, fraction, prior)
-            for i, floor in enumerate(FLOORS if plan is not None else ()):
-                forecaster.prior = prior._replace(floor=floor)
-                forecast = forecaster.forecast(end, plan, window=width)
-                if forecast.mean is not None:
-                    hits = inside.setdefault(curve.family, [[] for _ in FLOORS])[i]
-                    hits.append(abs(forecast.mean - final) < forecast.sd)
-    shares = [[np.mean(hits[i]) for hits in inside.values() if hits[i]] for i in range(len(FLOORS))]
-    covered = [np.mean(share) if share else 0.0 for share in shares]
-    floor = next((f for f, share in zip(FLOORS, covered, strict=False) if share >= 0.68), FLOORS[-1])
+    known = [curve for curve in curves if curve.lr is not None]
+    stops = [(curve, *halfway(curve, fraction, prior)) for curve in known for fraction in (0.5, 0.75)]
+    for floor in FLOORS:
+        inside = defaultdict(list)
+        for curve, forecaster, plan in stops:
+            end, final, width = final_loss(curve)
+            forecaster.prior = prior._replace(floor=floor)
+            forecast = forecaster.forecast(end, plan, window=width)
+            if forecast.mean is not None:
+                inside[curve.family].append(abs(forecast.mean - final) < forecast.sd)
+        if inside and _family_mean(inside) >= 0.68:
+            break
     return prior._replace(floor=floor)
+
+
+def _family_mean(values: dict[str, Sequence]) -> float:
+    """The mean over families of their means."""
+    return float(np.mean([np.mean(v) for v in values.values()]))
 
 
 def left_out(curves: list[Curve], base: Prior = SHIPPED) -> dict[str, Prior]:
@@ -373,7 +363,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    curves = read_curves(args.files, loss=args.loss, plans=_read_plans(args.plans))
+    curves = read_curves(args.files, loss=args.loss, plans=_read_plans(args.plans) if args.plans else {})
     priors = {"prior: as shipped": {curve.family: SHIPPED for curve in curves}}
     if args.leave_out:
         priors["prior: learnt on the other families"] = left_out(curves)
@@ -407,9 +397,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     os.replace(partial, path)
 
 
-def _read_plans(path: str | None) -> dict | None:
-    if path is None:
-        return None
+def _read_plans(path: str) -> dict:
     try:
         plans = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as e:
