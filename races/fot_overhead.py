@@ -217,8 +217,7 @@ def end(side: Side, loss: torch.Tensor) -> None:
     side.clock.mark("optimizer")
     side.steps += 1
     if side.fot:
-        side.fot.step()
-        side.clock.mark("decision" if side.fot.decided else "schedule")
+        side.clock.mark("decision" if side.fot.step() else "schedule")
 
 
 def zipf(shape: tuple[int, ...], vocab: int, seed: int) -> torch.Tensor:
