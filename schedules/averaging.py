@@ -13,8 +13,8 @@ def schedule_free_adamw(groups, lr: float, *, betas: tuple[float, float], eps: f
     try:
         from schedulefree import AdamWScheduleFree
     except ImportError as e:
-        text = "--schedule schedule-free needs the package schedulefree"
-        raise ValueError(f"{text} ({e}): pip install schedulefree") from e
+        needs = f"--schedule schedule-free needs the package schedulefree ({e}): pip install schedulefree"
+        raise ValueError(needs) from e
     optimizer = AdamWScheduleFree(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
     optimizer.train()
     return optimizer

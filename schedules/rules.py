@@ -45,16 +45,7 @@ SCHEDULE_FREE = "schedule-free"  # an optimizer of its own under a constant lear
 RULES = (*SCHEDULES, *ADAPTIVE, SCHEDULE_FREE)
 
 
-def lr_factor(
-    name: str,
-    step: int,
-    total: int,
-    *,
-    warmup: float = 0.0,
-    floor: float = 0.0,
-    decay: float = 0.2,
-    power: float = 1.0,
-) -> float:
+def lr_factor(name: str, step: int, total: int, *, warmup=0.0, floor=0.0, decay=0.2, power=1.0) -> float:
     """The share of the peak learning rate before step ``step`` (0-based) of ``total``, in [0, 1].
 
     It rises linearly over the first ``warmup * total`` steps, then follows the formula of `FORMULAS`, scaled to fall to
@@ -77,7 +68,7 @@ def snac_factor(noise: float, signal: float) -> float:
 
     B_noise is the simple noise scale of McCandlish et al. (2018). SNAC has no public definition. This is our reading:
     the learning rate is scaled by the signal's share of the squared gradient. The lowest share is ours too, because at
-    0 nothing moves. It also stands where the signal is lost in the noise.
+    0 nothing moves; it also stands where the signal is lost in the noise.
     """
     noise = max(noise, 0.0)
     share = signal / (signal + noise) if signal > 0 and math.isfinite(signal + noise) else 0.0
