@@ -16,7 +16,7 @@ import itertools
 import json
 import math
 import os
-from collections import defaultdict
+from collections import defaultdict, namedtuple
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -31,6 +31,7 @@ FRACTIONS = (0.1, 0.25, 0.5, 0.75)
 SHIPPED = Prior()
 FLOORS = (0.0005, 0.001, 0.0015, 0.002, 0.003)
 FAN_COLOURS = (PALETTE[4], PALETTE[3], PALETTE[0], PALETTE[2])  # from the first fraction to the last
+ACROSS, PAGE = 3, 12  # panels in a row and in a picture
 LAST = 0.02  # of the steps make the final loss
 STEP_NAMES = ("step", "_step")
 LOSS_NAMES = ("loss", "val_loss", "train_loss")
@@ -222,21 +223,16 @@ def replay(curve: Curve, prior: Prior = SHIPPED, fractions=FRACTIONS, methods=ME
     return rows
 
 
-class Summary(NamedTuple):
-    """What a group of forecasts is worth; errors in per cent of the final loss."""
-
-    n: int  # forecasts made
-    none: int  # "no forecast"
-    median: float  # of |error|
-    worst: float
-    bias: float  # mean signed error
-    ratio: float  # median |error| / that of persistence on the same curves
-    cover68: float  # share of finals inside the interval, nan without one
-    cover95: float
+Summary = namedtuple("Summary", "n none median worst bias ratio cover68 cover95")
 
 
 def summarize(rows: list[Row], rows_all: list[Row]) -> Summary:
-    """Figures of ``rows`` (one method, one fraction); persistence is looked up in ``rows_all``."""
+    """What the forecasts ``rows`` (of one method, from one fraction) are worth.
+
+    ``n`` were made and ``none`` were not. ``median`` and ``worst`` are of the absolute error and ``bias`` is the mean
+    error, in per cent of the final loss. ``ratio``: median over that of persistence on the same curves, which is looked
+    up in ``rows_all``. ``cover68``, ``cover95``: shares of finals inside the intervals. nan where there is none.
+    """
     made = [row for row in rows if row.forecast is not None]
     if not made:
         return Summary(0, len(rows), *[math.nan] * 6)
@@ -251,12 +247,11 @@ def summarize(rows: list[Row], rows_all: list[Row]) -> Summary:
     return Summary(len(made), len(rows) - len(made), median, worst, float(errors.mean()), ratio, *cover)
 
 
-def summary_text(rows: list[Row], fractions=FRACTIONS, methods=METHODS) -> str:
+def summary_text(rows: list[Row]) -> str:
     """The summary of every method at every fraction as text."""
     lines = ["at    method       n  none  median %  worst %   bias %  /persist  in 68 %  in 95 %"]
-    for fraction, method in itertools.product(fractions, methods):
-        group = [row for row in rows if row.fraction == fraction and row.method == method]
-        if group:
+    for fraction, method in itertools.product(FRACTIONS, METHODS):
+        if group := [row for row in rows if (row.fraction, row.method) == (fraction, method)]:
             s = summarize(group, rows)
             name = method + ("*" if any(row.planned for row in group) else "")
             cells = [_cell(s.median, "9", 2), _cell(s.worst, "8", 2), _cell(s.bias, "+8", 2), _cell(s.ratio, "9", 2)]
@@ -272,19 +267,19 @@ def _cell(value: float, width: str, digits: int) -> str:
 
 
 @styled
-def fans(curves: list[Curve], prior: Prior, fractions=FRACTIONS, columns: int = 3) -> bytes:
+def fans(curves: list[Curve]) -> bytes:
     """A panel a curve: the loss, and from each fraction of it the forecast with one and two standard deviations."""
     from matplotlib.figure import Figure
 
-    rows = math.ceil(len(curves) / columns)
-    figure = Figure(figsize=(4.6 * columns, 2.9 * rows + 0.5), dpi=110, layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    rows = math.ceil(len(curves) / ACROSS)
+    figure = Figure(figsize=(4.6 * ACROSS, 2.9 * rows + 0.5), dpi=110, layout="constrained")
+    panels = figure.subplots(rows, ACROSS, squeeze=False).ravel()
     for panel, curve in zip(panels, curves, strict=False):
         end, final, _ = final_loss(curve)
         panel.plot(curve.step, curve.loss, color="#b5b5b5", linewidth=0.8, label="recorded")
         bounds = [final]
-        for fraction, colour in zip(fractions, itertools.cycle(FAN_COLOURS), strict=False):
-            forecast = fot_at(curve, fraction, planned=True, prior=prior)
+        for fraction, colour in zip(FRACTIONS, FAN_COLOURS, strict=True):
+            forecast = fot_at(curve, fraction, planned=True, prior=SHIPPED)
             if forecast.mean is None:
                 continue
             step, mean, sd = forecast.curve.T
@@ -293,7 +288,7 @@ def fans(curves: list[Curve], prior: Prior, fractions=FRACTIONS, columns: int = 
             panel.plot(step, mean, color=colour, linewidth=1.4, label=f"from {fraction:.0%}")
             bounds += [mean.min(), mean[0]]
         panel.plot(end, final, "o", color=INK, markersize=4, label="final")
-        finite = curve.loss[np.isfinite(curve.loss) & (curve.step > fractions[0] * curve.step[-1])]
+        finite = curve.loss[np.isfinite(curve.loss) & (curve.step > FRACTIONS[0] * curve.step[-1])]
         low, high = min(bounds), max(*bounds, *(np.quantile(finite, [0.9]) if len(finite) else []))
         margin = 0.12 * (high - low) + 1e-9
         panel.set_ylim(low - margin, high + margin)
@@ -306,8 +301,8 @@ def fans(curves: list[Curve], prior: Prior, fractions=FRACTIONS, columns: int = 
     return png(figure)
 
 
-def learn_prior(curves: list[Curve], base: Prior = SHIPPED) -> Prior:
-    """``base`` with what ``curves`` teach; every family weighs the same.
+def learn_prior(curves: list[Curve]) -> Prior:
+    """The shipped prior with what ``curves`` teach; every family weighs the same.
 
     The mean and sd of k / loss are from whole runs whose learning rate came down by at least 30 %, fitted with no prior
     on k. The floor of the sd is then the smallest of `FLOORS` with which 68 % of the finals are inside one standard
@@ -317,15 +312,14 @@ def learn_prior(curves: list[Curve], base: Prior = SHIPPED) -> Prior:
     for curve in curves:
         if curve.lr is None or curve.lr[-1] > 0.7 * curve.lr.max():
             continue
-        forecaster, _ = halfway(curve, 1.0, base._replace(k_sd=10.0))
-        forecast = forecaster.forecast(curve.step[-1] + 1)
+        forecast = halfway(curve, 1.0, SHIPPED._replace(k_sd=10.0))[0].forecast(curve.step[-1] + 1)
         if forecast.mean is not None:
             shares[curve.family].append(forecast.parameters["k"] / forecast.mean)
     if not shares:
         raise ValueError("no curve with a learning rate that came down, nothing to learn a prior from")
     k_mean = _family_mean(shares)
     k_sd = math.sqrt(_family_mean({family: (np.array(k) - k_mean) ** 2 for family, k in shares.items()}))
-    prior = base._replace(k_mean=k_mean, k_sd=max(k_sd, 0.001))
+    prior = SHIPPED._replace(k_mean=k_mean, k_sd=max(k_sd, 0.001))
     known = [curve for curve in curves if curve.lr is not None]
     stops = [(curve, *halfway(curve, fraction, prior)) for curve in known for fraction in (0.5, 0.75)]
     for floor in FLOORS:
@@ -346,12 +340,12 @@ def _family_mean(values: dict[str, Sequence]) -> float:
     return float(np.mean([np.mean(v) for v in values.values()]))
 
 
-def left_out(curves: list[Curve], base: Prior = SHIPPED) -> dict[str, Prior]:
+def left_out(curves: list[Curve]) -> dict[str, Prior]:
     """For every family the prior that the other families teach. Raises ValueError for fewer than two."""
     families = list(dict.fromkeys(curve.family for curve in curves))
     if len(families) < 2:
         raise ValueError(f"--leave-out needs curves from two folders or more, all are in {families[0]}")
-    return {family: learn_prior([curve for curve in curves if curve.family != family], base) for family in families}
+    return {family: learn_prior([curve for curve in curves if curve.family != family]) for family in families}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -376,8 +370,8 @@ def run(args: argparse.Namespace) -> None:
             learnt = f"k = {p.k_mean:.4f} +- {p.k_sd:.4f}, floor {p.floor:g} of the loss"
             print(f"\n{family} ({learnt})\n{summary_text(mine)}")
         write_rows(rows, out / name)
-    for page in range(0, len(curves), 12):
-        write_atomically(out / f"fans-{page // 12 + 1}.png", fans(curves[page : page + 12], SHIPPED))
+    for page, first in enumerate(range(0, len(curves), PAGE), 1):
+        write_atomically(out / f"fans-{page}.png", fans(curves[first : first + PAGE]))
     print(f"\nevery forecast and the fans are in {out}/")
 
 
