@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import distributions
 from pathlib import Path
 
 import torch
@@ -62,13 +63,6 @@ def read_metrics(path: Path, kind: str | None = None) -> list[dict]:
 
 def environment(device: torch.device) -> dict:
     """Versions, device, git state and command line, for the record."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    def installed(package):
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return None
 
     def git(*args):
         try:
@@ -83,7 +77,7 @@ def environment(device: torch.device) -> dict:
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "python": platform.python_version(),
-        "packages": {p: installed(p) for p in PACKAGES},
+        "packages": {p: next((found.version for found in distributions(name=p)), None) for p in PACKAGES},
         "device": torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads",
         "cuda": torch.version.cuda if cuda else None,
         "world_size": int(os.environ.get("WORLD_SIZE", 1)),
@@ -124,8 +118,7 @@ class RunFolder:
         return self.path / name
 
     def enter(self, cfg) -> dict | None:
-        """The checkpoint that a run of ``cfg``, a Config with out, resume and resume_from, goes on from; None for a new
-        run.
+        """The checkpoint that a run of ``cfg`` goes on from (flags out, resume, resume_from); None for a new run.
 
         Raises ValueError: not resuming and the folder is in use, resuming and there is no run, resuming with another
         config, or from a file that is no whole checkpoint of a training.
@@ -142,14 +135,14 @@ class RunFolder:
             old = json.loads(held.read_text())
         except json.JSONDecodeError as e:
             raise ValueError(f"{held} is not JSON ({e.msg}); the run cannot be resumed") from e
-        new, free = dataclasses.asdict(cfg), changeable(type(cfg))
         defaults = {f.name: f.default for f in dataclasses.fields(cfg)}
-        same_config(self.path, old, new, free, defaults)
+        now = dict(new=dataclasses.asdict(cfg), free=changeable(type(cfg)), defaults=defaults)
+        same_config(self.path, old, **now)
         path = Path(cfg.resume_from or self / "last.pt")
         checkpoint = load_checkpoint(path)
         if "optimizer" not in checkpoint:
             raise ValueError(f"{path} holds weights only; resume from last.pt or previous.pt")
-        same_config(path, checkpoint["config"], new, free, defaults)
+        same_config(path, checkpoint["config"], **now)
         return checkpoint
 
     def start(self, cfg, script: str, resume_step: int | None) -> None:
@@ -184,11 +177,8 @@ class RunFolder:
         if cfg.wandb:
             import wandb
 
-            # The same id when the run is resumed: it goes on there.
-            name = self.path.name
-            self._wandb = wandb.init(
-                project=cfg.wandb, name=name, id=name, dir=str(self.path), config=config, resume="allow"
-            )
+            how = dict.fromkeys(("name", "id"), self.path.name)  # the same id when the run is resumed: it goes on there
+            self._wandb = wandb.init(project=cfg.wandb, dir=str(self.path), config=config, resume="allow", **how)
         if resume_step is not None:
             self.log("event", resume_step, event="resumed", world_size=self.world.size)
 
@@ -259,14 +249,10 @@ class RunFolder:
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """Reads a checkpoint written by ``RunFolder.save`` and verifies its checksums.
-
-    Raises ValueError naming the file, and an older good one beside it, when it is missing,
-    truncated or corrupt.
-    """
-    path = Path(path)
-    older = [p for p in (path.with_name("previous.pt"), path.with_name("best.pt")) if p != path and _intact(p)]
-    hint = next((f"; an older good one is {p} (pass --resume-from {p})" for p in older if p.name == "previous.pt"), "")
+    """Reads a checkpoint written by ``RunFolder.save`` and verifies its checksums. Raises ValueError naming the file,
+    and an older good one beside it, when it is missing, truncated or corrupt."""
+    path, older = Path(path), Path(path).with_name("previous.pt")
+    hint = f"; an older good one is {older} (pass --resume-from {older})" if older != path and _intact(older) else ""
     if not path.is_file():
         raise ValueError(f"no checkpoint {path}{hint}")
     if not _intact(path):

@@ -9,6 +9,7 @@ import math
 import statistics
 import sys
 import time
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -18,13 +19,16 @@ from runtime.machine import EnergyMeter, device_entries, peak_flops, peak_memory
 
 # A run ends after so many steps running without a finite loss.
 HOPELESS = 3
+# A checkpoint's entry -> the Meter's attribute.
+SAVED = {"step": "step", "tokens_seen": "tokens", "train_seconds": "seconds"}
+SAVED |= {name: name for name in ("joules", "best", "stale")}
 
 
 class DivergenceWatch:
     """Counts non-finite steps and divergences on the device, without a synchronisation.
 
-    A divergence is a non-finite loss, or a loss above twice its exponential moving average (decay
-    0.99) for 32 steps running; the average stands still while the loss is above it.
+    A divergence is a non-finite loss, or a loss above twice its exponential moving average (decay 0.99) for 32 steps
+    running; the average stands still while the loss is above it.
     """
 
     COUNTERS = ("ema", "steps", "over", "skipped", "streak", "worst_streak", "divergences")
@@ -35,17 +39,12 @@ class DivergenceWatch:
     def update(self, loss: Tensor, finite: Tensor) -> None:
         """``loss`` 0-d, ``finite`` 0-d bool: whether this step's loss and gradient norm were finite."""
         ema, steps, over, skipped, streak, worst, events = self.state.unbind()
-        loss = loss.double()
+        loss, bad = loss.double(), (~finite).double()
         high = finite & (steps > 0) & (loss > 2 * ema)
-        new_over = torch.where(high, over + 1, torch.zeros_like(over))
+        over, streak, worst = (over + 1) * high, (streak + 1) * bad, torch.maximum(worst, (streak + 1) * bad)
         moved = torch.where(steps > 0, 0.99 * ema + 0.01 * loss, loss)
-        bad = (~finite).double()
-        new_streak = (streak + 1) * bad
-        new_ema = torch.where(finite & ~high, moved, ema)
-        new_worst = torch.maximum(worst, new_streak)
-        new_events = events + bad + (new_over == 32)
-        counters = [new_ema, steps + finite, new_over, skipped + bad, new_streak, new_worst, new_events]
-        self.state = torch.stack(counters)
+        ema, events = torch.where(finite & ~high, moved, ema), events + bad + (over == 32)
+        self.state = torch.stack([ema, steps + finite, over, skipped + bad, streak, worst, events])
 
     def read(self) -> dict[str, float]:
         """The counters on the host (synchronises)."""
@@ -75,31 +74,19 @@ class Meter:
         self.stopping = self.at_log = self.at_eval = False
         self._energy = EnergyMeter(device)
 
-    # -- state ----------------------------------------------------------------------------------
-
     def state_dict(self) -> dict:
         """Entries of a checkpoint, on the CPU, of all ranks together. Every rank must call it."""
         window = type(self.window)(self.world.device)
         window.load_state_dict(self.window.state_dict())
         window.all_reduce()
-        return {
-            "step": self.step,
-            "tokens_seen": self.tokens,
-            "train_seconds": self.seconds,
-            "joules": self.joules,
-            "best": self.best,
-            "stale": self.stale,
-            "sums": self.sums.cpu(),
-            "watch": self.watch.state.cpu(),
-            "window": window.state_dict(),
-            "rng": rng_states(self.world),
-        }
+        state = {key: getattr(self, name) for key, name in SAVED.items()}
+        state |= {"sums": self.sums.cpu(), "watch": self.watch.state.cpu()}
+        return state | {"window": window.state_dict(), "rng": rng_states(self.world)}
 
     def load_state_dict(self, state: dict, draws: bool = True) -> None:
         """``draws``: whether the training draws random numbers, so that another number of ranks goes on with others."""
-        self.step, self.tokens = state["step"], state["tokens_seen"]
-        self.seconds, self.joules = state["train_seconds"], state["joules"]
-        self.best, self.stale = state.get("best", self.best), state.get("stale", 0)
+        for key, name in SAVED.items():
+            setattr(self, name, state.get(key, getattr(self, name)))
         self.sums.copy_(state["sums"])
         self.watch.state.copy_(state["watch"])
         if self.world.main:  # a sum over ranks goes on at one of them
@@ -108,8 +95,6 @@ class Meter:
             print(f"resuming {len(state['rng'])} ranks on {self.world.size}: dropout masks will differ from here on")
         if self.patience and self.stale >= self.patience:
             self.ending = "early_stop"
-
-    # -- the loop -------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Right before the loop: signals ask it to stop from here on, the bar stands, the clock runs."""
@@ -223,8 +208,6 @@ class Meter:
         """A row of metrics.jsonl, with the step, the tokens and the training seconds so far."""
         self.run.log(kind, self.step, tokens=self.tokens, train_seconds=self.seconds, **values)
 
-    # -- afterwards -----------------------------------------------------------------------------
-
     def end(self) -> int | None:
         """After the loop: the exit code of a run that ends with it (1 diverged, 0 stopped), None where the final
         evaluation follows."""
@@ -239,11 +222,9 @@ class Meter:
         world, rows = self.world, self.run.rows("train")
         done = sum(r["steps"] for r in rows)
         rate = statistics.median(r["tokens_per_second"] for r in (rows[1:] or rows)) if rows else None
-        ends = [(0, 0), *((r["step"], r["tokens"]) for r in rows)]
-        ms = [
-            1000 * (b[1] - a[1]) / (b[0] - a[0]) / r["tokens_per_second"]
-            for a, b, r in zip(ends, ends[1:], rows, strict=False)
-        ]
+        windows = pairwise([{"step": 0, "tokens": 0}, *rows])
+        tokens_per_step = [(b["tokens"] - a["tokens"]) / (b["step"] - a["step"]) for a, b in windows]
+        ms = [1000 * n / r["tokens_per_second"] for n, r in zip(tokens_per_step, rows, strict=True)]
         peak, health = peak_flops(world.device, dtype), self.watch.read()
         return {
             "steps": self.step,
