@@ -1,5 +1,6 @@
 """Run folders: config, environment, source, metrics, summary and checkpoints, written whole or not at all."""
 
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -42,12 +43,8 @@ def write_json(path: Path, value) -> None:
     write_bytes(path, lambda f: f.write(text.encode()))
 
 
-def _finite(v):
-    if isinstance(v, dict):
-        return {k: _finite(x) for k, x in v.items()}
-    if isinstance(v, list | tuple):
-        return [_finite(x) for x in v]
-    return None if isinstance(v, float) and v - v != 0 else v
+def _finite(value):
+    return json.loads(json.dumps(value), parse_constant=lambda name: None)
 
 
 def read_metrics(path: Path, kind: str | None = None) -> list[dict]:
@@ -150,9 +147,9 @@ class RunFolder:
         if not self.world.main:
             return
         config = dataclasses.asdict(cfg)
-        self.path.mkdir(parents=True, exist_ok=True)
         metrics = self / "metrics.jsonl"
         if resume_step is None:
+            self.path.mkdir(parents=True, exist_ok=True)
             write_json(self / "environment.json", environment(self.world.device))
             for source in imported_sources():
                 kept = self / "source" / source.relative_to(TREE)
@@ -165,13 +162,9 @@ class RunFolder:
                 stale.unlink()
             # A kill can leave a half-written last line; whatever is after the checkpoint is redone.
             kept = []
-            for line in metrics.read_text().splitlines() if metrics.exists() else []:
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError:
-                    break
-                if row["step"] <= resume_step:
-                    kept.append(line + "\n")
+            with contextlib.suppress(json.JSONDecodeError):
+                for line in metrics.read_text().splitlines() if metrics.exists() else []:
+                    kept += [line + "\n"] if json.loads(line)["step"] <= resume_step else []
             write_bytes(metrics, lambda f: f.write("".join(kept).encode()))
         self._metrics = open(metrics, "a", buffering=1)  # noqa: SIM115 - closed by finish()
         if cfg.wandb:

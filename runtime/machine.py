@@ -75,8 +75,8 @@ def start_world(device: str = "auto") -> World:
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda, but torch sees no CUDA device; use --device cpu or check the driver")
     cuda = device != "cpu" and torch.cuda.is_available()
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local = int(os.environ.get("LOCAL_RANK", 0))
+    torchrun = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    rank, size, local = (int(os.environ.get(name, default)) for name, default in torchrun)
     if cuda and local >= torch.cuda.device_count():
         raise ValueError(f"local rank {local} has no GPU: {torch.cuda.device_count()} visible; lower --nproc_per_node")
     here = torch.device("cuda", local) if cuda else torch.device("cpu")
@@ -96,10 +96,9 @@ def start_world(device: str = "auto") -> World:
 
 
 def keep_freed_memory() -> None:
-    """Tells glibc to keep freed activations for the next step instead of giving them back to the kernel.
+    """Tells glibc to keep freed activations for the next step; nothing happens where the C library is another one.
 
-    By default each large tensor is mapped anew and its pages are faulted in and zeroed, some 4 % of a
-    training step on CPU. Nothing happens where the C library is another one.
+    By default each large tensor is mapped anew, and its pages are faulted in and zeroed: some 4 % of a step on CPU.
     """
     libc = ctypes.CDLL(None)
     if platform.libc_ver()[0] == "glibc":
@@ -152,13 +151,11 @@ def to_device(t: Tensor, device: torch.device) -> Tensor:
 
 def rng_states(world: World) -> list[dict]:
     """The generator states of every rank, in rank order. Every rank must call it."""
-    mine = {"cpu": torch.get_rng_state()}
+    states = [{"cpu": torch.get_rng_state()}] * world.size
     if world.device.type == "cuda":
-        mine["cuda"] = torch.cuda.get_rng_state(world.device)
-    if world.size == 1:
-        return [mine]
-    states = [None] * world.size
-    dist.all_gather_object(states, mine)
+        states[0]["cuda"] = torch.cuda.get_rng_state(world.device)
+    if world.size > 1:
+        dist.all_gather_object(states, states[0])
     return states
 
 

@@ -1,8 +1,7 @@
 """What a loop measures while it runs: the clock, sums on the device, the best weights so far, when to stop.
 
-The loop is the script's. It tells the meter of each micro-batch (`Meter.add`) and of each step (`Meter.end_step`), asks
-whether there is something to do (`Meter.due`), and reads (`Meter.row`), which is the one synchronisation between log
-lines.
+The loop is the script's. It tells the meter of each micro-batch (`Meter.add`) and each step (`Meter.end_step`), asks
+whether there is something to do (`Meter.due`), and reads (`Meter.row`): the one synchronisation between log lines.
 """
 
 import math
