@@ -58,19 +58,6 @@ def changeable(cls) -> tuple[str, ...]:
     return tuple(f.name for f in dataclasses.fields(cls) if f.metadata["role"] in ("where", "system"))
 
 
-def unread(cls, values: dict, names) -> list[tuple[str, str]]:
-    """(flag, why) for those of ``names`` that the settings ``values`` do not read."""
-    out = []
-    for f in dataclasses.fields(cls):
-        for other, allowed in f.metadata["only"].items():
-            if f.name in names and values[other] not in allowed:
-                flag, may = flag_name(other), " or ".join(map(str, allowed))
-                why = f"is read by {flag} {may} alone, not by {flag} {values[other]}"
-                out.append((f.name, f"needs {flag}" if allowed == (True,) else why))
-                break
-    return out
-
-
 def outside(value, interval: str) -> str:
     """What is wrong with a number that has to lie in ``interval``, "" where nothing is."""
     low, high = (float(x) for x in interval[1:-1].split(","))
@@ -140,9 +127,7 @@ def parser_of(cls, description: str = "", *, exits: bool = True) -> Parser:
     return parser
 
 
-def parse_config(
-    cls, argv: list[str] | None = None, description: str = "", complete=lambda values: values, *, exits: bool = True
-):
+def parse_config(cls, argv: list[str] | None = None, description="", complete=lambda values: values, *, exits=True):
     """An instance of the dataclass ``cls`` from the command line.
 
     ``complete`` takes the values by name and gives them back with what depends on other flags, such as a preset's.
@@ -156,8 +141,12 @@ def parse_config(
         value, interval = values[f.name], f.metadata["within"]
         if interval and value is not None and (wrong := outside(value, interval)):
             parser.error(f"{flag_name(f.name)} {value} {wrong}")
-    for name, why in unread(cls, values, given):
-        parser.error(f"{flag_name(name)} {why}")
+    for f in dataclasses.fields(cls):
+        for other, allowed in f.metadata["only"].items():
+            if f.name in given and values[other] not in allowed:
+                flag, may = flag_name(other), " or ".join(map(str, allowed))
+                why = f"is read by {flag} {may} alone, not by {flag} {values[other]}"
+                parser.error(f"{flag_name(f.name)} {f'needs {flag}' if allowed == (True,) else why}")
     return cls(**values)
 
 

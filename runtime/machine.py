@@ -168,14 +168,3 @@ def set_rng_states(states: list[dict], world: World) -> bool:
     if "cuda" in mine and world.device.type == "cuda":
         torch.cuda.set_rng_state(mine["cuda"], world.device)
     return True
-
-
-def device_entries(world: World, dtype: torch.dtype) -> dict:
-    """Entries of summary.json that say where and how a run computed."""
-    cuda = world.device.type == "cuda"
-    return {
-        "peak_memory_of": "CUDA allocations" if cuda else "process resident set",
-        "device": torch.cuda.get_device_name(world.device) if cuda else "CPU",
-        "world_size": world.size,
-        "dtype": str(dtype).removeprefix("torch."),
-    }
