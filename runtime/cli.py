@@ -69,10 +69,8 @@ def outside(value, interval: str) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line and name the nearest flag or choice.
-
-    With ``exits`` False an error raises ValueError instead of ending the process.
-    """
+    """An ArgumentParser whose errors are one line and name the nearest flag or choice. With ``exits`` False an error
+    raises ValueError instead of ending the process."""
 
     def __init__(self, exits: bool = True, **how):
         self.exits, width = exits, min(shutil.get_terminal_size().columns, 120)
@@ -111,19 +109,15 @@ def parser_of(cls, description: str = "", *, exits: bool = True) -> Parser:
         about = f.metadata
         section = parser.add_argument_group(about["group"]) if about["group"] else section
         kind = next((t for t in typing.get_args(hints[f.name]) if t is not type(None)), hints[f.name])
+        choices = ", ".join(c or repr(c) for c in about["choices"] or ())
         default = "" if f.default in (None, "") else f"default: {f.default}"
-        notes = "; ".join(
-            filter(None, (", ".join(c or repr(c) for c in about["choices"] or ()), about["within"], default))
-        )
+        notes = "; ".join(filter(None, (choices, about["within"], default)))
         help = about["help"] + (f" ({notes})" if notes else "")
         names = filter(None, (flag_name(f.name), about["alias"]))
         how = {"dest": f.name, "default": argparse.SUPPRESS, "help": help.replace("%", "%%")}
-        if kind is bool:
-            how["action"] = argparse.BooleanOptionalAction
-        else:
-            how |= {"type": kind, "choices": about["choices"]}
-            how["metavar"] = "NAME" if about["choices"] else kind.__name__.upper()
-        section.add_argument(*names, **how)
+        metavar = "NAME" if choices else kind.__name__.upper()
+        takes = {"type": kind, "choices": about["choices"], "metavar": metavar}
+        section.add_argument(*names, **how, **({"action": argparse.BooleanOptionalAction} if kind is bool else takes))
     return parser
 
 

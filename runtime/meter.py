@@ -136,11 +136,10 @@ class Meter:
         several of them agree at log lines."""
         self.at_eval = self.step % self.eval_every == 0 or self.step == self.steps
         self.at_log = self.step % self.log_every == 0 or self.at_eval
-        asked = bool(self.stop.signal)
+        self.stopping = bool(self.stop.signal)
         if self.world.size > 1:
-            asked = self.at_log and self.world.any(asked)
-        self.stopping = asked
-        return self.at_log or asked
+            self.stopping = self.at_log and self.world.any(self.stopping)
+        return self.at_log or self.stopping
 
     def row(self, says: str = "", **shown: float) -> dict | None:
         """What a log line holds, over the steps since the last one; None where none is due, or no step was finite.
@@ -178,21 +177,20 @@ class Meter:
     def _postfix(self, row: dict, metrics, says: str) -> str:
         parts = [f"loss {row['loss']:.3f}"] + ([f"| {says} |"] if says else [])
         parts += [metric.bar.format(row[metric.key]) for metric in metrics if metric.bar]
-        parts += [f"{name} {row[key]:{digits}}" for name, key, digits in (("a", "alpha", ".2f"), ("lr", "lr", ".1e"))]
-        return " ".join([*parts, f"{row['tokens_per_second']:,.0f} tok/s"])
+        parts += [f"a {row['alpha']:.2f}", f"lr {row['lr']:.1e}", f"{row['tokens_per_second']:,.0f} tok/s"]
+        return " ".join(parts)
 
     def judge(self, numbers: dict) -> bool:
         """Logs and prints a validation. Whether these are the best weights so far, by ``numbers["nll"]``; ends the run
         where its patience is over."""
         self.log("val", **numbers)
-        line = ["loss"] * ("loss" in numbers) + [m.key for m in self.table.shown(self.table.TOKENS, "line")]
         if self.world.main:
+            line = ["loss"] * ("loss" in numbers) + [m.key for m in self.table.shown(self.table.TOKENS, "line")]
             text = ", ".join(f"{key} {numbers[key]:.4f}" for key in line)
             self.bar.write(f"step {self.step}: validation {text}", file=sys.stderr)
-        best = numbers["nll"] < self.best["nll"]
-        self.stale = 0 if best else self.stale + 1
-        if best:
-            self.best = {"step": self.step, "nll": numbers["nll"]}
+        self.stale += 1
+        if best := numbers["nll"] < self.best["nll"]:
+            self.best, self.stale = {"step": self.step, "nll": numbers["nll"]}, 0
         if self.patience and self.stale >= self.patience:
             self.ending = self.ending or "early_stop"
         return best
