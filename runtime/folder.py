@@ -62,14 +62,11 @@ def environment(device: torch.device) -> dict:
     """Versions, device, git state and command line, for the record."""
 
     def git(*args):
-        try:
-            run = subprocess.run(["git", *args], cwd=TREE, capture_output=True, text=True, timeout=20)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return run.stdout.strip() if run.returncode == 0 else None
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            how = dict(cwd=TREE, check=True, capture_output=True, text=True, timeout=20)
+            return subprocess.run(["git", *args], **how).stdout.strip()
 
-    cuda = device.type == "cuda"
-    status = git("status", "--porcelain")
+    cuda, status = device.type == "cuda", git("status", "--porcelain")
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -210,10 +207,9 @@ class RunFolder:
         if ending:
             self.log("event", step, event=ending, signal=signal_name)
         if ending == "diverged" and self.world.main:
-            good = next((p for p in (self / "last.pt", self / "best.pt") if p.exists()), None)
-            advice = f"Last good checkpoint: {good}" if good else "No checkpoint had been written; lower --lr"
+            good = next((f"Last good checkpoint: {p}" for p in (self / "last.pt", self / "best.pt") if p.exists()), "")
             what = f"the loss was not finite in three steps running; stopped at step {step}"
-            print(f"{self.path}: {what}. {advice}", file=sys.stderr)
+            print(f"{self.path}: {what}. {good or 'No checkpoint had been written; lower --lr'}", file=sys.stderr)
         if ending == "stopped" and self.world.main:
             print(f"{signal_name}: saved {self / 'last.pt'} at step {step}; the same command with --resume goes on")
         return {"diverged": 1, "stopped": 0}.get(ending)

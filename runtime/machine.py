@@ -130,9 +130,8 @@ class EnergyMeter:
             self._nvml, self._handle = pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}".encode())
 
     def read(self) -> float | None:
-        if self._handle is None:
-            return None
-        return self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) / 1000  # millijoules
+        held = self._handle is not None
+        return self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) / 1000 if held else None  # millijoules
 
 
 def peak_memory(device: torch.device) -> int:
