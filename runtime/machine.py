@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import os
 import platform
+import resource
 import sys
 
 import torch
@@ -138,8 +139,6 @@ def peak_memory(device: torch.device) -> int:
     """Peak bytes: allocated by torch on CUDA, resident set of the process on CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

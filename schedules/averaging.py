@@ -6,9 +6,8 @@ import contextlib
 def schedule_free_adamw(groups, lr: float, *, betas: tuple[float, float], eps: float = 1e-8, weight_decay: float = 0.0):
     """AdamWScheduleFree of the package schedulefree (Defazio et al., 2024, "The Road Less Scheduled"), ready to train.
 
-    It needs as much memory as Adam: the iterate z takes the place of the mean gradient. The caller sets the groups' lr
-    for a warm-up. It skips no step by itself: do not call ``step`` with a gradient that is not finite. Raises
-    ValueError where the package is missing.
+    It needs as much memory as Adam. The caller sets the groups' lr for a warm-up, and does not call ``step`` with a
+    gradient that is not finite. Raises ValueError where the package is missing.
     """
     try:
         from schedulefree import AdamWScheduleFree

@@ -43,8 +43,8 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from .forecast import Forecast, Forecaster, literal_forecast
-from .gradient_stats import STATISTICS, GradientStats, keeps_moments
-from .rules import ADAPTIVE, bacon_factor, lr_factor, snac_factor
+from .gradient_stats import STATISTICS, GradientStats
+from .rules import ADAPTIVE, bacon_factor, lr_factor, passed, snac_factor
 
 PARTS = ("envelope", "noise", "forecast", "gate", "blocks")
 AIM, RANGE, DOUBLING = 2.0, 4.0, 40.0  # of m: its aim in eta_opt, its bounds, and the fewest steps to double in
@@ -171,7 +171,7 @@ class FoT(LRScheduler):
             log.warning("fot: W = %d is not shorter than the run of %d steps: nothing will be decided", every, total)
         self.reads = rule_reads(rule, self.parts)
         self.sample_every = min(max(SAMPLE_EVERY, every // SAMPLES), every)
-        self.measures = keeps_moments(optimizer)
+        self.measures = isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)  # not a quantised or factored one
         if not self.measures:
             log.warning("fot: %s keeps no readable moments: the step is not measured", type(optimizer).__name__)
         self.forecaster = Forecaster()
@@ -179,20 +179,17 @@ class FoT(LRScheduler):
         device = self.stats.sums.device
         self.points = torch.zeros(2, every, dtype=torch.float64, device=device)  # sum of NLL and tokens of each step
         self.fisher = torch.zeros(4, dtype=torch.float64, device=device)  # prompt: sum, tokens; answer: sum, tokens
-        self.clipped_by: Tensor | None = None
-        self._began = False  # whether the last step began a sample
+        self.clipped_by, self._began = None, False  # of the coming step; whether the last one began a sample
         self.careful = rule == "fot" and "noise" in self.parts and self.measures and every < total
         self.m = 1 / RANGE if self.careful else 1.0
         self.multiplier, self.literal_gate = self.m, 1.0
         self.level, self.hold = 1.0, self.warmup * total  # of the envelope, and the step until which it stays there
-        self.blocks: list[float] = []
-        self.average: dict[str, float] = {}  # of the measurements, not yet divided by ``weight``
-        self.weight, self.reference = 0.0, [0.0, 0.0]
-        self.lrs: list[float] = []  # of this window's steps
+        self.average, self.weight = {}, 0.0  # of the measurements by name, not yet divided by the weight
+        self.reference = [0.0, 0.0]  # sums of slope and curvature
+        self.lrs, self.previous_lr = [], 0.0  # of this window's steps
         self.history: list[list[float]] = []  # fot-literal: step and loss
-        self.decision: dict = {}
-        self.counts = {"decisions": 0, "bound": 0, "infeasible": 0, "clipped": 0, "not_finite": 0}
-        self.previous_lr = 0.0
+        self.blocks, self.decision = [], {}  # multipliers; the last decision
+        self.counts = dict.fromkeys(("decisions", "bound", "infeasible", "clipped", "not_finite"), 0)
         optimizer.register_step_pre_hook(self._before_step)
         super().__init__(optimizer)
 
@@ -287,8 +284,7 @@ class FoT(LRScheduler):
         falls = self.rule == "bacon" or (self.rule == "fot" and "envelope" in self.parts)
         if not falls or step < self.warmup * self.total:
             return lr_factor("constant", step, self.total, warmup=self.warmup)
-        x = min(max((step - self.hold) / max(self.total - self.hold, 1), 0.0), 1.0)
-        return self.level * (1 - x)
+        return self.level * (1 - passed(step, self.hold, self.total))
 
     def state_dict(self) -> dict:
         """Plain numbers, strings and lists; `load_state_dict` goes on bit for bit. Every rank must call it."""

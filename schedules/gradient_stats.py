@@ -173,8 +173,3 @@ def _chunks(held: list[list[Tensor]], limit: int) -> Iterator[list[Tensor]]:
             size += pieces[0].numel()
     if waiting:
         yield [x[0] if len(x) == 1 else torch.cat(x) for x in zip(*waiting, strict=True)]
-
-
-def keeps_moments(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the optimizer's moments can be read: torch's Adam and AdamW, not a quantised or factored one."""
-    return isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)
