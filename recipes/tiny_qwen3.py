@@ -128,12 +128,10 @@ def main(argv: list[str] | None = None) -> int:
         began = time.perf_counter()
         if given.steps:
             loss = pretrain(model, rows, steps=given.steps, batch=given.batch, lr=given.lr, seed=given.seed)
-        seconds = time.perf_counter() - began
+        took = f" in {time.perf_counter() - began:.0f} s"
         save_qwen3(model, given.folder, {"tokenizer.json": tokenizer.to_str().encode()})
-    learnt = (
-        f"; {given.steps} steps on {given.text} to {loss:.3f} nats per token in {seconds:.0f} s" if given.steps else ""
-    )
-    print(f"{given.folder}: {parameter_count(model) / 1e6:.2f} M parameters, {config.vocab_size} tokens{learnt}")
+    what = f"{given.folder}: {parameter_count(model) / 1e6:.2f} M parameters, {config.vocab_size} tokens"
+    print(what + (f"; {given.steps} steps on {given.text} to {loss:.3f} nats per token{took}" if given.steps else ""))
     return 0
 
 

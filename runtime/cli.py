@@ -18,6 +18,7 @@ import shutil
 import signal
 import sys
 import typing
+from functools import partial
 from pathlib import Path
 
 # What a difference between two runs in this flag means.
@@ -30,22 +31,12 @@ ROLES = {
 }
 
 
-def opt(
-    default,
-    help: str,
-    choices: tuple[str, ...] | None = None,
-    *,
-    within: str = "",
-    role: str = "knob",
-    only: dict[str, tuple] | None = None,
-    group: str = "",
-    alias: str = "",
-):
+def opt(default, help: str, choices=None, *, within="", role="knob", only=None, group="", alias=""):
     """A dataclass field that is a flag, with its one-line help.
 
-    ``choices``: the values that a string may take. ``within``: an interval such as "[0, 1)" that a number
-    must lie in. ``role``: a key of ROLES. ``only``: other flags and their values under which this one is read, all
-    of which must hold; given elsewhere it is refused. ``group``: begins a section of --help. ``alias``: another name.
+    ``choices``: the values that a string may take, a tuple. ``within``: an interval such as "[0, 1)" that a number must
+    lie in. ``role``: a key of ROLES. ``only``: {other flag: values} under which this one is read; all must hold, and
+    given elsewhere it is refused. ``group``: begins a section of --help. ``alias``: another name.
     """
     if role not in ROLES:
         raise ValueError(f"role {role!r}; expected one of {', '.join(ROLES)}")
@@ -67,25 +58,10 @@ def changeable(cls) -> tuple[str, ...]:
     return tuple(f.name for f in dataclasses.fields(cls) if f.metadata["role"] in ("where", "system"))
 
 
-def unread(cls, values: dict, names) -> list[tuple[str, str]]:
-    """(flag, why) for those of ``names`` that the settings ``values`` do not read."""
-    out = []
-    for f in dataclasses.fields(cls):
-        for other, allowed in f.metadata["only"].items():
-            if f.name in names and values[other] not in allowed:
-                says = f"{flag_name(other)} {' or '.join(map(str, allowed))} alone, not by {flag_name(other)}"
-                yes = allowed == (True,)
-                out.append((f.name, f"needs {flag_name(other)}" if yes else f"is read by {says} {values[other]}"))
-                break
-    return out
-
-
 def outside(value, interval: str) -> str:
     """What is wrong with a number that has to lie in ``interval``, "" where nothing is."""
     low, high = (float(x) for x in interval[1:-1].split(","))
-    above = value > low or (value == low and interval[0] == "[")
-    below = value < high or (value == high and interval[-1] == "]")
-    if above and below:
+    if low < value < high or (value, interval[0]) == (low, "[") or (value, interval[-1]) == (high, "]"):
         return ""
     if high < math.inf:
         return f"is outside {interval}"
@@ -93,20 +69,13 @@ def outside(value, interval: str) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line and name the nearest flag or choice.
-
-    With ``exits`` False an error raises ValueError instead of ending the process.
-    """
+    """An ArgumentParser whose errors are one line and name the nearest flag or choice. With ``exits`` False an error
+    raises ValueError instead of ending the process."""
 
     def __init__(self, exits: bool = True, **how):
-        self.exits = exits
-        width = min(shutil.get_terminal_size().columns, 120)
-        how.setdefault(
-            "formatter_class",
-            lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=width),
-        )
-        how.setdefault("usage", "%(prog)s [flags]")
-        super().__init__(**how, allow_abbrev=False)
+        self.exits, width = exits, min(shutil.get_terminal_size().columns, 120)
+        form = partial(argparse.RawDescriptionHelpFormatter, max_help_position=34, width=width)
+        super().__init__(**{"formatter_class": form, "usage": "%(prog)s [flags]"} | how, allow_abbrev=False)
 
     def error(self, message):
         if not self.exits:
@@ -115,9 +84,8 @@ class Parser(argparse.ArgumentParser):
 
     def _check_value(self, action, value):
         if action.choices is not None and value not in action.choices:
-            near = nearest(str(value), action.choices)
-            choices = ", ".join(map(str, action.choices))
-            raise argparse.ArgumentError(action, f"invalid choice: {value!r} (choose from {choices}){near}")
+            choices = f"(choose from {', '.join(map(str, action.choices))}){nearest(str(value), action.choices)}"
+            raise argparse.ArgumentError(action, f"invalid choice: {value!r} {choices}")
 
     def parse_args(self, args=None, namespace=None):
         found, unknown = self.parse_known_args(args, namespace)
@@ -141,24 +109,19 @@ def parser_of(cls, description: str = "", *, exits: bool = True) -> Parser:
         about = f.metadata
         section = parser.add_argument_group(about["group"]) if about["group"] else section
         kind = next((t for t in typing.get_args(hints[f.name]) if t is not type(None)), hints[f.name])
-        notes = [", ".join(c or repr(c) for c in about["choices"] or ()), about["within"]]
-        notes += [f"default: {f.default}"] if f.default not in (None, "") else []
-        notes = [note for note in notes if note]
-        help = about["help"] + (f" ({'; '.join(notes)})" if notes else "")
-        names = [flag_name(f.name)] + ([about["alias"]] if about["alias"] else [])
+        choices = ", ".join(c or repr(c) for c in about["choices"] or ())
+        default = "" if f.default in (None, "") else f"default: {f.default}"
+        notes = "; ".join(filter(None, (choices, about["within"], default)))
+        help = about["help"] + (f" ({notes})" if notes else "")
+        names = filter(None, (flag_name(f.name), about["alias"]))
         how = {"dest": f.name, "default": argparse.SUPPRESS, "help": help.replace("%", "%%")}
-        if kind is bool:
-            how["action"] = argparse.BooleanOptionalAction
-        else:
-            how |= {"type": kind, "choices": about["choices"]}
-            how["metavar"] = "NAME" if about["choices"] else kind.__name__.upper()
-        section.add_argument(*names, **how)
+        metavar = "NAME" if choices else kind.__name__.upper()
+        takes = {"type": kind, "choices": about["choices"], "metavar": metavar}
+        section.add_argument(*names, **how, **({"action": argparse.BooleanOptionalAction} if kind is bool else takes))
     return parser
 
 
-def parse_config(
-    cls, argv: list[str] | None = None, description: str = "", complete=lambda values: values, *, exits: bool = True
-):
+def parse_config(cls, argv: list[str] | None = None, description="", complete=lambda values: values, *, exits=True):
     """An instance of the dataclass ``cls`` from the command line.
 
     ``complete`` takes the values by name and gives them back with what depends on other flags, such as a preset's.
@@ -172,8 +135,12 @@ def parse_config(
         value, interval = values[f.name], f.metadata["within"]
         if interval and value is not None and (wrong := outside(value, interval)):
             parser.error(f"{flag_name(f.name)} {value} {wrong}")
-    for name, why in unread(cls, values, given):
-        parser.error(f"{flag_name(name)} {why}")
+    for f in dataclasses.fields(cls):
+        for other, allowed in f.metadata["only"].items():
+            if f.name in given and values[other] not in allowed:
+                flag, may = flag_name(other), " or ".join(map(str, allowed))
+                why = f"is read by {flag} {may} alone, not by {flag} {values[other]}"
+                parser.error(f"{flag_name(f.name)} {f'needs {flag}' if allowed == (True,) else why}")
     return cls(**values)
 
 
@@ -186,8 +153,7 @@ def user_errors():
         if os.environ.get("SCORECAST_TRACEBACK"):
             raise
         if int(os.environ.get("RANK", 0)) == 0:
-            message = " ".join(str(e).split())
-            print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+            print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(e).split())}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -1,15 +1,15 @@
 """Flags that more than one script has: each says here, once, what it is. A script names them, and its own defaults."""
 
-import copy
 import dataclasses
 
 from kernels.losses import ALPHA_SCHEDULES, LOSSES
 from runtime.cli import opt
-from schedules.rules import ADAPTIVE, RULES, SCHEDULE_FREE
+from schedules import ADAPTIVE, PARTS, RULES, SCHEDULE_FREE
 
 DPSM = {"loss": ("dpsm",)}
+BOUNDED = {"loss": ("brier", "spherical")}
 RAMP = DPSM | {"alpha_schedule": ("linear", "cosine")}
-MEASURING = {"schedule": ADAPTIVE}
+MEASURING, IN_PARTS = {"schedule": ADAPTIVE}, {"schedule": ("fot", "bacon")}
 FALLING = {"schedule": tuple(name for name in RULES if name not in (*ADAPTIVE, SCHEDULE_FREE, "constant"))}
 SHARE, COUNT, POSITIVE, DECAY = "[0, 1]", "[1, inf)", "[0, inf)", "[0, 1)"
 
@@ -31,10 +31,7 @@ FLAGS = {
     "gamma": opt(2.0, "focal: exponent", within=POSITIVE, only={"loss": ("focal",)}),
     "eps": opt(0.1, "smoothing: share of the uniform distribution", within=SHARE, only={"loss": ("smoothing",)}),
     "tail_smoothing": opt(
-        0.0,
-        "brier, spherical: Shao's score smoothing with a logarithmic tail; 0 is off",
-        within=SHARE,
-        only={"loss": ("brier", "spherical")},
+        0.0, "brier, spherical: Shao's score smoothing with a logarithmic tail; 0 is off", within=SHARE, only=BOUNDED
     ),
     # optimizer
     "steps": opt(1000, "optimizer steps", within=COUNT, role="setting", group="optimizer"),
@@ -52,9 +49,7 @@ FLAGS = {
     "lr_warmup": opt(0.02, "learning-rate warm-up, as a fraction of the steps", within=SHARE),
     "lr_floor": opt(0.0, "learning rate at the end, as a fraction of the peak", within=SHARE, only=FALLING),
     "fot_parts": opt(
-        "envelope,noise,forecast,gate,blocks",
-        "fot, bacon: the parts of the rule that are on, separated by commas, or none",
-        only={"schedule": ("fot", "bacon")},
+        ",".join(PARTS), "fot, bacon: the parts of the rule that are on, separated by commas, or none", only=IN_PARTS
     ),
     "fot_window": opt(32, "steps between two decisions of a rule that measures", within=COUNT, only=MEASURING),
     "fot_beta": opt(0.9, "averaging of its measurements over decisions", within=DECAY, only=MEASURING),
@@ -82,5 +77,4 @@ def flag(name: str, default=dataclasses.MISSING, **changes) -> dataclasses.Field
     """The flag ``name`` of FLAGS, with a script's own default, and its own words where ``changes`` has some (arguments
     of `runtime.cli.opt`)."""
     base = FLAGS[name]
-    about = copy.copy(dict(base.metadata)) | changes
-    return opt(base.default if default is dataclasses.MISSING else default, **about)
+    return opt(base.default if default is dataclasses.MISSING else default, **dict(base.metadata) | changes)

@@ -1,5 +1,6 @@
 """Run folders: config, environment, source, metrics, summary and checkpoints, written whole or not at all."""
 
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import uuid
 import zipfile
+from importlib.metadata import distributions
 from pathlib import Path
 
 import torch
@@ -42,12 +44,8 @@ def write_json(path: Path, value) -> None:
     write_bytes(path, lambda f: f.write(text.encode()))
 
 
-def _finite(v):
-    if isinstance(v, dict):
-        return {k: _finite(x) for k, x in v.items()}
-    if isinstance(v, list | tuple):
-        return [_finite(x) for x in v]
-    return None if isinstance(v, float) and v - v != 0 else v
+def _finite(value):
+    return json.loads(json.dumps(value), parse_constant=lambda name: None)
 
 
 def read_metrics(path: Path, kind: str | None = None) -> list[dict]:
@@ -63,28 +61,18 @@ def read_metrics(path: Path, kind: str | None = None) -> list[dict]:
 
 def environment(device: torch.device) -> dict:
     """Versions, device, git state and command line, for the record."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    def installed(package):
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return None
 
     def git(*args):
-        try:
-            run = subprocess.run(["git", *args], cwd=TREE, capture_output=True, text=True, timeout=20)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return run.stdout.strip() if run.returncode == 0 else None
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            how = dict(cwd=TREE, check=True, capture_output=True, text=True, timeout=20)
+            return subprocess.run(["git", *args], **how).stdout.strip()
 
-    cuda = device.type == "cuda"
-    status = git("status", "--porcelain")
+    cuda, status = device.type == "cuda", git("status", "--porcelain")
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "python": platform.python_version(),
-        "packages": {p: installed(p) for p in PACKAGES},
+        "packages": {p: next((found.version for found in distributions(name=p)), None) for p in PACKAGES},
         "device": torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads",
         "cuda": torch.version.cuda if cuda else None,
         "world_size": int(os.environ.get("WORLD_SIZE", 1)),
@@ -125,8 +113,7 @@ class RunFolder:
         return self.path / name
 
     def enter(self, cfg) -> dict | None:
-        """The checkpoint that a run of ``cfg``, a Config with out, resume and resume_from, goes on from; None for a new
-        run.
+        """The checkpoint that a run of ``cfg`` goes on from (flags out, resume, resume_from); None for a new run.
 
         Raises ValueError: not resuming and the folder is in use, resuming and there is no run, resuming with another
         config, or from a file that is no whole checkpoint of a training.
@@ -143,14 +130,14 @@ class RunFolder:
             old = json.loads(held.read_text())
         except json.JSONDecodeError as e:
             raise ValueError(f"{held} is not JSON ({e.msg}); the run cannot be resumed") from e
-        new, free = dataclasses.asdict(cfg), changeable(type(cfg))
         defaults = {f.name: f.default for f in dataclasses.fields(cfg)}
-        same_config(self.path, old, new, free, defaults)
+        now = dict(new=dataclasses.asdict(cfg), free=changeable(type(cfg)), defaults=defaults)
+        same_config(self.path, old, **now)
         path = Path(cfg.resume_from or self / "last.pt")
         checkpoint = load_checkpoint(path)
         if "optimizer" not in checkpoint:
             raise ValueError(f"{path} holds weights only; resume from last.pt or previous.pt")
-        same_config(path, checkpoint["config"], new, free, defaults)
+        same_config(path, checkpoint["config"], **now)
         return checkpoint
 
     def start(self, cfg, script: str, resume_step: int | None) -> None:
@@ -158,9 +145,9 @@ class RunFolder:
         if not self.world.main:
             return
         config = dataclasses.asdict(cfg)
-        self.path.mkdir(parents=True, exist_ok=True)
         metrics = self / "metrics.jsonl"
         if resume_step is None:
+            self.path.mkdir(parents=True, exist_ok=True)
             write_json(self / "environment.json", environment(self.world.device))
             for source in imported_sources():
                 kept = self / "source" / source.relative_to(TREE)
@@ -173,23 +160,16 @@ class RunFolder:
                 stale.unlink()
             # A kill can leave a half-written last line; whatever is after the checkpoint is redone.
             kept = []
-            for line in metrics.read_text().splitlines() if metrics.exists() else []:
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError:
-                    break
-                if row["step"] <= resume_step:
-                    kept.append(line + "\n")
+            with contextlib.suppress(json.JSONDecodeError):
+                for line in metrics.read_text().splitlines() if metrics.exists() else []:
+                    kept += [line + "\n"] if json.loads(line)["step"] <= resume_step else []
             write_bytes(metrics, lambda f: f.write("".join(kept).encode()))
         self._metrics = open(metrics, "a", buffering=1)  # noqa: SIM115 - closed by finish()
         if cfg.wandb:
             import wandb
 
-            # The same id when the run is resumed: it goes on there.
-            name = self.path.name
-            self._wandb = wandb.init(
-                project=cfg.wandb, name=name, id=name, dir=str(self.path), config=config, resume="allow"
-            )
+            how = dict.fromkeys(("name", "id"), self.path.name)  # the same id when the run is resumed: it goes on there
+            self._wandb = wandb.init(project=cfg.wandb, dir=str(self.path), config=config, resume="allow", **how)
         if resume_step is not None:
             self.log("event", resume_step, event="resumed", world_size=self.world.size)
 
@@ -228,10 +208,9 @@ class RunFolder:
         if ending:
             self.log("event", step, event=ending, signal=signal_name)
         if ending == "diverged" and self.world.main:
-            good = next((p for p in (self / "last.pt", self / "best.pt") if p.exists()), None)
-            advice = f"Last good checkpoint: {good}" if good else "No checkpoint had been written; lower --lr"
+            good = next((f"Last good checkpoint: {p}" for p in (self / "last.pt", self / "best.pt") if p.exists()), "")
             what = f"the loss was not finite in three steps running; stopped at step {step}"
-            print(f"{self.path}: {what}. {advice}", file=sys.stderr)
+            print(f"{self.path}: {what}. {good or 'No checkpoint had been written; lower --lr'}", file=sys.stderr)
         if ending == "stopped" and self.world.main:
             print(f"{signal_name}: saved {self / 'last.pt'} at step {step}; the same command with --resume goes on")
         return {"diverged": 1, "stopped": 0}.get(ending)
@@ -260,14 +239,10 @@ class RunFolder:
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """Reads a checkpoint written by ``RunFolder.save`` and verifies its checksums.
-
-    Raises ValueError naming the file, and an older good one beside it, when it is missing,
-    truncated or corrupt.
-    """
-    path = Path(path)
-    older = [p for p in (path.with_name("previous.pt"), path.with_name("best.pt")) if p != path and _intact(p)]
-    hint = next((f"; an older good one is {p} (pass --resume-from {p})" for p in older if p.name == "previous.pt"), "")
+    """Reads a checkpoint written by ``RunFolder.save`` and verifies its checksums. Raises ValueError naming the file,
+    and an older good one beside it, when it is missing, truncated or corrupt."""
+    path, older = Path(path), Path(path).with_name("previous.pt")
+    hint = f"; an older good one is {older} (pass --resume-from {older})" if older != path and _intact(older) else ""
     if not path.is_file():
         raise ValueError(f"no checkpoint {path}{hint}")
     if not _intact(path):

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import os
 import platform
+import resource
 import sys
 
 import torch
@@ -75,8 +76,8 @@ def start_world(device: str = "auto") -> World:
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda, but torch sees no CUDA device; use --device cpu or check the driver")
     cuda = device != "cpu" and torch.cuda.is_available()
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local = int(os.environ.get("LOCAL_RANK", 0))
+    torchrun = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    rank, size, local = (int(os.environ.get(name, default)) for name, default in torchrun)
     if cuda and local >= torch.cuda.device_count():
         raise ValueError(f"local rank {local} has no GPU: {torch.cuda.device_count()} visible; lower --nproc_per_node")
     here = torch.device("cuda", local) if cuda else torch.device("cpu")
@@ -96,10 +97,9 @@ def start_world(device: str = "auto") -> World:
 
 
 def keep_freed_memory() -> None:
-    """Tells glibc to keep freed activations for the next step instead of giving them back to the kernel.
+    """Tells glibc to keep freed activations for the next step; nothing happens where the C library is another one.
 
-    By default each large tensor is mapped anew and its pages are faulted in and zeroed, some 4 % of a
-    training step on CPU. Nothing happens where the C library is another one.
+    By default each large tensor is mapped anew, and its pages are faulted in and zeroed: some 4 % of a step on CPU.
     """
     libc = ctypes.CDLL(None)
     if platform.libc_ver()[0] == "glibc":
@@ -131,17 +131,14 @@ class EnergyMeter:
             self._nvml, self._handle = pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}".encode())
 
     def read(self) -> float | None:
-        if self._handle is None:
-            return None
-        return self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) / 1000  # millijoules
+        held = self._handle is not None
+        return self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) / 1000 if held else None  # millijoules
 
 
 def peak_memory(device: torch.device) -> int:
     """Peak bytes: allocated by torch on CUDA, resident set of the process on CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -152,13 +149,11 @@ def to_device(t: Tensor, device: torch.device) -> Tensor:
 
 def rng_states(world: World) -> list[dict]:
     """The generator states of every rank, in rank order. Every rank must call it."""
-    mine = {"cpu": torch.get_rng_state()}
+    states = [{"cpu": torch.get_rng_state()}] * world.size
     if world.device.type == "cuda":
-        mine["cuda"] = torch.cuda.get_rng_state(world.device)
-    if world.size == 1:
-        return [mine]
-    states = [None] * world.size
-    dist.all_gather_object(states, mine)
+        states[0]["cuda"] = torch.cuda.get_rng_state(world.device)
+    if world.size > 1:
+        dist.all_gather_object(states, states[0])
     return states
 
 
@@ -171,14 +166,3 @@ def set_rng_states(states: list[dict], world: World) -> bool:
     if "cuda" in mine and world.device.type == "cuda":
         torch.cuda.set_rng_state(mine["cuda"], world.device)
     return True
-
-
-def device_entries(world: World, dtype: torch.dtype) -> dict:
-    """Entries of summary.json that say where and how a run computed."""
-    cuda = world.device.type == "cuda"
-    return {
-        "peak_memory_of": "CUDA allocations" if cuda else "process resident set",
-        "device": torch.cuda.get_device_name(world.device) if cuda else "CPU",
-        "world_size": world.size,
-        "dtype": str(dtype).removeprefix("torch."),
-    }

@@ -1,30 +1,33 @@
 """What a loop measures while it runs: the clock, sums on the device, the best weights so far, when to stop.
 
-The loop is the script's. It tells the meter of each micro-batch (`Meter.add`) and of each step (`Meter.end_step`), asks
-whether there is something to do (`Meter.due`), and reads (`Meter.row`), which is the one synchronisation between log
-lines.
+The loop is the script's. It tells the meter of each micro-batch (`Meter.add`) and each step (`Meter.end_step`), asks
+whether there is something to do (`Meter.due`), and reads (`Meter.row`): the one synchronisation between log lines.
 """
 
 import math
 import statistics
 import sys
 import time
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from runtime.cli import StopRequest
-from runtime.machine import EnergyMeter, device_entries, peak_flops, peak_memory, rng_states, set_rng_states
+from runtime.machine import EnergyMeter, peak_flops, peak_memory, rng_states, set_rng_states
 
 # A run ends after so many steps running without a finite loss.
 HOPELESS = 3
+# A checkpoint's entry -> the Meter's attribute.
+SAVED = {"step": "step", "tokens_seen": "tokens", "train_seconds": "seconds"}
+SAVED |= {name: name for name in ("joules", "best", "stale")}
 
 
 class DivergenceWatch:
     """Counts non-finite steps and divergences on the device, without a synchronisation.
 
-    A divergence is a non-finite loss, or a loss above twice its exponential moving average (decay
-    0.99) for 32 steps running; the average stands still while the loss is above it.
+    A divergence is a non-finite loss, or a loss above twice its exponential moving average (decay 0.99) for 32 steps
+    running; the average stands still while the loss is above it.
     """
 
     COUNTERS = ("ema", "steps", "over", "skipped", "streak", "worst_streak", "divergences")
@@ -35,17 +38,12 @@ class DivergenceWatch:
     def update(self, loss: Tensor, finite: Tensor) -> None:
         """``loss`` 0-d, ``finite`` 0-d bool: whether this step's loss and gradient norm were finite."""
         ema, steps, over, skipped, streak, worst, events = self.state.unbind()
-        loss = loss.double()
+        loss, bad = loss.double(), (~finite).double()
         high = finite & (steps > 0) & (loss > 2 * ema)
-        new_over = torch.where(high, over + 1, torch.zeros_like(over))
+        over, streak, worst = (over + 1) * high, (streak + 1) * bad, torch.maximum(worst, (streak + 1) * bad)
         moved = torch.where(steps > 0, 0.99 * ema + 0.01 * loss, loss)
-        bad = (~finite).double()
-        new_streak = (streak + 1) * bad
-        new_ema = torch.where(finite & ~high, moved, ema)
-        new_worst = torch.maximum(worst, new_streak)
-        new_events = events + bad + (new_over == 32)
-        counters = [new_ema, steps + finite, new_over, skipped + bad, new_streak, new_worst, new_events]
-        self.state = torch.stack(counters)
+        ema, events = torch.where(finite & ~high, moved, ema), events + bad + (over == 32)
+        self.state = torch.stack([ema, steps + finite, over, skipped + bad, streak, worst, events])
 
     def read(self) -> dict[str, float]:
         """The counters on the host (synchronises)."""
@@ -75,31 +73,19 @@ class Meter:
         self.stopping = self.at_log = self.at_eval = False
         self._energy = EnergyMeter(device)
 
-    # -- state ----------------------------------------------------------------------------------
-
     def state_dict(self) -> dict:
         """Entries of a checkpoint, on the CPU, of all ranks together. Every rank must call it."""
         window = type(self.window)(self.world.device)
         window.load_state_dict(self.window.state_dict())
         window.all_reduce()
-        return {
-            "step": self.step,
-            "tokens_seen": self.tokens,
-            "train_seconds": self.seconds,
-            "joules": self.joules,
-            "best": self.best,
-            "stale": self.stale,
-            "sums": self.sums.cpu(),
-            "watch": self.watch.state.cpu(),
-            "window": window.state_dict(),
-            "rng": rng_states(self.world),
-        }
+        state = {key: getattr(self, name) for key, name in SAVED.items()}
+        state |= {"sums": self.sums.cpu(), "watch": self.watch.state.cpu()}
+        return state | {"window": window.state_dict(), "rng": rng_states(self.world)}
 
     def load_state_dict(self, state: dict, draws: bool = True) -> None:
         """``draws``: whether the training draws random numbers, so that another number of ranks goes on with others."""
-        self.step, self.tokens = state["step"], state["tokens_seen"]
-        self.seconds, self.joules = state["train_seconds"], state["joules"]
-        self.best, self.stale = state.get("best", self.best), state.get("stale", 0)
+        for key, name in SAVED.items():
+            setattr(self, name, state.get(key, getattr(self, name)))
         self.sums.copy_(state["sums"])
         self.watch.state.copy_(state["watch"])
         if self.world.main:  # a sum over ranks goes on at one of them
@@ -108,8 +94,6 @@ class Meter:
             print(f"resuming {len(state['rng'])} ranks on {self.world.size}: dropout masks will differ from here on")
         if self.patience and self.stale >= self.patience:
             self.ending = "early_stop"
-
-    # -- the loop -------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Right before the loop: signals ask it to stop from here on, the bar stands, the clock runs."""
@@ -152,11 +136,10 @@ class Meter:
         several of them agree at log lines."""
         self.at_eval = self.step % self.eval_every == 0 or self.step == self.steps
         self.at_log = self.step % self.log_every == 0 or self.at_eval
-        asked = bool(self.stop.signal)
+        self.stopping = bool(self.stop.signal)
         if self.world.size > 1:
-            asked = self.at_log and self.world.any(asked)
-        self.stopping = asked
-        return self.at_log or asked
+            self.stopping = self.at_log and self.world.any(self.stopping)
+        return self.at_log or self.stopping
 
     def row(self, says: str = "", **shown: float) -> dict | None:
         """What a log line holds, over the steps since the last one; None where none is due, or no step was finite.
@@ -194,21 +177,20 @@ class Meter:
     def _postfix(self, row: dict, metrics, says: str) -> str:
         parts = [f"loss {row['loss']:.3f}"] + ([f"| {says} |"] if says else [])
         parts += [metric.bar.format(row[metric.key]) for metric in metrics if metric.bar]
-        parts += [f"{name} {row[key]:{digits}}" for name, key, digits in (("a", "alpha", ".2f"), ("lr", "lr", ".1e"))]
-        return " ".join([*parts, f"{row['tokens_per_second']:,.0f} tok/s"])
+        parts += [f"a {row['alpha']:.2f}", f"lr {row['lr']:.1e}", f"{row['tokens_per_second']:,.0f} tok/s"]
+        return " ".join(parts)
 
     def judge(self, numbers: dict) -> bool:
         """Logs and prints a validation. Whether these are the best weights so far, by ``numbers["nll"]``; ends the run
         where its patience is over."""
         self.log("val", **numbers)
-        line = ["loss"] * ("loss" in numbers) + [m.key for m in self.table.shown(self.table.TOKENS, "line")]
         if self.world.main:
+            line = ["loss"] * ("loss" in numbers) + [m.key for m in self.table.shown(self.table.TOKENS, "line")]
             text = ", ".join(f"{key} {numbers[key]:.4f}" for key in line)
             self.bar.write(f"step {self.step}: validation {text}", file=sys.stderr)
-        best = numbers["nll"] < self.best["nll"]
-        self.stale = 0 if best else self.stale + 1
-        if best:
-            self.best = {"step": self.step, "nll": numbers["nll"]}
+        self.stale += 1
+        if best := numbers["nll"] < self.best["nll"]:
+            self.best, self.stale = {"step": self.step, "nll": numbers["nll"]}, 0
         if self.patience and self.stale >= self.patience:
             self.ending = self.ending or "early_stop"
         return best
@@ -223,8 +205,6 @@ class Meter:
         """A row of metrics.jsonl, with the step, the tokens and the training seconds so far."""
         self.run.log(kind, self.step, tokens=self.tokens, train_seconds=self.seconds, **values)
 
-    # -- afterwards -----------------------------------------------------------------------------
-
     def end(self) -> int | None:
         """After the loop: the exit code of a run that ends with it (1 diverged, 0 stopped), None where the final
         evaluation follows."""
@@ -236,14 +216,12 @@ class Meter:
     def summary(self, flops_per_token: float, dtype: torch.dtype) -> dict:
         """Entries of summary.json that every script has. Speed is the median over log windows; the first pays for
         compilation and cold caches and is left out."""
-        world, rows = self.world, self.run.rows("train")
+        world, cuda, rows = self.world, self.world.device.type == "cuda", self.run.rows("train")
         done = sum(r["steps"] for r in rows)
         rate = statistics.median(r["tokens_per_second"] for r in (rows[1:] or rows)) if rows else None
-        ends = [(0, 0), *((r["step"], r["tokens"]) for r in rows)]
-        ms = [
-            1000 * (b[1] - a[1]) / (b[0] - a[0]) / r["tokens_per_second"]
-            for a, b, r in zip(ends, ends[1:], rows, strict=False)
-        ]
+        windows = pairwise([{"step": 0, "tokens": 0}, *rows])
+        tokens_per_step = [(b["tokens"] - a["tokens"]) / (b["step"] - a["step"]) for a, b in windows]
+        ms = [1000 * n / r["tokens_per_second"] for n, r in zip(tokens_per_step, rows, strict=True)]
         peak, health = peak_flops(world.device, dtype), self.watch.read()
         return {
             "steps": self.step,
@@ -258,5 +236,8 @@ class Meter:
             "energy_joules": self.joules if self._read is not None else None,
             "divergences": int(health["divergences"]),
             "skipped_steps": int(health["skipped"]),
-            **device_entries(world, dtype),
+            "peak_memory_of": "CUDA allocations" if cuda else "process resident set",
+            "device": torch.cuda.get_device_name(world.device) if cuda else "CPU",
+            "world_size": world.size,
+            "dtype": str(dtype).removeprefix("torch."),
         }

@@ -1,7 +1,7 @@
-"""A step of the optimizer, a model on several ranks, and the state of both: full, unsharded and on the CPU, so that any
-number of ranks can read it."""
+"""A step of the optimizer, a model on several ranks, and the state of both: full and on the CPU, for any ranks."""
 
 import contextlib
+import copy
 import math
 
 import torch
@@ -86,12 +86,10 @@ def training_state(model, optimizer) -> tuple[dict, dict]:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
     if hasattr(optimizer, "eval"):  # Schedule-Free, whose step torch's way of loading cannot take; it is never sharded
-        # What goes on is not what is evaluated.
-        iterate = {k: v.detach().clone() for k, v in model.state_dict().items()}
+        iterate = copy.deepcopy(dict(model.state_dict()))  # what goes on is not what is evaluated
         with averaged(optimizer):
-            weights = {k: v.detach().clone() for k, v in model.state_dict().items()}
+            weights = copy.deepcopy(dict(model.state_dict()))
         return weights, optimizer.state_dict() | {"iterate": iterate}
-
     return get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
@@ -103,10 +101,5 @@ def restore_training_state(model, optimizer, checkpoint: dict) -> None:
         model.load_state_dict(checkpoint["optimizer"]["iterate"])
         optimizer.load_state_dict({k: v for k, v in checkpoint["optimizer"].items() if k != "iterate"})
         return
-    set_state_dict(
-        model,
-        optimizer,
-        model_state_dict=checkpoint["model"],
-        optim_state_dict=checkpoint["optimizer"],
-        options=StateDictOptions(full_state_dict=True),
-    )
+    states = {"model_state_dict": checkpoint["model"], "optim_state_dict": checkpoint["optimizer"]}
+    set_state_dict(model, optimizer, **states, options=StateDictOptions(full_state_dict=True))

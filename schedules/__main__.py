@@ -5,7 +5,6 @@ python -m schedules backtest curves/*.csv --out runs/backtest
 """
 
 import argparse
-import io
 import os
 import sys
 from itertools import cycle
@@ -13,7 +12,7 @@ from pathlib import Path
 
 from . import backtest
 from .rules import SCHEDULES, lr_factor, snac_factor
-from .style import PALETTE, styled
+from .style import PALETTE, png, styled
 
 
 @styled
@@ -33,9 +32,7 @@ def draw(total: int, warmup: float, floor: float, decay: float) -> bytes:
     axes.plot(steps, snac, color="0.6", linestyle=":", label="snac at B_noise/B = 4t/T")
     axes.set(xlabel="optimizer step", ylabel="share of the peak learning rate", xlim=(0, total), ylim=(0, 1.04))
     figure.legend(loc="outside right center")
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png")
-    return picture.getvalue()
+    return png(figure)
 
 
 def add_plot(parser: argparse.ArgumentParser) -> None:

@@ -6,15 +6,14 @@ import contextlib
 def schedule_free_adamw(groups, lr: float, *, betas: tuple[float, float], eps: float = 1e-8, weight_decay: float = 0.0):
     """AdamWScheduleFree of the package schedulefree (Defazio et al., 2024, "The Road Less Scheduled"), ready to train.
 
-    It needs as much memory as Adam: the iterate z takes the place of the mean gradient. The caller sets the groups' lr
-    for a warm-up. It skips no step by itself: do not call ``step`` with a gradient that is not finite. Raises
-    ValueError where the package is missing.
+    It needs as much memory as Adam. The caller sets the groups' lr for a warm-up, and does not call ``step`` with a
+    gradient that is not finite. Raises ValueError where the package is missing.
     """
     try:
         from schedulefree import AdamWScheduleFree
     except ImportError as e:
-        text = "--schedule schedule-free needs the package schedulefree"
-        raise ValueError(f"{text} ({e}): pip install schedulefree") from e
+        needs = f"--schedule schedule-free needs the package schedulefree ({e}): pip install schedulefree"
+        raise ValueError(needs) from e
     optimizer = AdamWScheduleFree(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
     optimizer.train()
     return optimizer

@@ -4,9 +4,8 @@
     python -m schedules backtest curves/**/*.csv --plans plans.json --leave-out
 
 A curve is a csv with a header or a jsonl file with `step`, a loss and, where known, the learning rate. The final loss
-is the mean over the points in the last 2 % of the steps, and every method is asked for the loss at their mean step.
-`fot` is given the learning rates to come, as a scheduler would know them; `fot-blind` holds the last one, whatever the
-run did.
+is the mean over the points in the last 2 % of the steps. Every method is asked for the loss at their mean step. `fot`
+is given the learning rates to come, as a scheduler knows them; `fot-blind` holds the last one.
 """
 
 import argparse
@@ -17,6 +16,8 @@ import itertools
 import json
 import math
 import os
+from collections import defaultdict, namedtuple
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,12 +25,13 @@ import numpy as np
 
 from .forecast import Forecast, Forecaster, Prior, literal_forecast
 from .rules import lr_factor
-from .style import INK, PALETTE, styled, thousands
+from .style import INK, PALETTE, png, styled, thousands
 
 FRACTIONS = (0.1, 0.25, 0.5, 0.75)
 SHIPPED = Prior()
 FLOORS = (0.0005, 0.001, 0.0015, 0.002, 0.003)
 FAN_COLOURS = (PALETTE[4], PALETTE[3], PALETTE[0], PALETTE[2])  # from the first fraction to the last
+ACROSS, PAGE = 3, 12  # panels in a row and in a picture
 LAST = 0.02  # of the steps make the final loss
 STEP_NAMES = ("step", "_step")
 LOSS_NAMES = ("loss", "val_loss", "train_loss")
@@ -68,67 +70,62 @@ class Row(NamedTuple):
 def read_curve(path: str | Path, *, loss: str | None = None, family: str = "", plan: dict | None = None) -> Curve:
     """A csv (with a header) or jsonl file as a curve.
 
-    The loss is the column ``loss``, or the first of loss, val_loss, train_loss and *CrossEntropyLoss that is there.
-    Rows of a jsonl file that lack it, or are of another "kind" than the first that has it, are passed over. ``plan``
-    holds the arguments of `lr_factor` ("schedule" for its name) for a file without learning rates. Raises ValueError
-    with the line number for a line that cannot be read and for steps that do not increase.
+    ``loss``: its column; by default the first of loss, val_loss, train_loss and *CrossEntropyLoss that is there. Rows
+    of a jsonl file that lack it, or are of another "kind" than the first that has it, are passed over. ``plan``:
+    arguments of `lr_factor` ("schedule" for its name), for a file without learning rates. Raises ValueError with the
+    line number for a line that cannot be read and for steps that do not increase.
     """
     path = Path(path)
-    rows = _csv_rows(path) if path.suffix == ".csv" else _jsonl_rows(path)
+    rows = list(_csv_rows(path) if path.suffix == ".csv" else _jsonl_rows(path))
     names = {name: None for _, row in rows for name in row}
-    step_name, lr_name = (next((n for n in known if n in names), None) for known in (STEP_NAMES, LR_NAMES))
-    losses = [n for n in LOSS_NAMES if n in names] + [n for n in names if n.endswith("CrossEntropyLoss")]
-    loss_name = loss or next(iter(losses), None)
-    if step_name is None or loss_name not in names:
-        wanted = loss or f"one of {', '.join(LOSS_NAMES)}, *CrossEntropyLoss"
-        raise ValueError(f"{path}: columns {', '.join(names) or 'none'}; expected step and {wanted}")
+    losses = (*LOSS_NAMES, *(n for n in names if n.endswith("CrossEntropyLoss")))
+    wanted = (STEP_NAMES, (loss,) if loss else losses, LR_NAMES)
+    found = [next((name for name in known if name in names), None) for known in wanted]
+    if None in found[:2]:
+        expected = loss or f"one of {', '.join(LOSS_NAMES)}, *CrossEntropyLoss"
+        raise ValueError(f"{path}: columns {', '.join(names) or 'none'}; expected step and {expected}")
     if path.suffix != ".csv":
-        rows = [(number, row) for number, row in rows if row.get(loss_name) is not None]
+        rows = [(number, row) for number, row in rows if row.get(found[1]) is not None]
         rows = [(number, row) for number, row in rows if row.get("kind") == rows[0][1].get("kind")]
     points, last = [], -math.inf
     for number, row in rows:
         where = f"{path}, line {number}"
-        step, value = (_number(where, name, row.get(name)) for name in (step_name, loss_name))
-        lr = _number(where, lr_name, row.get(lr_name)) if lr_name else math.nan
+        step, value, *lr = (_number(where, name, row.get(name)) for name in found if name)
         if not last < step < math.inf:
             after = f" after step {last:g}" if points else ""
             raise ValueError(f"{where}: step {step:g}{after}; expected steps that increase")
-        if lr_name and not 0 <= lr < math.inf:
-            raise ValueError(f"{where}: learning rate {lr}; expected a finite number, 0 or more")
-        points.append((step, value, lr))
+        if lr and not 0 <= lr[0] < math.inf:
+            raise ValueError(f"{where}: learning rate {lr[0]}; expected a finite number, 0 or more")
+        points.append((step, value, *lr))
         last = step
     if len(points) < 2:
         raise ValueError(f"{path}: {len(points)} points, expected at least 2")
-    steps, losses, lrs = np.array(points).T
-    if not lr_name and plan:
-        name, settings = plan.get("schedule", "wsd"), {k: v for k, v in plan.items() if k != "schedule"}
+    steps, losses, *lrs = np.array(points).T
+    if not lrs and plan:
+        name, how = plan.get("schedule", "wsd"), {k: v for k, v in plan.items() if k != "schedule"}
         try:
-            lrs = np.array([lr_factor(name, step, last, **settings) for step in steps])
+            lrs = [np.array([lr_factor(name, step, last, **how) for step in steps])]
         except TypeError:
             raise ValueError(f"plan {plan}; expected schedule, warmup, floor, decay and power") from None
-    return Curve(path.stem, family, steps, losses, lrs if lr_name or plan else None)
+    return Curve(path.stem, family, steps, losses, lrs[0] if lrs else None)
 
 
-def _csv_rows(path: Path) -> list[tuple[int, dict]]:
-    rows = []
+def _csv_rows(path: Path) -> Iterator[tuple[int, dict]]:
     with open(path, newline="", encoding="utf-8") as file:
         reader = csv.reader(file)
         header = next(reader, [])
         for values in reader:
             if len(values) != len(header):
                 raise ValueError(f"{path}, line {reader.line_num}: {len(values)} values, expected {len(header)}")
-            rows.append((reader.line_num, dict(zip(header, values, strict=True))))
-    return rows
+            yield reader.line_num, dict(zip(header, values, strict=True))
 
 
-def _jsonl_rows(path: Path) -> list[tuple[int, dict]]:
-    rows = []
+def _jsonl_rows(path: Path) -> Iterator[tuple[int, dict]]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
-            rows.append((number, dict(json.loads(line).items())))
+            yield number, dict(json.loads(line).items())
         except (ValueError, AttributeError):
             raise ValueError(f"{path}, line {number}: {line[:40]!r} is not a JSON object") from None
-    return rows
 
 
 def _number(where: str, name: str, value) -> float:
@@ -160,9 +157,9 @@ def halfway(curve: Curve, fraction: float, prior: Prior = SHIPPED) -> tuple[Fore
     """The forecaster when ``fraction`` of the steps are done, and the learning rates to come until `final_loss`."""
     end, _, _ = final_loss(curve)
     seen = int(np.searchsorted(curve.step, fraction * curve.step[-1], side="right"))
-    forecaster = Forecaster(prior=prior)
-    for i in range(seen):
-        forecaster.update(curve.step[i], curve.loss[i], None if curve.lr is None else curve.lr[i])
+    forecaster, lr = Forecaster(prior=prior), [None] * seen if curve.lr is None else curve.lr
+    for point in zip(curve.step[:seen], curve.loss, lr, strict=False):
+        forecaster.update(*point)
     if curve.lr is None or not seen:
         return forecaster, None
     return forecaster, np.interp(np.linspace(curve.step[seen - 1], end, 1025)[1:], curve.step, curve.lr)
@@ -175,19 +172,14 @@ def fot_at(curve: Curve, fraction: float, *, planned: bool, prior: Prior) -> For
     return forecaster.forecast(end, plan if planned else None, window=width)
 
 
-def persistence(step: np.ndarray, loss: np.ndarray, end: float, last: float) -> float:
-    """The mean over the last ``last`` steps."""
-    return float(loss[step > step[-1] - last].mean())
-
-
-def slope(step: np.ndarray, loss: np.ndarray, end: float, last: float) -> float:
+def slope(step: np.ndarray, loss: np.ndarray, end: float) -> float:
     """The least-squares line through the last fifth of the points."""
     tail = max(len(step) // 5, 2)
     per_step, now = np.polyfit(step[-tail:] - step[-1], loss[-tail:], 1)
     return float(now + per_step * (end - step[-1]))
 
 
-def power(step: np.ndarray, loss: np.ndarray, end: float, last: float) -> float:
+def power(step: np.ndarray, loss: np.ndarray, end: float) -> float:
     """a (t + b)^-alpha by least squares in log space; nan for too few points and for losses that are not positive."""
     if len(step) < 4 or (loss <= 0).any():
         return math.nan
@@ -199,12 +191,12 @@ def power(step: np.ndarray, loss: np.ndarray, end: float, last: float) -> float:
     return min(fits)[1]
 
 
-# The loss at ``end`` from the finite points so far; nan for none.
+# The loss at ``end`` from the finite points so far; nan for none. Persistence is the mean over the ``last`` steps.
 RIVALS = {
-    "persistence": persistence,
-    "slope": slope,
+    "persistence": lambda step, loss, end, last: float(loss[step > step[-1] - last].mean()),
+    "slope": lambda step, loss, end, last: slope(step, loss, end),
     "literal": lambda step, loss, end, last: literal_forecast(step, loss, end),
-    "power": power,
+    "power": lambda step, loss, end, last: power(step, loss, end),
 }
 METHODS = ("fot", "fot-blind", *RIVALS)
 
@@ -231,21 +223,16 @@ def replay(curve: Curve, prior: Prior = SHIPPED, fractions=FRACTIONS, methods=ME
     return rows
 
 
-class Summary(NamedTuple):
-    """What a group of forecasts is worth; errors in per cent of the final loss."""
-
-    n: int  # forecasts made
-    none: int  # "no forecast"
-    median: float  # of |error|
-    worst: float
-    bias: float  # mean signed error
-    ratio: float  # median |error| / that of persistence on the same curves
-    cover68: float  # share of finals inside the interval, nan without one
-    cover95: float
+Summary = namedtuple("Summary", "n none median worst bias ratio cover68 cover95")
 
 
 def summarize(rows: list[Row], rows_all: list[Row]) -> Summary:
-    """Figures of ``rows`` (one method, one fraction); persistence is looked up in ``rows_all``."""
+    """What the forecasts ``rows`` (of one method, from one fraction) are worth.
+
+    ``n`` were made and ``none`` were not. ``median`` and ``worst`` are of the absolute error and ``bias`` is the mean
+    error, in per cent of the final loss. ``ratio``: median over that of persistence on the same curves, which is looked
+    up in ``rows_all``. ``cover68``, ``cover95``: shares of finals inside the intervals. nan where there is none.
+    """
     made = [row for row in rows if row.forecast is not None]
     if not made:
         return Summary(0, len(rows), *[math.nan] * 6)
@@ -260,42 +247,39 @@ def summarize(rows: list[Row], rows_all: list[Row]) -> Summary:
     return Summary(len(made), len(rows) - len(made), median, worst, float(errors.mean()), ratio, *cover)
 
 
-def summary_text(rows: list[Row], fractions=FRACTIONS, methods=METHODS) -> str:
+def summary_text(rows: list[Row]) -> str:
     """The summary of every method at every fraction as text."""
     lines = ["at    method       n  none  median %  worst %   bias %  /persist  in 68 %  in 95 %"]
-    for fraction, method in itertools.product(fractions, methods):
-        group = [row for row in rows if row.fraction == fraction and row.method == method]
-        if group:
+    for fraction, method in itertools.product(FRACTIONS, METHODS):
+        if group := [row for row in rows if (row.fraction, row.method) == (fraction, method)]:
             s = summarize(group, rows)
             name = method + ("*" if any(row.planned for row in group) else "")
-            values = [_cell(s.median, 9, 2), _cell(s.worst, 8, 2), _cell(s.bias, 8, 2, "+"), _cell(s.ratio, 9, 2)]
-            values += [_cell(100 * s.cover68, 8, 0), _cell(100 * s.cover95, 8, 0)]
-            lines.append(f"{fraction:<5.0%} {name:<11} {s.n:>2} {s.none:>5} " + " ".join(values))
+            cells = [_cell(s.median, "9", 2), _cell(s.worst, "8", 2), _cell(s.bias, "+8", 2), _cell(s.ratio, "9", 2)]
+            cells += [_cell(100 * share, "8", 0) for share in (s.cover68, s.cover95)]
+            lines.append(f"{fraction:<5.0%} {name:<11} {s.n:>2} {s.none:>5} " + " ".join(cells))
     return "\n".join(lines)
 
 
-def _cell(value: float, width: int, digits: int, sign: str = "") -> str:
+def _cell(value: float, width: str, digits: int) -> str:
     if math.isnan(value):
-        return "-".rjust(width)
-    return f"{value:{sign}{width}.{digits}f}" if abs(value) < 1e4 else f"{value:{sign}{width}.1e}"
+        return "-".rjust(int(width))
+    return f"{value:{width}.{digits}f}" if abs(value) < 1e4 else f"{value:{width}.1e}"
 
 
 @styled
-def fans(curves: list[Curve], prior: Prior, fractions=FRACTIONS, columns: int = 3) -> bytes:
+def fans(curves: list[Curve]) -> bytes:
     """A panel a curve: the loss, and from each fraction of it the forecast with one and two standard deviations."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = math.ceil(len(curves) / columns)
-    figure = Figure(figsize=(4.6 * columns, 2.9 * rows + 0.5), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    rows = math.ceil(len(curves) / ACROSS)
+    figure = Figure(figsize=(4.6 * ACROSS, 2.9 * rows + 0.5), dpi=110, layout="constrained")
+    panels = figure.subplots(rows, ACROSS, squeeze=False).ravel()
     for panel, curve in zip(panels, curves, strict=False):
         end, final, _ = final_loss(curve)
         panel.plot(curve.step, curve.loss, color="#b5b5b5", linewidth=0.8, label="recorded")
         bounds = [final]
-        for fraction, colour in zip(fractions, itertools.cycle(FAN_COLOURS), strict=False):
-            forecast = fot_at(curve, fraction, planned=True, prior=prior)
+        for fraction, colour in zip(FRACTIONS, FAN_COLOURS, strict=True):
+            forecast = fot_at(curve, fraction, planned=True, prior=SHIPPED)
             if forecast.mean is None:
                 continue
             step, mean, sd = forecast.curve.T
@@ -304,7 +288,7 @@ def fans(curves: list[Curve], prior: Prior, fractions=FRACTIONS, columns: int = 
             panel.plot(step, mean, color=colour, linewidth=1.4, label=f"from {fraction:.0%}")
             bounds += [mean.min(), mean[0]]
         panel.plot(end, final, "o", color=INK, markersize=4, label="final")
-        finite = curve.loss[np.isfinite(curve.loss) & (curve.step > fractions[0] * curve.step[-1])]
+        finite = curve.loss[np.isfinite(curve.loss) & (curve.step > FRACTIONS[0] * curve.step[-1])]
         low, high = min(bounds), max(*bounds, *(np.quantile(finite, [0.9]) if len(finite) else []))
         margin = 0.12 * (high - low) + 1e-9
         panel.set_ylim(low - margin, high + margin)
@@ -314,54 +298,54 @@ def fans(curves: list[Curve], prior: Prior, fractions=FRACTIONS, columns: int = 
         panel.set_visible(False)
     handles = {label: h for p in panels for h, label in zip(*p.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    return png(figure)
 
 
-def learn_prior(curves: list[Curve], base: Prior = SHIPPED) -> Prior:
-    """``base`` with what ``curves`` teach; every family weighs the same.
+def learn_prior(curves: list[Curve]) -> Prior:
+    """The shipped prior with what ``curves`` teach; every family weighs the same.
 
     The mean and sd of k / loss are from whole runs whose learning rate came down by at least 30 %, fitted with no prior
     on k. The floor of the sd is then the smallest of `FLOORS` with which 68 % of the finals are inside one standard
     deviation of the forecasts at half and at three quarters. Raises ValueError when no learning rate came down.
     """
-    shares: dict[str, list[float]] = {}
+    shares = defaultdict(list)
     for curve in curves:
         if curve.lr is None or curve.lr[-1] > 0.7 * curve.lr.max():
             continue
-        forecaster, _ = halfway(curve, 1.0, base._replace(k_sd=10.0))
-        forecast = forecaster.forecast(curve.step[-1] + 1)
+        forecast = halfway(curve, 1.0, SHIPPED._replace(k_sd=10.0))[0].forecast(curve.step[-1] + 1)
         if forecast.mean is not None:
-            shares.setdefault(curve.family, []).append(forecast.parameters["k"] / forecast.mean)
+            shares[curve.family].append(forecast.parameters["k"] / forecast.mean)
     if not shares:
         raise ValueError("no curve with a learning rate that came down, nothing to learn a prior from")
-    k_mean = float(np.mean([np.mean(v) for v in shares.values()]))
-    k_sd = math.sqrt(np.mean([np.mean((np.array(v) - k_mean) ** 2) for v in shares.values()]))
-    prior = base._replace(k_mean=k_mean, k_sd=max(k_sd, 0.001))
-    inside: dict[str, list[list[bool]]] = {}
-    for curve in curves:
-        end, final, width = final_loss(curve)
-        for fraction in (0.5, 0.75):
-            forecaster, plan = halfway(curve, fraction, prior)
-            for i, floor in enumerate(FLOORS if plan is not None else ()):
-                forecaster.prior = prior._replace(floor=floor)
-                forecast = forecaster.forecast(end, plan, window=width)
-                if forecast.mean is not None:
-                    hits = inside.setdefault(curve.family, [[] for _ in FLOORS])[i]
-                    hits.append(abs(forecast.mean - final) < forecast.sd)
-    shares = [[np.mean(hits[i]) for hits in inside.values() if hits[i]] for i in range(len(FLOORS))]
-    covered = [np.mean(share) if share else 0.0 for share in shares]
-    floor = next((f for f, share in zip(FLOORS, covered, strict=False) if share >= 0.68), FLOORS[-1])
+    k_mean = _family_mean(shares)
+    k_sd = math.sqrt(_family_mean({family: (np.array(k) - k_mean) ** 2 for family, k in shares.items()}))
+    prior = SHIPPED._replace(k_mean=k_mean, k_sd=max(k_sd, 0.001))
+    known = [curve for curve in curves if curve.lr is not None]
+    stops = [(curve, *halfway(curve, fraction, prior)) for curve in known for fraction in (0.5, 0.75)]
+    for floor in FLOORS:
+        inside = defaultdict(list)
+        for curve, forecaster, plan in stops:
+            end, final, width = final_loss(curve)
+            forecaster.prior = prior._replace(floor=floor)
+            forecast = forecaster.forecast(end, plan, window=width)
+            if forecast.mean is not None:
+                inside[curve.family].append(abs(forecast.mean - final) < forecast.sd)
+        if inside and _family_mean(inside) >= 0.68:
+            break
     return prior._replace(floor=floor)
 
 
-def left_out(curves: list[Curve], base: Prior = SHIPPED) -> dict[str, Prior]:
+def _family_mean(values: dict[str, Sequence]) -> float:
+    """The mean over families of their means."""
+    return float(np.mean([np.mean(v) for v in values.values()]))
+
+
+def left_out(curves: list[Curve]) -> dict[str, Prior]:
     """For every family the prior that the other families teach. Raises ValueError for fewer than two."""
     families = list(dict.fromkeys(curve.family for curve in curves))
     if len(families) < 2:
         raise ValueError(f"--leave-out needs curves from two folders or more, all are in {families[0]}")
-    return {family: learn_prior([curve for curve in curves if curve.family != family], base) for family in families}
+    return {family: learn_prior([curve for curve in curves if curve.family != family]) for family in families}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -373,7 +357,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    curves = read_curves(args.files, loss=args.loss, plans=_read_plans(args.plans))
+    curves = read_curves(args.files, loss=args.loss, plans=_read_plans(args.plans) if args.plans else {})
     priors = {"prior: as shipped": {curve.family: SHIPPED for curve in curves}}
     if args.leave_out:
         priors["prior: learnt on the other families"] = left_out(curves)
@@ -386,8 +370,8 @@ def run(args: argparse.Namespace) -> None:
             learnt = f"k = {p.k_mean:.4f} +- {p.k_sd:.4f}, floor {p.floor:g} of the loss"
             print(f"\n{family} ({learnt})\n{summary_text(mine)}")
         write_rows(rows, out / name)
-    for page in range(0, len(curves), 12):
-        write_atomically(out / f"fans-{page // 12 + 1}.png", fans(curves[page : page + 12], SHIPPED))
+    for page, first in enumerate(range(0, len(curves), PAGE), 1):
+        write_atomically(out / f"fans-{page}.png", fans(curves[first : first + PAGE]))
     print(f"\nevery forecast and the fans are in {out}/")
 
 
@@ -407,9 +391,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     os.replace(partial, path)
 
 
-def _read_plans(path: str | None) -> dict | None:
-    if path is None:
-        return None
+def _read_plans(path: str) -> dict:
     try:
         plans = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as e:

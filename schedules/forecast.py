@@ -86,7 +86,7 @@ class Forecaster:
         self.open = np.zeros(4 + len(TAUS))  # the window that is being filled
         self.points = self.skipped = 0
         self.step: float | None = None
-        self.first = self.lr = self.peak = self.S = 0.0
+        self.lr = self.peak = self.S = 0.0
         self.D = np.zeros(len(TAUS))
         self.has_lr = False
         self.recent: list[float] = []  # the last losses, for the noise of a single point
@@ -97,19 +97,17 @@ class Forecaster:
         A loss that is not finite (or beyond 1e30) is skipped and counted in ``skipped``. Raises ValueError for a step
         that is not after the last one, and for a learning rate that is negative, not finite, or given only sometimes.
         """
-        step, loss = float(step), float(loss)
-        if not math.isfinite(step) or (self.step is not None and step <= self.step):
+        step, loss, begun = float(step), float(loss), self.step is not None
+        if not math.isfinite(step) or (begun and step <= self.step):
             raise ValueError(f"step {step:g} after step {self.step}; expected steps that increase")
-        if self.step is not None and self.has_lr != (lr is not None):
+        if begun and self.has_lr != (lr is not None):
             raise ValueError(f"step {step:g}: give the learning rate with every point or with none")
         self.has_lr = lr is not None
-        lr = float(lr) if lr is not None else 1.0
+        lr = float(lr) if self.has_lr else 1.0
         if not (math.isfinite(lr) and lr >= 0):
             raise ValueError(f"learning rate {lr} at step {step:g}; expected a finite number, 0 or more")
-        if self.step is None:
-            self.first = step
         self.peak = max(self.peak, lr)
-        if self.step is not None and self.peak > 0:
+        if begun and self.peak > 0:
             middle = 0.5 * (lr + self.lr)
             passed = (step - self.step) * (middle / self.peak) ** CLOCK
             down = self.peak - middle
@@ -122,16 +120,12 @@ class Forecaster:
         self.recent = [*self.recent[-63:], loss]
         self.points += 1
         self.open[0] += 1
-        self.open[1:4] += (np.array([step, loss, self.S]) - self.open[1:4]) / self.open[0]
-        self.open[4:] += (self.D - self.open[4:]) / self.open[0]
+        self.open[1:] += (np.array([step, loss, self.S, *self.D]) - self.open[1:]) / self.open[0]
         if self.open[0] == self.width:
-            self._close()
-
-    def _close(self):
-        self.rows[self.filled] = self.open
-        self.open = np.zeros_like(self.open)
-        self.filled += 1
-        if self.filled == len(self.rows):
+            self.rows[self.filled] = self.open
+            self.open[:] = 0.0
+            self.filled += 1
+        if self.filled == len(self.rows):  # full: means of two windows each
             half = self.filled // 2
             self.rows[:half] = 0.5 * (self.rows[0::2] + self.rows[1::2])
             self.rows[half:] = 0.0
@@ -143,12 +137,11 @@ class Forecaster:
     ) -> Forecast:
         """The loss at step ``total``.
 
-        ``schedule`` is the planned learning rate: a function of the step, or one value for each step after the last
-        point up to ``total``, in the unit of those given to `update`. Without it the last learning rate is held, and
-        half of what bringing it down would gain is in ``sd``.
-        ``window`` is the number of points whose mean will be called the final loss: their noise is in ``sd``; by
-        default the smooth curve itself is meant. Raises ValueError for a schedule without a learning rate history,
-        with negative or non-finite values.
+        ``schedule``: the planned learning rate, a function of the step or one value for each step after the last point
+        up to ``total``, in the unit of those given to `update`. Without it the last learning rate is held, and half of
+        what bringing it down would gain is in ``sd``. ``window``: the number of points whose mean will be called the
+        final loss, so that their noise is in ``sd``; by default the smooth curve itself is meant. Raises ValueError for
+        a schedule without a learning rate history, with negative or non-finite values.
         """
         planned = schedule is not None
         if planned and not self.has_lr and self.points:
@@ -208,11 +201,11 @@ class Forecaster:
         return state | {"prior": list(self.prior)}
 
     def load_state_dict(self, state: dict) -> None:
-        """Raises ValueError when the state has other fields than this version's."""
-        if set(state) != set(vars(self)):
+        """Raises ValueError when the state lacks a field. One that it has beyond them, as of before, is passed over."""
+        if not set(state) >= set(vars(self)):
             raise ValueError(f"forecaster state with fields {sorted(state)}, expected {sorted(vars(self))}")
-        for name, value in state.items():
-            setattr(self, name, np.array(value) if isinstance(getattr(self, name), np.ndarray) else value)
+        for name, now in vars(self).items():
+            setattr(self, name, np.array(state[name]) if isinstance(now, np.ndarray) else state[name])
         self.prior = Prior(*state["prior"])
 
 

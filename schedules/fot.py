@@ -14,9 +14,9 @@ comes to rest under a constant learning rate, and the envelope's decay cashes in
 twice. m begins at 1/4 and doubles in 40 steps at most, so that a peak which is too high is found out on the way up: a
 network that was thrown far away early does not come back. Unmeasured, m aims at 1.
 
-envelope: let D = l(now) - l(T) be the forecast descent. Where it is sure, sd(D) / D < 1/2, the decay may wait or pause.
-Every second decision compares four plans: hold the learning rate for 0, 1/4, 1/2 or 3/4 of the steps that are left,
-then fall to zero. It takes the one whose forecast ends lowest.
+envelope: let D = l(now) - l(T) be the forecast descent. Where it is sure, sd(D) / D < 1/2, every second decision
+compares four plans: hold the learning rate for 0, 1/4, 1/2 or 3/4 of the steps that are left, then fall to zero. The
+plan whose forecast ends lowest is taken.
 
 gate: h is the Fisher of an answer's token over that of a prompt's.
 
@@ -29,9 +29,9 @@ gradient_stats.py measures G'u and u'Hu.
     lr g^2 / (2 (sigma^2 + lam)) <= D / T_left,      sigma^2 = tr(Sigma) / B,      lam = u'Hu / u'u
 
 where g^2 is the batch's squared gradient norm, and one Newton step on the last 150 losses gives D. Its gate multiplies
-a state by 1.5 below h = 0.7 and by 0.7 above h = 1.3. It has two guards, both counted: a value that is not finite
-leaves the learning rate as it was, and the learning rate is clipped to [peak / 100, peak]. "snac" and "bacon" are the
-rules of rules.py on the same measurements.
+a state by 1.5 below h = 0.7 and by 0.7 above h = 1.3. Two guards are counted: a value that is not finite leaves the
+learning rate as it was, and the learning rate is clipped to [peak / 100, peak]. "snac" and "bacon" are the rules of
+rules.py on the same measurements.
 """
 
 import logging
@@ -43,8 +43,8 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from .forecast import Forecast, Forecaster, literal_forecast
-from .gradient_stats import STATISTICS, GradientStats, keeps_moments
-from .rules import ADAPTIVE, bacon_factor, lr_factor, snac_factor
+from .gradient_stats import STATISTICS, GradientStats
+from .rules import ADAPTIVE, bacon_factor, lr_factor, passed, snac_factor
 
 PARTS = ("envelope", "noise", "forecast", "gate", "blocks")
 AIM, RANGE, DOUBLING = 2.0, 4.0, 40.0  # of m: its aim in eta_opt, its bounds, and the fewest steps to double in
@@ -76,9 +76,8 @@ def parse_parts(parts: str | Sequence[str]) -> tuple[str, ...]:
 
 def rule_reads(rule: str, parts: str | Sequence[str]) -> set[str]:
     """What ``rule`` reads beyond loss and gradients: "gate", the Fisher of both segments; "blocks", their RMS."""
-    parts = set(parse_parts(parts))
-    reads = {"fot": {"gate", "blocks"} & parts, "fot-literal": {"gate"}, "bacon": {"blocks"} & parts}
-    return reads.get(rule, set())
+    parts = {"gate"} if rule == "fot-literal" else set(parse_parts(parts))
+    return parts & {"fot": {"gate", "blocks"}, "fot-literal": {"gate"}, "bacon": {"blocks"}}.get(rule, set())
 
 
 def set_lrs(optimizer: torch.optim.Optimizer, lrs: Sequence[float]) -> None:
@@ -94,9 +93,7 @@ def gate_of(h: float | None) -> float:
     """The Fisher gate: continuous, stateless, in [0.7, 1.5]; 1 where h was not measured."""
     if h is None or not math.isfinite(h):
         return 1.0
-    if h < 1:
-        return min(1 + 0.5 * (1 - h) / 0.3, 1.5)
-    return max(1 - (h - 1), 0.7)
+    return min(1 + 0.5 * (1 - h) / 0.3, 1.5) if h < 1 else max(1 - (h - 1), 0.7)
 
 
 def block_multipliers(rms: Sequence[Sequence[float]]) -> list[float]:
@@ -115,36 +112,32 @@ def block_multipliers(rms: Sequence[Sequence[float]]) -> list[float]:
     return [2.0 ** min(max(v + low, -1.0), 1.0) for v in logs]
 
 
-def solve_step(slope: float, curvature: float, target: float | None) -> tuple[float, bool]:
-    """(eta, infeasible): the smallest eta that gains ``target``, and whether there is none.
-
-        eta slope - eta^2 curvature / 2 = target
-
-    Without a target, or where none gains it, eta is the one that gains most: 0 where the slope does not fall, inf where
-    the curvature sets no bound.
-    """
+def best_step(slope: float, curvature: float) -> float:
+    """The eta that gains most of eta slope - eta^2 curvature / 2: 0 where the slope does not fall, inf where the
+    curvature sets no bound."""
     if not slope > 0:
-        return 0.0, target is not None
-    if target is not None:
-        inside = slope**2 - 2 * curvature * target
-        if inside >= 0:
-            return 2 * target / (slope + math.sqrt(inside)), False
-    return (slope / curvature if curvature > 0 else math.inf), target is not None
+        return 0.0
+    return slope / curvature if curvature > 0 else math.inf
+
+
+def can_gain(target: float, slope: float, curvature: float) -> bool:
+    """Whether some eta > 0 has eta slope - eta^2 curvature / 2 = target."""
+    return slope > 0 and slope**2 - 2 * curvature * target >= 0
 
 
 class FoT(LRScheduler):
     """A torch learning-rate scheduler: call ``step()`` after each optimizer step, whatever the number of micro-batches.
 
     ``optimizer``: an Adam or AdamW. Of another one nothing can be measured and m stays 1; one line says so.
-    ``total``: optimizer steps of the run. ``rule``: fot, fot-literal, snac or bacon. ``parts``: of fot, see PARTS.
-    ``warmup``: share of the steps. ``every``: W. ``beta``: how much of the averages over decisions stays.
-    ``same_units``: whether `observe` is given the trained loss itself. Where it is not (NLL beside a Brier run), the
-    forecast is made and logged, and does not steer. ``ranks``, ``reduce``: data-parallel ranks and an in-place sum over
-    them. ``block_rms``: gives a tensor [blocks, 2], prompt and answer, for optimizer groups with a "block" key.
+    ``total``: optimizer steps of the run. ``rule``: one of ADAPTIVE. ``parts``: of fot, see PARTS. ``warmup``: share of
+    the steps. ``every``: W. ``beta``: how much of the averages over decisions stays. ``same_units``: whether `observe`
+    is given the trained loss itself. Where it is not (NLL beside a Brier run), the forecast is logged and does not
+    steer. ``ranks``, ``reduce``: data-parallel ranks and an in-place sum over them. ``block_rms``: gives a tensor
+    [blocks, 2], prompt and answer, for optimizer groups with a "block" key.
 
-    ``decision`` is the last one, ``decided`` whether the last ``step()`` made it, ``counts`` what decisions met. A loop
-    that clips sets ``clipped_by`` to (norm / max_norm).clamp(min=1) before each optimizer step, here or on the
-    optimizer. Raises ValueError for settings that cannot be meant.
+    ``decision`` is the last one, ``counts`` what decisions met. A loop that clips sets ``clipped_by`` to
+    (norm / max_norm).clamp(min=1) before each optimizer step, here or on the optimizer. Raises ValueError for settings
+    that cannot be meant.
     """
 
     def __init__(
@@ -170,8 +163,7 @@ class FoT(LRScheduler):
         for name, value in (("warmup", warmup), ("beta", beta)):
             if not 0 <= value < 1:
                 raise ValueError(f"{name}={value!r}: expected a share in [0, 1)")
-        self.rule, self.parts = rule, parse_parts(parts)
-        self.total, self.warmup = total, float(warmup)
+        self.rule, self.parts, self.total, self.warmup = rule, parse_parts(parts), total, float(warmup)
         self.every, self.beta, self.same_units = every, float(beta), bool(same_units)
         self.ranks, self.reduce, self.block_rms = ranks, reduce or (lambda x: x), block_rms
         log = logging.getLogger("scorecast")
@@ -179,7 +171,7 @@ class FoT(LRScheduler):
             log.warning("fot: W = %d is not shorter than the run of %d steps: nothing will be decided", every, total)
         self.reads = rule_reads(rule, self.parts)
         self.sample_every = min(max(SAMPLE_EVERY, every // SAMPLES), every)
-        self.measures = keeps_moments(optimizer)
+        self.measures = isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)  # not a quantised or factored one
         if not self.measures:
             log.warning("fot: %s keeps no readable moments: the step is not measured", type(optimizer).__name__)
         self.forecaster = Forecaster()
@@ -187,41 +179,26 @@ class FoT(LRScheduler):
         device = self.stats.sums.device
         self.points = torch.zeros(2, every, dtype=torch.float64, device=device)  # sum of NLL and tokens of each step
         self.fisher = torch.zeros(4, dtype=torch.float64, device=device)  # prompt: sum, tokens; answer: sum, tokens
-        self.clipped_by: Tensor | None = None
-        self._began = False  # whether the last step began a sample
+        self.clipped_by, self._began = None, False  # of the coming step; whether the last one began a sample
         self.careful = rule == "fot" and "noise" in self.parts and self.measures and every < total
         self.m = 1 / RANGE if self.careful else 1.0
         self.multiplier, self.literal_gate = self.m, 1.0
         self.level, self.hold = 1.0, self.warmup * total  # of the envelope, and the step until which it stays there
-        self.blocks: list[float] = []
-        self.average: dict[str, float] = {}  # of the measurements, not yet divided by ``weight``
-        self.weight, self.reference = 0.0, [0.0, 0.0]
-        self.lrs: list[float] = []  # of this window's steps
+        self.average, self.weight = {}, 0.0  # of the measurements by name, not yet divided by the weight
+        self.reference = [0.0, 0.0]  # sums of slope and curvature
+        self.lrs, self.previous_lr = [], 0.0  # of this window's steps
         self.history: list[list[float]] = []  # fot-literal: step and loss
-        self.decision: dict = {}
-        self.decided = False
-        self.counts = {"decisions": 0, "bound": 0, "infeasible": 0, "clipped": 0, "not_finite": 0}
-        self.previous_lr = 0.0
+        self.blocks, self.decision = [], {}  # multipliers; the last decision
+        self.counts = dict.fromkeys(("decisions", "bound", "infeasible", "clipped", "not_finite"), 0)
         optimizer.register_step_pre_hook(self._before_step)
         super().__init__(optimizer)
 
-    # -- what the loop tells it -----------------------------------------------------------------
-
-    def observe(
-        self,
-        nll: Tensor | float,
-        tokens: Tensor | float = 1.0,
-        *,
-        share: float | None = None,
-        fisher: Tensor | None = None,
-        prompt: Tensor | None = None,
-        answer: Tensor | None = None,
-    ) -> None:
+    def observe(self, nll, tokens=1.0, *, share=None, fisher=None, prompt=None, answer=None) -> None:
         """Tells of a micro-batch of the coming step. Tensors are read without a synchronisation.
 
-        ``nll``: the sum of the NLL over its ``tokens`` (or another score that stays the same during the run).
-        ``share``: the micro-batch's part of the tokens that the batch has on all ranks. Give it only after the first of
-        several backwards, while ``.grad`` holds that part alone (DDP: under no_sync).
+        ``nll``, ``tokens``: the sum of the NLL (or of another score that stays the same during the run) over so many
+        tokens; numbers or 0-d tensors. ``share``: the micro-batch's part of the tokens that the batch has on all ranks.
+        Give it only after the first of several backwards, while ``.grad`` holds that part alone (DDP: under no_sync).
         ``fisher`` [N], ``prompt`` [N] bool, ``answer`` [N] bool: per-token Fisher (`kernels.token_fisher`) and which of
         the tokens are the prompt's and the answer's. They are read in steps that `gates` announces.
         """
@@ -282,27 +259,22 @@ class FoT(LRScheduler):
         self._began = self.splits
         self.clipped_by = None
 
-    # -- the protocol ---------------------------------------------------------------------------
-
     def step(self, epoch: int | None = None) -> dict | None:
         """After each optimizer step; every W steps it decides. Returns the decision where it made one."""
-        self.decided = False
+        decision = None
         if self.last_epoch >= 0:  # not the call that LRScheduler's constructor makes
             done = self.last_epoch + 1
             self.previous_lr = self.planned(self.last_epoch)
             self.lrs.append(self.previous_lr)
             if done % self.every == 0 and done < self.total:
-                self._decide(done)
+                self.decision = decision = self._decide(done)
         super().step(epoch)
-        return self.decision if self.decided else None
+        return decision
 
     def get_lr(self) -> list[float]:
-        share = self._share(self.last_epoch) * self.multiplier
-        blocks = self.blocks or [1.0]
-        return [
-            float(base) * share * (blocks[group["block"]] if group.get("block", len(blocks)) < len(blocks) else 1.0)
-            for base, group in zip(self.base_lrs, self.optimizer.param_groups, strict=True)
-        ]
+        share, block = self._share(self.last_epoch) * self.multiplier, dict(enumerate(self.blocks))
+        groups = zip(self.base_lrs, self.optimizer.param_groups, strict=True)
+        return [float(base) * share * block.get(group.get("block"), 1.0) for base, group in groups]
 
     def planned(self, step: float) -> float:
         """The first group's learning rate, block aside, before ``step``, if nothing is decided anew until then."""
@@ -312,14 +284,13 @@ class FoT(LRScheduler):
         falls = self.rule == "bacon" or (self.rule == "fot" and "envelope" in self.parts)
         if not falls or step < self.warmup * self.total:
             return lr_factor("constant", step, self.total, warmup=self.warmup)
-        x = min(max((step - self.hold) / max(self.total - self.hold, 1), 0.0), 1.0)
-        return self.level * (1 - x)
+        return self.level * (1 - passed(step, self.hold, self.total))
 
     def state_dict(self) -> dict:
         """Plain numbers, strings and lists; `load_state_dict` goes on bit for bit. Every rank must call it."""
         buffers = {k: self.reduce(b.clone()).tolist() for k, b in self._buffers().items()}
-        plain = {k: getattr(self, k) for k in SAVED}
-        return {"settings": self._settings(), "forecaster": self.forecaster.state_dict(), "buffers": buffers} | plain
+        state = {"settings": self._settings(), "forecaster": self.forecaster.state_dict(), "buffers": buffers}
+        return state | {k: getattr(self, k) for k in SAVED}
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Raises ValueError for the state of another rule or run length, and for what is not a state of FoT."""
@@ -346,41 +317,44 @@ class FoT(LRScheduler):
         return {"points": self.points, "fisher": self.fisher, "sums": self.stats.sums, "pending": self.stats.pending}
 
     def __str__(self) -> str:
-        f = self.decision
-        if not f:
+        if not self.decision:
             return f"forecast from step {self.every}"
-        if f["forecast"] is None:
+        if self.decision["forecast"] is None:
             return "no forecast"
-        return f"forecast {f['forecast']:.4g} +- {f['sd']:.2g} at step {self.total}"
+        return f"forecast {self.decision['forecast']:.4g} +- {self.decision['sd']:.2g} at step {self.total}"
 
-    # -- the decision ---------------------------------------------------------------------------
-
-    def _decide(self, done: int) -> None:
-        sums = {"points": self.points, "fisher": self.fisher, "stats": self.stats.sums}
-        if self.weighs_blocks:
-            sums["rms"] = self.block_rms().to(self.points) / self.ranks
+    def _decide(self, done: int) -> dict:
+        sums = self._buffers() | ({"rms": self.block_rms().to(self.points) / self.ranks} if self.weighs_blocks else {})
         host = self._reduced(sums)
-        for name in ("points", "fisher", "stats"):
+        for name in ("points", "fisher", "sums"):
             sums[name].zero_()
         self._learn(done, *host["points"])
         self.lrs = []
         warm = done >= self.warmup * self.total
-        x = self._averaged(GradientStats.means(host["stats"]), warm)
-        prompt, prompt_tokens, answer, answer_tokens = host["fisher"]
+        x = self._averaged(GradientStats.means(host["sums"]), warm)
         forecast = self._forecast()
         row = {"forecast": forecast.mean, "sd": forecast.sd, "reason": forecast.reason, "D": forecast.descent}
         row |= {"sd_D": forecast.sd} | UNDECIDED
         if min(host["fisher"]) > 0:
+            prompt, prompt_tokens, answer, answer_tokens = host["fisher"]
             row["h"] = (answer / answer_tokens) / (prompt / prompt_tokens)
         row |= {k: x.get(k) for k in ("g2", "noise", "slope", "after", "curvature")}
-        self._RULES[self.rule](self, done, warm, x, row)
+        if x and self.rule in ("fot", "bacon"):
+            row["eta_opt"] = best_step(x["slope"], x["curvature"])
+        if self.rule == "fot":
+            self._fot(done, warm, x, row)
+        elif self.rule == "fot-literal":
+            self._literal(done, warm, x, row)
+        elif x and self.rule == "snac":
+            self.multiplier = snac_factor(x["noise"], x["g2"])
+        elif x:
+            self.multiplier = bacon_factor(row["eta_opt"], best_step(*self.reference))
         if "rms" in host and warm and done >= 2 * self.every:  # LoRA's B, which begins at 0, has moved
             self.blocks = block_multipliers(host["rms"])
         self.counts["decisions"] += 1
         self.counts["bound"] += row["bound"]
         self.counts["infeasible"] += row["infeasible"]
-        self.decision = row | {"multiplier": self.multiplier, "blocks": self.blocks, "lr": self.planned(done)}
-        self.decided = True
+        return row | {"multiplier": self.multiplier, "blocks": self.blocks, "lr": self.planned(done)}
 
     def _reduced(self, sums: dict[str, Tensor]) -> dict[str, list]:
         """Sums over ranks on the host, as nested lists: one reduction and one synchronisation for all of them."""
@@ -391,10 +365,9 @@ class FoT(LRScheduler):
     def _averaged(self, means: dict[str, float] | None, warm: bool) -> dict[str, float]:
         """Averages of the measurements over decisions, now with these ``means``; {} before the first."""
         if means and (warm or self.careful) and all(map(math.isfinite, means.values())):
-            self.average = {
-                k: self.beta * self.average.get(k, 0.0) + (1 - self.beta) * means[k] for k in STATISTICS[1:]
-            }
-            self.weight = self.beta * self.weight + 1 - self.beta
+            beta, old = self.beta, self.average
+            self.average = {k: beta * old.get(k, 0.0) + (1 - beta) * means[k] for k in STATISTICS[1:]}
+            self.weight = beta * self.weight + 1 - beta
             self.reference = [self.reference[0] + means["slope"], self.reference[1] + means["curvature"]]
         return {k: v / self.weight for k, v in self.average.items()}
 
@@ -404,15 +377,14 @@ class FoT(LRScheduler):
 
     def _learn(self, done: int, nll: list[float], tokens: list[float]) -> None:
         """One point a step for the forecaster; steps that nobody observed are not points."""
-        first = done - len(self.lrs)
-        for i, lr in enumerate(self.lrs):
-            slot = (first + i) % self.every
+        for step, lr in enumerate(self.lrs, done - len(self.lrs)):
+            slot = step % self.every
             if not tokens[slot] > 0:
                 continue
             loss = nll[slot] / tokens[slot]
-            self.forecaster.update(first + i + 1, loss, lr)
+            self.forecaster.update(step + 1, loss, lr)
             if math.isfinite(loss):
-                self.history = [*self.history[1 - LITERAL_POINTS :], [first + i + 1, loss]]
+                self.history = [*self.history[1 - LITERAL_POINTS :], [step + 1, loss]]
 
     def _fot(self, done: int, warm: bool, x: dict, row: dict) -> None:
         peak, left = float(self.base_lrs[0]), self.total - done
@@ -425,8 +397,7 @@ class FoT(LRScheduler):
             row["target"] = row["D"] * self._share(done) / max(to_come * left, self._share(done))
         aim = 1.0
         if x:
-            row["eta_opt"], _ = solve_step(x["slope"], x["curvature"], None)
-            _, row["infeasible"] = solve_step(x["slope"], x["curvature"], row["target"])
+            row["infeasible"] = row["target"] is not None and not can_gain(row["target"], x["slope"], x["curvature"])
             aim = min(max(AIM * row["eta_opt"] / peak, 1 / RANGE), RANGE)
         if self.careful:
             self.m = min(aim, self.m * 2 ** (self.every / DOUBLING))
@@ -468,14 +439,3 @@ class FoT(LRScheduler):
         self.multiplier = min(max(wanted, LITERAL_LOWEST), 1.0)
         row["bound"] = wanted != self.multiplier
         self.counts["clipped"] += row["bound"]
-
-    def _snac(self, done: int, warm: bool, x: dict, row: dict) -> None:
-        if x:
-            self.multiplier = snac_factor(x["noise"], x["g2"])
-
-    def _bacon(self, done: int, warm: bool, x: dict, row: dict) -> None:
-        if x:
-            row["eta_opt"], _ = solve_step(x["slope"], x["curvature"], None)
-            self.multiplier = bacon_factor(row["eta_opt"], solve_step(*self.reference, None)[0])
-
-    _RULES = {"fot": _fot, "fot-literal": _literal, "snac": _snac, "bacon": _bacon}

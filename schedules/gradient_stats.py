@@ -33,6 +33,7 @@ sums stay on the device. A sample takes one pass over gradients and moments at o
 
 import math
 from collections.abc import Iterator
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -47,21 +48,22 @@ class GradientStats:
 
     def __init__(self, optimizer: torch.optim.Optimizer, ranks: int = 1):
         self.optimizer, self.ranks = optimizer, ranks
-        device = next(p.device for group in optimizer.param_groups for p in group["params"])
-        self.sums = torch.zeros(len(STATISTICS), dtype=torch.float64, device=device)
-        self.pending = torch.zeros(6, dtype=torch.float64, device=device)  # a sample that waits for its next step
-        self.sharded = any(hasattr(p, "to_local") for group in optimizer.param_groups for p in group["params"])
+        self.sums = torch.zeros(len(STATISTICS), dtype=torch.float64, device=self._parameters()[0].device)
+        self.pending = torch.zeros_like(self.sums[:6])  # a sample that waits for its next step
+        self.sharded = any(hasattr(p, "to_local") for p in self._parameters())
         self.small: tuple[float, list[Tensor | None]] | None = None  # share and gradients of a micro-batch
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def _groups(self, small: list[Tensor | None] | None) -> Iterator[tuple[tuple[float, ...], list, Tensor]]:
         """((beta1, beta2, eps), (gradient, mean, square, and the micro-batch's gradient if there is) of each parameter
         that Adam has begun to move, steps so far); one for all groups of these settings."""
-        found, steps, place = {}, {}, 0
+        found, steps, parts = {}, {}, iter(small or repeat(None))
         for group in self.optimizer.param_groups:
-            key = (float(group["betas"][0]), float(group["betas"][1]), float(group["eps"]))
+            key = tuple(map(float, (*group["betas"], group["eps"])))
             for p in group["params"]:
-                state, part = self.optimizer.state.get(p), small and small[place]
-                place += 1
+                state, part = self.optimizer.state.get(p), next(parts)
                 if p.grad is not None and state and "exp_avg_sq" in state and (small is None or part is not None):
                     tensors = [_flat(x) for x in (p.grad, state["exp_avg"], state["exp_avg_sq"])]
                     found.setdefault(key, []).append(tensors + ([] if small is None else [part]))
@@ -76,14 +78,7 @@ class GradientStats:
         if not 0 < share < 1:
             return
         # In bfloat16 until the step, for the memory: its rounding is 2^-9 of an element and has no sign.
-        self.small = (
-            share,
-            [
-                None if p.grad is None else _flat(p.grad).bfloat16()
-                for group in self.optimizer.param_groups
-                for p in group["params"]
-            ],
-        )
+        self.small = share, [None if p.grad is None else _flat(p.grad).bfloat16() for p in self._parameters()]
 
     @torch.no_grad()
     def sample(self, begin: bool, lr: float, clipped_by: Tensor | None = None) -> None:
@@ -178,8 +173,3 @@ def _chunks(held: list[list[Tensor]], limit: int) -> Iterator[list[Tensor]]:
             size += pieces[0].numel()
     if waiting:
         yield [x[0] if len(x) == 1 else torch.cat(x) for x in zip(*waiting, strict=True)]
-
-
-def keeps_moments(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the optimizer's moments can be read: torch's Adam and AdamW, not a quantised or factored one."""
-    return isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)

@@ -7,20 +7,17 @@ from typing import NamedTuple
 class At(NamedTuple):
     """A step after the warm-up, as a formula sees it."""
 
+    x: float  # how much of the way after the warm-up has been gone, in [0, 1]
     step: int
     total: int
     rise: float  # steps of the warm-up
     decay: float  # share of the run
     power: float
 
-    def passed(self, begin: float) -> float:
-        """How much of the way from step ``begin`` to the end has been gone, in [0, 1]."""
-        return min(max((self.step - begin) / max(self.total - begin, 1), 0.0), 1.0)
 
-    @property
-    def x(self) -> float:
-        """How much of the way after the warm-up has been gone, in [0, 1]."""
-        return self.passed(self.rise)
+def passed(step: float, begin: float, total: int) -> float:
+    """How much of the way from step ``begin`` to the end has been gone, in [0, 1]."""
+    return min(max((step - begin) / max(total - begin, 1), 0.0), 1.0)
 
 
 # From name to the share of the peak after the warm-up, before it is raised above the floor:
@@ -34,7 +31,7 @@ FORMULAS = {
     "cosine": lambda at: 0.5 * (1 + math.cos(math.pi * at.x)),
     "linear": lambda at: 1 - at.x,
     "constant": lambda at: 1.0,
-    "wsd": lambda at: 1 - at.passed(max(at.rise, (1 - at.decay) * at.total)),
+    "wsd": lambda at: 1 - passed(at.step, max(at.rise, (1 - at.decay) * at.total), at.total),
     "rex": lambda at: (1 - at.x) / (1 - 0.5 * at.x),
     "polynomial": lambda at: (1 - at.x) ** at.power,
     "inverse-sqrt": lambda at: math.sqrt(max(at.rise, 1) / max(at.step, 1)),
@@ -45,16 +42,7 @@ SCHEDULE_FREE = "schedule-free"  # an optimizer of its own under a constant lear
 RULES = (*SCHEDULES, *ADAPTIVE, SCHEDULE_FREE)
 
 
-def lr_factor(
-    name: str,
-    step: int,
-    total: int,
-    *,
-    warmup: float = 0.0,
-    floor: float = 0.0,
-    decay: float = 0.2,
-    power: float = 1.0,
-) -> float:
+def lr_factor(name: str, step: int, total: int, *, warmup=0.0, floor=0.0, decay=0.2, power=1.0) -> float:
     """The share of the peak learning rate before step ``step`` (0-based) of ``total``, in [0, 1].
 
     It rises linearly over the first ``warmup * total`` steps, then follows the formula of `FORMULAS`, scaled to fall to
@@ -67,7 +55,7 @@ def lr_factor(
     if step < rise:
         return (step + 1) / (math.ceil(rise) + 1)
     formula = FORMULAS["constant" if name == SCHEDULE_FREE else name]
-    return floor + (1 - floor) * formula(At(step, total, rise, decay, power))
+    return floor + (1 - floor) * formula(At(passed(step, rise, total), step, total, rise, decay, power))
 
 
 def snac_factor(noise: float, signal: float) -> float:
@@ -77,7 +65,7 @@ def snac_factor(noise: float, signal: float) -> float:
 
     B_noise is the simple noise scale of McCandlish et al. (2018). SNAC has no public definition. This is our reading:
     the learning rate is scaled by the signal's share of the squared gradient. The lowest share is ours too, because at
-    0 nothing moves. It also stands where the signal is lost in the noise.
+    0 nothing moves; it also stands where the signal is lost in the noise.
     """
     noise = max(noise, 0.0)
     share = signal / (signal + noise) if signal > 0 and math.isfinite(signal + noise) else 0.0

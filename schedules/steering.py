@@ -17,10 +17,8 @@ from .rules import ADAPTIVE, RULES, lr_factor
 
 
 class Planned:
-    """A schedule that is a function of the step. The optimizer's groups hold the peak learning rates when it is made.
-
-    It sets the groups' ``lr`` for the coming step and adds no key to them. ``arguments`` are those of `lr_factor`.
-    """
+    """A schedule that is a function of the step, with the arguments of `lr_factor`. The optimizer's groups hold the
+    peak learning rates when it is made. It sets their ``lr`` for the coming step and adds no key to them."""
 
     splits = gates = weighs_blocks = False  # it measures nothing
 
@@ -56,21 +54,12 @@ class Planned:
 
 
 def make_rule(
-    name: str,
-    optimizer: torch.optim.Optimizer,
-    total: int,
-    *,
-    warmup: float = 0.0,
-    floor: float = 0.0,
-    decay: float = 0.2,
-    power: float = 1.0,
-    **measuring,
+    name: str, optimizer: torch.optim.Optimizer, total: int, *, warmup=0.0, floor=0.0, decay=0.2, power=1.0, **measuring
 ) -> FoT | Planned:
     """The rule ``name`` (one of RULES) for a run of ``total`` optimizer steps. The groups hold the peak learning rates.
 
-    ``floor``, ``decay`` and ``power`` are for the functions of the step, see `lr_factor`. ``measuring`` is for the
-    rules that measure: ``parts``, ``every``, ``beta``, ``same_units``, ``ranks``, ``reduce`` and ``block_rms``, see
-    `FoT`. So a loop may give all of them under any rule. Raises ValueError for an unknown name.
+    ``floor``, ``decay`` and ``power`` are for the functions of the step, see `lr_factor`, and ``measuring`` for the
+    rules that measure, see `FoT`. A loop may give all of them under any rule. Raises ValueError for an unknown name.
     """
     if name not in RULES:
         raise ValueError(f"unknown learning-rate rule {name!r}; expected one of {', '.join(RULES)}")

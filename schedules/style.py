@@ -1,6 +1,7 @@
 """How the project's pictures look: colours, matplotlib's settings, the ticks of an axis of steps."""
 
 import functools
+import io
 
 # Okabe & Ito's palette (2008), distinct under the common colour-vision deficiencies, and three more. Yellow is left
 # out on white.
@@ -32,3 +33,10 @@ def styled(draw):
 def thousands(value: float, _=None) -> str:
     """The label of a tick: 20k for 20,000."""
     return f"{value / 1000:g}k" if abs(value) >= 10_000 else f"{value:g}"
+
+
+def png(figure) -> bytes:
+    """A matplotlib figure as a PNG file."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()

@@ -16,7 +16,18 @@ import torch
 import train_lm
 from data.windows import Windows
 from runtime.folder import load_checkpoint, read_metrics
-from schedules.fot import DOUBLING, HOLDS, PARTS, RANGE, FoT, block_multipliers, gate_of, parse_parts, solve_step
+from schedules.fot import (
+    DOUBLING,
+    HOLDS,
+    PARTS,
+    RANGE,
+    FoT,
+    best_step,
+    block_multipliers,
+    can_gain,
+    gate_of,
+    parse_parts,
+)
 from schedules.gradient_stats import GradientStats
 from schedules.rules import ADAPTIVE, lr_factor
 
@@ -93,26 +104,26 @@ def hypothesis():
     return pytest.importorskip("hypothesis", reason="pip install hypothesis")
 
 
-def test_the_least_step_that_gains_the_target():
+def test_a_step_gains_the_target_or_the_best_one_gains_less():
     h = hypothesis()
     floats = h.strategies.floats
 
     @h.settings(max_examples=100, deadline=None, derandomize=True)
-    @h.given(floats(1e-3, 1e3), floats(-1e3, 1e3), floats(0, 10))
+    @h.given(floats(1e-3, 1e3), floats(-1e3, 1e3), floats(0, 10, allow_subnormal=False))
     def check(slope, curvature, target):
-        eta, hit = solve_step(slope, curvature, target)
-        best, _ = solve_step(slope, curvature, None)
-        assert eta <= best * (1 + 1e-12)
-        if hit:
-            assert eta == best and target > slope**2 / (2 * curvature) * (1 - 1e-12)
-        else:
+        best = best_step(slope, curvature)
+        if can_gain(target, slope, curvature):
+            eta = 2 * target / (slope + math.sqrt(slope**2 - 2 * curvature * target))  # the least that gains it
             gained = eta * slope - 0.5 * eta**2 * curvature
+            assert eta <= best * (1 + 1e-12)
             # Rounding: of the terms, and of a root close to the double one.
             assert gained == pytest.approx(target, rel=1e-6, abs=1e-9 * slope * eta)
+        else:
+            assert target > (best * slope - 0.5 * best**2 * curvature) * (1 - 1e-12)
 
     check()
-    assert solve_step(-1.0, 1.0, None) == (0.0, False) and solve_step(-1.0, 1.0, 0.1) == (0.0, True)
-    assert solve_step(1.0, -1.0, None) == (math.inf, False)
+    assert best_step(-1.0, 1.0) == 0.0 and not can_gain(0.1, -1.0, 1.0)
+    assert best_step(1.0, -1.0) == math.inf and can_gain(9.0, 1.0, -1.0)
 
 
 def test_gate_is_bounded_falls_and_has_no_jump():
