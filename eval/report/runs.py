@@ -16,9 +16,6 @@ from eval.stats import summarize
 from kernels.losses import LOSSES
 from runtime.cli import ROLES
 
-# ----------------------------------------------------------------------------------------------
-# a run
-
 
 @dataclass
 class Run:
@@ -164,10 +161,6 @@ def load_run(folder: str | Path) -> Run:
     )
 
 
-# ----------------------------------------------------------------------------------------------
-# arms
-
-
 @dataclass
 class Arm:
     """Runs of one configuration over seeds. ``config``: the flags that make an arm and that are read in it."""
@@ -278,10 +271,6 @@ def show(v) -> str:
 
 def some(names: list[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-# ----------------------------------------------------------------------------------------------
-# what may be compared
 
 
 def differing(arms: list[Arm], *, unread: bool = False) -> list[str]:
