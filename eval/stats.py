@@ -14,6 +14,7 @@ import numpy as np
 from scipy import stats
 
 DIRECTIONS = ("at most", "at least")
+BySeed = Sequence[float] | Mapping[int, float]  # a value a seed, in an order of seeds or by seed
 
 
 class Summary(NamedTuple):
@@ -50,23 +51,15 @@ def summarize(values: Sequence[float]) -> Summary:
     return Summary(mean, sd, n)
 
 
-def paired(
-    a: Sequence[float] | Mapping[int, float],
-    b: Sequence[float] | Mapping[int, float],
-    *,
-    alpha: float = 0.05,
-    resamples: int = 10_000,
-    seed: int = 0,
-) -> Paired:
+def paired(a: BySeed, b: BySeed, *, alpha: float = 0.05, resamples: int = 10_000, seed: int = 0) -> Paired:
     """Arm ``a`` minus arm ``b``, seed by seed: mean, sd, paired t-test, and two intervals of 1 - alpha.
 
-    Sequences in one order of seeds, or mappings seed -> value. Raises ValueError when lengths or seeds
-    differ. For n < 2 everything but mean and n is nan. Deltas that are all 0 have t = nan and p = 1; deltas that all
-    have another value have t = inf or -inf and p = 0.
+    Raises ValueError when lengths or seeds differ. For n < 2 everything but mean and n is nan. Deltas that are all 0
+    have t = nan and p = 1; deltas that all have another value have t = inf or -inf and p = 0.
 
-    At n = 3 the bootstrap says next to nothing. One resample in 27 repeats the smallest delta three times, which is
-    more than the 2.5 % cut off on each side. Its 95 % interval is then exactly the range of the deltas, and covers the
-    true mean far less often than 95 %. Read the t interval, or run more seeds.
+    At n = 3 the bootstrap says next to nothing. One resample in 27 repeats the smallest delta three times, more than
+    the 2.5 % cut off on each side: its 95 % interval is the range of the deltas, and covers the true mean far less
+    often than 95 %. Read the t interval, or run more seeds.
     """
     deltas = _deltas(a, b)
     mean, sd, n = summarize(deltas)
@@ -164,7 +157,7 @@ def mcnemar_exact(only_a: int, only_b: int) -> float:
     return float(stats.binomtest(only_a, n).pvalue) if n else 1.0
 
 
-def _deltas(a, b) -> list[float]:
+def _deltas(a: BySeed, b: BySeed) -> list[float]:
     if isinstance(a, Mapping) != isinstance(b, Mapping):
         raise ValueError("one arm is a mapping of seeds and the other is not, expected two of a kind")
     if isinstance(a, Mapping):

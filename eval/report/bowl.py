@@ -78,8 +78,7 @@ def bowls(arms: list[Arm]) -> list[tuple[str, list[Rule]]]:
         names = [k for k in differing(group) if k not in ("lr", "schedule")]
         rules = {}
         for arm in group:
-            knobs = [f"{k}={show(arm.config.get(k))}" for k in names if k not in arm.unread]
-            label = " ".join([str(arm.config["schedule"]), *knobs]) + f", {arm.code}" * bool(arm.code)
+            label = arm.label_of(str(arm.config["schedule"]), [k for k in names if k not in arm.unread])
             rule = rules.setdefault(label, Rule(label, arm.config))
             rule.unfinished += [run for run in arm.runs if not run.finished]
             if arm.finished:

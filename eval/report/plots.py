@@ -20,11 +20,11 @@ from matplotlib.patches import Patch
 
 from eval import metrics
 from eval.calibration import Calibration
+from eval.report.runs import finite
 from schedules.style import FAINT, INK, PALETTE, styled, thousands
 
 # Of each score, from Okabe & Ito's palette (see schedules/style.py).
-HUES = {"ce": "#333333", "dpsm": "#D55E00", "brier": "#0072B2", "spherical": "#009E73", "focal": "#CC79A7"}
-HUES |= {"smoothing": "#E69F00"}
+HUES = dict(ce="#333333", dpsm="#D55E00", brier="#0072B2", spherical="#009E73", focal="#CC79A7", smoothing="#E69F00")
 OTHER = "#56B4E9"
 STYLES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
 
@@ -43,7 +43,7 @@ def assign_colours(arms: list) -> None:
 def points(run, kind: str, x: str, y: str) -> list[tuple[int, float, float]]:
     """(step, x, y) of the rows of ``kind`` in which both are finite numbers."""
     rows = ((row.get("step"), row.get(x), row.get(y)) for row in getattr(run, kind))
-    return [row for row in rows if all(isinstance(v, int | float) and math.isfinite(v) for v in row)]
+    return [row for row in rows if None not in map(finite, row)]
 
 
 def band(runs: list, kind: str, x: str, y: str) -> tuple[list, list, list, list]:
@@ -56,14 +56,13 @@ def band(runs: list, kind: str, x: str, y: str) -> tuple[list, list, list, list]
 
 def draw_arm(ax, arm, kind: str, x: str, y: str) -> None:
     """Mean and range of the finished runs; unfinished ones, or runs that share no steps, one thin line each."""
-    finished = [run for run in arm.runs if run.finished]
-    xs, ys, low, high = band(finished, kind, x, y)
-    shared = len(xs) >= 2 or len(finished) == 1
+    xs, ys, low, high = band(arm.finished, kind, x, y)
+    shared = len(xs) >= 2 or len(arm.finished) == 1
     look = {"color": arm.colour, "linestyle": arm.style}
     if shared and xs:
         dots = {"marker": "o", "markersize": 3.2} if kind == "val" and len(xs) <= 25 else {}
         ax.plot(xs, ys, linewidth=1.7, **look, **dots)
-        if len(finished) > 1:
+        if len(arm.finished) > 1:
             ax.fill_between(xs, low, high, color=arm.colour, alpha=0.18, linewidth=0)
     for run in (run for run in arm.runs if not run.finished or not shared):
         rows = points(run, kind, x, y)
@@ -169,8 +168,7 @@ def curves(arms: list, kind: str) -> bytes | None:
 
 def pooled(arm, split: str, which: str, bins: int) -> tuple[dict, float] | None:
     """Reliability of the bins of all finished runs added up, and the mean of the runs' own ECE (as in the tables)."""
-    each = [run.calibration.get((split, which)) for run in arm.runs if run.finished]
-    each = [c for c in each if c is not None and c.count.sum() > 0]
+    each = [c for run in arm.finished if (c := run.calibration.get((split, which))) and c.count.sum() > 0]
     if not each:
         return None
     parts = [c.bins(bins) for c in each]
@@ -251,8 +249,8 @@ def heat_maps(name: str, x_name: str, y_name: str, cells: dict[tuple, dict], spl
         ax.set_visible(False)
     for ax, metric in zip(grid.flat, panels, strict=False):
         values = metric.scale * np.array([[cells.get((x, y), {}).get(metric.key) for x in xs] for y in ys], dtype=float)
-        finite = values[np.isfinite(values)] if np.isfinite(values).any() else [0, 1]
-        low, high, more = min(finite), max(finite), metric.better == "higher"
+        known = values[np.isfinite(values)] if np.isfinite(values).any() else [0, 1]
+        low, high, more = min(known), max(known), metric.better == "higher"
         ax.imshow(values, cmap="cividis" if more else "cividis_r", aspect="auto", origin="lower", vmin=low, vmax=high)
         for (i, j), v in np.ndenumerate(values):
             share = (v - low) / (high - low) if high > low else 0
@@ -290,10 +288,10 @@ def bowl(rules: list) -> bytes:
     peaks = sorted({lr for r in rules for lr in r.runs})
     ax.set_xticks(peaks, [f"{lr:g}" for lr in peaks])
     ax.xaxis.set_minor_locator(ticker.NullLocator())
-    finite = [v for r in rules for lr in r.runs for v in r.nll(lr).values() if math.isfinite(v)]
-    if finite:
-        margin = 0.03 * (max(finite) - min(finite))
-        ax.set_ylim(min(finite) - margin, max(finite) + margin)
+    known = [v for r in rules for lr in r.runs for v in r.nll(lr).values() if math.isfinite(v)]
+    if known:
+        margin = 0.03 * (max(known) - min(known))
+        ax.set_ylim(min(known) - margin, max(known) + margin)
     ax.set(xlabel="peak learning rate", ylabel="validation NLL (nats a token)")
     fig.legend(loc="outside right center")
     return png(fig)

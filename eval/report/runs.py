@@ -4,9 +4,10 @@ What a flag's difference means is its role, a key of `runtime.cli.ROLES`. Each r
 ``flags.json``; older folders do not, and have those of ``roles_before.json``. Statistics over seeds are eval.stats'.
 """
 
-import functools
+import itertools
 import json
 import math
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -86,7 +87,7 @@ def read_rows(path: Path, unfinished: bool) -> dict[str, list[dict]]:
     An ``unfinished`` run may have been killed while it wrote: a last line without its newline is dropped. A row at a
     step that its kind has passed means that the run went back to a checkpoint: it replaces what came after that.
     """
-    rows = {"train": [], "val": [], "event": [], "fot": []}
+    rows = {kind: [] for kind in ("train", "val", "event", "fot")}
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else [""]
     if unfinished or not lines[-1]:
         lines.pop()
@@ -106,13 +107,12 @@ def read_rows(path: Path, unfinished: bool) -> dict[str, list[dict]]:
 
 def read_bins(path: Path) -> dict[tuple[str, str], Calibration]:
     """Calibration by (split, "raw" | "scaled"). Raises ValueError naming the file where bins are no bins."""
-    out = {}
+    sets = read_json(path, dict)
     try:
-        for split, pair in read_json(path, dict).items():
-            out |= {(split, which): Calibration.from_bins(part) for which, part in (pair or {}).items()}
+        parts = {(split, which): part for split, pair in sets.items() for which, part in (pair or {}).items()}
+        return {key: Calibration.from_bins(part) for key, part in parts.items() if part is not None}
     except (TypeError, AttributeError, ValueError) as e:
-        raise ValueError(str(e) if str(path) in str(e) else f"{path}: {e}") from e
-    return out
+        raise ValueError(f"{path}: {e}") from e
 
 
 def read_flags(path: Path) -> dict[str, dict]:
@@ -126,14 +126,13 @@ def read_flags(path: Path) -> dict[str, dict]:
 
 def read_summaries(folder: Path, count: int = 3) -> list[dict]:
     """The first generated summaries of a run, with the references as prompts; none where it generated none."""
-    path = next((p for s in ("test", "val") if (p := folder / f"predictions-{s}.jsonl").is_file()), None)
-    if path is None:
-        return []
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:count] if line]
-        return [{"prompt": f"reference: {row['reference']}", "text": row["prediction"]} for row in rows]
-    except (json.JSONDecodeError, TypeError, KeyError) as e:
-        raise ValueError(f"{path} holds no summaries ({e}); remove it, or let the run write it again") from e
+    for path in (p for split in ("test", "val") if (p := folder / f"predictions-{split}.jsonl").is_file()):
+        try:
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:count] if line]
+            return [{"prompt": f"reference: {row['reference']}", "text": row["prediction"]} for row in rows]
+        except (json.JSONDecodeError, TypeError, KeyError) as e:
+            raise ValueError(f"{path} holds no summaries ({e}); remove it, or let the run write it again") from e
+    return []
 
 
 def load_run(folder: str | Path) -> Run:
@@ -150,11 +149,8 @@ def load_run(folder: str | Path) -> Run:
     return Run(
         folder,
         **files,
+        **{"train": rows["train"], "val": rows["val"], "events": rows["event"], "fot": rows["fot"]},
         flags=read_flags(folder / "flags.json"),
-        train=rows["train"],
-        val=rows["val"],
-        events=rows["event"],
-        fot=rows["fot"],
         calibration=read_bins(folder / "calibration.json"),
         samples=read_json(folder / "samples.json", list) or read_summaries(folder),
         source=read_sources(folder / "source"),
@@ -184,6 +180,12 @@ class Arm:
         """The code that ran; its runs agree on every file that two of them hold."""
         return {name: code for run in self.runs for name, code in run.source.items()}
 
+    def label_of(self, name: str, flags: list[str]) -> str:
+        """``name``, the values of ``flags``, and what tells the arm's code apart."""
+        return " ".join([name, *(f"{k}={show(self.config.get(k))}" for k in flags)]) + f", {self.code}" * bool(
+            self.code
+        )
+
     def values(self, key: str) -> dict:
         """seed -> the summary's ``key``, for finished runs where it is a finite number."""
         return {run.seed: run.number(key) for run in self.finished if run.number(key) is not None}
@@ -194,7 +196,6 @@ class Arm:
         return summarize(values).mean if values else math.inf
 
 
-@functools.cache
 def roles_before() -> dict[str, dict]:
     """Roles in run folders that do not say them."""
     return read_json(Path(__file__).with_name("roles_before.json"), dict)["flags"]
@@ -220,14 +221,12 @@ def group_arms(runs: list[Run]) -> tuple[list[Arm], list[str]]:
     is that of the run that knows it: of its own folder, else of another of the same script.
     """
     runs = list({run.path.resolve(): run for run in runs}.values())
-    known: dict[object, dict] = {}
+    known, groups, warnings = defaultdict(roles_before), defaultdict(list), []
     for run in runs:
-        script = run.config.get("script")
-        known[script] = known.get(script, roles_before()) | run.flags
-    groups, warnings = {}, []
+        known[run.config.get("script")] |= run.flags
     for run in runs:
         new = make_arm(run, known[run.config.get("script")] | run.flags)
-        same_config = groups.setdefault(json.dumps(new.config, sort_keys=True), [])
+        same_config = groups[json.dumps(new.config, sort_keys=True)]
         arm = next((a for a in same_config if not other_files(a.source, run.source)), None)
         if arm is None:
             same_config.append(arm := new)
@@ -237,10 +236,10 @@ def group_arms(runs: list[Run]) -> tuple[list[Arm], list[str]]:
             warnings.append(f"{drop.path} repeats seed {run.seed} of {keep.path} and is left out.")
         arm.runs = [r for r in arm.runs if r is not twin] + [keep]
     base = usual([run.source for run in runs])
-    for arm in [arm for same_config in groups.values() if len(same_config) > 1 for arm in same_config]:
+    for arm in (arm for same_config in groups.values() if len(same_config) > 1 for arm in same_config):
         files = other_files(arm.source, base)
         arm.code = f"other {some(files, 1)}" if files else ""
-    return label_arms([arm for same_config in groups.values() for arm in same_config]), warnings
+    return label_arms([*itertools.chain(*groups.values())]), warnings
 
 
 def label_arms(arms: list[Arm]) -> list[Arm]:
@@ -256,8 +255,7 @@ def label_arms(arms: list[Arm]) -> list[Arm]:
     arms = sorted(arms, key=rank)
     for i, arm in enumerate(arms):
         arm.runs.sort(key=lambda run: (run.seed is None, run.seed))
-        arm.label = " ".join([arm.loss, *(f"{k}={show(arm.config.get(k))}" for k in flags[arm.loss])])
-        arm.label += f", {arm.code}" if arm.code else ""
+        arm.label = arm.label_of(arm.loss, flags[arm.loss])
         if arm.label in [a.label for a in arms[:i]]:  # long values are shown by their ends
             arm.label += f" ({i + 1})"
     return arms
