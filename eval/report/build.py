@@ -34,7 +34,7 @@ from eval.report.runs import (
     system_differences,
 )
 from eval.report.sources import other_files, usual
-from eval.report.tables import Cell, Row, label_cell, section, table_of
+from eval.report.tables import Cell, label_cell, section, table_of
 
 SPLITS = {"val": "validation", "test": "test", "ood": "out of domain"}
 MOST_CURVES, MOST_PANELS = 10, 6  # arms in a figure of curves; in one of a panel an arm
@@ -185,7 +185,7 @@ def fact_blocks(arms: list[Arm]) -> list[tuple]:
 def sample_blocks(arms: list[Arm]) -> list[tuple]:
     """Distinct-1 and -2 of each arm, and its first run's texts side by side, prompt by prompt."""
     columns, texts = metrics.shown(metrics.SAMPLES, "table"), defaultdict(dict)
-    rows = [Row(arm) for arm in arms if any(arm.values(m.key) for m in columns)]
+    rows = [arm for arm in arms if any(arm.values(m.key) for m in columns)]
     for arm in arms:
         samples = next((run.samples for run in arm.finished if run.samples), [])
         for sample in (s for s in samples if isinstance(s, dict)):

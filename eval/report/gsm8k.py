@@ -7,7 +7,7 @@ import operator
 from eval import metrics
 from eval.metrics import Metric
 from eval.report.runs import Arm, Run
-from eval.report.tables import Cell, Row, Table, label_cell, metric_table, p_text, section, table_of
+from eval.report.tables import Cell, Table, label_cell, metric_table, p_text, section, table_of
 from eval.stats import holm, mcnemar_exact, paired
 
 NOTE = (
@@ -38,8 +38,8 @@ def answer_table(arms: list[Arm]) -> Table | None:
             return ""
         return "[{}, {}]".format(*(metric.format(metric.scale * v) for v in ends))
 
-    rows, lead = [Row(arm) for arm in arms], {"seeds": [len(arm.finished) for arm in arms]}
-    return metric_table(rows, lead, metrics.shown(metrics.ANSWERS, "table"), "", interval=interval, note=NOTE)
+    lead = {"seeds": [len(arm.finished) for arm in arms]}
+    return metric_table(arms, lead, metrics.shown(metrics.ANSWERS, "table"), "", interval=interval, note=NOTE)
 
 
 def paired_table(arms: list[Arm]) -> Table | None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from eval.calibration import Calibration
+from eval.metrics import Metric
 from eval.report.sources import other_files, read_sources, usual
 from eval.stats import summarize
 from kernels.losses import LOSSES
@@ -168,6 +169,7 @@ class Arm:
     unread: frozenset[str] = frozenset()  # flags that nothing reads under this config
     code: str = ""  # what tells it from an arm of the same config that ran other code
     label: str = ""
+    tempered: bool = False  # the metrics of it are those after the fitted temperature
     colour: str = "#333333"
     style: object = "-"
 
@@ -189,6 +191,13 @@ class Arm:
     def values(self, key: str) -> dict:
         """seed -> the summary's ``key``, for finished runs where it is a finite number."""
         return {run.seed: run.number(key) for run in self.finished if run.number(key) is not None}
+
+    def measured(self, metric: Metric, split: str = "val") -> dict:
+        """seed -> value in the metric's unit. ``split``: val, test or ood; "" for a number that is of no set."""
+        key = metric.key
+        if key != "temperature":  # one for all sets; a second "_t" is in no summary
+            key = f"{split}_" * bool(split) + key + "_t" * self.tempered
+        return {seed: metric.scale * v for seed, v in self.values(key).items()}
 
     def mean(self, key: str) -> float:
         """Mean over seeds, inf where nothing was measured (so that it sorts last)."""

@@ -1,5 +1,6 @@
 """The report's tables. A table is rows of cells; its columns of metrics are those that eval.metrics shows there."""
 
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -65,26 +66,8 @@ def head_cell(head: str | Metric) -> Cell:
     return Cell(head.name, f"{head.unit}{ARROWS[head.better]}".strip())
 
 
-class Row(NamedTuple):
-    """An arm in a table, or what temperature makes of it (``after``)."""
-
-    arm: Arm
-    after: bool = False
-
-    @property
-    def label(self) -> str:
-        return f"{self.arm.label} + temperature" if self.after else self.arm.label
-
-    def values(self, metric: Metric, split: str = "val") -> dict:
-        """seed -> value in the metric's unit. ``split``: val, test or ood; "" for a number that is of no set."""
-        key = metric.key
-        if key != "temperature":  # one for all sets; a second "_t" is in no summary
-            key = f"{split}_" * bool(split) + key + "_t" * self.after
-        return {seed: metric.scale * v for seed, v in self.arm.values(key).items()}
-
-
-def label_cell(row: Arm | Row) -> Cell:
-    return Cell(row.label, colour=row.arm.colour if isinstance(row, Row) else row.colour)
+def label_cell(arm: Arm) -> Cell:
+    return Cell(arm.label, colour=arm.colour)
 
 
 def toned(text: str, bold: bool = False) -> Cell:
@@ -114,42 +97,41 @@ def best_row(metric: Metric, values: list[dict]) -> int | None:
     return i if clear else None
 
 
-def metric_table(rows: list[Row], lead: dict, columns, split: str, *, bold=False, interval=None, note="") -> Table:
-    """A row a `Row`: its label, its cells of ``lead`` (heading -> texts), and a metric a column where any row has it.
+def metric_table(arms: list[Arm], lead: dict, columns, split: str, *, bold=False, interval=None, note=""):
+    """A row an arm: its label, its cells of ``lead`` (heading -> texts), and a metric a column where any arm has it.
 
     ``bold`` marks the best of a column. ``interval`` takes (arm, metric) and says what stands under a value of one
     seed, or "".
     """
-    columns = [m for m in columns if any(row.values(m, split) for row in rows)]
-    body = [[label_cell(row), *texts] for row, *texts in zip(rows, *lead.values(), strict=True)]
+    columns = [m for m in columns if any(arm.measured(m, split) for arm in arms)]
+    body = [[label_cell(arm), *texts] for arm, *texts in zip(arms, *lead.values(), strict=True)]
     for metric in columns:
-        values = [row.values(metric, split) for row in rows]
+        values = [arm.measured(metric, split) for arm in arms]
         best = best_row(metric, values) if bold else None
-        for i, (row, v) in enumerate(zip(rows, values, strict=True)):
-            cell = mean_cell(metric, v, len(row.arm.finished))._replace(bold=i == best)
-            under = interval(row.arm, metric) if interval and len(v) == 1 else ""
+        for i, (arm, v) in enumerate(zip(arms, values, strict=True)):
+            cell = mean_cell(metric, v, len(arm.finished))._replace(bold=i == best)
+            under = interval(arm, metric) if interval and len(v) == 1 else ""
             body[i].append(cell._replace(sub=under or cell.sub))
     return table_of(["arm", *lead, *columns], body, note=note)
 
 
-def final_rows(arms: list[Arm]) -> list[Row]:
+def final_rows(arms: list[Arm]) -> list[Arm]:
     """Arms that have finished; after a CE arm what temperature makes of it."""
     rows = []
-    for arm in arms:
-        rows += [Row(arm)] * bool(arm.finished)
-        rows += [Row(arm, after=True)] * (arm.loss == "ce" and bool(arm.values("val_nll_t")))
+    for arm in (arm for arm in arms if arm.finished):
+        rows.append(arm)
+        if arm.loss == "ce" and arm.values("val_nll_t"):
+            rows.append(dataclasses.replace(arm, label=f"{arm.label} + temperature", tempered=True))
     return rows
 
 
 def final_table(arms: list[Arm], split: str) -> Table | None:
     """A row an arm. Nothing is bold where settings differ, because then no arm is better."""
-    rows = final_rows(arms)
-    columns = metrics.shown(metrics.TOKENS + metrics.TEMPERED, "table")
-    if not any(row.values(m, split) for row in rows for m in columns if m.key != "temperature"):
+    rows, columns = final_rows(arms), metrics.shown(metrics.TOKENS + metrics.TEMPERED, "table")
+    if not any(row.measured(m, split) for row in rows for m in columns if m.key != "temperature"):
         return None
-    seeds = [len(row.arm.finished) for row in rows]
-    bold = not setting_differences(*(row.arm for row in rows))
-    return metric_table(rows, {"seeds": seeds}, columns, split, bold=bold, note=FINAL_NOTE if split == "val" else "")
+    lead, note = {"seeds": [len(row.finished) for row in rows]}, FINAL_NOTE if split == "val" else ""
+    return metric_table(rows, lead, columns, split, bold=not setting_differences(*rows), note=note)
 
 
 def summary_table(arms: list[Arm], split: str) -> Table | None:
@@ -166,7 +148,7 @@ def summary_table(arms: list[Arm], split: str) -> Table | None:
     lead = {"texts": [f"{arm.mean(f'{split}_examples'):,.0f}" for arm in arms]}
     columns, bold = metrics.shown(metrics.SUMMARIES, "table"), not setting_differences(*arms)
     note = SUMMARY_NOTE + "".join(f" BERTScore: {name}." for name in said(arms, f"{split}_bertscore_hash"))
-    return metric_table([Row(arm) for arm in arms], lead, columns, split, bold=bold, interval=interval, note=note)
+    return metric_table(arms, lead, columns, split, bold=bold, interval=interval, note=note)
 
 
 def said(arms: list[Arm], key: str) -> list[str]:
@@ -190,10 +172,10 @@ def delta_table(arms: list[Arm]) -> Table | None:
     columns = always + metrics.shown(metrics.SUMMARIES, "delta")
     body, tests = [], []
     for row in final_rows(arms):
-        ce = reference(row.arm, arms, "ce")[0]
-        if not ce or (ce is row.arm and not row.after):
+        ce = reference(row, arms, "ce")[0]
+        if not ce or ce is row:
             continue
-        sides = {m: shared(row.values(m), Row(ce).values(m)) for m in columns}
+        sides = {m: shared(row.measured(m), ce.measured(m)) for m in columns}
         if found := {m: paired(*pair) for m, pair in sides.items() if len(pair[0]) > 1}:
             body.append([label_cell(row), ce.label, max(t.n for t in found.values())])
             tests.append(found)
@@ -211,7 +193,7 @@ def cost_table(arms: list[Arm]) -> Table | None:
     arms, columns = [arm for arm in arms if arm.finished], metrics.shown(metrics.COST, "table")
 
     def cost(arm: Arm, ce: Arm | None, metric: Metric) -> Cell:
-        cell = mean_cell(metric, Row(arm).values(metric, ""), len(arm.finished))
+        cell = mean_cell(metric, arm.measured(metric, ""), len(arm.finished))
         base = ce.mean(metric.key) if ce and ce.values(metric.key) else 0
         ratio = f"{arm.mean(metric.key) / base:.3f} × CE" if base and cell.text != "-" else ""
         return Cell(f"{cell.text} {cell.sub}".strip(), ratio)

@@ -30,7 +30,7 @@ def column_head(metric: Metric) -> str:
 
 def print_results(arms: list) -> None:
     """A row an arm: the metrics that are shown on the terminal, ± sd where it fits and says something."""
-    quality = metrics.shown(metrics.TOKENS, "terminal") + metrics.shown(metrics.TEMPERED, "terminal")
+    quality = metrics.shown(metrics.TOKENS + metrics.TEMPERED, "terminal")
     cost = metrics.shown(metrics.COST, "terminal")
     heads = {}
     for metric in (*quality, *cost):
@@ -43,15 +43,14 @@ def print_results(arms: list) -> None:
         widths, wide = {key: max(8, len(head)) for key, head in heads.items()}, {}
     names = "".join(f" {head:>{widths[key]}}" for key, head in heads.items())
     print(f"\n{'arm':<{LABEL}} {'n':>2}{names}")
-    for row in final_rows(arms):
-        runs, label = len(row.arm.finished), row.label
+    for arm in final_rows(arms):
+        runs, label = len(arm.finished), arm.label
         if len(label) > LABEL:
             print(label)
             label = ""
         line = f"{label:<{LABEL}} {runs:>2}"
         for metric in (*quality, *cost):
-            values = {} if row.after and metric in cost else row.values(metric, "" if metric in cost else "val")
-            cell = mean_cell(metric, values, runs)
+            cell = mean_cell(metric, arm.measured(metric, "" if metric in cost else "val"), runs)
             text = f"{cell.text} {cell.sub}".strip() if metric.key in wide and runs > 1 else cell.text
             line += f" {text.replace('±', '+-'):>{widths[metric.key]}}"
         print(line)
