@@ -45,8 +45,9 @@ class Table(NamedTuple):
 
 def table_of(heads, rows, left: int = 1, note: str = "") -> Table | None:
     """A table of ``heads``, each a text, "text|unit" or a metric, and rows of cells or texts; None without rows."""
+    heads = (f"{h.name}|{h.unit}{ARROWS[h.better]}" if isinstance(h, Metric) else h for h in heads)
     rows = [[c if isinstance(c, Cell) else Cell(str(c)) for c in row] for row in rows]
-    return Table([head_cell(h) for h in heads], rows, left, note) if rows else None
+    return Table([Cell(*map(str.strip, head.split("|"))) for head in heads], rows, left, note) if rows else None
 
 
 def section(heading: str, *parts, kind: str = "h") -> list[tuple]:
@@ -58,12 +59,6 @@ def section(heading: str, *parts, kind: str = "h") -> list[tuple]:
     if kind == "fold" and blocks:
         return [("fold", heading, blocks)]
     return [(kind, heading), *blocks] if blocks else []
-
-
-def head_cell(head: str | Metric) -> Cell:
-    if isinstance(head, str):
-        return Cell(*head.split("|"))
-    return Cell(head.name, f"{head.unit}{ARROWS[head.better]}".strip())
 
 
 def label_cell(arm: Arm) -> Cell:
