@@ -34,34 +34,29 @@ DECIDED_NOTE = (
 
 @dataclass
 class Rule:
-    """One learning-rate rule of a grid. ``runs``: peak -> seed -> run, finished ones."""
+    """One learning-rate rule of a grid. ``runs``: (peak, seed) -> run, finished ones."""
 
     label: str
     config: dict
-    runs: dict[float, dict[object, Run]] = field(default_factory=dict)
-    unfinished: list[Run] = field(default_factory=list)
+    runs: dict[tuple[float, object], Run] = field(default_factory=dict)
+    diverged: set[float] = field(default_factory=set)  # peaks at which a run, finished or not, diverged
 
     @property
-    def finished(self) -> list[Run]:
-        return [run for by_seed in self.runs.values() for run in by_seed.values()]
+    def peaks(self) -> list[float]:
+        return sorted({lr for lr, _ in self.runs})
 
     def nll(self, lr: float) -> dict:
         """seed -> validation NLL; inf for a run that diverged to no number."""
-        values = {seed: run.number("val_nll") for seed, run in self.runs.get(lr, {}).items()}
+        values = {seed: run.number("val_nll") for (at, seed), run in self.runs.items() if at == lr}
         return {seed: math.inf if v is None else v for seed, v in values.items()}
 
     def mean(self, lr: float) -> float:
-        values = self.nll(lr).values()
-        return statistics.fmean(values) if values else math.nan
+        return statistics.fmean(self.nll(lr).values() or [math.nan])
 
     @property
     def best(self) -> float:
         """The peak with the lowest mean."""
-        return min((lr for lr in self.runs if not math.isnan(self.mean(lr))), key=self.mean)
-
-    def diverged(self, lr: float) -> bool:
-        runs = [*self.runs.get(lr, {}).values(), *(r for r in self.unfinished if finite(r.config.get("lr")) == lr)]
-        return any(run.number("divergences") or any(e.get("event") == "diverged" for e in run.events) for run in runs)
+        return min(self.peaks, key=self.mean)
 
 
 def bowls(arms: list[Arm]) -> list[tuple[str, list[Rule]]]:
@@ -79,12 +74,11 @@ def bowls(arms: list[Arm]) -> list[tuple[str, list[Rule]]]:
         rules = {}
         for arm in group:
             label = arm.label_of(str(arm.config["schedule"]), [k for k in names if k not in arm.unread])
-            rule = rules.setdefault(label, Rule(label, arm.config))
-            rule.unfinished += [run for run in arm.runs if not run.finished]
-            if arm.finished:
-                rule.runs.setdefault(float(arm.config["lr"]), {}).update({run.seed: run for run in arm.finished})
+            rule, lr = rules.setdefault(label, Rule(label, arm.config)), float(arm.config["lr"])
+            rule.runs |= {(lr, run.seed): run for run in arm.finished}
+            rule.diverged |= {lr for run in arm.runs if run.diverged}
         rules = [r for r in rules.values() if r.runs]
-        if len(rules) > 1 and any(len(r.runs) > 1 for r in rules):
+        if len(rules) > 1 and any(len(r.peaks) > 1 for r in rules):
             first = group[0]
             says = [f"{k} {show(first.config.get(k))}" for k in vary if k == "loss" or first.roles.get(k) == "setting"]
             out.append((", ".join(says), rules))
@@ -97,11 +91,10 @@ def regrets(rules: list[Rule]) -> dict[str, dict]:
     {} for a rule that lacks a part of the largest grid of peaks and seeds, because a run diverged or has not ended: a
     mean over easier peaks is no regret.
     """
-    cells = {r.label: {(lr, seed) for lr, by_seed in r.runs.items() for seed in by_seed} for r in rules}
-    full = max(cells.values(), key=len)
-    peaks, seeds = sorted({lr for lr, _ in full}), sorted({seed for _, seed in full}, key=str)
-    lowest = min(rule.mean(lr) for rule in rules for lr in rule.runs)
-    whole = [r for r in rules if set(itertools.product(peaks, seeds)) == full <= cells[r.label]]
+    largest = max(rules, key=lambda r: len(r.runs))
+    peaks, seeds = largest.peaks, sorted({seed for _, seed in largest.runs}, key=str)
+    lowest = min(rule.mean(lr) for rule in rules for lr in rule.peaks)
+    whole = [r for r in rules if set(itertools.product(peaks, seeds)) == largest.runs.keys() <= r.runs.keys()]
     found = {r.label: {s: statistics.fmean(r.nll(lr)[s] for lr in peaks) - lowest for s in seeds} for r in whole}
     return {r.label: {} for r in rules} | found
 
@@ -118,12 +111,11 @@ def mean_sd(values) -> str:
 
 def rule_table(rules: list[Rule]) -> Table:
     """A row a rule, the least regret first."""
-    peaks, regret = sorted({lr for r in rules for lr in r.runs}), regrets(rules)
-    lowest = {lr: min(r.mean(lr) for r in rules if lr in r.runs) for lr in peaks}
-    rows = []
+    peaks, regret, rows = sorted({lr for r in rules for lr in r.peaks}), regrets(rules), []
+    lowest = {lr: min(r.mean(lr) for r in rules if lr in r.peaks) for lr in peaks}
     for rule in sorted(rules, key=lambda r: statistics.fmean(regret[r.label].values() or [math.inf])):
-        seconds = [v for run in rule.finished if (v := run.number("train_seconds"))]
-        seeds = sorted({len(by_seed) for by_seed in rule.runs.values()})
+        seconds = [v for run in rule.runs.values() if (v := run.number("train_seconds"))]
+        seeds = sorted({len(rule.nll(lr)) for lr in rule.peaks})
         at_peaks = [Cell(mean_sd(rule.nll(lr).values()), bold=rule.mean(lr) == lowest[lr]) for lr in peaks]
         summary = mean_sd(regret[rule.label].values()), f"{rule.best:g}", mean_sd(rule.nll(rule.best).values())
         training = f"{statistics.fmean(seconds):,.1f}" if seconds else "-"
@@ -144,8 +136,8 @@ def claim_table(rules: list[Rule]) -> Table | None:
         name = f"no worse than {rule.label} at the best peak of each"
         rows.append(claim_row(name, mine.nll(mine.best), rule.nll(rule.best)))
     for rule in linear[:1]:
-        grid = [lr for lr in rule.runs if not rule.diverged(lr)]
-        found = sum(mine.diverged(lr) for lr in grid)
+        grid = set(rule.peaks) - rule.diverged
+        found = len(grid & mine.diverged)
         answers = toned("no" if found else "yes"), toned("not met" if found else "met", bold=True)
         rows.append([f"no divergence where {rule.label} has none", f"{found} of {len(grid)} peaks", *answers])
     return table_of(("claim of FoT", "difference|nats", "holds here", "verdict"), rows, note=CLAIMS_NOTE)
@@ -180,7 +172,7 @@ def decided_table(rules: list[Rule]) -> Table | None:
     """What the rules that measure decided, and how well they forecast."""
     rows = []
     for rule in rules:
-        made = [run for run in rule.finished if run.fot]
+        made = [run for run in rule.runs.values() if run.fot]
         if not made:
             continue
         decisions = statistics.fmean(len(run.fot) for run in made)
@@ -189,7 +181,7 @@ def decided_table(rules: list[Rule]) -> Table | None:
         worst = f"worst {100 * max(errors):.1f}, n = {len(errors)}" if errors else ""
         error = Cell(f"{100 * statistics.median(errors):.2f}" if errors else "-", worst)
         share = f"{100 * statistics.fmean(inside):.0f}" if inside else "-"
-        times = sum(int(run.number("divergences") or 0) for run in rule.finished)
+        times = sum(int(run.number("divergences") or 0) for run in rule.runs.values())
         rows.append([rule.label, len(made), f"{decisions:.0f}", f"{100 * bound:.0f}", error, share, times])
     heads = "rule", "runs", "decisions", "at the bound|%", "forecast error|median, %", "inside|%", "diverged|times"
     return table_of(heads, rows, note=DECIDED_NOTE)

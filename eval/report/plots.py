@@ -280,15 +280,15 @@ def bowl(rules: list) -> bytes:
         else:
             style = STYLES[k // len(PALETTE) % len(STYLES)]
             look = {"color": PALETTE[k % len(PALETTE)], "linewidth": 1.3, "linestyle": style}
-        peaks = [lr for lr in sorted(rule.runs) if math.isfinite(rule.mean(lr))]
+        peaks = [lr for lr in rule.peaks if math.isfinite(rule.mean(lr))]
         ax.plot(peaks, [rule.mean(lr) for lr in peaks], label=rule.label, marker="o", markersize=3.5, **look)
         low, high = ([f(rule.nll(lr).values()) for lr in peaks] for f in (min, max))
         ax.fill_between(peaks, low, high, color=look["color"], alpha=0.12, linewidth=0)
     ax.set_xscale("log")
-    peaks = sorted({lr for r in rules for lr in r.runs})
+    peaks = sorted({lr for r in rules for lr in r.peaks})
     ax.set_xticks(peaks, [f"{lr:g}" for lr in peaks])
     ax.xaxis.set_minor_locator(ticker.NullLocator())
-    known = [v for r in rules for lr in r.runs for v in r.nll(lr).values() if math.isfinite(v)]
+    known = [v for r in rules for lr in r.peaks for v in r.nll(lr).values() if math.isfinite(v)]
     if known:
         margin = 0.03 * (max(known) - min(known))
         ax.set_ylim(min(known) - margin, max(known) + margin)

@@ -47,6 +47,10 @@ class Run:
         return "finished" if self.finished else f"{why[-1] if why else 'unfinished'} at step {self.last_step}"
 
     @property
+    def diverged(self) -> bool:
+        return bool(self.number("divergences")) or any(e.get("event") == "diverged" for e in self.events)
+
+    @property
     def seed(self):
         return self.config.get("seed")
 
