@@ -54,10 +54,7 @@ class Calibration:
 
     @torch.no_grad()
     def update(self, moments) -> None:
-        """Add the valid tokens of ``moments`` (vectors of [N]). No host synchronisation.
-
-        Raises ValueError after an all_reduce(): the sums of all ranks would be counted again.
-        """
+        """Add the valid tokens of ``moments`` ([N] each). No host synchronisation. Raises ValueError after all_reduce()."""
         if self._reduced:
             raise ValueError("update() after all_reduce() would count tokens twice; call reset() first")
         n, valid, confidence = len(self.count), moments.valid, moments.confidence.float()
@@ -73,11 +70,7 @@ class Calibration:
         self.sums += rows[1:].sum(1)
 
     def all_reduce(self) -> None:
-        """Sum over the ranks of the default process group, in one all-reduce; none: nothing to do.
-
-        Everything travels as float64, which holds counts exactly to 2^53. Raises ValueError when it is called a second
-        time without reset().
-        """
+        """Sum over the ranks of the default process group, if any. Raises ValueError if called again before reset()."""
         if self._reduced:
             raise ValueError("all_reduce() was already called; reset() before counting again")
         self._reduced = True
@@ -87,7 +80,7 @@ class Calibration:
             self._unpack(packed)
 
     def _packed(self) -> Tensor:
-        """All sums in one float64 vector."""
+        """All sums in one float64 vector, which holds counts exactly to 2^53."""
         return torch.cat([part.double() for part in self._parts()])
 
     def _unpack(self, packed: Tensor) -> None:

@@ -9,11 +9,10 @@ import itertools
 import json
 import math
 import statistics
-from collections import defaultdict
 from dataclasses import dataclass, field
 
 from eval.report import plots
-from eval.report.runs import Arm, Run, differing, finite, show
+from eval.report.runs import Arm, Run, differing, finite, grouped, show
 from eval.report.tables import Cell, Table, section, shared, table_of, toned
 from eval.stats import paired, summarize, verdict
 
@@ -61,12 +60,13 @@ class Rule:
 
 def bowls(arms: list[Arm]) -> list[tuple[str, list[Rule]]]:
     """(title, rules) of each setting in which two rules or more have run at two peaks or more, in the arms' order."""
-    by_setting = defaultdict(list)
-    for arm in arms:
-        if finite(arm.config.get("lr")) is not None and arm.config.get("schedule"):
-            setting = {k: v for k, v in arm.config.items() if arm.roles.get(k) == "setting" and v not in (None, "")}
-            by_setting[json.dumps([setting, arm.loss], sort_keys=True)].append(arm)
-    groups = [group for group in by_setting.values() if len({a.config["schedule"] for a in group}) > 1]
+
+    def setting(arm: Arm) -> str:
+        flags = {k: v for k, v in arm.config.items() if arm.roles.get(k) == "setting" and v not in (None, "")}
+        return json.dumps([flags, arm.loss], sort_keys=True)
+
+    scheduled = [a for a in arms if finite(a.config.get("lr")) is not None and a.config.get("schedule")]
+    groups = [g for g in grouped(scheduled, setting).values() if len({a.config["schedule"] for a in g}) > 1]
     vary = differing([group[0] for group in groups])
     out = []
     for group in groups:

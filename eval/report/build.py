@@ -27,6 +27,7 @@ from eval.report.runs import (
     differing,
     finite,
     group_arms,
+    grouped,
     load_run,
     setting_differences,
     show,
@@ -82,10 +83,8 @@ def find_warnings(arms: list[Arm]) -> list[str]:
     """What a reader must know before comparing anything, the gravest first."""
     out = []
     for k in setting_differences(*arms):
-        groups = defaultdict(list)
-        for arm in arms:
-            groups[show(arm.config.get(k))].append(arm.label)
-        parts = "; ".join(f"{value}: {some(labels)}" for value, labels in groups.items())
+        groups = grouped(arms, lambda arm, k=k: show(arm.config.get(k)))
+        parts = "; ".join(f"{value}: {some([arm.label for arm in same])}" for value, same in groups.items())
         out.append(f"NOT COMPARABLE: the arms differ in {k} ({parts}). No verdict is given across that difference.")
     done = [arm for arm in arms if arm.finished]
     for k in sorted({k for arm in done for k in system_differences(done[0], arm)}):
@@ -125,21 +124,17 @@ def run_warnings(run: Run) -> Iterator[str]:
 
 def code_warnings(arms: list[Arm]) -> list[str]:
     """Arms of one config that ran other code, with their runs; and arms that ran other code than most."""
-    by_config, out = defaultdict(list), []
-    for arm in arms:
-        by_config[json.dumps(arm.config, sort_keys=True)].append(arm)
-    for first, *others in by_config.values():
+    out = []
+    for first, *others in grouped(arms, lambda arm: json.dumps(arm.config, sort_keys=True)).values():
         for arm in others:
             sides = " and ".join(some([run.path.as_posix() for run in side.runs]) for side in (arm, first))
             files = some(other_files(arm.source, first.source))
             out.append(f"OTHER CODE: {sides} have the same settings, but {files} differs: they are two arms, not one.")
     base = usual([run.source for arm in arms for run in arm.runs])
-    ran = defaultdict(list)
-    for arm in arms:
-        ran[some(other_files(arm.source, base))] += [arm.label] * (not arm.code)
-    for files, labels in ran.items():
-        if files and labels:
-            out.append(f"OTHER CODE: {some(labels)} ran another {files} than most; a difference may be the code's.")
+    plain = [arm for arm in arms if not arm.code and other_files(arm.source, base)]
+    for files, same in grouped(plain, lambda arm: some(other_files(arm.source, base))).items():
+        labels = some([arm.label for arm in same])
+        out.append(f"OTHER CODE: {labels} ran another {files} than most; a difference may be the code's.")
     return out
 
 
@@ -157,16 +152,15 @@ def run_row(arm: Arm, run: Run) -> list:
 
 def fact_blocks(arms: list[Arm]) -> list[tuple]:
     """What was run, where, how, and what happened on the way."""
-    runs, events, rows = [(arm, run) for arm in arms for run in arm.runs], defaultdict(list), []
+    runs, rows = [(arm, run) for arm in arms for run in arm.runs], []
     heads = "run", "arm", "state", "device", "commit", "started (UTC)", "seed", "steps", "tokens"
     blocks = section("What was run", table_of(heads, [run_row(*pair) for pair in runs], left=6))
-    for _, run in runs:
-        for event in run.events:
-            events[run.path.as_posix(), str(event.get("event"))].append(event)
-    for kind, (first, *others) in events.items():
+    events = [(run.path.as_posix(), event) for _, run in runs for event in run.events]
+    for kind, found in grouped(events, lambda pair: (pair[0], str(pair[1].get("event")))).items():
+        first, last = found[0][1], found[-1][1]
         detail = (f"{k} {v}" for k, v in first.items() if k not in ("kind", "step", "event") and v is not None)
-        steps = f"{first['step']} to {others[-1]['step']}" if others else first["step"]
-        rows.append([*kind, ", ".join(detail) or "-", steps, 1 + len(others)])
+        steps = f"{first['step']} to {last['step']}" if len(found) > 1 else first["step"]
+        rows.append([*kind, ", ".join(detail) or "-", steps, len(found)])
     heads = "run", "event", "detail of the first", "step", "times"
     blocks += section("Events", table_of(heads, rows, left=3), kind="h3")
     flags = differing(arms, unread=True)

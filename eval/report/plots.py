@@ -118,8 +118,7 @@ def draw_panel(ax, panel: Panel, arms: list, kind: str) -> None:
     drawn = [arm for arm in arms if panel.y != "alpha" or arm.loss == "dpsm"]  # others have none, and log 0
     for arm in drawn:
         draw_arm(ax, arm, kind, panel.x, panel.y)
-    ax.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.label)
-    ax.set_xlim(left=0)
+    ax.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.label, xlim=(0, None))
     ax.xaxis.set_major_formatter(ticker.FuncFormatter(thousands))
     limits = frame(drawn, kind, panel.y, panel.skip)
     if limits is None:
@@ -204,13 +203,11 @@ def reliability(arms: list, split: str, bins: int = 10) -> bytes | None:
     fig = figure(max(2.35 * len(drawn) + 0.5, 5), 7.6)
     heights = {"height_ratios": (3, 1, 3, 1)}
     grid = fig.subplots(4, len(drawn), sharex=True, sharey="row", squeeze=False, gridspec_kw=heights)
-    ends = {"ticks": [0, 0.5, 1], "labels": ["0", "0.5", "1"]}
+    ends, names = [0, 0.5, 1], ["0", "0.5", "1"]
     for col, (arm, pair) in enumerate(drawn):
         for ax, below, state, found in zip(grid[::2, col], grid[1::2, col], ("before", "after"), pair, strict=True):
             ax.plot([0, 1], [0, 1], linewidth=0.9, zorder=4, **PERFECT)
-            ax.set(xlim=(0, 1), ylim=(0, 1))
-            ax.set_xticks(**ends)
-            ax.set_yticks(**ends)
+            ax.set(xlim=(0, 1), ylim=(0, 1), xticks=ends, yticks=ends, xticklabels=names, yticklabels=names)
             below.set_yscale("log")
             below.yaxis.set_minor_locator(ticker.NullLocator())
             below.yaxis.set_major_locator(ticker.LogLocator(numticks=4))

@@ -73,6 +73,14 @@ def finite(v) -> float | None:
     return float(v) if isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) else None
 
 
+def grouped(items, key) -> dict[object, list]:
+    """Items by ``key(item)``, in their order."""
+    groups = defaultdict(list)
+    for item in items:
+        groups[key(item)].append(item)
+    return groups
+
+
 def read_json(path: Path, kind: type):
     """The file's value, or an empty ``kind`` where there is no file. Raises ValueError naming a broken one."""
     if not path.exists():
