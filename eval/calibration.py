@@ -54,7 +54,7 @@ class Calibration:
 
     @torch.no_grad()
     def update(self, moments) -> None:
-        """Add the valid tokens of ``moments`` ([N] each). No host synchronisation. Raises ValueError after all_reduce()."""
+        """Add the valid tokens of ``moments`` ([N] each), without a synchronisation. ValueError after all_reduce()."""
         if self._reduced:
             raise ValueError("update() after all_reduce() would count tokens twice; call reset() first")
         n, valid, confidence = len(self.count), moments.valid, moments.confidence.float()
