@@ -33,10 +33,8 @@ def answer_blocks(arms: list[Arm]) -> list[tuple]:
 
 def answer_table(arms: list[Arm]) -> Table | None:
     def interval(arm: Arm, metric: Metric) -> str:
-        ends = arm.finished[0].summary.get(f"{metric.key}_ci95")
-        if not ends or None in ends:  # of one problem there is none
-            return ""
-        return "[{}, {}]".format(*(metric.format(metric.scale * v) for v in ends))
+        ends = arm.finished[0].summary.get(f"{metric.key}_ci95") or [None]  # of one problem there is none
+        return "" if None in ends else "[{}, {}]".format(*(metric.format(metric.scale * v) for v in ends))
 
     lead = {"seeds": [len(arm.finished) for arm in arms]}
     return metric_table(arms, lead, metrics.shown(metrics.ANSWERS, "table"), "", interval=interval, note=NOTE)

@@ -196,13 +196,12 @@ class Arm:
 
     def label_of(self, name: str, flags: list[str]) -> str:
         """``name``, the values of ``flags``, and what tells the arm's code apart."""
-        return " ".join([name, *(f"{k}={show(self.config.get(k))}" for k in flags)]) + f", {self.code}" * bool(
-            self.code
-        )
+        values = (f"{k}={show(self.config.get(k))}" for k in flags)
+        return " ".join([name, *values]) + (f", {self.code}" if self.code else "")
 
     def values(self, key: str) -> dict:
         """seed -> the summary's ``key``, for finished runs where it is a finite number."""
-        return {run.seed: run.number(key) for run in self.finished if run.number(key) is not None}
+        return {run.seed: v for run in self.finished if (v := run.number(key)) is not None}
 
     def measured(self, metric: Metric, split: str = "val") -> dict:
         """seed -> value in the metric's unit. ``split``: val, test or ood; "" for a number that is of no set."""
@@ -213,7 +212,7 @@ class Arm:
 
     def mean(self, key: str) -> float:
         """Mean over seeds, inf where nothing was measured (so that it sorts last)."""
-        values = list(self.values(key).values())
+        values = self.values(key).values()
         return summarize(values).mean if values else math.inf
 
 

@@ -61,12 +61,9 @@ def print_verdicts(found: list) -> None:
     labels = list(dict.fromkeys(v.arm for v in found))
     print(f"\n{'claims of ' + short(labels[0], 29):<39} {'value':<29} {'threshold':<16} {'holds':<5} verdict")
     for v in (v for v in found if v.arm == labels[0]):
-        start = f"{v.criterion.number} {v.criterion.name:<37}"
-        if v.values:
-            value = v.value.replace("±", "+-") + (f" (n={v.count})" if math.inf not in v.values else "")
-            print(f"{start} {value:<29} {v.threshold:<16} {v.holds:<5} {v.verdict}")
-        else:
-            print(f"{start} {short(v.verdict, 70)}")
+        value = v.value.replace("±", "+-") + (f" (n={v.count})" if math.inf not in v.values else "")
+        says = f"{value:<29} {v.threshold:<16} {v.holds:<5} {v.verdict}" if v.values else short(v.verdict, 70)
+        print(f"{v.criterion.number} {v.criterion.name:<37} {says}")
     if len(labels) > 1:
         print(f"{len(labels) - 1} more DPSM arms in the report")
 
