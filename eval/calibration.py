@@ -1,17 +1,16 @@
 """Calibration of next-token probabilities: streaming sums, reliability bins, temperature.
 
-Confidence is the largest probability of a token's softmax, and a token is correct when that class is
-the target (top-label calibration, Guo et al., "On Calibration of Modern Neural Networks", ICML 2017).
-Everything the metrics need is a sum over tokens, so `Calibration` keeps O(bins) numbers on the device,
-whatever the number of tokens, and reads them back only in `compute`.
+Confidence is the largest probability of a token's softmax. A token is correct when that class is the target (top-label
+calibration, Guo et al., "On Calibration of Modern Neural Networks", ICML 2017). Every metric is made of sums over
+tokens, so `Calibration` keeps O(bins) numbers on the device and reads them back only in `compute`.
 
 What to know before two values of ECE are compared:
 
-- ECE is biased upwards. A perfectly calibrated model shows up to sqrt(2 B v / (pi n)) at n tokens in B
-  bins, v the mean of c (1 - c) over the confidences: 0.011 for n = 8192, B = 10, v = 0.15. A training
-  window shows this floor; a validation set of a million tokens hardly does.
-- Bins are (lo, hi]. Confidences are fp32, and so are the edges they are compared with: fp32(k / 3000) lies
-  ON the edge k / 3000 and belongs to the bin below it, the next fp32 number to the bin above.
+- ECE is biased upwards. A perfectly calibrated model shows up to sqrt(2 B v / (pi n)) at n tokens in B bins, v the mean
+  of c (1 - c) over the confidences: 0.011 for n = 8192, B = 10, v = 0.15. A training window shows this floor; a
+  validation set of a million tokens hardly does.
+- Bins are (lo, hi]. Confidences are fp32, and so are the edges they are compared with: fp32(k / 3000) lies ON the edge
+  k / 3000 and belongs to the bin below it, the next fp32 number to the bin above.
 """
 
 import math
@@ -26,41 +25,36 @@ from kernels.losses import brier, ce, spherical
 
 BASE_BINS = 3000
 SCORES = ("nll", "brier", "spherical", "entropy")
+BINNED = ("count", "confidence_sum", "correct_sum")  # sums of a bin each
+SUMS = (*BINNED, "sums")
 
 
 class Calibration:
     """Streaming calibration and proper scores of a stream of `kernels.Moments`.
 
-    The sums live in 3000 base bins (k/3000, (k+1)/3000] of confidence, 0 in the first and 1 in the last:
-    tokens and correct tokens as int64, the confidence as float64. Every number of equal-width bins that
-    divides 3000 (10, 15, 100, 300 ...) is an exact merge of base bins. Equal-mass bins merge them too:
-    their edges are the sample's quantiles moved to the base grid, by less than 1/3000 each, and the
-    error of the partition so defined is exact. A base bin is never split, so that equal confidences
-    stay together and the order of the tokens cannot matter; where one base bin holds more than its
-    share, fewer bins are left.
+    The sums live in 3000 base bins (k/3000, (k+1)/3000] of confidence, 0 in the first and 1 in the last: tokens and
+    correct tokens as int64, the confidence as float64. Every number of equal-width bins that divides 3000 (10, 15,
+    100, 300 ...) is an exact merge of base bins. Equal-mass bins merge them too: their edges are the sample's quantiles
+    moved to the base grid, by less than 1/3000 each, and the error of the partition so defined is exact. A base bin is
+    never split: equal confidences stay together, and the order of the tokens cannot matter. Where one base bin holds
+    more than its share, fewer bins are left.
 
     With several ranks: update() on each, all_reduce() once, compute(), reset().
     """
 
-    def __init__(self, device: torch.device | str = "cpu"):
-        self._allocate(BASE_BINS, device)
-
-    def _allocate(self, n: int, device) -> None:
-        self.count = torch.zeros(n, dtype=torch.int64, device=device)
-        self.correct_sum = torch.zeros(n, dtype=torch.int64, device=device)
-        self.confidence_sum = torch.zeros(n, dtype=torch.float64, device=device)
+    def __init__(self, device: torch.device | str = "cpu", base_bins: int = BASE_BINS):
+        self.count = torch.zeros(base_bins, dtype=torch.int64, device=device)
+        self.correct_sum = torch.zeros_like(self.count)
+        self.confidence_sum = torch.zeros_like(self.count, dtype=torch.float64)
         self.sums = torch.zeros(len(SCORES), dtype=torch.float64, device=device)  # of SCORES, over tokens
-        lower = (torch.arange(n, dtype=torch.float64) / n).float()
+        lower = (torch.arange(base_bins, dtype=torch.float64) / base_bins).float()
         lower[0] = -math.inf  # a confidence of 0 stays in the first bin
         self._lower = lower.to(device)
         self._reduced = False
 
     @torch.no_grad()
     def update(self, moments) -> None:
-        """Add the valid tokens of ``moments`` (vectors of [N]). No host synchronisation.
-
-        Raises ValueError after an all_reduce(): the sums of all ranks would be counted again.
-        """
+        """Add the valid tokens of ``moments`` ([N] each), without a synchronisation. ValueError after all_reduce()."""
         if self._reduced:
             raise ValueError("update() after all_reduce() would count tokens twice; call reset() first")
         n, valid, confidence = len(self.count), moments.valid, moments.confidence.float()
@@ -76,30 +70,35 @@ class Calibration:
         self.sums += rows[1:].sum(1)
 
     def all_reduce(self) -> None:
-        """Sum over the ranks of the default process group, in one all-reduce; none: nothing to do.
-
-        Everything travels as float64, which holds counts exactly to 2^53. Raises ValueError when it is
-        called a second time without reset().
-        """
+        """Sum over the ranks of the default process group, if any. Raises ValueError if called again before reset()."""
         if self._reduced:
             raise ValueError("all_reduce() was already called; reset() before counting again")
         self._reduced = True
-        if not (dist.is_available() and dist.is_initialized()):
-            return
-        parts = [self.count, self.correct_sum, self.confidence_sum, self.sums]
-        packed = torch.cat([part.double() for part in parts])
-        dist.all_reduce(packed)
-        for part, total in zip(parts, packed.split([len(part) for part in parts]), strict=True):
+        if dist.is_available() and dist.is_initialized():
+            packed = self._packed()
+            dist.all_reduce(packed)
+            self._unpack(packed)
+
+    def _packed(self) -> Tensor:
+        """All sums in one float64 vector, which holds counts exactly to 2^53."""
+        return torch.cat([part.double() for part in self._parts()])
+
+    def _unpack(self, packed: Tensor) -> None:
+        """The inverse of `_packed`, in place."""
+        for part, total in zip(self._parts(), packed.split([len(part) for part in self._parts()]), strict=True):
             part.copy_(total)
 
+    def _parts(self) -> list[Tensor]:
+        return [getattr(self, name) for name in SUMS]
+
     def reset(self) -> None:
-        for part in (self.count, self.correct_sum, self.confidence_sum, self.sums):
+        for part in self._parts():
             part.zero_()
         self._reduced = False
 
     def state_dict(self) -> dict[str, Tensor]:
         """A copy of this rank's sums; later updates leave it alone."""
-        return {name: getattr(self, name).clone() for name in ("count", "correct_sum", "confidence_sum", "sums")}
+        return {name: part.clone() for name, part in zip(SUMS, self._parts(), strict=True)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Replace the sums. Raises ValueError if the number of bins differs."""
@@ -113,10 +112,9 @@ class Calibration:
         """Every metric, as Python numbers; one synchronisation.
 
         nll and entropy in nats per token, ppl = exp(nll) per token of the tokenizer in use, brier
-        sum p^2 - 2 p_y + 1 in 0..2, spherical 1 - p_y / ||p|| in 0..1, accuracy and confidence (the mean
-        of max p) in 0..1, ece10 / ece15 / ece100 over equal-width and ece10_mass / ece100_mass over
-        equal-mass bins. After `from_bins` the four scores and ppl are nan: bins do not hold them.
-        Raises ValueError when no token was counted.
+        sum p^2 - 2 p_y + 1 in 0..2, spherical 1 - p_y / ||p|| in 0..1, accuracy and confidence (the mean of max p) in
+        0..1, ece10 / ece15 / ece100 over equal-width and ece10_mass / ece100_mass over equal-mass bins. After
+        `from_bins` the four scores and ppl are nan: bins do not hold them. Raises ValueError when no token was counted.
         """
         host = self._host()
         tokens = host._tokens()
@@ -130,9 +128,9 @@ class Calibration:
     def ece(self, bins: int, *, mass: bool = False) -> float:
         """Expected calibration error: sum_b n_b/n |accuracy_b - confidence_b| (Naeini et al., AAAI 2015).
 
-        ``bins`` of equal width, or with ``mass`` of (nearly) equal numbers of tokens, the adaptive bins
-        of Nguyen & O'Connor (EMNLP 2015). Raises ValueError when no token was counted or when equal-width
-        ``bins`` do not divide the base bins.
+        ``bins`` of equal width, or with ``mass`` of (nearly) equal numbers of tokens, the adaptive bins of Nguyen &
+        O'Connor (EMNLP 2015). Raises ValueError when no token was counted or when equal-width ``bins`` do not divide
+        the base bins.
         """
         host = self._host()
         tokens = host._tokens()
@@ -144,33 +142,29 @@ class Calibration:
 
         Means are None where a bin is empty. Raises ValueError when ``bins`` does not divide the base bins.
         """
-        parts = [part.tolist() for part in self._host()._merged(bins)]
-        means = [(c / n, y / n) if n else (None, None) for n, c, y in zip(*parts, strict=True)]
+        count, confidence, correct = self.bins(bins).values()
         return {
             "lo": [k / bins for k in range(bins)],
             "hi": [(k + 1) / bins for k in range(bins)],
-            "count": parts[0],
-            "confidence": [confidence for confidence, _ in means],
-            "accuracy": [accuracy for _, accuracy in means],
+            "count": count,
+            "confidence": [c / n if n else None for c, n in zip(confidence, count, strict=True)],
+            "accuracy": [y / n if n else None for y, n in zip(correct, count, strict=True)],
         }
 
     def bins(self, bins: int | None = None) -> dict[str, list]:
         """Sums a bin, JSON-able: lists count, confidence_sum, correct_sum of the base bins, or of ``bins``
         equal-width merges of them (300 keep 10, 15 and 100 exact in a tenth of the space)."""
-        host = self._host()
-        parts = host._merged(len(host.count) if bins is None else bins)
-        return dict(zip(("count", "confidence_sum", "correct_sum"), (part.tolist() for part in parts), strict=True))
+        parts = self._host()._merged(len(self.count) if bins is None else bins)
+        return {name: part.tolist() for name, part in zip(BINNED, parts, strict=True)}
 
     @classmethod
     def from_bins(cls, bins: dict[str, list], device: torch.device | str = "cpu") -> "Calibration":
         """The inverse of `bins`. Raises ValueError for missing keys or lists of different lengths."""
-        keys = ("count", "confidence_sum", "correct_sum")
-        lengths = {key: len(bins[key]) if key in bins else None for key in keys}
+        lengths = {key: len(bins[key]) if key in bins else None for key in BINNED}
         if len(set(lengths.values())) != 1 or not lengths["count"]:
             raise ValueError(f"bins have lengths {lengths}, expected three lists of one length, as from bins()")
-        self = cls(device)
-        self._allocate(lengths["count"], device)
-        for key in keys:
+        self = cls(device, lengths["count"])
+        for key in BINNED:
             getattr(self, key).copy_(torch.tensor(bins[key], dtype=getattr(self, key).dtype))
         self.sums.fill_(math.nan)
         return self
@@ -179,12 +173,8 @@ class Calibration:
         """This object when it is on the CPU, else a copy there (one transfer)."""
         if self.count.device.type == "cpu":
             return self
-        host = Calibration.__new__(Calibration)
-        parts = [self.count, self.correct_sum, self.confidence_sum, self.sums]
-        packed = torch.cat([part.double() for part in parts]).cpu()
-        split = packed.split([len(part) for part in parts])
-        host.count, host.correct_sum = split[0].long(), split[1].long()
-        host.confidence_sum, host.sums = split[2], split[3]
+        host = Calibration(base_bins=len(self.count))
+        host._unpack(self._packed().cpu())
         return host
 
     def _tokens(self) -> int:
@@ -193,8 +183,8 @@ class Calibration:
             raise ValueError("no tokens were counted; call update() with at least one valid token first")
         return tokens
 
-    def _merged(self, bins: int, mass: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """count, confidence_sum, correct_sum [bins] of merged base bins, on the CPU."""
+    def _merged(self, bins: int, mass: bool = False) -> list[Tensor]:
+        """The sums of BINNED [bins] of merged base bins, on the CPU."""
         n = len(self.count)
         if bins < 1 or (n % bins and not mass):
             raise ValueError(f"bins={bins} does not divide the {n} base bins; take for example 10, 15, 100 or 300")
@@ -204,8 +194,8 @@ class Calibration:
             index = (twice_median * bins // (2 * self.count.sum().clamp_min(1))).clamp_max(bins - 1)
         else:
             index = torch.arange(n) // (n // bins)
-        parts = (self.count, self.confidence_sum, self.correct_sum)
-        return tuple(torch.zeros(bins, dtype=part.dtype).index_add_(0, index, part) for part in parts)
+        parts = (getattr(self, name) for name in BINNED)
+        return [torch.zeros(bins, dtype=part.dtype).index_add_(0, index, part) for part in parts]
 
 
 @torch.no_grad()
@@ -214,14 +204,14 @@ def temperature_sums(
 ) -> Tensor:
     """What one pass over the data tells `fit_temperature`, for logits times beta = 1 / T.
 
-    logits [N, V] of any float dtype, targets [N] int64. Returns a float64 tensor [4] on their device,
-    without a host synchronisation: the number of tokens, the sum of their NLL in nats, and its first and
-    second derivative in beta. With p = softmax(beta z):
+    logits [N, V] of any float dtype, targets [N] int64. Returns a float64 tensor [4] on their device, without a host
+    synchronisation: the number of tokens, the sum of their NLL in nats, and its first and second derivative in beta.
+    With p = softmax(beta z):
 
         NLL = logsumexp(beta z) - beta z_y,   d = E_p[z] - z_y,   d2 = Var_p[z] >= 0
 
-    Rows are taken ``chunk`` at a time and computed in fp32 (float64 where the logits are), so that the
-    memory beyond the logits is three times chunk x V. Masked logits (-inf) have probability 0.
+    Rows are taken ``chunk`` at a time and computed in fp32 (float64 where the logits are): the memory beyond the logits
+    is three times chunk x V. Masked logits (-inf) have probability 0.
     """
     if logits.ndim != 2 or targets.shape != logits.shape[:1]:
         raise ValueError(f"expected logits [N, V] and targets [N], got {list(logits.shape)} and {list(targets.shape)}")
@@ -264,15 +254,14 @@ def fit_temperature(
 ) -> TemperatureFit:
     """The temperature T in ``bounds`` that minimises the NLL of softmax(logits / T) (Guo et al., 2017).
 
-    ``sums(beta)`` returns `temperature_sums` of the whole set at beta = 1 / T, all-reduced by the caller
-    where there are ranks. Newton's method in beta, in which the NLL is convex (a sum of logsumexp(beta z)
-    and linear terms), as it is not in log T, and nearly quadratic where logits spread like a Gaussian: two
-    to four passes for T within 0.8..1.25. The sign of the slope brackets the minimum, and a step that leaves
-    the bracket is replaced by the bracket's geometric mean. The fit ends when the next step would move log T
-    by less than ``tolerance``, which leaves about tolerance^2 nats to gain.
+    ``sums(beta)`` returns `temperature_sums` of the whole set at beta = 1 / T, all-reduced by the caller where there
+    are ranks. Newton's method in beta: there, not in log T, the NLL is convex (a sum of logsumexp(beta z) and linear
+    terms), and nearly quadratic where logits spread like a Gaussian. T within 0.8..1.25 takes two to four passes. The
+    sign of the slope brackets the minimum; a step that leaves the bracket is replaced by the bracket's geometric mean.
+    The fit ends when the next step would move log T by less than ``tolerance``, with about tolerance^2 nats to gain.
 
-    The value returned is one that was evaluated, and the best of them, T = 1 among them. Raises ValueError
-    for bounds that exclude 1, for a set without tokens, and for an NLL that is not finite.
+    Returns the best value that was evaluated, T = 1 among them. Raises ValueError for bounds that exclude 1, for a set
+    without tokens, and for an NLL that is not finite.
     """
     if not 0 < bounds[0] <= 1 <= bounds[1]:
         raise ValueError(f"temperature bounds {bounds} must be positive and hold 1, the uncalibrated temperature")
@@ -287,16 +276,14 @@ def fit_temperature(
             raise ValueError(f"the NLL at temperature {1 / beta:.4g} is {nll / count}, expected a finite number")
         evaluated[beta] = nll / count
         at_bound = (slope > 0 and beta <= lower) or (slope < 0 and beta >= upper)
-        converged = at_bound or slope == 0
-        if converged:
+        if converged := at_bound or slope == 0:
             break
         left, right = (left, beta) if slope > 0 else (beta, right)
         newton = beta - slope / curvature if curvature > 0 else math.copysign(math.inf, -slope)
         proposal = min(max(newton, lower), upper)
         if left and right and not left < proposal < right:
             proposal = math.sqrt(left * right)
-        converged = abs(math.log(proposal / beta)) < tolerance and lower < proposal < upper
-        if converged:
+        if converged := abs(math.log(proposal / beta)) < tolerance and lower < proposal < upper:
             break
         beta = proposal
     best = min(evaluated, key=evaluated.get)  # of equals the first, T = 1

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,16 +51,13 @@ def read_recipe(path: Path) -> dict:
 
 def cells(recipe: dict, extra: dict) -> list[Job]:
     """Every run, the last grid axis fastest. ``extra`` overrides the flags of every cell."""
-    grid = recipe.get("grid", {})
-    out = {}
-    for arm in recipe.get("arm", [{}]):
-        for values in itertools.product(*grid.values()):
-            own = arm | dict(zip(grid, values, strict=True))
-            name = "-".join(f"{v}" if k == "loss" else f"{k}{v}" for k, v in own.items()) or "run"
-            name = name.replace("/", "_")
-            if name in out:
-                raise ValueError("two cells of the recipe have the same flags")
-            out[name] = Job(name, recipe.get("flags", {}) | extra, {k: v for k, v in own.items() if k not in extra})
+    grid, out = recipe.get("grid", {}), {}
+    for arm, values in itertools.product(recipe.get("arm", [{}]), itertools.product(*grid.values())):
+        own = arm | dict(zip(grid, values, strict=True))
+        name = "-".join(f"{v}" if k == "loss" else f"{k}{v}" for k, v in own.items()).replace("/", "_") or "run"
+        if name in out:
+            raise ValueError("two cells of the recipe have the same flags")
+        out[name] = Job(name, recipe.get("flags", {}) | extra, {k: v for k, v in own.items() if k not in extra})
     return list(out.values())
 
 
@@ -80,7 +78,7 @@ def fit(script, todo: list[Job]) -> tuple[list[Job], str]:
     complete = getattr(script, "complete", dict)
     defaults = {f.name: f.default for f in dataclasses.fields(script.Config)}
     only = {f.name: f.metadata["only"] for f in dataclasses.fields(script.Config)}
-    fitted, left_out = [], {}
+    fitted, left_out = [], defaultdict(dict)
     for cell in todo:
         try:
             given = vars(parser_of(script.Config, exits=False).parse_args(arguments(cell.shared | cell.own)))
@@ -94,7 +92,7 @@ def fit(script, todo: list[Job]) -> tuple[list[Job], str]:
             raise ValueError(f"cell {cell.name}: {e}") from e
         fitted.append(cell)
         for flag, value in unread.items():
-            left_out.setdefault(flag, {})[str(value)] = None
+            left_out[flag][str(value)] = None
     says = ", ".join(f"{flag} ({', '.join(values)})" for flag, values in left_out.items())
     return fitted, f"left out where nothing reads them: {says}" if says else ""
 
@@ -102,19 +100,16 @@ def fit(script, todo: list[Job]) -> tuple[list[Job], str]:
 def arguments(flags: dict) -> list[str]:
     """Flags as a command line has them."""
     out = []
-    for key, value in flags.items():
-        name = flag_name(key)
+    for name, value in zip(map(flag_name, flags), flags.values(), strict=True):
         out += [name if value else f"--no-{name[2:]}"] if isinstance(value, bool) else [name, str(value)]
     return out
 
 
 def command(script: str, folder: Path, flags: dict, ranks: int) -> list[str]:
     """The command line of one cell; it resumes where the folder already holds an unfinished run."""
-    line = [sys.executable]
-    if ranks > 1:
-        line += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    line += [script, "--out", str(folder), *arguments(flags)]
-    return line + ["--resume"] * any((folder / f).exists() for f in ("last.pt", "previous.pt"))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
+    resume = ["--resume"] * any((folder / f).exists() for f in ("last.pt", "previous.pt"))
+    return [sys.executable, *torchrun, script, "--out", str(folder), *arguments(flags), *resume]
 
 
 def in_turn(commands: dict[Path, list[str]]) -> int:
@@ -150,9 +145,8 @@ def side_by_side(script: str, commands: dict[Path, list[str]], jobs: int) -> int
 
     def stop(number, _):
         stopped.append(number)
-        for process in running.values():
-            if number == signal.SIGTERM:  # a terminal's SIGINT goes to the runs as well
-                process.terminate()
+        for process in running.values() if number == signal.SIGTERM else ():  # a terminal's SIGINT goes to them as well
+            process.terminate()
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)

@@ -62,9 +62,8 @@ def evaluate(
         if keep is not None:
             keep.append((hidden[y != -100], y[y != -100]))
     model.train(was_training)
-    raw.all_reduce()
-    if scaled is not None:
-        scaled.all_reduce()
+    for calibration in filter(None, (raw, scaled)):
+        calibration.all_reduce()
     loss, count = world.all_reduce(total).tolist()
     return Heldout(raw, scaled, None if score is None else loss / count)
 

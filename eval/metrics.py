@@ -44,12 +44,10 @@ def bits_per_byte(calibration, numbers: dict) -> float | None:
 
 # Of next-token probabilities on a set. nll, ppl, brier, spherical, accuracy, entropy and ECE are in every Calibration.
 TOKENS = (
-    Metric("ppl", "PPL", "per token", "lower", 1, 2, "train line final table delta terminal grid", bar="ppl {:.1f}"),
+    Metric("ppl", "PPL", "per token", "lower", 1, 2, "train line final table delta terminal grid", "ppl {:.1f}"),
     Metric("nll", "NLL", "nats per token", "lower", shown="train line final table delta grid"),
     Metric("bits_per_byte", "bits/byte", "bits", "lower", shown="final table", of=bits_per_byte),
-    Metric(
-        "ece10", "ECE", "10 bins, %", "lower", 100, 2, "train line final table delta terminal grid", bar="ece {:.3f}"
-    ),
+    Metric("ece10", "ECE", "10 bins, %", "lower", 100, 2, "train line final table delta terminal grid", "ece {:.3f}"),
     Metric("ece100", "ECE", "100 bins, %", "lower", 100, 2, "final table"),
     Metric("ece10_mass", "ECE", "10 equal-mass bins, %", "lower", 100, 2, "final table"),
     Metric("brier", "Brier", "0 to 2", "lower", shown="train line final table delta terminal"),
@@ -74,13 +72,8 @@ COST = (
 )
 # Of generated summaries, see eval.summaries. They are searched for without the temperature.
 SUMMARIES = (
-    Metric("rouge1", "ROUGE-1", "F1, %", "higher", digits=2, shown="table delta grid"),
-    Metric("rouge2", "ROUGE-2", "F1, %", "higher", digits=2, shown="table delta grid"),
-    Metric("rougeL", "ROUGE-L", "F1, %", "higher", digits=2, shown="table delta grid"),
-    Metric("rougeLsum", "ROUGE-Lsum", "F1, %", "higher", digits=2, shown="table delta grid"),
-    Metric("files2rouge_1", "R1", "as files2rouge", "higher", digits=2),
-    Metric("files2rouge_2", "R2", "as files2rouge", "higher", digits=2),
-    Metric("files2rouge_L", "RL", "as files2rouge", "higher", digits=2),
+    *(Metric(f"rouge{n}", f"ROUGE-{n}", "F1, %", "higher", 1, 2, "table delta grid") for n in ("1", "2", "L", "Lsum")),
+    *(Metric(f"files2rouge_{n}", f"R{n}", "as files2rouge", "higher", digits=2) for n in "12L"),
     Metric("bertscore_f1", "BERTScore", "F1, %", "higher", 100, 2),
     Metric("distinct_1", "Distinct-1", "words / all", "", digits=3),
     Metric("distinct_2", "Distinct-2", "pairs / all", "", digits=3),

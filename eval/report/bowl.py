@@ -5,14 +5,15 @@ its validation NLL less the lowest mean over seeds of any rule at any peak, in n
 a rule costs a user who does not know the best peak.
 """
 
+import itertools
 import json
 import math
 import statistics
 from dataclasses import dataclass, field
 
 from eval.report import plots
-from eval.report.runs import Arm, Run, differing, finite, show
-from eval.report.tables import TONES, Cell, Table, heads
+from eval.report.runs import Arm, Run, differing, finite, grouped, show
+from eval.report.tables import Cell, Table, section, shared, table_of, toned
 from eval.stats import paired, summarize, verdict
 
 RIVALS_NOTE = (
@@ -28,63 +29,56 @@ DECIDED_NOTE = (
     "rate) stands at an end of its range. Forecast error: of the forecast made at the last decision before half of the "
     "run, against the NLL of the last log line, over runs that had one; inside: share within one sd."
 )
-DECIDED_HEADS = "rule", "runs", "decisions", "at the bound|%", "forecast error|median, %", "inside|%", "diverged|times"
 
 
 @dataclass
 class Rule:
-    """One learning-rate rule of a grid. ``runs``: peak -> seed -> run, finished ones."""
+    """One learning-rate rule of a grid. ``runs``: (peak, seed) -> run, finished ones."""
 
     label: str
     config: dict
-    runs: dict[float, dict[object, Run]] = field(default_factory=dict)
-    unfinished: list[Run] = field(default_factory=list)
+    runs: dict[tuple[float, object], Run] = field(default_factory=dict)
+    diverged: set[float] = field(default_factory=set)  # peaks at which a run, finished or not, diverged
 
     @property
-    def finished(self) -> list[Run]:
-        return [run for by_seed in self.runs.values() for run in by_seed.values()]
+    def peaks(self) -> list[float]:
+        return sorted({lr for lr, _ in self.runs})
 
     def nll(self, lr: float) -> dict:
         """seed -> validation NLL; inf for a run that diverged to no number."""
-        values = {seed: run.number("val_nll") for seed, run in self.runs.get(lr, {}).items()}
+        values = {seed: run.number("val_nll") for (at, seed), run in self.runs.items() if at == lr}
         return {seed: math.inf if v is None else v for seed, v in values.items()}
 
     def mean(self, lr: float) -> float:
-        values = self.nll(lr).values()
-        return statistics.fmean(values) if values else math.nan
+        return statistics.fmean(self.nll(lr).values() or [math.nan])
 
     @property
     def best(self) -> float:
         """The peak with the lowest mean."""
-        return min((lr for lr in self.runs if not math.isnan(self.mean(lr))), key=self.mean)
-
-    def diverged(self, lr: float) -> bool:
-        runs = [*self.runs.get(lr, {}).values(), *(r for r in self.unfinished if finite(r.config.get("lr")) == lr)]
-        return any(run.number("divergences") or any(e.get("event") == "diverged" for e in run.events) for run in runs)
+        return min(self.peaks, key=self.mean)
 
 
 def bowls(arms: list[Arm]) -> list[tuple[str, list[Rule]]]:
     """(title, rules) of each setting in which two rules or more have run at two peaks or more, in the arms' order."""
-    by_setting = {}
-    for arm in arms:
-        if finite(arm.config.get("lr")) is not None and arm.config.get("schedule"):
-            setting = {k: v for k, v in arm.config.items() if arm.roles.get(k) == "setting" and v not in (None, "")}
-            by_setting.setdefault(json.dumps([setting, arm.loss], sort_keys=True), []).append(arm)
-    groups = [group for group in by_setting.values() if len({a.config["schedule"] for a in group}) > 1]
+
+    def setting(arm: Arm) -> str:
+        flags = {k: v for k, v in arm.config.items() if arm.roles.get(k) == "setting" and v not in (None, "")}
+        return json.dumps([flags, arm.loss], sort_keys=True)
+
+    scheduled = [a for a in arms if finite(a.config.get("lr")) is not None and a.config.get("schedule")]
+    groups = [g for g in grouped(scheduled, setting).values() if len({a.config["schedule"] for a in g}) > 1]
     vary = differing([group[0] for group in groups])
     out = []
     for group in groups:
         names = [k for k in differing(group) if k not in ("lr", "schedule")]
         rules = {}
         for arm in group:
-            knobs = [f"{k}={show(arm.config.get(k))}" for k in names if k not in arm.unread]
-            label = " ".join([str(arm.config["schedule"]), *knobs]) + (f", {arm.code}" if arm.code else "")
-            rule = rules.setdefault(label, Rule(label, arm.config))
-            rule.unfinished += [run for run in arm.runs if not run.finished]
-            if arm.finished:
-                rule.runs.setdefault(float(arm.config["lr"]), {}).update({run.seed: run for run in arm.finished})
+            label = arm.label_of(str(arm.config["schedule"]), [k for k in names if k not in arm.unread])
+            rule, lr = rules.setdefault(label, Rule(label, arm.config)), float(arm.config["lr"])
+            rule.runs |= {(lr, run.seed): run for run in arm.finished}
+            rule.diverged |= {lr for run in arm.runs if run.diverged}
         rules = [r for r in rules.values() if r.runs]
-        if len(rules) > 1 and any(len(r.runs) > 1 for r in rules):
+        if len(rules) > 1 and any(len(r.peaks) > 1 for r in rules):
             first = group[0]
             says = [f"{k} {show(first.config.get(k))}" for k in vary if k == "loss" or first.roles.get(k) == "setting"]
             out.append((", ".join(says), rules))
@@ -97,22 +91,16 @@ def regrets(rules: list[Rule]) -> dict[str, dict]:
     {} for a rule that lacks a part of the largest grid of peaks and seeds, because a run diverged or has not ended: a
     mean over easier peaks is no regret.
     """
-    cells = {r.label: {(lr, seed) for lr, by_seed in r.runs.items() for seed in by_seed} for r in rules}
-    full = max(cells.values(), key=len)
-    peaks, seeds = sorted({lr for lr, _ in full}), sorted({seed for _, seed in full}, key=str)
-    lowest = min(rule.mean(lr) for rule in rules for lr in rule.runs)
-    whole = full == {(lr, seed) for lr in peaks for seed in seeds}
-    return {
-        r.label: {s: statistics.fmean(r.nll(lr)[s] for lr in peaks) - lowest for s in seeds}
-        if whole and cells[r.label] >= full
-        else {}
-        for r in rules
-    }
+    largest = max(rules, key=lambda r: len(r.runs))
+    peaks, seeds = largest.peaks, sorted({seed for _, seed in largest.runs}, key=str)
+    lowest = min(rule.mean(lr) for rule in rules for lr in rule.peaks)
+    whole = [r for r in rules if set(itertools.product(peaks, seeds)) == largest.runs.keys() <= r.runs.keys()]
+    found = {r.label: {s: statistics.fmean(r.nll(lr)[s] for lr in peaks) - lowest for s in seeds} for r in whole}
+    return {r.label: {} for r in rules} | found
 
 
 def mean_sd(values) -> str:
     """Mean ± sd with three decimals."""
-    values = list(values)
     if not values:
         return "-"
     if not all(map(math.isfinite, values)):
@@ -123,22 +111,21 @@ def mean_sd(values) -> str:
 
 def rule_table(rules: list[Rule]) -> Table:
     """A row a rule, the least regret first."""
-    peaks, regret = sorted({lr for r in rules for lr in r.runs}), regrets(rules)
-    lowest = {lr: min((r.mean(lr) for r in rules if lr in r.runs), default=math.nan) for lr in peaks}
-    rows = []
+    peaks, regret, rows = sorted({lr for r in rules for lr in r.peaks}), regrets(rules), []
+    lowest = {lr: min(r.mean(lr) for r in rules if lr in r.peaks) for lr in peaks}
     for rule in sorted(rules, key=lambda r: statistics.fmean(regret[r.label].values() or [math.inf])):
-        seconds = [v for run in rule.finished if (v := run.number("train_seconds"))]
-        seeds = sorted({len(by_seed) for by_seed in rule.runs.values()})
+        seconds = [v for run in rule.runs.values() if (v := run.number("train_seconds"))]
+        seeds = sorted({len(rule.nll(lr)) for lr in rule.peaks})
         at_peaks = [Cell(mean_sd(rule.nll(lr).values()), bold=rule.mean(lr) == lowest[lr]) for lr in peaks]
-        summary = [mean_sd(regret[rule.label].values()), f"{rule.best:g}", mean_sd(rule.nll(rule.best).values())]
-        summary.append(f"{statistics.fmean(seconds):,.1f}" if seconds else "-")
-        rows.append([Cell(rule.label), Cell("-".join(map(str, seeds))), *at_peaks, *map(Cell, summary)])
-    names = "rule", "seeds", *(f"{lr:g}" for lr in peaks), "mean regret", "best peak", "NLL there", "training|s"
-    return Table(heads(*names), rows, note=RIVALS_NOTE)
+        summary = mean_sd(regret[rule.label].values()), f"{rule.best:g}", mean_sd(rule.nll(rule.best).values())
+        training = f"{statistics.fmean(seconds):,.1f}" if seconds else "-"
+        rows.append([rule.label, "-".join(map(str, seeds)), *at_peaks, *summary, training])
+    heads = "rule", "seeds", *(f"{lr:g}" for lr in peaks), "mean regret", "best peak", "NLL there", "training|s"
+    return table_of(heads, rows, note=RIVALS_NOTE)
 
 
-def claim_table(rules: list[Rule]) -> Table:
-    """FoT against every rival: regret over the grid, the best peak, divergences. No rows without plain FoT."""
+def claim_table(rules: list[Rule]) -> Table | None:
+    """FoT against every rival: regret over the grid, the best peak, divergences. None without plain FoT."""
     fots = [r for r in rules if r.config["schedule"] == "fot"]
     mine = next((r for r in fots if len(fots) == 1 or "fot_parts" not in r.label or "blocks" in r.label), None)
     rivals = [r for r in rules if r.config["schedule"] != "fot"] if mine else []
@@ -149,63 +136,63 @@ def claim_table(rules: list[Rule]) -> Table:
         name = f"no worse than {rule.label} at the best peak of each"
         rows.append(claim_row(name, mine.nll(mine.best), rule.nll(rule.best)))
     for rule in linear[:1]:
-        grid = [lr for lr in rule.runs if not rule.diverged(lr)]
-        found = sum(mine.diverged(lr) for lr in grid)
-        row = [Cell(f"no divergence where {rule.label} has none"), Cell(f"{found} of {len(grid)} peaks")]
-        rows.append(row + answer_cells(not found, "not met" if found else "met"))
-    return Table(heads("claim of FoT", "difference|nats", "holds here", "verdict"), rows, note=CLAIMS_NOTE)
+        grid = set(rule.peaks) - rule.diverged
+        found = len(grid & mine.diverged)
+        answers = toned("no" if found else "yes"), toned("not met" if found else "met", bold=True)
+        rows.append([f"no divergence where {rule.label} has none", f"{found} of {len(grid)} peaks", *answers])
+    return table_of(("claim of FoT", "difference|nats", "holds here", "verdict"), rows, note=CLAIMS_NOTE)
 
 
-def answer_cells(holds: bool, state: str) -> list[Cell]:
-    text = "yes" if holds else "no"
-    return [Cell(text, tone=TONES[text]), Cell(state, bold=state != "not powered", tone=TONES[state])]
-
-
-def claim_row(name: str, mine: dict, theirs: dict) -> list[Cell]:
+def claim_row(name: str, mine: dict, theirs: dict) -> list:
     """Whether ``mine`` is below ``theirs``; both by seed."""
-    seeds = [s for s in mine if s in theirs and math.isfinite(mine[s]) and math.isfinite(theirs[s])]
-    if not seeds:
-        return [Cell(name), Cell("-"), Cell("-"), Cell("not comparable")]
-    found = paired([mine[s] for s in seeds], [theirs[s] for s in seeds])
+    ours, others = shared(*({s: v for s, v in side.items() if math.isfinite(v)} for side in (mine, theirs)))
+    if not ours:
+        return [name, "-", "-", "not comparable"]
+    found = paired(ours, others)
     interval = f" [{found.low:+.3f}, {found.high:+.3f}]" if found.n > 1 else ""
-    state = verdict([mine[s] - theirs[s] for s in seeds], 0.0)
+    state = verdict([a - b for a, b in zip(ours, others, strict=True)], 0.0)
     difference = Cell(f"{found.mean:+.3f}{interval}", f"n = {found.n}")
-    return [Cell(name), difference, *answer_cells(found.mean <= 0, state)]
+    return [name, difference, toned("yes" if found.mean <= 0 else "no"), toned(state, bold=state != "not powered")]
 
 
-def decided_table(rules: list[Rule]) -> Table:
+def forecast_errors(runs: list[Run]) -> tuple[list[float], list[bool]]:
+    """Of each run that had a forecast by half of its steps: its relative error, and whether it lay within one sd."""
+    errors, inside = [], []
+    for run in runs:
+        total, last = finite(run.config.get("steps")), finite(run.train[-1].get("nll")) if run.train else None
+        early = [row for row in run.fot if total and row["step"] <= total / 2]
+        mean, sd = (finite(early[-1].get(k)) for k in ("forecast", "sd")) if early else (None, None)
+        if mean is not None and last:
+            errors.append(abs(mean - last) / last)
+            inside.append(abs(mean - last) <= sd)
+    return errors, inside
+
+
+def decided_table(rules: list[Rule]) -> Table | None:
     """What the rules that measure decided, and how well they forecast."""
     rows = []
     for rule in rules:
-        made = [run for run in rule.finished if run.fot]
+        made = [run for run in rule.runs.values() if run.fot]
         if not made:
             continue
-        bound = [statistics.fmean(bool(row.get("bound")) for row in run.fot) for run in made]
-        errors, inside = [], []
-        for run in made:
-            total, last = finite(run.config.get("steps")), finite(run.train[-1].get("nll")) if run.train else None
-            early = [row for row in run.fot if total and row["step"] <= total / 2]
-            mean, sd = (finite(early[-1].get(k)) for k in ("forecast", "sd")) if early else (None, None)
-            if mean is not None and last:
-                errors.append(abs(mean - last) / last)
-                inside.append(abs(mean - last) <= sd)
+        decisions = statistics.fmean(len(run.fot) for run in made)
+        bound = statistics.fmean(statistics.fmean(bool(row.get("bound")) for row in run.fot) for run in made)
+        errors, inside = forecast_errors(made)
         worst = f"worst {100 * max(errors):.1f}, n = {len(errors)}" if errors else ""
         error = Cell(f"{100 * statistics.median(errors):.2f}" if errors else "-", worst)
-        decisions = statistics.fmean(len(run.fot) for run in made)
-        texts = rule.label, str(len(made)), f"{decisions:.0f}", f"{100 * statistics.fmean(bound):.0f}"
-        share = Cell(f"{100 * statistics.fmean(inside):.0f}" if inside else "-")
-        times = Cell(str(sum(int(run.number("divergences") or 0) for run in rule.finished)))
-        rows.append([*map(Cell, texts), error, share, times])
-    return Table(heads(*DECIDED_HEADS), rows, note=DECIDED_NOTE)
+        share = f"{100 * statistics.fmean(inside):.0f}" if inside else "-"
+        times = sum(int(run.number("divergences") or 0) for run in rule.runs.values())
+        rows.append([rule.label, len(made), f"{decisions:.0f}", f"{100 * bound:.0f}", error, share, times])
+    heads = "rule", "runs", "decisions", "at the bound|%", "forecast error|median, %", "inside|%", "diverged|times"
+    return table_of(heads, rows, note=DECIDED_NOTE)
 
 
 def bowl_blocks(arms: list[Arm]) -> tuple[list[tuple], dict[str, bytes]]:
     """Blocks of the report and their figures, none where there is no such grid."""
     blocks, figures = [], {}
     for k, (title, rules) in enumerate(bowls(arms), 1):
-        blocks.append(("h", "Learning-rate rules" + (f": {title}" if title else "")))
         figures[f"bowl_{k}"] = plots.bowl(rules)
-        blocks.append(("figure", f"bowl_{k}", "Line: mean over seeds; band: smallest to largest."))
-        tables = rule_table(rules), claim_table(rules), decided_table(rules)
-        blocks += [("table", table) for table in tables if table.rows]
+        picture = "figure", f"bowl_{k}", "Line: mean over seeds; band: smallest to largest."
+        heading = "Learning-rate rules" + (f": {title}" if title else "")
+        blocks += section(heading, picture, rule_table(rules), claim_table(rules), decided_table(rules))
     return blocks, figures

@@ -10,6 +10,8 @@ import json
 import math
 import os
 import tempfile
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,9 +23,11 @@ from eval.report.gsm8k import answer_blocks
 from eval.report.page import to_html, to_markdown
 from eval.report.runs import (
     Arm,
+    Run,
     differing,
     finite,
     group_arms,
+    grouped,
     load_run,
     setting_differences,
     show,
@@ -31,7 +35,7 @@ from eval.report.runs import (
     system_differences,
 )
 from eval.report.sources import other_files, usual
-from eval.report.tables import Cell, Row, Table, heads, label_cell
+from eval.report.tables import Cell, label_cell, section, table_of
 
 SPLITS = {"val": "validation", "test": "test", "ood": "out of domain"}
 MOST_CURVES, MOST_PANELS = 10, 6  # arms in a figure of curves; in one of a panel an arm
@@ -67,53 +71,28 @@ class Report:
     figures: dict[str, bytes] = field(default_factory=dict)  # name -> PNG
     out: Path | None = None
 
-    def section(self, heading: str, blocks: list[tuple], kind: str = "h") -> None:
-        """Adds ``blocks`` under a heading, or to be unfolded (kind "fold"); nothing where there are none."""
-        if blocks:
-            self.blocks += [("fold", heading, blocks)] if kind == "fold" else [(kind, heading), *blocks]
-
-    def figure(self, name: str, data: bytes | None, caption: str) -> list[tuple]:
-        """Keeps a picture, and gives its block; none where there is nothing to draw."""
+    def figure(self, name: str, data: bytes | None, caption: str) -> tuple | None:
+        """Keeps a picture, and gives its block; None where there is nothing to draw."""
         if data is None:
-            return []
+            return None
         self.figures[name] = data
-        return [("figure", name, caption)]
-
-
-def table_block(table: Table | None) -> list[tuple]:
-    return [("table", table)] if table else []
-
-
-# ----------------------------------------------------------------------------------------------
-# what a reader must know
+        return "figure", name, caption
 
 
 def find_warnings(arms: list[Arm]) -> list[str]:
     """What a reader must know before comparing anything, the gravest first."""
     out = []
     for k in setting_differences(*arms):
-        groups = {}
-        for arm in arms:
-            groups.setdefault(show(arm.config.get(k)), []).append(arm.label)
-        parts = "; ".join(f"{value}: {some(labels)}" for value, labels in groups.items())
+        groups = grouped(arms, lambda arm, k=k: show(arm.config.get(k)))
+        parts = "; ".join(f"{value}: {some([arm.label for arm in same])}" for value, same in groups.items())
         out.append(f"NOT COMPARABLE: the arms differ in {k} ({parts}). No verdict is given across that difference.")
     done = [arm for arm in arms if arm.finished]
     for k in sorted({k for arm in done for k in system_differences(done[0], arm)}):
         out.append(f"Speed and memory are NOT COMPARABLE between all arms: they differ in {k}.")
     out += code_warnings(arms)
-    for run in (run for arm in arms for run in arm.runs):
-        name, steps = run.path.as_posix(), run.config.get("steps", "?")
-        if not run.finished:
-            out.append(f"UNFINISHED: {name}, {run.state} of {steps}. It is in the curves only.")
-        elif (run.number("steps") or math.inf) < (finite(steps) or 0):
-            out.append(f"{name} ended at step {run.summary['steps']} of {steps}: its numbers are of a shorter run.")
-        elif run.number("val_nll") is None:
-            out.append(f"{name} finished without a finite validation NLL.")
-        if run.number("divergences"):
-            out.append(f"{name} diverged {run.summary['divergences']} time(s) on the way.")
-        if run.summary.get("temperature_at_bound"):
-            out.append(f"{name}: its temperature {run.summary.get('temperature')} stands at the bound of the search.")
-    parts = {}
+    for arm in arms:
+        out += [warning for run in arm.runs for warning in run_warnings(run)]
+    parts = {}  # as a set that keeps its order
     for run in (run for arm in done for run in arm.finished):
         sets = run.summary.get("data")
         for name, of in sets.items() if isinstance(sets, dict) else ():
@@ -121,8 +100,7 @@ def find_warnings(arms: list[Arm]) -> list[str]:
         parts |= {f"{k}: the first {n:,} pairs": None for k, n in (run.summary.get("examples_limit") or {}).items()}
     if parts:
         out.append(f"Not of whole sets: {'; '.join(parts)}.")
-    single = [arm.label for arm in done if len(arm.finished) < 2]
-    if single:
+    if single := [arm.label for arm in done if len(arm.finished) < 2]:
         out.append(f"One seed only ({some(single)}): a difference may be chance, and no claim about it is powered.")
     commits = sorted({str(run.environment.get("git_commit"))[:10] for arm in arms for run in arm.runs})
     if len(commits) > 1:
@@ -130,79 +108,85 @@ def find_warnings(arms: list[Arm]) -> list[str]:
     return out
 
 
+def run_warnings(run: Run) -> Iterator[str]:
+    name, steps = run.path.as_posix(), run.config.get("steps", "?")
+    if not run.finished:
+        yield f"UNFINISHED: {name}, {run.state} of {steps}. It is in the curves only."
+    elif (run.number("steps") or math.inf) < (finite(steps) or 0):
+        yield f"{name} ended at step {run.summary['steps']} of {steps}: its numbers are of a shorter run."
+    elif run.number("val_nll") is None:
+        yield f"{name} finished without a finite validation NLL."
+    if run.number("divergences"):
+        yield f"{name} diverged {run.summary['divergences']} time(s) on the way."
+    if run.summary.get("temperature_at_bound"):
+        yield f"{name}: its temperature {run.summary.get('temperature')} stands at the bound of the search."
+
+
 def code_warnings(arms: list[Arm]) -> list[str]:
     """Arms of one config that ran other code, with their runs; and arms that ran other code than most."""
-    by_config, out = {}, []
-    for arm in arms:
-        by_config.setdefault(json.dumps(arm.config, sort_keys=True), []).append(arm)
-    for first, *others in by_config.values():
+    out = []
+    for first, *others in grouped(arms, lambda arm: json.dumps(arm.config, sort_keys=True)).values():
         for arm in others:
             sides = " and ".join(some([run.path.as_posix() for run in side.runs]) for side in (arm, first))
             files = some(other_files(arm.source, first.source))
             out.append(f"OTHER CODE: {sides} have the same settings, but {files} differs: they are two arms, not one.")
     base = usual([run.source for arm in arms for run in arm.runs])
-    ran = {arm.label: some(other_files(arm.source, base)) for arm in arms if not arm.code}
-    for files in dict.fromkeys(filter(None, ran.values())):
-        labels = some([label for label in ran if ran[label] == files])
+    plain = [arm for arm in arms if not arm.code and other_files(arm.source, base)]
+    for files, same in grouped(plain, lambda arm: some(other_files(arm.source, base))).items():
+        labels = some([arm.label for arm in same])
         out.append(f"OTHER CODE: {labels} ran another {files} than most; a difference may be the code's.")
     return out
 
 
-# ----------------------------------------------------------------------------------------------
-# parts of the page
+def run_row(arm: Arm, run: Run) -> list:
+    """A run in the table of what was run."""
+    env, seen = run.environment, run.number("tokens_seen")
+    commit = str(env.get("git_commit") or "-")[:10] + " + changes" * bool(env.get("git_dirty"))
+    device = run.summary.get("device") or env.get("device") or "-"
+    time = str(env.get("time") or "-")[:16].replace("T", " ")
+    steps = f"{run.summary.get('steps', run.last_step)} of {run.config.get('steps', '-')}"
+    path, state = run.path.as_posix(), Cell(run.state, tone="" if run.finished else "unsure")
+    tokens = f"{seen:,.0f}" if seen else "-"
+    return [Cell(path, colour=arm.colour), arm.label, state, device, commit, time, run.seed, steps, tokens]
 
 
 def fact_blocks(arms: list[Arm]) -> list[tuple]:
     """What was run, where, how, and what happened on the way."""
-    body, events, commands, versions = [], {}, {}, {}
-    for arm, run in [(a, r) for a in arms for r in a.runs]:
-        env, path = run.environment, run.path.as_posix()
-        commit = str(env.get("git_commit") or "-")[:10] + (" + changes" if env.get("git_dirty") else "")
-        done, seen = run.summary.get("steps", run.last_step), run.number("tokens_seen")
-        device = str(run.summary.get("device") or env.get("device") or "-")
-        time = str(env.get("time") or "-")[:16].replace("T", " ")
-        steps = f"{done} of {run.config.get('steps', '-')}"
-        words = device, commit, time, str(run.seed), steps, f"{seen:,.0f}" if seen else "-"
-        state = Cell(run.state, tone="" if run.finished else "unsure")
-        body.append([Cell(path, colour=arm.colour), Cell(arm.label), state, *map(Cell, words)])
-        commands |= {str(env["command"]): None} if env.get("command") else {}
-        packages = {"python": env.get("python"), **(env.get("packages") or {})}
-        versions |= {", ".join(f"{k} {v}" for k, v in packages.items() if v): None}
-        for event in run.events:
-            events.setdefault((path, str(event.get("event"))), []).append(event)
-    names = "run", "arm", "state", "device", "commit", "started (UTC)", "seed", "steps", "tokens"
-    blocks, body = [("table", Table(heads(*names), body, left=6))], []
-    for (path, event), found in events.items():
-        detail = {k: v for k, v in found[0].items() if k not in ("kind", "step", "event") and v is not None}
-        says = ", ".join(f"{k} {v}" for k, v in detail.items()) or "-"
-        steps = str(found[0]["step"]) + (f" to {found[-1]['step']}" if len(found) > 1 else "")
-        body.append([*map(Cell, (path, event, says, steps, str(len(found))))])
-    if body:
-        names = "run", "event", "detail of the first", "step", "times"
-        blocks += [("h3", "Events"), ("table", Table(heads(*names), body, left=3))]
+    runs, rows = [(arm, run) for arm in arms for run in arm.runs], []
+    heads = "run", "arm", "state", "device", "commit", "started (UTC)", "seed", "steps", "tokens"
+    blocks = section("What was run", table_of(heads, [run_row(*pair) for pair in runs], left=6))
+    events = [(run.path.as_posix(), event) for _, run in runs for event in run.events]
+    for kind, found in grouped(events, lambda pair: (pair[0], str(pair[1].get("event")))).items():
+        first, last = found[0][1], found[-1][1]
+        detail = (f"{k} {v}" for k, v in first.items() if k not in ("kind", "step", "event") and v is not None)
+        steps = f"{first['step']} to {last['step']}" if len(found) > 1 else first["step"]
+        rows.append([*kind, ", ".join(detail) or "-", steps, len(found)])
+    heads = "run", "event", "detail of the first", "step", "times"
+    blocks += section("Events", table_of(heads, rows, left=3), kind="h3")
     flags = differing(arms, unread=True)
-    if flags:
-        rows = [[label_cell(arm), *(Cell(show(arm.config.get(k))) for k in flags)] for arm in arms]
-        blocks += [("h3", "Where the arms differ"), ("table", Table(heads("arm", *flags), rows, note=ARMS_NOTE))]
+    rows = [[label_cell(arm), *(show(arm.config.get(k)) for k in flags)] for arm in arms if flags]
+    blocks += section("Where the arms differ", table_of(["arm", *flags], rows, note=ARMS_NOTE), kind="h3")
     shared = ", ".join(f"{k} {show(v)}" for k, v in arms[0].config.items() if k not in flags)
-    blocks += [("h3", "What they share"), ("p", shared + ".")] if shared else []
-    blocks += [("h3", "Commands"), ("code", "\n".join(commands))] if commands else []
-    versions = "; ".join(filter(None, versions))
-    return blocks + ([("p", f"Versions: {versions}.")] if versions else [])
+    blocks += section("What they share", shared and ("p", f"{shared}."), kind="h3")
+    commands = dict.fromkeys(str(command) for _, run in runs if (command := run.environment.get("command")))
+    blocks += section("Commands", commands and ("code", "\n".join(commands)), kind="h3")
+    packages = [{"python": run.environment.get("python")} | (run.environment.get("packages") or {}) for _, run in runs]
+    versions = dict.fromkeys(", ".join(f"{k} {v}" for k, v in each.items() if v) for each in packages)
+    says = "; ".join(filter(None, versions))
+    return blocks + ([("p", f"Versions: {says}.")] if says else [])
 
 
 def sample_blocks(arms: list[Arm]) -> list[tuple]:
     """Distinct-1 and -2 of each arm, and its first run's texts side by side, prompt by prompt."""
-    columns = metrics.shown(metrics.SAMPLES, "table")
-    rows = [Row(arm) for arm in arms if any(arm.values(m.key) for m in columns)]
-    blocks, texts = table_block(tables.metric_table(rows, {}, columns, "") if rows else None), {}
+    columns, texts = metrics.shown(metrics.SAMPLES, "table"), defaultdict(dict)
+    rows = [arm for arm in arms if any(arm.values(m.key) for m in columns)]
     for arm in arms:
-        run = next((run for run in arm.finished if run.samples), None)
-        for sample in (s for s in run.samples if isinstance(s, dict)) if run else ():
-            text = str(sample.get("text", ""))
-            cards = texts.setdefault(str(sample.get("prompt", "")), {})
+        samples = next((run.samples for run in arm.finished if run.samples), [])
+        for sample in (s for s in samples if isinstance(s, dict)):
+            text, cards = str(sample.get("text", "")), texts[str(sample.get("prompt", ""))]
             cards.setdefault(arm.label, (label_cell(arm), text if text.strip() else "(empty)"))
-    return blocks + [("samples", prompt, list(found.values())) for prompt, found in texts.items()]
+    cards = [("samples", prompt, list(found.values())) for prompt, found in texts.items()]
+    return section("Samples", tables.metric_table(rows, {}, columns, ""), *cards)
 
 
 def best_arms(arms: list[Arm], limit: int) -> list[Arm]:
@@ -242,23 +226,16 @@ def grids(arms: list[Arm]) -> list[tuple[str, str, str, dict, str]]:
     return out
 
 
-def plural(n: int, word: str) -> str:
-    return f"{n} {word}" + ("s" if n != 1 else "")
-
-
 def head_line(arms: list[Arm]) -> str:
     """What the report is of."""
     runs = [run for arm in arms for run in arm.runs]
     models = [(a.config.get("model") or a.config.get("size"), a.config.get("data")) for a in arms]
     what = ", ".join(dict.fromkeys(f"{show(model)} on {show(data)}" for model, data in models))
-    count = f"{plural(len(arms), 'arm')}, {plural(len(runs), 'run')} ({sum(run.finished for run in runs)} finished)"
+    count = ", ".join(f"{len(of)} {word}" + "s" * (len(of) != 1) for of, word in ((arms, "arm"), (runs, "run")))
     seeds = ", ".join(sorted({str(run.seed) for run in runs}))
     devices = "; ".join(sorted({str(run.environment.get("device") or "-") for run in runs}))
+    count += f" ({sum(run.finished for run in runs)} finished)"
     return f"{what}. {count}, seeds {seeds}, on {devices}. Written {datetime.datetime.now():%Y-%m-%d %H:%M}."
-
-
-# ----------------------------------------------------------------------------------------------
-# the page
 
 
 def build(folders: list[str | Path], title: str = "") -> Report:
@@ -277,36 +254,32 @@ def build(folders: list[str | Path], title: str = "") -> Report:
     report.blocks += bowls
     report.figures |= pictures
     for split, name in SPLITS.items():
-        final, made = tables.final_table(arms, split), tables.summary_table(arms, split)
-        report.section(f"Results, {name}", table_block(final), kind="fold" if bowls else "h")
-        report.section(f"Summaries, {name}", table_block(made), kind="h3")
+        report.blocks += section(f"Results, {name}", tables.final_table(arms, split), kind="fold" if bowls else "h")
+        report.blocks += section(f"Summaries, {name}", tables.summary_table(arms, split), kind="h3")
     if not done:
         report.blocks.append(("p", "No run has finished: there are curves, and no final numbers yet."))
     report.blocks += answer_blocks(arms)
     if not bowls:  # with CE there would be as many as there are rules
-        report.section("Differences from CE, validation", table_block(tables.delta_table(arms)))
-    if claimed:
-        report.section("The claims of DPSM", [("p", VERDICT_NOTE)])
+        report.blocks += section("Differences from CE, validation", tables.delta_table(arms))
+    report.blocks += section("The claims of DPSM", claimed and ("p", VERDICT_NOTE))
     for i, label in enumerate(dict.fromkeys(v.arm for v in found)):
-        part = table_block(tables.verdict_table([v for v in found if v.arm == label]))
-        report.section(label, part, kind="fold" if i else "h3")
+        part = tables.verdict_table([v for v in found if v.arm == label])
+        report.blocks += section(label, part, kind="fold" if i else "h3")
     few = best_arms(arms, MOST_CURVES)
     cut = f" {len(few)} of {len(arms)} arms: the best of each loss, then the next best." if few != arms else ""
-    curves = report.figure("curves", plots.learning_curves(few), CURVES_NOTE + cut)
-    report.blocks += [("h", "Learning curves"), *curves]
-    report.blocks += report.figure("training", plots.training_curves(few), TRAINING_NOTE + cut)
+    curves = report.figure("curves", plots.curves(few, "val"), CURVES_NOTE + cut)
+    training = report.figure("training", plots.curves(few, "train"), TRAINING_NOTE + cut)
+    report.blocks += section("Learning curves", curves, training)
     for k, (name, x, y, cells, split) in enumerate(grids(arms), 1):
         picture = plots.heat_maps(name, x, y, cells, SPLITS[split])
-        report.section(f"{name}: {x} and {y}", report.figure(f"grid_{k}", picture, GRID_NOTE))
+        report.blocks += section(f"{name}: {x} and {y}", report.figure(f"grid_{k}", picture, GRID_NOTE))
     few, reliability = best_arms(done, MOST_PANELS), []
     for split, name in SPLITS.items():
         caption = f"{name.capitalize()}. {RELIABILITY_NOTE}"
-        reliability += report.figure(f"reliability_{split}", plots.reliability(few, split), caption)
-    report.section("Reliability before and after temperature", reliability)
-    if done:
-        report.section("Cost", table_block(tables.cost_table(arms)))
-        report.section("Samples", sample_blocks(best_arms(arms, MOST_PANELS)))
-    report.section("What was run", fact_blocks(arms))
+        reliability.append(report.figure(f"reliability_{split}", plots.reliability(few, split), caption))
+    report.blocks += section("Reliability before and after temperature", *reliability)
+    report.blocks += section("Cost", tables.cost_table(arms)) + sample_blocks(best_arms(arms, MOST_PANELS))
+    report.blocks += fact_blocks(arms)
     return report
 
 

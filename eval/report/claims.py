@@ -3,6 +3,7 @@
 Every criterion compares arms over the seeds that both finished. The verdict over seeds is `eval.stats.verdict`.
 """
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -71,11 +72,10 @@ def time_to(curve: list[tuple[float, float]], level: float) -> float | None:
 
     Where the first point is there already, its time: the curve does not say how much earlier.
     """
-    for i, (seconds, ppl) in enumerate(curve):
+    if curve and curve[0][1] <= level:
+        return curve[0][0]
+    for (before, above), (seconds, ppl) in itertools.pairwise(curve):
         if ppl <= level:
-            if i == 0:
-                return seconds
-            before, above = curve[i - 1]
             return before + (seconds - before) * math.log(above / level) / math.log(above / ppl)
     return None
 
@@ -102,8 +102,8 @@ def judge(c: Criterion, arm: Arm | None, arms: list[Arm]) -> Verdict:
     values, other, why = [], None, f"missing: no {'finished ' if arm else ''}run with --loss dpsm"
     if arm and arm.finished:
         other, why = reference(arm, arms, c.against)
-        if other and c.system and (apart := system_differences(arm, other)):
-            why = f"not comparable: {', '.join(apart)}"
+    if other and c.system and (apart := system_differences(arm, other)):
+        why = f"not comparable: {', '.join(apart)}"
     if not why:
         theirs = {run.seed: run for run in other.finished}
         pairs = [(run, theirs[run.seed]) for run in arm.finished if run.seed in theirs]

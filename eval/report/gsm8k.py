@@ -2,12 +2,12 @@
 
 import json
 import math
-from pathlib import Path
+import operator
 
 from eval import metrics
 from eval.metrics import Metric
 from eval.report.runs import Arm, Run
-from eval.report.tables import Cell, Row, Table, heads, label_cell, metric_table, p_text
+from eval.report.tables import Cell, Table, label_cell, metric_table, p_text, section, table_of
 from eval.stats import holm, mcnemar_exact, paired
 
 NOTE = (
@@ -27,23 +27,17 @@ def answer_blocks(arms: list[Arm]) -> list[tuple]:
     """Blocks of the report, none where no run has answered GSM8K. Raises ValueError naming a broken verdicts.jsonl."""
     rates = [m.key for m in metrics.ANSWERS if m.name == "pass@1"]
     done = [arm for arm in arms if any(arm.values(key) for key in rates)]
-    if not done:
-        return []
-    blocks = [("h", "GSM8K, pass@1"), ("table", answer_table(done))]
-    found = paired_table(done)
-    return blocks + ([("h3", "Arms compared by problem"), ("table", found)] if found else [])
+    blocks = section("GSM8K, pass@1", answer_table(done))
+    return blocks + section("Arms compared by problem", paired_table(done), kind="h3")
 
 
-def answer_table(arms: list[Arm]) -> Table:
+def answer_table(arms: list[Arm]) -> Table | None:
     def interval(arm: Arm, metric: Metric) -> str:
-        ends = arm.finished[0].summary.get(f"{metric.key}_ci95")
-        if not ends or None in ends:  # of one problem there is none
-            return ""
-        return "[{}, {}]".format(*(metric.format(metric.scale * v) for v in ends))
+        ends = arm.finished[0].summary.get(f"{metric.key}_ci95") or [None]  # of one problem there is none
+        return "" if None in ends else "[{}, {}]".format(*(metric.format(metric.scale * v) for v in ends))
 
-    seeds = [str(len(arm.finished)) for arm in arms]
-    columns = metrics.shown(metrics.ANSWERS, "table")
-    return metric_table([Row(arm) for arm in arms], {"seeds": seeds}, columns, "", interval=interval, note=NOTE)
+    lead = {"seeds": [len(arm.finished) for arm in arms]}
+    return metric_table(arms, lead, metrics.shown(metrics.ANSWERS, "table"), "", interval=interval, note=NOTE)
 
 
 def paired_table(arms: list[Arm]) -> Table | None:
@@ -62,27 +56,22 @@ def paired_table(arms: list[Arm]) -> Table | None:
             continue
         mine, theirs = ([sum(side[s].get(i, False) for s in seeds) / len(seeds) for i in ids] for side in (by, base_by))
         found = paired([100 * v for v in mine], [100 * v for v in theirs], resamples=2000)
-        won = sum(a > b for a, b in zip(mine, theirs, strict=True))
-        lost = sum(a < b for a, b in zip(mine, theirs, strict=True))
+        won, lost = sum(map(operator.gt, mine, theirs)), sum(map(operator.lt, mine, theirs))
         tests.append(mcnemar_exact(won, lost) if len(seeds) == 1 else found.p)
         difference = Cell(f"{found.mean:+.2f}", f"[{found.boot_low:+.2f}, {found.boot_high:+.2f}]")
-        counts = [Cell(str(n)) for n in (len(seeds), len(ids), won, lost)]
-        rows.append([label_cell(arm), Cell(base.label), *counts[:2], difference, *counts[2:]])
+        rows.append([label_cell(arm), base.label, len(seeds), len(ids), difference, won, lost])
     for row, p in zip(rows, holm(tests), strict=True):
-        row.append(Cell("-" if math.isnan(p) else p_text(p)))
-    names = "arm", "minus", "seeds", "problems", "difference in pp", "won", "lost", "p"
-    return Table(heads(*names), rows, 2, PAIRED_NOTE) if rows else None
+        row.append("-" if math.isnan(p) else p_text(p))
+    heads = "arm", "minus", "seeds", "problems", "difference in pp", "won", "lost", "p"
+    return table_of(heads, rows, 2, PAIRED_NOTE)
 
 
 def right(run: Run) -> dict[str, bool]:
     """Whether each problem's greedy answer is right by the run's main rule; empty without a verdicts.jsonl."""
-    path = Path(run.path) / "verdicts.jsonl"
-    out = {}
+    path, out = run.path / "verdicts.jsonl", {}
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n") if path.exists() else [], 1):
-        if not line:
-            continue
         try:
-            row = json.loads(line)
+            row = json.loads(line) if line else {"sample": True}
             if not row.get("sample"):
                 out[row["id"]] = bool(row["correct"]["code" if "code" in row["correct"] else "strict"])
         except (json.JSONDecodeError, AttributeError, KeyError, TypeError):

@@ -3,48 +3,20 @@
 import base64
 import re
 from html import escape
+from pathlib import Path
 
-CSS = """
-:root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; color: #222; background: #fff;
-  max-width: 1240px; margin: 2.5rem auto 5rem; padding: 0 1.5rem; }
-h1 { font-size: 1.7rem; margin: 0 0 .4rem; } h2 { font-size: 1.2rem; margin: 2.6rem 0 .6rem; }
-h3 { font-size: 1rem; margin: 1.4rem 0 .4rem; } p { margin: .4rem 0; max-width: 62rem; }
-.lede, .note, figcaption { color: #666; } .note, figcaption { font-size: .85rem; max-width: 62rem; }
-.warn { background: #fff7e6; border-left: 4px solid #E69F00; padding: .5rem 1rem; margin: 1rem 0; }
-.warn li { margin: .15rem 0; } .warn ul { margin: 0; padding-left: 1.1rem; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .86rem; margin: .5rem 0; }
-th, td { padding: .34rem .5rem; text-align: right; vertical-align: top; border-bottom: 1px solid #e8e8e8; }
-th { font-weight: 600; vertical-align: bottom; border-bottom: 1.5px solid #999; }
-td { font-variant-numeric: tabular-nums; white-space: nowrap; }
-td.long { white-space: normal; min-width: 15rem; }
-.words { text-align: left; }
-small { display: block; color: #777; font-weight: 400; font-size: .82em; line-height: 1.25; }
-.swatch { display: inline-block; width: .7em; height: .7em; border-radius: 2px; margin-right: .45em; }
-.good { color: #00684b; } .bad { color: #b3341f; } .unsure { color: #7a5c00; }
-figure { margin: .8rem 0 1.4rem; } img { max-width: 100%; height: auto; display: block; }
-pre { background: #f6f6f4; padding: .7rem 1rem; overflow-x: auto; font-size: .84rem; }
-.samples { display: grid; grid-template-columns: repeat(auto-fit, minmax(230px, 1fr)); gap: .8rem;
-  margin: .5rem 0 1.6rem; }
-.sample { border-top: 3px solid; padding-top: .35rem; font-size: .88rem; }
-.text { white-space: pre-wrap; overflow-wrap: anywhere; margin: .2rem 0; }
-.prompt { border-left: 3px solid #ccc; padding-left: .8rem; color: #555; font-size: .9rem; }
-summary { cursor: pointer; font-weight: 600; margin: .5rem 0; }
-"""
+TAGS = {"h": "h2", "h3": "h3", "p": "p", "code": "pre"}
 
 
 def to_html(report) -> str:
     """One file: styles inside, pictures as data, no script and nothing fetched."""
-    title = escape(report.title)
+    title, css = escape(report.title), Path(__file__).with_name("page.css").read_text(encoding="utf-8")
     body = "\n".join(html_block(block, report.figures, lede=i == 0) for i, block in enumerate(report.blocks))
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'
     return (
-        f'<!doctype html>\n<html lang="en">\n<head>{head}<style>{CSS}</style></head>\n'
+        f'<!doctype html>\n<html lang="en">\n<head>{head}<style>\n{css}</style></head>\n'
         f"<body>\n<h1>{title}</h1>\n{body}\n</body>\n</html>\n"
     )
-
-
-TAGS = {"h": "h2", "h3": "h3", "p": "p", "code": "pre"}
 
 
 def html_block(block: tuple, figures: dict[str, bytes], lede: bool = False) -> str:
@@ -60,11 +32,8 @@ def html_block(block: tuple, figures: dict[str, bytes], lede: bool = False) -> s
             image = f'<img alt="{escape(name)}" src="data:image/png;base64,{data}">'
             return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
         case "samples", prompt, texts:
-            cards = "".join(
-                f'<div class=sample style="border-color:{cell.colour}"><b>{escape(cell.text)}</b>'
-                f"<div class=text>{escape(text)}</div></div>"
-                for cell, text in texts
-            )
+            card = '<div class=sample style="border-color:{}"><b>{}</b><div class=text>{}</div></div>'
+            cards = "".join(card.format(cell.colour, escape(cell.text), escape(text)) for cell, text in texts)
             return f'<div class="prompt text">{escape(prompt)}</div><div class=samples>{cards}</div>'
         case "fold", title, blocks:
             inner = "\n".join(html_block(b, figures) for b in blocks)

@@ -11,8 +11,8 @@ import statistics
 import textwrap
 from typing import NamedTuple
 
+import numpy as np
 from matplotlib import ticker
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -20,17 +20,11 @@ from matplotlib.patches import Patch
 
 from eval import metrics
 from eval.calibration import Calibration
+from eval.report.runs import finite
 from schedules.style import FAINT, INK, PALETTE, styled, thousands
 
 # Of each score, from Okabe & Ito's palette (see schedules/style.py).
-HUES = {
-    "ce": "#333333",
-    "dpsm": "#D55E00",
-    "brier": "#0072B2",
-    "spherical": "#009E73",
-    "focal": "#CC79A7",
-    "smoothing": "#E69F00",
-}
+HUES = dict(ce="#333333", dpsm="#D55E00", brier="#0072B2", spherical="#009E73", focal="#CC79A7", smoothing="#E69F00")
 OTHER = "#56B4E9"
 STYLES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
 
@@ -46,14 +40,10 @@ def assign_colours(arms: list) -> None:
             arm.style = STYLES[k % len(STYLES)]
 
 
-# ----------------------------------------------------------------------------------------------
-# learning curves
-
-
 def points(run, kind: str, x: str, y: str) -> list[tuple[int, float, float]]:
     """(step, x, y) of the rows of ``kind`` in which both are finite numbers."""
     rows = ((row.get("step"), row.get(x), row.get(y)) for row in getattr(run, kind))
-    return [row for row in rows if all(isinstance(v, int | float) and math.isfinite(v) for v in row)]
+    return [row for row in rows if None not in map(finite, row)]
 
 
 def band(runs: list, kind: str, x: str, y: str) -> tuple[list, list, list, list]:
@@ -66,14 +56,13 @@ def band(runs: list, kind: str, x: str, y: str) -> tuple[list, list, list, list]
 
 def draw_arm(ax, arm, kind: str, x: str, y: str) -> None:
     """Mean and range of the finished runs; unfinished ones, or runs that share no steps, one thin line each."""
-    finished = [run for run in arm.runs if run.finished]
-    xs, ys, low, high = band(finished, kind, x, y)
-    shared = len(xs) >= 2 or len(finished) == 1
+    xs, ys, low, high = band(arm.finished, kind, x, y)
+    shared = len(xs) >= 2 or len(arm.finished) == 1
     look = {"color": arm.colour, "linestyle": arm.style}
     if shared and xs:
         dots = {"marker": "o", "markersize": 3.2} if kind == "val" and len(xs) <= 25 else {}
         ax.plot(xs, ys, linewidth=1.7, **look, **dots)
-        if len(finished) > 1:
+        if len(arm.finished) > 1:
             ax.fill_between(xs, low, high, color=arm.colour, alpha=0.18, linewidth=0)
     for run in (run for run in arm.runs if not run.finished or not shared):
         rows = points(run, kind, x, y)
@@ -92,16 +81,6 @@ def frame(arms: list, kind: str, y: str, skip: float) -> tuple[float, float] | N
     return (min(values), max(values)) if values else None
 
 
-def decade_ticks(ax, low: float, high: float) -> None:
-    """Readable numbers on a logarithmic y axis, whatever its range."""
-    if high / low < 12:
-        ax.yaxis.set_major_locator(ticker.MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
-    else:
-        ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-    ax.yaxis.set_major_formatter(ticker.FuncFormatter(thousands))
-    ax.yaxis.set_minor_locator(ticker.NullLocator())
-
-
 class Panel(NamedTuple):
     """One of a figure's plots: ``y`` over ``x`` of rows of one kind."""
 
@@ -115,20 +94,22 @@ class Panel(NamedTuple):
 
 
 SECONDS = {"x": "train_seconds", "x_label": "training time (s)"}
-VALIDATION = [
-    Panel("ppl", "Perplexity by time", "validation perplexity", **SECONDS, view="log", skip=0.2),
-    Panel("ppl", "Perplexity by step", view="log", skip=0.2),
-    Panel("ece10", "ECE by time", "validation ECE, 10 bins (%)", **SECONDS, view="ratio", skip=0.2),
-    Panel("ece10", "ECE by step", view="ratio", skip=0.2),
-]
-TRAINING = [
-    Panel("loss", "Loss", "training loss, each its own score", view="late", skip=0.05),
-    Panel("nll", "NLL", "training NLL (nats a token)", view="late", skip=0.05),
-    Panel("alpha", "Alpha", "alpha, share of Brier", view="share"),
-    Panel("lr", "Learning rate", "learning rate"),
-    Panel("grad_norm", "Gradient norm", "gradient norm before clipping", view="log"),
-    Panel("clip_rate", "Clip rate", "share of steps clipped (%)", view="share"),
-]
+PANELS = {  # of rows of a kind, two side by side
+    "val": [
+        Panel("ppl", "Perplexity by time", "validation perplexity", **SECONDS, view="log", skip=0.2),
+        Panel("ppl", "Perplexity by step", view="log", skip=0.2),
+        Panel("ece10", "ECE by time", "validation ECE, 10 bins (%)", **SECONDS, view="ratio", skip=0.2),
+        Panel("ece10", "ECE by step", view="ratio", skip=0.2),
+    ],
+    "train": [
+        Panel("loss", "Loss", "training loss, each its own score", view="late", skip=0.05),
+        Panel("nll", "NLL", "training NLL (nats a token)", view="late", skip=0.05),
+        Panel("alpha", "Alpha", "alpha, share of Brier", view="share"),
+        Panel("lr", "Learning rate", "learning rate"),
+        Panel("grad_norm", "Gradient norm", "gradient norm before clipping", view="log"),
+        Panel("clip_rate", "Clip rate", "share of steps clipped (%)", view="share"),
+    ],
+}
 PERCENT = ticker.FuncFormatter(lambda v, _: f"{100 * v:g}")
 
 
@@ -137,8 +118,7 @@ def draw_panel(ax, panel: Panel, arms: list, kind: str) -> None:
     drawn = [arm for arm in arms if panel.y != "alpha" or arm.loss == "dpsm"]  # others have none, and log 0
     for arm in drawn:
         draw_arm(ax, arm, kind, panel.x, panel.y)
-    ax.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.label)
-    ax.set_xlim(left=0)
+    ax.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.label, xlim=(0, None))
     ax.xaxis.set_major_formatter(ticker.FuncFormatter(thousands))
     limits = frame(drawn, kind, panel.y, panel.skip)
     if limits is None:
@@ -153,50 +133,41 @@ def draw_panel(ax, panel: Panel, arms: list, kind: str) -> None:
             high = min(high, 30 * low)  # a diverging run leaves the frame
             margin = max((high / low) ** 0.06, 1.005)
             ax.set_ylim(low / margin, high * margin)
-        decade_ticks(ax, *ax.get_ylim())
+        low, high = ax.get_ylim()
+        few = ticker.MaxNLocator(6, steps=[1, 2, 2.5, 5, 10])
+        ax.yaxis.set_major_locator(few if high / low < 12 else ticker.LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter(ticker.FuncFormatter(thousands))
+        ax.yaxis.set_minor_locator(ticker.NullLocator())
     elif panel.view == "late":
         margin = 0.05 * (high - low) or 0.1
         ax.set_ylim(low - margin, high + margin)
-    elif panel.view == "ratio":
-        ax.set_ylim(0, high * 1.08 or 1)
-    elif panel.view == "share":
-        ax.set_ylim(-0.03, 1.05)
+    elif panel.view in ("ratio", "share"):
+        ax.set_ylim(*{"ratio": (0, high * 1.08 or 1), "share": (-0.03, 1.05)}[panel.view])
     if "(%)" in panel.label or panel.view == "ratio":
         ax.yaxis.set_major_formatter(PERCENT)
 
 
 @styled
-def learning_curves(arms: list) -> bytes | None:
-    """Validation perplexity and ECE over training seconds and over steps."""
-    if not any(points(run, "val", "step", y) for arm in arms for run in arm.runs for y in ("ppl", "ece10")):
+def curves(arms: list, kind: str) -> bytes | None:
+    """Validation perplexity and ECE over seconds and steps (``kind`` "val"), or what training records ("train")."""
+    panels, sharey = PANELS[kind], {"val": "row", "train": False}[kind]
+    if not any(points(run, kind, "step", panel.y) for arm in arms for run in arm.runs for panel in panels):
         return None
-    fig = new_figure(10, 6.6)
-    for ax, panel in zip(fig.subplots(2, 2, sharey="row").flat, VALIDATION, strict=True):
-        draw_panel(ax, panel, arms, "val")
-    arm_legend(fig, arms)
+    fig = figure(10, (17 + 4 * len(panels)) / 5)
+    axes = fig.subplots(len(panels) // 2, 2, sharey=sharey)
+    for ax, panel in zip(axes.flat, panels, strict=True):
+        draw_panel(ax, panel, arms, kind)
+    handles = [Line2D([], [], color=a.colour, linestyle=a.style, linewidth=2, label=a.label) for a in arms]
+    if any(not run.finished for arm in arms for run in arm.runs):
+        handles.append(Line2D([], [], color=FAINT, linewidth=0.9, marker="x", label="unfinished run"))
+    widest = max(len(h.get_label()) for h in handles)
+    fig.legend(handles=handles, loc="outside upper center", ncols=max(1, min(len(handles), 110 // (widest + 8))))
     return png(fig)
-
-
-@styled
-def training_curves(arms: list) -> bytes | None:
-    """Training loss, NLL, alpha, learning rate, gradient norm and clip rate over steps."""
-    if not any(run.train for arm in arms for run in arm.runs):
-        return None
-    fig = new_figure(10, 8.2)
-    for ax, panel in zip(fig.subplots(3, 2).flat, TRAINING, strict=True):
-        draw_panel(ax, panel, arms, "train")
-    arm_legend(fig, arms)
-    return png(fig)
-
-
-# ----------------------------------------------------------------------------------------------
-# reliability
 
 
 def pooled(arm, split: str, which: str, bins: int) -> tuple[dict, float] | None:
     """Reliability of the bins of all finished runs added up, and the mean of the runs' own ECE (as in the tables)."""
-    each = [run.calibration.get((split, which)) for run in arm.runs if run.finished]
-    each = [c for c in each if c is not None and c.count.sum() > 0]
+    each = [c for run in arm.finished if (c := run.calibration.get((split, which))) and c.count.sum() > 0]
     if not each:
         return None
     parts = [c.bins(bins) for c in each]
@@ -210,9 +181,8 @@ GAP = {"facecolor": "#dcdcdccc", "edgecolor": "#555555", "hatch": "/////"}
 
 def draw_reliability(ax, below, curve: dict, bins: int, colour: str) -> None:
     """Accuracy by confidence and its gap to the diagonal on ``ax``, counts on ``below``."""
-    for low, count, confidence, accuracy in zip(
-        *(curve[key] for key in ("lo", "count", "confidence", "accuracy")), strict=True
-    ):
+    columns = (curve[key] for key in ("lo", "count", "confidence", "accuracy"))
+    for low, count, confidence, accuracy in zip(*columns, strict=True):
         if count:
             box = {"x": low + 0.5 / bins, "width": 0.92 / bins}
             solid = {"color": colour, "alpha": 0.85, "linewidth": 0} | box
@@ -230,23 +200,20 @@ def reliability(arms: list, split: str, bins: int = 10) -> bytes | None:
     drawn = [(arm, pair) for arm, pair in drawn if any(pair)]
     if not drawn:
         return None
-    fig = new_figure(max(2.35 * len(drawn) + 0.5, 5), 7.6)
+    fig = figure(max(2.35 * len(drawn) + 0.5, 5), 7.6)
     heights = {"height_ratios": (3, 1, 3, 1)}
     grid = fig.subplots(4, len(drawn), sharex=True, sharey="row", squeeze=False, gridspec_kw=heights)
-    ends = {"ticks": [0, 0.5, 1], "labels": ["0", "0.5", "1"]}
+    ends, names = [0, 0.5, 1], ["0", "0.5", "1"]
     for col, (arm, pair) in enumerate(drawn):
-        for half, (state, found) in enumerate(zip(("before", "after"), pair, strict=True)):
-            ax, below = grid[2 * half][col], grid[2 * half + 1][col]
+        for ax, below, state, found in zip(grid[::2, col], grid[1::2, col], ("before", "after"), pair, strict=True):
             ax.plot([0, 1], [0, 1], linewidth=0.9, zorder=4, **PERFECT)
-            ax.set(xlim=(0, 1), ylim=(0, 1))
-            ax.set_xticks(**ends)
-            ax.set_yticks(**ends)
+            ax.set(xlim=(0, 1), ylim=(0, 1), xticks=ends, yticks=ends, xticklabels=names, yticklabels=names)
             below.set_yscale("log")
             below.yaxis.set_minor_locator(ticker.NullLocator())
             below.yaxis.set_major_locator(ticker.LogLocator(numticks=4))
             for axis in (ax, below) if col else ():
                 axis.tick_params(left=False)
-            lines = [] if half else [textwrap.fill(arm.label, 26)]
+            lines = [textwrap.fill(arm.label, 26)] * (state == "before")
             if found is None:
                 ax.text(0.5, 0.5, "not recorded", ha="center", color=FAINT)
             else:
@@ -254,19 +221,12 @@ def reliability(arms: list, split: str, bins: int = 10) -> bytes | None:
                 lines.append(f"{state} T: ECE {100 * found[1]:.2f} %")
             ax.set_title("\n".join(lines), fontsize=9)
         grid[3][col].set_xlabel("confidence")
-    for row, label in zip(grid, ("accuracy", "tokens", "accuracy", "tokens"), strict=True):
+    for row, label in zip(grid, 2 * ("accuracy", "tokens"), strict=True):
         row[0].set_ylabel(label)
-    handles = [
-        Line2D([], [], label="perfect", **PERFECT),
-        Line2D([], [], color=FAINT, linewidth=2.2, label="accuracy"),
-        Patch(label="gap to the mean confidence", **GAP),
-    ]
+    accuracy = Line2D([], [], color=FAINT, linewidth=2.2, label="accuracy")
+    handles = [Line2D([], [], label="perfect", **PERFECT), accuracy, Patch(label="gap to the mean confidence", **GAP)]
     fig.legend(handles=handles, loc="outside lower center", ncols=3)
     return png(fig)
-
-
-# ----------------------------------------------------------------------------------------------
-# a grid of two settings
 
 
 @styled
@@ -280,18 +240,16 @@ def heat_maps(name: str, x_name: str, y_name: str, cells: dict[tuple, dict], spl
     columns = min(len(panels), 3)
     lines = math.ceil(len(panels) / columns)
     width, height = columns * (0.85 * len(xs) + 1.6), lines * max(0.6 * len(ys) + 1.7, 3.2 if lines == 1 else 2.4)
-    fig = new_figure(max(width, 3.5 * columns), height)
+    fig = figure(max(width, 3.5 * columns), height)
     grid = fig.subplots(lines, columns, squeeze=False)
     for ax in grid.flat[len(panels) :]:
         ax.set_visible(False)
     for ax, metric in zip(grid.flat, panels, strict=False):
-        found = [[cells.get((x, y), {}).get(metric.key) for x in xs] for y in ys]
-        values = [[math.nan if v is None else metric.scale * v for v in line] for line in found]
-        finite = [v for line in values for v in line if math.isfinite(v)] or [0, 1]
-        low, high, more = min(finite), max(finite), metric.better == "higher"
+        values = metric.scale * np.array([[cells.get((x, y), {}).get(metric.key) for x in xs] for y in ys], dtype=float)
+        known = values[np.isfinite(values)] if np.isfinite(values).any() else [0, 1]
+        low, high, more = min(known), max(known), metric.better == "higher"
         ax.imshow(values, cmap="cividis" if more else "cividis_r", aspect="auto", origin="lower", vmin=low, vmax=high)
-        for i, j in itertools.product(range(len(ys)), range(len(xs))):
-            v = values[i][j]
+        for (i, j), v in np.ndenumerate(values):
             share = (v - low) / (high - low) if high > low else 0
             dark = math.isfinite(v) and (share < 0.45 if more else share > 0.55)
             look = {"color": "white" if dark else INK, "fontsize": 8.5}
@@ -310,53 +268,38 @@ def heat_maps(name: str, x_name: str, y_name: str, cells: dict[tuple, dict], spl
 @styled
 def bowl(rules: list) -> bytes:
     """Validation NLL over the peak learning rate, a line a rule (eval.report.bowl.Rule)."""
-    fig = new_figure(8.2, 4.6)
+    fig = figure(8.2, 4.6)
     ax = fig.subplots()
-    own = 0  # rules of ours so far: dashes tell these apart, colours the others
+    dashes = itertools.cycle(STYLES)  # tell the rules of ours apart, colours the others
     for k, rule in enumerate(rules):
         if rule.config["schedule"] == "fot":
-            look = {"color": INK, "linewidth": 2.2, "linestyle": STYLES[own % len(STYLES)]}
-            own += 1
+            look = {"color": INK, "linewidth": 2.2, "linestyle": next(dashes)}
         else:
-            dashes = STYLES[k // len(PALETTE) % len(STYLES)]
-            look = {"color": PALETTE[k % len(PALETTE)], "linewidth": 1.3, "linestyle": dashes}
-        peaks = [lr for lr in sorted(rule.runs) if math.isfinite(rule.mean(lr))]
+            style = STYLES[k // len(PALETTE) % len(STYLES)]
+            look = {"color": PALETTE[k % len(PALETTE)], "linewidth": 1.3, "linestyle": style}
+        peaks = [lr for lr in rule.peaks if math.isfinite(rule.mean(lr))]
         ax.plot(peaks, [rule.mean(lr) for lr in peaks], label=rule.label, marker="o", markersize=3.5, **look)
         low, high = ([f(rule.nll(lr).values()) for lr in peaks] for f in (min, max))
         ax.fill_between(peaks, low, high, color=look["color"], alpha=0.12, linewidth=0)
     ax.set_xscale("log")
-    peaks = sorted({lr for r in rules for lr in r.runs})
+    peaks = sorted({lr for r in rules for lr in r.peaks})
     ax.set_xticks(peaks, [f"{lr:g}" for lr in peaks])
     ax.xaxis.set_minor_locator(ticker.NullLocator())
-    finite = [v for r in rules for lr in r.runs for v in r.nll(lr).values() if math.isfinite(v)]
-    if finite:
-        margin = 0.03 * (max(finite) - min(finite))
-        ax.set_ylim(min(finite) - margin, max(finite) + margin)
+    known = [v for r in rules for lr in r.peaks for v in r.nll(lr).values() if math.isfinite(v)]
+    if known:
+        margin = 0.03 * (max(known) - min(known))
+        ax.set_ylim(min(known) - margin, max(known) + margin)
     ax.set(xlabel="peak learning rate", ylabel="validation NLL (nats a token)")
     fig.legend(loc="outside right center")
     return png(fig)
 
 
-# ----------------------------------------------------------------------------------------------
-# figures
-
-
-def new_figure(width: float, height: float) -> Figure:
+def figure(width: float, height: float) -> Figure:
     """A figure of inches, laid out without overlaps."""
-    fig = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(fig)
-    return fig
+    return Figure(figsize=(width, height), layout="constrained")
 
 
-def arm_legend(fig: Figure, arms: list) -> None:
-    handles = [Line2D([], [], color=a.colour, linestyle=a.style, linewidth=2, label=a.label) for a in arms]
-    if any(not run.finished for arm in arms for run in arm.runs):
-        handles.append(Line2D([], [], color=FAINT, linewidth=0.9, marker="x", label="unfinished run"))
-    widest = max(len(h.get_label()) for h in handles)
-    fig.legend(handles=handles, loc="outside upper center", ncols=max(1, min(len(handles), 110 // (widest + 8))))
-
-
-def png(fig: Figure, dpi: int = 140) -> bytes:
+def png(fig: Figure) -> bytes:
     buffer = io.BytesIO()
-    fig.savefig(buffer, format="png", dpi=dpi, facecolor="white")
+    fig.savefig(buffer, format="png", dpi=140, facecolor="white")
     return buffer.getvalue()

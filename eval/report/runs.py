@@ -4,20 +4,19 @@ What a flag's difference means is its role, a key of `runtime.cli.ROLES`. Each r
 ``flags.json``; older folders do not, and have those of ``roles_before.json``. Statistics over seeds are eval.stats'.
 """
 
-import functools
+import itertools
 import json
 import math
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from eval.calibration import Calibration
+from eval.metrics import Metric
 from eval.report.sources import other_files, read_sources, usual
 from eval.stats import summarize
 from kernels.losses import LOSSES
 from runtime.cli import ROLES
-
-# ----------------------------------------------------------------------------------------------
-# a run
 
 
 @dataclass
@@ -48,6 +47,10 @@ class Run:
         return "finished" if self.finished else f"{why[-1] if why else 'unfinished'} at step {self.last_step}"
 
     @property
+    def diverged(self) -> bool:
+        return bool(self.number("divergences")) or any(e.get("event") == "diverged" for e in self.events)
+
+    @property
     def seed(self):
         return self.config.get("seed")
 
@@ -70,6 +73,14 @@ def finite(v) -> float | None:
     return float(v) if isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) else None
 
 
+def grouped(items, key) -> dict[object, list]:
+    """Items by ``key(item)``, in their order."""
+    groups = defaultdict(list)
+    for item in items:
+        groups[key(item)].append(item)
+    return groups
+
+
 def read_json(path: Path, kind: type):
     """The file's value, or an empty ``kind`` where there is no file. Raises ValueError naming a broken one."""
     if not path.exists():
@@ -89,7 +100,7 @@ def read_rows(path: Path, unfinished: bool) -> dict[str, list[dict]]:
     An ``unfinished`` run may have been killed while it wrote: a last line without its newline is dropped. A row at a
     step that its kind has passed means that the run went back to a checkpoint: it replaces what came after that.
     """
-    rows = {"train": [], "val": [], "event": [], "fot": []}
+    rows = {kind: [] for kind in ("train", "val", "event", "fot")}
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else [""]
     if unfinished or not lines[-1]:
         lines.pop()
@@ -109,13 +120,12 @@ def read_rows(path: Path, unfinished: bool) -> dict[str, list[dict]]:
 
 def read_bins(path: Path) -> dict[tuple[str, str], Calibration]:
     """Calibration by (split, "raw" | "scaled"). Raises ValueError naming the file where bins are no bins."""
-    out = {}
+    sets = read_json(path, dict)
     try:
-        for split, pair in read_json(path, dict).items():
-            out |= {(split, which): Calibration.from_bins(part) for which, part in (pair or {}).items()}
+        parts = {(split, which): part for split, pair in sets.items() for which, part in (pair or {}).items()}
+        return {key: Calibration.from_bins(part) for key, part in parts.items() if part is not None}
     except (TypeError, AttributeError, ValueError) as e:
-        raise ValueError(str(e) if str(path) in str(e) else f"{path}: {e}") from e
-    return out
+        raise ValueError(f"{path}: {e}") from e
 
 
 def read_flags(path: Path) -> dict[str, dict]:
@@ -129,14 +139,13 @@ def read_flags(path: Path) -> dict[str, dict]:
 
 def read_summaries(folder: Path, count: int = 3) -> list[dict]:
     """The first generated summaries of a run, with the references as prompts; none where it generated none."""
-    path = next((p for s in ("test", "val") if (p := folder / f"predictions-{s}.jsonl").is_file()), None)
-    if path is None:
-        return []
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:count] if line]
-        return [{"prompt": f"reference: {row['reference']}", "text": row["prediction"]} for row in rows]
-    except (json.JSONDecodeError, TypeError, KeyError) as e:
-        raise ValueError(f"{path} holds no summaries ({e}); remove it, or let the run write it again") from e
+    for path in (p for split in ("test", "val") if (p := folder / f"predictions-{split}.jsonl").is_file()):
+        try:
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:count] if line]
+            return [{"prompt": f"reference: {row['reference']}", "text": row["prediction"]} for row in rows]
+        except (json.JSONDecodeError, TypeError, KeyError) as e:
+            raise ValueError(f"{path} holds no summaries ({e}); remove it, or let the run write it again") from e
+    return []
 
 
 def load_run(folder: str | Path) -> Run:
@@ -153,19 +162,12 @@ def load_run(folder: str | Path) -> Run:
     return Run(
         folder,
         **files,
+        **{"train": rows["train"], "val": rows["val"], "events": rows["event"], "fot": rows["fot"]},
         flags=read_flags(folder / "flags.json"),
-        train=rows["train"],
-        val=rows["val"],
-        events=rows["event"],
-        fot=rows["fot"],
         calibration=read_bins(folder / "calibration.json"),
         samples=read_json(folder / "samples.json", list) or read_summaries(folder),
         source=read_sources(folder / "source"),
     )
-
-
-# ----------------------------------------------------------------------------------------------
-# arms
 
 
 @dataclass
@@ -179,6 +181,7 @@ class Arm:
     unread: frozenset[str] = frozenset()  # flags that nothing reads under this config
     code: str = ""  # what tells it from an arm of the same config that ran other code
     label: str = ""
+    tempered: bool = False  # the metrics of it are those after the fitted temperature
     colour: str = "#333333"
     style: object = "-"
 
@@ -191,17 +194,28 @@ class Arm:
         """The code that ran; its runs agree on every file that two of them hold."""
         return {name: code for run in self.runs for name, code in run.source.items()}
 
+    def label_of(self, name: str, flags: list[str]) -> str:
+        """``name``, the values of ``flags``, and what tells the arm's code apart."""
+        values = (f"{k}={show(self.config.get(k))}" for k in flags)
+        return " ".join([name, *values]) + (f", {self.code}" if self.code else "")
+
     def values(self, key: str) -> dict:
         """seed -> the summary's ``key``, for finished runs where it is a finite number."""
-        return {run.seed: run.number(key) for run in self.finished if run.number(key) is not None}
+        return {run.seed: v for run in self.finished if (v := run.number(key)) is not None}
+
+    def measured(self, metric: Metric, split: str = "val") -> dict:
+        """seed -> value in the metric's unit. ``split``: val, test or ood; "" for a number that is of no set."""
+        key = metric.key
+        if key != "temperature":  # one for all sets; a second "_t" is in no summary
+            key = f"{split}_" * bool(split) + key + "_t" * self.tempered
+        return {seed: metric.scale * v for seed, v in self.values(key).items()}
 
     def mean(self, key: str) -> float:
         """Mean over seeds, inf where nothing was measured (so that it sorts last)."""
-        values = list(self.values(key).values())
+        values = self.values(key).values()
         return summarize(values).mean if values else math.inf
 
 
-@functools.cache
 def roles_before() -> dict[str, dict]:
     """Roles in run folders that do not say them."""
     return read_json(Path(__file__).with_name("roles_before.json"), dict)["flags"]
@@ -227,14 +241,12 @@ def group_arms(runs: list[Run]) -> tuple[list[Arm], list[str]]:
     is that of the run that knows it: of its own folder, else of another of the same script.
     """
     runs = list({run.path.resolve(): run for run in runs}.values())
-    known: dict[object, dict] = {}
+    known, groups, warnings = defaultdict(roles_before), defaultdict(list), []
     for run in runs:
-        script = run.config.get("script")
-        known[script] = known.get(script, roles_before()) | run.flags
-    groups, warnings = {}, []
+        known[run.config.get("script")] |= run.flags
     for run in runs:
         new = make_arm(run, known[run.config.get("script")] | run.flags)
-        same_config = groups.setdefault(json.dumps(new.config, sort_keys=True), [])
+        same_config = groups[json.dumps(new.config, sort_keys=True)]
         arm = next((a for a in same_config if not other_files(a.source, run.source)), None)
         if arm is None:
             same_config.append(arm := new)
@@ -244,10 +256,10 @@ def group_arms(runs: list[Run]) -> tuple[list[Arm], list[str]]:
             warnings.append(f"{drop.path} repeats seed {run.seed} of {keep.path} and is left out.")
         arm.runs = [r for r in arm.runs if r is not twin] + [keep]
     base = usual([run.source for run in runs])
-    for arm in [arm for same_config in groups.values() if len(same_config) > 1 for arm in same_config]:
+    for arm in (arm for same_config in groups.values() if len(same_config) > 1 for arm in same_config):
         files = other_files(arm.source, base)
         arm.code = f"other {some(files, 1)}" if files else ""
-    return label_arms([arm for same_config in groups.values() for arm in same_config]), warnings
+    return label_arms([*itertools.chain(*groups.values())]), warnings
 
 
 def label_arms(arms: list[Arm]) -> list[Arm]:
@@ -263,8 +275,7 @@ def label_arms(arms: list[Arm]) -> list[Arm]:
     arms = sorted(arms, key=rank)
     for i, arm in enumerate(arms):
         arm.runs.sort(key=lambda run: (run.seed is None, run.seed))
-        arm.label = " ".join([arm.loss, *(f"{k}={show(arm.config.get(k))}" for k in flags[arm.loss])])
-        arm.label += f", {arm.code}" if arm.code else ""
+        arm.label = arm.label_of(arm.loss, flags[arm.loss])
         if arm.label in [a.label for a in arms[:i]]:  # long values are shown by their ends
             arm.label += f" ({i + 1})"
     return arms
@@ -278,10 +289,6 @@ def show(v) -> str:
 
 def some(names: list[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-# ----------------------------------------------------------------------------------------------
-# what may be compared
 
 
 def differing(arms: list[Arm], *, unread: bool = False) -> list[str]:

@@ -40,8 +40,5 @@ def other_files(a: dict[str, int], b: dict[str, int]) -> list[str]:
 
 def usual(sources: list[dict[str, int]]) -> dict[str, int]:
     """Of each file what most runs ran; of equally many the first."""
-    counts: dict[str, Counter] = {}
-    for source in sources:
-        for name, code in source.items():
-            counts.setdefault(name, Counter())[code] += 1
-    return {name: counter.most_common(1)[0][0] for name, counter in counts.items()}
+    names = {name for source in sources for name in source}
+    return {n: Counter(source[n] for source in sources if n in source).most_common(1)[0][0] for n in names}

@@ -1,5 +1,6 @@
 """The report's tables. A table is rows of cells; its columns of metrics are those that eval.metrics shows there."""
 
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -42,48 +43,46 @@ class Table(NamedTuple):
     note: str = ""
 
 
-class Row(NamedTuple):
-    """An arm in a table, or what temperature makes of it (``after``)."""
-
-    arm: Arm
-    after: bool = False
-
-    @property
-    def label(self) -> str:
-        return f"{self.arm.label} + temperature" if self.after else self.arm.label
-
-    def values(self, metric: Metric, split: str = "val") -> dict:
-        """seed -> value in the metric's unit. ``split``: val, test or ood; "" for a number that is of no set."""
-        key = f"{split}_{metric.key}" if split and metric.key != "temperature" else metric.key
-        if self.after and metric.key != "temperature":
-            if key.endswith("_t"):
-                return {}
-            key += "_t"
-        return {seed: metric.scale * v for seed, v in self.arm.values(key).items()}
+def table_of(heads, rows, left: int = 1, note: str = "") -> Table | None:
+    """A table of ``heads``, each a text, "text|unit" or a metric, and rows of cells or texts; None without rows."""
+    heads = (f"{h.name}|{h.unit}{ARROWS[h.better]}" if isinstance(h, Metric) else h for h in heads)
+    rows = [[c if isinstance(c, Cell) else Cell(str(c)) for c in row] for row in rows]
+    return Table([Cell(*map(str.strip, head.split("|"))) for head in heads], rows, left, note) if rows else None
 
 
-def heads(*names: str, columns: tuple[Metric, ...] = ()) -> list[Cell]:
-    """Headings: of ``names``, each a name or "name|unit", then of metrics."""
-    cells = [Cell(*name.split("|")) for name in names]
-    return cells + [Cell(m.name, f"{m.unit}{ARROWS[m.better]}".strip()) for m in columns]
+def section(heading: str, *parts, kind: str = "h") -> list[tuple]:
+    """Blocks of the page: a heading over ``parts``, blocks and tables, or to be unfolded (``kind`` "fold").
+
+    A part may be None or empty; nothing where all are.
+    """
+    blocks = [("table", part) if isinstance(part, Table) else part for part in parts if part]
+    if kind == "fold" and blocks:
+        return [("fold", heading, blocks)]
+    return [(kind, heading), *blocks] if blocks else []
 
 
-def label_cell(row: Arm | Row) -> Cell:
-    return Cell(row.label, colour=row.arm.colour if isinstance(row, Row) else row.colour)
+def label_cell(arm: Arm) -> Cell:
+    return Cell(arm.label, colour=arm.colour)
+
+
+def toned(text: str, bold: bool = False) -> Cell:
+    """An answer or a verdict; only those of TONES are coloured, and may be bold."""
+    tone = TONES.get(text, "")
+    return Cell(text, bold=bold and bool(tone), tone=tone)
 
 
 def mean_cell(metric: Metric, values: dict, runs: int) -> Cell:
     """Mean and, of several seeds, ± sd; says so where fewer than the arm's ``runs`` have a value."""
     if not values:
         return Cell("-")
-    s = summarize(list(values.values()))
+    s = summarize(values.values())
     parts = [f"± {metric.format(s.sd)}"] * (s.n > 1) + [f"n = {s.n}"] * (s.n < runs)
     return Cell(metric.format(s.mean), ", ".join(parts))
 
 
 def best_row(metric: Metric, values: list[dict]) -> int | None:
     """The row whose mean is best by more than the two standard deviations of it and of every other, or None."""
-    found = [(i, summarize(list(v.values()))) for i, v in enumerate(values) if v]
+    found = [(i, summarize(v.values())) for i, v in enumerate(values) if v]
     if len(found) < 2 or not metric.better:
         return None
     sign = 1 if metric.better == "lower" else -1
@@ -93,42 +92,41 @@ def best_row(metric: Metric, values: list[dict]) -> int | None:
     return i if clear else None
 
 
-def metric_table(rows: list[Row], lead: dict, columns, split: str, *, bold=False, interval=None, note="") -> Table:
-    """A row a `Row`: its label, its cells of ``lead`` (heading -> texts), and a metric a column where any row has it.
+def metric_table(arms: list[Arm], lead: dict, columns, split: str, *, bold=False, interval=None, note=""):
+    """A row an arm: its label, its cells of ``lead`` (heading -> texts), and a metric a column where any arm has it.
 
     ``bold`` marks the best of a column. ``interval`` takes (arm, metric) and says what stands under a value of one
     seed, or "".
     """
-    columns = tuple(m for m in columns if any(row.values(m, split) for row in rows))
-    body = [[label_cell(row), *map(Cell, texts)] for row, *texts in zip(rows, *lead.values(), strict=True)]
+    columns = [m for m in columns if any(arm.measured(m, split) for arm in arms)]
+    body = [[label_cell(arm), *texts] for arm, *texts in zip(arms, *lead.values(), strict=True)]
     for metric in columns:
-        values = [row.values(metric, split) for row in rows]
+        values = [arm.measured(metric, split) for arm in arms]
         best = best_row(metric, values) if bold else None
-        for i, (row, v) in enumerate(zip(rows, values, strict=True)):
-            cell = mean_cell(metric, v, len(row.arm.finished))._replace(bold=i == best)
-            under = interval(row.arm, metric) if interval and len(v) == 1 else ""
-            body[i].append(cell._replace(sub=under) if under else cell)
-    return Table(heads("arm", *lead, columns=columns), body, note=note)
+        for i, (arm, v) in enumerate(zip(arms, values, strict=True)):
+            cell = mean_cell(metric, v, len(arm.finished))._replace(bold=i == best)
+            under = interval(arm, metric) if interval and len(v) == 1 else ""
+            body[i].append(cell._replace(sub=under or cell.sub))
+    return table_of(["arm", *lead, *columns], body, note=note)
 
 
-def final_rows(arms: list[Arm]) -> list[Row]:
+def final_rows(arms: list[Arm]) -> list[Arm]:
     """Arms that have finished; after a CE arm what temperature makes of it."""
     rows = []
-    for arm in arms:
-        rows += [Row(arm)] * bool(arm.finished)
-        rows += [Row(arm, after=True)] * (arm.loss == "ce" and bool(arm.values("val_nll_t")))
+    for arm in (arm for arm in arms if arm.finished):
+        rows.append(arm)
+        if arm.loss == "ce" and arm.values("val_nll_t"):
+            rows.append(dataclasses.replace(arm, label=f"{arm.label} + temperature", tempered=True))
     return rows
 
 
 def final_table(arms: list[Arm], split: str) -> Table | None:
     """A row an arm. Nothing is bold where settings differ, because then no arm is better."""
-    rows = final_rows(arms)
-    columns = metrics.shown(metrics.TOKENS, "table") + metrics.shown(metrics.TEMPERED, "table")
-    if not any(row.values(m, split) for row in rows for m in columns if m.key != "temperature"):
+    rows, columns = final_rows(arms), metrics.shown(metrics.TOKENS + metrics.TEMPERED, "table")
+    if not any(row.measured(m, split) for row in rows for m in columns if m.key != "temperature"):
         return None
-    seeds = [str(len(row.arm.finished)) for row in rows]
-    bold = not setting_differences(*(row.arm for row in rows))
-    return metric_table(rows, {"seeds": seeds}, columns, split, bold=bold, note=FINAL_NOTE if split == "val" else "")
+    lead, note = {"seeds": [len(row.finished) for row in rows]}, FINAL_NOTE if split == "val" else ""
+    return metric_table(rows, lead, columns, split, bold=not setting_differences(*rows), note=note)
 
 
 def summary_table(arms: list[Arm], split: str) -> Table | None:
@@ -137,87 +135,78 @@ def summary_table(arms: list[Arm], split: str) -> Table | None:
     Of one seed a ROUGE has the bootstrap interval over texts that the run computed, of several ± sd over seeds.
     """
     arms = [arm for arm in arms if arm.values(f"{split}_rouge1")]
-    if not arms:
-        return None
 
     def interval(arm: Arm, metric: Metric) -> str:
         ends = [arm.values(f"{split}_{metric.key}_{end}") for end in ("low", "high")]
         return " to ".join(metric.format(metric.scale * next(iter(end.values()))) for end in ends) if all(ends) else ""
 
-    hashes = {str(run.summary.get(f"{split}_bertscore_hash")) for arm in arms for run in arm.finished} - {"None"}
-    return metric_table(
-        [Row(arm) for arm in arms],
-        {"texts": [f"{arm.mean(f'{split}_examples'):,.0f}" for arm in arms]},
-        metrics.shown(metrics.SUMMARIES, "table"),
-        split,
-        bold=not setting_differences(*arms),
-        interval=interval,
-        note=SUMMARY_NOTE + "".join(f" BERTScore: {name}." for name in sorted(hashes)),
-    )
+    lead = {"texts": [f"{arm.mean(f'{split}_examples'):,.0f}" for arm in arms]}
+    columns, bold = metrics.shown(metrics.SUMMARIES, "table"), not setting_differences(*arms)
+    note = SUMMARY_NOTE + "".join(f" BERTScore: {name}." for name in said(arms, f"{split}_bertscore_hash"))
+    return metric_table(arms, lead, columns, split, bold=bold, interval=interval, note=note)
 
 
-def p_text(p: float) -> str:
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+def said(arms: list[Arm], key: str) -> list[str]:
+    """What the summaries hold under ``key``, each once."""
+    return sorted({str(v) for arm in arms for run in arm.finished if (v := run.summary.get(key)) is not None})
+
+
+def p_text(p: float, equals: str = "") -> str:
+    return "< 0.001" if p < 0.001 else f"{equals}{p:.3f}"
+
+
+def shared(mine: dict, theirs: dict) -> tuple[list, list]:
+    """The values of both over the seeds that both have."""
+    seeds = [s for s in mine if s in theirs]
+    return [mine[s] for s in seeds], [theirs[s] for s in seeds]
 
 
 def delta_table(arms: list[Arm]) -> Table | None:
     """Differences from CE over shared seeds, with p by paired t-test, Holm-corrected over the arms of a column."""
-    always = metrics.shown(metrics.TOKENS, "delta") + metrics.shown(metrics.TEMPERED, "delta")
+    always = metrics.shown(metrics.TOKENS + metrics.TEMPERED, "delta")
     columns = always + metrics.shown(metrics.SUMMARIES, "delta")
     body, tests = [], []
     for row in final_rows(arms):
-        ce = reference(row.arm, arms, "ce")[0]
-        if not ce or (ce is row.arm and not row.after):
+        ce = reference(row, arms, "ce")[0]
+        if not ce or ce is row:
             continue
-        line = []
-        for metric in columns:
-            mine, theirs = row.values(metric), Row(ce).values(metric)
-            seeds = [s for s in mine if s in theirs]
-            line.append(paired([mine[s] for s in seeds], [theirs[s] for s in seeds]) if len(seeds) > 1 else None)
-        if any(line):
-            n = max(t.n for t in line if t)
-            body.append([label_cell(row), Cell(ce.label), Cell(str(n))])
-            tests.append(line)
-    if not body:
-        return None
-    kept = []
-    for metric, column in zip(columns, zip(*tests, strict=True), strict=True):
-        if metric not in always and not any(column):
-            continue
-        kept.append(metric)
-        corrected = holm([t.p if t else math.nan for t in column])
-        for cells, t, p in zip(body, column, corrected, strict=True):
-            size = f"{'+' if t.mean >= 0 else '-'}{metric.format(abs(t.mean))} ± {metric.format(t.sd)}" if t else "-"
-            cells.append(Cell(size, "" if not t else f"p {p_text(p)}" if p < 0.001 else f"p = {p_text(p)}"))
-    return Table(heads("arm", "minus", "pairs", columns=kept), body, 2, DELTA_NOTE)
+        sides = {m: shared(row.measured(m), ce.measured(m)) for m in columns}
+        if found := {m: paired(*pair) for m, pair in sides.items() if len(pair[0]) > 1}:
+            body.append([label_cell(row), ce.label, max(t.n for t in found.values())])
+            tests.append(found)
+    columns = [m for m in columns if m in always or any(m in found for found in tests)]
+    for metric in columns:
+        column = [found.get(metric) for found in tests]
+        for cells, t, p in zip(body, column, holm([t.p if t else math.nan for t in column]), strict=True):
+            size = t and f"{'+' if t.mean >= 0 else '-'}{metric.format(abs(t.mean))} ± {metric.format(t.sd)}"
+            cells.append(Cell(size, f"p {p_text(p, '= ')}") if t else "-")
+    return table_of(["arm", "minus", "pairs", *columns], body, 2, DELTA_NOTE)
 
 
-def cost_table(arms: list[Arm]) -> Table:
+def cost_table(arms: list[Arm]) -> Table | None:
     """Speed, memory and energy, with the ratio to CE where both ran under the same conditions."""
-    columns = metrics.shown(metrics.COST, "table")
+    arms, columns = [arm for arm in arms if arm.finished], metrics.shown(metrics.COST, "table")
+
+    def cost(arm: Arm, ce: Arm | None, metric: Metric) -> Cell:
+        cell = mean_cell(metric, arm.measured(metric, ""), len(arm.finished))
+        base = ce.mean(metric.key) if ce and ce.values(metric.key) else 0
+        ratio = f"{arm.mean(metric.key) / base:.3f} × CE" if base and cell.text != "-" else ""
+        return Cell(f"{cell.text} {cell.sub}".strip(), ratio)
+
     body = []
-    for arm in (a for a in arms if a.finished):
+    for arm in arms:
         ce = reference(arm, arms, "ce")[0]
         ce = None if ce is arm or not ce or system_differences(arm, ce) else ce
-        cells = [label_cell(arm)]
-        for metric in columns:
-            cell = mean_cell(metric, Row(arm).values(metric, ""), len(arm.finished))
-            base = ce.mean(metric.key) if ce and ce.values(metric.key) else 0
-            ratio = f"{arm.mean(metric.key) / base:.3f} × CE" if base and cell.text != "-" else ""
-            cells.append(Cell(f"{cell.text} {cell.sub}".strip(), ratio))
-        body.append(cells)
-    kinds = {str(run.summary.get("peak_memory_of")) for arm in arms for run in arm.finished} - {"None"}
-    note = COST_NOTE + (f" Peak memory is that of: {', '.join(sorted(kinds))}." if kinds else "")
-    return Table(heads("arm", columns=columns), body, note=note)
+        body.append([label_cell(arm), *(cost(arm, ce, metric) for metric in columns)])
+    kinds = ", ".join(said(arms, "peak_memory_of"))
+    return table_of(["arm", *columns], body, note=COST_NOTE + (f" Peak memory is that of: {kinds}." if kinds else ""))
 
 
-def verdict_table(found: list[Verdict]) -> Table:
-    body = []
-    for v in found:
-        words = (str(v.criterion.number), v.criterion.name, v.criterion.definition, v.against)
-        value = Cell(v.value, f"n = {v.count}" if v.values else "")
-        holds, state = TONES.get(v.holds, ""), TONES.get(v.verdict, "")
-        body.append([*map(Cell, words), value, Cell(v.threshold), Cell(v.holds, tone=holds)])
-        body[-1].append(Cell(v.verdict, bold=bool(state), tone=state))
-    names = "#", "criterion", "definition", "against", "value", "threshold", "holds here", "verdict"
-    return Table(heads(*names), body, left=8)
+def verdict_table(found: list[Verdict]) -> Table | None:
+    heads = "#", "criterion", "definition", "against", "value", "threshold", "holds here", "verdict"
+    values = [Cell(v.value, f"n = {v.count}" if v.values else "") for v in found]
+    rows = [
+        [*v.criterion[:3], v.against, value, v.threshold, toned(v.holds), toned(v.verdict, bold=True)]
+        for v, value in zip(found, values, strict=True)
+    ]
+    return table_of(heads, rows, left=8)

@@ -30,7 +30,7 @@ def column_head(metric: Metric) -> str:
 
 def print_results(arms: list) -> None:
     """A row an arm: the metrics that are shown on the terminal, ± sd where it fits and says something."""
-    quality = metrics.shown(metrics.TOKENS, "terminal") + metrics.shown(metrics.TEMPERED, "terminal")
+    quality = metrics.shown(metrics.TOKENS + metrics.TEMPERED, "terminal")
     cost = metrics.shown(metrics.COST, "terminal")
     heads = {}
     for metric in (*quality, *cost):
@@ -43,15 +43,14 @@ def print_results(arms: list) -> None:
         widths, wide = {key: max(8, len(head)) for key, head in heads.items()}, {}
     names = "".join(f" {head:>{widths[key]}}" for key, head in heads.items())
     print(f"\n{'arm':<{LABEL}} {'n':>2}{names}")
-    for row in final_rows(arms):
-        runs, label = len(row.arm.finished), row.label
+    for arm in final_rows(arms):
+        runs, label = len(arm.finished), arm.label
         if len(label) > LABEL:
             print(label)
             label = ""
         line = f"{label:<{LABEL}} {runs:>2}"
         for metric in (*quality, *cost):
-            values = {} if row.after and metric in cost else row.values(metric, "" if metric in cost else "val")
-            cell = mean_cell(metric, values, runs)
+            cell = mean_cell(metric, arm.measured(metric, "" if metric in cost else "val"), runs)
             text = f"{cell.text} {cell.sub}".strip() if metric.key in wide and runs > 1 else cell.text
             line += f" {text.replace('±', '+-'):>{widths[metric.key]}}"
         print(line)
@@ -62,12 +61,9 @@ def print_verdicts(found: list) -> None:
     labels = list(dict.fromkeys(v.arm for v in found))
     print(f"\n{'claims of ' + short(labels[0], 29):<39} {'value':<29} {'threshold':<16} {'holds':<5} verdict")
     for v in (v for v in found if v.arm == labels[0]):
-        start = f"{v.criterion.number} {v.criterion.name:<37}"
-        if v.values:
-            value = v.value.replace("±", "+-") + (f" (n={v.count})" if math.inf not in v.values else "")
-            print(f"{start} {value:<29} {v.threshold:<16} {v.holds:<5} {v.verdict}")
-        else:
-            print(f"{start} {short(v.verdict, 70)}")
+        value = v.value.replace("±", "+-") + (f" (n={v.count})" if math.inf not in v.values else "")
+        says = f"{value:<29} {v.threshold:<16} {v.holds:<5} {v.verdict}" if v.values else short(v.verdict, 70)
+        print(f"{v.criterion.number} {v.criterion.name:<37} {says}")
     if len(labels) > 1:
         print(f"{len(labels) - 1} more DPSM arms in the report")
 

@@ -629,6 +629,14 @@ def test_reliability_adds_the_bins_up_and_averages_the_ece(tmp_path):
     assert plots.pooled(arm, "test", "raw", 10) is None
 
 
+def test_a_run_without_a_temperature_has_the_reliability_before_it_alone(tmp_path):
+    folder = write_run(tmp_path / "run", summary={"temperature": None})
+    (folder / "calibration.json").write_text(json.dumps({"val": {"raw": bins(1.3), "scaled": None}, "test": None}))
+    (arm,) = arms_of(folder)
+    assert set(arm.runs[0].calibration) == {("val", "raw")} and plots.pooled(arm, "val", "scaled", 10) is None
+    assert plots.reliability([arm], "val").startswith(b"\x89PNG")
+
+
 def test_a_grid_is_drawn_for_exactly_two_numeric_settings(tmp_path):
     def arms(name, configs):
         return arms_of(*(write_run(tmp_path / name / str(i), config=c, summary={}) for i, c in enumerate(configs)))
