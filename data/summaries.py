@@ -9,25 +9,26 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 from torch import Tensor
 
 from data.cache import cached_tokens
 from data.files import lm_data, load_hub, read_lines, read_rows
-from data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer, merges_of, read_files
+from data.tokenizer import TOKENIZER_FILES, Tokenizer, byte_level, load_tokenizer, merges_of, read_files
 from data.windows import IGNORE_INDEX, permutation, random_uint64
 from model.weights import first_line, folder_of
 
-SPLITS = ("train", "validation", "test")
-STEMS = {"train": ("train",), "validation": ("validation", "val", "valid", "dev"), "test": ("test",)}
+STEMS = {"train": ("train",), "validation": ("validation", "val", "valid", "dev"), "test": ("test",)}  # of its files
+SPLITS = tuple(STEMS)
 ARTICLE = ("article", "document", "source")
 SUMMARY = ("highlights", "summary", "target")
 
@@ -80,10 +81,10 @@ def load_summaries(
 
     A name in SETS is $LM_DATA/NAME where that is a folder, else the hub's set through ``datasets``. Any other is a
     folder, or one in $LM_DATA. A folder has {train,validation,test}.jsonl or .csv with an article (or document, source)
-    and highlights (or summary, target) a row. Lists of sentences are joined, and of several target summaries the first
-    counts. Rows whose article or summary is empty, or whose article has fewer than ``min_words`` words, are left out
-    and counted. Raises ValueError, one line, for a set that cannot be had, a broken row or a missing column (with its
-    line), and a split left empty.
+    and highlights (or summary, target) a row. Lists of sentences are joined; of several summaries the first counts.
+    Rows without article or summary, or with an article of fewer than ``min_words`` words, are left out and counted.
+    Raises ValueError, one line, for a set that cannot be had, a broken row or a missing column (with its line), and a
+    split left empty.
     """
     name = str(name_or_folder)
     here = name not in SETS and Path(name).is_dir()
@@ -96,15 +97,18 @@ def load_summaries(
     published = SETS.get(label, PublishedSet("", None, {}))
     out: dict[str, Summaries | None] = dict.fromkeys(splits)
     for split in out:
-        if local:
-            if (path := _split_file(folder, split)) is None:
-                continue
-            origin, rows = str(path), _file_rows(path)
-        else:
+        if not local:
             way_out = f"put {split}.jsonl into $LM_DATA/{name}"
             loaded = load_hub(name, way_out, published.repository, published.configuration, split=split)
             origin, rows = f"the hub's {published.repository}", enumerate(loaded, 1)
-        out[split] = _read(rows, label, split, origin, published.rows.get(split), min_words)
+        elif path := _split_file(folder, split):
+            origin, rows = str(path), _file_rows(path)
+        else:
+            continue
+        pairs, removed, count = _pairs(rows, split, origin, min_words)
+        full = published.rows.get(split, count)
+        missing = f"a sample: {count:,} of {full:,} rows" if count != full else ""
+        out[split] = Summaries(label, split, origin, missing, pairs, removed)
     if not any(out.values()):
         raise ValueError(f"{folder} has none of {', '.join(f'{s}.jsonl' for s in out)} (or .csv); expected one")
     return out
@@ -117,7 +121,8 @@ def _split_file(folder: Path, split: str) -> Path | None:
     return have[0] if have else None
 
 
-def _read(rows, name: str, split: str, origin: str, full: int | None, min_words: int) -> Summaries:
+def _pairs(rows, split: str, origin: str, min_words: int) -> tuple[list[Pair], dict[str, int], int]:
+    """The pairs of numbered rows, how many rows were left out and why, and how many there are."""
     pairs, removed, count = [], {"empty": 0, "short": 0}, 0
     for count, (line, row) in enumerate(rows, 1):
         article, summary = (_text(row, names, f"{origin} line {line}") for names in (ARTICLE, SUMMARY))
@@ -130,8 +135,7 @@ def _read(rows, name: str, split: str, origin: str, full: int | None, min_words:
     if not pairs:
         why = f"all {count} rows were left out, {removed}" if count else "it has no rows"
         raise ValueError(f"{origin} holds no article with a summary ({why})")
-    partial = f"a sample: {count:,} of {full:,} rows" if full and count != full else ""
-    return Summaries(name, split, origin, partial, pairs, removed)
+    return pairs, removed, count
 
 
 def _text(row, names: tuple[str, ...], where: str) -> str:
@@ -141,11 +145,9 @@ def _text(row, names: tuple[str, ...], where: str) -> str:
     if column is None:
         have = ", ".join(map(str, row)) or "none"
         raise ValueError(f"{where} has no column {' or '.join(names)} (its columns: {have}); rename yours")
-    value = row[column]
+    value = "" if row[column] is None else row[column]
     if isinstance(value, list) and all(isinstance(part, str) for part in value):
-        value = " ".join(value) if names is ARTICLE else value[0] if value else ""
-    if value is None:
-        return ""
+        value = " ".join(value if names is ARTICLE else value[:1])
     if not isinstance(value, str):
         raise ValueError(f"{where}: {column} is {type(value).__name__}, expected text or a list of texts")
     return value.strip()
@@ -162,6 +164,18 @@ def _file_rows(path: Path) -> Iterable[tuple[int, dict]]:
             yield reader.line_num, row
     except csv.Error as error:
         raise ValueError(f"{path} line {reader.line_num} is not CSV ({error})") from None
+
+
+def load_texts(data: str, eval_data: str = "", *, folded: bool, min_words: int) -> dict[str, Summaries | None]:
+    """The splits that a run reads: train, validation and test of ``data``, only train where a part of it is held out
+    (``folded``), and ood, the test split of ``eval_data``. Raises ValueError where there is nothing to train on or to
+    validate on, and as `load_summaries`."""
+    texts = load_summaries(data, ("train",) if folded else SPLITS, min_words=min_words)
+    if texts["train"] is None or not (folded or texts["validation"]):
+        lacks = "training" if texts["train"] is None else "validation"
+        raise ValueError(f"{data} has no {lacks} split; add its file, or validate on a part with --fold 1/5")
+    ood = load_summaries(eval_data, ("test",), min_words=min_words)["test"] if eval_data else None
+    return texts | {"ood": ood}
 
 
 def fold(n: int, spec: str) -> tuple[np.ndarray, np.ndarray]:
@@ -231,19 +245,14 @@ def tokenizer_for_training(spec: str, train: Summaries, cache: str | Path, *, bo
     A vocabulary that has <s>, <pad> and </s> (BART's vocab.json and merges.txt) keeps its ids; to any other they are
     added after its last. ``bos``: whether texts begin with <s>.
     """
-
-    def texts() -> Iterable[str]:
-        return (text for pair in train.pairs for text in (pair.article, pair.summary))
-
     folder = Path(spec).expanduser()
-    if folder.is_dir() and not (folder / "tokenizer.json").is_file() and (folder / "vocab.json").is_file():
-        base = Tokenizer.from_files(_with_definition(read_files(folder), folder, None), folder.name)
+    if "tokenizer.json" not in (files := read_files(folder)) and "vocab.json" in files:
+        base = Tokenizer.from_files(_with_definition(files, folder, None), folder.name)
     else:
         corpus = f"{train.name}-{_hash(train.pairs, '')[:12]}"
-        base = load_tokenizer(spec, documents=texts, cache=cache, corpus=corpus)
-    definition = base.files().get("tokenizer.json")
-    known = _vocabulary(definition) if definition else {}
-    if set(SPECIALS) <= set(known):
+        base = load_tokenizer(spec, documents=partial(_texts, train.pairs), cache=cache, corpus=corpus)
+    known = _vocabulary(base.files())
+    if known.keys() >= set(SPECIALS):
         bos_id, pad_id, eos_id = (known[name] for name in SPECIALS)
     else:
         bos_id, pad_id, eos_id = range(base.vocab_size, base.vocab_size + 3)
@@ -269,30 +278,28 @@ def tokenizer_of_model(folder_or_hub_id: str, config) -> SummaryTokenizer:
     return SummaryTokenizer(base, bos, config.pad_token_id, config.eos_token_id, newline)
 
 
-def _vocabulary(definition: bytes) -> dict[str, int]:
-    """Token -> id of a tokenizer.json."""
-    return Backend.from_buffer(definition).get_vocab(with_added_tokens=True)
+def _vocabulary(files: dict[str, bytes]) -> dict[str, int]:
+    """Token -> id of the tokenizer.json in ``files``; nothing without one."""
+    definition = files.get("tokenizer.json")
+    return Backend.from_buffer(definition).get_vocab(with_added_tokens=True) if definition else {}
 
 
 def _with_definition(files: dict[str, bytes], folder: Path, eos_id: int | None) -> dict[str, bytes]:
-    """``files`` with a tokenizer.json, and with the end-of-text token that has ``eos_id`` named.
+    """``files`` with a tokenizer.json, and with the end-of-text token named: the one of ``eos_id``, else </s>.
 
     The tokenizer.json is made of vocab.json and merges.txt where those are BART's: fairseq's order of the ids is not
     that of the merges.
     """
-    files = dict(files)
     try:
         if "tokenizer.json" not in files:
             vocab = json.loads(files["vocab.json"])
             if eos_id is None and not set(SPECIALS) <= set(vocab):
                 return files  # GPT-2's kind
-            backend = Backend(models.BPE(vocab=vocab, merges=merges_of(files["merges.txt"])))
-            backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-            backend.decoder = decoders.ByteLevel()
+            backend = byte_level(vocab=vocab, merges=merges_of(files["merges.txt"]))
             names = [name for name in (*SPECIALS, "<unk>", "<mask>") if name in vocab]
             backend.add_special_tokens([AddedToken(name, special=True) for name in names])
-            files["tokenizer.json"] = backend.to_str().encode()
-        known = _vocabulary(files["tokenizer.json"])
+            files = files | {"tokenizer.json": backend.to_str().encode()}
+        known = _vocabulary(files)
         eos_id = known.get("</s>") if eos_id is None else eos_id
         eos = next((token for token, i in known.items() if i == eos_id), None)
         settings = json.loads(files.get("tokenizer_config.json", b"{}"))
@@ -306,16 +313,13 @@ def _with_definition(files: dict[str, bytes], folder: Path, eos_id: int | None) 
     if named not in (None, eos):
         ends = f"ends a text with {named}, the model with its token {eos_id}, {eos}"
         raise ValueError(f"the tokenizer in {folder} {ends}; use the tokenizer that the model was trained with")
-    files["tokenizer_config.json"] = json.dumps(settings | {"eos_token": eos}).encode()
-    return files
+    return files | {"tokenizer_config.json": json.dumps(settings | {"eos_token": eos}).encode()}
 
 
 @dataclass
 class TokenPairs:
-    """Sources and targets of one split as token ids, cut to their limits. Lengths include bos and eos.
-
-    ``truncated`` counts the sources and targets that were longer.
-    """
+    """Sources and targets of one split as token ids, cut to their limits; ``truncated`` counts those that were longer.
+    Lengths, int64 [pairs], include bos and eos."""
 
     data: np.ndarray  # all tokens of the split
     pairs: Sequence[Pair]
@@ -329,7 +333,7 @@ class TokenPairs:
         full = [end - start + extra for start, end in self.spans]
         self.source_lengths, self.target_lengths = map(np.minimum, full, self.limits)
         longer = [int((lengths > limit).sum()) for lengths, limit in zip(full, self.limits, strict=True)]
-        self.truncated = dict(sources=longer[0], targets=longer[1])
+        self.truncated = dict(zip(("sources", "targets"), longer, strict=True))
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -350,12 +354,8 @@ def encode_pairs(
     part: Summaries, tokenizer: SummaryTokenizer, cache: str | Path, max_source: int, max_target: int
 ) -> TokenPairs:
     """Tokens of a split, through a verified token cache of whole texts, which other limits share."""
-    digest = _hash(part.pairs, tokenizer.newline)
-
-    def texts() -> Iterable[str]:
-        return (t for p in part.pairs for t in (p.article, p.summary.replace("\n", tokenizer.newline)))
-
-    tokens = cached_tokens(cache, part.name, part.split, texts, tokenizer.base, digest)
+    texts = partial(_texts, part.pairs, tokenizer.newline)
+    tokens = cached_tokens(cache, part.name, part.split, texts, tokenizer.base, _hash(part.pairs, tokenizer.newline))
     data, limits = np.asarray(tokens.tokens), (max_source, max_target)
     ends = np.flatnonzero(data == tokens.eos_id)
     if len(ends) != 2 * len(part.pairs):
@@ -366,13 +366,46 @@ def encode_pairs(
     return TokenPairs(data, part.pairs, tokenizer, limits, spans, digest)
 
 
+def _texts(pairs: Sequence[Pair], newline: str = "\n") -> Iterator[str]:
+    """Every article and its summary, whose line breaks become ``newline``."""
+    for pair in pairs:
+        yield pair.article
+        yield pair.summary.replace("\n", newline)
+
+
 def _hash(pairs: Sequence[Pair], newline: str) -> str:
     digest = hashlib.sha256(newline.encode())
-    for pair in pairs:
-        for text in (pair.article, pair.summary):
-            raw = text.encode()
-            digest.update(len(raw).to_bytes(8, "little") + raw)
+    for text in map(str.encode, _texts(pairs)):
+        digest.update(len(text).to_bytes(8, "little") + text)
     return digest.hexdigest()
+
+
+def encode_sets(
+    texts: dict[str, Summaries | None], *encoding, part: str = "", limits: dict[str, int]
+) -> tuple[TokenPairs, dict[str, TokenPairs | None], dict[str, dict]]:
+    """(training pairs, {val, test, ood}, what is recorded of each split in ``texts``).
+
+    ``encoding``: tokenizer, cache, max_source and max_target, as `encode_pairs` takes them. ``part``: "K/M" holds part
+    K of M of the training pairs out as val, see `fold`. ``limits``: at most so many pairs of a set, the first; 0 is
+    all. Of a split that is partial or cut its record says so.
+    """
+    tokens = {name: text and encode_pairs(text, *encoding) for name, text in texts.items()}
+    train, sets = tokens["train"], {"val": tokens.get("validation"), "test": tokens.get("test"), "ood": tokens["ood"]}
+    if part:
+        kept, held = fold(len(train), part)
+        train, sets["val"] = train.take(kept), train.take(held)
+    for name, limit in limits.items():
+        if sets[name] is not None and 0 < limit < len(sets[name]):
+            sets[name] = sets[name].take(np.arange(limit))
+    about = {}
+    for name, text in texts.items():
+        if text is not None:
+            (source, target), truncated = tokens[name].limits, tokens[name].truncated
+            cut = ", ".join(f"{n:,} {what}" for what, n in truncated.items())
+            label = f"{text.label}; cut to {source} and {target} tokens: {cut}"
+            about[name] = dict(set=text.name, origin=text.origin, pairs=len(text.pairs), partial=text.partial)
+            about[name] |= dict(removed=text.removed, truncated=truncated, label=label)
+    return train, sets, about
 
 
 # ----------------------------------------------------------------------------------------------
