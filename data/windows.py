@@ -46,29 +46,24 @@ def _check_count(name: str, value: int, least: int = 0) -> None:
 class Windows:
     """Non-overlapping windows of ``length`` inputs over a TokenSet; every token is a target exactly once an epoch.
 
-    The input before the first token is the end-of-text token, as it is before every other document's first token. The
-    last window is padded: inputs eos_id, targets -100. ``bytes`` is the TokenSet's, for bits per byte. Raises
-    ValueError where ``length`` exceeds the tokens.
+    The end-of-text token comes before the first token, as before every document's. The last window is padded: inputs
+    eos_id, targets -100. Raises ValueError where ``length`` exceeds the tokens.
     """
 
     def __init__(self, tokens: TokenSet, length: int):
         _check_count("the sequence length", length, 1)
         data = np.asarray(tokens.tokens)  # a plain view of the map: np.memmap's own indexing is slower
         if length > len(data):
-            raise ValueError(
-                f"a sequence of {length} tokens is longer than {tokens.name or 'the data'}, which has {len(data)}; "
-                "take a shorter one"
-            )
+            longer = f"longer than {tokens.name or 'the data'}, which has {len(data)}"
+            raise ValueError(f"a sequence of {length} tokens is {longer}; take a shorter one")
         self.length, self.eos_id, self.bytes = length, tokens.eos_id, tokens.bytes
         self._windows = -(-len(data) // length)
         # Window i reads positions i*T-1 .. i*T+T-1. All but the first (whose context is outside the data) and a short
         # last one are rows of a strided view, so that a batch is one gather of contiguous rows.
-        self._inside = len(data) // length - 1
-        span = length + 1
+        self._inside, span = len(data) // length - 1, length + 1
+        self._rows = np.zeros((1, span), data.dtype)
         if self._inside:
             self._rows = np.lib.stride_tricks.sliding_window_view(data[length - 1 :], span)[::length]
-        else:
-            self._rows = np.zeros((1, span), data.dtype)
         self._first = np.concatenate([[tokens.eos_id], data[:length]]).astype(data.dtype)
         rest = data[(self._inside + 1) * length - 1 :]
         self._last_targets = len(rest) - 1
@@ -86,11 +81,8 @@ class Windows:
         rows = self._rows[np.clip(indices - 1, 0, max(self._inside - 1, 0))]  # [B, T + 1], a copy
         first, last = np.flatnonzero(indices == 0), np.flatnonzero(indices > self._inside)
         rows[first], rows[last] = self._first, self._last
-        x_BT = torch.empty(len(indices), self.length, dtype=torch.int64)
-        y_BT = torch.empty(len(indices), self.length, dtype=torch.int64)
-        x_BT.numpy()[...], y_BT.numpy()[...] = rows[:, :-1], rows[:, 1:]
-        if len(last):
-            y_BT.numpy()[last, self._last_targets :] = IGNORE_INDEX
+        x_BT, y_BT = (torch.from_numpy(part.astype(np.int64, "C")) for part in (rows[:, :-1], rows[:, 1:]))
+        y_BT[last, self._last_targets :] = IGNORE_INDEX
         return x_BT, y_BT
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
@@ -98,11 +90,10 @@ class Windows:
         _check_count("seed", seed)
         _check_count("epoch", epoch)
         if (seed, epoch) not in self._orders:
-            while len(self._orders) > 1:  # a batch touches two epochs at most, unless it is larger than the data
+            if len(self._orders) > 1:  # a batch touches two epochs at most, unless it is larger than the data
                 self._orders.pop(next(iter(self._orders)))
-            order = permutation(seed, epoch, self._windows)
-            order.flags.writeable = False  # it is kept, so it is shared
-            self._orders[seed, epoch] = order
+            self._orders[seed, epoch] = permutation(seed, epoch, self._windows)
+            self._orders[seed, epoch].flags.writeable = False  # it is shared
         return self._orders[seed, epoch]
 
     def batch_indices(self, step: int, batch: int, seed: int) -> np.ndarray:
@@ -118,15 +109,14 @@ def flip_labels(
     """Label noise: targets with flips, and how many were flipped.
 
     In a share ``step_share`` of the steps each target (never one of -100) becomes, with probability ``share``, another
-    token drawn uniformly from the other ``vocab_size - 1``. The draw of a target depends on (seed, step) and its place
-    in the GLOBAL batch: a rank or micro-batch that holds rows r.. of it passes ``first_row=r`` and gets those rows'
-    flips. ``y_BT`` is int64 on the CPU and is not written to; where nothing is flipped it is returned itself.
+    token, uniformly. The draw depends on (seed, step) and the place in the GLOBAL batch, of which ``y_BT``, int64 on
+    the CPU, holds the rows from ``first_row`` on. It is not written to; where nothing is flipped it is returned itself.
     """
-    for name, value in (("share", share), ("step_share", step_share)):
+    for name, value in dict(share=share, step_share=step_share).items():
         if not 0 <= value <= 1:
             raise ValueError(f"label noise: {name} must be between 0 and 1, not {value!r}")
     _check_count("vocab_size", vocab_size, 2)
-    for name, value in (("seed", seed), ("step", step), ("first_row", first_row)):
+    for name, value in dict(seed=seed, step=step, first_row=first_row).items():
         _check_count(name, value)
     if y_BT.dtype != torch.int64 or y_BT.device.type != "cpu" or y_BT.dim() != 2:
         raise ValueError(f"label noise: targets must be int64 [B, T] on the CPU, not {y_BT.dtype} on {y_BT.device}")

@@ -15,7 +15,7 @@ A broken line is a ValueError with its number.
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,12 +42,9 @@ class WordLists:
         if word in self.stop_words:
             return []
         found = dict.fromkeys(c.lower() for c in self.neighbours.get(word, ()))  # in order, each once
-        return [c for c in found if c != word and c.isalpha() and c not in self.stop_words and self._allowed(word, c)]
-
-    def _allowed(self, a: str, b: str) -> bool:
-        if (a, b) in self.antonyms or (b, a) in self.antonyms:
-            return False
-        return self.synonyms is None or (a, b) in self.synonyms or (b, a) in self.synonyms
+        found = [c for c in found if c != word and c.isalpha() and c not in self.stop_words]
+        found = [c for c in found if self.antonyms.isdisjoint([(word, c), (c, word)])]
+        return [c for c in found if self.synonyms is None or not self.synonyms.isdisjoint([(word, c), (c, word)])]
 
 
 class Vectors:
@@ -98,30 +95,12 @@ def load_lists(
     stop = [] if str(stop_words) == "none" else [Path(stop_words)]
     lists = WordLists(
         neighbours=read_neighbours(words),
-        stop_words=frozenset().union(*map(read_words, stop)),
-        antonyms=frozenset().union(*map(read_pairs, antonyms)),
-        synonyms=frozenset().union(*map(read_pairs, synonyms)) if synonyms else None,
+        stop_words=frozenset(word for path in stop for (word,) in _rows(path, 1)),
+        antonyms=frozenset(pair for path in antonyms for pair in _rows(path, 2)),
+        synonyms=frozenset(pair for path in synonyms for pair in _rows(path, 2)) if synonyms else None,
     )
     files = [words, *stop, *antonyms, *synonyms]
     return lists, {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-def read_words(path: str | os.PathLike) -> frozenset[str]:
-    """A file with one word a line."""
-    return frozenset(word for (word,) in _rows(path, 1, "one word"))
-
-
-def read_pairs(path: str | os.PathLike) -> frozenset[tuple[str, ...]]:
-    """A file with two words a line."""
-    return frozenset(_rows(path, 2, "two words"))
-
-
-def _rows(path, width: int, expected: str) -> Iterator[tuple[str, ...]]:
-    for number, line in _lines(path):
-        row = tuple(line.lower().split())
-        if len(row) != width:
-            raise ValueError(f"{path} line {number}: {_short(line)}; expected {expected} a line")
-        yield row
 
 
 def read_neighbours(path: str | os.PathLike) -> "Mapping[str, Sequence[str]] | Vectors":
@@ -129,9 +108,9 @@ def read_neighbours(path: str | os.PathLike) -> "Mapping[str, Sequence[str]] | V
     if Path(path).suffix == ".json":
         return _neighbours_json(path)
     lines = _lines(path)
-    first = lines[0][1].split()
-    if len(first) > 2 and all(map(_is_number, first[1:])):
-        return _vectors(path, lines, len(first) - 1)
+    width = len(_numbers(lines[0][1]) or ())
+    if width > 1:
+        return _vectors(path, lines, width)
     found: dict[str, list[str]] = {}
     for number, line in lines:
         word, *near = line.lower().split()
@@ -151,27 +130,42 @@ def _neighbours_json(path) -> dict[str, list[str]]:
         raise ValueError(f"{path} line {error.lineno} column {error.colno}: not JSON ({error.msg})") from None
     if not isinstance(content, dict) or not content:
         raise ValueError(f"{path} line 1: expected an object of words with their lists of neighbours")
-    found = {}
     for word, near in content.items():
         if not isinstance(near, list) or not all(isinstance(n, str) for n in near):
             line = text.count("\n", 0, max(0, text.find(json.dumps(word, ensure_ascii=False)))) + 1
             raise ValueError(f"{path} line {line}: the neighbours of {_short(word)} are no list of words")
-        found[word.lower()] = near
-    return found
+    return {word.lower(): near for word, near in content.items()}
 
 
 def _vectors(path, lines: list[tuple[int, str]], width: int) -> Vectors:
-    words, rows = [], np.empty((len(lines), width), np.float32)
-    for i, (number, line) in enumerate(lines):
-        word, *values = line.split()
-        try:
-            rows[i] = [float(v) for v in values]
-        except ValueError:  # not numbers, or another number of them
-            raise ValueError(f"{path} line {number}: expected a word and {width} numbers") from None
-        if not np.isfinite(rows[i]).all():
-            raise ValueError(f"{path} line {number}: the vector of {word!r} is not finite")
-        words.append(word.lower())
-    return Vectors(words, rows)
+    rows_ND = np.empty((len(lines), width), np.float32)
+    for row, (number, line) in zip(rows_ND, lines, strict=True):
+        values = _numbers(line)
+        if values is None or len(values) != width:
+            raise ValueError(f"{path} line {number}: expected a word and {width} numbers")
+        row[:] = values
+        if not np.isfinite(row).all():
+            raise ValueError(f"{path} line {number}: the vector of {line.split()[0]!r} is not finite")
+    return Vectors([line.split()[0].lower() for _, line in lines], rows_ND)
+
+
+def _numbers(line: str) -> list[float] | None:
+    """What follows the first word of a line; None where that is not numbers."""
+    try:
+        return [float(v) for v in line.split()[1:]]
+    except ValueError:
+        return None
+
+
+def _rows(path, width: int) -> list[tuple[str, ...]]:
+    """The words of each line, of which there must be ``width``."""
+    rows = []
+    for number, line in _lines(path):
+        rows.append(tuple(line.lower().split()))
+        if len(rows[-1]) != width:
+            expected = "one word" if width == 1 else "two words"
+            raise ValueError(f"{path} line {number}: {_short(line)}; expected {expected} a line")
+    return rows
 
 
 def _lines(path) -> list[tuple[int, str]]:
@@ -190,14 +184,6 @@ def _read(path) -> str:
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{path} line {line}: not UTF-8 text") from None
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _short(text: str) -> str:
