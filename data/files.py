@@ -25,10 +25,9 @@ def load_hub(name: str, way_out: str, *arguments, **options):
 
         return datasets.load_dataset(*arguments, **options)
     except Exception as error:  # no network, no package, hub errors of several libraries
-        raise ValueError(
-            f"{name} cannot be loaded from the hub ({type(error).__name__}: {first_line(error)[:120]}); either give "
-            f"this machine a network (and pip install datasets), or {way_out}"
-        ) from error
+        why = f"cannot be loaded from the hub ({type(error).__name__}: {first_line(error)[:120]})"
+        network = "either give this machine a network (and pip install datasets)"
+        raise ValueError(f"{name} {why}; {network}, or {way_out}") from error
 
 
 def read_bytes(path: Path) -> bytes:

@@ -29,9 +29,9 @@ def load_gsm8k(source: str | Path = "gsm8k", split: str = "train") -> list[Probl
     """The problems of a split, "train" or "test", in the published order.
 
     ``source`` is a folder of train.jsonl and test.jsonl with fields question and answer, or "gsm8k": that is
-    $LM_DATA/gsm8k where it is a folder, else the hub's openai/gsm8k (main) through ``datasets``. "gsm8k", and any
-    folder of that name, claims to be the full set and must have 7,473 or 1,319 rows. Raises ValueError, one line, for a
-    split that is not there, a wrong number of rows, and a broken row, with its line.
+    $LM_DATA/gsm8k where it is a folder, else the hub's openai/gsm8k (main). "gsm8k", and any folder of that name, must
+    be the full set. Raises ValueError, one line, for a split that is not there, a wrong number of rows, and a broken
+    row, with its line.
     """
     if split not in PUBLISHED_ROWS:
         raise ValueError(f"unknown split {split!r}, expected one of {', '.join(PUBLISHED_ROWS)}")
@@ -49,10 +49,8 @@ def load_gsm8k(source: str | Path = "gsm8k", split: str = "train") -> list[Probl
     if not problems:
         raise ValueError(f"{origin} holds no problems")
     if folder.resolve().name == "gsm8k" and len(problems) != PUBLISHED_ROWS[split]:
-        raise ValueError(
-            f"{origin} has {len(problems):,} rows, expected the full set's {PUBLISHED_ROWS[split]:,}; "
-            "fetch it again, or give a sample a folder of another name"
-        )
+        rows = f"{len(problems):,} rows, expected the full set's {PUBLISHED_ROWS[split]:,}"
+        raise ValueError(f"{origin} has {rows}; fetch it again, or give a sample a folder of another name")
     return problems
 
 
@@ -69,11 +67,8 @@ def _problem(row: dict, name: str, where: str) -> Problem:
 
 
 def split_heldout(problems: Sequence[Problem], count: int, *, seed: int = 0) -> tuple[list[Problem], list[Problem]]:
-    """(rest, held out), both in the given order: the ``count`` problems with the smallest SHA-256 of seed and question.
-
-    So a problem's place does not depend on the others' order, and two counts nest. Raises ValueError unless 0 <= count
-    < number of problems.
-    """
+    """(rest, held out), both in the given order: the ``count`` problems with the smallest SHA-256 of seed and question,
+    so that two counts nest. Raises ValueError unless 0 <= count < number of problems."""
     if not 0 <= count < len(problems):
         raise ValueError(f"{count} problems held out of {len(problems)}, expected at least 0 and fewer than all")
     digest = {p.id: hashlib.sha256(f"{seed}\n{p.question}".encode()).digest() for p in problems}
@@ -82,11 +77,8 @@ def split_heldout(problems: Sequence[Problem], count: int, *, seed: int = 0) -> 
 
 
 def text_target(problem: Problem, *, annotations: bool = True) -> str:
-    """The words to train on: the sentences and ``#### N`` (without commas), as published.
-
-    With ``annotations``, which a calculator in decoding needs, ``<<48/2=24>>`` is kept; without, it is taken out and
-    nothing else is, so that ``48/2 = <<48/2=24>>24`` becomes ``48/2 = 24``.
-    """
+    """The words to train on: the sentences and ``#### N`` (without commas), as published; the ``annotations``, which a
+    calculator in decoding needs, may be left out."""
     words = problem.solution if annotations else ANNOTATION.sub("", problem.solution)
     return f"{words}\n#### {problem.gold}"
 
