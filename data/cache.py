@@ -47,11 +47,10 @@ class TokenSet:
 def write_tokens(
     path: Path, documents: Iterable[str], tokenizer, source_hash: str, *, total_bytes=None, title: str = "tokens"
 ) -> None:
-    """Tokenise ``documents`` into the cache file ``path``.
+    """Tokenise ``documents`` into the cache file ``path``, which appears whole or not at all.
 
-    A reader sees all of the file or none of it, and of two writers the last wins with the same bytes. A progress bar
-    appears after two seconds; ``total_bytes`` of text is its length where known. Raises ValueError where there is no
-    text or the folder cannot be written.
+    A progress bar appears after two seconds; ``total_bytes`` of text is its length where known. Raises ValueError where
+    there is no text or the folder cannot be written.
     """
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
 
@@ -88,10 +87,8 @@ def write_tokens(
 def open_tokens(
     path: Path, *, name: str = "", tokenizer_hash: str | None = None, source_hash: str | None = None
 ) -> TokenSet:
-    """Open and verify a cache file; the hashes, where given, must be the header's.
-
-    Raises ValueError naming the file, what is wrong with it and the way out.
-    """
+    """Open and verify a cache file; the hashes, where given, must be the header's. Raises ValueError, naming the file,
+    what is wrong with it and the way out."""
     path = Path(path)
 
     def check(ok: bool, what: str) -> None:

@@ -1,7 +1,4 @@
-"""What the data modules read and write: text in UTF-8, rows of JSON, sets of the hub, files of a cache.
-
-Every error is a ValueError of one line that names the file or the set.
-"""
+"""What the data modules read and write. Every error is a ValueError of one line that names the file or the set."""
 
 import json
 import os
@@ -47,13 +44,14 @@ def read_text(path: Path) -> str:
 
 def read_lines(path: Path) -> Iterator[str]:
     """The lines, each with its end as it is; at "\\n" alone, as text may hold others such as U+2028."""
+    number = 0
     try:
         with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    yield line.decode()
-                except UnicodeDecodeError:
-                    raise ValueError(f"{path} is not UTF-8 text (line {number}); convert it or take it away") from None
+            for line in file:
+                number += 1
+                yield line.decode()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8 text (line {number}); convert it or take it away") from None
     except OSError as error:
         raise ValueError(f"cannot read {path} ({error.strerror})") from None
 
@@ -66,12 +64,6 @@ def read_rows(path: Path, *, skip_blank: bool = True) -> Iterator[tuple[int, obj
                 yield number, json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path} line {number} is not JSON ({error.msg})") from None
-
-
-def write_rows(path: Path, rows: list[dict]) -> None:
-    """A file with one JSON object a line, whole or not at all."""
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_bytes(path, lambda file: file.write(text.encode()))
 
 
 def write_cached(path: Path, writer: Callable) -> None:

@@ -10,15 +10,17 @@ into a program.
 
 import argparse
 import hashlib
+import json
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from data.files import lm_data, load_hub, read_rows, write_rows
+from data.files import lm_data, load_hub, read_rows
 from data.numbers import parse_number
 from data.programs import ANNOTATION, Problem, code_targets, coverage_table
 from runtime.cli import user_errors
+from runtime.folder import write_bytes
 
 PUBLISHED_ROWS = {"train": 7473, "test": 1319}
 FORMATS = ("text", "code")
@@ -105,7 +107,8 @@ def main(arguments: list[str] | None = None) -> None:
         if given.out:
             kept = [p for p in problems if p.id in targets]
             rows = [dict(id=p.id, question=p.question, target=targets[p.id], gold=p.gold) for p in kept]
-            write_rows(given.out, rows)
+            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            write_bytes(given.out, lambda file: file.write(lines.encode()))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,7 @@
     python -m data.lm wikitext103 --tokenizer gpt2
     python -m data.lm my_texts/ --tokenizer gpt2 --one-set
 
-prepares the cache ahead of training and prints what is in it. data.sources.open_source says what may be named, and
-data.tokenizer.load_tokenizer which tokenizers there are.
+prepares the cache ahead of training and prints what is in it.
 """
 
 import argparse
@@ -51,10 +50,8 @@ def load_corpus(name_or_folder: str, *, tokenizer: str | Tokenizer, cache, split
 
 
 def load_text_set(folder_or_name: str, tokenizer: str | Tokenizer, cache) -> TokenSet:
-    """One evaluation set: all text of a folder, or the test split of a named set.
-
-    ``tokenizer`` is a Tokenizer or a spec other than bpe:N. Raises ValueError as load_corpus does.
-    """
+    """One evaluation set: all text of a folder, or the test split of a named set. A ``tokenizer`` bpe:N is refused;
+    otherwise as load_corpus."""
     return _tokens(open_all(folder_or_name), "all", load_tokenizer(tokenizer), cache)
 
 

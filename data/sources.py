@@ -7,6 +7,7 @@ A new named set is one entry in SETS, at the end of this file.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -27,6 +28,7 @@ WIKITEXT_FILES = {
     "val": ("validation.txt", "valid.txt", "wiki.valid.raw", "wiki.valid.tokens"),
     "test": ("test.txt", "wiki.test.raw", "wiki.test.tokens"),
 }
+_TITLE = re.compile(r"\s*= (?!= ).+ =\s*")  # of an article; those of its sections begin with = =
 VAL_FROM, TEST_FROM = 0.9, 0.95  # where val and test begin among the places, 0 to 1, of text without named splits
 SUFFIXES = (".txt", ".md", ".py", ".jsonl")
 # train.txt, validation/, test-00001-of-00004.jsonl; not train_prefix.txt, testimony.md
@@ -82,25 +84,11 @@ def open_all(name_or_folder: str) -> Source:
     return Source(_file_name(folder), str(folder), {"all": _whole(partial(_documents, folder, _text_files(folder)))})
 
 
-# ---- sets of the hub -------------------------------------------------------------------------------------------------
-
-
-def whole_rows(texts: Iterable[str]) -> Iterator[str]:
-    """A row is a document."""
-    return filter(str.strip, texts)
-
-
 def open_hub(
-    name: str,
-    splits: tuple[str, ...],
-    *,
-    repository: str,
-    configuration: str | None = None,
-    folder: str,
-    documents: Callable[[Iterable[str]], Iterator[str]] = whole_rows,
-    column: str = "text",
+    name: str, splits: tuple, *, repository: str, configuration=None, folder: str, column="text", documents=iter
 ) -> Source:
-    """The set in $LM_DATA/``folder``, else ``repository`` on the hub. ``documents`` makes documents of its rows."""
+    """The set in $LM_DATA/``folder``, else ``repository`` on the hub. ``documents`` makes documents of the texts in
+    ``column``; by default each is one."""
     if local := lm_data(folder):
         return _open_folder(name, local, splits)
     way_out = f"put train.txt, validation.txt and test.txt in $LM_DATA/{folder}"
@@ -121,10 +109,7 @@ def open_hub(
 
 def _hub_documents(rows, column: str, documents: Callable[[Iterable[str]], Iterator[str]]) -> Iterator[str]:
     batches = rows.iter(1000) if hasattr(rows, "iter") else [{column: [row[column] for row in rows]}]
-    return documents(text for batch in batches for text in batch[column])
-
-
-# ---- WikiText --------------------------------------------------------------------------------------------------------
+    return filter(str.strip, documents(text for batch in batches for text in batch[column]))
 
 
 def _open_wikitext_folder(name: str, folder: Path, splits: tuple[str, ...]) -> Source:
@@ -153,33 +138,21 @@ def _open_wikitext_folder(name: str, folder: Path, splits: tuple[str, ...]) -> S
 def articles(lines: Iterable[str]) -> Iterator[str]:
     """WikiText's lines, joined to articles; together they are the text unchanged.
 
-    An article begins at `` = Title = `` between blank lines. (Without the blanks, lines of formulas and of table
-    legends count as titles: 62 articles in the test set instead of its 60.) What precedes the first title belongs to
-    the first article.
+    An article begins at `` = Title = `` between blank lines, for there are formulas and legends that look like a title.
+    What precedes the first title belongs to the first article.
     """
     article: list[str] = []
-    title, titled, blank = None, False, True
-    for line in lines:
-        was_blank, blank = blank, not line.strip()
-        if title is not None:
-            if blank and titled:
+    titled = False
+    around = itertools.chain([""], lines, ["the end"])
+    for (before, line), (_, after) in itertools.pairwise(itertools.pairwise(around)):
+        if _TITLE.fullmatch(line) and not before.strip() and not after.strip():
+            if titled:
                 yield "".join(article)
                 article = []
-            titled |= blank
-            article.append(title)
-            title = None
-        if was_blank and _is_title(line):
-            title = line
-        else:
-            article.append(line)
-    text = "".join(article) + (title or "")
-    if text.strip():
+            titled = True
+        article.append(line)
+    if (text := "".join(article)).strip():
         yield text
-
-
-def _is_title(line: str) -> bool:
-    text = line.strip()
-    return len(text) > 4 and text.startswith("= ") and text.endswith(" =") and not text.startswith("= = ")
 
 
 def hub_articles(texts: Iterable[str]) -> Iterator[str]:
@@ -189,9 +162,6 @@ def hub_articles(texts: Iterable[str]) -> Iterator[str]:
 
 def _is_wikitext(folder: Path) -> bool:
     return folder.name in WIKITEXT_FOLDERS or any(folder.glob("wiki.t*.*"))
-
-
-# ---- pydoc -----------------------------------------------------------------------------------------------------------
 
 
 def _open_pydoc(name: str, splits: tuple[str, ...]) -> Source:
@@ -206,9 +176,6 @@ def _open_pydoc(name: str, splits: tuple[str, ...]) -> Source:
         yield from _documents(root, files)
 
     return _hash_split(name, f"the library of Python {sysconfig.get_python_version()} in {root}", splits, documents)
-
-
-# ---- folders ---------------------------------------------------------------------------------------------------------
 
 
 def _open_folder(name: str, folder: Path, splits: tuple[str, ...]) -> Source:
@@ -286,9 +253,6 @@ def _documents(folder: Path, files: list[str]) -> Iterator[tuple[str, str]]:
                 yield f"{identity}#{number}", text
 
 
-# ---- splits of identified documents ----------------------------------------------------------------------------------
-
-
 def _whole(documents: Callable[[], Iterable[tuple[str, str]]]) -> Split:
     """All of ``documents`` as one split; reads them once, for the hash."""
     digest, size = hashlib.sha256(), 0
@@ -345,8 +309,6 @@ def _cut_by_position(_: str, text: str) -> dict[str, str]:
     second = text.find("\n", max(first, int(len(text) * TEST_FROM))) + 1 or len(text)
     return {"train": text[:first], "val": text[first:second], "test": text[second:]}
 
-
-# ---- the named sets --------------------------------------------------------------------------------------------------
 
 _wikitext = partial(open_hub, repository="Salesforce/wikitext", documents=hub_articles)
 

@@ -11,15 +11,17 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from data.cache import cached_tokens
 from data.files import lm_data, load_hub, read_lines, read_rows
@@ -105,7 +107,8 @@ def load_summaries(
             origin, rows = str(path), _file_rows(path)
         else:
             continue
-        pairs, removed, count = _pairs(rows, split, origin, min_words)
+        pairs, removed = _pairs(rows, split, origin, min_words)
+        count = len(pairs) + sum(removed.values())
         full = published.rows.get(split, count)
         missing = f"a sample: {count:,} of {full:,} rows" if count != full else ""
         out[split] = Summaries(label, split, origin, missing, pairs, removed)
@@ -121,21 +124,22 @@ def _split_file(folder: Path, split: str) -> Path | None:
     return have[0] if have else None
 
 
-def _pairs(rows, split: str, origin: str, min_words: int) -> tuple[list[Pair], dict[str, int], int]:
-    """The pairs of numbered rows, how many rows were left out and why, and how many there are."""
-    pairs, removed, count = [], {"empty": 0, "short": 0}, 0
-    for count, (line, row) in enumerate(rows, 1):
+def _pairs(rows, split: str, origin: str, min_words: int) -> tuple[list[Pair], dict[str, int]]:
+    """The pairs of numbered rows, and how many rows were left out and why."""
+    pairs, removed = [], {"empty": 0, "short": 0}
+    for i, (line, row) in enumerate(rows):
         article, summary = (_text(row, names, f"{origin} line {line}") for names in (ARTICLE, SUMMARY))
         if not article or not summary:
             removed["empty"] += 1
         elif len(article.split()) < min_words:
             removed["short"] += 1
         else:
-            pairs.append(Pair(str(row.get("id") or f"{split}/{count - 1}"), article, summary))
+            pairs.append(Pair(str(row.get("id") or f"{split}/{i}"), article, summary))
     if not pairs:
+        count = sum(removed.values())
         why = f"all {count} rows were left out, {removed}" if count else "it has no rows"
         raise ValueError(f"{origin} holds no article with a summary ({why})")
-    return pairs, removed, count
+    return pairs, removed
 
 
 def _text(row, names: tuple[str, ...], where: str) -> str:
@@ -167,9 +171,8 @@ def _file_rows(path: Path) -> Iterable[tuple[int, dict]]:
 
 
 def load_texts(data: str, eval_data: str = "", *, folded: bool, min_words: int) -> dict[str, Summaries | None]:
-    """The splits that a run reads: train, validation and test of ``data``, only train where a part of it is held out
-    (``folded``), and ood, the test split of ``eval_data``. Raises ValueError where there is nothing to train on or to
-    validate on, and as `load_summaries`."""
+    """The splits that a run reads: all of ``data``, only train where a part of that is held out (``folded``), and ood,
+    the test split of ``eval_data``. Raises ValueError without a split to train or to validate on."""
     texts = load_summaries(data, ("train",) if folded else SPLITS, min_words=min_words)
     if texts["train"] is None or not (folded or texts["validation"]):
         lacks = "training" if texts["train"] is None else "validation"
@@ -189,13 +192,8 @@ def fold(n: int, spec: str) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"--fold {spec}: expected K/M with 1 <= K <= M and M at least 2, for example 1/5")
     if n < parts:
         raise ValueError(f"--fold {spec}: {n} training pairs are fewer than the {parts} parts")
-    place = np.argsort(permutation(0, FOLD_COUNTER, n))
-    held = place % parts == k - 1
+    held = np.argsort(permutation(0, FOLD_COUNTER, n)) % parts == k - 1
     return np.flatnonzero(~held), np.flatnonzero(held)
-
-
-# ----------------------------------------------------------------------------------------------
-# tokens
 
 
 @dataclass(frozen=True)
@@ -235,8 +233,8 @@ class SummaryTokenizer:
 
     @classmethod
     def from_state(cls, state: dict) -> "SummaryTokenizer":
-        base = Tokenizer.from_files(state["files"], state["name"])
-        return cls(base, state["bos_id"], state["pad_id"], state["eos_id"], state["newline"])
+        ids = (state[key] for key in ("bos_id", "pad_id", "eos_id", "newline"))
+        return cls(Tokenizer.from_files(state["files"], state["name"]), *ids)
 
 
 def tokenizer_for_training(spec: str, train: Summaries, cache: str | Path, *, bos: bool) -> SummaryTokenizer:
@@ -251,20 +249,14 @@ def tokenizer_for_training(spec: str, train: Summaries, cache: str | Path, *, bo
     else:
         corpus = f"{train.name}-{_hash(train.pairs, '')[:12]}"
         base = load_tokenizer(spec, documents=partial(_texts, train.pairs), cache=cache, corpus=corpus)
-    known = _vocabulary(base.files())
-    if known.keys() >= set(SPECIALS):
-        bos_id, pad_id, eos_id = (known[name] for name in SPECIALS)
-    else:
-        bos_id, pad_id, eos_id = range(base.vocab_size, base.vocab_size + 3)
+    known, new = _vocabulary(base.files()), range(base.vocab_size, base.vocab_size + len(SPECIALS))
+    bos_id, pad_id, eos_id = [known[name] for name in SPECIALS] if known.keys() >= set(SPECIALS) else new
     return SummaryTokenizer(base, bos_id if bos else None, pad_id, eos_id)
 
 
 def tokenizer_of_model(folder_or_hub_id: str, config) -> SummaryTokenizer:
-    """The tokenizer in the folder (or hub repository) of a BART or PEGASUS whose Seq2SeqConfig is ``config``.
-
-    tokenizer.json, or BART's vocab.json and merges.txt. Raises ValueError, one line, where neither is there and where
-    the vocabulary is not the model's.
-    """
+    """The tokenizer.json, or BART's vocab.json and merges.txt, in the folder (or hub repository) of a BART or PEGASUS
+    whose Seq2SeqConfig is ``config``. Raises ValueError where neither is there or the vocabulary is not the model's."""
     folder = folder_of(folder_or_hub_id, TOKENIZER_FILES)
     files = read_files(folder)
     if "tokenizer.json" not in files and not {"vocab.json", "merges.txt"} <= set(files):
@@ -332,8 +324,8 @@ class TokenPairs:
         extra = 1 + (self.tokenizer.bos_id is not None)
         full = [end - start + extra for start, end in self.spans]
         self.source_lengths, self.target_lengths = map(np.minimum, full, self.limits)
-        longer = [int((lengths > limit).sum()) for lengths, limit in zip(full, self.limits, strict=True)]
-        self.truncated = dict(zip(("sources", "targets"), longer, strict=True))
+        sides = zip(("sources", "targets"), full, self.limits, strict=True)
+        self.truncated = {side: int((lengths > limit).sum()) for side, lengths, limit in sides}
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -408,16 +400,12 @@ def encode_sets(
     return train, sets, about
 
 
-# ----------------------------------------------------------------------------------------------
-# batches
-
-
 class Bucketed:
     """Training batches of like lengths: ``indices(step)`` are the rows of a global batch, the longest first.
 
     An epoch is a permutation, cut into pools of POOL batches. A pool is sorted by source length, neighbours in that
-    order by target length, then cut into batches, whose order is shuffled. What is left over of an epoch (less than a
-    batch, other rows each time) is not used. Raises ValueError where there are fewer pairs than a batch.
+    order by target length, then cut into batches, whose order is shuffled. The rest of an epoch, less than a batch, is
+    not used. Raises ValueError where there are fewer pairs than a batch.
     """
 
     def __init__(self, pairs: TokenPairs, batch: int, seed: int):
@@ -425,34 +413,33 @@ class Bucketed:
             raise ValueError(f"--batch {batch} is more than the {len(pairs)} training pairs; take a smaller one")
         self.pairs, self.batch, self.seed = pairs, batch, seed
         self.per_epoch = len(pairs) // batch
-        self._epoch, self._batches = -1, None
+        self._of_epoch = lru_cache(1)(self._order)
 
     def indices(self, step: int) -> np.ndarray:
         epoch, place = divmod(step, self.per_epoch)
-        if epoch != self._epoch:
-            self._epoch, self._batches = epoch, self._order(epoch)
-        return self._batches[place]
+        return self._of_epoch(epoch)[place]
 
     def _order(self, epoch: int) -> np.ndarray:
         source, target = self.pairs.source_lengths, self.pairs.target_lengths
         kept = permutation(self.seed, 2 * epoch, len(self.pairs))[: self.per_epoch * self.batch]
         batches = []
-        for begin in range(0, len(kept), POOL * self.batch):
-            pool = kept[begin : begin + POOL * self.batch]
-            pool = pool[np.argsort(-source[pool], kind="stable")]
-            for at in range(0, len(pool), 2 * self.batch):
-                near = pool[at : at + 2 * self.batch]
-                near = near[np.argsort(-target[near], kind="stable")]
-                for first in range(0, len(near), self.batch):
-                    rows = near[first : first + self.batch]
-                    batches.append(rows[np.argsort(-source[rows], kind="stable")])
+        for pool in _cut(kept, POOL * self.batch):
+            for near in _cut(_longest_first(pool, source), 2 * self.batch):
+                batches += [_longest_first(rows, source) for rows in _cut(_longest_first(near, target), self.batch)]
         return np.stack(batches)[permutation(self.seed, 2 * epoch + 1, len(batches))]
 
 
 def in_order(pairs: TokenPairs, batch: int) -> list[np.ndarray]:
     """Rows of evaluation batches: every pair once, the longest sources first, so that memory is known at once."""
-    order = np.lexsort((-pairs.target_lengths, -pairs.source_lengths))
-    return [order[i : i + batch] for i in range(0, len(order), batch)]
+    return _cut(np.lexsort((-pairs.target_lengths, -pairs.source_lengths)), batch)
+
+
+def _cut(rows: np.ndarray, size: int) -> list[np.ndarray]:
+    return np.split(rows, range(size, len(rows), size))
+
+
+def _longest_first(rows: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    return rows[np.argsort(-lengths[rows], kind="stable")]
 
 
 def collate(
@@ -461,44 +448,37 @@ def collate(
     """Sources int64 [B, S], their mask bool [B, S] (None where nothing is padded) and labels int64 [B, T], padded on
     the right with pad_id and -100 to the longest, rounded up to a ``multiple``. ``target_rows``: whose targets the rows
     get, their own by default."""
-    target_rows = rows if target_rows is None else target_rows
-    out = []
-    for side, picks, fill in ((0, rows, pairs.tokenizer.pad_id), (1, target_rows, IGNORE_INDEX)):
-        ids = [pairs.ids(side, i) for i in picks]
-        width = min(-(-max(map(len, ids)) // multiple) * multiple, pairs.limits[side])
-        padded = np.full((len(ids), width), fill, np.int64)
-        for row, values in zip(padded, ids, strict=True):
-            row[: len(values)] = values
-        out.append(torch.from_numpy(padded))
-    lengths = torch.from_numpy(pairs.source_lengths[rows])
-    mask = torch.arange(out[0].shape[1]) < lengths[:, None]
-    return out[0], None if bool(mask.all()) else mask, out[1]
+
+    def padded(side: int, picks: np.ndarray, fill: int) -> Tensor:
+        ids_BT = pad_sequence([torch.from_numpy(pairs.ids(side, i)) for i in picks], True, fill)
+        width = min(-(-ids_BT.shape[1] // multiple) * multiple, pairs.limits[side])
+        return F.pad(ids_BT, (0, width - ids_BT.shape[1]), value=fill)
+
+    source_BS = padded(0, rows, pairs.tokenizer.pad_id)
+    mask_BS = torch.arange(source_BS.shape[1]) < torch.from_numpy(pairs.source_lengths[rows])[:, None]
+    targets_BT = padded(1, rows if target_rows is None else target_rows, IGNORE_INDEX)
+    return source_BS, None if bool(mask_BS.all()) else mask_BS, targets_BT
 
 
 def padding_share(pairs: TokenPairs, batches: Iterable[np.ndarray]) -> float:
     """Padding over all positions, sources and targets together, of ``batches`` that are padded to their longest."""
-    cells = tokens = 0
-    for rows in batches:
-        for n in (pairs.source_lengths[rows], pairs.target_lengths[rows]):
-            cells += int(n.max()) * len(n)
-            tokens += int(n.sum())
-    return 1 - tokens / cells
+    lengths = [side[rows] for rows in batches for side in (pairs.source_lengths, pairs.target_lengths)]
+    return 1 - sum(int(n.sum()) for n in lengths) / sum(int(n.max()) * len(n) for n in lengths)
 
 
 def swapped_references(batch: int, rate: float, seed: int, step: int) -> np.ndarray:
     """For each place in the global batch of ``step`` the place whose summary it gets, int64 [batch].
 
     After n steps exactly round(rate * batch * n) places have had another's summary. Those of one step exchange theirs
-    in a circle; a single one gets a copy of some other's. Raises ValueError for a rate outside [0, 1], and where a
-    batch of one has nobody to exchange with.
+    in a circle; a single one gets a copy. Raises ValueError for a rate outside [0, 1] and for a batch of one.
     """
     if not 0 <= rate <= 1:
         raise ValueError(f"--noise-references {rate} is outside [0, 1]")
     if rate and batch < 2:
         raise ValueError(f"--noise-references {rate} swaps summaries within a batch; --batch {batch} has one only")
     places = np.arange(batch)
-    due = [int(np.floor(rate * batch * n + 0.5)) for n in (step, step + 1)]
-    count = due[1] - due[0]
+    before, after = (int(np.floor(rate * batch * n + 0.5)) for n in (step, step + 1))
+    count = after - before
     draws = random_uint64(seed, SWAP_COUNTER + step, batch + 1)
     chosen = np.argsort(draws[:batch])[:count]
     if count == 1:

@@ -1,11 +1,11 @@
 """Tokenizers by a spec string: ``gpt2``, ``bpe:N`` (trained on the corpus), or a folder.
 
-Two libraries do the work: tiktoken where the definition is GPT-2's kind (vocab.json and merges.txt), ``tokenizers``
-where it is a tokenizer.json. Text is always ordinary text: a literal <|endoftext|> in it is encoded as its characters,
-never as the token that ends a document.
+tiktoken does the work of GPT-2's kind (vocab.json and merges.txt), ``tokenizers`` that of a tokenizer.json. A literal
+<|endoftext|> in a text is encoded as its characters, never as the token that ends a document.
 """
 
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -59,11 +59,8 @@ class Tokenizer:
 
     @classmethod
     def from_files(cls, files: dict[str, bytes], name: str = "") -> "Tokenizer":
-        """The tokenizer that ``files`` define: tokenizer.json, or else vocab.json and merges.txt.
-
-        The token that ends a document is tokenizer_config.json's eos_token, else <|endoftext|>. Raises ValueError where
-        the files do not fit.
-        """
+        """The tokenizer that ``files`` define: tokenizer.json, or else vocab.json and merges.txt. A document ends with
+        tokenizer_config.json's eos_token, else <|endoftext|>. Raises ValueError where the files do not fit."""
         label = f"tokenizer {name}" if name else "tokenizer"
         config = _json(files.get(TOKENIZER_CONFIG, b"{}"), f"{label}: {TOKENIZER_CONFIG}")
         eos = config.get("eos_token") or EOS
@@ -141,8 +138,8 @@ def load_tokenizer(
     folder = Path(spec).expanduser()
     if folder.is_dir():
         return Tokenizer.from_files(read_files(folder), folder.name)
-    folders = "a folder with tokenizer.json or vocab.json and merges.txt"
-    raise ValueError(f"unknown tokenizer {spec!r}; expected gpt2, bpe:N (for example bpe:4096), or {folders}")
+    expected = "gpt2, bpe:N (for example bpe:4096), or a folder with tokenizer.json or vocab.json and merges.txt"
+    raise ValueError(f"unknown tokenizer {spec!r}; expected {expected}")
 
 
 def read_files(folder: Path) -> dict[str, bytes]:
@@ -173,8 +170,8 @@ def byte_level_bpe(documents: Iterable[str], size: int, special: tuple[str, ...]
 
 
 def train_bpe(documents: Iterable[str], size: int) -> bytes:
-    """tokenizer.json of ``byte_level_bpe`` whose token 0 is <|endoftext|>. A small text runs out of pairs before
-    ``size``; that is logged."""
+    """tokenizer.json of ``byte_level_bpe`` whose token 0 is <|endoftext|>; where the text has too few pairs, that is
+    logged."""
     backend = byte_level_bpe(documents, size, (EOS,))
     if backend.get_vocab_size() < size:
         log.warning("the text is small: bpe:%d has only %d tokens", size, backend.get_vocab_size())
@@ -222,14 +219,12 @@ def _through_tiktoken(files: dict[str, bytes], eos: str, label: str) -> tuple:
         merged = [(vocab[left + right], left + right) for left, right in merges_of(files["merges.txt"])]
         ranks |= {bytes(byte_of[c] for c in word): rank for rank, word in merged}
         # tiktoken joins the pair of the lowest ID first: right only where ids grow in the order of the merges.
-        ordered = all(a[0] < b[0] for a, b in zip(merged, merged[1:], strict=False))
+        ordered = all(a[0] < b[0] for a, b in itertools.pairwise(merged))
         if not ordered or len(ranks) != len(vocab) - 1 or eos not in vocab:
             raise KeyError("order of the ids")
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{label}: vocab.json and merges.txt are not a GPT-2 style byte-level BPE with {eos} ({error}); "
-            "give its tokenizer.json"
-        ) from None
+        wrong = f"vocab.json and merges.txt are not a GPT-2 style byte-level BPE with {eos} ({error})"
+        raise ValueError(f"{label}: {wrong}; give its tokenizer.json") from None
     special = {eos: vocab[eos]}
     encoding = tiktoken.Encoding("scorecast", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special)
 

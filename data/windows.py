@@ -1,7 +1,6 @@
-"""Batches out of a TokenSet: windows, their order, and label noise. Everything is a pure function of (seed, step).
+"""Batches out of a TokenSet: windows, their order, and label noise, pure functions of (seed, step).
 
-Randomness is raw Philox output under the key (seed, counter), which numpy guarantees never to change, so that a run
-resumes with the same batches under another numpy, on another machine or another number of ranks.
+Randomness is raw Philox output under the key (seed, counter), which numpy guarantees never to change.
 """
 
 from collections.abc import Callable
@@ -38,9 +37,10 @@ def epoch_blocks(order: Callable[[int], np.ndarray], count: int, step: int, batc
     return np.concatenate(parts)
 
 
-def _check_count(name: str, value: int, least: int = 0) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
+def _check(least: int, **counts: int) -> None:
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+            raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
 
 
 class Windows:
@@ -51,7 +51,7 @@ class Windows:
     """
 
     def __init__(self, tokens: TokenSet, length: int):
-        _check_count("the sequence length", length, 1)
+        _check(1, **{"the sequence length": length})
         data = np.asarray(tokens.tokens)  # a plain view of the map: np.memmap's own indexing is slower
         if length > len(data):
             longer = f"longer than {tokens.name or 'the data'}, which has {len(data)}"
@@ -87,8 +87,7 @@ class Windows:
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
         """The permutation of the windows in ``epoch``: int64 [len(self)], read-only, a pure function of both."""
-        _check_count("seed", seed)
-        _check_count("epoch", epoch)
+        _check(0, seed=seed, epoch=epoch)
         if (seed, epoch) not in self._orders:
             if len(self._orders) > 1:  # a batch touches two epochs at most, unless it is larger than the data
                 self._orders.pop(next(iter(self._orders)))
@@ -98,8 +97,8 @@ class Windows:
 
     def batch_indices(self, step: int, batch: int, seed: int) -> np.ndarray:
         """The windows of optimizer step ``step``, see ``epoch_blocks``. There is no state to save or to lose."""
-        _check_count("step", step)
-        _check_count("batch", batch, 1)
+        _check(0, step=step)
+        _check(1, batch=batch)
         return epoch_blocks(lambda epoch: self.order(seed, epoch), self._windows, step, batch)
 
 
@@ -115,9 +114,8 @@ def flip_labels(
     for name, value in dict(share=share, step_share=step_share).items():
         if not 0 <= value <= 1:
             raise ValueError(f"label noise: {name} must be between 0 and 1, not {value!r}")
-    _check_count("vocab_size", vocab_size, 2)
-    for name, value in dict(seed=seed, step=step, first_row=first_row).items():
-        _check_count(name, value)
+    _check(2, vocab_size=vocab_size)
+    _check(0, seed=seed, step=step, first_row=first_row)
     if y_BT.dtype != torch.int64 or y_BT.device.type != "cpu" or y_BT.dim() != 2:
         raise ValueError(f"label noise: targets must be int64 [B, T] on the CPU, not {y_BT.dtype} on {y_BT.device}")
     if not share or not step_share:

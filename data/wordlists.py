@@ -12,6 +12,7 @@ first; or vectors, "word x1 x2 ...", as counter-fitted-vectors.txt has them, who
 A broken line is a ValueError with its number.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -54,30 +55,24 @@ class Vectors:
         self.words, self.index = words, {word: i for i, word in enumerate(words)}
         norms = np.linalg.norm(vectors_ND, axis=1, keepdims=True)
         self.vectors_ND = vectors_ND / np.maximum(norms, 1e-12)  # a zero vector is near nothing
-        self._found: dict[str, list[str]] = {}
+        self._near = functools.cache(self._neighbours)
 
     def get(self, word: str, default: Sequence[str] = ()) -> Sequence[str]:
-        if word not in self.index:
-            return default
-        if word not in self._found:
-            cosine_N = self.vectors_ND @ self.vectors_ND[self.index[word]]
-            cosine_N[self.index[word]] = -2
-            order = np.argsort(-cosine_N, kind="stable")[:NEAREST]
-            self._found[word] = [self.words[i] for i in order if cosine_N[i] >= MIN_COSINE]
-        return self._found[word]
+        return self._near(self.index[word]) if word in self.index else default
+
+    def _neighbours(self, i: int) -> list[str]:
+        cosine_N = self.vectors_ND @ self.vectors_ND[i]
+        cosine_N[i] = -2  # not the word itself
+        nearest = np.argsort(-cosine_N, kind="stable")[:NEAREST]
+        return [self.words[k] for k in nearest if cosine_N[k] >= MIN_COSINE]
 
 
-def load_lists(
-    words: str | os.PathLike | None = None,
-    stop_words: str | os.PathLike | None = None,
-    antonyms: Iterable[str | os.PathLike] = (),
-    synonyms: Iterable[str | os.PathLike] = (),
-) -> tuple[WordLists, dict[str, str]]:
-    """The lists, and the SHA-256 of each file that was read, by its name.
+def load_lists(words=None, stop_words=None, antonyms: Iterable = (), synonyms: Iterable = ()):
+    """WordLists, and {name: SHA-256} of the files that were read.
 
     ``words``: a folder, a file of neighbours, or None for $LM_DATA/textfooler. ``stop_words``: a file, None for the
-    folder's, or "none". ``antonyms`` replace the folder's. Raises ValueError, with file and line, for what cannot be
-    read, and where neighbours or stop words are named nowhere.
+    folder's, or "none". ``antonyms``, files as ``synonyms``, replace the folder's. Raises ValueError, with file and
+    line, for what cannot be read, and where neighbours or stop words are named nowhere.
     """
     if words is None:
         if not os.environ.get("LM_DATA"):
@@ -93,12 +88,10 @@ def load_lists(
     if stop_words is None:
         raise ValueError(f"no stop words beside {words}: give --stop-words a file with one word a line, or none")
     stop = [] if str(stop_words) == "none" else [Path(stop_words)]
-    lists = WordLists(
-        neighbours=read_neighbours(words),
-        stop_words=frozenset(word for path in stop for (word,) in _rows(path, 1)),
-        antonyms=frozenset(pair for path in antonyms for pair in _rows(path, 2)),
-        synonyms=frozenset(pair for path in synonyms for pair in _rows(path, 2)) if synonyms else None,
-    )
+    near = read_neighbours(words)
+    stopped = frozenset(word for path in stop for (word,) in _rows(path, 1))
+    opposite, alike = (frozenset(pair for path in paths for pair in _rows(path, 2)) for paths in (antonyms, synonyms))
+    lists = WordLists(near, stopped, opposite, alike if synonyms else None)
     files = [words, *stop, *antonyms, *synonyms]
     return lists, {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 

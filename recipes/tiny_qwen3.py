@@ -57,17 +57,17 @@ def train_tokenizer(texts: Iterable[str], size: int):
 
 
 def pretrain(model: Qwen3, rows: list[Example], steps: int, batch: int, lr: float, seed: int) -> float:
-    """Trains every parameter on the examples, all of whose tokens are targets: AdamW, cosine, 5 % warm-up. Returns the
-    mean loss of the last tenth of the steps, in nats per token."""
+    """Trains every parameter, with all tokens of the examples as targets. Returns the mean loss of the last tenth of
+    the steps, in nats per token."""
     device = model.embed_tokens.weight.device
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     rule = make_rule("cosine", optimizer, steps, warmup=0.05, floor=0.1)
     losses = []
     for step in range(steps):
         part = pack([rows[i] for i in batch_indices(len(rows), step, batch, seed)], ROW)
-        hidden = model(to_device(part.tokens_RT, device), documents_BT=to_device(part.documents_RT, device))
-        y = to_device(part.targets_RT.flatten(), device)
-        loss, _ = linear_score(hidden.flatten(0, 1), model.head_weight, y, ce)
+        x, y, documents = (to_device(t, device) for t in (part.tokens_RT, part.targets_RT, part.documents_RT))
+        hidden = model(x, documents_BT=documents)
+        loss, _ = linear_score(hidden.flatten(0, 1), model.head_weight, y.flatten(), ce)
         loss.backward()
         losses.append(loss.detach())
         take_step(optimizer, model.parameters(), 1.0, losses[-1])
