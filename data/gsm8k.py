@@ -4,8 +4,7 @@
     python -m data.gsm8k --format text --data my_folder/ --split test --out answers.jsonl
 
 The set is Cobbe et al., "Training Verifiers to Solve Math Word Problems", 2021. Its solutions are sentences with
-calculator annotations, ``48/2 = <<48/2=24>>24 clips``, and end in a line ``#### 72``. data/programs.py turns a solution
-into a program.
+calculator annotations, ``48/2 = <<48/2=24>>24 clips``, and end in a line ``#### 72``.
 """
 
 import argparse

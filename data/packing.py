@@ -121,8 +121,7 @@ def pack(examples: Sequence[Example], limit: int, *, pad_id: int = 0, multiple: 
 
 
 def batch_indices(count: int, step: int, batch: int, seed: int) -> list[int]:
-    """The ``batch`` of ``count`` examples that optimizer step ``step`` reads, see ``epoch_blocks``. Raises ValueError
-    for no examples."""
+    """The ``batch`` of ``count`` examples that optimizer step ``step`` reads, see ``epoch_blocks``."""
     if count < 1 or batch < 1:
         raise ValueError(f"batches of {batch} out of {count} examples: expected at least 1 of each")
     return epoch_blocks(lambda epoch: permutation(seed, epoch, count), count, step, batch).tolist()

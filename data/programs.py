@@ -134,8 +134,8 @@ def _step(equation: str, steps: list[_Step], asked: set) -> tuple[_Step, str] | 
 
 
 def evaluate(expression: str) -> Fraction | None:
-    """The exact value of what an annotation computes, "48/2" or "$1,200 x 20%"; None where it is no arithmetic, or
-    Python could not compute it either (a division by zero, an exponent above MAX_EXPONENT)."""
+    """The exact value of what an annotation computes, "48/2" or "$1,200 x 20%"; None where it is no arithmetic, divides
+    by zero or has an exponent above MAX_EXPONENT."""
     try:
         return _value("".join(_tokens(expression)), {})
     except Refused:
@@ -212,7 +212,7 @@ def _rounded(text: str, value: Fraction | None, shown: str, stated: Fraction) ->
 
 
 def _value(text: str, names: dict[str, Fraction]) -> Fraction | None:
-    """Exact value of arithmetic over numbers and earlier steps; None where Python could not compute it either."""
+    """Exact value over numbers and earlier steps; None where Python could not compute it either."""
     try:
         return _evaluate(ast.parse(text, mode="eval").body, names)
     except (SyntaxError, ZeroDivisionError, OverflowError):

@@ -4,6 +4,7 @@ Randomness is raw Philox output under the key (seed, counter), which numpy guara
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -22,6 +23,13 @@ def random_uint64(seed: int, counter: int, n: int) -> np.ndarray:
 def permutation(seed: int, counter: int, n: int) -> np.ndarray:
     """A permutation of ``n``, int64 [n]."""
     return np.argsort(random_uint64(seed, counter, n), kind="stable")
+
+
+@lru_cache(2)  # a batch touches two epochs at most, unless it is larger than the data
+def _kept_permutation(seed: int, counter: int, n: int) -> np.ndarray:
+    order = permutation(seed, counter, n)
+    order.flags.writeable = False  # it is shared
+    return order
 
 
 def epoch_blocks(order: Callable[[int], np.ndarray], count: int, step: int, batch: int) -> np.ndarray:
@@ -52,54 +60,39 @@ class Windows:
 
     def __init__(self, tokens: TokenSet, length: int):
         _check(1, **{"the sequence length": length})
-        data = np.asarray(tokens.tokens)  # a plain view of the map: np.memmap's own indexing is slower
-        if length > len(data):
-            longer = f"longer than {tokens.name or 'the data'}, which has {len(data)}"
+        self._data = np.asarray(tokens.tokens)  # a plain view of the map: np.memmap's own indexing is slower
+        if length > len(self._data):
+            longer = f"longer than {tokens.name or 'the data'}, which has {len(self._data)}"
             raise ValueError(f"a sequence of {length} tokens is {longer}; take a shorter one")
         self.length, self.eos_id, self.bytes = length, tokens.eos_id, tokens.bytes
-        self._windows = -(-len(data) // length)
-        # Window i reads positions i*T-1 .. i*T+T-1. All but the first (whose context is outside the data) and a short
-        # last one are rows of a strided view, so that a batch is one gather of contiguous rows.
-        self._inside, span = len(data) // length - 1, length + 1
-        self._rows = np.zeros((1, span), data.dtype)
-        if self._inside:
-            self._rows = np.lib.stride_tricks.sliding_window_view(data[length - 1 :], span)[::length]
-        self._first = np.concatenate([[tokens.eos_id], data[:length]]).astype(data.dtype)
-        rest = data[(self._inside + 1) * length - 1 :]
-        self._last_targets = len(rest) - 1
-        self._last = np.concatenate([rest, np.full(span - len(rest), tokens.eos_id)]).astype(data.dtype)
-        self._orders: dict[tuple[int, int], np.ndarray] = {}
 
     def __len__(self) -> int:
-        return self._windows
+        return -(-len(self._data) // self.length)
 
     def get(self, indices) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and targets ``[B, T]`` int64 of the windows ``indices`` (whole numbers in [0, len(self)))."""
-        indices = np.asarray(indices, dtype=np.int64).reshape(-1)
-        if indices.size and not (0 <= indices.min() and indices.max() < self._windows):
-            raise ValueError(f"window {indices.min()}..{indices.max()} is outside 0..{self._windows - 1}")
-        rows = self._rows[np.clip(indices - 1, 0, max(self._inside - 1, 0))]  # [B, T + 1], a copy
-        first, last = np.flatnonzero(indices == 0), np.flatnonzero(indices > self._inside)
-        rows[first], rows[last] = self._first, self._last
-        x_BT, y_BT = (torch.from_numpy(part.astype(np.int64, "C")) for part in (rows[:, :-1], rows[:, 1:]))
-        y_BT[last, self._last_targets :] = IGNORE_INDEX
+        indices, T = np.asarray(indices, dtype=np.int64).reshape(-1), self.length
+        if indices.size and not (0 <= indices.min() and indices.max() < len(self)):
+            raise ValueError(f"window {indices.min()}..{indices.max()} is outside 0..{len(self) - 1}")
+        rows = np.full((len(indices), T + 1), self.eos_id, np.int64)
+        for row, i in zip(rows, indices.tolist(), strict=True):
+            tokens = self._data[max(i * T - 1, 0) : i * T + T]
+            begin = int(i == 0)  # the first window has no token before it
+            row[begin : begin + len(tokens)] = tokens
+        x_BT, y_BT = (torch.from_numpy(part.copy()) for part in (rows[:, :-1], rows[:, 1:]))
+        y_BT.numpy()[np.arange(T) >= len(self._data) - T * indices[:, None]] = IGNORE_INDEX
         return x_BT, y_BT
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
         """The permutation of the windows in ``epoch``: int64 [len(self)], read-only, a pure function of both."""
         _check(0, seed=seed, epoch=epoch)
-        if (seed, epoch) not in self._orders:
-            if len(self._orders) > 1:  # a batch touches two epochs at most, unless it is larger than the data
-                self._orders.pop(next(iter(self._orders)))
-            self._orders[seed, epoch] = permutation(seed, epoch, self._windows)
-            self._orders[seed, epoch].flags.writeable = False  # it is shared
-        return self._orders[seed, epoch]
+        return _kept_permutation(seed, epoch, len(self))
 
     def batch_indices(self, step: int, batch: int, seed: int) -> np.ndarray:
         """The windows of optimizer step ``step``, see ``epoch_blocks``. There is no state to save or to lose."""
         _check(0, step=step)
         _check(1, batch=batch)
-        return epoch_blocks(lambda epoch: self.order(seed, epoch), self._windows, step, batch)
+        return epoch_blocks(lambda epoch: self.order(seed, epoch), len(self), step, batch)
 
 
 def flip_labels(
