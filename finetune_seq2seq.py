@@ -21,7 +21,6 @@ import numpy as np
 import torch
 
 from data import summaries
-from data.summary_sets import encode_sets, load_texts
 from eval import metrics
 from eval import seq2seq as measure
 from eval.calibration import Calibration
@@ -211,14 +210,14 @@ def main(argv: list[str] | None = None) -> int:
         checkpoint = run.enter(cfg)
 
         # -- data, and model: parameters in fp32, activations in dtype -------------------------
-        texts = load_texts(cfg.data, cfg.eval_data, folded=bool(cfg.fold), min_words=cfg.min_words)
+        texts = summaries.load_texts(cfg.data, cfg.eval_data, folded=bool(cfg.fold), min_words=cfg.min_words)
         torch.manual_seed(cfg.seed)
         model, tokenizer = make_model(cfg, texts["train"], dtype, world)
         check_fit(cfg, model.config, cfg.model or cfg.size)
         options = measure.decoding(cfg, tokenizer)
         limits = dict(val=cfg.validation_examples, test=cfg.test_examples, ood=cfg.test_examples)
         with world.main_first():
-            train, sets, about = encode_sets(
+            train, sets, about = summaries.encode_sets(
                 texts, tokenizer, cfg.cache, cfg.max_source, cfg.max_target, part=cfg.fold, limits=limits
             )
         batches = summaries.Bucketed(train, cfg.batch, cfg.seed)

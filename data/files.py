@@ -1,7 +1,4 @@
-"""What the data modules read and write: text in UTF-8, rows of JSON, sets of the hub, files of a cache.
-
-Every error is a ValueError of one line that names the file or the set.
-"""
+"""What the data modules read and write. Every error is a ValueError of one line that names the file or the set."""
 
 import json
 import os
@@ -25,10 +22,9 @@ def load_hub(name: str, way_out: str, *arguments, **options):
 
         return datasets.load_dataset(*arguments, **options)
     except Exception as error:  # no network, no package, hub errors of several libraries
-        raise ValueError(
-            f"{name} cannot be loaded from the hub ({type(error).__name__}: {first_line(error)[:120]}); either give "
-            f"this machine a network (and pip install datasets), or {way_out}"
-        ) from error
+        why = f"cannot be loaded from the hub ({type(error).__name__}: {first_line(error)[:120]})"
+        network = "either give this machine a network (and pip install datasets)"
+        raise ValueError(f"{name} {why}; {network}, or {way_out}") from error
 
 
 def read_bytes(path: Path) -> bytes:
@@ -48,13 +44,14 @@ def read_text(path: Path) -> str:
 
 def read_lines(path: Path) -> Iterator[str]:
     """The lines, each with its end as it is; at "\\n" alone, as text may hold others such as U+2028."""
+    number = 0
     try:
         with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    yield line.decode()
-                except UnicodeDecodeError:
-                    raise ValueError(f"{path} is not UTF-8 text (line {number}); convert it or take it away") from None
+            for line in file:
+                number += 1
+                yield line.decode()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8 text (line {number}); convert it or take it away") from None
     except OSError as error:
         raise ValueError(f"cannot read {path} ({error.strerror})") from None
 
@@ -67,12 +64,6 @@ def read_rows(path: Path, *, skip_blank: bool = True) -> Iterator[tuple[int, obj
                 yield number, json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path} line {number} is not JSON ({error.msg})") from None
-
-
-def write_rows(path: Path, rows: list[dict]) -> None:
-    """A file with one JSON object a line, whole or not at all."""
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_bytes(path, lambda file: file.write(text.encode()))
 
 
 def write_cached(path: Path, writer: Callable) -> None:

@@ -4,21 +4,22 @@
     python -m data.gsm8k --format text --data my_folder/ --split test --out answers.jsonl
 
 The set is Cobbe et al., "Training Verifiers to Solve Math Word Problems", 2021. Its solutions are sentences with
-calculator annotations, ``48/2 = <<48/2=24>>24 clips``, and end in a line ``#### 72``. data/programs.py turns a solution
-into a program.
+calculator annotations, ``48/2 = <<48/2=24>>24 clips``, and end in a line ``#### 72``.
 """
 
 import argparse
 import hashlib
+import json
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from data.files import lm_data, load_hub, read_rows, write_rows
+from data.files import lm_data, load_hub, read_rows
 from data.numbers import parse_number
 from data.programs import ANNOTATION, Problem, code_targets, coverage_table
 from runtime.cli import user_errors
+from runtime.folder import write_bytes
 
 PUBLISHED_ROWS = {"train": 7473, "test": 1319}
 FORMATS = ("text", "code")
@@ -29,9 +30,9 @@ def load_gsm8k(source: str | Path = "gsm8k", split: str = "train") -> list[Probl
     """The problems of a split, "train" or "test", in the published order.
 
     ``source`` is a folder of train.jsonl and test.jsonl with fields question and answer, or "gsm8k": that is
-    $LM_DATA/gsm8k where it is a folder, else the hub's openai/gsm8k (main) through ``datasets``. "gsm8k", and any
-    folder of that name, claims to be the full set and must have 7,473 or 1,319 rows. Raises ValueError, one line, for a
-    split that is not there, a wrong number of rows, and a broken row, with its line.
+    $LM_DATA/gsm8k where it is a folder, else the hub's openai/gsm8k (main). "gsm8k", and any folder of that name, must
+    be the full set. Raises ValueError, one line, for a split that is not there, a wrong number of rows, and a broken
+    row, with its line.
     """
     if split not in PUBLISHED_ROWS:
         raise ValueError(f"unknown split {split!r}, expected one of {', '.join(PUBLISHED_ROWS)}")
@@ -49,10 +50,8 @@ def load_gsm8k(source: str | Path = "gsm8k", split: str = "train") -> list[Probl
     if not problems:
         raise ValueError(f"{origin} holds no problems")
     if folder.resolve().name == "gsm8k" and len(problems) != PUBLISHED_ROWS[split]:
-        raise ValueError(
-            f"{origin} has {len(problems):,} rows, expected the full set's {PUBLISHED_ROWS[split]:,}; "
-            "fetch it again, or give a sample a folder of another name"
-        )
+        rows = f"{len(problems):,} rows, expected the full set's {PUBLISHED_ROWS[split]:,}"
+        raise ValueError(f"{origin} has {rows}; fetch it again, or give a sample a folder of another name")
     return problems
 
 
@@ -69,11 +68,8 @@ def _problem(row: dict, name: str, where: str) -> Problem:
 
 
 def split_heldout(problems: Sequence[Problem], count: int, *, seed: int = 0) -> tuple[list[Problem], list[Problem]]:
-    """(rest, held out), both in the given order: the ``count`` problems with the smallest SHA-256 of seed and question.
-
-    So a problem's place does not depend on the others' order, and two counts nest. Raises ValueError unless 0 <= count
-    < number of problems.
-    """
+    """(rest, held out), both in the given order: the ``count`` problems with the smallest SHA-256 of seed and question,
+    so that two counts nest. Raises ValueError unless 0 <= count < number of problems."""
     if not 0 <= count < len(problems):
         raise ValueError(f"{count} problems held out of {len(problems)}, expected at least 0 and fewer than all")
     digest = {p.id: hashlib.sha256(f"{seed}\n{p.question}".encode()).digest() for p in problems}
@@ -82,11 +78,8 @@ def split_heldout(problems: Sequence[Problem], count: int, *, seed: int = 0) -> 
 
 
 def text_target(problem: Problem, *, annotations: bool = True) -> str:
-    """The words to train on: the sentences and ``#### N`` (without commas), as published.
-
-    With ``annotations``, which a calculator in decoding needs, ``<<48/2=24>>`` is kept; without, it is taken out and
-    nothing else is, so that ``48/2 = <<48/2=24>>24`` becomes ``48/2 = 24``.
-    """
+    """The words to train on: the sentences and ``#### N`` (without commas), as published; the ``annotations``, which a
+    calculator in decoding needs, may be left out."""
     words = problem.solution if annotations else ANNOTATION.sub("", problem.solution)
     return f"{words}\n#### {problem.gold}"
 
@@ -113,7 +106,8 @@ def main(arguments: list[str] | None = None) -> None:
         if given.out:
             kept = [p for p in problems if p.id in targets]
             rows = [dict(id=p.id, question=p.question, target=targets[p.id], gold=p.gold) for p in kept]
-            write_rows(given.out, rows)
+            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            write_bytes(given.out, lambda file: file.write(lines.encode()))
 
 
 if __name__ == "__main__":

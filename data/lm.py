@@ -4,8 +4,7 @@
     python -m data.lm wikitext103 --tokenizer gpt2
     python -m data.lm my_texts/ --tokenizer gpt2 --one-set
 
-prepares the cache ahead of training and prints what is in it. data.sources.open_source says what may be named, and
-data.tokenizer.load_tokenizer which tokenizers there are.
+prepares the cache ahead of training and prints what is in it.
 """
 
 import argparse
@@ -34,29 +33,25 @@ def load_corpus(name_or_folder: str, *, tokenizer: str | Tokenizer, cache, split
     """The tokens of a named set or a folder, from the folder ``cache`` or made there.
 
     ``tokenizer`` is a Tokenizer or a spec: gpt2, bpe:N, a folder. ``splits`` are those of train, val and test that are
-    wanted: a set whose train is not at hand can still be evaluated. A missing train or val is an error, a missing test
-    is None. Local text is read and hashed at each call, to know whether the cache still holds it. Of several processes
-    let one call this first; if all do, they make the same file. Raises ValueError, one line, for all that can be wrong.
+    wanted; a missing train or val is an error, a missing test is None. Local text is read and hashed at each call, to
+    know whether the cache still holds it. Of several processes let one call this first; if all do, they make the same
+    file. Raises ValueError, one line, for all that can be wrong.
     """
     splits = tuple(splits)
-    trained = isinstance(tokenizer, str) and tokenizer.startswith("bpe:")
-    source = open_source(name_or_folder, dict.fromkeys(("train", *splits)) if trained else splits)
-    if trained:
+    if isinstance(tokenizer, str) and tokenizer.startswith("bpe:"):
+        source = open_source(name_or_folder, dict.fromkeys(("train", *splits)))
         train = source.splits["train"]
-        tokenizer = load_tokenizer(
-            tokenizer, documents=train.documents, cache=cache, corpus=f"{source.name}-{train.hash[:12]}"
-        )
+        how = dict(documents=train.documents, cache=cache, corpus=f"{source.name}-{train.hash[:12]}")
     else:
-        tokenizer = load_tokenizer(tokenizer)
+        source, how = open_source(name_or_folder, splits), {}
+    tokenizer = load_tokenizer(tokenizer, **how)
     sets = {split: _tokens(source, split, tokenizer, cache) for split in splits if split in source.splits}
     return Corpus(*(sets.get(split) for split in SPLITS), tokenizer, source.name, source.origin)
 
 
 def load_text_set(folder_or_name: str, tokenizer: str | Tokenizer, cache) -> TokenSet:
-    """One evaluation set: all text of a folder, or the test split of a named set.
-
-    ``tokenizer`` is a Tokenizer or a spec other than bpe:N. Raises ValueError as load_corpus does.
-    """
+    """One evaluation set: all text of a folder, or the test split of a named set. A ``tokenizer`` bpe:N is refused;
+    otherwise as load_corpus."""
     return _tokens(open_all(folder_or_name), "all", load_tokenizer(tokenizer), cache)
 
 
@@ -78,7 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
             tokenizer, origin = load_tokenizer(given.tokenizer), given.data
             sets = [load_text_set(given.data, tokenizer, given.cache)]
         else:
-            splits = [s for s in given.splits.split(",") if s]
+            splits = filter(None, given.splits.split(","))
             corpus = load_corpus(given.data, tokenizer=given.tokenizer, cache=given.cache, splits=splits)
             tokenizer, origin = corpus.tokenizer, corpus.origin
             sets = [s for s in (corpus.train, corpus.val, corpus.test) if s is not None]

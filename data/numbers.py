@@ -19,29 +19,24 @@ _SEQUENCE = re.compile(r"[(\[]([-+]?[\d.][\d.eE+-]*),(?: [^()\[\]]*)?[)\]]")
 def parse_number(text: str | None) -> Fraction | None:
     """The value of text that is one number: sign, currency, commas, decimals, a/b, exponent, percent and unit allowed.
 
-    "$1,200.50", "-3", "3/4", "18 dollars", "45%", "12." are numbers; a percentage has the value of its digits (45), as
-    GSM8K's answers do. None for anything else, not-a-number and infinity included.
+    A percentage has the value of its digits (45% is 45), as in GSM8K's answers. None for anything else, not-a-number
+    and infinity included.
     """
-    text = (text or "").strip().rstrip(".,").strip()
-    match = _AMOUNT.fullmatch(text)
+    match = _AMOUNT.fullmatch((text or "").strip().rstrip(".,").strip())
     if not match or (match["sign"] and match["inner"]):
         return None
-    if max(len(match["number"]), len(match["below"] or "")) > MAX_DIGITS:
+    below = match["below"] or "1"
+    if max(len(match["number"]), len(below)) > MAX_DIGITS or not int(below):
         return None
-    value = Fraction(match["number"].replace(",", "").rstrip("."))
-    if match["below"]:
-        if not int(match["below"]):
-            return None
-        value /= int(match["below"])
+    value = Fraction(match["number"].replace(",", "").rstrip(".")) / int(below)
     return -value if (match["sign"] or match["inner"]) in ("-", "−") else value
 
 
 def last_number(text: str) -> Fraction | None:
-    """The last number in a program's output, its last line read as a whole first ("answer: 1/2" holds 2, "1/2" is 0.5).
+    """The last number in a program's last line, read as a whole first ("answer: 1/2" holds 2, "1/2" is 0.5).
 
-    Of a line that is a tuple or a list, "(7, 2)", the first element counts: Program of Thoughts' rule for a solver that
-    returns several values (Chen et al., 2022; ``floatify_ans`` in their code), which their verdicts follow. None where
-    there is none; a last line of nan, inf or words is not skipped in favour of an earlier line.
+    Of a line that is a tuple or a list, "(7, 2)", the first element counts: Program of Thoughts' rule (Chen et al.,
+    2022; ``floatify_ans`` in their code). None where the line has no number, or nan or inf.
     """
     line = text.rstrip().rpartition("\n")[2]
     if (value := parse_number(line)) is not None:

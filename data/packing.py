@@ -1,17 +1,14 @@
-"""Prompt-and-answer examples packed into rows, with the numbers that keep them apart. There is no padding inside a row.
+"""Prompt-and-answer examples packed into rows.
 
-A row holds several examples one after the other. ``documents`` numbers them, for block-diagonal attention (Krell et
-al., "Efficient Sequence Packing without Cross-contamination", 2021), so that packing changes what is computed together
-and not what is computed. Which examples a step reads is a pure function of (seed, step), as in data/windows.py.
-
-Shapes in names: R rows, T tokens of a row.
+A row holds several examples without a gap. ``documents`` numbers them, for block-diagonal attention (Krell et al.,
+"Efficient Sequence Packing without Cross-contamination", 2021), so that packing does not change what is computed. Which
+examples a step reads is a pure function of (seed, step). Shapes in names: R rows, T tokens of a row.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,8 +59,8 @@ class Rows:
         ``every``-th that is not an answer's."""
         chosen = self.answer_RT
         if loss_on == "all":
-            prompt = self.targets_RT != IGNORE_INDEX
-            chosen = chosen | prompt if every == 1 else chosen | (prompt & (torch.arange(prompt.shape[1]) % every == 0))
+            held = self.targets_RT != IGNORE_INDEX
+            chosen = chosen | held & (torch.arange(held.shape[1]) % every == 0)
         return chosen.flatten().nonzero()[:, 0]
 
     def seen(self, loss_on: str, *, prompt: bool = False, thin: int = 1) -> "Seen":
@@ -94,9 +91,8 @@ def fit(lengths: Sequence[int], limit: int) -> list[list[int]]:
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if not 1 <= lengths[i] <= limit:
             raise ValueError(f"an example of {lengths[i]} tokens: expected 1 to the {limit} of a row")
-        at = next((k for k, left in enumerate(room) if left >= lengths[i]), None)
-        if at is None:
-            at = len(room)
+        at = next((k for k, left in enumerate(room) if left >= lengths[i]), len(room))
+        if at == len(room):
             bins.append([])
             room.append(limit)
         bins[at].append(i)
@@ -109,27 +105,23 @@ def pack(examples: Sequence[Example], limit: int, *, pad_id: int = 0, multiple: 
     to ``multiple`` where ``limit`` allows. Raises ValueError for no examples and as ``fit`` does."""
     if not examples:
         raise ValueError("no examples to pack")
-    groups = fit([e.length for e in examples], limit)
-    longest = max(sum(examples[i].length for i in group) for group in groups)
-    length = min(limit, -(-longest // multiple) * multiple)
-    tokens = np.full((len(groups), length), pad_id, dtype=np.int64)
-    targets = np.full((len(groups), length), IGNORE_INDEX, dtype=np.int64)
-    documents = np.full((len(groups), length), -1, dtype=np.int64)
-    answer = np.zeros((len(groups), length), dtype=bool)
+    groups = [[examples[i] for i in group] for group in fit([e.length for e in examples], limit)]
+    longest = max(sum(e.length for e in group) for group in groups)
+    shape = len(groups), min(limit, -(-longest // multiple) * multiple)
+    tokens, targets, documents = (torch.full(shape, fill) for fill in (pad_id, IGNORE_INDEX, -1))
+    answer = torch.zeros(shape, dtype=torch.bool)
     for row, group in enumerate(groups):
-        at = 0
-        for number, i in enumerate(group):
-            e = examples[i]
-            here = slice(at, at + e.length)
-            tokens[row, here], targets[row, here], documents[row, here] = e.tokens[:-1], e.tokens[1:], number
-            answer[row, at + e.prompt - 1 : at + e.length] = True
-            at += e.length
-    return Rows(*(torch.from_numpy(a) for a in (tokens, targets, documents, answer)))
+        end = 0
+        for number, e in enumerate(group):
+            at, end = end, end + e.length
+            ids = torch.tensor(e.tokens)
+            tokens[row, at:end], targets[row, at:end], documents[row, at:end] = ids[:-1], ids[1:], number
+            answer[row, at + e.prompt - 1 : end] = True
+    return Rows(tokens, targets, documents, answer)
 
 
 def batch_indices(count: int, step: int, batch: int, seed: int) -> list[int]:
-    """The ``batch`` of ``count`` examples that optimizer step ``step`` reads, see ``epoch_blocks``. Raises ValueError
-    for no examples."""
+    """The ``batch`` of ``count`` examples that optimizer step ``step`` reads, see ``epoch_blocks``."""
     if count < 1 or batch < 1:
         raise ValueError(f"batches of {batch} out of {count} examples: expected at least 1 of each")
     return epoch_blocks(lambda epoch: permutation(seed, epoch, count), count, step, batch).tolist()

@@ -9,18 +9,19 @@
   or math.ceil to the digits shown, the first that gives it. An annotation that none of them makes true is skipped.
 - In a sentence without such an annotation, an equation that it spells out (``5 cows + 3 cows = 8``) is a step, if it is
   true once words and units are left out.
-- The answer is the latest step that equals the gold answer. Where there is none, the last sentence may state one thing
-  more: the answer as a percentage (a step times 100). No other arithmetic is ever added. The gold answer is never
-  written into a program: a solution whose steps do not derive it is refused.
+- The answer is the latest step that equals the gold answer, else a step times 100 if the last sentence states the
+  answer as a percentage. No other arithmetic is added. The gold answer is never written into a program: a solution
+  whose steps do not derive it is refused.
 - Every program is run in the sandbox, and kept if what it prints equals the gold answer.
 """
 
 import ast
+import itertools
 import math
 import operator
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
@@ -40,14 +41,8 @@ _EQUATION = re.compile(
 _WORDS = re.compile(r"(?<=[\d)%])\s*/\s*[A-Za-z]+|(?<=\d)-[A-Za-z]+|(?<![A-Za-z])(?![xX]\b)[A-Za-z][A-Za-z'’]*")
 _PYTHON_SIGNS = {"x": "*", "X": "*", "×": "*", "÷": "/", "−": "-", "–": "-", "^": "**"}
 _PYTHON_SIGNS |= {"[": "(", "]": ")", "{": "(", "}": ")"}
-_OPERATORS = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod,
-}
+_OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+_OPERATORS |= {ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.UAdd: operator.pos, ast.USub: operator.neg}
 
 
 @dataclass(frozen=True)
@@ -93,21 +88,16 @@ def _program(problem: Problem) -> str:
     steps: list[_Step] = []
     sentence, refused = "", ""
     for sentence in filter(str.strip, problem.solution.split("\n")):
-        equations = [text for text in ANNOTATION.findall(sentence) if re.search(r"[^\s(][-+*/x].*=", text)]
-        annotated = bool(equations)
+        annotations = [text for text in ANNOTATION.findall(sentence) if re.search(r"[^\s(][-+*/x].*=", text)]
         plain = ANNOTATION.sub("", sentence)
-        if not annotated:
-            equations = [f"{left}={right}" for left, right in _EQUATION.findall(_WORDS.sub(" ", plain))]
         lines.append(f"# {' '.join(plain.split())}")
-        for equation in equations:
+        for equation in annotations or map("=".join, _EQUATION.findall(_WORDS.sub(" ", plain))):
             try:
-                step, code = _step(equation, steps, asked)
+                if found := _step(equation, steps, asked):
+                    steps.append(found[0])
+                    lines.append(found[1])
             except Refused as refusal:
-                refused = refused or (str(refusal) if annotated else "")
-                continue
-            if step:
-                steps.append(step)
-                lines.append(code)
+                refused = refused or (str(refusal) if annotations else "")
     if not steps:
         raise Refused(refused or "no step: the solution has no annotation with an operation")
     found = [step for step in steps if same_number(step.value, gold)]
@@ -123,8 +113,8 @@ def _program(problem: Problem) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _step(equation: str, steps: list[_Step], asked: set) -> tuple[_Step | None, str]:
-    """The step for ``expression=value``; None where it has no operation. Raises Refused."""
+def _step(equation: str, steps: list[_Step], asked: set) -> tuple[_Step, str] | None:
+    """The step for ``expression=value`` and its line; None where it has no operation. Raises Refused."""
     parts = [part.strip() for part in equation.split("=")]
     stated = parse_number(parts[-1])
     if stated is None:
@@ -133,23 +123,19 @@ def _step(equation: str, steps: list[_Step], asked: set) -> tuple[_Step | None, 
     if parts[-1].endswith("%") and "%" in parts[0]:
         stated /= 100  # 40% + 20% = 60%
     if not any(token in ("+", "-", "*", "/", "**", "//", "%") for token in tokens[1:]):
-        return None, ""
-    names = {step.name: step.value for step in steps}
-    exact = evaluate(parts[0])
-    words = [_reuse(token, steps, asked) for token in tokens]
+        return None
+    values, name = {step.name: step.value for step in steps}, f"step_{len(steps) + 1}"
     # The steps before may be unrounded where the sentence rounds: its own numbers are the fallback.
-    for candidate in (words, tokens):
+    for candidate in ([_reuse(token, steps, asked) for token in tokens], tokens):
         text = _spaced(candidate)
-        value = _value(text, names)
-        for code, result in _roundings(text, value, parts[-1], stated):
-            name = f"step_{len(steps) + 1}"
-            return _Step(name, result, stated), f"{name} = {code}"
-    raise Refused("an annotation is false" if exact is not None else "an annotation cannot be computed")
+        if found := _rounded(text, _value(text, values), parts[-1], stated):
+            return _Step(name, found[1], stated), f"{name} = {found[0]}"
+    raise Refused("an annotation is false" if evaluate(parts[0]) is not None else "an annotation cannot be computed")
 
 
 def evaluate(expression: str) -> Fraction | None:
-    """The exact value of what an annotation computes, "48/2" or "$1,200 x 20%"; None where it is no arithmetic, or
-    Python could not compute it either (a division by zero, an exponent above MAX_EXPONENT)."""
+    """The exact value of what an annotation computes, "48/2" or "$1,200 x 20%"; None where it is no arithmetic, divides
+    by zero or has an exponent above MAX_EXPONENT."""
     try:
         return _value("".join(_tokens(expression)), {})
     except Refused:
@@ -167,7 +153,10 @@ def _tokens(expression: str) -> list[str]:
             raise Refused("an annotation holds more than arithmetic")
         number, sign = match.groups()
         position = match.end()
-        token = _literal(number) if number else _PYTHON_SIGNS.get(sign, sign)
+        token = _PYTHON_SIGNS.get(sign, sign)
+        if number:  # as Python takes it: 1,200 and 007. and .5 are 1200, 7 and 0.5
+            token = number.replace(",", "").rstrip(".").lstrip("0")
+            token = token if token[:1].isdigit() else "0" + token
         if token == "%" and not re.match(r"\s*[\d.(]", expression[position:]):  # else it is a remainder
             begin = _operand(tokens)
             tokens[begin:] = ["(", *tokens[begin:], "/", "100", ")"] if tokens else ["%"]
@@ -183,17 +172,11 @@ def _tokens(expression: str) -> list[str]:
 def _operand(tokens: list[str]) -> int:
     """Where the last operand begins: at a number, or at the parenthesis that the last token closes."""
     depth = 0
-    for i in range(len(tokens) - 1, -1, -1):
+    for i in reversed(range(len(tokens))):
         depth += (tokens[i] == ")") - (tokens[i] == "(")
         if depth <= 0:
             return i
     return 0
-
-
-def _literal(number: str) -> str:
-    number = number.replace(",", "").rstrip(".")
-    whole, point, digits = number.partition(".")
-    return (whole.lstrip("0") or "0") + point + digits
 
 
 def _reuse(token: str, steps: list[_Step], asked: set) -> str:
@@ -204,34 +187,32 @@ def _reuse(token: str, steps: list[_Step], asked: set) -> str:
 
 def _spaced(tokens: list[str]) -> str:
     """Tokens as people write them: spaces around binary operators only."""
-    out = ""
-    for i, token in enumerate(tokens):
-        after_operand = i > 0 and (tokens[i - 1][-1].isalnum() or tokens[i - 1] == ")")
-        binary = after_operand and token in ("+", "-", "*", "/", "//", "%")
+    out = tokens[0]
+    for before, token in itertools.pairwise(tokens):
+        binary = (before[-1].isalnum() or before == ")") and token in ("+", "-", "*", "/", "//", "%")
         out += f" {token} " if binary else token
     return out
 
 
-def _roundings(text: str, value: Fraction | None, shown: str, stated: Fraction) -> Iterable[tuple[str, Fraction]]:
-    """(code, its value) of the ways to get the stated result from the expression, plainest first."""
+def _rounded(text: str, value: Fraction | None, shown: str, stated: Fraction) -> tuple[str, Fraction] | None:
+    """(code, its value) of the plainest way to get the stated result from the expression; None where there is none."""
     if value is None:
-        return
+        return None
     if same_number(value, stated):
-        yield text, value
-        return
+        return text, value
     digits = len(shown.partition(".")[2].rstrip("%")) + 2 * shown.endswith("%")
     scale = 10**digits
-    if abs(value - stated) * scale >= 1:  # more than a rounding away
-        return
-    if round(value * scale) == stated * scale:
-        yield f"round({text}, {digits})" if digits else f"round({text})", stated
-    for name, function in (("floor", math.floor), ("ceil", math.ceil)):
-        if function(value * scale) == stated * scale:
-            yield f"math.{name}(({text}) * {scale}) / {scale}" if digits else f"math.{name}({text})", stated
+    ways = {round: f"round({text}, {digits})" if digits else f"round({text})"}
+    for function in (math.floor, math.ceil):
+        call = f"math.{function.__name__}"
+        ways[function] = f"{call}(({text}) * {scale}) / {scale}" if digits else f"{call}({text})"
+    near = abs(value - stated) * scale < 1  # else it is more than a rounding away
+    codes = (code for function, code in ways.items() if near and function(value * scale) == stated * scale)
+    return next(((code, stated) for code in codes), None)
 
 
 def _value(text: str, names: dict[str, Fraction]) -> Fraction | None:
-    """Exact value of arithmetic over numbers and earlier steps; None where Python could not compute it either."""
+    """Exact value over numbers and earlier steps; None where Python could not compute it either."""
     try:
         return _evaluate(ast.parse(text, mode="eval").body, names)
     except (SyntaxError, ZeroDivisionError, OverflowError):
@@ -244,10 +225,8 @@ def _evaluate(node: ast.expr, names: dict[str, Fraction]) -> Fraction:
             return Fraction(str(value))
         case ast.Name(id=name):
             return names[name]
-        case ast.UnaryOp(op=ast.USub(), operand=operand):
-            return -_evaluate(operand, names)
-        case ast.UnaryOp(op=ast.UAdd(), operand=operand):
-            return _evaluate(operand, names)
+        case ast.UnaryOp(op=op, operand=operand) if function := _OPERATORS.get(type(op)):
+            return function(_evaluate(operand, names))
         case ast.BinOp(left=left, op=op, right=right):
             a, b = _evaluate(left, names), _evaluate(right, names)
             if isinstance(op, ast.Pow) and b.denominator == 1 and abs(b) <= MAX_EXPONENT:
@@ -263,18 +242,16 @@ def code_targets(
     """(id -> program, [(id, reason it has none)]): `to_program` for each problem, kept if its run prints the gold."""
     made = {p.id: to_program(p) for p in problems}
     tried = [p for p in problems if made[p.id].program]
-    refused = {p.id: made[p.id].reason for p in problems if not made[p.id].program}
-    programs = [made[p.id].program for p in tried]
-    results = run_many(programs, workers, Limits(), progress="running programs" if progress else "")
-    kept = {}
+    running = "running programs" if progress else ""
+    results = run_many([made[p.id].program for p in tried], workers, Limits(), progress=running)
+    refused = {name: conversion.reason for name, conversion in made.items() if not conversion.program}
     for problem, result in zip(tried, results, strict=True):
         value = last_number(result.stdout)
         if result.status != "ok":
             refused[problem.id] = f"its run ended in status {result.status}"
         elif value is None or not same_number(value, parse_number(problem.gold)):
             refused[problem.id] = "its run printed another answer"
-        else:
-            kept[problem.id] = made[problem.id].program
+    kept = {p.id: made[p.id].program for p in tried if p.id not in refused}
     return kept, [(p.id, refused[p.id]) for p in problems if p.id in refused]
 
 

@@ -37,10 +37,9 @@ log = logging.getLogger("scorecast")
 class Prompter:
     """Text to tokens and back. ``end`` is the token that ends an answer, ``eos_ids`` are all that do in decoding.
 
-    ``prompt`` "chat" writes the turns of Qwen3's chat template without thinking: the empty thought that the template
-    puts before such an answer is part of the prompt. "plain" is "Question: ... Answer: ...". ``format`` is "text" or
-    "code". Raises ValueError for a tokenizer that is missing, broken, larger than the model's vocabulary or without the
-    tokens that the format needs.
+    ``prompt`` "chat" writes the turns of Qwen3's chat template without thinking, with its empty thought in the prompt;
+    "plain" is "Question: ... Answer: ...". ``format`` is "text" or "code". Raises ValueError for a tokenizer that is
+    missing, broken, larger than the model's vocabulary or without the tokens that the format needs.
     """
 
     def __init__(self, model: str, prompt: str = "chat", format: str = "text"):
@@ -61,13 +60,14 @@ class Prompter:
         eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
         eos = [i for i in eos if i is not None]
         self.chat, self.ask, self.positions = prompt == "chat", _ASK[prompt, format], config.max_position_embeddings
-        if self.chat and any(self.tokenizer.token_to_id(t) is None for t in ("<|im_start|>", "<|im_end|>")):
+        start, end, think = map(self.tokenizer.token_to_id, ("<|im_start|>", "<|im_end|>", "<think>"))
+        if self.chat and None in (start, end):
             raise ValueError(f"{path} has no tokens <|im_start|> and <|im_end|> for --prompt chat; use --prompt plain")
         if not self.chat and not eos:
             raise ValueError(f"{folder / CONFIG} names no eos_token_id, which ends an answer of --prompt plain; add it")
-        self.end = self.tokenizer.token_to_id("<|im_end|>") if self.chat else eos[0]
+        self.end = end if self.chat else eos[0]
         self.eos_ids = sorted({self.end, *eos})
-        self.thought = "<think>\n\n</think>\n\n" if self.tokenizer.token_to_id("<think>") is not None else ""
+        self.thought = "" if think is None else "<think>\n\n</think>\n\n"
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
@@ -90,11 +90,8 @@ class Prompter:
 def make_targets(
     problems: list[Problem], format: str, *, annotations: bool = True, cache="cache", progress: bool = False
 ) -> dict[str, str]:
-    """id -> the text to train on; a problem without one is left out, and the coverage is logged.
-
-    Programs are run, and kept in a file under ``cache`` whose name changes with the problems and with the code that
-    makes programs.
-    """
+    """id -> the text to train on; a problem without one is left out, and the coverage is logged. Programs are kept in a
+    file under ``cache`` whose name changes with the problems and with the code that makes programs."""
     if format == "text":
         return {p.id: text_target(p, annotations=annotations) for p in problems}
     key = hashlib.sha256(b"".join(Path(module.__file__).read_bytes() for module in (programs, numbers)))
@@ -102,9 +99,8 @@ def make_targets(
         key.update(f"{p.id}\0{p.question}\0{p.answer_text}\0".encode())
     path = Path(cache) / f"gsm8k-programs-{key.hexdigest()[:16]}.json"
     if not path.is_file():
-        made, refused = code_targets(problems, progress=progress)
-        content = json.dumps(dict(programs=made, refused=refused), indent=1) + "\n"
-        write_cached(path, lambda file: file.write(content.encode()))
+        made = dict(zip(("programs", "refused"), code_targets(problems, progress=progress), strict=True))
+        write_cached(path, lambda file: file.write((json.dumps(made, indent=1) + "\n").encode()))
     try:
         held = json.loads(path.read_text())
     except json.JSONDecodeError as error:
@@ -123,9 +119,8 @@ def make_examples(
     full = sum(e.prompt >= seq_len for e in made)
     if not fits:
         least = min((e.length for e in made), default=0)
-        alone = f"{full} by their prompt alone, which leaves no room for an answer"
-        none = f"none of the {len(made)} {name} problems fits"
-        raise ValueError(f"--seq-len {seq_len}: {none}, {alone}; the shortest takes {least} tokens")
+        why = f"none of the {len(made)} {name} problems fits, {full} by their prompt alone, which leaves no room for an"
+        raise ValueError(f"--seq-len {seq_len}: {why} answer; the shortest takes {least} tokens")
     if len(fits) < len(made):
         longer = f"{len(made) - len(fits)} of {len(made)} problems are longer than --seq-len {seq_len}"
         log.info(f"{name}: {longer}, left out, {full} of them by their prompt alone")
@@ -139,9 +134,7 @@ def calculate(text: str) -> str:
     any other text, and where the expression is no arithmetic: the model then goes on by itself.
     """
     found = re.search(r"<<([^<>=]+)=$", text)
-    if not found:
-        return ""
-    value = programs.evaluate(found[1])
+    value = programs.evaluate(found[1]) if found else None
     if value is None or abs(value) >= TOO_LARGE:
         return ""
     return (str(int(value)) if value.denominator == 1 else f"{float(value):.4f}".rstrip("0").rstrip(".")) + ">>"

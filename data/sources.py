@@ -7,6 +7,7 @@ A new named set is one entry in SETS, at the end of this file.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -27,6 +28,7 @@ WIKITEXT_FILES = {
     "val": ("validation.txt", "valid.txt", "wiki.valid.raw", "wiki.valid.tokens"),
     "test": ("test.txt", "wiki.test.raw", "wiki.test.tokens"),
 }
+_TITLE = re.compile(r"\s*= (?!= ).+ =\s*")  # of an article; those of its sections begin with = =
 VAL_FROM, TEST_FROM = 0.9, 0.95  # where val and test begin among the places, 0 to 1, of text without named splits
 SUFFIXES = (".txt", ".md", ".py", ".jsonl")
 # train.txt, validation/, test-00001-of-00004.jsonl; not train_prefix.txt, testimony.md
@@ -53,16 +55,13 @@ class Source:
 def open_source(name_or_folder: str, splits: Iterable[str] = SPLITS) -> Source:
     """The splits of a named set or a folder. A missing test split is left out; a missing train or val is an error.
 
-    A name in SETS is that set; a set of the hub is read from its folder in $LM_DATA where there is one. Of WikiText,
-    from there or given by path, documents are articles, cut at top-level headings.
-
-    A folder gives every .txt, .md, .py (a document each) and .jsonl (a document a line, field "text"), recursively in
-    the order of the paths, hidden ones aside. Where files or folders at its top are named train, val or test (shards
-    such as train-00001 too), these are the splits and other files are not read. Else documents are split 90/5/5 by the
-    hash of path and line, val and test holding at least one document each. With one or two documents each is cut by
-    position on line boundaries: first 90 % train, then 5 % val, then 5 % test.
-
-    Raises ValueError, one line, for an unknown name, a split that is not there, and text that cannot be read.
+    A name in SETS is that set; a set of the hub is read from its folder in $LM_DATA where there is one. WikiText's
+    documents are articles, wherever it is read. A folder gives every .txt, .md, .py (a document each) and .jsonl (a
+    document a line, field "text"), recursively in the order of the paths, hidden ones aside. Files or folders at its
+    top that are named train, val or test (shards such as train-00001 too) are the splits, and others are not read.
+    Without such, documents are split 90/5/5 by the hash of path and line, and where there are only one or two, each is
+    cut by position at line ends. Raises ValueError, one line, for an unknown name, a split that is not there, and text
+    that cannot be read.
     """
     splits = tuple(splits)
     for split in splits:
@@ -82,29 +81,14 @@ def open_all(name_or_folder: str) -> Source:
         if "test" not in source.splits:
             raise ValueError(f"{name_or_folder} has no test split ({source.origin})")
         return Source(f"{source.name}-test", source.origin, {"all": source.splits["test"]})
-    files = _text_files(folder)
-    return Source(_file_name(folder), str(folder), {"all": _whole(lambda: _documents(folder, files))})
-
-
-# ---- sets of the hub -------------------------------------------------------------------------------------------------
-
-
-def whole_rows(texts: Iterable[str]) -> Iterator[str]:
-    """A row is a document."""
-    return (text for text in texts if text.strip())
+    return Source(_file_name(folder), str(folder), {"all": _whole(partial(_documents, folder, _text_files(folder)))})
 
 
 def open_hub(
-    name: str,
-    splits: tuple[str, ...],
-    *,
-    repository: str,
-    configuration: str | None = None,
-    folder: str,
-    documents: Callable[[Iterable[str]], Iterator[str]] = whole_rows,
-    column: str = "text",
+    name: str, splits: tuple, *, repository: str, configuration=None, folder: str, column="text", documents=iter
 ) -> Source:
-    """The set in $LM_DATA/``folder``, else ``repository`` on the hub. ``documents`` makes documents of its rows."""
+    """The set in $LM_DATA/``folder``, else ``repository`` on the hub. ``documents`` makes documents of the texts in
+    ``column``; by default each is one."""
     if local := lm_data(folder):
         return _open_folder(name, local, splits)
     way_out = f"put train.txt, validation.txt and test.txt in $LM_DATA/{folder}"
@@ -125,32 +109,28 @@ def open_hub(
 
 def _hub_documents(rows, column: str, documents: Callable[[Iterable[str]], Iterator[str]]) -> Iterator[str]:
     batches = rows.iter(1000) if hasattr(rows, "iter") else [{column: [row[column] for row in rows]}]
-    return documents(text for batch in batches for text in batch[column])
-
-
-# ---- WikiText --------------------------------------------------------------------------------------------------------
+    return filter(str.strip, documents(text for batch in batches for text in batch[column]))
 
 
 def _open_wikitext_folder(name: str, folder: Path, splits: tuple[str, ...]) -> Source:
     found, word_level = {}, False
     for split in splits:
         path = next((folder / f for f in WIKITEXT_FILES[split] if (folder / f).is_file()), None)
-        if path is None:
-            if split == "test":
-                continue
+        if path:
+            try:
+                with open(path, "rb") as file:
+                    word_level |= b" <unk> " in file.read(1 << 20)
+                    file.seek(0)
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+            except OSError as error:
+                raise ValueError(f"cannot read {path} ({error.strerror})") from None
+            found[split] = Split(lambda path=path: articles(read_lines(path)), digest, path.stat().st_size)
+        elif split != "test":
             prefix = " (train_prefix.txt is a sample of it, not the split)" if split == "train" else ""
             raise ValueError(
                 f"{folder} has no {split} split: none of {', '.join(WIKITEXT_FILES[split])}{prefix}; put it there, or "
                 "unset LM_DATA to load the set from the hub"
             )
-        try:
-            with open(path, "rb") as file:
-                word_level |= b" <unk> " in file.read(1 << 20)
-                file.seek(0)
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            raise ValueError(f"cannot read {path} ({error.strerror})") from None
-        found[split] = Split(lambda path=path: articles(read_lines(path)), digest, path.stat().st_size)
     note = " (word level, rare words are <unk>: not comparable with raw WikiText)" if word_level else ""
     return Source(name, f"{folder}{note}", found)
 
@@ -158,33 +138,21 @@ def _open_wikitext_folder(name: str, folder: Path, splits: tuple[str, ...]) -> S
 def articles(lines: Iterable[str]) -> Iterator[str]:
     """WikiText's lines, joined to articles; together they are the text unchanged.
 
-    An article begins at `` = Title = `` between blank lines. (Without the blanks, lines of formulas and of table
-    legends count as titles: 62 articles in the test set instead of its 60.) What precedes the first title belongs to
-    the first article.
+    An article begins at `` = Title = `` between blank lines, for there are formulas and legends that look like a title.
+    What precedes the first title belongs to the first article.
     """
     article: list[str] = []
-    title, titled, blank = None, False, True
-    for line in lines:
-        was_blank, blank = blank, not line.strip()
-        if title is not None:
-            if blank and titled:
+    titled = False
+    around = itertools.chain([""], lines, ["the end"])
+    for (before, line), (_, after) in itertools.pairwise(itertools.pairwise(around)):
+        if _TITLE.fullmatch(line) and not before.strip() and not after.strip():
+            if titled:
                 yield "".join(article)
                 article = []
-            titled |= blank
-            article.append(title)
-            title = None
-        if was_blank and _is_title(line):
-            title = line
-        else:
-            article.append(line)
-    text = "".join(article) + (title or "")
-    if text.strip():
+            titled = True
+        article.append(line)
+    if (text := "".join(article)).strip():
         yield text
-
-
-def _is_title(line: str) -> bool:
-    text = line.strip()
-    return len(text) > 4 and text.startswith("= ") and text.endswith(" =") and not text.startswith("= = ")
 
 
 def hub_articles(texts: Iterable[str]) -> Iterator[str]:
@@ -196,50 +164,36 @@ def _is_wikitext(folder: Path) -> bool:
     return folder.name in WIKITEXT_FOLDERS or any(folder.glob("wiki.t*.*"))
 
 
-# ---- pydoc -----------------------------------------------------------------------------------------------------------
-
-
 def _open_pydoc(name: str, splits: tuple[str, ...]) -> Source:
+    from pydoc_data import topics
+
     root = Path(sysconfig.get_path("stdlib"))
+    # config-3.x-platform and _sysconfigdata hold the build's own paths: not the same on two machines
+    files = _text_files(root, (".py",), PYDOC_SKIPS, (".", "config-", "_sysconfigdata"))
 
     def documents() -> Iterator[tuple[str, str]]:
-        from pydoc_data import topics
+        yield from ((f"pydoc_data/topics/{topic}", text) for topic, text in sorted(topics.topics.items()))
+        yield from _documents(root, files)
 
-        for topic, text in sorted(topics.topics.items()):
-            yield f"pydoc_data/topics/{topic}", text
-        files = []
-        for base, folders, names in os.walk(root):
-            # config-3.x-platform and _sysconfigdata hold the build's own paths: not the same on two machines
-            folders[:] = [d for d in folders if d not in PYDOC_SKIPS and not d.startswith((".", "config-"))]
-            relative = (Path(base, n).relative_to(root).as_posix() for n in names if n.endswith(".py"))
-            files += [r for r in relative if r not in PYDOC_SKIPS and not r.startswith("_sysconfigdata")]
-        for file in sorted(files):
-            if (text := read_text(root / file)).strip():
-                yield file, text
-
-    version = sysconfig.get_python_version()
-    return _hash_split(name, f"the library of Python {version} in {root}", splits, documents)
-
-
-# ---- folders ---------------------------------------------------------------------------------------------------------
+    return _hash_split(name, f"the library of Python {sysconfig.get_python_version()} in {root}", splits, documents)
 
 
 def _open_folder(name: str, folder: Path, splits: tuple[str, ...]) -> Source:
     if _is_wikitext(folder):
         return _open_wikitext_folder(name, folder, splits)
     files = _text_files(folder)
-    named = {split: [f for f in files if _split_of(f.relative_to(folder)) == split] for split in SPLITS}
+    named = {split: [f for f in files if _split_of(f) == split] for split in SPLITS}
     if not any(named.values()):
-        return _hash_split(name, str(folder), splits, lambda: _documents(folder, files))
+        return _hash_split(name, str(folder), splits, partial(_documents, folder, files))
     for split in splits:
         if not named[split] and split != "test":
-            like = [f.name for f in files if f.name.lower().startswith(split)]
+            like = [f for f in files if Path(f).name.lower().startswith(split)]
             raise ValueError(
                 f"{folder} names its splits ({', '.join(s for s in SPLITS if named[s])}) but has no {split}"
-                + (f" ({like[0]} is not one)" if like else "")
+                + (f" ({Path(like[0]).name} is not one)" if like else "")
                 + f"; add {split}.txt, or take the names away to have the documents split by hash"
             )
-    found = {s: _whole(lambda part=named[s]: _documents(folder, part)) for s in splits if named[s]}
+    found = {split: _whole(partial(_documents, folder, named[split])) for split in splits if named[split]}
     return Source(name, str(folder), found)
 
 
@@ -256,29 +210,33 @@ def _file_name(folder: Path) -> str:
     return re.sub(r"[^\w.-]+", "_", folder.name) or "root"
 
 
-def _text_files(folder: Path) -> list[Path]:
+def _text_files(folder: Path, suffixes=SUFFIXES, skips: Iterable[str] = (), hidden=(".",)) -> list[str]:
+    """Paths below ``folder``, recursively and in order, but those that are, or are in folders called, one of ``skips``
+    and those with a name that begins like one of ``hidden``."""
+
     def fail(error: OSError):
         raise ValueError(f"cannot read {error.filename} ({error.strerror})")
 
     files = []
     for base, folders, names in os.walk(folder, onerror=fail):
-        folders[:] = [d for d in folders if not d.startswith(".")]
-        files += [Path(base, n) for n in names if n.endswith(SUFFIXES) and not n.startswith(".")]
+        folders[:] = [d for d in folders if d not in skips and not d.startswith(hidden)]
+        shown = (Path(base, n) for n in names if n.endswith(suffixes) and not n.startswith(hidden))
+        files += [file.relative_to(folder).as_posix() for file in shown]
     if not files:
-        raise ValueError(f"{folder} holds no text: no {', '.join(SUFFIXES)} file")
-    return sorted(files, key=lambda f: f.relative_to(folder).as_posix())
+        raise ValueError(f"{folder} holds no text: no {', '.join(suffixes)} file")
+    return sorted(set(files).difference(skips))
 
 
-def _split_of(relative: Path) -> str | None:
-    top = relative.parts[0] if len(relative.parts) > 1 else relative.stem
-    match = _SPLIT_NAME.fullmatch(top)
+def _split_of(file: str) -> str | None:
+    top, _, inside = file.partition("/")
+    match = _SPLIT_NAME.fullmatch(top if inside else Path(top).stem)
     return match[1].lower() if match else None
 
 
-def _documents(folder: Path, files: list[Path]) -> Iterator[tuple[str, str]]:
+def _documents(folder: Path, files: list[str]) -> Iterator[tuple[str, str]]:
     """(identity, text): the path relative to ``folder``, and the line in a .jsonl."""
-    for file in files:
-        identity = file.relative_to(folder).as_posix()
+    for identity in files:
+        file = folder / identity
         if file.suffix != ".jsonl":
             if (text := read_text(file)).strip():
                 yield identity, text
@@ -295,21 +253,14 @@ def _documents(folder: Path, files: list[Path]) -> Iterator[tuple[str, str]]:
                 yield f"{identity}#{number}", text
 
 
-# ---- splits of identified documents ----------------------------------------------------------------------------------
-
-
 def _whole(documents: Callable[[], Iterable[tuple[str, str]]]) -> Split:
     """All of ``documents`` as one split; reads them once, for the hash."""
     digest, size = hashlib.sha256(), 0
     for identity, text in documents():
-        size += _update(digest, identity, text)
+        raw = text.encode()
+        digest.update(f"{identity}\0{len(raw)}\0".encode() + raw)
+        size += len(raw)
     return Split(lambda: (text for _, text in documents()), digest.hexdigest(), size)
-
-
-def _update(digest, identity, text: str) -> int:
-    raw = text.encode()
-    digest.update(f"{identity}\0{len(raw)}\0".encode() + raw)
-    return len(raw)
 
 
 def _unit(identity: str) -> float:
@@ -321,48 +272,43 @@ def _hash_split(
 ) -> Source:
     """Train, val and test by the place of each document's identity between 0 and 1: below 0.9, below 0.95, above.
 
-    Where val or test would be empty, the documents nearest to it move.
+    Where val or test would be empty, the documents nearest to it move. One or two documents are cut, each, by position
+    at line ends: 90 % train, 5 % val, 5 % test.
     """
     units = np.sort([_unit(identity) for identity, _ in documents()])
     if not len(units):
         raise ValueError(f"{name} holds no text ({origin})")
-    if len(units) < 3:
-        return Source(name, origin, _position_splits(name, splits, documents))
-    tests = max(1, int((units >= TEST_FROM).sum()))
-    vals = max(1, int(((units >= VAL_FROM) & (units < TEST_FROM)).sum()))
-    while tests + vals >= len(units):  # keeps a document for train, in corpora of a handful
-        tests, vals = (tests - 1, vals) if tests >= vals else (tests, vals - 1)
-    test_from, val_from = units[-tests], units[-tests - vals]
+    if len(units) < len(SPLITS):
+        parts_of = _cut_by_position
+    else:
+        tests = max(1, int((units >= TEST_FROM).sum()))
+        vals = max(1, int(((units >= VAL_FROM) & (units < TEST_FROM)).sum()))
+        while tests + vals >= len(units):  # keeps a document for train, in corpora of a handful
+            tests, vals = (tests - 1, vals) if tests >= vals else (tests, vals - 1)
+        test_from, val_from = units[-tests], units[-tests - vals]
 
-    def stream(split: str) -> Iterator[tuple[str, str]]:
-        for identity, text in documents():
+        def parts_of(identity: str, text: str) -> dict[str, str]:
             unit = _unit(identity)
-            if split == ("test" if unit >= test_from else "val" if unit >= val_from else "train"):
-                yield identity, text
-
-    return Source(name, origin, {split: _whole(lambda split=split: stream(split)) for split in splits})
-
-
-def _position_splits(name: str, splits: tuple[str, ...], documents) -> dict[str, Split]:
-    def parts(text: str) -> dict[str, str]:
-        first = text.find("\n", int(len(text) * VAL_FROM)) + 1 or len(text)
-        second = text.find("\n", max(first, int(len(text) * TEST_FROM))) + 1 or len(text)
-        return {"train": text[:first], "val": text[first:second], "test": text[second:]}
+            return {"test" if unit >= test_from else "val" if unit >= val_from else "train": text}
 
     def stream(split: str) -> Iterator[tuple[str, str]]:
-        return ((i, part) for i, text in documents() if (part := parts(text)[split]).strip())
+        return ((i, part) for i, text in documents() if (part := parts_of(i, text).get(split, "")).strip())
 
-    found = {split: _whole(lambda split=split: stream(split)) for split in splits}
+    found = {split: _whole(partial(stream, split)) for split in splits}
     for split, part in found.items():
         if not part.bytes:
             raise ValueError(
                 f"{name} is too short to cut a {split} split from its last lines; add documents, or name train.txt, "
                 "val.txt and test.txt"
             )
-    return found
+    return Source(name, origin, found)
 
 
-# ---- the named sets --------------------------------------------------------------------------------------------------
+def _cut_by_position(_: str, text: str) -> dict[str, str]:
+    first = text.find("\n", int(len(text) * VAL_FROM)) + 1 or len(text)
+    second = text.find("\n", max(first, int(len(text) * TEST_FROM))) + 1 or len(text)
+    return {"train": text[:first], "val": text[first:second], "test": text[second:]}
+
 
 _wikitext = partial(open_hub, repository="Salesforce/wikitext", documents=hub_articles)
 

@@ -9,25 +9,28 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+import torch.nn.functional as F
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from data.cache import cached_tokens
 from data.files import lm_data, load_hub, read_lines, read_rows
-from data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer, merges_of, read_files
+from data.tokenizer import TOKENIZER_FILES, Tokenizer, byte_level, load_tokenizer, merges_of, read_files
 from data.windows import IGNORE_INDEX, permutation, random_uint64
 from model.weights import first_line, folder_of
 
-SPLITS = ("train", "validation", "test")
-STEMS = {"train": ("train",), "validation": ("validation", "val", "valid", "dev"), "test": ("test",)}
+STEMS = {"train": ("train",), "validation": ("validation", "val", "valid", "dev"), "test": ("test",)}  # of its files
+SPLITS = tuple(STEMS)
 ARTICLE = ("article", "document", "source")
 SUMMARY = ("highlights", "summary", "target")
 
@@ -80,10 +83,10 @@ def load_summaries(
 
     A name in SETS is $LM_DATA/NAME where that is a folder, else the hub's set through ``datasets``. Any other is a
     folder, or one in $LM_DATA. A folder has {train,validation,test}.jsonl or .csv with an article (or document, source)
-    and highlights (or summary, target) a row. Lists of sentences are joined, and of several target summaries the first
-    counts. Rows whose article or summary is empty, or whose article has fewer than ``min_words`` words, are left out
-    and counted. Raises ValueError, one line, for a set that cannot be had, a broken row or a missing column (with its
-    line), and a split left empty.
+    and highlights (or summary, target) a row. Lists of sentences are joined; of several summaries the first counts.
+    Rows without article or summary, or with an article of fewer than ``min_words`` words, are left out and counted.
+    Raises ValueError, one line, for a set that cannot be had, a broken row or a missing column (with its line), and a
+    split left empty.
     """
     name = str(name_or_folder)
     here = name not in SETS and Path(name).is_dir()
@@ -96,15 +99,19 @@ def load_summaries(
     published = SETS.get(label, PublishedSet("", None, {}))
     out: dict[str, Summaries | None] = dict.fromkeys(splits)
     for split in out:
-        if local:
-            if (path := _split_file(folder, split)) is None:
-                continue
-            origin, rows = str(path), _file_rows(path)
-        else:
+        if not local:
             way_out = f"put {split}.jsonl into $LM_DATA/{name}"
             loaded = load_hub(name, way_out, published.repository, published.configuration, split=split)
             origin, rows = f"the hub's {published.repository}", enumerate(loaded, 1)
-        out[split] = _read(rows, label, split, origin, published.rows.get(split), min_words)
+        elif path := _split_file(folder, split):
+            origin, rows = str(path), _file_rows(path)
+        else:
+            continue
+        pairs, removed = _pairs(rows, split, origin, min_words)
+        count = len(pairs) + sum(removed.values())
+        full = published.rows.get(split, count)
+        missing = f"a sample: {count:,} of {full:,} rows" if count != full else ""
+        out[split] = Summaries(label, split, origin, missing, pairs, removed)
     if not any(out.values()):
         raise ValueError(f"{folder} has none of {', '.join(f'{s}.jsonl' for s in out)} (or .csv); expected one")
     return out
@@ -117,21 +124,22 @@ def _split_file(folder: Path, split: str) -> Path | None:
     return have[0] if have else None
 
 
-def _read(rows, name: str, split: str, origin: str, full: int | None, min_words: int) -> Summaries:
-    pairs, removed, count = [], {"empty": 0, "short": 0}, 0
-    for count, (line, row) in enumerate(rows, 1):
+def _pairs(rows, split: str, origin: str, min_words: int) -> tuple[list[Pair], dict[str, int]]:
+    """The pairs of numbered rows, and how many rows were left out and why."""
+    pairs, removed = [], {"empty": 0, "short": 0}
+    for i, (line, row) in enumerate(rows):
         article, summary = (_text(row, names, f"{origin} line {line}") for names in (ARTICLE, SUMMARY))
         if not article or not summary:
             removed["empty"] += 1
         elif len(article.split()) < min_words:
             removed["short"] += 1
         else:
-            pairs.append(Pair(str(row.get("id") or f"{split}/{count - 1}"), article, summary))
+            pairs.append(Pair(str(row.get("id") or f"{split}/{i}"), article, summary))
     if not pairs:
+        count = sum(removed.values())
         why = f"all {count} rows were left out, {removed}" if count else "it has no rows"
         raise ValueError(f"{origin} holds no article with a summary ({why})")
-    partial = f"a sample: {count:,} of {full:,} rows" if full and count != full else ""
-    return Summaries(name, split, origin, partial, pairs, removed)
+    return pairs, removed
 
 
 def _text(row, names: tuple[str, ...], where: str) -> str:
@@ -141,11 +149,9 @@ def _text(row, names: tuple[str, ...], where: str) -> str:
     if column is None:
         have = ", ".join(map(str, row)) or "none"
         raise ValueError(f"{where} has no column {' or '.join(names)} (its columns: {have}); rename yours")
-    value = row[column]
+    value = "" if row[column] is None else row[column]
     if isinstance(value, list) and all(isinstance(part, str) for part in value):
-        value = " ".join(value) if names is ARTICLE else value[0] if value else ""
-    if value is None:
-        return ""
+        value = " ".join(value if names is ARTICLE else value[:1])
     if not isinstance(value, str):
         raise ValueError(f"{where}: {column} is {type(value).__name__}, expected text or a list of texts")
     return value.strip()
@@ -164,6 +170,17 @@ def _file_rows(path: Path) -> Iterable[tuple[int, dict]]:
         raise ValueError(f"{path} line {reader.line_num} is not CSV ({error})") from None
 
 
+def load_texts(data: str, eval_data: str = "", *, folded: bool, min_words: int) -> dict[str, Summaries | None]:
+    """The splits that a run reads: all of ``data``, only train where a part of that is held out (``folded``), and ood,
+    the test split of ``eval_data``. Raises ValueError without a split to train or to validate on."""
+    texts = load_summaries(data, ("train",) if folded else SPLITS, min_words=min_words)
+    if texts["train"] is None or not (folded or texts["validation"]):
+        lacks = "training" if texts["train"] is None else "validation"
+        raise ValueError(f"{data} has no {lacks} split; add its file, or validate on a part with --fold 1/5")
+    ood = load_summaries(eval_data, ("test",), min_words=min_words)["test"] if eval_data else None
+    return texts | {"ood": ood}
+
+
 def fold(n: int, spec: str) -> tuple[np.ndarray, np.ndarray]:
     """Rows of a training set of ``n`` to train and to validate on, both sorted, for "K/M": part K of M, from 1.
 
@@ -175,13 +192,8 @@ def fold(n: int, spec: str) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"--fold {spec}: expected K/M with 1 <= K <= M and M at least 2, for example 1/5")
     if n < parts:
         raise ValueError(f"--fold {spec}: {n} training pairs are fewer than the {parts} parts")
-    place = np.argsort(permutation(0, FOLD_COUNTER, n))
-    held = place % parts == k - 1
+    held = np.argsort(permutation(0, FOLD_COUNTER, n)) % parts == k - 1
     return np.flatnonzero(~held), np.flatnonzero(held)
-
-
-# ----------------------------------------------------------------------------------------------
-# tokens
 
 
 @dataclass(frozen=True)
@@ -221,8 +233,8 @@ class SummaryTokenizer:
 
     @classmethod
     def from_state(cls, state: dict) -> "SummaryTokenizer":
-        base = Tokenizer.from_files(state["files"], state["name"])
-        return cls(base, state["bos_id"], state["pad_id"], state["eos_id"], state["newline"])
+        ids = (state[key] for key in ("bos_id", "pad_id", "eos_id", "newline"))
+        return cls(Tokenizer.from_files(state["files"], state["name"]), *ids)
 
 
 def tokenizer_for_training(spec: str, train: Summaries, cache: str | Path, *, bos: bool) -> SummaryTokenizer:
@@ -231,31 +243,20 @@ def tokenizer_for_training(spec: str, train: Summaries, cache: str | Path, *, bo
     A vocabulary that has <s>, <pad> and </s> (BART's vocab.json and merges.txt) keeps its ids; to any other they are
     added after its last. ``bos``: whether texts begin with <s>.
     """
-
-    def texts() -> Iterable[str]:
-        return (text for pair in train.pairs for text in (pair.article, pair.summary))
-
     folder = Path(spec).expanduser()
-    if folder.is_dir() and not (folder / "tokenizer.json").is_file() and (folder / "vocab.json").is_file():
-        base = Tokenizer.from_files(_with_definition(read_files(folder), folder, None), folder.name)
+    if "tokenizer.json" not in (files := read_files(folder)) and "vocab.json" in files:
+        base = Tokenizer.from_files(_with_definition(files, folder, None), folder.name)
     else:
         corpus = f"{train.name}-{_hash(train.pairs, '')[:12]}"
-        base = load_tokenizer(spec, documents=texts, cache=cache, corpus=corpus)
-    definition = base.files().get("tokenizer.json")
-    known = _vocabulary(definition) if definition else {}
-    if set(SPECIALS) <= set(known):
-        bos_id, pad_id, eos_id = (known[name] for name in SPECIALS)
-    else:
-        bos_id, pad_id, eos_id = range(base.vocab_size, base.vocab_size + 3)
+        base = load_tokenizer(spec, documents=partial(_texts, train.pairs), cache=cache, corpus=corpus)
+    known, new = _vocabulary(base.files()), range(base.vocab_size, base.vocab_size + len(SPECIALS))
+    bos_id, pad_id, eos_id = [known[name] for name in SPECIALS] if known.keys() >= set(SPECIALS) else new
     return SummaryTokenizer(base, bos_id if bos else None, pad_id, eos_id)
 
 
 def tokenizer_of_model(folder_or_hub_id: str, config) -> SummaryTokenizer:
-    """The tokenizer in the folder (or hub repository) of a BART or PEGASUS whose Seq2SeqConfig is ``config``.
-
-    tokenizer.json, or BART's vocab.json and merges.txt. Raises ValueError, one line, where neither is there and where
-    the vocabulary is not the model's.
-    """
+    """The tokenizer.json, or BART's vocab.json and merges.txt, in the folder (or hub repository) of a BART or PEGASUS
+    whose Seq2SeqConfig is ``config``. Raises ValueError where neither is there or the vocabulary is not the model's."""
     folder = folder_of(folder_or_hub_id, TOKENIZER_FILES)
     files = read_files(folder)
     if "tokenizer.json" not in files and not {"vocab.json", "merges.txt"} <= set(files):
@@ -269,30 +270,28 @@ def tokenizer_of_model(folder_or_hub_id: str, config) -> SummaryTokenizer:
     return SummaryTokenizer(base, bos, config.pad_token_id, config.eos_token_id, newline)
 
 
-def _vocabulary(definition: bytes) -> dict[str, int]:
-    """Token -> id of a tokenizer.json."""
-    return Backend.from_buffer(definition).get_vocab(with_added_tokens=True)
+def _vocabulary(files: dict[str, bytes]) -> dict[str, int]:
+    """Token -> id of the tokenizer.json in ``files``; nothing without one."""
+    definition = files.get("tokenizer.json")
+    return Backend.from_buffer(definition).get_vocab(with_added_tokens=True) if definition else {}
 
 
 def _with_definition(files: dict[str, bytes], folder: Path, eos_id: int | None) -> dict[str, bytes]:
-    """``files`` with a tokenizer.json, and with the end-of-text token that has ``eos_id`` named.
+    """``files`` with a tokenizer.json, and with the end-of-text token named: the one of ``eos_id``, else </s>.
 
     The tokenizer.json is made of vocab.json and merges.txt where those are BART's: fairseq's order of the ids is not
     that of the merges.
     """
-    files = dict(files)
     try:
         if "tokenizer.json" not in files:
             vocab = json.loads(files["vocab.json"])
             if eos_id is None and not set(SPECIALS) <= set(vocab):
                 return files  # GPT-2's kind
-            backend = Backend(models.BPE(vocab=vocab, merges=merges_of(files["merges.txt"])))
-            backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-            backend.decoder = decoders.ByteLevel()
+            backend = byte_level(vocab=vocab, merges=merges_of(files["merges.txt"]))
             names = [name for name in (*SPECIALS, "<unk>", "<mask>") if name in vocab]
             backend.add_special_tokens([AddedToken(name, special=True) for name in names])
-            files["tokenizer.json"] = backend.to_str().encode()
-        known = _vocabulary(files["tokenizer.json"])
+            files = files | {"tokenizer.json": backend.to_str().encode()}
+        known = _vocabulary(files)
         eos_id = known.get("</s>") if eos_id is None else eos_id
         eos = next((token for token, i in known.items() if i == eos_id), None)
         settings = json.loads(files.get("tokenizer_config.json", b"{}"))
@@ -306,16 +305,13 @@ def _with_definition(files: dict[str, bytes], folder: Path, eos_id: int | None) 
     if named not in (None, eos):
         ends = f"ends a text with {named}, the model with its token {eos_id}, {eos}"
         raise ValueError(f"the tokenizer in {folder} {ends}; use the tokenizer that the model was trained with")
-    files["tokenizer_config.json"] = json.dumps(settings | {"eos_token": eos}).encode()
-    return files
+    return files | {"tokenizer_config.json": json.dumps(settings | {"eos_token": eos}).encode()}
 
 
 @dataclass
 class TokenPairs:
-    """Sources and targets of one split as token ids, cut to their limits. Lengths include bos and eos.
-
-    ``truncated`` counts the sources and targets that were longer.
-    """
+    """Sources and targets of one split as token ids, cut to their limits; ``truncated`` counts those that were longer.
+    Lengths, int64 [pairs], include bos and eos."""
 
     data: np.ndarray  # all tokens of the split
     pairs: Sequence[Pair]
@@ -328,8 +324,8 @@ class TokenPairs:
         extra = 1 + (self.tokenizer.bos_id is not None)
         full = [end - start + extra for start, end in self.spans]
         self.source_lengths, self.target_lengths = map(np.minimum, full, self.limits)
-        longer = [int((lengths > limit).sum()) for lengths, limit in zip(full, self.limits, strict=True)]
-        self.truncated = dict(sources=longer[0], targets=longer[1])
+        sides = zip(("sources", "targets"), full, self.limits, strict=True)
+        self.truncated = {side: int((lengths > limit).sum()) for side, lengths, limit in sides}
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -350,12 +346,8 @@ def encode_pairs(
     part: Summaries, tokenizer: SummaryTokenizer, cache: str | Path, max_source: int, max_target: int
 ) -> TokenPairs:
     """Tokens of a split, through a verified token cache of whole texts, which other limits share."""
-    digest = _hash(part.pairs, tokenizer.newline)
-
-    def texts() -> Iterable[str]:
-        return (t for p in part.pairs for t in (p.article, p.summary.replace("\n", tokenizer.newline)))
-
-    tokens = cached_tokens(cache, part.name, part.split, texts, tokenizer.base, digest)
+    texts = partial(_texts, part.pairs, tokenizer.newline)
+    tokens = cached_tokens(cache, part.name, part.split, texts, tokenizer.base, _hash(part.pairs, tokenizer.newline))
     data, limits = np.asarray(tokens.tokens), (max_source, max_target)
     ends = np.flatnonzero(data == tokens.eos_id)
     if len(ends) != 2 * len(part.pairs):
@@ -366,25 +358,54 @@ def encode_pairs(
     return TokenPairs(data, part.pairs, tokenizer, limits, spans, digest)
 
 
+def _texts(pairs: Sequence[Pair], newline: str = "\n") -> Iterator[str]:
+    """Every article and its summary, whose line breaks become ``newline``."""
+    for pair in pairs:
+        yield pair.article
+        yield pair.summary.replace("\n", newline)
+
+
 def _hash(pairs: Sequence[Pair], newline: str) -> str:
     digest = hashlib.sha256(newline.encode())
-    for pair in pairs:
-        for text in (pair.article, pair.summary):
-            raw = text.encode()
-            digest.update(len(raw).to_bytes(8, "little") + raw)
+    for text in map(str.encode, _texts(pairs)):
+        digest.update(len(text).to_bytes(8, "little") + text)
     return digest.hexdigest()
 
 
-# ----------------------------------------------------------------------------------------------
-# batches
+def encode_sets(
+    texts: dict[str, Summaries | None], *encoding, part: str = "", limits: dict[str, int]
+) -> tuple[TokenPairs, dict[str, TokenPairs | None], dict[str, dict]]:
+    """(training pairs, {val, test, ood}, what is recorded of each split in ``texts``).
+
+    ``encoding``: tokenizer, cache, max_source and max_target, as `encode_pairs` takes them. ``part``: "K/M" holds part
+    K of M of the training pairs out as val, see `fold`. ``limits``: at most so many pairs of a set, the first; 0 is
+    all. Of a split that is partial or cut its record says so.
+    """
+    tokens = {name: text and encode_pairs(text, *encoding) for name, text in texts.items()}
+    train, sets = tokens["train"], {"val": tokens.get("validation"), "test": tokens.get("test"), "ood": tokens["ood"]}
+    if part:
+        kept, held = fold(len(train), part)
+        train, sets["val"] = train.take(kept), train.take(held)
+    for name, limit in limits.items():
+        if sets[name] is not None and 0 < limit < len(sets[name]):
+            sets[name] = sets[name].take(np.arange(limit))
+    about = {}
+    for name, text in texts.items():
+        if text is not None:
+            (source, target), truncated = tokens[name].limits, tokens[name].truncated
+            cut = ", ".join(f"{n:,} {what}" for what, n in truncated.items())
+            label = f"{text.label}; cut to {source} and {target} tokens: {cut}"
+            about[name] = dict(set=text.name, origin=text.origin, pairs=len(text.pairs), partial=text.partial)
+            about[name] |= dict(removed=text.removed, truncated=truncated, label=label)
+    return train, sets, about
 
 
 class Bucketed:
     """Training batches of like lengths: ``indices(step)`` are the rows of a global batch, the longest first.
 
     An epoch is a permutation, cut into pools of POOL batches. A pool is sorted by source length, neighbours in that
-    order by target length, then cut into batches, whose order is shuffled. What is left over of an epoch (less than a
-    batch, other rows each time) is not used. Raises ValueError where there are fewer pairs than a batch.
+    order by target length, then cut into batches, whose order is shuffled. The rest of an epoch, less than a batch, is
+    not used. Raises ValueError where there are fewer pairs than a batch.
     """
 
     def __init__(self, pairs: TokenPairs, batch: int, seed: int):
@@ -392,34 +413,33 @@ class Bucketed:
             raise ValueError(f"--batch {batch} is more than the {len(pairs)} training pairs; take a smaller one")
         self.pairs, self.batch, self.seed = pairs, batch, seed
         self.per_epoch = len(pairs) // batch
-        self._epoch, self._batches = -1, None
+        self._of_epoch = lru_cache(1)(self._order)
 
     def indices(self, step: int) -> np.ndarray:
         epoch, place = divmod(step, self.per_epoch)
-        if epoch != self._epoch:
-            self._epoch, self._batches = epoch, self._order(epoch)
-        return self._batches[place]
+        return self._of_epoch(epoch)[place]
 
     def _order(self, epoch: int) -> np.ndarray:
         source, target = self.pairs.source_lengths, self.pairs.target_lengths
         kept = permutation(self.seed, 2 * epoch, len(self.pairs))[: self.per_epoch * self.batch]
         batches = []
-        for begin in range(0, len(kept), POOL * self.batch):
-            pool = kept[begin : begin + POOL * self.batch]
-            pool = pool[np.argsort(-source[pool], kind="stable")]
-            for at in range(0, len(pool), 2 * self.batch):
-                near = pool[at : at + 2 * self.batch]
-                near = near[np.argsort(-target[near], kind="stable")]
-                for first in range(0, len(near), self.batch):
-                    rows = near[first : first + self.batch]
-                    batches.append(rows[np.argsort(-source[rows], kind="stable")])
+        for pool in _cut(kept, POOL * self.batch):
+            for near in _cut(_longest_first(pool, source), 2 * self.batch):
+                batches += [_longest_first(rows, source) for rows in _cut(_longest_first(near, target), self.batch)]
         return np.stack(batches)[permutation(self.seed, 2 * epoch + 1, len(batches))]
 
 
 def in_order(pairs: TokenPairs, batch: int) -> list[np.ndarray]:
     """Rows of evaluation batches: every pair once, the longest sources first, so that memory is known at once."""
-    order = np.lexsort((-pairs.target_lengths, -pairs.source_lengths))
-    return [order[i : i + batch] for i in range(0, len(order), batch)]
+    return _cut(np.lexsort((-pairs.target_lengths, -pairs.source_lengths)), batch)
+
+
+def _cut(rows: np.ndarray, size: int) -> list[np.ndarray]:
+    return np.split(rows, range(size, len(rows), size))
+
+
+def _longest_first(rows: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    return rows[np.argsort(-lengths[rows], kind="stable")]
 
 
 def collate(
@@ -428,44 +448,37 @@ def collate(
     """Sources int64 [B, S], their mask bool [B, S] (None where nothing is padded) and labels int64 [B, T], padded on
     the right with pad_id and -100 to the longest, rounded up to a ``multiple``. ``target_rows``: whose targets the rows
     get, their own by default."""
-    target_rows = rows if target_rows is None else target_rows
-    out = []
-    for side, picks, fill in ((0, rows, pairs.tokenizer.pad_id), (1, target_rows, IGNORE_INDEX)):
-        ids = [pairs.ids(side, i) for i in picks]
-        width = min(-(-max(map(len, ids)) // multiple) * multiple, pairs.limits[side])
-        padded = np.full((len(ids), width), fill, np.int64)
-        for row, values in zip(padded, ids, strict=True):
-            row[: len(values)] = values
-        out.append(torch.from_numpy(padded))
-    lengths = torch.from_numpy(pairs.source_lengths[rows])
-    mask = torch.arange(out[0].shape[1]) < lengths[:, None]
-    return out[0], None if bool(mask.all()) else mask, out[1]
+
+    def padded(side: int, picks: np.ndarray, fill: int) -> Tensor:
+        ids_BT = pad_sequence([torch.from_numpy(pairs.ids(side, i)) for i in picks], True, fill)
+        width = min(-(-ids_BT.shape[1] // multiple) * multiple, pairs.limits[side])
+        return F.pad(ids_BT, (0, width - ids_BT.shape[1]), value=fill)
+
+    source_BS = padded(0, rows, pairs.tokenizer.pad_id)
+    mask_BS = torch.arange(source_BS.shape[1]) < torch.from_numpy(pairs.source_lengths[rows])[:, None]
+    targets_BT = padded(1, rows if target_rows is None else target_rows, IGNORE_INDEX)
+    return source_BS, None if bool(mask_BS.all()) else mask_BS, targets_BT
 
 
 def padding_share(pairs: TokenPairs, batches: Iterable[np.ndarray]) -> float:
     """Padding over all positions, sources and targets together, of ``batches`` that are padded to their longest."""
-    cells = tokens = 0
-    for rows in batches:
-        for n in (pairs.source_lengths[rows], pairs.target_lengths[rows]):
-            cells += int(n.max()) * len(n)
-            tokens += int(n.sum())
-    return 1 - tokens / cells
+    lengths = [side[rows] for rows in batches for side in (pairs.source_lengths, pairs.target_lengths)]
+    return 1 - sum(int(n.sum()) for n in lengths) / sum(int(n.max()) * len(n) for n in lengths)
 
 
 def swapped_references(batch: int, rate: float, seed: int, step: int) -> np.ndarray:
     """For each place in the global batch of ``step`` the place whose summary it gets, int64 [batch].
 
     After n steps exactly round(rate * batch * n) places have had another's summary. Those of one step exchange theirs
-    in a circle; a single one gets a copy of some other's. Raises ValueError for a rate outside [0, 1], and where a
-    batch of one has nobody to exchange with.
+    in a circle; a single one gets a copy. Raises ValueError for a rate outside [0, 1] and for a batch of one.
     """
     if not 0 <= rate <= 1:
         raise ValueError(f"--noise-references {rate} is outside [0, 1]")
     if rate and batch < 2:
         raise ValueError(f"--noise-references {rate} swaps summaries within a batch; --batch {batch} has one only")
     places = np.arange(batch)
-    due = [int(np.floor(rate * batch * n + 0.5)) for n in (step, step + 1)]
-    count = due[1] - due[0]
+    before, after = (int(np.floor(rate * batch * n + 0.5)) for n in (step, step + 1))
+    count = after - before
     draws = random_uint64(seed, SWAP_COUNTER + step, batch + 1)
     chosen = np.argsort(draws[:batch])[:count]
     if count == 1:

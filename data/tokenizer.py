@@ -1,11 +1,11 @@
 """Tokenizers by a spec string: ``gpt2``, ``bpe:N`` (trained on the corpus), or a folder.
 
-Two libraries do the work: tiktoken where the definition is GPT-2's kind (vocab.json and merges.txt), ``tokenizers``
-where it is a tokenizer.json. Text is always ordinary text: a literal <|endoftext|> in it is encoded as its characters,
-never as the token that ends a document.
+tiktoken does the work of GPT-2's kind (vocab.json and merges.txt), ``tokenizers`` that of a tokenizer.json. A literal
+<|endoftext|> in a text is encoded as its characters, never as the token that ends a document.
 """
 
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -59,40 +59,34 @@ class Tokenizer:
 
     @classmethod
     def from_files(cls, files: dict[str, bytes], name: str = "") -> "Tokenizer":
-        """The tokenizer that ``files`` define: tokenizer.json, or else vocab.json and merges.txt.
-
-        The token that ends a document is tokenizer_config.json's eos_token, else <|endoftext|>. Raises ValueError where
-        the files do not fit.
-        """
+        """The tokenizer that ``files`` define: tokenizer.json, or else vocab.json and merges.txt. A document ends with
+        tokenizer_config.json's eos_token, else <|endoftext|>. Raises ValueError where the files do not fit."""
         label = f"tokenizer {name}" if name else "tokenizer"
-        config = _json(files[TOKENIZER_CONFIG], f"{label}: {TOKENIZER_CONFIG}") if TOKENIZER_CONFIG in files else {}
+        config = _json(files.get(TOKENIZER_CONFIG, b"{}"), f"{label}: {TOKENIZER_CONFIG}")
         eos = config.get("eos_token") or EOS
         eos = eos["content"] if isinstance(eos, dict) else eos
         if "tokenizer.json" in files:
-            defining = ["tokenizer.json"]
-            vocab_size, eos_id, encode, decode, can_cut = _through_tokenizers(files["tokenizer.json"], eos, label)
-            kind = "PreTrainedTokenizerFast"
+            kind, defining, through = "PreTrainedTokenizerFast", ["tokenizer.json"], _through_tokenizers
         elif {"vocab.json", "merges.txt"} <= set(files):
             kind = config.get("tokenizer_class", "GPT2Tokenizer")
             if kind not in ("GPT2Tokenizer", "GPT2TokenizerFast"):
                 more = f"a {kind} is more than its vocab.json and merges.txt"
                 raise ValueError(f"{label}: {more}; put its tokenizer.json beside them")
-            defining, can_cut = ["merges.txt", "vocab.json"], True
-            vocab_size, eos_id, encode, decode = _through_tiktoken(files["vocab.json"], files["merges.txt"], eos, label)
+            defining, through = ["merges.txt", "vocab.json"], _through_tiktoken
             if not name and all(hashlib.sha256(files[part]).hexdigest() == sha for part, _, sha in GPT2_FILES):
                 name = "gpt2"
         else:
             found = ", ".join(sorted(files)) or "nothing"
             raise ValueError(f"{label}: expected tokenizer.json, or vocab.json and merges.txt; found {found}")
+        vocab_size, eos_id, *calls = through(files, eos, label)
         digest = hashlib.sha256(eos_id.to_bytes(4, "little"))
         for part in defining:
             digest.update(part.encode() + len(files[part]).to_bytes(8, "little") + files[part])
-        kept = {part: files[part] for part in defining}
         # What AutoTokenizer needs on top, kept where it was given. Decoding must not tidy spaces away.
         plain = {"tokenizer_class": kind, "eos_token": eos, "bos_token": eos, "unk_token": eos}
-        plain["clean_up_tokenization_spaces"] = False
-        kept[TOKENIZER_CONFIG] = files.get(TOKENIZER_CONFIG, json.dumps(plain, indent=2).encode())
-        return cls(name or "tokenizer", vocab_size, eos_id, digest.hexdigest(), kept, encode, decode, can_cut)
+        plain = json.dumps(plain | {"clean_up_tokenization_spaces": False}, indent=2).encode()
+        kept = {part: files[part] for part in defining} | {TOKENIZER_CONFIG: files.get(TOKENIZER_CONFIG, plain)}
+        return cls(name or "tokenizer", vocab_size, eos_id, digest.hexdigest(), kept, *calls)
 
     def files(self) -> dict[str, bytes]:
         """File name -> content: what ``from_files`` and transformers' AutoTokenizer load."""
@@ -104,33 +98,20 @@ class Tokenizer:
 
     def encode_documents(self, documents: Iterable[str]) -> Iterator[np.ndarray]:
         """The ids of each document, uint32 [n], without end-of-text tokens, in order; reads some 4 MB ahead."""
-        pieces: list[tuple[str, bool]] = []  # text, and whether its document ends with it
         waiting: list[np.ndarray] = []  # ids of the document that is not complete yet
-
-        def flush() -> Iterator[np.ndarray]:
-            for ids, (_, ends) in zip(self._encode([text for text, _ in pieces]), pieces, strict=True):
+        for batch in _batches(documents, self._can_cut):
+            for ids, (_, ends) in zip(self._encode([text for text, _ in batch]), batch, strict=True):
                 waiting.append(np.asarray(ids, dtype=np.uint32))
                 if ends:
-                    yield waiting[0] if len(waiting) == 1 else np.concatenate(waiting)
+                    yield np.concatenate(waiting)
                     waiting.clear()
-            pieces.clear()
-
-        size = 0
-        for document in documents:
-            for piece in _pieces(document) if self._can_cut else [(document, True)]:
-                pieces.append(piece)
-                size += len(piece[0])
-                if size >= BATCH_CHARACTERS:
-                    yield from flush()
-                    size = 0
-        yield from flush()
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ``ids``; bytes that are not UTF-8 become U+FFFD. Raises ValueError for an id out of range."""
         ids = [int(i) for i in ids]
-        outside = next((i for i in ids if not 0 <= i < self.vocab_size), None)
-        if outside is not None:
-            raise ValueError(f"token {outside} is outside the {self.vocab_size} tokens of {self.name}")
+        for i in ids:
+            if not 0 <= i < self.vocab_size:
+                raise ValueError(f"token {i} is outside the {self.vocab_size} tokens of {self.name}")
         return self._decode(ids)
 
 
@@ -139,10 +120,9 @@ def load_tokenizer(
 ) -> Tokenizer:
     """The tokenizer of ``spec``: ``gpt2``, ``bpe:N``, or a folder with tokenizer.json or vocab.json + merges.txt.
 
-    ``gpt2`` comes from $LM_DATA/tokenizers/gpt2 where that is there, else through tiktoken from the network; other
-    files than the published ones, by SHA-256, are an error. ``bpe:N`` needs ``documents`` (the TRAIN split's), the
-    folder ``cache``, where it is kept, and ``corpus`` (a name that changes with the text). Raises ValueError, one line,
-    where there is no such tokenizer.
+    ``gpt2`` is in $LM_DATA/tokenizers/gpt2, else tiktoken loads it; other files than the published ones are an error.
+    ``bpe:N`` needs ``documents`` (the TRAIN split's), the folder ``cache``, where it is kept, and ``corpus`` (a name
+    that changes with the text). Raises ValueError, one line, where there is no such tokenizer.
     """
     if isinstance(spec, Tokenizer):
         return spec
@@ -158,8 +138,8 @@ def load_tokenizer(
     folder = Path(spec).expanduser()
     if folder.is_dir():
         return Tokenizer.from_files(read_files(folder), folder.name)
-    folders = "a folder with tokenizer.json or vocab.json and merges.txt"
-    raise ValueError(f"unknown tokenizer {spec!r}; expected gpt2, bpe:N (for example bpe:4096), or {folders}")
+    expected = "gpt2, bpe:N (for example bpe:4096), or a folder with tokenizer.json or vocab.json and merges.txt"
+    raise ValueError(f"unknown tokenizer {spec!r}; expected {expected}")
 
 
 def read_files(folder: Path) -> dict[str, bytes]:
@@ -173,25 +153,25 @@ def merges_of(merges_txt: bytes) -> list[tuple[str, ...]]:
     return [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
 
 
-def byte_level_bpe(documents: Iterable[str], size: int, special: tuple[str, ...]) -> Backend:
-    """A byte-level BPE of at most ``size`` tokens, deterministic in the text.
-
-    The ``special`` tokens come first, then the bytes, then the merges by frequency, within GPT-2's pre-tokenisation.
-    """
-    backend = Backend(models.BPE())
+def byte_level(**model) -> Backend:
+    """A BPE over bytes, within GPT-2's pre-tokenisation; ``model`` as tokenizers.models.BPE takes it."""
+    backend = Backend(models.BPE(**model))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=list(special), initial_alphabet=alphabet, show_progress=False
-    )
-    backend.train_from_iterator(documents, trainer)
+    return backend
+
+
+def byte_level_bpe(documents: Iterable[str], size: int, special: tuple[str, ...]) -> Backend:
+    """A byte-level BPE of at most ``size`` tokens: ``special``, the bytes, then merges by their frequency."""
+    backend, alphabet = byte_level(), pre_tokenizers.ByteLevel.alphabet()
+    how = dict(vocab_size=size, special_tokens=list(special), initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(documents, trainers.BpeTrainer(**how))
     return backend
 
 
 def train_bpe(documents: Iterable[str], size: int) -> bytes:
-    """tokenizer.json of ``byte_level_bpe`` whose token 0 is <|endoftext|>. A small text runs out of pairs before
-    ``size``; that is logged."""
+    """tokenizer.json of ``byte_level_bpe`` whose token 0 is <|endoftext|>; where the text has too few pairs, that is
+    logged."""
     backend = byte_level_bpe(documents, size, (EOS,))
     if backend.get_vocab_size() < size:
         log.warning("the text is small: bpe:%d has only %d tokens", size, backend.get_vocab_size())
@@ -214,7 +194,7 @@ def _gpt2_files() -> dict[str, bytes]:
     local = lm_data("tokenizers/gpt2")
     files = {}
     for name, url, sha in GPT2_FILES:
-        if local is not None:
+        if local:
             files[name] = read_bytes(local / name)
             if hashlib.sha256(files[name]).hexdigest() != sha:
                 raise ValueError(f"{local / name} is not GPT-2's; to use another vocabulary, name its folder instead")
@@ -222,43 +202,40 @@ def _gpt2_files() -> dict[str, bytes]:
         try:
             files[name] = tiktoken.load.read_file_cached(url, sha)
         except Exception as error:  # requests' errors, a failed checksum
+            reason = f"{type(error).__name__}: {first_line(error)[:100]}"
             raise ValueError(
-                f"tokenizer gpt2 cannot be downloaded ({type(error).__name__}: {first_line(error)[:100]}); without a "
-                "network give --tokenizer a folder with GPT-2's vocab.json and merges.txt, or put them in "
-                "$LM_DATA/tokenizers/gpt2"
+                f"tokenizer gpt2 cannot be downloaded ({reason}); without a network give --tokenizer a folder with "
+                "GPT-2's vocab.json and merges.txt, or put them in $LM_DATA/tokenizers/gpt2"
             ) from error
     return files
 
 
-def _through_tiktoken(vocab_json: bytes, merges_txt: bytes, eos: str, label: str):
-    vocab = _json(vocab_json, f"{label}: vocab.json")
+def _through_tiktoken(files: dict[str, bytes], eos: str, label: str) -> tuple:
+    """(vocab_size, eos_id, encode, decode, can_cut) of vocab.json and merges.txt."""
+    vocab = _json(files["vocab.json"], f"{label}: vocab.json")
     try:
         byte_of = {c: b for b, c in enumerate(_byte_characters())}
         ranks = {bytes([b]): vocab[c] for c, b in byte_of.items()}
-        merged = [(vocab[left + right], left + right) for left, right in merges_of(merges_txt)]
+        merged = [(vocab[left + right], left + right) for left, right in merges_of(files["merges.txt"])]
         ranks |= {bytes(byte_of[c] for c in word): rank for rank, word in merged}
         # tiktoken joins the pair of the lowest ID first: right only where ids grow in the order of the merges.
-        ordered = all(a[0] < b[0] for a, b in zip(merged, merged[1:], strict=False))
+        ordered = all(a[0] < b[0] for a, b in itertools.pairwise(merged))
         if not ordered or len(ranks) != len(vocab) - 1 or eos not in vocab:
             raise KeyError("order of the ids")
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{label}: vocab.json and merges.txt are not a GPT-2 style byte-level BPE with {eos} ({error}); "
-            "give its tokenizer.json"
-        ) from None
-    encoding = tiktoken.Encoding(
-        "scorecast", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={eos: vocab[eos]}
-    )
-    threads = min(8, os.cpu_count() or 1)
+        wrong = f"vocab.json and merges.txt are not a GPT-2 style byte-level BPE with {eos} ({error})"
+        raise ValueError(f"{label}: {wrong}; give its tokenizer.json") from None
+    special = {eos: vocab[eos]}
+    encoding = tiktoken.Encoding("scorecast", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special)
 
     def encode(texts: list[str]) -> list[np.ndarray]:
         try:
-            with ThreadPoolExecutor(threads) as pool:
+            with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
                 return list(pool.map(lambda text: encoding.encode_to_numpy(text, disallowed_special=()), texts))
         except ValueError as error:  # hundreds of thousands of blanks in a row exhaust the regex engine
             raise ValueError(f"{label}: cannot tokenise ({error}); is there a huge run of blanks?") from None
 
-    return max(vocab.values()) + 1, vocab[eos], encode, encoding.decode
+    return max(vocab.values()) + 1, vocab[eos], encode, encoding.decode, True
 
 
 def _byte_characters() -> list[str]:
@@ -268,10 +245,11 @@ def _byte_characters() -> list[str]:
     return [chr(b) if b in printable else chr(next(others)) for b in range(256)]
 
 
-def _through_tokenizers(definition: bytes, eos: str, label: str):
-    parsed = _json(definition, f"{label}: tokenizer.json")
+def _through_tokenizers(files: dict[str, bytes], eos: str, label: str) -> tuple:
+    """(vocab_size, eos_id, encode, decode, can_cut) of tokenizer.json."""
+    parsed = _json(files["tokenizer.json"], f"{label}: tokenizer.json")
     try:
-        backend = Backend.from_buffer(definition)
+        backend = Backend.from_buffer(files["tokenizer.json"])
     except Exception as error:  # the library raises bare Exception
         raise ValueError(f"{label}: tokenizer.json cannot be loaded ({str(error)[:100]})") from None
     eos_id = backend.token_to_id(eos)
@@ -289,6 +267,19 @@ def _through_tokenizers(definition: bytes, eos: str, label: str):
     can_cut = bool(plain and parsed.get("normalizer") is None)
     size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
     return size, eos_id, encode, lambda ids: backend.decode(ids, skip_special_tokens=False), can_cut
+
+
+def _batches(documents: Iterable[str], cut: bool) -> Iterator[list[tuple[str, bool]]]:
+    """The documents, or their pieces, in lists of some BATCH_CHARACTERS; each with whether its document ends there."""
+    batch, size = [], 0
+    for document in documents:
+        for piece in _pieces(document) if cut else [(document, True)]:
+            batch.append(piece)
+            size += len(piece[0])
+            if size >= BATCH_CHARACTERS:
+                yield batch
+                batch, size = [], 0
+    yield batch
 
 
 def _pieces(text: str) -> Iterator[tuple[str, bool]]:

@@ -1,10 +1,10 @@
-"""Batches out of a TokenSet: windows, their order, and label noise. Everything is a pure function of (seed, step).
+"""Batches out of a TokenSet: windows, their order, and label noise, pure functions of (seed, step).
 
-Randomness is raw Philox output under the key (seed, counter), which numpy guarantees never to change, so that a run
-resumes with the same batches under another numpy, on another machine or another number of ranks.
+Randomness is raw Philox output under the key (seed, counter), which numpy guarantees never to change.
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -25,6 +25,13 @@ def permutation(seed: int, counter: int, n: int) -> np.ndarray:
     return np.argsort(random_uint64(seed, counter, n), kind="stable")
 
 
+@lru_cache(2)  # a batch touches two epochs at most, unless it is larger than the data
+def _kept_permutation(seed: int, counter: int, n: int) -> np.ndarray:
+    order = permutation(seed, counter, n)
+    order.flags.writeable = False  # it is shared
+    return order
+
+
 def epoch_blocks(order: Callable[[int], np.ndarray], count: int, step: int, batch: int) -> np.ndarray:
     """The ``batch`` rows of ``count`` that optimizer step ``step`` reads, int64 [batch].
 
@@ -38,78 +45,54 @@ def epoch_blocks(order: Callable[[int], np.ndarray], count: int, step: int, batc
     return np.concatenate(parts)
 
 
-def _check_count(name: str, value: int, least: int = 0) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
+def _check(least: int, **counts: int) -> None:
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+            raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
 
 
 class Windows:
     """Non-overlapping windows of ``length`` inputs over a TokenSet; every token is a target exactly once an epoch.
 
-    The input before the first token is the end-of-text token, as it is before every other document's first token. The
-    last window is padded: inputs eos_id, targets -100. ``bytes`` is the TokenSet's, for bits per byte. Raises
-    ValueError where ``length`` exceeds the tokens.
+    The end-of-text token comes before the first token, as before every document's. The last window is padded: inputs
+    eos_id, targets -100. Raises ValueError where ``length`` exceeds the tokens.
     """
 
     def __init__(self, tokens: TokenSet, length: int):
-        _check_count("the sequence length", length, 1)
-        data = np.asarray(tokens.tokens)  # a plain view of the map: np.memmap's own indexing is slower
-        if length > len(data):
-            raise ValueError(
-                f"a sequence of {length} tokens is longer than {tokens.name or 'the data'}, which has {len(data)}; "
-                "take a shorter one"
-            )
+        _check(1, **{"the sequence length": length})
+        self._data = np.asarray(tokens.tokens)  # a plain view of the map: np.memmap's own indexing is slower
+        if length > len(self._data):
+            longer = f"longer than {tokens.name or 'the data'}, which has {len(self._data)}"
+            raise ValueError(f"a sequence of {length} tokens is {longer}; take a shorter one")
         self.length, self.eos_id, self.bytes = length, tokens.eos_id, tokens.bytes
-        self._windows = -(-len(data) // length)
-        # Window i reads positions i*T-1 .. i*T+T-1. All but the first (whose context is outside the data) and a short
-        # last one are rows of a strided view, so that a batch is one gather of contiguous rows.
-        self._inside = len(data) // length - 1
-        span = length + 1
-        if self._inside:
-            self._rows = np.lib.stride_tricks.sliding_window_view(data[length - 1 :], span)[::length]
-        else:
-            self._rows = np.zeros((1, span), data.dtype)
-        self._first = np.concatenate([[tokens.eos_id], data[:length]]).astype(data.dtype)
-        rest = data[(self._inside + 1) * length - 1 :]
-        self._last_targets = len(rest) - 1
-        self._last = np.concatenate([rest, np.full(span - len(rest), tokens.eos_id)]).astype(data.dtype)
-        self._orders: dict[tuple[int, int], np.ndarray] = {}
 
     def __len__(self) -> int:
-        return self._windows
+        return -(-len(self._data) // self.length)
 
     def get(self, indices) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and targets ``[B, T]`` int64 of the windows ``indices`` (whole numbers in [0, len(self)))."""
-        indices = np.asarray(indices, dtype=np.int64).reshape(-1)
-        if indices.size and not (0 <= indices.min() and indices.max() < self._windows):
-            raise ValueError(f"window {indices.min()}..{indices.max()} is outside 0..{self._windows - 1}")
-        rows = self._rows[np.clip(indices - 1, 0, max(self._inside - 1, 0))]  # [B, T + 1], a copy
-        first, last = np.flatnonzero(indices == 0), np.flatnonzero(indices > self._inside)
-        rows[first], rows[last] = self._first, self._last
-        x_BT = torch.empty(len(indices), self.length, dtype=torch.int64)
-        y_BT = torch.empty(len(indices), self.length, dtype=torch.int64)
-        x_BT.numpy()[...], y_BT.numpy()[...] = rows[:, :-1], rows[:, 1:]
-        if len(last):
-            y_BT.numpy()[last, self._last_targets :] = IGNORE_INDEX
+        indices, T = np.asarray(indices, dtype=np.int64).reshape(-1), self.length
+        if indices.size and not (0 <= indices.min() and indices.max() < len(self)):
+            raise ValueError(f"window {indices.min()}..{indices.max()} is outside 0..{len(self) - 1}")
+        rows = np.full((len(indices), T + 1), self.eos_id, np.int64)
+        for row, i in zip(rows, indices.tolist(), strict=True):
+            tokens = self._data[max(i * T - 1, 0) : i * T + T]
+            begin = int(i == 0)  # the first window has no token before it
+            row[begin : begin + len(tokens)] = tokens
+        x_BT, y_BT = (torch.from_numpy(part.copy()) for part in (rows[:, :-1], rows[:, 1:]))
+        y_BT.numpy()[np.arange(T) >= len(self._data) - T * indices[:, None]] = IGNORE_INDEX
         return x_BT, y_BT
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
         """The permutation of the windows in ``epoch``: int64 [len(self)], read-only, a pure function of both."""
-        _check_count("seed", seed)
-        _check_count("epoch", epoch)
-        if (seed, epoch) not in self._orders:
-            while len(self._orders) > 1:  # a batch touches two epochs at most, unless it is larger than the data
-                self._orders.pop(next(iter(self._orders)))
-            order = permutation(seed, epoch, self._windows)
-            order.flags.writeable = False  # it is kept, so it is shared
-            self._orders[seed, epoch] = order
-        return self._orders[seed, epoch]
+        _check(0, seed=seed, epoch=epoch)
+        return _kept_permutation(seed, epoch, len(self))
 
     def batch_indices(self, step: int, batch: int, seed: int) -> np.ndarray:
         """The windows of optimizer step ``step``, see ``epoch_blocks``. There is no state to save or to lose."""
-        _check_count("step", step)
-        _check_count("batch", batch, 1)
-        return epoch_blocks(lambda epoch: self.order(seed, epoch), self._windows, step, batch)
+        _check(0, step=step)
+        _check(1, batch=batch)
+        return epoch_blocks(lambda epoch: self.order(seed, epoch), len(self), step, batch)
 
 
 def flip_labels(
@@ -118,16 +101,14 @@ def flip_labels(
     """Label noise: targets with flips, and how many were flipped.
 
     In a share ``step_share`` of the steps each target (never one of -100) becomes, with probability ``share``, another
-    token drawn uniformly from the other ``vocab_size - 1``. The draw of a target depends on (seed, step) and its place
-    in the GLOBAL batch: a rank or micro-batch that holds rows r.. of it passes ``first_row=r`` and gets those rows'
-    flips. ``y_BT`` is int64 on the CPU and is not written to; where nothing is flipped it is returned itself.
+    token, uniformly. The draw depends on (seed, step) and the place in the GLOBAL batch, of which ``y_BT``, int64 on
+    the CPU, holds the rows from ``first_row`` on. It is not written to; where nothing is flipped it is returned itself.
     """
-    for name, value in (("share", share), ("step_share", step_share)):
+    for name, value in dict(share=share, step_share=step_share).items():
         if not 0 <= value <= 1:
             raise ValueError(f"label noise: {name} must be between 0 and 1, not {value!r}")
-    _check_count("vocab_size", vocab_size, 2)
-    for name, value in (("seed", seed), ("step", step), ("first_row", first_row)):
-        _check_count(name, value)
+    _check(2, vocab_size=vocab_size)
+    _check(0, seed=seed, step=step, first_row=first_row)
     if y_BT.dtype != torch.int64 or y_BT.device.type != "cpu" or y_BT.dim() != 2:
         raise ValueError(f"label noise: targets must be int64 [B, T] on the CPU, not {y_BT.dtype} on {y_BT.device}")
     if not share or not step_share:

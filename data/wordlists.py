@@ -12,10 +12,11 @@ first; or vectors, "word x1 x2 ...", as counter-fitted-vectors.txt has them, who
 A broken line is a ValueError with its number.
 """
 
+import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,12 +43,9 @@ class WordLists:
         if word in self.stop_words:
             return []
         found = dict.fromkeys(c.lower() for c in self.neighbours.get(word, ()))  # in order, each once
-        return [c for c in found if c != word and c.isalpha() and c not in self.stop_words and self._allowed(word, c)]
-
-    def _allowed(self, a: str, b: str) -> bool:
-        if (a, b) in self.antonyms or (b, a) in self.antonyms:
-            return False
-        return self.synonyms is None or (a, b) in self.synonyms or (b, a) in self.synonyms
+        found = [c for c in found if c != word and c.isalpha() and c not in self.stop_words]
+        found = [c for c in found if self.antonyms.isdisjoint([(word, c), (c, word)])]
+        return [c for c in found if self.synonyms is None or not self.synonyms.isdisjoint([(word, c), (c, word)])]
 
 
 class Vectors:
@@ -57,30 +55,24 @@ class Vectors:
         self.words, self.index = words, {word: i for i, word in enumerate(words)}
         norms = np.linalg.norm(vectors_ND, axis=1, keepdims=True)
         self.vectors_ND = vectors_ND / np.maximum(norms, 1e-12)  # a zero vector is near nothing
-        self._found: dict[str, list[str]] = {}
+        self._near = functools.cache(self._neighbours)
 
     def get(self, word: str, default: Sequence[str] = ()) -> Sequence[str]:
-        if word not in self.index:
-            return default
-        if word not in self._found:
-            cosine_N = self.vectors_ND @ self.vectors_ND[self.index[word]]
-            cosine_N[self.index[word]] = -2
-            order = np.argsort(-cosine_N, kind="stable")[:NEAREST]
-            self._found[word] = [self.words[i] for i in order if cosine_N[i] >= MIN_COSINE]
-        return self._found[word]
+        return self._near(self.index[word]) if word in self.index else default
+
+    def _neighbours(self, i: int) -> list[str]:
+        cosine_N = self.vectors_ND @ self.vectors_ND[i]
+        cosine_N[i] = -2  # not the word itself
+        nearest = np.argsort(-cosine_N, kind="stable")[:NEAREST]
+        return [self.words[k] for k in nearest if cosine_N[k] >= MIN_COSINE]
 
 
-def load_lists(
-    words: str | os.PathLike | None = None,
-    stop_words: str | os.PathLike | None = None,
-    antonyms: Iterable[str | os.PathLike] = (),
-    synonyms: Iterable[str | os.PathLike] = (),
-) -> tuple[WordLists, dict[str, str]]:
-    """The lists, and the SHA-256 of each file that was read, by its name.
+def load_lists(words=None, stop_words=None, antonyms: Iterable = (), synonyms: Iterable = ()):
+    """WordLists, and {name: SHA-256} of the files that were read.
 
     ``words``: a folder, a file of neighbours, or None for $LM_DATA/textfooler. ``stop_words``: a file, None for the
-    folder's, or "none". ``antonyms`` replace the folder's. Raises ValueError, with file and line, for what cannot be
-    read, and where neighbours or stop words are named nowhere.
+    folder's, or "none". ``antonyms``, files as ``synonyms``, replace the folder's. Raises ValueError, with file and
+    line, for what cannot be read, and where neighbours or stop words are named nowhere.
     """
     if words is None:
         if not os.environ.get("LM_DATA"):
@@ -96,32 +88,12 @@ def load_lists(
     if stop_words is None:
         raise ValueError(f"no stop words beside {words}: give --stop-words a file with one word a line, or none")
     stop = [] if str(stop_words) == "none" else [Path(stop_words)]
-    lists = WordLists(
-        neighbours=read_neighbours(words),
-        stop_words=frozenset().union(*map(read_words, stop)),
-        antonyms=frozenset().union(*map(read_pairs, antonyms)),
-        synonyms=frozenset().union(*map(read_pairs, synonyms)) if synonyms else None,
-    )
+    near = read_neighbours(words)
+    stopped = frozenset(word for path in stop for (word,) in _rows(path, 1))
+    opposite, alike = (frozenset(pair for path in paths for pair in _rows(path, 2)) for paths in (antonyms, synonyms))
+    lists = WordLists(near, stopped, opposite, alike if synonyms else None)
     files = [words, *stop, *antonyms, *synonyms]
     return lists, {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-def read_words(path: str | os.PathLike) -> frozenset[str]:
-    """A file with one word a line."""
-    return frozenset(word for (word,) in _rows(path, 1, "one word"))
-
-
-def read_pairs(path: str | os.PathLike) -> frozenset[tuple[str, ...]]:
-    """A file with two words a line."""
-    return frozenset(_rows(path, 2, "two words"))
-
-
-def _rows(path, width: int, expected: str) -> Iterator[tuple[str, ...]]:
-    for number, line in _lines(path):
-        row = tuple(line.lower().split())
-        if len(row) != width:
-            raise ValueError(f"{path} line {number}: {_short(line)}; expected {expected} a line")
-        yield row
 
 
 def read_neighbours(path: str | os.PathLike) -> "Mapping[str, Sequence[str]] | Vectors":
@@ -129,9 +101,9 @@ def read_neighbours(path: str | os.PathLike) -> "Mapping[str, Sequence[str]] | V
     if Path(path).suffix == ".json":
         return _neighbours_json(path)
     lines = _lines(path)
-    first = lines[0][1].split()
-    if len(first) > 2 and all(map(_is_number, first[1:])):
-        return _vectors(path, lines, len(first) - 1)
+    width = len(_numbers(lines[0][1]) or ())
+    if width > 1:
+        return _vectors(path, lines, width)
     found: dict[str, list[str]] = {}
     for number, line in lines:
         word, *near = line.lower().split()
@@ -151,27 +123,42 @@ def _neighbours_json(path) -> dict[str, list[str]]:
         raise ValueError(f"{path} line {error.lineno} column {error.colno}: not JSON ({error.msg})") from None
     if not isinstance(content, dict) or not content:
         raise ValueError(f"{path} line 1: expected an object of words with their lists of neighbours")
-    found = {}
     for word, near in content.items():
         if not isinstance(near, list) or not all(isinstance(n, str) for n in near):
             line = text.count("\n", 0, max(0, text.find(json.dumps(word, ensure_ascii=False)))) + 1
             raise ValueError(f"{path} line {line}: the neighbours of {_short(word)} are no list of words")
-        found[word.lower()] = near
-    return found
+    return {word.lower(): near for word, near in content.items()}
 
 
 def _vectors(path, lines: list[tuple[int, str]], width: int) -> Vectors:
-    words, rows = [], np.empty((len(lines), width), np.float32)
-    for i, (number, line) in enumerate(lines):
-        word, *values = line.split()
-        try:
-            rows[i] = [float(v) for v in values]
-        except ValueError:  # not numbers, or another number of them
-            raise ValueError(f"{path} line {number}: expected a word and {width} numbers") from None
-        if not np.isfinite(rows[i]).all():
-            raise ValueError(f"{path} line {number}: the vector of {word!r} is not finite")
-        words.append(word.lower())
-    return Vectors(words, rows)
+    rows_ND = np.empty((len(lines), width), np.float32)
+    for row, (number, line) in zip(rows_ND, lines, strict=True):
+        values = _numbers(line)
+        if values is None or len(values) != width:
+            raise ValueError(f"{path} line {number}: expected a word and {width} numbers")
+        row[:] = values
+        if not np.isfinite(row).all():
+            raise ValueError(f"{path} line {number}: the vector of {line.split()[0]!r} is not finite")
+    return Vectors([line.split()[0].lower() for _, line in lines], rows_ND)
+
+
+def _numbers(line: str) -> list[float] | None:
+    """What follows the first word of a line; None where that is not numbers."""
+    try:
+        return [float(v) for v in line.split()[1:]]
+    except ValueError:
+        return None
+
+
+def _rows(path, width: int) -> list[tuple[str, ...]]:
+    """The words of each line, of which there must be ``width``."""
+    rows = []
+    for number, line in _lines(path):
+        rows.append(tuple(line.lower().split()))
+        if len(rows[-1]) != width:
+            expected = "one word" if width == 1 else "two words"
+            raise ValueError(f"{path} line {number}: {_short(line)}; expected {expected} a line")
+    return rows
 
 
 def _lines(path) -> list[tuple[int, str]]:
@@ -190,14 +177,6 @@ def _read(path) -> str:
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{path} line {line}: not UTF-8 text") from None
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _short(text: str) -> str:

@@ -6,11 +6,10 @@ read some of them, so that a LoRA run of half a minute learns something to see.
         --lr 1e-2 --seq-len 320 --heldout 96 --eval-every 50 --fot-window 8 --eval-problems 4 --generate-tokens 16 \\
         --out runs/tiny-lora
 
-The tokenizer is a byte-level BPE with Qwen3's special tokens, trained on the problems of train. The base is drawn from
-the seed and then trained in full for ``--steps`` steps on the questions of train and, apart from them, the words of the
-solutions without annotations: what belongs together, and how the calculator is used, is left to the adapter. The 256
-problems that finetune_gsm8k.py holds out by default are not read. The same flags give the same folder, bit for bit on
-the same machine.
+The tokenizer is a byte-level BPE with Qwen3's special tokens. The base is drawn from the seed and then trained in full
+on the questions of train and, apart from them, the words of the solutions without annotations: what belongs together,
+and how the calculator is used, is left to the adapter. The 256 problems that finetune_gsm8k.py holds out by default are
+not read. The same flags give the same folder, bit for bit on the same machine.
 """
 
 import argparse
@@ -32,7 +31,8 @@ from model.qwen3 import Qwen3, Qwen3Config
 from model.qwen3_hub import save_qwen3
 from runtime.cli import user_errors
 from runtime.machine import keep_freed_memory, to_device
-from schedules.rules import lr_factor
+from runtime.optim import take_step
+from schedules import make_rule
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
 HELDOUT = 256  # problems of train that the base does not read: finetune_gsm8k.py's default, and fewer nest in it
@@ -46,11 +46,8 @@ ROW = 320  # tokens of a packed row in pre-training
 
 
 def train_tokenizer(texts: Iterable[str], size: int):
-    """A byte-level BPE (tokenizers.Tokenizer) of about ``size`` tokens with Qwen3's special ones.
-
-    Id 0 ends a text. <think> and </think>, which are no special tokens to Qwen3 either, come last. Raises ValueError
-    for fewer tokens than the bytes and these need.
-    """
+    """A byte-level BPE (tokenizers.Tokenizer) of at most ``size`` tokens with Qwen3's special ones: id 0 ends a text,
+    <think> and </think>, which are no special tokens to Qwen3 either, come last. Raises ValueError for too few."""
     least = 256 + len(SPECIAL)
     if size < least:
         raise ValueError(f"a vocabulary of {size}: expected at least {least}, bytes and special")
@@ -59,24 +56,22 @@ def train_tokenizer(texts: Iterable[str], size: int):
     return tokenizer
 
 
-def pretrain(model: Qwen3, rows: list[Example], *, steps: int, batch: int, lr: float, seed: int) -> float:
-    """Trains every parameter on the examples, all of whose tokens are targets: AdamW, cosine, 5 % warm-up. Returns the
-    mean loss of the last tenth of the steps, in nats per token."""
+def pretrain(model: Qwen3, rows: list[Example], steps: int, batch: int, lr: float, seed: int) -> float:
+    """Trains every parameter, with all tokens of the examples as targets. Returns the mean loss of the last tenth of
+    the steps, in nats per token."""
     device = model.embed_tokens.weight.device
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    rule = make_rule("cosine", optimizer, steps, warmup=0.05, floor=0.1)
     losses = []
     for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * lr_factor("cosine", step, steps, warmup=0.05, floor=0.1)
         part = pack([rows[i] for i in batch_indices(len(rows), step, batch, seed)], ROW)
-        hidden = model(to_device(part.tokens_RT, device), documents_BT=to_device(part.documents_RT, device))
-        y = to_device(part.targets_RT.flatten(), device)
-        loss, _ = linear_score(hidden.flatten(0, 1), model.head_weight, y, ce)
+        x, y, documents = (to_device(t, device) for t in (part.tokens_RT, part.targets_RT, part.documents_RT))
+        hidden = model(x, documents_BT=documents)
+        loss, _ = linear_score(hidden.flatten(0, 1), model.head_weight, y.flatten(), ce)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
         losses.append(loss.detach())
+        take_step(optimizer, model.parameters(), 1.0, losses[-1])
+        rule.step()
     return float(torch.stack(losses[-max(1, steps // 10) :]).mean())
 
 
@@ -98,26 +93,17 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"{given.folder} exists and is not an empty folder; give another one")
         if given.hidden < 64 or given.hidden % 64:
             raise ValueError(f"--hidden {given.hidden}: expected a multiple of 64, NF4's block")
-        for name in ("layers", "batch"):
-            if getattr(given, name) < 1:
-                raise ValueError(f"--{name} {getattr(given, name)}: expected at least 1")
+        for name, value in dict(layers=given.layers, batch=given.batch).items():
+            if value < 1:
+                raise ValueError(f"--{name} {value}: expected at least 1")
         if given.steps < 0 or not 0 < given.lr < math.inf:
             raise ValueError(f"--steps {given.steps} --lr {given.lr}: expected 0 or more, and a positive number")
         problems = load_gsm8k(given.data, "train")
         tokenizer = train_tokenizer((f"{p.question}\n{p.answer_text}" for p in problems), given.vocab)
-        D = given.hidden
-        config = Qwen3Config(
-            vocab_size=-(-tokenizer.get_vocab_size() // 64) * 64,
-            hidden_size=D,
-            intermediate_size=2 * D,
-            num_hidden_layers=given.layers,
-            num_attention_heads=D // 32,
-            num_key_value_heads=D // 64,
-            head_dim=32,
-            max_position_embeddings=1024,
-            tie_word_embeddings=True,
-            eos_token_id=0,
-        )
+        D, vocab = given.hidden, -(-tokenizer.get_vocab_size() // 64) * 64
+        heads = dict(num_attention_heads=D // 32, num_key_value_heads=D // 64, head_dim=32)
+        more = dict(max_position_embeddings=1024, tie_word_embeddings=True, eos_token_id=0)
+        config = Qwen3Config(vocab, D, 2 * D, given.layers, **heads, **more)
         keep_freed_memory()
         torch.manual_seed(given.seed)
         model, end = Qwen3(config), tokenizer.token_to_id(SPECIAL[0])
@@ -125,13 +111,13 @@ def main(argv: list[str] | None = None) -> int:
         texts = [p.question.strip() for p in read] + TEXTS[given.text](read)
         rows = [Example(str(i), [end, *tokenizer.encode(text).ids, end], 1) for i, text in enumerate(texts)]
         rows = [e for e in rows if e.length <= ROW]
-        began = time.perf_counter()
+        learnt, began = "", time.perf_counter()
         if given.steps:
-            loss = pretrain(model, rows, steps=given.steps, batch=given.batch, lr=given.lr, seed=given.seed)
-        took = f" in {time.perf_counter() - began:.0f} s"
+            loss = pretrain(model, rows, given.steps, given.batch, given.lr, given.seed)
+            seconds = time.perf_counter() - began
+            learnt = f"; {given.steps} steps on {given.text} to {loss:.3f} nats per token in {seconds:.0f} s"
         save_qwen3(model, given.folder, {"tokenizer.json": tokenizer.to_str().encode()})
-    what = f"{given.folder}: {parameter_count(model) / 1e6:.2f} M parameters, {config.vocab_size} tokens"
-    print(what + (f"; {given.steps} steps on {given.text} to {loss:.3f} nats per token{took}" if given.steps else ""))
+    print(f"{given.folder}: {parameter_count(model) / 1e6:.2f} M parameters, {vocab} tokens{learnt}")
     return 0
 
 
