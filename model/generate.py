@@ -131,7 +131,7 @@ def generate(
         tokens_BRL, lengths, scores = search.results()
         tokens = tokens_BRL[:, :, P:].contiguous()
         last = tokens.gather(2, (lengths - 1).clamp(min=0)[:, :, None])[:, :, 0]
-        ended = search.rules.is_eos_V[last] & (lengths > 0)
+        ended = search.is_eos_V[last] & (lengths > 0)
         count = int(lengths.sum())
         return Generated(tokens, lengths, scores, ended, count, time.perf_counter() - start, steps)
 
