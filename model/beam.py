@@ -1,8 +1,8 @@
 """Decoding strategies: what is chosen from the logits of one step, in fixed shapes.
 
-``Beams`` searches, ``Draws`` is greedy or samples. Either holds its state in tensors that are allocated once and
-written in place. It counts its own length on the device and branches on no tensor's value, so a step is the same
-program every time, for torch.compile and CUDA graphs, and needs no answer from the device.
+``Beams`` searches, ``Draws`` is greedy or samples. Either holds its state in tensors that are written in place, counts
+its length on the device and branches on no tensor's value. So a step is the same program every time, for torch.compile
+and CUDA graphs, and needs no answer from the device.
 
 Shapes in names: B prompts, K = num_beams, N = B * K rows with the beams of a prompt adjacent, L prompt and new tokens,
 C candidates of a prompt, V = vocab_size.
@@ -127,13 +127,13 @@ def pick(tensor: Tensor, index_BC: Tensor) -> Tensor:
 
 
 class Search:
-    """What Beams and Draws keep: rows of tokens, their length, and whether every step had a token to go on with."""
+    """What Beams and Draws keep: tokens [B, K, L], their length, and whether every step had one to go on with."""
 
     def __init__(self, prompt_BP: Tensor, options: Decoding, V: int):
         (B, P), device = prompt_BP.shape, prompt_BP.device
         self.options, self.prompt_length = options, P
-        self.rows_NL = torch.full((B * options.num_beams, P + options.max_new_tokens), options.fill, device=device)
-        self.rows_NL[:, :P] = prompt_BP.repeat_interleave(options.num_beams, dim=0)
+        self.tokens = torch.full((B, options.num_beams, P + options.max_new_tokens), options.fill, device=device)
+        self.tokens[:, :, :P] = prompt_BP[:, None]
         self.length = torch.tensor([P], device=device)
         self.possible = torch.ones((), dtype=torch.bool, device=device)
         self.is_eos_V = torch.zeros(V, dtype=torch.bool, device=device)
@@ -145,11 +145,15 @@ class Search:
                 only_V[token] = 0.0
                 self.forced.append((step, only_V))
 
+    @property
+    def rows_NL(self) -> Tensor:
+        return self.tokens.flatten(0, 1)
+
     def allowed(self, logits_NV: Tensor) -> Tensor:
         """log p with what must not come at -inf: repeated n-grams, an early EOS, others than a forced token."""
         options, new, n = self.options, self.length - self.prompt_length, self.options.no_repeat_ngram
         log_p_NV = logits_NV.log_softmax(-1)
-        if 0 < n <= self.rows_NL.shape[1]:
+        if 0 < n <= self.tokens.shape[2]:
             log_p_NV = log_p_NV.masked_fill(repeats(self.rows_NL, self.length, n, log_p_NV.shape[1]), -math.inf)
         if options.min_new_tokens and options.eos_ids:
             log_p_NV = log_p_NV.masked_fill(self.is_eos_V & (new < options.min_new_tokens), -math.inf)
@@ -163,17 +167,13 @@ class Beams(Search):
 
     In each step the 2 K best continuations of a prompt's K beams are candidates (more with several EOS ids, so that K
     remain that do not end). Those among the first K that end are finished hypotheses and compete by length-normalised
-    score; the best K that do not end run on. These are the definitions of transformers, with its three meanings of
-    ``early_stopping``, so that both give the same tokens.
-
-    A prompt that is done keeps its hypotheses whatever is run after: the caller may look at ``done_B`` as rarely as it
-    likes.
+    score; the best K that do not end run on. These are transformers' definitions, so that both give the same tokens.
+    A prompt that is done keeps its hypotheses whatever is run after: ``done_B`` may be looked at rarely.
     """
 
     def __init__(self, prompt_BP: Tensor, options: Decoding, V: int):
         super().__init__(prompt_BP, options, V)
         B, K, device = len(prompt_BP), options.num_beams, prompt_BP.device
-        self.tokens = self.rows_NL.view(B, K, -1)
         # All beams of a prompt are equal at first: only one of them may be continued.
         self.scores = torch.full((B, K), IMPOSSIBLE, device=device)
         self.scores[:, 0] = 0
@@ -247,8 +247,8 @@ class Beams(Search):
 class Draws(Search):
     """One row per prompt: the most probable token each time, or one drawn from the filtered distribution.
 
-    A row that has ended is filled up. Its score is that of a beam: the sum of the model's own log p (at temperature 1,
-    unfiltered; 0 for a forced token) over length^length_penalty.
+    Its score is that of a beam: the sum of the model's own log p (at temperature 1, unfiltered; 0 for a forced token)
+    over length^length_penalty.
     """
 
     def __init__(self, prompt_BP: Tensor, options: Decoding, V: int):
@@ -283,4 +283,4 @@ class Draws(Search):
     def results(self) -> tuple[Tensor, Tensor, Tensor]:
         """As Beams.results, with R = 1."""
         scores = self.scores / (self.lengths.double() ** self.options.length_penalty).float()
-        return self.rows_NL[:, None], self.lengths[:, None], scores[:, None]
+        return self.tokens, self.lengths[:, None], scores[:, None]

@@ -43,20 +43,15 @@ class Embedding(nn.Embedding):
         pass
 
 
-class LayerNorm(nn.Module):
+class LayerNorm(nn.LayerNorm):
     """LayerNorm over the last dimension, eps 1e-5.
 
     The input is not upcast: torch's kernels take mean and variance in fp32 whatever the input is, so fp32 copies of the
     activations would buy only the rounding of the gain, 2^-9 in bf16.
     """
 
-    def __init__(self, width: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(width))
-        self.bias = nn.Parameter(torch.empty(width))
-
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.bias.to(x.dtype), 1e-5)
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 class Backbone(nn.Module):

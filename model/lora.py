@@ -193,15 +193,11 @@ class LoRALinear(nn.Module):
 
     def __init__(self, base: nn.Module, config: LoRAConfig, segments: _Segments, block: int, device: torch.device):
         super().__init__()
-        self.base, self.scale, self.dropout = base, config.scale, config.dropout
+        self.base, self.shape, self.scale, self.dropout = base, base.shape, config.scale, config.dropout
         self.segments, self.block = segments, block
         n_out, n_in = base.shape
         self.lora_A = nn.Parameter(torch.zeros(config.r, n_in, dtype=torch.float32, device=device))
         self.lora_B = nn.Parameter(torch.zeros(n_out, config.r, dtype=torch.float32, device=device))
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.base.shape
 
     @torch.no_grad()
     def dense(self, dtype: torch.dtype) -> Tensor:

@@ -29,10 +29,8 @@ def first_line(error: BaseException) -> str:
 
 
 def folder_of(folder_or_hub_id: str | os.PathLike, files: tuple[str, ...] = MODEL_FILES) -> Path:
-    """The local folder itself, or the local copy of those ``files`` (patterns) of a repository on the hub.
-
-    Raises ValueError for what is neither, and for a hub that cannot be reached.
-    """
+    """The local folder itself, or the local copy of those ``files`` (patterns) of a repository on the hub. Raises
+    ValueError for what is neither, and for a hub that cannot be reached."""
     folder, name = Path(folder_or_hub_id), str(folder_or_hub_id)
     if folder.is_dir():
         return folder
@@ -44,11 +42,8 @@ def folder_of(folder_or_hub_id: str | os.PathLike, files: tuple[str, ...] = MODE
 
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(files)))
     except Exception as error:  # no package, no network, no such model, no access: all have the same way out
-        reason = first_line(error)
-        raise ValueError(f"no folder {name!r} here, and the hub gave none ({reason}); {way_out}") from error
-
-
-# ---- config.json
+        missing = f"no folder {name!r} here, and the hub gave none ({first_line(error)})"
+        raise ValueError(f"{missing}; {way_out}") from error
 
 
 def read_json(path: Path) -> dict:
@@ -76,9 +71,6 @@ def check_fields(path: Path, fields: dict, required: Iterable[str], allowed: Map
             raise ValueError(f"{path}: {name}={fields[name]!r} is not supported; expected {values[0]!r}")
 
 
-# ---- tensors
-
-
 def weight_files(folder: Path, single: str = WEIGHTS, index: str = INDEX) -> list[Path]:
     """The file ``single``, or the files that ``index`` names. ValueError where there is neither."""
     if (folder / single).exists():
@@ -86,13 +78,13 @@ def weight_files(folder: Path, single: str = WEIGHTS, index: str = INDEX) -> lis
     if not (folder / index).exists():
         raise ValueError(f"{folder} has neither {single} nor {index}; other formats are not read")
     shards = read_json(folder / index).get("weight_map")
-    names = set(shards.values()) if isinstance(shards, dict) else {None}
+    names = shards.values() if isinstance(shards, dict) else [None]
     if not all(isinstance(name, str) and name == os.path.basename(name) for name in names):
         raise ValueError(f"{folder / index}: expected a weight_map from tensors to files of the same folder")
-    names = sorted(names)
-    if lacking := [name for name in names if not (folder / name).is_file()]:
+    paths = [folder / name for name in sorted(set(names))]
+    if lacking := [path.name for path in paths if not path.is_file()]:
         raise ValueError(f"{folder} lacks {', '.join(lacking)}, which {index} names; copy it there")
-    return [folder / name for name in names]
+    return paths
 
 
 @contextmanager
@@ -108,10 +100,8 @@ def _opened(path: Path):
 
 
 def read_shapes(paths: list[Path]) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor in the files, from their headers alone.
-
-    Raises ValueError for a damaged file, a truncated one included, and for a tensor that two files hold.
-    """
+    """The shape of every tensor in the files, from their headers alone. Raises ValueError for a damaged file, a
+    truncated one included, and for a tensor that two files hold."""
     shapes: dict[str, tuple[int, ...]] = {}
     for path in paths:
         with _opened(path) as file:
@@ -144,10 +134,8 @@ def holds_tensors(content) -> bool:
 
 
 def check_shapes(found: Mapping[str, Tensor | tuple], expected: Mapping[str, Tensor | tuple], says: str) -> None:
-    """Raises ValueError: ``says``, then the tensors that are missing, unexpected or misshapen, three of a kind.
-
-    Either side gives each tensor itself or its shape.
-    """
+    """Raises ValueError: ``says``, then the tensors that are missing, unexpected or misshapen, three of a kind. Either
+    side gives each tensor itself or its shape."""
     found, expected = ({n: tuple(getattr(t, "shape", t)) for n, t in side.items()} for side in (found, expected))
     wrong = {
         "missing ": [n for n in expected if n not in found],
@@ -169,9 +157,6 @@ def drop_tied(tensors: dict[str, Tensor], name: str, copies: Iterable[str], fold
         tied = tensors.pop(copy, None)
         if tied is not None and not torch.equal(tied, tensors.setdefault(name, tied)):
             raise ValueError(f"{folder}: {copy} differs from {name}; the model here ties the two")
-
-
-# ---- writing
 
 
 def write_model(
