@@ -98,12 +98,11 @@ def generate(
         search = Draws(prompt_BP, options, V) if beams == 1 else Beams(prompt_BP, options, V)
         # The head in fp32 once, not once a step; fp32 masters are not copied.
         head = weight.float(), None if bias is None else bias.float()
-        if options.temperature > 0:
-            noise = torch.empty(B, V, device=device if generator is None else generator.device)
+        sampling, source = options.temperature > 0, device if generator is None else generator.device
         step = decode_step if compile is None else torch.compile(decode_step, fullgraph=True, **compile)
         P = prompt_BP.shape[1]
         for steps in range(1, options.max_new_tokens + 1):
-            drawn = noise.exponential_(generator=generator).to(device) if options.temperature > 0 else None
+            drawn = torch.empty(B, V, device=source).exponential_(generator=generator).to(device) if sampling else None
             if steps == 1:
                 decode_step(model, context, head, search, P, drawn)
             else:

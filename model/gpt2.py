@@ -1,13 +1,11 @@
 """GPT-2 in plain PyTorch: tokens in, hidden states out; the loss belongs to the caller.
 
-The architecture and the parameter names are those of OpenAI's release (Radford et al., 2019, and
-github.com/openai/gpt-2, src/model.py): learned positions, LayerNorm before each sub-layer, GELU in its tanh form,
-biases everywhere, the head tied to the token embedding. Layouts differ where Linear below says so; model/gpt2_hub.py
-translates.
+Architecture and parameter names are those of OpenAI's release (Radford et al., 2019, and github.com/openai/gpt-2,
+src/model.py): learned positions, LayerNorm before each sub-layer, GELU in its tanh form, biases everywhere, the head
+tied to the token embedding. Layouts differ where Linear below says so; model/gpt2_hub.py translates.
 
 Mixed precision needs no autocast. Parameters stay as they are, fp32 masters by default. Activations have the ``dtype``
-the model was given, and every layer casts its parameters to the dtype of what comes in. FSDP2 may hand the layers bf16
-parameters instead: each layer follows its input.
+the model was given, and every layer casts its parameters to the dtype of what comes in, also under FSDP2.
 
 Shapes in names: B sequences, T positions, D = n_embd, V = vocab_size, H heads of K, L cached positions.
 """
@@ -134,11 +132,10 @@ class GPT2(layers.Backbone):
             self.init_weights()
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Every initial value of the model, drawn from ``generator`` as ``draw_weights`` says.
+        """Biases 0, LayerNorm gains 1, matrices and token embeddings N(0, 0.02); see ``draw_weights``.
 
-        Biases are 0, LayerNorm gains 1, matrices and token embeddings N(0, 0.02). The two projections of each block
-        that write to the residual stream are N(0, 0.02 / sqrt(2 n_layer)) (Radford et al., 2019, section 2.3).
-        Positions are N(0, 0.01), as in OpenAI's src/model.py; Hugging Face draws them with 0.02.
+        The two projections of each block that write to the residual stream are N(0, 0.02 / sqrt(2 n_layer)) (Radford
+        et al., 2019, section 2.3). Positions are N(0, 0.01), as in OpenAI's src/model.py; Hugging Face has 0.02.
         """
         stds = {"wpe": 0.01, "c_proj": 0.02 / math.sqrt(2 * self.config.n_layer)}
         layers.draw_weights(self, lambda name: stds.get(name.split(".")[-2], 0.02), generator)
@@ -158,16 +155,15 @@ class GPT2(layers.Backbone):
         activations' dtype. Raises ValueError for another shape of input.
 
         Without a ``cache`` the tokens stand at 0 to T - 1. With one they stand at ``positions_BT`` (int64, below the
-        cache's length), are written there, and see the cached positions of their row up to their own. Every shape is
-        static.
+        cache's length), are written there, and see the cached positions of their row up to their own.
         """
         self.check_tokens(tokens_BT)
         B, T = tokens_BT.shape
         if (cache is None) != (positions_BT is None):
             raise ValueError("positions_BT and cache belong together: expected both or neither")
         index_T = torch.arange(T, device=tokens_BT.device)
-        positions = self.wpe(index_T if positions_BT is None else positions_BT)
-        x_BTD = self.wte(tokens_BT).to(self.dtype) + positions.to(self.dtype)
+        x_TD = self.wpe(index_T if positions_BT is None else positions_BT).to(self.dtype)
+        x_BTD = self.wte(tokens_BT).to(self.dtype) + x_TD
         x_BTD = F.dropout(x_BTD, self.config.dropout, self.training)
         if cache is not None:
             where = torch.arange(B, device=tokens_BT.device)[:, None], positions_BT

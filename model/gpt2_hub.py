@@ -53,13 +53,12 @@ def save_hf(
     if eos_id is not None and not 0 <= eos_id < config.vocab_size:
         raise ValueError(f"eos_id={eos_id}: expected a token id below vocab_size={config.vocab_size}")
     tensors = {"transformer." + name: p for name, p in _transposed(model.state_dict()).items()}
-    sizes = {name: p.numel() for name, p in tensors.items()}
     fields = dict(architectures=["GPT2LMHeadModel"], model_type="gpt2")
     fields |= {theirs: getattr(config, ours) for ours, theirs in HF_FIELDS.items()}
     fields |= {name: allowed[0] for name, allowed in FIXED.items()} | dict(n_inner=None)
     fields |= dict(embd_pdrop=config.dropout, attn_pdrop=config.dropout, resid_pdrop=config.dropout)
     fields |= dict(bos_token_id=eos_id, eos_token_id=eos_id)
-    weights.write_model(folder, fields, model.wte.weight.dtype, sizes, tensors.__getitem__, tokenizer_files)
+    weights.write_model(folder, fields, model.wte.weight.dtype, tensors, tokenizer_files)
 
 
 def load_hf(folder_or_hub_id: str | os.PathLike, dtype: torch.dtype = torch.float32, dropout: float = 0.0) -> GPT2:

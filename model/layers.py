@@ -59,9 +59,8 @@ class Backbone(nn.Module):
 
     ``dtype`` is the activations'. Parameters are created in torch's default dtype, fp32, and drawn from torch's global
     CPU generator; a model built on the meta device needs ``to_empty`` and ``init_weights``, or ``load_state_dict``.
-    ``checkpoint_activations = True`` recomputes each block in backward: memory for a third more work. ``draws_random``
-    says that a block has dropout, which the recomputation then replays; without it no generator's state is saved, which
-    would cost a sync.
+    ``checkpoint_activations = True`` recomputes each block in backward: memory for a third more work. ``draws_random``:
+    a block has dropout for it to replay; saving the generator's state costs a sync.
     """
 
     length_field: str  # what the config calls the longest sequence

@@ -83,9 +83,8 @@ def _bitsandbytes():
 class NF4Linear(nn.Module):
     """A frozen Linear whose weight [out, in] is kept in NF4 and dequantised anew for each product, backward's too.
 
-    It quantises in the dtype and on the device of ``weight`` and keeps its values when the dtype changes. It is not
-    part of a state_dict: the base is loaded from its files. Raises ValueError without bitsandbytes, and for rows that
-    blocks of 64 do not divide.
+    It quantises in the dtype and on the device of ``weight``, and is not part of a state_dict: the base is loaded from
+    its files. Raises ValueError without bitsandbytes, and for rows that blocks of 64 do not divide.
     """
 
     def __init__(self, weight: Tensor, double_quant: bool = True):
@@ -352,9 +351,8 @@ def set_segments(model: Qwen3, answer_mask: Tensor | None) -> None:
 def segment_rms(model: Qwen3, reset: bool = True) -> Tensor:
     """RMS gradient of each block's adapters, fp32 [blocks, 2]: over the prompt's rows, and over the answer's.
 
-    It is the root of the mean squared gradient that those rows alone contribute, over the elements of all A and B of
-    the block and the backward passes since the last reset. It stays on the device, without a synchronisation, and is 0
-    where nothing was measured. ``reset`` begins anew.
+    It is the root of the mean squared gradient that those rows alone contribute, over all A and B of the block and the
+    backward passes since the last reset. It stays on the device and is 0 where nothing was measured.
     """
     segments = next(iter(_adapted(model).values())).segments
     elements = torch.tensor(segments.elements, dtype=torch.float32).clamp_(min=1)

@@ -24,11 +24,8 @@ FIXED = dict(
 
 
 def read_config(path: str | os.PathLike) -> Qwen3Config:
-    """The Qwen3Config of a Hugging Face config.json.
-
-    Raises ValueError for another model_type, for a missing field, and for an option that changes the function and is
-    not supported.
-    """
+    """The Qwen3Config of a config.json. Raises ValueError for another model_type, for a missing field, and for an
+    option that changes the function and is not supported."""
     path = Path(path)
     fields = weights.read_json(path)
     if fields.get("model_type") != "qwen3":
@@ -134,14 +131,14 @@ def save_qwen3(
         raise ValueError(f"max_shard_bytes={max_shard_bytes}: expected a positive number of bytes")
     fields = dict(architectures=["Qwen3ForCausalLM"], model_type="qwen3") | dataclasses.asdict(model.config)
     fields |= {name: allowed[0] for name, allowed in FIXED.items() if allowed[0] is not None} | dict(rope_scaling=None)
-    sizes = {name: p.numel() for name, p in _plain_parameters(model.config).items()}
+    plain = _plain_parameters(model.config)
 
     def tensor_of(name: str) -> Tensor:
         path, _, attribute = name.removeprefix("model.").rpartition(".")
         module = model.get_submodule(path)
         return module.dense(dtype) if hasattr(module, "dense") else getattr(module, attribute)
 
-    old = {path.name for path in folder.glob("*.safetensors")}
-    if old - {weights.WEIGHTS} or (old and sum(sizes.values()) * dtype.itemsize > max_shard_bytes):
+    old, size = {path.name for path in folder.glob("*.safetensors")}, sum(p.numel() for p in plain.values())
+    if old - {weights.WEIGHTS} or (old and size * dtype.itemsize > max_shard_bytes):
         raise ValueError(f"{folder} already holds weights, {min(old)}; choose a new folder for the export")
-    weights.write_model(folder, fields, dtype, sizes, tensor_of, tokenizer_files, max_shard_bytes)
+    weights.write_model(folder, fields, dtype, plain, tokenizer_files, tensor_of, max_shard_bytes)

@@ -1,10 +1,9 @@
 """BART and PEGASUS in plain PyTorch, one encoder-decoder for both; the loss belongs to the caller.
 
 BART (Lewis et al., 2020) has LayerNorm after each sub-layer and after the embeddings, and learned positions whose table
-starts at 2 (fairseq kept two rows for padding). PEGASUS (Zhang et al., 2020) has LayerNorm before each sub-layer and
-once more at the end of each stack, and fixed sinusoidal positions. All else is shared. Parameters carry Hugging Face's
-names without the "model." prefix; model/seq2seq_hub.py reads and writes that layout. Mixed precision is that of
-model/gpt2.py.
+starts at 2 (fairseq kept two rows for padding). PEGASUS (Zhang et al., 2020) has LayerNorm before each sub-layer and at
+the end of each stack, and fixed sinusoidal positions. Parameters carry Hugging Face's names without the "model."
+prefix, for model/seq2seq_hub.py. Mixed precision is that of model/gpt2.py.
 
 Shapes in names: B sequences, S source positions, T target positions, D = d_model, V = vocab_size, H heads of K, L
 cached positions, N = B * beams rows while decoding.
@@ -187,26 +186,19 @@ class Stack(nn.Module):
 
     def __init__(self, config: Seq2SeqConfig, side: str):
         super().__init__()
-        D, length = config.d_model, config.max_position_embeddings
+        D, length, self.kind, self.dropout = config.d_model, config.max_position_embeddings, config.kind, config.dropout
         self.layers = nn.ModuleList(Layer(config, side) for _ in range(getattr(config, f"{side}_layers")))
-        if config.kind == "bart":
+        if self.kind == "bart":
             self.embed_positions = Embedding(length + 2, D)
-            self.layernorm_embedding = LayerNorm(D)
+            self.layernorm_embedding, self.layer_norm = LayerNorm(D), nn.Identity()
         else:
             self.register_buffer("positions", sinusoids(length, D), persistent=False)
-            self.layer_norm = LayerNorm(D)
-        self.kind, self.dropout = config.kind, config.dropout
+            self.layernorm_embedding, self.layer_norm = nn.Identity(), LayerNorm(D)
 
     def embed(self, x_BTD: Tensor, positions_T: Tensor) -> Tensor:
         """Token embeddings -> the input of the first layer."""
-        if self.kind == "bart":
-            x_BTD = self.layernorm_embedding(x_BTD + self.embed_positions(positions_T + 2).to(x_BTD.dtype))
-        else:
-            x_BTD = x_BTD + self.positions[positions_T].to(x_BTD.dtype)
-        return F.dropout(x_BTD, self.dropout, self.training)
-
-    def finish(self, x_BTD: Tensor) -> Tensor:
-        return x_BTD if self.kind == "bart" else self.layer_norm(x_BTD)
+        places = self.embed_positions(positions_T + 2) if self.kind == "bart" else self.positions[positions_T]
+        return F.dropout(self.layernorm_embedding(x_BTD + places.to(x_BTD.dtype)), self.dropout, self.training)
 
 
 def sinusoids(length: int, width: int) -> Tensor:
@@ -277,7 +269,7 @@ class Seq2Seq(layers.Backbone):
         x_BSD = self.embed(self.encoder, tokens_BS, None)
         for layer in self.encoder.layers:
             x_BSD = self.run(layer.encode, x_BSD, mask)
-        return self.encoder.finish(x_BSD)
+        return self.encoder.layer_norm(x_BSD)
 
     def decode(
         self,
@@ -289,9 +281,8 @@ class Seq2Seq(layers.Backbone):
     ) -> Tensor:
         """Target tokens [N, T] and the memory of their sources -> hidden states [N, T, D].
 
-        Without a cache N = B and the tokens stand at positions 0 to T - 1. With one (``new_cache``) they stand at
-        ``positions_T``, int64 on the model's device, see what the cache holds at earlier positions, and are added to
-        it. N may then be a multiple of B, the rows of one source adjacent.
+        Without a cache N = B and the tokens stand at 0 to T - 1. With one (``new_cache``) they stand at ``positions_T``
+        (int64), are written there and see what stands before. N may be a multiple of B, the rows of a source adjacent.
         """
         x_NTD = self.embed(self.decoder, tokens_NT, positions_T)
         mask = attention_mask(mask_BS, memory_BSD[:, :, 0])
@@ -302,7 +293,7 @@ class Seq2Seq(layers.Backbone):
             if cache is not None:
                 cached = cache.k[i], cache.v[i], cache.source_k[i], cache.source_v[i], positions_T, causal_TL
             x_NTD = self.run(layer.decode, x_NTD, memory_BSD, mask, cached)
-        return self.decoder.finish(x_NTD)
+        return self.decoder.layer_norm(x_NTD)
 
     def forward(self, source_BS: Tensor, source_mask_BS: Tensor | None, target_in_BT: Tensor) -> Tensor:
         """Hidden states [B, T, D] of the decoder, in the activations' dtype. Targets need no mask: padded on the right,

@@ -116,10 +116,8 @@ def save_seq2seq(model: Seq2Seq, folder: str | os.PathLike, extra_files: dict[st
     if config.kind == "pegasus":
         state |= {name: sinusoids(config.max_position_embeddings, config.d_model) for name in POSITIONS}
     tensors = {f"model.{name}": t for name, t in state.items()} | dict(final_logits_bias=bias)
-    sizes = {name: t.numel() for name, t in tensors.items()}
     content = {field.name: getattr(config, field.name) for field in fields(config)}
     del content["kind"], content["logits_bias"]
     content |= dict(model_type=config.kind, architectures=[ARCHITECTURES[config.kind]], is_encoder_decoder=True)
     content |= dict(tie_word_embeddings=True, forced_eos_token_id=config.eos_token_id)
-    dtype, get = model.shared.weight.dtype, tensors.__getitem__
-    weights.write_model(folder, content, dtype, sizes, get, extra_files, what="extra file")
+    weights.write_model(folder, content, model.shared.weight.dtype, tensors, extra_files, what="extra file")

@@ -163,17 +163,17 @@ def write_model(
     folder: str | os.PathLike,
     fields: dict,
     dtype: torch.dtype,
-    sizes: Mapping[str, int],
-    tensor_of: Callable[[str], Tensor],
+    tensors: Mapping[str, Tensor],
     files: Mapping[str, bytes] | None,
+    tensor_of: Callable[[str], Tensor] | None = None,
     max_bytes: float = math.inf,
     what: str = "tokenizer file",
 ) -> None:
     """Writes config.json with ``fields``, the tensors in ``dtype``, and ``files`` (name -> content) beside them.
 
-    ``sizes`` holds the numbers in each tensor, in the order to write: one model.safetensors, or shards of at most
-    ``max_bytes`` with their index. ``tensor_of(name)`` is asked for a tensor when its shard is written, so that no more
-    than one shard is held. A tensor above ``max_bytes`` has a file of its own. Raises ValueError, before anything is
+    ``tensors`` stand in the order to write: in one model.safetensors, or shards of at most ``max_bytes`` with their
+    index; a larger tensor has a file of its own. With ``tensor_of`` they say sizes alone: ``tensor_of(name)`` is asked
+    for each when its shard is written, so that no more than one shard is held. Raises ValueError, before anything is
     written, for ``files`` (each a ``what``) that cannot stand beside the model's own.
     """
     for name, content in (files or {}).items():
@@ -182,13 +182,15 @@ def write_model(
             raise ValueError(f"{what} {name!r}: expected a plain file name that is not one of the model's own")
         if not isinstance(content, bytes):
             raise ValueError(f"{what} {name!r} holds {type(content).__name__}: expected bytes")
-    shards, filled, weight_map = [[]], 0, {}
-    for name, numbers in sizes.items():
-        if shards[-1] and filled + numbers * dtype.itemsize > max_bytes:
+    shards, filled, total, weight_map = [[]], 0, 0, {}
+    for name, tensor in tensors.items():
+        size = tensor.numel() * dtype.itemsize
+        if shards[-1] and filled + size > max_bytes:
             shards.append([])
             filled = 0
         shards[-1].append(name)
-        filled += numbers * dtype.itemsize
+        filled, total = filled + size, total + size
+    tensor_of = tensor_of or tensors.__getitem__
     with staged(Path(folder), last=CONFIG) as temporary:
         for i, names in enumerate(shards):
             file = WEIGHTS if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
@@ -197,7 +199,6 @@ def write_model(
         for name, content in (files or {}).items():
             (temporary / name).write_bytes(content)
         if len(shards) > 1:
-            total = sum(sizes.values()) * dtype.itemsize
             write_json(dict(metadata=dict(total_size=total), weight_map=weight_map), temporary / INDEX)
         write_json(fields | dict(torch_dtype=str(dtype).removeprefix("torch.")), temporary / CONFIG)
 
