@@ -105,9 +105,8 @@ def decode(
     called on the host after each new token, ``insert`` not while inserted tokens are still to come. ``refill``: prompts
     are taken in when so many rows are free; above 1 there are fewer, larger prompt forwards for a few idle rows.
 
-    Logits are computed in the activations' dtype. A random token is the one at which the cumulative probability, in
-    fp64, passes the row's next uniform number. Raises ValueError for requests that do not fit the model and for logits
-    that are not finite.
+    Logits have the activations' dtype. A random token is the one at which the cumulative probability, in fp64, passes
+    the row's next uniform number. Raises ValueError for requests that do not fit and for logits that are not finite.
     """
     if rows < 1 or refill < 1:
         raise ValueError(f"rows={rows}, refill={refill}: expected at least 1 of each")

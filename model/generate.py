@@ -1,8 +1,7 @@
 """Text from a model that maps tokens to hidden states.
 
-``generate`` decodes with a static key-value cache: greedily, by sampling or by beam search, from a decoder-only model
-(GPT2, Qwen3) or an encoder-decoder (Seq2Seq). ``sample`` has no cache and no limit: each new token runs the last
-block_size tokens again.
+``generate`` decodes with a static key-value cache: greedily, by sampling or by beam search. ``sample`` has no cache and
+no limit: each new token runs the last block_size tokens again.
 """
 
 import time

@@ -2,8 +2,7 @@
 
     python -m model.gpt2_hub CHECKPOINT.pt FOLDER
 
-exports a training checkpoint, its tokenizer with it, so that transformers' GPT2LMHeadModel and AutoTokenizer load
-FOLDER. Nothing here needs transformers.
+exports a training checkpoint and its tokenizer, for transformers' GPT2LMHeadModel and AutoTokenizer.
 
 Our parameters carry Hugging Face's names without the "transformer." prefix. Hugging Face keeps OpenAI's Conv1D layout,
 [in, out], for every matrix. Ours are [out, in] where they do not widen (gpt2.Linear); those are transposed on the way.
@@ -43,11 +42,10 @@ TRANSPOSED = re.compile(r"h\.\d+\.(attn|mlp)\.c_proj\.weight")
 def save_hf(
     model: GPT2, folder: str | os.PathLike, tokenizer_files: dict[str, bytes] | None = None, eos_id: int | None = None
 ) -> None:
-    """Writes ``model`` as transformers' GPT2LMHeadModel reads it, in its parameters' dtype.
+    """Writes ``model`` as transformers' GPT2LMHeadModel reads it, in its parameters' dtype (``weights.write_model``).
 
     ``tokenizer_files`` (name -> content) go beside it. ``eos_id`` becomes bos_token_id and eos_token_id, as in GPT-2.
-    The folder appears as ``weights.staged`` says. Raises ValueError, before anything is written, for arguments that
-    cannot make a valid folder.
+    Raises ValueError, before anything is written, for arguments that cannot make a valid folder.
     """
     config = model.config
     if eos_id is not None and not 0 <= eos_id < config.vocab_size:

@@ -306,9 +306,9 @@ def block_parameters(model: Qwen3) -> list[list[nn.Parameter]]:
 def lora_flops_per_token(config: Qwen3Config, lora: LoRAConfig, block: int, loss_share: float = 1.0) -> float:
     """FLOPs of one LoRA training step per token at sequence length ``block``.
 
-    PaLM's count (Chowdhery et al., 2022, appendix B), of what LoRA runs. A multiply-add is 2. Attention takes
-    12 L T H K, without a discount for its causal half. Recomputation takes nothing.
+    PaLM's count (Chowdhery et al., 2022, appendix B), of what LoRA runs, recomputation aside. A multiply-add is 2.
 
+    - Attention takes 12 L T H K, without a discount for its causal half.
     - A frozen matrix [out, in] takes 4 out in: forward and the gradient of its input, none of itself.
     - An adapter of rank r takes 6 r (in + out).
     - The head takes 4 V D for each target of the loss, ``loss_share`` of all tokens.
@@ -329,11 +329,8 @@ def lora_flops_per_token(config: Qwen3Config, lora: LoRAConfig, block: int, loss
 
 def set_segments(model: Qwen3, answer_mask: Tensor | None) -> None:
     """Says which tokens of the coming batch are the answer's: bool, one entry per token, usually [B, T]. Every other
-    token, padding too, counts to the prompt. None stops measuring.
-
-    Call it between a micro-batch's backward and the next one's forward. A mask on the GPU costs a synchronisation, one
-    on the CPU none. Raises ValueError for a mask that is not boolean.
-    """
+    token, padding too, counts to the prompt. None stops measuring. Call it between a micro-batch's backward and the
+    next one's forward. A mask on the GPU costs a synchronisation. Raises ValueError for a mask that is not boolean."""
     first = next(iter(_adapted(model).values()))
     segments, device = first.segments, first.lora_A.device
     if answer_mask is None:
@@ -412,7 +409,7 @@ def read_adapter_config(folder: str | os.PathLike) -> tuple[LoRAConfig, str | No
 
 
 def load_adapter(model: Qwen3, folder: str | os.PathLike, base_model: str | None = None) -> None:
-    """Adds a PEFT adapter, ours or PEFT's own, to ``model``. It is trainable.
+    """Adds a PEFT adapter, ours or PEFT's own, to ``model``; it is trainable.
 
     The last component of ``base_model``, where ``model`` was loaded from, has to be that of the base which the adapter
     names, so that a local copy of a hub model passes; None is not checked. Raises ValueError, before the model is

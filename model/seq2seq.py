@@ -303,13 +303,12 @@ class Seq2Seq(layers.Backbone):
     def new_cache(self, memory_BSD: Tensor, beams: int, length: int) -> Cache:
         """A cache for ``beams`` rows per source and ``length`` target positions, the source's part filled. Raises
         ValueError when ``length`` exceeds the model's positions."""
-        longest, heads, stack = self.config.max_position_embeddings, self.config.decoder_attention_heads, self.decoder
+        longest, heads = self.config.max_position_embeddings, self.config.decoder_attention_heads
         if length > longest:
             raise ValueError(f"cache for {length} tokens: expected at most max_position_embeddings={longest}")
-        source = [layer.encoder_attn.keys_values(memory_BSD) for layer in stack.layers]
+        source = [layer.encoder_attn.keys_values(memory_BSD) for layer in self.decoder.layers]
         keys, values = ([t.contiguous() for t in side] for side in zip(*source, strict=True))
-        rows, width = beams * len(memory_BSD), self.config.d_model // heads
-        target = self.empty_cache(len(source), rows, length, heads, width)
+        target = self.empty_cache(len(source), beams * len(memory_BSD), length, heads, self.config.d_model // heads)
         return Cache(target.k, target.v, keys, values)
 
     def shift_right(self, labels_BT: Tensor) -> Tensor:

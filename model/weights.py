@@ -129,7 +129,6 @@ def load_pickled(path: str | os.PathLike, says: str, **how):
 
 
 def holds_tensors(content) -> bool:
-    """Whether this is a dict of tensors."""
     return isinstance(content, dict) and all(isinstance(t, Tensor) for t in content.values())
 
 
