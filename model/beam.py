@@ -1,8 +1,8 @@
 """Decoding strategies: what is chosen from the logits of one step, in fixed shapes.
 
-``Beams`` searches, ``Draws`` is greedy or samples. Either holds its state in tensors that are allocated once and
-written in place. It counts its own length on the device and branches on no tensor's value, so a step is the same
-program every time, for torch.compile and CUDA graphs, and needs no answer from the device.
+``Beams`` searches, ``Draws`` is greedy or samples. Either holds its state in tensors that are written in place, counts
+its length on the device and branches on no tensor's value. So a step is the same program every time, for torch.compile
+and CUDA graphs, and needs no answer from the device.
 
 Shapes in names: B prompts, K = num_beams, N = B * K rows with the beams of a prompt adjacent, L prompt and new tokens,
 C candidates of a prompt, V = vocab_size.
@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from model.layers import check_fields, check_value
 
 IMPOSSIBLE = -1e9  # the score of a hypothesis that is not there; finite, so that sums and order stay defined
 
@@ -38,10 +40,8 @@ class Decoding:
     num_return: int = 1  # hypotheses per prompt, the best first
 
     def __post_init__(self):
-        for name in ("max_new_tokens", "num_beams", "num_return"):
-            _whole(name, getattr(self, name), 1)
-        for name in ("min_new_tokens", "no_repeat_ngram"):
-            _whole(name, getattr(self, name), 0)
+        check_fields(self, "a positive integer", "max_new_tokens", "num_beams", "num_return")
+        check_fields(self, "an integer of 0 or more", "min_new_tokens", "no_repeat_ngram")
         if self.max_new_tokens < self.min_new_tokens:
             lengths = f"max_new_tokens={self.max_new_tokens} is below min_new_tokens={self.min_new_tokens}"
             raise ValueError(f"{lengths}; raise the limit or lower the minimum")
@@ -56,11 +56,11 @@ class Decoding:
             both = f"temperature={self.temperature!r} with num_beams={self.num_beams}"
             raise ValueError(f"{both}: sampling has no beams, expected 1")
         for name, value in self.token_ids():
-            _whole(name, value, 0)
+            check_value(name, value, "an integer of 0 or more")
 
     def token_ids(self) -> list[tuple[str, int]]:
         """Name and value of every token id that is given."""
-        ids = [("pad_id", self.pad_id), ("forced_bos_id", self.forced_bos_id), ("forced_eos_id", self.forced_eos_id)]
+        ids = [(name, getattr(self, name)) for name in ("pad_id", "forced_bos_id", "forced_eos_id")]
         return [(name, i) for name, i in [*ids, *(("eos_id", eos) for eos in self.eos_ids)] if i is not None]
 
     @property
@@ -77,21 +77,14 @@ class Decoding:
             if value >= V:
                 raise ValueError(f"{name}={value}: expected a token id below the vocabulary's {V}")
         if V <= len(self.eos_ids):
-            raise ValueError(
-                f"eos_id={self.eos_id!r} is the whole vocabulary of {V} tokens; nothing could be generated"
-            )
-
-
-def _whole(name: str, value, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name}={value!r}: expected an integer of {least} or more")
+            raise ValueError(f"eos_id={self.eos_id!r} is the whole vocabulary of {V} tokens; nothing can be generated")
 
 
 def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
     """Raises ValueError for what does not say how to draw a token."""
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature={temperature!r}: expected 0 (greedy) or a positive number")
-    _whole("top_k", top_k, 0)
+    check_value("top_k", top_k, "an integer of 0 or more")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p!r}: expected a probability mass in (0, 1]")
 
@@ -114,39 +107,6 @@ def filter_logits(logits_BV: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tens
     return logits_BV
 
 
-class Rules:
-    """What may come next: no repeated n-gram, no early EOS, forced first and last tokens, in this order."""
-
-    def __init__(self, options: Decoding, prompt_length: int, V: int, device):
-        self.options, self.prompt_length = options, prompt_length
-        self.is_eos_V = torch.zeros(V, dtype=torch.bool, device=device)
-        self.is_eos_V[list(options.eos_ids)] = True
-        self.first_V = self._only(options.forced_bos_id)
-        self.last_V = self._only(options.forced_eos_id)
-
-    def _only(self, index: int | None) -> Tensor | None:
-        """Scores [V] that leave one token."""
-        if index is None:
-            return None
-        scores_V = torch.full(self.is_eos_V.shape, -math.inf, device=self.is_eos_V.device)
-        scores_V[index] = 0.0
-        return scores_V
-
-    def apply(self, scores_NV: Tensor, tokens_NL: Tensor, length: Tensor) -> Tensor:
-        """Scores with what must not come at -inf; ``length`` [1]: tokens so far, prompt included."""
-        options, new = self.options, length - self.prompt_length
-        n, L = options.no_repeat_ngram, tokens_NL.shape[1]
-        if 0 < n <= L:
-            scores_NV = scores_NV.masked_fill(repeats(tokens_NL, length, n, scores_NV.shape[1]), -math.inf)
-        if options.min_new_tokens and options.eos_ids:
-            scores_NV = scores_NV.masked_fill(self.is_eos_V & (new < options.min_new_tokens), -math.inf)
-        if self.first_V is not None:
-            scores_NV = torch.where(new == 0, self.first_V, scores_NV)
-        if self.last_V is not None:
-            scores_NV = torch.where(new == options.max_new_tokens - 1, self.last_V, scores_NV)
-        return scores_NV
-
-
 def repeats(tokens_NL: Tensor, length: Tensor, n: int, V: int) -> Tensor:
     """bool [N, V]: tokens that would complete an n-gram which the first ``length`` tokens of the row hold."""
     L = tokens_NL.shape[1]
@@ -163,19 +123,43 @@ def repeats(tokens_NL: Tensor, length: Tensor, n: int, V: int) -> Tensor:
 
 def pick(tensor: Tensor, index_BC: Tensor) -> Tensor:
     """tensor[b, index[b, c]] for [B, K] and [B, K, L]."""
-    if tensor.ndim == 3:
-        return tensor.gather(1, index_BC[:, :, None].expand(-1, -1, tensor.shape[2]))
-    return tensor.gather(1, index_BC)
+    return tensor.take_along_dim(index_BC if tensor.ndim == 2 else index_BC[:, :, None], dim=1)
 
 
 class Search:
-    """What Beams and Draws keep: the rules, the length, and whether every step had a token to go on with."""
+    """What Beams and Draws keep: tokens [B, K, L], their length, and whether every step had one to go on with."""
 
     def __init__(self, prompt_BP: Tensor, options: Decoding, V: int):
-        self.options, self.prompt_length = options, prompt_BP.shape[1]
-        self.rules = Rules(options, self.prompt_length, V, prompt_BP.device)
-        self.length = torch.tensor([self.prompt_length], device=prompt_BP.device)
-        self.possible = torch.ones((), dtype=torch.bool, device=prompt_BP.device)
+        (B, P), device = prompt_BP.shape, prompt_BP.device
+        self.options, self.prompt_length = options, P
+        self.tokens = torch.full((B, options.num_beams, P + options.max_new_tokens), options.fill, device=device)
+        self.tokens[:, :, :P] = prompt_BP[:, None]
+        self.length = torch.tensor([P], device=device)
+        self.possible = torch.ones((), dtype=torch.bool, device=device)
+        self.is_eos_V = torch.zeros(V, dtype=torch.bool, device=device)
+        self.is_eos_V[list(options.eos_ids)] = True
+        self.forced: list[tuple[int, Tensor]] = []  # number of the new token, and scores [V] that leave only it
+        for step, token in ((0, options.forced_bos_id), (options.max_new_tokens - 1, options.forced_eos_id)):
+            if token is not None:
+                only_V = torch.full((V,), -math.inf, device=device)
+                only_V[token] = 0.0
+                self.forced.append((step, only_V))
+
+    @property
+    def rows_NL(self) -> Tensor:
+        return self.tokens.flatten(0, 1)
+
+    def allowed(self, logits_NV: Tensor) -> Tensor:
+        """log p with what must not come at -inf: repeated n-grams, an early EOS, others than a forced token."""
+        options, new, n = self.options, self.length - self.prompt_length, self.options.no_repeat_ngram
+        log_p_NV = logits_NV.log_softmax(-1)
+        if 0 < n <= self.tokens.shape[2]:
+            log_p_NV = log_p_NV.masked_fill(repeats(self.rows_NL, self.length, n, log_p_NV.shape[1]), -math.inf)
+        if options.min_new_tokens and options.eos_ids:
+            log_p_NV = log_p_NV.masked_fill(self.is_eos_V & (new < options.min_new_tokens), -math.inf)
+        for step, only_V in self.forced:
+            log_p_NV = torch.where(new == step, only_V, log_p_NV)
+        return log_p_NV
 
 
 class Beams(Search):
@@ -183,18 +167,13 @@ class Beams(Search):
 
     In each step the 2 K best continuations of a prompt's K beams are candidates (more with several EOS ids, so that K
     remain that do not end). Those among the first K that end are finished hypotheses and compete by length-normalised
-    score; the best K that do not end run on. These are the definitions of transformers, with its three meanings of
-    ``early_stopping``, so that both give the same tokens.
-
-    A prompt that is done keeps its hypotheses whatever is run after: the caller may look at ``done_B`` as rarely as it
-    likes.
+    score; the best K that do not end run on. These are transformers' definitions, so that both give the same tokens.
+    A prompt that is done keeps its hypotheses whatever is run after: ``done_B`` may be looked at rarely.
     """
 
     def __init__(self, prompt_BP: Tensor, options: Decoding, V: int):
         super().__init__(prompt_BP, options, V)
-        (B, P), K, device = prompt_BP.shape, options.num_beams, prompt_BP.device
-        self.tokens = torch.full((B, K, P + options.max_new_tokens), options.fill, device=device)
-        self.tokens[:, :, :P] = prompt_BP[:, None]
+        B, K, device = len(prompt_BP), options.num_beams, prompt_BP.device
         # All beams of a prompt are equal at first: only one of them may be continued.
         self.scores = torch.full((B, K), IMPOSSIBLE, device=device)
         self.scores[:, 0] = 0
@@ -207,10 +186,6 @@ class Beams(Search):
         self.parents = torch.arange(B * K, device=device)  # [N]: the row that each row continues
 
     @property
-    def rows_NL(self) -> Tensor:
-        return self.tokens.flatten(0, 1)
-
-    @property
     def done_B(self) -> Tensor:
         done = ~self.hopeful[:, 0]
         return done | self.finished.all(1) if self.options.early_stopping is True else done
@@ -218,28 +193,29 @@ class Beams(Search):
     def update(self, logits_NV: Tensor, noise_NV: Tensor | None = None) -> None:
         """One step from fp32 logits of the token after each row's last."""
         options, B, K, V = self.options, *self.scores.shape, logits_NV.shape[1]
-        log_p_NV = self.rules.apply(logits_NV.log_softmax(-1), self.rows_NL, self.length)
-        total = (log_p_NV.view(B, K, V) + self.scores[:, :, None]).view(B, K * V)
+        total = (self.allowed(logits_NV).view(B, K, V) + self.scores[:, :, None]).view(B, K * V)
         scores_BC, index_BC = total.topk(max(2, 1 + len(options.eos_ids)) * K)
         beam_BC, token_BC = index_BC // V, index_BC % V
         tokens_BCL = pick(self.tokens, beam_BC).index_copy_(2, self.length, token_BC[:, :, None])
         new = self.length + 1 - self.prompt_length
-        ends_BC = self.rules.is_eos_V[token_BC] | (new == options.max_new_tokens)
+        ends_BC = self.is_eos_V[token_BC] | (new == options.max_new_tokens)
 
         frozen_B1 = self.done_B[:, None]
         # False for NaN, which topk puts first.
         self.possible.logical_and_(((scores_BC[:, :1] > -math.inf) | frozen_B1).all())
         ended_now = ends_BC & (torch.arange(ends_BC.shape[1], device=ends_BC.device) < K) & ~frozen_B1
-        normed_BC = scores_BC / (new.double() ** options.length_penalty).float()
+        norm = (new.double() ** options.length_penalty).float()
+        normed_BC = scores_BC / norm
         # A frozen prompt's candidates go below the empty places, which are IMPOSSIBLE already.
         normed_BC = normed_BC + torch.where(ended_now, 0.0, IMPOSSIBLE) + torch.where(frozen_B1, 2 * IMPOSSIBLE, 0.0)
-        merged = torch.cat([self.best_scores, normed_BC], 1)
-        keep_BK = merged.topk(K)[1]
-        self.best_scores.copy_(pick(merged, keep_BK))
-        self.best_tokens.copy_(pick(torch.cat([self.best_tokens, tokens_BCL], 1), keep_BK))
-        lengths = torch.cat([self.best_lengths, new.expand_as(index_BC)], 1)
-        self.best_lengths.copy_(pick(lengths, keep_BK))
-        self.finished.copy_(pick(torch.cat([self.finished, ended_now], 1), keep_BK))
+        keep_BK = torch.cat([self.best_scores, normed_BC], 1).topk(K)[1]
+        for best, candidates in (
+            (self.best_scores, normed_BC),
+            (self.best_tokens, tokens_BCL),
+            (self.best_lengths, new.expand_as(index_BC)),
+            (self.finished, ended_now),
+        ):
+            best.copy_(pick(torch.cat([best, candidates], 1), keep_BK))
 
         running_BC = scores_BC + torch.where(ends_BC, IMPOSSIBLE, 0.0)
         keep_BK = running_BC.topk(K)[1]
@@ -250,9 +226,9 @@ class Beams(Search):
 
         # The most a running beam can come to. Later log-probabilities only lower its sum; with a positive
         # penalty the norm of the longest output flatters it most, and False does not count on that.
-        longest = options.early_stopping == "never" and options.length_penalty > 0
-        norm = options.max_new_tokens**options.length_penalty if longest else new.double() ** options.length_penalty
-        ceiling_B1 = self.scores[:, :1] / (norm if longest else norm.float())
+        if options.early_stopping == "never" and options.length_penalty > 0:
+            norm = options.max_new_tokens**options.length_penalty
+        ceiling_B1 = self.scores[:, :1] / norm
         floor_BK = torch.where(self.finished, self.best_scores.amin(1, keepdim=True), IMPOSSIBLE)
         self.hopeful.logical_and_((ceiling_B1 > floor_BK).any(1, keepdim=True))
 
@@ -261,30 +237,23 @@ class Beams(Search):
 
         One that does not exist, as where two tokens are all that may come, has no new tokens and score -inf.
         """
-        tokens, lengths, scores = (
-            t[:, : self.options.num_return] for t in (self.best_tokens, self.best_lengths, self.best_scores)
-        )
+        best = self.best_tokens, self.best_lengths, self.best_scores
+        tokens, lengths, scores = (t[:, : self.options.num_return] for t in best)
         absent = scores < IMPOSSIBLE / 2
-        blank = torch.full_like(tokens, self.options.fill)
-        return (
-            torch.where(absent[:, :, None], blank, tokens),
-            lengths.masked_fill(absent, 0),
-            scores.masked_fill(absent, -math.inf),
-        )
+        tokens = tokens.masked_fill(absent[:, :, None], self.options.fill)
+        return tokens, lengths.masked_fill(absent, 0), scores.masked_fill(absent, -math.inf)
 
 
 class Draws(Search):
     """One row per prompt: the most probable token each time, or one drawn from the filtered distribution.
 
-    A row that has ended is filled up. Its score is that of a beam: the sum of the model's own log p (at temperature 1,
-    unfiltered; 0 for a forced token) over length^length_penalty.
+    Its score is that of a beam: the sum of the model's own log p (at temperature 1, unfiltered; 0 for a forced token)
+    over length^length_penalty.
     """
 
     def __init__(self, prompt_BP: Tensor, options: Decoding, V: int):
         super().__init__(prompt_BP, options, V)
-        (B, P), device = prompt_BP.shape, prompt_BP.device
-        self.rows_NL = torch.full((B, P + options.max_new_tokens), options.fill, device=device)
-        self.rows_NL[:, :P] = prompt_BP
+        B, device = len(prompt_BP), prompt_BP.device
         self.scores = torch.zeros(B, device=device)
         self.lengths = torch.zeros(B, dtype=torch.long, device=device)
         self.done_B = torch.zeros(B, dtype=torch.bool, device=device)
@@ -293,7 +262,7 @@ class Draws(Search):
         """``noise_NV``: Exp(1) draws where sampling; argmax p / noise is then a draw from p, without the check of p
         that torch.multinomial waits for."""
         options = self.options
-        log_p_NV = self.rules.apply(logits_NV.log_softmax(-1), self.rows_NL, self.length)
+        log_p_NV = self.allowed(logits_NV)
         best_N = log_p_NV.amax(-1)
         self.possible.logical_and_(((best_N > -math.inf) | self.done_B).all())
         if noise_NV is None:
@@ -308,10 +277,10 @@ class Draws(Search):
         self.lengths.add_(~self.done_B)
         next_N = next_N.masked_fill(self.done_B, options.fill)
         self.rows_NL.index_copy_(1, self.length, next_N[:, None])
-        self.done_B.logical_or_(self.rules.is_eos_V[next_N])
+        self.done_B.logical_or_(self.is_eos_V[next_N])
         self.length.add_(1)
 
     def results(self) -> tuple[Tensor, Tensor, Tensor]:
         """As Beams.results, with R = 1."""
         scores = self.scores / (self.lengths.double() ** self.options.length_penalty).float()
-        return self.rows_NL[:, None], self.lengths[:, None], scores[:, None]
+        return self.tokens, self.lengths[:, None], scores[:, None]

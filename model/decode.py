@@ -1,9 +1,9 @@
 """Continuous batching: a fixed number of cache rows, each given the next prompt as soon as its text has ended.
 
-Every step runs one token of every row, in the same shapes whatever the rows are doing: on a GPU it is a CUDA graph. A
-row that gets a prompt has all of it but the last token written to its cache in one forward. The last token then goes
-through the common step, which yields the first new one. The host reads one token a row after each step, so it can end
-rows by text, and put tokens into a row that the model has not chosen (``insert``).
+Every step runs one token of every row, in the same shapes whatever the rows are doing: on a GPU it is a CUDA graph. Of
+a new prompt all but the last token is written to the row's cache in one forward; the last one goes through the common
+step, which yields the first new one. The host reads one token a row after each step, so it can end rows by text, and
+put tokens into a row that the model has not chosen (``insert``).
 
 A row's tokens depend on its request alone, up to the rounding of sums in batches of another size: random numbers are
 each request's own stream.
@@ -36,10 +36,8 @@ class Request:
 
     def __post_init__(self):
         if not self.prompt or self.max_new_tokens < 1 or not 0 <= self.temperature < float("inf"):
-            raise ValueError(
-                f"a request of {len(self.prompt)} prompt tokens, {self.max_new_tokens} new ones at temperature "
-                f"{self.temperature}: expected at least 1 and 1, and a temperature of 0 or more"
-            )
+            given = f"{len(self.prompt)} prompt tokens, {self.max_new_tokens} new ones, temperature {self.temperature}"
+            raise ValueError(f"a request of {given}: expected at least 1 and 1, and a temperature of 0 or more")
 
 
 class Finished(NamedTuple):
@@ -59,8 +57,7 @@ class _Row:
         self.uniform: list[float] = []
         if request.temperature:
             generator = torch.Generator().manual_seed(request.seed)
-            drawn = torch.rand(request.max_new_tokens, dtype=torch.float64, generator=generator)
-            self.uniform = drawn.tolist()
+            self.uniform = torch.rand(request.max_new_tokens, dtype=torch.float64, generator=generator).tolist()
 
     @property
     def feed(self) -> tuple[int, int, float, float]:
@@ -83,13 +80,10 @@ def cache_length(requests: Sequence[Request], positions: int) -> int:
     """Positions of a cache for the requests. Raises ValueError, naming the first request that does not fit, above
     ``positions``, the model's."""
     needed = [len(r.prompt) + r.max_new_tokens - 1 for r in requests]  # the last new token is not fed
-    bad = next((i for i, n in enumerate(needed) if n > positions), None)
-    if bad is not None:
-        r = requests[bad]
-        raise ValueError(
-            f"prompt {bad} has {len(r.prompt)} tokens, which leaves no room for {r.max_new_tokens} new ones in the "
-            f"model's {positions} positions; ask for fewer"
-        )
+    for i, (request, n) in enumerate(zip(requests, needed, strict=True)):
+        if n > positions:
+            room = f"no room for {request.max_new_tokens} new ones in the model's {positions} positions; ask for fewer"
+            raise ValueError(f"prompt {i} has {len(request.prompt)} tokens, which leaves {room}")
     return max(needed)
 
 
@@ -109,19 +103,16 @@ def decode(
     ``model``: a Qwen3, in eval mode. A row ends at one of ``eos_ids``, where ``stop(new tokens)`` is true, or at its
     max_new_tokens. ``insert(new tokens)`` gives tokens that come next instead of what the model would choose. Both are
     called on the host after each new token, ``insert`` not while inserted tokens are still to come. ``refill``: prompts
-    are taken in when so many rows are free, or no request is left for more; above 1 there are fewer, larger prompt
-    forwards for a few idle rows.
+    are taken in when so many rows are free; above 1 there are fewer, larger prompt forwards for a few idle rows.
 
-    Logits are computed in the activations' dtype. A random token is the one at which the cumulative probability, in
-    fp64, passes the row's next uniform number. Raises ValueError for requests that do not fit the model and for logits
-    that are not finite.
+    Logits have the activations' dtype. A random token is the one at which the cumulative probability, in fp64, passes
+    the row's next uniform number. Raises ValueError for requests that do not fit and for logits that are not finite.
     """
     if rows < 1 or refill < 1:
         raise ValueError(f"rows={rows}, refill={refill}: expected at least 1 of each")
     if not requests:
         return
-    length = cache_length(requests, model.config.max_position_embeddings)
-    rows = min(rows, len(requests))
+    length, rows = cache_length(requests, model.config.max_position_embeddings), min(rows, len(requests))
     step, slots = _Step(model, rows, length), [None] * rows
     eos, waiting = set(eos_ids), deque(enumerate(requests))
     while waiting or any(slots):
@@ -155,20 +146,17 @@ def _prefill(model, cache: KVCache, prompts: list[tuple[int, Sequence[int]]]) ->
     while left:
         T = min(limit, -(-len(left[0][1]) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE)
         group, left = left[: max(1, PREFILL // T)], left[max(1, PREFILL // T) :]
-        tokens_BT = torch.zeros(len(group), T, dtype=torch.int64)
-        for i, (_, tokens) in enumerate(group):
-            tokens_BT[i, : len(tokens)] = torch.tensor(tokens)
+        tokens_BT = torch.tensor([[*tokens, *[0] * (T - len(tokens))] for _, tokens in group], device=device)
         rows_B = torch.tensor([b for b, _ in group], device=device)
         positions_BT = torch.arange(T, device=device).expand(len(group), T)
-        model(tokens_BT.to(device), positions_BT=positions_BT, cache=cache.first(T), rows_B=rows_B)
+        model(tokens_BT, positions_BT=positions_BT, cache=cache.first(T), rows_B=rows_B)
 
 
 class _Step:
     """One token of every row: the forward and the head, in static shapes, then the choice of the next tokens."""
 
     def __init__(self, model, rows: int, length: int):
-        self.model, self.length = model, length
-        self.cache = model.new_cache(rows, length)
+        self.model, self.length, self.cache = model, length, model.new_cache(rows, length)
         self.device = self.cache.k.device
         self.head_VD = model.head_weight.to(model.dtype)  # once, not in every step
         self.tokens_B1 = torch.zeros(rows, 1, dtype=torch.int64, device=self.device)

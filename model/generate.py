@@ -1,8 +1,7 @@
 """Text from a model that maps tokens to hidden states.
 
-``generate`` decodes with a static key-value cache: greedily, by sampling or by beam search, from a decoder-only model
-(GPT2, Qwen3) or an encoder-decoder (Seq2Seq). ``sample`` has no cache and no limit: each new token runs the last
-block_size tokens again.
+``generate`` decodes with a static key-value cache: greedily, by sampling or by beam search. ``sample`` has no cache and
+no limit: each new token runs the last block_size tokens again.
 """
 
 import time
@@ -19,10 +18,7 @@ REORDERED = 64  # beams' caches are reordered up to the next multiple of so many
 
 @dataclass
 class Generated:
-    """R hypotheses of each of B prompts, the best first, without the prompt.
-
-    Where a prompt has fewer, the others have length 0 and score -inf.
-    """
+    """R hypotheses of each of B prompts, the best first. Where there are fewer, others have length 0 and score -inf."""
 
     tokens: Tensor  # int64 [B, R, max_new_tokens], filled with pad_id after a row's length
     lengths: Tensor  # int64 [B, R]: new tokens, the EOS among them
@@ -65,25 +61,22 @@ def generate(
     are padded on the right. A forced BOS is the first new token, whatever the prompt's length. Prompt and new tokens,
     less one, must fit the model's positions. ``generator`` as in ``sample``. Logits are computed in fp32.
 
-    The first step runs the prompt, every later one a token per row, always in the same shapes, with the cache and the
-    search's state written in place. The host waits for the device every ``check_every`` steps and nowhere else, to see
-    whether all is done and whether every step had a token to go on with. ``compile`` holds keyword arguments for
-    torch.compile, which then compiles that step with fullgraph=True; None runs it as it is. Sources padded to few
-    lengths, and batches of one size, keep the number of compiled versions low.
+    The first step runs the prompt, every later one a token per row, always in the same shapes. ``compile`` holds
+    keyword arguments for torch.compile, which then compiles that step with fullgraph=True. Few lengths of sources and
+    one size of batches keep the compiled versions few. The host waits for the device every ``check_every`` steps and
+    nowhere else, to see whether all is done and whether every step had a token to go on with.
 
     ``model`` has ``head_weight`` [V, D], optionally ``head_bias`` [V] or None, and either ``new_cache(batch, length)``
-    and ``model(tokens, positions_BT=, cache=)``, or Seq2Seq's ``encode``, ``new_cache`` and ``decode``. Caches have
-    keys and values k and v, [layers, rows, length, ...]. Raises ValueError for arguments out of range and for logits
-    that are not finite.
+    and ``model(tokens, positions_BT=, cache=)``, or Seq2Seq's ``encode``, ``new_cache`` and ``decode``. Raises
+    ValueError for arguments out of range and for logits that are not finite.
     """
-    weight = model.head_weight
-    (V, _), device, beams = weight.shape, weight.device, options.num_beams
+    weight, bias, beams = model.head_weight, getattr(model, "head_bias", None), options.num_beams
+    (V, _), device = weight.shape, weight.device
     if check_every < 1:
         raise ValueError(f"check_every={check_every}: expected 1 or more steps")
     options.check_vocabulary(V)
     tokens_BT = checked_prompt(prompt, V, device)
-    B = len(tokens_BT)
-    encodes = hasattr(model, "encode")
+    B, encodes = len(tokens_BT), hasattr(model, "encode")
     if mask is not None:
         mask = mask.to(device).bool()
         if not encodes:
@@ -103,46 +96,37 @@ def generate(
             context, prompt_BP = (cache,), tokens_BT
         search = Draws(prompt_BP, options, V) if beams == 1 else Beams(prompt_BP, options, V)
         # The head in fp32 once, not once a step; fp32 masters are not copied.
-        bias = getattr(model, "head_bias", None)
         head = weight.float(), None if bias is None else bias.float()
-        if options.temperature > 0:
-            noise = torch.empty(B, V, device=device if generator is None else generator.device)
+        sampling, source = options.temperature > 0, device if generator is None else generator.device
         step = decode_step if compile is None else torch.compile(decode_step, fullgraph=True, **compile)
-        P, steps = prompt_BP.shape[1], 0
-        while steps < options.max_new_tokens:
-            drawn = noise.exponential_(generator=generator).to(device) if options.temperature > 0 else None
-            if steps == 0:
-                run_step(model, context, head, search, search.rows_NL[:, :P], torch.arange(P, device=device), drawn)
+        P = prompt_BP.shape[1]
+        for steps in range(1, options.max_new_tokens + 1):
+            drawn = torch.empty(B, V, device=source).exponential_(generator=generator).to(device) if sampling else None
+            if steps == 1:
+                decode_step(model, context, head, search, P, drawn)
             else:
-                step(model, context, head, search, drawn)
-            steps += 1
+                step(model, context, head, search, 1, drawn)
             if beams > 1 and steps < options.max_new_tokens:
                 reorder(cache, search.parents, P + steps - 1)
             if steps % check_every == 0 or steps == options.max_new_tokens:
                 possible, done = torch.stack([search.possible, search.done_B.all()]).tolist()
                 if not possible:
-                    raise ValueError(
-                        "no token could follow: the logits are not finite (a diverged model; use an earlier "
-                        f"checkpoint), or no_repeat_ngram={options.no_repeat_ngram} and "
-                        f"min_new_tokens={options.min_new_tokens} leave none"
-                    )
+                    limits = f"no_repeat_ngram={options.no_repeat_ngram} and min_new_tokens={options.min_new_tokens}"
+                    diverged = "the logits are not finite (a diverged model; use an earlier checkpoint)"
+                    raise ValueError(f"no token could follow: {diverged}, or {limits} leave none")
                 if done:
                     break
         tokens_BRL, lengths, scores = search.results()
         tokens = tokens_BRL[:, :, P:].contiguous()
         last = tokens.gather(2, (lengths - 1).clamp(min=0)[:, :, None])[:, :, 0]
-        ended = search.rules.is_eos_V[last] & (lengths > 0)
-        count = int(lengths.sum())
+        ended, count = search.is_eos_V[last] & (lengths > 0), int(lengths.sum())
         return Generated(tokens, lengths, scores, ended, count, time.perf_counter() - start, steps)
 
 
-def decode_step(model, context: tuple, head: tuple, search, noise_NV: Tensor | None) -> None:
-    """One token for every row: the unit that torch.compile gets. All it changes, it changes in place."""
-    last_N1 = search.rows_NL.index_select(1, search.length - 1)
-    run_step(model, context, head, search, last_N1, search.length - 1, noise_NV)
-
-
-def run_step(model, context, head, search, tokens_NT: Tensor, positions_T: Tensor, noise_NV: Tensor | None) -> None:
+def decode_step(model, context: tuple, head: tuple, search, T: int, noise_NV: Tensor | None) -> None:
+    """From the last T tokens of every row to the next: the unit that torch.compile gets. All changes are in place."""
+    positions_T = search.length - T + torch.arange(T, device=search.length.device)
+    tokens_NT = search.rows_NL.index_select(1, positions_T)
     if len(context) == 1:
         hidden_NTD = model(tokens_NT, positions_BT=positions_T.expand(tokens_NT.shape), cache=context[0])
     else:
@@ -153,14 +137,11 @@ def run_step(model, context, head, search, tokens_NT: Tensor, positions_T: Tenso
 
 
 def reorder(cache, rows_N: Tensor, filled: int) -> None:
-    """Row n of the cache becomes what row rows_N[n] was, in place: a gather a layer.
-
-    It moves the ``filled`` positions, rounded up, so that few sizes occur and what is still empty is mostly left alone.
-    """
+    """Row n of the cache becomes what row rows_N[n] was, in place: a gather a layer of the ``filled`` positions,
+    rounded up so that few sizes occur."""
     end = -(-filled // REORDERED) * REORDERED
-    for kept in (cache.k, cache.v):
-        for layer in kept:
-            layer[:, :end] = layer[:, :end].index_select(0, rows_N)
+    for layer in (*cache.k, *cache.v):
+        layer[:, :end] = layer[:, :end].index_select(0, rows_N)
 
 
 @torch.no_grad()
@@ -178,13 +159,10 @@ def sample(
 
     ``prompt_BT``: integers [B, T] with T >= 1, all prompts of one length, or one prompt as a list of ids.
     ``temperature`` 0 takes the most probable token, the first one on a tie. Otherwise logits are divided by it, then
-    filtered as ``filter_logits`` does. Past block_size tokens the model sees the last block_size only, at positions
-    from 0 on. A row ends at ``eos_id`` and is filled with it from there on; when all rows have ended, so does the
-    sampling. ``generator`` may live on another device than the model, so that a seed on the CPU gives the same draws
-    everywhere.
-
-    ``model``: a module with ``model(tokens) -> hidden [B, T, D]``, ``head_weight`` [V, D], and ``config.block_size``.
-    Raises ValueError for arguments out of range and for logits that are not finite.
+    filtered as ``filter_logits`` does. The model (``config.block_size``, ``head_weight`` [V, D]) sees the last
+    block_size tokens only, at positions from 0 on. A row is filled with ``eos_id`` from the first one on; when all rows
+    have ended, so does the sampling. ``generator`` may live on another device than the model, so that a seed on the CPU
+    gives the same draws everywhere. Raises ValueError for arguments out of range and for logits that are not finite.
     """
     V, device = model.head_weight.shape[0], model.head_weight.device
     tokens = checked_prompt(prompt_BT, V, device)
@@ -204,8 +182,7 @@ def sample(
                 # Relative to the largest, so that no temperature, however low, makes an infinity of it.
                 logits_BV -= logits_BV.amax(-1, keepdim=True)
                 p_BV = filter_logits(logits_BV / temperature, top_k, top_p).softmax(-1)
-                if generator is not None:
-                    p_BV = p_BV.to(generator.device)
+                p_BV = p_BV.to(device if generator is None else generator.device)
                 next_B = torch.multinomial(p_BV, 1, generator=generator)[:, 0].to(device)
             if eos_id is not None:
                 next_B = next_B.masked_fill(ended, eos_id)

@@ -1,18 +1,17 @@
 """GPT-2 in plain PyTorch: tokens in, hidden states out; the loss belongs to the caller.
 
-The architecture and the parameter names are those of OpenAI's release (Radford et al., 2019, and
-github.com/openai/gpt-2, src/model.py): learned positions, LayerNorm before each sub-layer, GELU in its tanh form,
-biases everywhere, the head tied to the token embedding. Layouts differ where Linear below says so; model/gpt2_hub.py
-translates.
+Architecture and parameter names are those of OpenAI's release (Radford et al., 2019, and github.com/openai/gpt-2,
+src/model.py): learned positions, LayerNorm before each sub-layer, GELU in its tanh form, biases everywhere, the head
+tied to the token embedding. Layouts differ where Linear below says so; model/gpt2_hub.py translates.
 
 Mixed precision needs no autocast. Parameters stay as they are, fp32 masters by default. Activations have the ``dtype``
-the model was given, and every layer casts its parameters to the dtype of what comes in. FSDP2 may hand the layers bf16
-parameters instead: each layer follows its input.
+the model was given, and every layer casts its parameters to the dtype of what comes in, also under FSDP2.
 
 Shapes in names: B sequences, T positions, D = n_embd, V = vocab_size, H heads of K, L cached positions.
 """
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -46,10 +45,10 @@ class GPT2Config:
     dropout: float = 0.0  # after the embeddings, on attention weights, and on both residual branches
 
     def __post_init__(self):
-        layers.check_positive(self, ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"))
+        layers.check_fields(self, "a positive integer", "vocab_size", "block_size", "n_layer", "n_head", "n_embd")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}; heads share it evenly")
-        layers.check_probabilities(self, ("dropout",))
+        layers.check_fields(self, "a probability in [0, 1)", "dropout")
 
 
 class Linear(nn.Module):
@@ -121,8 +120,10 @@ class Block(nn.Module):
 class GPT2(layers.Backbone):
     """GPT-2 as a layers.Backbone: without a loss."""
 
+    length_field = "block_size"
+
     def __init__(self, config: GPT2Config, dtype: torch.dtype = torch.float32):
-        super().__init__(config, dtype)
+        super().__init__(config, dtype, draws_random=config.dropout > 0)
         self.wte = Embedding(config.vocab_size, config.n_embd)
         self.wpe = Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -131,18 +132,13 @@ class GPT2(layers.Backbone):
             self.init_weights()
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Every initial value of the model, drawn from ``generator`` as ``draw_weights`` says.
+        """Biases 0, LayerNorm gains 1, matrices and token embeddings N(0, 0.02); see ``draw_weights``.
 
-        Biases are 0, LayerNorm gains 1, matrices and token embeddings N(0, 0.02). The two projections of each block
-        that write to the residual stream are N(0, 0.02 / sqrt(2 n_layer)) (Radford et al., 2019, section 2.3).
-        Positions are N(0, 0.01), as in OpenAI's src/model.py; Hugging Face draws them with 0.02.
+        The two projections of each block that write to the residual stream are N(0, 0.02 / sqrt(2 n_layer)) (Radford
+        et al., 2019, section 2.3). Positions are N(0, 0.01), as in OpenAI's src/model.py; Hugging Face has 0.02.
         """
-        residual = 0.02 / math.sqrt(2 * self.config.n_layer)
-
-        def std(name: str) -> float:
-            return 0.01 if name == "wpe.weight" else residual if name.endswith("c_proj.weight") else 0.02
-
-        layers.draw_weights(self, std, generator)
+        stds = {"wpe": 0.01, "c_proj": 0.02 / math.sqrt(2 * self.config.n_layer)}
+        layers.draw_weights(self, lambda name: stds.get(name.split(".")[-2], 0.02), generator)
 
     @property
     def head_weight(self) -> Tensor:
@@ -150,23 +146,18 @@ class GPT2(layers.Backbone):
         return self.wte.weight
 
     def new_cache(self, batch: int, length: int) -> KVCache:
-        """An empty cache of ``batch`` rows of ``length`` positions, in the activations' dtype, on the model's device.
-        Raises ValueError for a length beyond block_size."""
+        """A cache of ``batch`` rows of ``length`` positions; ValueError for a length beyond block_size."""
         c = self.config
-        if batch < 1 or not 1 <= length <= c.block_size:
-            raise ValueError(f"cache of {batch} x {length}: expected one row or more of 1 to block_size={c.block_size}")
-        shape = (c.n_layer, batch, length, c.n_head, c.n_embd // c.n_head)
-        return KVCache.zeros(shape, like=self.wte.weight, dtype=self.dtype)
+        return self.empty_cache(c.n_layer, batch, length, c.n_head, c.n_embd // c.n_head)
 
     def forward(self, tokens_BT: Tensor, positions_BT: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """int32 or int64 [B, T], T <= block_size -> hidden states [B, T, D] after the final LayerNorm, in the
         activations' dtype. Raises ValueError for another shape of input.
 
         Without a ``cache`` the tokens stand at 0 to T - 1. With one they stand at ``positions_BT`` (int64, below the
-        cache's length), are written there, and see the cached positions of their row up to their own. Every shape is
-        static.
+        cache's length), are written there, and see the cached positions of their row up to their own.
         """
-        layers.check_tokens(tokens_BT, "block_size", self.config.block_size)
+        self.check_tokens(tokens_BT)
         B, T = tokens_BT.shape
         if (cache is None) != (positions_BT is None):
             raise ValueError("positions_BT and cache belong together: expected both or neither")
@@ -179,7 +170,7 @@ class GPT2(layers.Backbone):
             seen_B1TL = torch.arange(cache.k.shape[2], device=tokens_BT.device) <= positions_BT[:, None, :, None]
         for i, block in enumerate(self.h):
             slot = None if cache is None else (cache.k[i], cache.v[i], where, seen_B1TL)
-            x_BTD = self.run(block, x_BTD, slot, random=self.config.dropout > 0)
+            x_BTD = self.run(block, x_BTD, slot)
         return self.ln_f(x_BTD)
 
 
@@ -191,10 +182,9 @@ def parameter_count(model: nn.Module) -> int:
 def flops_per_token(config: GPT2Config, block: int) -> int:
     """FLOPs of one training step per token at sequence length ``block``: 6 N + 12 L T D.
 
-    N counts the weights that a token is multiplied with, 12 D^2 a layer and V D for the head; an embedding look-up
-    multiplies nothing. A multiply-add is 2, forward once and backward twice. The attention term does not discount the
-    causal half, and recomputation does not count. From Chowdhery et al., "PaLM", 2022, appendix B, so that MFU compares
-    with published figures.
+    N counts the weights that a token is multiplied with, 12 D^2 a layer and V D for the head. A multiply-add is 2,
+    forward once and backward twice. The causal half is not discounted, recomputation does not count (Chowdhery et al.,
+    "PaLM", 2022, appendix B, so that MFU compares with published figures).
     """
     L, D = config.n_layer, config.n_embd
     return 6 * (12 * L * D * D + config.vocab_size * D) + 12 * L * block * D
@@ -217,10 +207,7 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 def check_groups(model: nn.Module, groups: list[dict]) -> None:
     """Raises ValueError unless each parameter that requires a gradient is in ``groups`` exactly once, and nothing else
     is; names what is wrong."""
-    counts: dict[int, int] = {}
-    for group in groups:
-        for p in group["params"]:
-            counts[id(p)] = counts.get(id(p), 0) + 1
+    counts = Counter(id(p) for group in groups for p in group["params"])
     wrong = []
     for name, p in model.named_parameters():
         n, expected = counts.pop(id(p), 0), int(p.requires_grad)

@@ -2,8 +2,7 @@
 
     python -m model.gpt2_hub CHECKPOINT.pt FOLDER
 
-exports a training checkpoint, its tokenizer with it, so that transformers' GPT2LMHeadModel and AutoTokenizer load
-FOLDER. Nothing here needs transformers.
+exports a training checkpoint and its tokenizer, for transformers' GPT2LMHeadModel and AutoTokenizer.
 
 Our parameters carry Hugging Face's names without the "transformer." prefix. Hugging Face keeps OpenAI's Conv1D layout,
 [in, out], for every matrix. Ours are [out, in] where they do not widen (gpt2.Linear); those are transposed on the way.
@@ -11,7 +10,6 @@ Our parameters carry Hugging Face's names without the "transformer." prefix. Hug
 
 import dataclasses
 import os
-import pickle
 import re
 import sys
 from pathlib import Path
@@ -44,34 +42,29 @@ TRANSPOSED = re.compile(r"h\.\d+\.(attn|mlp)\.c_proj\.weight")
 def save_hf(
     model: GPT2, folder: str | os.PathLike, tokenizer_files: dict[str, bytes] | None = None, eos_id: int | None = None
 ) -> None:
-    """Writes ``model`` to ``folder`` as transformers' GPT2LMHeadModel reads it, in its parameters' dtype.
+    """Writes ``model`` as transformers' GPT2LMHeadModel reads it, in its parameters' dtype (``weights.write_model``).
 
-    ``tokenizer_files`` (name -> content) are written beside it as they are. ``eos_id`` becomes bos_token_id and
-    eos_token_id, as in GPT-2. The folder appears as ``weights.staged`` says. Raises ValueError, before anything is
-    written, for arguments that cannot make a valid folder.
+    ``tokenizer_files`` (name -> content) go beside it. ``eos_id`` becomes bos_token_id and eos_token_id, as in GPT-2.
+    Raises ValueError, before anything is written, for arguments that cannot make a valid folder.
     """
-    config, files = model.config, tokenizer_files or {}
+    config = model.config
     if eos_id is not None and not 0 <= eos_id < config.vocab_size:
         raise ValueError(f"eos_id={eos_id}: expected a token id below vocab_size={config.vocab_size}")
-    weights.check_extra_files(files)
     tensors = {"transformer." + name: p for name, p in _transposed(model.state_dict()).items()}
     fields = dict(architectures=["GPT2LMHeadModel"], model_type="gpt2")
     fields |= {theirs: getattr(config, ours) for ours, theirs in HF_FIELDS.items()}
     fields |= {name: allowed[0] for name, allowed in FIXED.items()} | dict(n_inner=None)
     fields |= dict(embd_pdrop=config.dropout, attn_pdrop=config.dropout, resid_pdrop=config.dropout)
     fields |= dict(bos_token_id=eos_id, eos_token_id=eos_id)
-    fields |= dict(torch_dtype=str(model.wte.weight.dtype).removeprefix("torch."))
-    sizes = {name: t.numel() * t.itemsize for name, t in tensors.items()}
-    weights.write_model(Path(folder), fields, sizes, tensors.__getitem__, files)
+    weights.write_model(folder, fields, model.wte.weight.dtype, tensors, tokenizer_files)
 
 
 def load_hf(folder_or_hub_id: str | os.PathLike, dtype: torch.dtype = torch.float32, dropout: float = 0.0) -> GPT2:
     """A GPT2 from a folder in Hugging Face's layout, or from a model's name on the hub ("gpt2").
 
-    Parameters come as fp32 masters on the CPU whatever the files hold; ``dtype`` is the activations'. ``dropout`` is
-    the caller's: the rates in config.json belong to someone else's training. Raises ValueError, naming what is wrong,
-    for options that GPT2 does not have, for missing, unexpected or misshapen tensors, for files that are missing or
-    damaged, and for a hub that cannot be reached.
+    Parameters come as fp32 masters on the CPU; ``dtype`` is the activations'. ``dropout`` is the caller's: the rates in
+    config.json belong to someone else's training. Raises ValueError, naming what is wrong, for options that GPT2 does
+    not have, for tensors that do not fit, for missing or damaged files, and for a hub that cannot be reached.
     """
     folder = weights.folder_of(folder_or_hub_id)
     config = _read_config(folder / weights.CONFIG, dropout)
@@ -81,7 +74,7 @@ def load_hf(folder_or_hub_id: str | os.PathLike, dtype: torch.dtype = torch.floa
     with torch.device("meta"):
         model = GPT2(config, dtype)
     says = f"{folder} does not hold the GPT-2 of its config"
-    weights.check_shapes(weights.shapes_of(tensors), weights.shapes_of(_transposed(model.state_dict())), says)
+    weights.check_shapes(tensors, _transposed(model.state_dict()), says)
     # Copies, even where nothing changes: the tensors are views of the file.
     copies = {name: t.float().clone(memory_format=torch.contiguous_format) for name, t in _transposed(tensors).items()}
     model.load_state_dict(copies, assign=True)
@@ -107,13 +100,10 @@ def export(checkpoint: str | os.PathLike, folder: str | os.PathLike) -> None:
     """Writes a training checkpoint to ``folder`` in Hugging Face's layout.
 
     The checkpoint is a ``torch.save`` dict with "model" (GPT2's state_dict), "model_config" (GPT2Config's fields) and
-    optionally "tokenizer" (dict of "files", name -> bytes, and "eos_id"). It is read with ``weights_only``: a
-    stranger's file cannot run code. Raises ValueError, before anything is written, for a file that is not that.
+    optionally "tokenizer" (dict of "files", name -> bytes, and "eos_id"). A stranger's file cannot run code. Raises
+    ValueError, before anything is written, for a file that is not that.
     """
-    try:
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{checkpoint} cannot be read as a checkpoint: {weights.first_line(error)}") from error
+    content = weights.load_pickled(checkpoint, "cannot be read as a checkpoint", mmap=True)
     if not isinstance(content, dict) or not {"model", "model_config"} <= content.keys():
         raise ValueError(f"{checkpoint} is no training checkpoint: expected a dict with 'model' and 'model_config'")
     try:
@@ -122,14 +112,14 @@ def export(checkpoint: str | os.PathLike, folder: str | os.PathLike) -> None:
         fields = ", ".join(f.name for f in dataclasses.fields(GPT2Config))
         raise ValueError(f"{checkpoint}: 'model_config' must hold the fields {fields}: {error}") from error
     state, tokenizer = content["model"], content.get("tokenizer") or {}
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+    if not weights.holds_tensors(state):
         raise ValueError(f"{checkpoint}: 'model' must hold GPT2's state_dict, names and tensors")
     if not isinstance(tokenizer, dict):
         raise ValueError(f"{checkpoint}: 'tokenizer' must hold a dict of 'files' and 'eos_id'")
     with torch.device("meta"):
         model = GPT2(config)
     says = f"{checkpoint} does not hold the GPT-2 of its config"
-    weights.check_shapes(weights.shapes_of(state), weights.shapes_of(model.state_dict()), says)
+    weights.check_shapes(state, model.state_dict(), says)
     model.load_state_dict(state, assign=True)
     save_hf(model, folder, tokenizer.get("files"), tokenizer.get("eos_id"))
 

@@ -3,7 +3,8 @@
 No layer needs autocast: each casts its parameters to the dtype of what comes in.
 """
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +16,7 @@ from torch.utils.checkpoint import checkpoint
 class Linear(nn.Module):
     """y = x W^T + b, W [out, in], computed in its input's dtype.
 
-    Other code reads W through ``shape`` and ``dense``, which a layer that stores W in another form has too
-    (model/lora.py).
+    Others read W through ``shape`` and ``dense``: a layer that stores W in another form has them too (model/lora.py).
     """
 
     def __init__(self, n_in: int, n_out: int, bias: bool = False):
@@ -43,20 +43,15 @@ class Embedding(nn.Embedding):
         pass
 
 
-class LayerNorm(nn.Module):
+class LayerNorm(nn.LayerNorm):
     """LayerNorm over the last dimension, eps 1e-5.
 
     The input is not upcast: torch's kernels take mean and variance in fp32 whatever the input is, so fp32 copies of the
     activations would buy only the rounding of the gain, 2^-9 in bf16.
     """
 
-    def __init__(self, width: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(width))
-        self.bias = nn.Parameter(torch.empty(width))
-
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.bias.to(x.dtype), 1e-5)
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 class Backbone(nn.Module):
@@ -64,22 +59,42 @@ class Backbone(nn.Module):
 
     ``dtype`` is the activations'. Parameters are created in torch's default dtype, fp32, and drawn from torch's global
     CPU generator; a model built on the meta device needs ``to_empty`` and ``init_weights``, or ``load_state_dict``.
-    ``checkpoint_activations = True`` recomputes each block in backward: memory for a third more work.
+    ``checkpoint_activations = True`` recomputes each block in backward: memory for a third more work. ``draws_random``:
+    a block has dropout for it to replay; saving the generator's state costs a sync.
     """
 
-    def __init__(self, config, dtype: torch.dtype):
+    length_field: str  # what the config calls the longest sequence
+
+    def __init__(self, config, dtype: torch.dtype, draws_random: bool = False):
         super().__init__()
         if not dtype.is_floating_point:
             raise ValueError(f"dtype={dtype}: expected a floating-point dtype for the activations")
-        self.config, self.dtype = config, dtype
+        self.config, self.dtype, self.draws_random = config, dtype, draws_random
         self.checkpoint_activations = False
 
-    def run(self, block: Callable[..., Tensor], *inputs, random: bool) -> Tensor:
-        """The block's output, recomputed in backward where asked for. ``random``: the block draws numbers."""
+    def run(self, block: Callable[..., Tensor], *inputs) -> Tensor:
+        """The block's output, recomputed in backward where asked for."""
         if not (self.checkpoint_activations and torch.is_grad_enabled()):
             return block(*inputs)
-        # Without dropout nothing random is replayed, and saving the generator's state would cost a sync.
-        return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=random)
+        return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=self.draws_random)
+
+    def check_tokens(self, tokens_BT: Tensor) -> None:
+        """Raises ValueError unless tokens are [B, T] and T is at most the longest sequence."""
+        longest = getattr(self.config, self.length_field)
+        if tokens_BT.ndim != 2:
+            raise ValueError(f"tokens of shape {tuple(tokens_BT.shape)}: expected two dimensions, [batch, time]")
+        if tokens_BT.shape[1] > longest:
+            raise ValueError(f"sequence of {tokens_BT.shape[1]} tokens: expected at most {self.length_field}={longest}")
+
+    def empty_cache(self, layers: int, rows: int, length: int, heads: int, width: int) -> "KVCache":
+        """Zeros in the activations' dtype: a masked value is multiplied by 0, which must not meet a NaN. Raises
+        ValueError for no rows, and for a length that is not 1 to the longest sequence."""
+        longest = getattr(self.config, self.length_field)
+        if rows < 1 or not 1 <= length <= longest:
+            expected = f"expected one row or more of 1 to {self.length_field}={longest} positions"
+            raise ValueError(f"cache of {rows} x {length}: {expected}")
+        shape, like = (layers, rows, length, heads, width), dict(dtype=self.dtype, device=self.head_weight.device)
+        return KVCache(torch.zeros(shape, **like), torch.zeros(shape, **like))
 
 
 @torch.no_grad()
@@ -105,35 +120,26 @@ class KVCache:
     k: Tensor
     v: Tensor
 
-    @classmethod
-    def zeros(cls, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> "KVCache":
-        """Zeros on ``like``'s device. A masked value is still multiplied by 0, which must not meet a NaN."""
-        return cls(*(torch.zeros(shape, dtype=dtype, device=like.device) for _ in range(2)))
-
     def first(self, positions: int) -> "KVCache":
         """The same storage, read and written up to ``positions`` only."""
         return KVCache(self.k[:, :, :positions], self.v[:, :, :positions])
 
 
-def check_tokens(tokens_BT: Tensor, name: str, longest: int) -> None:
-    """Raises ValueError unless tokens are [B, T] with T at most ``longest``, which the config calls ``name``."""
-    if tokens_BT.ndim != 2:
-        raise ValueError(f"tokens of shape {tuple(tokens_BT.shape)}: expected two dimensions, [batch, time]")
-    if tokens_BT.shape[1] > longest:
-        raise ValueError(f"sequence of {tokens_BT.shape[1]} tokens: expected at most {name}={longest}")
+VALID: dict[str, Callable[[object], bool]] = {
+    "a positive integer": lambda x: isinstance(x, int) and not isinstance(x, bool) and x >= 1,
+    "an integer of 0 or more": lambda x: isinstance(x, int) and not isinstance(x, bool) and x >= 0,
+    "a positive number": lambda x: isinstance(x, int | float) and 0 < x < math.inf,
+    "a probability in [0, 1)": lambda x: isinstance(x, int | float) and 0 <= x < 1,
+    "true or false": lambda x: isinstance(x, bool),
+}
 
 
-def check_positive(config, names: Iterable[str]) -> None:
-    """Raises ValueError unless each of these fields of ``config`` is a positive integer."""
+def check_fields(config, expected: str, *names: str) -> None:
+    """Raises ValueError unless each of these fields of ``config`` is what ``expected``, a key of VALID, says."""
     for name in names:
-        value = getattr(config, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name}={value!r}: expected a positive integer")
+        check_value(name, getattr(config, name), expected)
 
 
-def check_probabilities(config, names: Iterable[str]) -> None:
-    """Raises ValueError unless each of these fields of ``config`` is in [0, 1)."""
-    for name in names:
-        value = getattr(config, name)
-        if not isinstance(value, int | float) or not 0 <= value < 1:
-            raise ValueError(f"{name}={value!r}: expected a probability in [0, 1)")
+def check_value(name: str, value, expected: str) -> None:
+    if not VALID[expected](value):
+        raise ValueError(f"{name}={value!r}: expected {expected}")

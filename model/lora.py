@@ -11,14 +11,12 @@ and PEFT call Kaiming with a = sqrt(5).
 NF4 is QLoRA's 4-bit base (Dettmers et al., 2023): blocks of 64 values share a scale, and double quantisation quantises
 the scales too. The package bitsandbytes does it, on a GPU and on a CPU.
 
-The backward also measures. After ``set_segments(model, answer_mask)`` the gradient of each A and B is the sum of two
-products, over the prompt's rows and over the answer's, at the cost of one. ``segment_rms`` reads the size of both
-parts, block by block.
+The backward also measures. After ``set_segments`` the gradient of each A and B is the sum of two products, over the
+prompt's rows and over the answer's, at the cost of one. ``segment_rms`` reads the size of both, block by block.
 
 Shapes in names: N rows (all tokens of the batch), r the rank.
 """
 
-import json
 import math
 import os
 from dataclasses import dataclass
@@ -29,7 +27,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from model import weights
-from model.layers import Linear, check_probabilities
+from model.layers import Linear, check_fields
 from model.qwen3 import Qwen3, Qwen3Config
 from model.qwen3_hub import load_qwen3
 
@@ -39,12 +37,12 @@ NF4_BLOCK = 64  # values that share one scale, QLoRA's choice
 
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
-# Fields of adapter_config.json that are read, and those that cannot change what the adapter computes. Every other field
-# is an extension of LoRA, and has to be empty.
+# Fields of adapter_config.json: those with fixed values, those that are read, and those that cannot change what the
+# adapter computes. Every other field is an extension of LoRA, and has to be empty.
+FIXED = dict(peft_type=("LORA",), bias=("none",), init_lora_weights=(True, False, "gaussian", "orthogonal", "eva"))
 READ = ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "base_model_name_or_path")
 HARMLESS = ("task_type", "inference_mode", "auto_mapping", "revision", "peft_version", "megatron_core")
 HARMLESS += ("qalora_group_size", "runtime_config")
-FIXED = dict(peft_type=("LORA",), bias=("none",), init_lora_weights=(True, False, "gaussian", "orthogonal", "eva"))
 
 
 @dataclass(frozen=True)
@@ -60,11 +58,9 @@ class LoRAConfig:
     def __post_init__(self):
         if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
             raise ValueError(f"rank r={self.r!r}: expected a positive integer; rank 0 would train nothing")
-        if not isinstance(self.alpha, int | float) or not 0 < self.alpha < math.inf:
-            raise ValueError(f"alpha={self.alpha!r}: expected a positive number")
-        check_probabilities(self, ["dropout"])
-        wrong = [name for name in self.targets if name not in TARGETS]
-        if wrong or not self.targets or isinstance(self.targets, str):
+        check_fields(self, "a positive number", "alpha")
+        check_fields(self, "a probability in [0, 1)", "dropout")
+        if not self.targets or isinstance(self.targets, str) or not {*self.targets} <= {*TARGETS}:
             raise ValueError(f"targets={self.targets!r}: expected one or more of {', '.join(TARGETS)}")
 
     @property
@@ -87,9 +83,8 @@ def _bitsandbytes():
 class NF4Linear(nn.Module):
     """A frozen Linear whose weight [out, in] is kept in NF4 and dequantised anew for each product, backward's too.
 
-    It quantises in the dtype and on the device of ``weight``, moves with ``to(device)``, and keeps its values when the
-    dtype changes. It is not part of a state_dict: the base is loaded from its files. Raises ValueError without
-    bitsandbytes, and for rows that blocks of 64 do not divide.
+    It quantises in the dtype and on the device of ``weight``, and is not part of a state_dict: the base is loaded from
+    its files. Raises ValueError without bitsandbytes, and for rows that blocks of 64 do not divide.
     """
 
     def __init__(self, weight: Tensor, double_quant: bool = True):
@@ -114,7 +109,7 @@ class NF4Linear(nn.Module):
         return _bitsandbytes().dequantize_4bit(self.packed, self.quant).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _LoRAProduct.apply(x, None, None, self, 0.0, 1.0, None, 0)
+        return _LoRAProduct.apply(x, None, None, self, None, 1.0)
 
 
 class _Segments:
@@ -123,7 +118,7 @@ class _Segments:
     def __init__(self, blocks: int):
         self.order_N: Tensor | None = None  # the prompt's rows, then the answer's
         self.n_prompt = 0
-        self.squares: Tensor | None = None  # fp32 [blocks, 2] on the device
+        self.squares = torch.zeros(blocks, 2)  # fp32, moved to the device by set_segments
         self.elements = [0] * blocks  # of gradient, per column of squares: known on the host
 
     def add(self, block: int, parts: list[Tensor]) -> None:
@@ -136,27 +131,26 @@ class _Segments:
 class _LoRAProduct(torch.autograd.Function):
     """W x + s B A dropout(x) for a frozen W.
 
+    W is ``base``'s, dequantised anew if in NF4. ``layer`` is the LoRALinear of A and B; without one all three are None.
     Kept for the backward: x, which the layers that read the same x share, A x (r numbers a row) and dropout's mask, one
-    byte a number. W is the base's own, dequantised anew if in NF4.
+    byte a number.
     """
 
     @staticmethod
-    def forward(ctx, x, A, B, base, scale: float, keep_p: float, segments: _Segments | None, block: int):
+    def forward(ctx, x, A, B, base, layer: "LoRALinear | None", keep_p: float):
         rows = x.reshape(-1, x.shape[-1])
         y = rows @ base.dense(x.dtype).t()
-        ctx.shape, ctx.base, ctx.scale, ctx.keep_p = x.shape, base, scale, keep_p
-        ctx.segments, ctx.block = segments, block
-        if A is not None:
+        ctx.shape, ctx.base, ctx.layer, ctx.keep_p = x.shape, base, layer, keep_p
+        if layer is not None:
             kept, h = None, rows
             if keep_p < 1:
                 kept = torch.empty_like(rows, dtype=torch.bool).bernoulli_(keep_p)
                 h = rows * kept.to(x.dtype).div_(keep_p)
             h = h @ A.to(x.dtype).t()
-            y.addmm_(h, B.to(x.dtype).t(), alpha=scale)
+            y.addmm_(h, B.to(x.dtype).t(), alpha=layer.scale)
             ctx.save_for_backward(x, A, B, h, kept)
             # The rows that belong to THIS batch, whatever is set before its backward runs.
-            ctx.order = None if segments is None else segments.order_N
-            ctx.n_prompt = 0 if segments is None else segments.n_prompt
+            ctx.order, ctx.n_prompt = layer.segments.order_N, layer.segments.n_prompt
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -166,15 +160,16 @@ class _LoRAProduct(torch.autograd.Function):
         dx = dy @ ctx.base.dense(dy.dtype) if ctx.needs_input_grad[0] else None
         saved = ctx.saved_tensors  # once: under activation checkpointing each look recomputes
         if not saved:
-            return (None if dx is None else dx.view(ctx.shape), *[None] * 7)
+            return None if dx is None else dx.view(ctx.shape), None, None, None, None, None
         x, A, B, h, kept = saved
-        rows = x.reshape(-1, x.shape[-1])
-        mask = None if kept is None else kept.to(dy.dtype).div_(ctx.keep_p)
-        dh = (dy @ B.to(dy.dtype)).mul_(ctx.scale)
+        rows, h = x.reshape(-1, x.shape[-1]), h * ctx.layer.scale
+        dh = (dy @ B.to(dy.dtype)).mul_(ctx.layer.scale)
+        if kept is not None:
+            mask = kept.to(dy.dtype).div_(ctx.keep_p)
+            rows = rows * mask
         if dx is not None:
-            dx = dx.addmm_(dh, A.to(dy.dtype)) if mask is None else dx.add_((dh @ A.to(dy.dtype)).mul_(mask))
+            dx = dx.addmm_(dh, A.to(dy.dtype)) if kept is None else dx.add_((dh @ A.to(dy.dtype)).mul_(mask))
             dx = dx.view(ctx.shape)
-        rows, h = rows if mask is None else rows * mask, h * ctx.scale
         if ctx.order is None:
             dA, dB = dh.t() @ rows, dy.t() @ h
         else:
@@ -182,17 +177,14 @@ class _LoRAProduct(torch.autograd.Function):
             # gradient, at the multiplications of the undivided product.
             dh, rows, dy, h = (z.index_select(0, ctx.order) for z in (dh, rows, dy, h))
             dA, dB = _two_parts(dh, rows, ctx.n_prompt), _two_parts(dy, h, ctx.n_prompt)
-            ctx.segments.add(ctx.block, [dA, dB])
+            ctx.layer.segments.add(ctx.layer.block, [dA, dB])
             dA, dB = dA.sum(0, dtype=A.dtype), dB.sum(0, dtype=B.dtype)
-        return dx, dA.to(A.dtype), dB.to(B.dtype), None, None, None, None, None
+        return dx, dA.to(A.dtype), dB.to(B.dtype), None, None, None
 
 
 def _two_parts(left: Tensor, right: Tensor, n: int) -> Tensor:
     """left^T right over the first n rows and over the others, [2, columns of left, columns of right]."""
-    parts = left.new_empty(2, left.shape[1], right.shape[1])
-    torch.mm(left[:n].t(), right[:n], out=parts[0])
-    torch.mm(left[n:].t(), right[n:], out=parts[1])
-    return parts
+    return torch.stack([left[:n].t() @ right[:n], left[n:].t() @ right[n:]])
 
 
 class LoRALinear(nn.Module):
@@ -200,16 +192,11 @@ class LoRALinear(nn.Module):
 
     def __init__(self, base: nn.Module, config: LoRAConfig, segments: _Segments, block: int, device: torch.device):
         super().__init__()
-        self.base = base
-        self.scale, self.dropout = config.scale, config.dropout
+        self.base, self.shape, self.scale, self.dropout = base, base.shape, config.scale, config.dropout
         self.segments, self.block = segments, block
         n_out, n_in = base.shape
         self.lora_A = nn.Parameter(torch.zeros(config.r, n_in, dtype=torch.float32, device=device))
         self.lora_B = nn.Parameter(torch.zeros(n_out, config.r, dtype=torch.float32, device=device))
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.base.shape
 
     @torch.no_grad()
     def dense(self, dtype: torch.dtype) -> Tensor:
@@ -218,13 +205,12 @@ class LoRALinear(nn.Module):
         return torch.addmm(base, self.lora_B.float(), self.lora_A.float(), alpha=self.scale).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        order = self.segments.order_N
-        tokens = x[..., 0].numel()
+        order, tokens = self.segments.order_N, x[..., 0].numel()
         if order is not None and torch.is_grad_enabled() and tokens != len(order):
             sizes = f"a batch of {tokens} tokens, but the answer mask has {len(order)}"
             raise ValueError(f"{sizes}: call set_segments with this batch's mask, or with None")
         keep_p = 1 - self.dropout if self.training else 1.0
-        return _LoRAProduct.apply(x, self.lora_A, self.lora_B, self.base, self.scale, keep_p, self.segments, self.block)
+        return _LoRAProduct.apply(x, self.lora_A, self.lora_B, self.base, self, keep_p)
 
 
 def load_base(
@@ -252,6 +238,7 @@ def load_base(
     return load_qwen3(folder_or_hub_id, dtype, device=device, convert=quantised)
 
 
+@torch.no_grad()
 def add_lora(model: Qwen3, config: LoRAConfig, generator: torch.Generator | None = None) -> None:
     """Freezes ``model`` and wraps the targeted layers of every block. Only A and B, in fp32, train.
 
@@ -259,17 +246,13 @@ def add_lora(model: Qwen3, config: LoRAConfig, generator: torch.Generator | None
     adapter on every device. Raises ValueError for a model that has adapters already.
     """
     _check_plain(model)
-    for p in model.parameters():
-        p.requires_grad_(False)
-    model.draws_random = config.dropout > 0
-    model.lora = config
+    model.requires_grad_(False)
+    model.lora, model.draws_random = config, config.dropout > 0
     segments, device = _Segments(len(model.layers)), model.embed_tokens.weight.device
     for path, block, base in _targeted(model, config):
         layer = LoRALinear(base, config, segments, block, device)
         bound = 1 / math.sqrt(base.shape[1])
-        drawn = torch.empty(layer.lora_A.shape).uniform_(-bound, bound, generator=generator)
-        with torch.no_grad():
-            layer.lora_A.copy_(drawn)
+        layer.lora_A.copy_(torch.empty(layer.lora_A.shape).uniform_(-bound, bound, generator=generator))
         model.set_submodule(path, layer)
 
 
@@ -296,10 +279,10 @@ def _adapted(model: Qwen3) -> dict[str, LoRALinear]:
 
 
 def merged(model: Qwen3) -> Qwen3:
-    """A plain model of the same function on the same device, for generation.
+    """A plain model of the same function on the same device, for generation; save_qwen3 needs no such copy.
 
     Each layer is one dense matrix in the activations' dtype, adapters summed in and NF4 dequantised. Embedding, head
-    and norms are shared with ``model``, which is not changed. To write a merged checkpoint, save_qwen3 needs no copy.
+    and norms are shared with ``model``, which is not changed.
     """
     with torch.device("meta"):
         plain = Qwen3(model.config, model.dtype)
@@ -323,9 +306,9 @@ def block_parameters(model: Qwen3) -> list[list[nn.Parameter]]:
 def lora_flops_per_token(config: Qwen3Config, lora: LoRAConfig, block: int, loss_share: float = 1.0) -> float:
     """FLOPs of one LoRA training step per token at sequence length ``block``.
 
-    PaLM's count (Chowdhery et al., 2022, appendix B), of what LoRA runs. A multiply-add is 2. Attention takes
-    12 L T H K, without a discount for its causal half. An embedding look-up and recomputation take nothing.
+    PaLM's count (Chowdhery et al., 2022, appendix B), of what LoRA runs, recomputation aside. A multiply-add is 2.
 
+    - Attention takes 12 L T H K, without a discount for its causal half.
     - A frozen matrix [out, in] takes 4 out in: forward and the gradient of its input, none of itself.
     - An adapter of rank r takes 6 r (in + out).
     - The head takes 4 V D for each target of the loss, ``loss_share`` of all tokens.
@@ -345,14 +328,10 @@ def lora_flops_per_token(config: Qwen3Config, lora: LoRAConfig, block: int, loss
 
 
 def set_segments(model: Qwen3, answer_mask: Tensor | None) -> None:
-    """Says which tokens of the coming batch are the answer's: bool, one entry per token in the batch's layout, usually
-    [B, T]. Every other token, padding too, counts to the prompt. None stops measuring.
-
-    Call it between a micro-batch's backward and the next one's forward. A mask on the CPU costs no synchronisation with
-    a GPU, one on the GPU costs one. Raises ValueError for a mask that is not boolean.
-    """
-    layers = _adapted(model)
-    first = next(iter(layers.values()))
+    """Says which tokens of the coming batch are the answer's: bool, one entry per token, usually [B, T]. Every other
+    token, padding too, counts to the prompt. None stops measuring. Call it between a micro-batch's backward and the
+    next one's forward. A mask on the GPU costs a synchronisation. Raises ValueError for a mask that is not boolean."""
+    first = next(iter(_adapted(model).values()))
     segments, device = first.segments, first.lora_A.device
     if answer_mask is None:
         segments.order_N = None
@@ -363,20 +342,16 @@ def set_segments(model: Qwen3, answer_mask: Tensor | None) -> None:
     segments.n_prompt = answer_N.numel() - int(answer_N.sum())
     # Stable, so that rows of a segment keep their order and the sums do not depend on the sort.
     segments.order_N = answer_N.to(torch.uint8).argsort(stable=True).to(device, non_blocking=True)
-    if segments.squares is None or segments.squares.device != device:
-        segments.squares = torch.zeros(len(model.layers), 2, device=device)
+    segments.squares = segments.squares.to(device)
 
 
 def segment_rms(model: Qwen3, reset: bool = True) -> Tensor:
     """RMS gradient of each block's adapters, fp32 [blocks, 2]: over the prompt's rows, and over the answer's.
 
-    It is the root of the mean squared gradient that those rows alone contribute, over the elements of all A and B of
-    the block and the backward passes since the last reset, each with whatever factor its loss had. It stays on the
-    device, without a synchronisation, and is 0 where nothing was measured. ``reset`` begins anew.
+    It is the root of the mean squared gradient that those rows alone contribute, over all A and B of the block and the
+    backward passes since the last reset. It stays on the device and is 0 where nothing was measured.
     """
     segments = next(iter(_adapted(model).values())).segments
-    if segments.squares is None:
-        return torch.zeros(len(model.layers), 2)
     elements = torch.tensor(segments.elements, dtype=torch.float32).clamp_(min=1)
     elements = elements.to(segments.squares.device, non_blocking=True)
     rms = (segments.squares / elements[:, None]).sqrt_()
@@ -400,8 +375,7 @@ def adapter_tensors(model: Qwen3) -> dict[str, Tensor]:
 
 
 def save_adapter(model: Qwen3, folder: str | os.PathLike, base_model: str) -> None:
-    """Writes adapter_config.json and adapter_model.safetensors as PEFT does. ``base_model`` is the name or folder the
-    base was loaded from. A new folder appears whole or not at all."""
+    """Writes an adapter as PEFT does, as ``weights.staged`` says. ``base_model``: where the base was loaded from."""
     config: LoRAConfig = model.lora
     fields = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=str(base_model))
     fields |= dict(r=config.r, lora_alpha=config.alpha, lora_dropout=config.dropout, use_rslora=config.rslora)
@@ -409,7 +383,7 @@ def save_adapter(model: Qwen3, folder: str | os.PathLike, base_model: str) -> No
     fields |= dict(init_lora_weights=True, modules_to_save=None, use_dora=False)
     with weights.staged(Path(folder), last=ADAPTER_CONFIG) as temporary:
         weights.save_tensors(adapter_tensors(model).items(), temporary / ADAPTER)
-        (temporary / ADAPTER_CONFIG).write_text(json.dumps(fields, indent=2) + "\n")
+        weights.write_json(fields, temporary / ADAPTER_CONFIG)
 
 
 def read_adapter_config(folder: str | os.PathLike) -> tuple[LoRAConfig, str | None]:
@@ -420,16 +394,14 @@ def read_adapter_config(folder: str | os.PathLike) -> tuple[LoRAConfig, str | No
     for name, value in fields.items():
         if name not in (*READ, *HARMLESS, *FIXED) and value:
             raise ValueError(f"{path}: {name}={value!r} is not supported; only plain LoRA and rsLoRA adapters are")
-    targets = fields["target_modules"]
-    if targets == "all-linear":
-        targets = list(TARGETS)
+    targets = list(TARGETS) if fields["target_modules"] == "all-linear" else fields["target_modules"]
     if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
         raise ValueError(f"{path}: target_modules={targets!r}: expected a list of {', '.join(TARGETS)}")
     # PEFT may name each layer by its whole path; the tensors in the file then say whether all blocks have it.
     names = {name.rpartition(".")[2] for name in targets}
     targets = (*(name for name in TARGETS if name in names), *sorted(names.difference(TARGETS)))
+    dropout, rslora = fields.get("lora_dropout", 0.0), bool(fields.get("use_rslora", False))
     try:
-        dropout, rslora = fields.get("lora_dropout", 0.0), bool(fields.get("use_rslora", False))
         config = LoRAConfig(fields["r"], fields["lora_alpha"], dropout, targets, rslora)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
@@ -437,11 +409,11 @@ def read_adapter_config(folder: str | os.PathLike) -> tuple[LoRAConfig, str | No
 
 
 def load_adapter(model: Qwen3, folder: str | os.PathLike, base_model: str | None = None) -> None:
-    """Adds a PEFT adapter, ours or PEFT's own, to ``model``. It is trainable.
+    """Adds a PEFT adapter, ours or PEFT's own, to ``model``; it is trainable.
 
-    The last component of ``base_model``, the name or folder that ``model`` was loaded from, has to be that of the base
-    which the adapter names, so that a local copy of a hub model passes; None is not checked. Raises ValueError, before
-    the model is changed, for another base, for tensors that do not fit it, and as read_adapter_config does.
+    The last component of ``base_model``, where ``model`` was loaded from, has to be that of the base which the adapter
+    names, so that a local copy of a hub model passes; None is not checked. Raises ValueError, before the model is
+    changed, for another base, for tensors that do not fit it, and as read_adapter_config does.
     """
     _check_plain(model)
     folder = Path(folder)
@@ -449,11 +421,9 @@ def load_adapter(model: Qwen3, folder: str | os.PathLike, base_model: str | None
     if base_model is not None and trained_on and Path(base_model).name != Path(trained_on).name:
         reason = f"is an adapter of {trained_on!r}, not of {str(base_model)!r}"
         raise ValueError(f"{folder} {reason}; load it on its own base")
-    expected = {}
-    for path, _, base in _targeted(model, config):
-        n_out, n_in = base.shape
-        expected[_peft_name(path, "lora_A")] = (config.r, n_in)
-        expected[_peft_name(path, "lora_B")] = (n_out, config.r)
+    shapes = {path: base.shape for path, _, base in _targeted(model, config)}
+    expected = {_peft_name(path, "lora_A"): (config.r, n_in) for path, (_, n_in) in shapes.items()}
+    expected |= {_peft_name(path, "lora_B"): (n_out, config.r) for path, (n_out, _) in shapes.items()}
     weights.check_shapes(weights.read_shapes([folder / ADAPTER]), expected, f"{folder} is no adapter of this base")
     add_lora(model, config)
     tensors = adapter_tensors(model)

@@ -41,17 +41,13 @@ class Qwen3Config:
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self):
-        layers.check_positive(self, [field.name for field in dataclasses.fields(self)[:8]])
-        for name in ("rms_norm_eps", "rope_theta"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or not 0 < value < math.inf:
-                raise ValueError(f"{name}={value!r}: expected a positive number")
-        if not isinstance(self.tie_word_embeddings, bool):
-            raise ValueError(f"tie_word_embeddings={self.tie_word_embeddings!r}: expected true or false")
-        if self.num_attention_heads % self.num_key_value_heads:
-            heads = f"num_attention_heads={self.num_attention_heads}"
-            shared = f"num_key_value_heads={self.num_key_value_heads}"
-            raise ValueError(f"{heads} is not a multiple of {shared}; query heads share the others evenly")
+        layers.check_fields(self, "a positive integer", *(field.name for field in dataclasses.fields(self)[:8]))
+        layers.check_fields(self, "a positive number", "rms_norm_eps", "rope_theta")
+        layers.check_fields(self, "true or false", "tie_word_embeddings")
+        heads, shared = self.num_attention_heads, self.num_key_value_heads
+        if heads % shared:
+            wrong = f"num_attention_heads={heads} is not a multiple of num_key_value_heads={shared}"
+            raise ValueError(f"{wrong}; query heads share the others evenly")
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim}: expected an even number, rotary positions turn pairs")
 
@@ -61,16 +57,11 @@ class Qwen3Config:
         return self.max_position_embeddings
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """x / sqrt(mean(x^2) + eps) * gain over the last dimension; torch takes the mean in fp32 whatever x is."""
 
-    def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.empty(width))
-
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 def rotary(positions_BT: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -89,14 +80,11 @@ def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Attention(nn.Module):
     def __init__(self, config: Qwen3Config):
         super().__init__()
-        D, K = config.hidden_size, config.head_dim
+        D, K, H, J = config.hidden_size, config.head_dim, config.num_attention_heads, config.num_key_value_heads
         self.head_dim = K
-        self.q_proj = Linear(D, config.num_attention_heads * K)
-        self.k_proj = Linear(D, config.num_key_value_heads * K)
-        self.v_proj = Linear(D, config.num_key_value_heads * K)
-        self.o_proj = Linear(config.num_attention_heads * K, D)
-        self.q_norm = RMSNorm(K, config.rms_norm_eps)
-        self.k_norm = RMSNorm(K, config.rms_norm_eps)
+        self.q_proj, self.k_proj, self.v_proj = Linear(D, H * K), Linear(D, J * K), Linear(D, J * K)
+        self.o_proj = Linear(H * K, D)
+        self.q_norm, self.k_norm = RMSNorm(K, config.rms_norm_eps), RMSNorm(K, config.rms_norm_eps)
 
     def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, slot: tuple | None) -> Tensor:
         B, T, _ = x_BTD.shape
@@ -110,24 +98,22 @@ class Attention(nn.Module):
         k_BJLK, v_BJLK = k_BTJK.transpose(1, 2), v_BTJK.transpose(1, 2)
         J = k_BJLK.shape[1]
         if mask is None:
-            q_BHTK = q_BTHK.transpose(1, 2)
-            y = F.scaled_dot_product_attention(q_BHTK, k_BJLK, v_BJLK, is_causal=True, enable_gqa=True)
-            y_BTHK = y.transpose(1, 2)
+            q = q_BTHK.transpose(1, 2)
+            y = F.scaled_dot_product_attention(q, k_BJLK, v_BJLK, is_causal=True, enable_gqa=True).transpose(1, 2)
         else:
             # Query heads that share keys become further rows of one head: no copies of keys and values, and the
             # fused kernels that take a mask, which have no enable_gqa, still apply.
             q = q_BTHK.view(B, T, J, -1, self.head_dim).permute(0, 2, 3, 1, 4).reshape(B, J, -1, self.head_dim)
             y = F.scaled_dot_product_attention(q, k_BJLK, v_BJLK, attn_mask=mask)
-            y_BTHK = y.view(B, J, -1, T, self.head_dim).permute(0, 3, 1, 2, 4)
-        return self.o_proj(y_BTHK.reshape(B, T, -1))
+            y = y.view(B, J, -1, T, self.head_dim).permute(0, 3, 1, 2, 4)
+        return self.o_proj(y.reshape(B, T, -1))
 
 
 class MLP(nn.Module):
     def __init__(self, config: Qwen3Config):
         super().__init__()
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
+        D, wide = config.hidden_size, config.intermediate_size
+        self.gate_proj, self.up_proj, self.down_proj = Linear(D, wide), Linear(D, wide), Linear(wide, D)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
@@ -147,14 +133,12 @@ class Block(nn.Module):
 
 
 class Qwen3(layers.Backbone):
-    """Qwen3 as a layers.Backbone: without a loss.
+    """Qwen3 as a layers.Backbone: without a loss. Whoever puts dropout into a layer sets ``draws_random``."""
 
-    ``draws_random`` is set by whoever puts dropout into a layer, so that a recomputation replays it.
-    """
+    length_field = "max_position_embeddings"
 
     def __init__(self, config: Qwen3Config, dtype: torch.dtype = torch.float32):
         super().__init__(config, dtype)
-        self.draws_random = False
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -172,15 +156,10 @@ class Qwen3(layers.Backbone):
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def new_cache(self, batch: int, length: int) -> KVCache:
-        """An empty cache of ``batch`` rows of ``length`` positions, in the activations' dtype: in bf16 a position takes
-        4 * layers * J * K bytes. Raises ValueError for a size that cannot be used."""
+        """A cache of ``batch`` rows of ``length`` positions; in bf16 a position takes 4 * layers * J * K bytes. Raises
+        ValueError for a size that cannot be used."""
         c = self.config
-        longest = c.max_position_embeddings
-        if batch < 1 or not 1 <= length <= longest:
-            expected = f"expected one row or more of 1 to max_position_embeddings={longest} positions"
-            raise ValueError(f"cache of {batch} x {length}: {expected}")
-        shape = (c.num_hidden_layers, batch, length, c.num_key_value_heads, c.head_dim)
-        return KVCache.zeros(shape, like=self.embed_tokens.weight, dtype=self.dtype)
+        return self.empty_cache(c.num_hidden_layers, batch, length, c.num_key_value_heads, c.head_dim)
 
     def forward(
         self,
@@ -196,14 +175,13 @@ class Qwen3(layers.Backbone):
         ``documents_BT``: a number per token, equal within a document (0 0 0 1 1 2 ...). Attention is causal within
         documents, and without it over the whole row.
         ``cache``: keys and values are written at ``positions_BT`` of each row, and each token sees the cached positions
-        up to its own. A row needs no clearing: a new sequence that begins at position 0 overwrites what it can see, and
-        what follows right-padding is overwritten before it is seen. All shapes are static. Positions must be below the
-        cache's length, which is not checked on a GPU. Runs without gradients.
+        up to its own. A row needs no clearing: a new sequence overwrites what it sees before it sees it. All shapes are
+        static. Positions must be below the cache's length, not checked on a GPU. Runs without gradients.
         ``rows_B`` int64: the cache rows these sequences are, without it all in order.
 
         Raises ValueError for other shapes and for combinations without a meaning.
         """
-        layers.check_tokens(tokens_BT, "max_position_embeddings", self.config.max_position_embeddings)
+        self.check_tokens(tokens_BT)
         B, T = tokens_BT.shape
         for name, given in (("positions", positions_BT), ("documents", documents_BT)):
             if given is not None and given.shape != tokens_BT.shape:
@@ -229,7 +207,7 @@ class Qwen3(layers.Backbone):
         x_BTD = self.embed_tokens(tokens_BT).to(self.dtype)
         for i, block in enumerate(self.layers):
             slot = None if cache is None else (cache.k[i], cache.v[i], where, rows_B)
-            x_BTD = self.run(block, x_BTD, cos, sin, mask, slot, random=self.draws_random and self.training)
+            x_BTD = self.run(block, x_BTD, cos, sin, mask, slot)
         return self.norm(x_BTD)
 
     def _additive(self, visible_BTL: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """Qwen3 in and out of Hugging Face's layout: config.json and safetensors in one folder."""
 
 import dataclasses
-import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -25,11 +24,8 @@ FIXED = dict(
 
 
 def read_config(path: str | os.PathLike) -> Qwen3Config:
-    """The Qwen3Config of a Hugging Face config.json.
-
-    Raises ValueError for another model_type, for a missing field, and for an option that changes the function and is
-    not supported.
-    """
+    """The Qwen3Config of a config.json. Raises ValueError for another model_type, for a missing field, and for an
+    option that changes the function and is not supported."""
     path = Path(path)
     fields = weights.read_json(path)
     if fields.get("model_type") != "qwen3":
@@ -41,8 +37,9 @@ def read_config(path: str | os.PathLike) -> Qwen3Config:
     if other := set(fields.get("layer_types") or []) - {"full_attention"}:
         raise ValueError(f"{path}: layer_types holds {sorted(other)}; only 'full_attention' is supported")
     values = {name: fields[name] for name in known if name in fields}
+    values["rope_theta"] = _rope_theta(path, fields)
     try:
-        return Qwen3Config(**values | dict(rope_theta=_rope_theta(path, fields)))
+        return Qwen3Config(**values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -65,11 +62,11 @@ def _rope_theta(path: Path, fields: dict) -> float:
     return found[0] if found else Qwen3Config.rope_theta
 
 
-def _plain_shapes(config: Qwen3Config) -> dict[str, tuple[int, ...]]:
-    """Every parameter of the plain model under Hugging Face's name."""
+def _plain_parameters(config: Qwen3Config) -> dict[str, Tensor]:
+    """Every parameter of the plain model, without values, under Hugging Face's name."""
     with torch.device("meta"):
-        parameters = dict(Qwen3(config).named_parameters())
-    return {n if n.startswith("lm_head.") else "model." + n: tuple(p.shape) for n, p in parameters.items()}
+        parameters = Qwen3(config).named_parameters()
+    return {name if name.startswith("lm_head.") else "model." + name: p for name, p in parameters}
 
 
 def load_qwen3(
@@ -82,20 +79,19 @@ def load_qwen3(
     """A Qwen3 from a folder in Hugging Face's layout, or from a model's name on the hub ("Qwen/Qwen3-0.6B").
 
     ``dtype`` is the activations', ``param_dtype`` the parameters' (``dtype`` if None; pass fp32 for masters to train).
-    Tensors go one by one from the mapped files to ``device``, so the host holds little more than one beside what it
-    keeps. ``convert(name, tensor)`` is called for the weight [out, in] of each linear layer within the blocks, in the
-    file's dtype, on the CPU; the module it returns takes the layer's place. Raises ValueError, before any tensor is
-    read, for a config or tensors that do not fit, damaged or missing files, and a hub that cannot be reached.
+    Tensors go one by one from the mapped files to ``device``. ``convert(name, tensor)`` is called for the weight
+    [out, in] of each linear layer within the blocks, in the file's dtype, on the CPU; the module it returns takes the
+    layer's place. Raises ValueError, before any tensor is read, for a config or tensors that do not fit, damaged or
+    missing files, and a hub that cannot be reached.
     """
     folder = weights.folder_of(folder_or_hub_id)
     config = read_config(folder / weights.CONFIG)
     with torch.device("meta"):
         model = Qwen3(config, dtype)
-    expected, paths = _plain_shapes(config), weights.weight_files(folder)
+    expected, paths, head = _plain_parameters(config), weights.weight_files(folder), None
     found = weights.read_shapes(paths)
     # A tied head may be saved beside the embedding. It has to be the same, and is compared once both were read.
-    head, head_shape = None, found.get("lm_head.weight")
-    if config.tie_word_embeddings and head_shape == expected["model.embed_tokens.weight"]:
+    if config.tie_word_embeddings and found.get("lm_head.weight") == expected["model.embed_tokens.weight"].shape:
         del found["lm_head.weight"]
     weights.check_shapes(found, expected, f"{folder} does not hold the Qwen3 of its config")
     for name, tensor in weights.read_tensors(paths):
@@ -126,27 +122,23 @@ def save_qwen3(
     """Writes ``model`` to ``folder`` as transformers' Qwen3ForCausalLM reads it, in ``dtype`` (None: its embedding's).
 
     This is also merge-and-export: each linear layer is written as the one matrix it computes with, a LoRA layer as base
-    + scale * B A summed in fp32 before the cast, an NF4 base as its dequantised values. The model itself is not
-    changed, and at most one shard is held beside it. ``tokenizer_files``: name -> content, written beside as they are.
-    Raises ValueError, before anything is written, for file names that are the model's own and for a folder with weights
-    that this export would not replace.
+    + scale * B A summed in fp32 before the cast, an NF4 base as its dequantised values. At most one shard is held
+    beside the model. ``tokenizer_files`` (name -> content) go beside it. Raises ValueError, before anything is written,
+    for file names that are the model's own and for a folder with weights that this export would not replace.
     """
-    folder, files = Path(folder), tokenizer_files or {}
-    dtype = dtype or model.embed_tokens.weight.dtype
+    folder, dtype = Path(folder), dtype or model.embed_tokens.weight.dtype
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes={max_shard_bytes}: expected a positive number of bytes")
-    weights.check_extra_files(files)
     fields = dict(architectures=["Qwen3ForCausalLM"], model_type="qwen3") | dataclasses.asdict(model.config)
-    fields |= {name: allowed[0] for name, allowed in FIXED.items() if allowed[0] is not None}
-    fields |= dict(rope_scaling=None, torch_dtype=str(dtype).removeprefix("torch."))
-    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in _plain_shapes(model.config).items()}
+    fields |= {name: allowed[0] for name, allowed in FIXED.items() if allowed[0] is not None} | dict(rope_scaling=None)
+    plain = _plain_parameters(model.config)
 
     def tensor_of(name: str) -> Tensor:
         path, _, attribute = name.removeprefix("model.").rpartition(".")
         module = model.get_submodule(path)
-        return module.dense(dtype) if hasattr(module, "dense") else getattr(module, attribute).to(dtype)
+        return module.dense(dtype) if hasattr(module, "dense") else getattr(module, attribute)
 
-    old = {path.name for path in folder.glob("*.safetensors")} if folder.is_dir() else set()
-    if old - {weights.WEIGHTS} or (old and sum(sizes.values()) > max_shard_bytes):
+    old, size = {path.name for path in folder.glob("*.safetensors")}, sum(p.numel() for p in plain.values())
+    if old - {weights.WEIGHTS} or (old and size * dtype.itemsize > max_shard_bytes):
         raise ValueError(f"{folder} already holds weights, {min(old)}; choose a new folder for the export")
-    weights.write_model(folder, fields, sizes, tensor_of, files, max_shard_bytes)
+    weights.write_model(folder, fields, dtype, plain, tokenizer_files, tensor_of, max_shard_bytes)

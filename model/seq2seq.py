@@ -1,17 +1,16 @@
 """BART and PEGASUS in plain PyTorch, one encoder-decoder for both; the loss belongs to the caller.
 
 BART (Lewis et al., 2020) has LayerNorm after each sub-layer and after the embeddings, and learned positions whose table
-starts at 2 (fairseq kept two rows for padding). PEGASUS (Zhang et al., 2020) has LayerNorm before each sub-layer and
-once more at the end of each stack, and fixed sinusoidal positions. All else is shared. Parameters carry Hugging Face's
-names without the "model." prefix; model/seq2seq_hub.py reads and writes that layout. Mixed precision is that of
-model/gpt2.py.
+starts at 2 (fairseq kept two rows for padding). PEGASUS (Zhang et al., 2020) has LayerNorm before each sub-layer and at
+the end of each stack, and fixed sinusoidal positions. Parameters carry Hugging Face's names without the "model."
+prefix, for model/seq2seq_hub.py. Mixed precision is that of model/gpt2.py.
 
 Shapes in names: B sequences, S source positions, T target positions, D = d_model, V = vocab_size, H heads of K, L
 cached positions, N = B * beams rows while decoding.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 
 import torch
@@ -65,7 +64,7 @@ class Seq2SeqConfig:
     def __post_init__(self):
         if self.kind not in TOKEN_IDS:
             raise ValueError(f"kind={self.kind!r}: expected 'bart' or 'pegasus'")
-        layers.check_positive(self, (*SHAPE_FIELDS, "vocab_size"))
+        layers.check_fields(self, "a positive integer", *SHAPE_FIELDS, "vocab_size")
         for name in ("encoder_attention_heads", "decoder_attention_heads"):
             heads = getattr(self, name)
             if self.d_model % heads:
@@ -77,28 +76,23 @@ class Seq2SeqConfig:
             raise ValueError(f"activation_function={self.activation_function!r} is not supported; expected {known}")
         for name in TOKEN_IDS["bart"]:
             value = getattr(self, name)
-            if value is None and name == "bos_token_id":
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < self.vocab_size:
+            is_id = layers.VALID["an integer of 0 or more"](value) and value < self.vocab_size
+            if not is_id and (name, value) != ("bos_token_id", None):
                 raise ValueError(f"{name}={value!r}: expected a token id below vocab_size={self.vocab_size}")
-        for name in ("scale_embedding", "logits_bias"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}={getattr(self, name)!r}: expected true or false")
-        layers.check_probabilities(self, ("dropout", "attention_dropout", "activation_dropout"))
-        if not 0 < self.init_std < math.inf:
-            raise ValueError(f"init_std={self.init_std!r}: expected a positive number")
+        layers.check_fields(self, "true or false", "scale_embedding", "logits_bias")
+        layers.check_fields(self, "a probability in [0, 1)", "dropout", "attention_dropout", "activation_dropout")
+        layers.check_fields(self, "a positive number", "init_std")
 
 
-SHAPE_FIELDS = ("d_model", "encoder_layers", "decoder_layers", "encoder_attention_heads", "decoder_attention_heads")
-SHAPE_FIELDS += ("encoder_ffn_dim", "decoder_ffn_dim", "max_position_embeddings")
+SHAPE_FIELDS = [field.name for field in fields(Seq2SeqConfig)[2:10]]
 
 
 def _symmetric(kind: str, layers: int, d_model: int, heads: int, **changes) -> Seq2SeqConfig:
     """A model of ``layers`` in each stack, feed-forward width 4 d_model. ``changes`` replace any field."""
-    fields = dict(kind=kind, d_model=d_model, max_position_embeddings=1024) | TOKEN_IDS[kind] | PUBLISHED[kind]
+    options = dict(kind=kind, d_model=d_model, max_position_embeddings=1024) | TOKEN_IDS[kind] | PUBLISHED[kind]
     for side in ("encoder", "decoder"):
-        fields |= {f"{side}_layers": layers, f"{side}_attention_heads": heads, f"{side}_ffn_dim": 4 * d_model}
-    return Seq2SeqConfig(**(fields | changes))
+        options |= {f"{side}_layers": layers, f"{side}_attention_heads": heads, f"{side}_ffn_dim": 4 * d_model}
+    return Seq2SeqConfig(**(options | changes))
 
 
 bart_config, pegasus_config = partial(_symmetric, "bart"), partial(_symmetric, "pegasus")
@@ -117,10 +111,7 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, dropout: float):
         super().__init__()
         self.heads, self.dropout = heads, dropout
-        self.k_proj = Linear(width, width, bias=True)
-        self.v_proj = Linear(width, width, bias=True)
-        self.q_proj = Linear(width, width, bias=True)
-        self.out_proj = Linear(width, width, bias=True)
+        self.k_proj, self.v_proj, self.q_proj, self.out_proj = (Linear(width, width, bias=True) for _ in range(4))
 
     def split(self, x_BTD: Tensor) -> Tensor:
         """[B, T, D] -> [B, H, T, K]"""
@@ -163,10 +154,8 @@ class Layer(nn.Module):
         return self.fc2(F.dropout(self.activation(self.fc1(x_BTD)), self.activation_dropout, self.training))
 
     def encode(self, x_BSD: Tensor, mask: Tensor | None) -> Tensor:
-        def look_around(x_BSD):
-            return self.self_attn(x_BSD, *self.self_attn.keys_values(x_BSD), mask)
-
-        x_BSD = self.add(x_BSD, self.self_attn_layer_norm, look_around)
+        attention = self.self_attn
+        x_BSD = self.add(x_BSD, self.self_attn_layer_norm, lambda x: attention(x, *attention.keys_values(x), mask))
         return self.add(x_BSD, self.final_layer_norm, self.feed_forward)
 
     def decode(self, x_NTD: Tensor, memory_BSD: Tensor, source_mask: Tensor | None, cached=None) -> Tensor:
@@ -197,35 +186,24 @@ class Stack(nn.Module):
 
     def __init__(self, config: Seq2SeqConfig, side: str):
         super().__init__()
-        D, length = config.d_model, config.max_position_embeddings
+        D, length, self.kind, self.dropout = config.d_model, config.max_position_embeddings, config.kind, config.dropout
         self.layers = nn.ModuleList(Layer(config, side) for _ in range(getattr(config, f"{side}_layers")))
-        if config.kind == "bart":
+        if self.kind == "bart":
             self.embed_positions = Embedding(length + 2, D)
-            self.layernorm_embedding = LayerNorm(D)
+            self.layernorm_embedding, self.layer_norm = LayerNorm(D), nn.Identity()
         else:
             self.register_buffer("positions", sinusoids(length, D), persistent=False)
-            self.layer_norm = LayerNorm(D)
-        self.kind, self.dropout = config.kind, config.dropout
+            self.layernorm_embedding, self.layer_norm = nn.Identity(), LayerNorm(D)
 
     def embed(self, x_BTD: Tensor, positions_T: Tensor) -> Tensor:
         """Token embeddings -> the input of the first layer."""
-        if self.kind == "bart":
-            x_BTD = self.layernorm_embedding(x_BTD + self.embed_positions(positions_T + 2).to(x_BTD.dtype))
-        else:
-            x_BTD = x_BTD + self.positions[positions_T].to(x_BTD.dtype)
-        return F.dropout(x_BTD, self.dropout, self.training)
-
-    def finish(self, x_BTD: Tensor) -> Tensor:
-        return x_BTD if self.kind == "bart" else self.layer_norm(x_BTD)
+        places = self.embed_positions(positions_T + 2) if self.kind == "bart" else self.positions[positions_T]
+        return F.dropout(self.layernorm_embedding(x_BTD + places.to(x_BTD.dtype)), self.dropout, self.training)
 
 
 def sinusoids(length: int, width: int) -> Tensor:
-    """fp32 [length, width]: sines in the first half of the width, cosines in the second, of the angles
-
-        position / 10000^(2i / width)
-
-    (Vaswani et al., 2017, section 3.5; there sines and cosines alternate).
-    """
+    """fp32 [length, width]: sines, then cosines, of position / 10000^(2i / width) (Vaswani et al., 2017, section 3.5;
+    there they alternate)."""
     rates = 10000.0 ** (torch.arange(0, width, 2, dtype=torch.float64, device="cpu") / -width)
     angles = torch.arange(length, dtype=torch.float64, device="cpu")[:, None] * rates
     return torch.cat([angles.sin(), angles.cos()], dim=1).float()
@@ -242,9 +220,10 @@ class Cache(layers.KVCache):
 class Seq2Seq(layers.Backbone):
     """An encoder-decoder as a layers.Backbone: without a loss."""
 
+    length_field = "max_position_embeddings"
+
     def __init__(self, config: Seq2SeqConfig, dtype: torch.dtype = torch.float32):
-        super().__init__(config, dtype)
-        self.draws_random = max(config.dropout, config.attention_dropout, config.activation_dropout) > 0
+        super().__init__(config, dtype, max(config.dropout, config.attention_dropout, config.activation_dropout) > 0)
         self.shared = Embedding(config.vocab_size, config.d_model)
         self.encoder = Stack(config, "encoder")
         self.decoder = Stack(config, "decoder")
@@ -255,8 +234,8 @@ class Seq2Seq(layers.Backbone):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Every initial value, drawn from ``generator`` as ``draw_weights`` says: biases 0, LayerNorm gains 1, matrices
-        and embeddings N(0, init_std), the row of the padding token 0 (fairseq's BART; transformers does the same)."""
+        """Biases 0, LayerNorm gains 1, matrices and embeddings N(0, init_std), the row of the padding token 0, as in
+        fairseq's BART; see ``draw_weights``."""
         layers.draw_weights(self, lambda name: self.config.init_std, generator)
         self.shared.weight[self.config.pad_token_id] = 0
 
@@ -271,7 +250,7 @@ class Seq2Seq(layers.Backbone):
         return self.final_logits_bias[0] if self.config.logits_bias else None
 
     def embed(self, stack: Stack, tokens_BT: Tensor, positions_T: Tensor | None) -> Tensor:
-        layers.check_tokens(tokens_BT, "max_position_embeddings", self.config.max_position_embeddings)
+        self.check_tokens(tokens_BT)
         if positions_T is None:
             positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
         # The padding token's embedding gets no gradient as an input, as in the published models.
@@ -283,15 +262,14 @@ class Seq2Seq(layers.Backbone):
     def encode(self, tokens_BS: Tensor, mask_BS: Tensor | None = None) -> Tensor:
         """Source tokens, int32 or int64 [B, S], S <= max_position_embeddings -> memory [B, S, D].
 
-        ``mask_BS`` is true at tokens and false at padding, which stands on the right; each row has a token. None means
-        no padding, and lets attention use its faster kernels. Values at padding are undefined. Raises ValueError for
-        other shapes.
+        ``mask_BS`` is true at tokens and false at padding, which stands on the right; each row has a token. None, no
+        padding, lets attention use faster kernels. Values at padding are undefined. Raises ValueError for other shapes.
         """
         mask = attention_mask(mask_BS, tokens_BS)
         x_BSD = self.embed(self.encoder, tokens_BS, None)
         for layer in self.encoder.layers:
-            x_BSD = self.run(layer.encode, x_BSD, mask, random=self.draws_random)
-        return self.encoder.finish(x_BSD)
+            x_BSD = self.run(layer.encode, x_BSD, mask)
+        return self.encoder.layer_norm(x_BSD)
 
     def decode(
         self,
@@ -303,9 +281,8 @@ class Seq2Seq(layers.Backbone):
     ) -> Tensor:
         """Target tokens [N, T] and the memory of their sources -> hidden states [N, T, D].
 
-        Without a cache N = B and the tokens stand at positions 0 to T - 1. With one (``new_cache``) they stand at
-        ``positions_T``, int64 on the model's device, see what the cache holds at earlier positions, and are added to
-        it. N may then be a multiple of B, the rows of one source adjacent.
+        Without a cache N = B and the tokens stand at 0 to T - 1. With one (``new_cache``) they stand at ``positions_T``
+        (int64), are written there and see what stands before. N may be a multiple of B, the rows of a source adjacent.
         """
         x_NTD = self.embed(self.decoder, tokens_NT, positions_T)
         mask = attention_mask(mask_BS, memory_BSD[:, :, 0])
@@ -315,25 +292,23 @@ class Seq2Seq(layers.Backbone):
             cached = None
             if cache is not None:
                 cached = cache.k[i], cache.v[i], cache.source_k[i], cache.source_v[i], positions_T, causal_TL
-            x_NTD = self.run(layer.decode, x_NTD, memory_BSD, mask, cached, random=self.draws_random)
-        return self.decoder.finish(x_NTD)
+            x_NTD = self.run(layer.decode, x_NTD, memory_BSD, mask, cached)
+        return self.decoder.layer_norm(x_NTD)
 
     def forward(self, source_BS: Tensor, source_mask_BS: Tensor | None, target_in_BT: Tensor) -> Tensor:
-        """Hidden states [B, T, D] of the decoder, in the activations' dtype. Targets need no mask: they are padded on
-        the right and attention is causal, so that padding only sees, and is not seen."""
+        """Hidden states [B, T, D] of the decoder, in the activations' dtype. Targets need no mask: padded on the right,
+        under causal attention, their padding is not seen."""
         return self.decode(target_in_BT, self.encode(source_BS, source_mask_BS), source_mask_BS)
 
     def new_cache(self, memory_BSD: Tensor, beams: int, length: int) -> Cache:
         """A cache for ``beams`` rows per source and ``length`` target positions, the source's part filled. Raises
         ValueError when ``length`` exceeds the model's positions."""
-        longest = self.config.max_position_embeddings
+        longest, heads = self.config.max_position_embeddings, self.config.decoder_attention_heads
         if length > longest:
             raise ValueError(f"cache for {length} tokens: expected at most max_position_embeddings={longest}")
-        heads, stack = self.config.decoder_attention_heads, self.decoder.layers
-        shape = (len(stack), beams * len(memory_BSD), length, heads, self.config.d_model // heads)
-        source = [layer.encoder_attn.keys_values(memory_BSD) for layer in stack]
+        source = [layer.encoder_attn.keys_values(memory_BSD) for layer in self.decoder.layers]
         keys, values = ([t.contiguous() for t in side] for side in zip(*source, strict=True))
-        target = layers.KVCache.zeros(shape, like=memory_BSD, dtype=memory_BSD.dtype)
+        target = self.empty_cache(len(source), beams * len(memory_BSD), length, heads, self.config.d_model // heads)
         return Cache(target.k, target.v, keys, values)
 
     def shift_right(self, labels_BT: Tensor) -> Tensor:
@@ -346,8 +321,8 @@ class Seq2Seq(layers.Backbone):
 def training_flops(config: Seq2SeqConfig, S, T):
     """FLOPs of one training step on a pair of ``S`` source and ``T`` target tokens (numbers or arrays).
 
-    A multiply-add is 2, forward once and backward twice; the decoder's attention is not discounted for its causal half,
-    an embedding look-up multiplies nothing, and recomputation does not count, as in PaLM's appendix B.
+    A multiply-add is 2, forward once and backward twice. As in PaLM's appendix B the decoder's causal half is not
+    discounted, and recomputation does not count.
     """
     D, E, G = config.d_model, config.encoder_ffn_dim, config.decoder_ffn_dim
     encoder = config.encoder_layers * (S * (4 * D * D + 2 * D * E) + 2 * S * S * D)

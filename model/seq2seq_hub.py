@@ -1,7 +1,6 @@
 """BART and PEGASUS in and out of Hugging Face's layout: config.json and safetensors in one folder."""
 
 import os
-import pickle
 from dataclasses import fields
 from pathlib import Path
 
@@ -43,26 +42,25 @@ def load_seq2seq(
     """A BART or PEGASUS from a folder in Hugging Face's layout, or from its name on the hub ("facebook/bart-base").
 
     Read are safetensors, or pytorch_model.bin (without running code) where a folder has only that, with or without the
-    "model." prefix of the names (the published bart-base has none). A final_logits_bias that is missing or zero means
-    none. Parameters come as fp32 masters on the CPU; ``dtype`` is the activations'; dropout is the caller's. Raises
-    ValueError as load_hf does.
+    "model." prefix of the names. A final_logits_bias that is missing or zero means none. Parameters come as fp32
+    masters on the CPU; ``dtype`` is the activations'; dropout is the caller's. Raises ValueError as load_hf does.
     """
     folder = weights.folder_of(folder_or_hub_id)
-    rates = dict(dropout=dropout, attention_dropout=attention_dropout, activation_dropout=activation_dropout)
-    options = _read_options(folder / weights.CONFIG) | rates
+    options = _read_options(folder / weights.CONFIG)
     tensors = {name.removeprefix("model."): t for name, t in _weights(folder, folder_or_hub_id).items()}
     tensors = {name: t for name, t in tensors.items() if name not in VERSIONS}
     weights.drop_tied(tensors, "shared.weight", TIED, folder)
     bias = tensors.get("final_logits_bias")
     if bias is not None and not bias.any():
         del tensors["final_logits_bias"]
+    options |= dict(dropout=dropout, attention_dropout=attention_dropout, activation_dropout=activation_dropout)
     config = Seq2SeqConfig(**options, logits_bias="final_logits_bias" in tensors)
     if config.kind == "pegasus":
         _check_sinusoids(tensors, config, folder)
     with torch.device("meta"):
         model = Seq2Seq(config, dtype)
     says = f"{folder} does not hold the model of its config"
-    weights.check_shapes(weights.shapes_of(tensors), weights.shapes_of(model.state_dict()), says)
+    weights.check_shapes(tensors, model.state_dict(), says)
     # Copies, even where nothing changes: the tensors are views of the file.
     model.load_state_dict({name: t.float().clone() for name, t in tensors.items()}, assign=True)
     if config.kind == "pegasus":  # not in the state_dict
@@ -102,11 +100,8 @@ def _weights(folder: Path, name: str | os.PathLike) -> dict[str, Tensor]:
         raise ValueError(f"{folder} has none of {', '.join(safe)} and {BIN}; other formats are not read")
     tensors = {}
     for path in weights.weight_files(folder, BIN, BIN_INDEX):
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{path} is damaged, or more than plain tensors: {weights.first_line(error)}") from error
-        if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
+        content = weights.load_pickled(path, "is damaged, or more than plain tensors")
+        if not weights.holds_tensors(content):
             raise ValueError(f"{path}: expected names and tensors")
         tensors |= content
     return tensors
@@ -114,23 +109,15 @@ def _weights(folder: Path, name: str | os.PathLike) -> dict[str, Tensor]:
 
 def save_seq2seq(model: Seq2Seq, folder: str | os.PathLike, extra_files: dict[str, bytes] | None = None) -> None:
     """Writes ``model`` as transformers' BartForConditionalGeneration or PegasusForConditionalGeneration reads it, in
-    its parameters' dtype; ``extra_files`` (name -> content, a tokenizer's) go beside it.
-
-    The folder appears as ``weights.staged`` says. Raises ValueError, before anything is written, for arguments that
-    cannot make a valid folder.
-    """
-    config, files = model.config, extra_files or {}
-    weights.check_extra_files(files, "extra file")
-    dtype = model.shared.weight.dtype
-    state = model.state_dict()
+    its parameters' dtype; ``extra_files`` (name -> content, a tokenizer's) go beside it. The folder appears as
+    ``weights.staged`` says. Raises ValueError, before anything is written, for arguments that cannot make one."""
+    config, state = model.config, model.state_dict()
     bias = state.pop("final_logits_bias", torch.zeros(1, config.vocab_size))
     if config.kind == "pegasus":
         state |= {name: sinusoids(config.max_position_embeddings, config.d_model) for name in POSITIONS}
     tensors = {f"model.{name}": t for name, t in state.items()} | dict(final_logits_bias=bias)
-    sizes = {name: t.numel() * dtype.itemsize for name, t in tensors.items()}
     content = {field.name: getattr(config, field.name) for field in fields(config)}
     del content["kind"], content["logits_bias"]
     content |= dict(model_type=config.kind, architectures=[ARCHITECTURES[config.kind]], is_encoder_decoder=True)
     content |= dict(tie_word_embeddings=True, forced_eos_token_id=config.eos_token_id)
-    content |= dict(torch_dtype=str(dtype).removeprefix("torch."))
-    weights.write_model(Path(folder), content, sizes, lambda name: tensors[name].to(dtype), files)
+    weights.write_model(folder, content, model.shared.weight.dtype, tensors, extra_files, what="extra file")

@@ -5,7 +5,9 @@ are read through the file's memory map, one after the other, so that a load need
 """
 
 import json
+import math
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,15 +24,13 @@ MODEL_FILES = (CONFIG, WEIGHTS, INDEX, "model-*.safetensors")
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, its first line."""
+    """The first line of what an error says."""
     return str(error).strip().split("\n")[0]
 
 
 def folder_of(folder_or_hub_id: str | os.PathLike, files: tuple[str, ...] = MODEL_FILES) -> Path:
-    """The local folder itself, or the local copy of those ``files`` (patterns) of a repository on the hub.
-
-    Raises ValueError for what is neither, and for a hub that cannot be reached.
-    """
+    """The local folder itself, or the local copy of those ``files`` (patterns) of a repository on the hub. Raises
+    ValueError for what is neither, and for a hub that cannot be reached."""
     folder, name = Path(folder_or_hub_id), str(folder_or_hub_id)
     if folder.is_dir():
         return folder
@@ -42,11 +42,8 @@ def folder_of(folder_or_hub_id: str | os.PathLike, files: tuple[str, ...] = MODE
 
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(files)))
     except Exception as error:  # no package, no network, no such model, no access: all have the same way out
-        reason = first_line(error)
-        raise ValueError(f"no folder {name!r} here, and the hub gave none ({reason}); {way_out}") from error
-
-
-# ---- config.json
+        missing = f"no folder {name!r} here, and the hub gave none ({first_line(error)})"
+        raise ValueError(f"{missing}; {way_out}") from error
 
 
 def read_json(path: Path) -> dict:
@@ -74,9 +71,6 @@ def check_fields(path: Path, fields: dict, required: Iterable[str], allowed: Map
             raise ValueError(f"{path}: {name}={fields[name]!r} is not supported; expected {values[0]!r}")
 
 
-# ---- tensors
-
-
 def weight_files(folder: Path, single: str = WEIGHTS, index: str = INDEX) -> list[Path]:
     """The file ``single``, or the files that ``index`` names. ValueError where there is neither."""
     if (folder / single).exists():
@@ -84,13 +78,13 @@ def weight_files(folder: Path, single: str = WEIGHTS, index: str = INDEX) -> lis
     if not (folder / index).exists():
         raise ValueError(f"{folder} has neither {single} nor {index}; other formats are not read")
     shards = read_json(folder / index).get("weight_map")
-    values = shards.values() if isinstance(shards, dict) else [None]
-    if not all(isinstance(name, str) and name == os.path.basename(name) for name in values):
+    names = shards.values() if isinstance(shards, dict) else [None]
+    if not all(isinstance(name, str) and name == os.path.basename(name) for name in names):
         raise ValueError(f"{folder / index}: expected a weight_map from tensors to files of the same folder")
-    names = sorted(set(values))
-    if lacking := [name for name in names if not (folder / name).is_file()]:
+    paths = [folder / name for name in sorted(set(names))]
+    if lacking := [path.name for path in paths if not path.is_file()]:
         raise ValueError(f"{folder} lacks {', '.join(lacking)}, which {index} names; copy it there")
-    return [folder / name for name in names]
+    return paths
 
 
 @contextmanager
@@ -106,10 +100,8 @@ def _opened(path: Path):
 
 
 def read_shapes(paths: list[Path]) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor in the files, from their headers alone.
-
-    Raises ValueError for a damaged file, a truncated one included, and for a tensor that two files hold.
-    """
+    """The shape of every tensor in the files, from their headers alone. Raises ValueError for a damaged file, a
+    truncated one included, and for a tensor that two files hold."""
     shapes: dict[str, tuple[int, ...]] = {}
     for path in paths:
         with _opened(path) as file:
@@ -128,22 +120,32 @@ def read_tensors(paths: list[Path]) -> Iterator[tuple[str, Tensor]]:
                 yield name, file.get_tensor(name)
 
 
-def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+def load_pickled(path: str | os.PathLike, says: str, **how):
+    """torch.load onto the CPU that runs no code. Raises ValueError, ``says`` and why, for a file it cannot read."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, **how)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} {says}: {first_line(error)}") from error
 
 
-def check_shapes(found: Mapping[str, tuple], expected: Mapping[str, tuple], says: str) -> None:
-    """Raises ValueError: ``says``, then the tensors that are missing, unexpected or misshapen, three of a kind."""
-    both = [name for name in expected if name in found]
+def holds_tensors(content) -> bool:
+    return isinstance(content, dict) and all(isinstance(t, Tensor) for t in content.values())
+
+
+def check_shapes(found: Mapping[str, Tensor | tuple], expected: Mapping[str, Tensor | tuple], says: str) -> None:
+    """Raises ValueError: ``says``, then the tensors that are missing, unexpected or misshapen, three of a kind. Either
+    side gives each tensor itself or its shape."""
+    found, expected = ({n: tuple(getattr(t, "shape", t)) for n, t in side.items()} for side in (found, expected))
     wrong = {
-        "missing ": [name for name in expected if name not in found],
-        "unexpected ": [name for name in found if name not in expected],
-        "": [f"{n} is {found[n]} instead of {expected[n]}" for n in both if found[n] != expected[n]],
+        "missing ": [n for n in expected if n not in found],
+        "unexpected ": [n for n in found if n not in expected],
+        "": [f"{n} is {found[n]} instead of {s}" for n, s in expected.items() if found.get(n, s) != s],
     }
-    parts = []
-    for kind, items in wrong.items():
-        more = f" and {len(items) - 3} more" if len(items) > 3 else ""
-        parts += [kind + ", ".join(items[:3]) + more] if items else []
+    parts = [
+        kind + ", ".join(items[:3]) + (f" and {len(items) - 3} more" if len(items) > 3 else "")
+        for kind, items in wrong.items()
+        if items
+    ]
     if parts:
         raise ValueError(f"{says}: " + "; ".join(parts))
 
@@ -156,57 +158,52 @@ def drop_tied(tensors: dict[str, Tensor], name: str, copies: Iterable[str], fold
             raise ValueError(f"{folder}: {copy} differs from {name}; the model here ties the two")
 
 
-# ---- writing
+def write_model(
+    folder: str | os.PathLike,
+    fields: dict,
+    dtype: torch.dtype,
+    tensors: Mapping[str, Tensor],
+    files: Mapping[str, bytes] | None,
+    tensor_of: Callable[[str], Tensor] | None = None,
+    max_bytes: float = math.inf,
+    what: str = "tokenizer file",
+) -> None:
+    """Writes config.json with ``fields``, the tensors in ``dtype``, and ``files`` (name -> content) beside them.
 
-
-def check_extra_files(files: Mapping[str, bytes], what: str = "tokenizer file") -> None:
-    """Raises ValueError unless each of ``files`` (name -> content) can stand beside a model's own."""
-    for name, content in files.items():
+    ``tensors`` stand in the order to write: in one model.safetensors, or shards of at most ``max_bytes`` with their
+    index; a larger tensor has a file of its own. With ``tensor_of`` they say sizes alone: ``tensor_of(name)`` is asked
+    for each when its shard is written, so that no more than one shard is held. Raises ValueError, before anything is
+    written, for ``files`` (each a ``what``) that cannot stand beside the model's own.
+    """
+    for name, content in (files or {}).items():
         own = name in ("", ".", "..", INDEX, CONFIG) or name.endswith(".safetensors")
         if own or name != os.path.basename(name):
             raise ValueError(f"{what} {name!r}: expected a plain file name that is not one of the model's own")
         if not isinstance(content, bytes):
             raise ValueError(f"{what} {name!r} holds {type(content).__name__}: expected bytes")
-
-
-def write_model(
-    folder: Path,
-    fields: dict,
-    sizes: Mapping[str, int],
-    tensor_of: Callable[[str], Tensor],
-    files: Mapping[str, bytes],
-    max_bytes: float = float("inf"),
-) -> None:
-    """Writes config.json with ``fields``, the tensors as ``write_tensors`` does, and ``files`` beside them."""
-    with staged(folder, last=CONFIG) as temporary:
-        write_tensors(temporary, sizes, tensor_of, max_bytes)
-        for name, content in files.items():
-            (temporary / name).write_bytes(content)
-        (temporary / CONFIG).write_text(json.dumps(fields, indent=2) + "\n")
-
-
-def write_tensors(folder: Path, sizes: Mapping[str, int], tensor_of: Callable[[str], Tensor], max_bytes: float) -> None:
-    """Writes one model.safetensors, or shards of at most ``max_bytes`` with their index, into ``folder``.
-
-    ``sizes`` holds the bytes of each tensor, in the order to write. ``tensor_of(name)`` is asked for a tensor when its
-    shard is written, so that no more than one shard is held. A tensor above ``max_bytes`` has a file of its own.
-    """
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name, size in sizes.items():
+    shards, filled, total, weight_map = [[]], 0, 0, {}
+    for name, tensor in tensors.items():
+        size = tensor.numel() * dtype.itemsize
         if shards[-1] and filled + size > max_bytes:
             shards.append([])
             filled = 0
         shards[-1].append(name)
-        filled += size
-    weight_map = {}
-    for i, names in enumerate(shards):
-        file = WEIGHTS if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        save_tensors(((name, tensor_of(name)) for name in names), folder / file)
-        weight_map |= dict.fromkeys(names, file)
-    if len(shards) > 1:
-        index = dict(metadata=dict(total_size=sum(sizes.values())), weight_map=weight_map)
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        filled, total = filled + size, total + size
+    tensor_of = tensor_of or tensors.__getitem__
+    with staged(Path(folder), last=CONFIG) as temporary:
+        for i, names in enumerate(shards):
+            file = WEIGHTS if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+            save_tensors(((name, tensor_of(name).to(dtype)) for name in names), temporary / file)
+            weight_map |= dict.fromkeys(names, file)
+        for name, content in (files or {}).items():
+            (temporary / name).write_bytes(content)
+        if len(shards) > 1:
+            write_json(dict(metadata=dict(total_size=total), weight_map=weight_map), temporary / INDEX)
+        write_json(fields | dict(torch_dtype=str(dtype).removeprefix("torch.")), temporary / CONFIG)
+
+
+def write_json(content: dict, path: Path) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def save_tensors(tensors: Iterable[tuple[str, Tensor]], path: Path) -> None:
