@@ -1,8 +1,7 @@
 """linear_score inside torch.compile(fullgraph=True): custom operators that the compiler does not look into.
 
-An operator takes no Python function but the number that ``compilable`` gave the score. The compiler reads the number
-while it traces and guards it: another score compiles another graph. Tensors that a score reads, such as DPSM's alpha,
-are read when the operator runs: fill them outside of the compiled function.
+An operator takes the number that ``compilable`` gave the score. The compiler guards it: another score compiles another
+graph. Tensors that a score reads, such as DPSM's alpha, are read when the operator runs: fill them outside.
 """
 
 import itertools
@@ -61,9 +60,8 @@ def traced_linear_score(tensors, score, *, chunk: int | None, **options) -> tupl
     wants = [grad and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     o = _Options(score=score.number, wants=wants, chunk=chunk or 0, **options)
     total, stats, correct, fishers, *_ = _linear_score(*tensors, *o)
-    moments = as_moments(Stats(*stats.unbind(0)), correct, targets != o.ignore_index, weight.shape[0], o.tail)
-    moments.fisher = fishers if o.fisher else None
-    return total, moments
+    fishers = fishers if o.fisher else None
+    return total, as_moments(Stats(*stats), correct, targets != o.ignore_index, weight.shape[0], o.tail, fishers)
 
 
 def _with_autograd():

@@ -4,7 +4,6 @@ Same functions and mathematics as torch_impl; the kernels are in triton_kernels.
 TRITON_INTERPRET=1, which must be set before this module is imported.
 """
 
-import contextlib
 import os
 
 import torch
@@ -34,7 +33,7 @@ def forward(logits: Tensor, targets: Tensor, stats: Tensor, correct: Tensor, tai
         return
     logits, _ = _aligned(logits)
     rows = _rows(logits, targets) | _results(stats, correct)
-    with _on(logits):
+    with torch.cuda.device_of(logits):
         moments_kernel[(n,)](**rows, tail=tail, TAIL=tail > 0, **_shape(vocab, logits.dtype))
 
 
@@ -44,14 +43,13 @@ def gradient(logits, targets, mask, stats: Stats, coefficients: Coefficients, ta
     n, vocab = logits.shape
     if n == 0:
         return
-    _check_out(logits, out)
     a, c, b, t, target = (None if x is None else x.contiguous() for x in coefficients)
     shape = _shape(vocab, logits.dtype, "PACKED")
     logits, result = _aligned(logits, out)
     programs = triton.cdiv(vocab + shape["W"] - 1, shape["K"] * shape["R"] * shape["W"])  # of a row
     pointers = dict(ref_ptr=stats.row_max, sum_ptr=stats.row_sum, r1_ptr=stats.r1, support_ptr=stats.support)
     pointers |= dict(a_ptr=a, c_ptr=c, b_ptr=b, t_ptr=t, target_ptr=target, out_ptr=result, mask_ptr=_bytes(mask))
-    with _on(logits):
+    with torch.cuda.device_of(logits):
         gradient_kernel[(n, programs)](**_rows(logits, targets), **pointers, tail=tail, **shape)
     if result is not out:
         out.copy_(result)
@@ -70,13 +68,11 @@ def fused_score(
         return
     if not isinstance(knob, Tensor):
         knob = torch.full((), float(knob), device=logits.device)
-    if out is not None:
-        _check_out(logits, out)
     logits, result = _aligned(logits, out)
     arguments = _rows(logits, targets) | _results(stats, correct) | dict(loss_ptr=losses, fisher_ptr=fisher)
     arguments |= dict(SCORE=FUSED_SCORES[name], HAS_B=name in READS_MEAN, knob_ptr=knob)
     arguments |= dict(mask_ptr=_bytes(mask), weights_ptr=weights, out_ptr=result)
-    with _on(logits):
+    with torch.cuda.device_of(logits):
         score_kernel[(n,)](**arguments, **(shape or score_shape(vocab, logits.dtype)))
         rest_kernel[(n,)](**arguments, **_shape(vocab, logits.dtype, "K", "PACKED"))
     if result is not out:
@@ -88,7 +84,7 @@ def rescale(gradient: Tensor, scale: Tensor) -> None:
     n, vocab = gradient.shape
     if n == 0:
         return
-    with _on(gradient):
+    with torch.cuda.device_of(gradient):
         rescale_kernel[(n, triton.cdiv(vocab, RESCALED))](gradient, gradient.stride(0), scale, vocab, BLOCK=RESCALED)
 
 
@@ -104,13 +100,10 @@ def _bytes(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.view(torch.uint8)
 
 
-def _check_out(logits: Tensor, out: Tensor) -> None:
-    if out.stride() != logits.stride():
-        raise ValueError(f"the gradient's strides {out.stride()} are not those of the logits, {logits.stride()}")
-
-
 def _aligned(logits: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Both as they are where they start at multiples of 16 bytes, else copies: the kernels read no others."""
+    if out is not None and out.stride() != logits.stride():
+        raise ValueError(f"the gradient's strides {out.stride()} are not those of the logits, {logits.stride()}")
     if any(x is not None and x.data_ptr() % VECTOR_BYTES for x in (logits, out)):
         logits = logits.clone(memory_format=torch.contiguous_format)
         out = None if out is None else torch.empty_like(logits)
@@ -118,7 +111,7 @@ def _aligned(logits: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor 
 
 
 def _vectors(vocab: int, dtype: torch.dtype) -> int:
-    """The vectors that a row can touch."""
+    """The vectors that a row can touch, of a vector's width in elements."""
     width = VECTOR_BYTES // dtype.itemsize
     return triton.cdiv(vocab + width - 1, width)
 
@@ -132,8 +125,7 @@ def _launch(dtype: torch.dtype, warps: int, per_go: int) -> dict:
 def _shape(vocab: int, dtype: torch.dtype, *without: str) -> dict:
     """Launch constants of the other kernels, which read K vectors a lane at a time; those that one has not left out."""
     warps = max(1, min(8, triton.next_power_of_2(_vectors(vocab, dtype)) // 128))
-    shape = _launch(dtype, warps, per_go=4)
-    return {name: value for name, value in shape.items() if name not in without}
+    return {name: value for name, value in _launch(dtype, warps, per_go=4).items() if name not in without}
 
 
 def score_shape(vocab: int, dtype: torch.dtype, warps: int = 0, held: int | None = None) -> dict:
@@ -146,7 +138,3 @@ def score_shape(vocab: int, dtype: torch.dtype, warps: int = 0, held: int | None
     if held is None:
         held = HELD if pieces <= HELD else HELD_OF_MORE
     return dict(PIECES=min(pieces, held), MORE=pieces > held, maxnreg=REGISTERS) | _launch(dtype, warps, per_go=2)
-
-
-def _on(tensor: Tensor):
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

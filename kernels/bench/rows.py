@@ -40,11 +40,10 @@ def device_name(device: str) -> str:
 
 def where_and_when(device: str) -> dict:
     """Device, threads, versions and date: the last columns of every row."""
-    version, date = None, datetime.now(UTC).isoformat(timespec="seconds")
+    about = dict(device=device_name(device), threads=torch.get_num_threads(), torch=torch.__version__, triton=None)
     with suppress(PackageNotFoundError):
-        version = metadata.version("triton")
-    machine = dict(device=device_name(device), threads=torch.get_num_threads())
-    return machine | dict(torch=torch.__version__, triton=version, date=date)
+        about["triton"] = metadata.version("triton")
+    return about | dict(date=datetime.now(UTC).isoformat(timespec="seconds"))
 
 
 class Rows(list):
@@ -94,10 +93,8 @@ def read_csv(file: str) -> list[dict]:
 
     def value(text: str | None):
         for read in (int, float):
-            try:
+            with suppress(ValueError):
                 return read(text) if text else None
-            except ValueError:
-                pass
         return text
 
     with open(file, newline="") as opened:
@@ -112,10 +109,12 @@ def write_plot(rows: list[dict], file: str) -> None:
     from matplotlib.figure import Figure
 
     rows = [r for r in rows if r.get("step_ms")]
-    shapes = list(dict.fromkeys((r["n"], r["v"], r["d"]) for r in rows))
-    figure = Figure(figsize=(6.5 * len(shapes), 4.2), layout="constrained")
-    for axis, (n, v, d) in zip(figure.subplots(1, len(shapes), squeeze=False)[0], shapes, strict=True):
-        shown = [r for r in rows if (r["n"], r["v"], r["d"]) == (n, v, d)][::-1]
+    panels = {}
+    for r in reversed(rows):
+        panels.setdefault((r["n"], r["v"], r["d"]), []).append(r)
+    figure = Figure(figsize=(6.5 * len(panels), 4.2), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, ((n, v, d), shown) in zip(reversed(axes), panels.items(), strict=True):
         names = [r["provider"] for r in shown]
         colors = ["#1f77b4" if "ours" in name or "linear_score" in name else "#bbbbbb" for name in names]
         bars = axis.barh(names, [r["step_ms"] for r in shown], color=colors)
