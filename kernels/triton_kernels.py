@@ -121,10 +121,10 @@ def gradient_kernel(
     on = tl.load(mask_ptr + row) != 0 if mask_ptr is not None else True
     ref = tl.load(ref_ptr + row)
     scale = tl.load(r1_ptr + row) / tl.load(sum_ptr + row)
-    a = tl.load(a_ptr + row)
     c = tl.load(c_ptr + row) if c_ptr is not None else None
     b = tl.load(b_ptr + row) if b_ptr is not None else None
     t = tl.load(t_ptr + row) if t_ptr is not None else None
+    a = tl.load(a_ptr + row)
     limit = tail / tl.maximum(tl.load(support_ptr + row), 1.0)
     start = tl.program_id(1) * (K * R)
     lane = tl.arange(0, R)

@@ -96,6 +96,11 @@ def places_of(ptr, at, v, W: tl.constexpr):
 
 
 @triton.jit
+def words_of(ptr, at, v):
+    return places_of(ptr.to(tl.pointer_type(tl.int32)), at, v, 4)
+
+
+@triton.jit
 def load_words(ptr, at, v, live):
     """[R, 4] words, FILL where not ``live``."""
     if ptr.dtype.element_ty == tl.float32:
@@ -104,7 +109,7 @@ def load_words(ptr, at, v, live):
         fill = FILL_BF16_TWICE
     else:
         fill = FILL_FP16_TWICE
-    return tl.load(places_of(ptr.to(tl.pointer_type(tl.int32)), at, v, 4), mask=live[:, None], other=fill)
+    return tl.load(words_of(ptr, at, v), mask=live[:, None], other=fill)
 
 
 @triton.jit
@@ -260,8 +265,7 @@ def element(ptr, at, v, half: tl.constexpr, V, y, W: tl.constexpr):
     """(z, j), [R, 4]: entries of vectors that need not be whole, -inf outside of the row and at the target, and their
     places in the row."""
     shift = at[1]
-    words = places_of(ptr.to(tl.pointer_type(tl.int32)), at, v, 4)
-    word = tl.load(words, mask=(v * W < shift + V)[:, None], other=0)
+    word = tl.load(words_of(ptr, at, v), mask=(v * W < shift + V)[:, None], other=0)
     j = (v * W)[:, None] + tl.arange(0, 4)[None, :] * (W // 4) + half - shift
     z = part_of(word, half, 0, ptr.dtype.element_ty)
     return tl.where((j >= 0) & (j < V) & (j != y), z, float("-inf")), j
