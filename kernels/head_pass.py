@@ -44,7 +44,7 @@ class HeadPass:
             hidden = hidden.to(torch.get_autocast_dtype(device.type))
         self.module = choose_impl(impl, hidden)
         self.hidden, self.n, self.vocab, self.tail = hidden, len(hidden), vocab or len(weight), tail
-        self.grad_dtypes = dtypes_of(hidden, weight, bias)
+        self.grad_dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         check_logits(hidden.new_empty(0, self.vocab), self.module)
         self.targets, self.valid, self.mask = check_targets(targets, self.n, self.vocab, ignore_index, device)
         self.stats, self.correct = new_stats(hidden, self.n)
@@ -70,8 +70,8 @@ class HeadPass:
         self.buffer = None
 
     def losses(self, score, fisher: bool, grads=None):
-        """(weighted losses [N], Moments, what ``gradient_of`` needs) of all chunks. ``grads``, where there are any, get
-        the gradients of the losses' sum."""
+        """(weighted losses [N], Moments, what ``gradient_of`` needs) of all chunks; fills ``grads`` with those of the
+        losses' sum."""
         losses, fishers, kept = self.new_vector(), self.new_vector() if fisher else None, []
         gradient = grads is not None
         keep_w = gradient and self.can_keep_w  # w left in the logits' storage saves the gradient's exponentials
@@ -119,8 +119,8 @@ class HeadPass:
         return torch.where(w == 0, 0.0, values * w)
 
     def score(self, logits, rows, score, losses, fishers, gradient=False, keep_w=False):
-        """Fills stats, losses and Fisher of a chunk. Gives the weighted partials, or None where one kernel did it all:
-        with ``gradient`` it left the weighted gradient over the logits."""
+        """Fills stats, losses and Fisher of a chunk. Gives the weighted partials, or None where one kernel did it all,
+        with ``gradient`` the weighted gradient over the logits too."""
         fused = self.can_fuse and fused_form(score, self.module, self.tail)
         if fused:
             self.fused(fused, logits, rows, losses, fishers, logits if gradient else None, self.weights)
@@ -216,10 +216,6 @@ class HeadPass:
                     self.gradient(logits, rows, partials.map(upstream[rows].mul))
                 self.accumulate(logits, rows, grads)
         return [None if g is None else g.to(d) for g, d in zip(grads, self.grad_dtypes, strict=True)]
-
-
-def dtypes_of(*tensors: Tensor | None) -> tuple[torch.dtype | None, ...]:
-    return tuple(None if x is None else x.dtype for x in tensors)
 
 
 def scaled(grads, grad: Tensor, denominator: Tensor | None, dtypes, inplace: bool = True) -> list[Tensor | None]:

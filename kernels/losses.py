@@ -73,8 +73,8 @@ def smoothing(eps: float) -> Callable[..., Tensor]:
 def dpsm(alpha: Tensor | float) -> Callable[..., Tensor]:
     """Dynamic Proper-Score Mixing: (1 - alpha) * CE + alpha * Brier.
 
-    Proper for every alpha in [0, 1]. ``alpha`` is a float or a 0-d tensor on the device. A tensor is read when the score
-    is evaluated: fill it in place to move the mixture.
+    Proper for every alpha in [0, 1]. ``alpha`` is a float or a 0-d tensor on the device. The tensor is read when the
+    score is evaluated: fill it in place to move the mixture.
     """
     return named("dpsm", lambda m: (1 - alpha) * ce(m) + alpha * brier(m), alpha)
 

@@ -3,9 +3,9 @@
     python -m races.train_step --csv step.csv
     python -m kernels.bench --claims --train-step-csv step.csv      # what is claimed of it
 
-One model and one AdamW serve all sides, which take turns step by step. On a GPU it is GPT-2 124M on 8 x 1024 random
-tokens, blocks under torch.compile; on CPU a tiny one. Weights are fp32, --dtype is that of the activations. Peak memory
-is what a step needs beyond weights and optimizer state.
+One model and one AdamW serve all sides, which take turns step by step: GPT-2 124M on 8 x 1024 random tokens, blocks
+under torch.compile; on CPU a tiny one. Weights are fp32, --dtype is that of the activations. Peak memory is what a step
+needs beyond weights and optimizer state.
 """
 
 import sys

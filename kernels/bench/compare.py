@@ -31,8 +31,8 @@ def time_losses(functions: dict, leaves, targets, repeats: int, forward: bool, c
 
 
 def gradient_error(function, shape: Shape, dtype: str, device: str, alpha: float) -> float:
-    """Relative error of a leaf's gradient in the 2-norm, the larger of the leaves, on a few tokens, against float64
-    autograd of (1 - alpha) CE + alpha Brier."""
+    """Largest relative error of a leaf's gradient, in the 2-norm and on a few tokens, against float64 autograd of
+    (1 - alpha) CE + alpha Brier."""
     leaves, targets = timing.make_inputs(shape._replace(n=512 if device == "cuda" else 64), dtype, device)
     exact = [x.detach().double().requires_grad_() for x in leaves]
     log_p = (exact[0] if shape.d is None else exact[0] @ exact[1].t()).log_softmax(-1)

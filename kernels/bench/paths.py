@@ -10,7 +10,7 @@ from ..head import linear_score
 from ..losses import dpsm
 from ..moments import new_stats
 from . import timing
-from .providers import ALPHA, matrix_products
+from .providers import ALPHA, FROM_HIDDEN
 from .rows import Rows
 from .timing import Shape
 
@@ -46,10 +46,9 @@ def time_paths(v: int, dtype: torch.dtype, device: str, repeats: int) -> dict[tu
 def time_chunks(shape: Shape, dtype: str, device: str, repeats: int, sizes) -> dict[int, float]:
     """{tokens a chunk: median over rounds of linear_score's time over that of its bare matrix products}."""
     leaves, targets = timing.make_inputs(shape, dtype, device)
-    functions = {
-        size: lambda h, w, y, chunk=size: linear_score(h, w, y, dpsm(ALPHA), fisher=True, chunk=chunk)[0]
-        for size in sizes
-    } | {"products": matrix_products}
+    functions = {"products": FROM_HIDDEN["matrix products"]}
+    for size in sizes:
+        functions[size] = lambda *x, chunk=size: linear_score(*x, dpsm(ALPHA), fisher=True, chunk=chunk)[0]
     jobs = {key: partial(timing.run_once, function, leaves, targets) for key, function in functions.items()}
     times = timing.time_in_turns(jobs, device, repeats)
     return {size: timing.median_ratio(times, size, "products") for size in sizes}

@@ -94,8 +94,8 @@ def time_once(job: Callable[[], object], device: str) -> float:
 def time_in_turns(
     jobs: dict[object, Callable], device: str, repeats: int, between: Callable | None = None
 ) -> dict[object, list[float]]:
-    """Seconds of every job in each of ``repeats`` rounds, in which they take turns, so that what else the machine does
-    falls on all of them. ``between`` runs after each job and is not timed."""
+    """Seconds of every job in each of ``repeats`` rounds, in which they take turns: what else the machine does falls on
+    all of them. ``between`` runs after each job and is not timed."""
     times = {name: [] for name in jobs}
     for turn in range(repeats + WARM_UPS[device]):
         for name, job in jobs.items():
@@ -163,11 +163,11 @@ def measure_memory_apart(name: str, shape: Shape, dtype: str, threads: int = 0) 
 
 def measure_joules(job: Callable[[], object], device: str) -> float | None:
     """Joules of one call, from a second of calls, by NVML's counter; None where there is none."""
+    if device != "cuda":
+        return None
     try:
         import pynvml
     except ImportError:
-        return None
-    if device != "cuda":
         return None
     pynvml.nvmlInit()
     uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
