@@ -47,7 +47,7 @@ def where_and_when(device: str) -> dict:
 
 
 class Rows(list):
-    """The rows of a run on ``device``. ``file``: a CSV, written anew after every row: a run that is cut off keeps it."""
+    """The rows of a run on ``device``. ``file``: a CSV, whole after every row, so that a run may be cut off."""
 
     def __init__(self, device: str, file: str | None = None):
         super().__init__()
@@ -60,7 +60,7 @@ class Rows(list):
         self._print(name, [heading for heading, *_ in self.columns.values()])
 
     def add(self, row: dict, note: str = "") -> None:
-        """A row for the file and a line for the table, which ``note`` ends: its figures, or why they are ``missing``."""
+        """A row for the file, and a line for the table: its figures, or why they are ``missing``, then ``note``."""
         self.append(row | self.about)
         if self.file:
             write_csv(self, self.file)
