@@ -106,7 +106,7 @@ def _aligned(logits: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor 
 
 
 def _vectors(vocab: int, dtype: torch.dtype) -> int:
-    """The vectors that a row can touch, of a vector's width in elements."""
+    """The vectors that a row can touch."""
     width = VECTOR_BYTES // dtype.itemsize
     return triton.cdiv(vocab + width - 1, width)
 
