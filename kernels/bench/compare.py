@@ -67,8 +67,8 @@ def compare(shape: Shape, args, rows: Rows) -> None:
             peak = timing.measure_memory(function, shape, args.dtype, "cuda")
         else:
             peak = timing.measure_memory_apart(name, shape, args.dtype, args.threads)
-        exact = args.dtype, args.device, ALPHA if "DPSM" in name else 0.0
-        error = gradient_error(function, shape, *exact) if name != "matrix products" else None
+        how = args.dtype, args.device, ALPHA if "DPSM" in name else 0.0
+        error = gradient_error(function, shape, *how) if name != "matrix products" else None
         ms, share = timing.median_ms(step, name), None if linear else timing.median_ratio(step, "copy", name)
         row = dict(provider=name, **common, forward_ms=timing.median_ms(forward, name), step_ms=ms)
         row |= dict(best_step_ms=1e3 * min(step[name]), ratio_to_literal=timing.median_ratio(step, name, base))
