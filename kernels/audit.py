@@ -15,7 +15,7 @@ No GPU is needed: Triton's own assembler and disassembler do the work. Launch sh
     shared   bytes of shared memory a program
 """
 
-import argparse
+import itertools
 import json
 import math
 import os
@@ -26,7 +26,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-from .bench.timing import DTYPE_OF
+from .bench.timing import DTYPE_OF, new_parser
 
 CAPABILITIES = (80, 90)
 VOCABULARIES = (50257, 151936)
@@ -119,13 +119,11 @@ def read_code(compiled, constants: dict, vocab: int) -> dict:
         sizes = [re.search(r"\.[US]?(128|64|16|8)\b", op) for op in opcodes if op.split(".")[0] == prefix]
         return dict(sorted(Counter(int(size[1]) if size else 32 for size in sizes).items(), reverse=True))
 
-    lanes, pieces = constants["R"], constants.get("PIECES", 0)
-    elements = vocab / lanes  # of a lane
-    vectors = math.ceil(vocab / constants["W"] / lanes)
-    if compiled.metadata.name == "gradient_kernel":  # a program is part of a row, without loops
-        elements = constants["K"] * constants["W"]
-    a_go = constants.get("K", 1)
-    run = executed(code.splitlines(), a_go, math.ceil(max(0, vectors - pieces) / a_go))
+    lanes, width, a_go = constants["R"], constants["W"], constants.get("K", 1)
+    more = max(0, math.ceil(vocab / width / lanes) - constants.get("PIECES", 0))  # vectors that are not held
+    run = executed(code.splitlines(), a_go, math.ceil(more / a_go))
+    # Of a lane. A program of gradient_kernel is part of a row, without loops.
+    elements = a_go * width if compiled.metadata.name == "gradient_kernel" else vocab / lanes
     special, local = sum(op.startswith("MUFU") for op in run), sum(op.split(".")[0] in ("LDL", "STL") for op in opcodes)
     usage = {name: int(n) for name, n in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
     figures = dict(registers=usage["REG"], spill_bytes=usage["STACK"] + usage["LOCAL"], spill_instructions=local)
@@ -138,19 +136,16 @@ def audit(capability: int, vocab: int, dtype: str, only: str = "") -> list[dict]
     """A row of figures for each kernel whose label holds ``only``."""
     rows = []
     for label, kernel, constants in variants(capability, vocab, dtype):
-        if only not in label:
-            continue
-        compiled = compile_for(kernel, constants, capability, dtype, vocab)
-        shape = {k: constants.get(k, 0) for k in ("K", "R", "W", "PIECES", "num_warps")}
-        where = dict(kernel=label, capability=capability, vocab=vocab, dtype=dtype)
-        rows.append(where | shape | read_code(compiled, constants, vocab))
+        if only in label:
+            compiled = compile_for(kernel, constants, capability, dtype, vocab)
+            shape = {k: constants.get(k, 0) for k in ("K", "R", "W", "PIECES", "num_warps")}
+            where = dict(kernel=label, capability=capability, vocab=vocab, dtype=dtype)
+            rows.append(where | shape | read_code(compiled, constants, vocab))
     return rows
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m kernels.audit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser("kernels.audit", __doc__)
     parser.add_argument("--capability", type=int, nargs="+", default=CAPABILITIES, help="80: A100, 90: H100, H200")
     parser.add_argument("--vocab", type=int, nargs="+", default=VOCABULARIES)
     parser.add_argument("--dtype", choices=DTYPE_OF, default="bf16", help="of the logits")
@@ -167,14 +162,13 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     rows = []
     print(f"triton {triton.__version__}, {args.dtype}", LINE.format(*HEADINGS), sep="\n")
-    for vocab in args.vocab:
-        for capability in args.capability:
-            for row in audit(capability, vocab, args.dtype, args.kernel):
-                rows.append(row)
-                accesses = [" ".join(f"{n}x{bits}" for bits, n in row[k].items()) for k in ("loads", "stores")]
-                figures = f"{row['instructions_per_element']:.1f}", f"{row['special_per_element']:.2f}"
-                sizes = capability, vocab, row["registers"], row["spill_bytes"]
-                print(LINE.format(row["kernel"], *sizes, *accesses, *figures, row["shared_bytes"]), flush=True)
+    for vocab, capability in itertools.product(args.vocab, args.capability):
+        for row in audit(capability, vocab, args.dtype, args.kernel):
+            rows.append(row)
+            accesses = [" ".join(f"{n}x{bits}" for bits, n in row[k].items()) for k in ("loads", "stores")]
+            figures = f"{row['instructions_per_element']:.1f}", f"{row['special_per_element']:.2f}"
+            sizes = capability, vocab, row["registers"], row["spill_bytes"]
+            print(LINE.format(row["kernel"], *sizes, *accesses, *figures, row["shared_bytes"]), flush=True)
     if args.json:
         args.json.write_text(json.dumps(dict(triton=triton.__version__, rows=rows), indent=1) + "\n")
     return 0

@@ -1,13 +1,11 @@
 """How many tokens linear_score takes at a time on a GPU, and the memory that it needs beside its inputs.
 
-Wanted: at most 300 MB beside inputs and gradients, and a time near that of the bare matrix products. Small chunks are
-slow: each adds its part of d_weight to an fp32 [V, D] in memory, the products round a chunk up to their tiles, and the
-row kernel, one program a row, to whole waves over the multiprocessors. Large chunks cost memory, linearly.
+Small chunks are slow: each adds its part of d_weight to an fp32 [V, D] in memory, the products round a chunk up to
+their tiles, and the row kernel to whole waves over the multiprocessors. Large chunks cost memory, linearly.
 
-With a bf16 gradient the fp32 sum of d_weight is itself beside it: 2 V D bytes while the chunks run, 4 V D while
-backward narrows it. That is 154 MB at (V, D) = (50257, 768), but 622 MB at (151936, 1024), where no chunk helps; then a
-chunk is given as much as the sum takes anyway. (A sum in bf16 doubled d_weight's error, from 1.7e-3 to 3.7e-3.) With
-fp32 weights the sum is the gradient, and the bf16 copy of the weight is what is beside it.
+With a bf16 gradient the fp32 sum of d_weight is beside it as well: 2 V D bytes while the chunks run, 4 V D while
+backward narrows it. That is 622 MB at (V, D) = (151936, 1024), where no chunk helps; then a chunk is given as much as
+the sum takes. (A sum in bf16 doubled d_weight's error.) With fp32 weights the weight's bf16 copy is what is beside.
 """
 
 import functools

@@ -1,8 +1,7 @@
 """linear_score inside torch.compile(fullgraph=True): custom operators that the compiler does not look into.
 
-An operator takes no Python function but the number that ``compilable`` gave the score. The compiler reads the number
-while it traces and guards it: another score compiles another graph. Tensors that a score reads, such as DPSM's alpha,
-are read when the operator runs: fill them outside of the compiled function.
+An operator takes the number that ``compilable`` gave the score. The compiler guards it: another score compiles another
+graph. Tensors that a score reads, such as DPSM's alpha, are read when the operator runs: fill them outside.
 """
 
 import itertools
@@ -13,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .head_pass import HeadPass, dtypes_of, scaled
+from .head_pass import HeadPass, scaled
 from .moments import Moments, Stats, as_moments, new_stats
 
 _SCORES = weakref.WeakValueDictionary()
@@ -44,9 +43,8 @@ def _operator(name: str, outputs: int):
 
 
 def compilable(score: Callable[[Moments], Tensor]) -> Callable[[Moments], Tensor]:
-    """``score`` itself, any callable that takes attributes, known to linear_score inside torch.compile. Its number is
-    in the attribute ``number``, where the compiler can read it. Call this outside of the compiled function; the scores
-    of losses.py are known already."""
+    """``score`` itself, any callable that takes attributes, known to linear_score inside torch.compile by its attribute
+    ``number``. Call this outside of the compiled function; the scores of losses.py are known already."""
     score.number = next(_numbers)
     _SCORES[score.number] = score
     return score
@@ -61,9 +59,8 @@ def traced_linear_score(tensors, score, *, chunk: int | None, **options) -> tupl
     wants = [grad and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     o = _Options(score=score.number, wants=wants, chunk=chunk or 0, **options)
     total, stats, correct, fishers, *_ = _linear_score(*tensors, *o)
-    moments = as_moments(Stats(*stats.unbind(0)), correct, targets != o.ignore_index, weight.shape[0], o.tail)
-    moments.fisher = fishers if o.fisher else None
-    return total, moments
+    fishers = fishers if o.fisher else None
+    return total, as_moments(Stats(*stats), correct, targets != o.ignore_index, weight.shape[0], o.tail, fishers)
 
 
 def _with_autograd():
@@ -86,14 +83,12 @@ def _linear_score(*arguments):
     head, score, denominator, o = _open(arguments)
     with _with_autograd(), torch.no_grad():
         if o.reduction == "none":
-            total, moments, _ = head.losses(score, o.fisher)
-            grads, denominator = (None,) * 3, None
+            (total, moments, _), grads = head.losses(score, o.fisher), (None,) * 3
         else:
             total, moments, grads, denominator = head.reduced(score, o.reduction, denominator, o.fisher, o.wants)
-    if denominator is not None:
-        denominator = denominator.to(head.stats.dtype)
-    fishers, *rest = (head.h.new_empty(0) if x is None else x for x in (moments.fisher, *grads, denominator))
-    return total, head.stats, head.correct, fishers, *rest
+    denominator = None if o.reduction != "mean" else denominator.to(head.stats.dtype)
+    rest = (head.h.new_empty(0) if x is None else x for x in (moments.fisher, *grads, denominator))
+    return total, head.stats, head.correct, *rest
 
 
 @_linear_score.register_fake
@@ -133,8 +128,7 @@ def _setup(ctx, inputs, output):
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*(tensors if ctx.options.reduction == "none" else output[4:]))
-    hidden, weight, _, bias, _ = tensors
-    ctx.dtypes = dtypes_of(hidden, weight, bias)
+    ctx.dtypes = [None if x is None else x.dtype for x in (*tensors[:2], tensors[3])]  # hidden, weight, bias
 
 
 def _backward(ctx, grad, *_):
@@ -146,8 +140,7 @@ def _backward(ctx, grad, *_):
     grads = [g if w else None for g, w in zip(grads, o.wants, strict=True)]
     if o.reduction != "none":
         grads = scaled(grads, grad, denominator if o.reduction == "mean" else None, ctx.dtypes, inplace=False)
-    d_hidden, d_weight, d_bias = grads
-    return d_hidden, d_weight, None, d_bias, *(None,) * (2 + len(o))
+    return *grads[:2], None, grads[2], *(None,) * (2 + len(o))
 
 
 _linear_score.register_autograd(_backward, setup_context=_setup)

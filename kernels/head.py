@@ -39,17 +39,14 @@ def linear_score(
     fills Moments.fisher with |d score/dz|^2 of each token, without a pass over the logits.
 
     ``weights`` [N], without gradient: a factor for each token's loss and gradient. A token of weight 0, such as a
-    prompt's, has its moments and Fisher, and no part in the loss.
+    prompt's, has its moments and Fisher, and no part in the loss. ``chunk``: tokens at a time, by default what fits a
+    fixed budget on CPU, and chunks.chunk_rows on CUDA.
 
     ``reduction`` "mean" divides the sum of weights * losses by ``denominator``, a 0-d tensor on the device; by default
     the sum of the weights in the loss (without weights, the number of tokens; 1 where that is 0). "mean" and "sum"
     compute the gradient in the forward: backward only scales it and can run once. "none" gives the weighted loss of
-    each token, [N] fp32, and computes the logits again in backward.
-
-    ``chunk``: tokens at a time, by default what fits a fixed budget on CPU, and chunks.chunk_rows on CUDA.
-
-    Raises ValueError for arguments that do not fit together; targets are checked on CPU only. Inside torch.compile
-    the score must have been made outside of the compiled function (kernels.compilable).
+    each token, [N] fp32, and computes the logits again in backward. Raises ValueError for arguments that do not fit
+    together; targets are checked on CPU only. Inside torch.compile the score must be marked (kernels.compilable).
     """
     check_reduction(reduction, denominator, weights, hidden)
     how = dict(ignore_index=ignore_index, tail=tail, chunk=chunk, impl=impl)

@@ -1,6 +1,5 @@
-"""One pass over a linear head in chunks of tokens: logits of a chunk, their moments, the score and its partial
-derivatives on [n] vectors, the gradient over the logits' own storage, and from it the chunk's rows of d_hidden and
-its part of d_weight."""
+"""One pass over a linear head in chunks of tokens: a chunk's logits, their moments, the score and its derivatives, the
+gradient over the logits' own storage, and from it the chunk's rows of d_hidden and its part of d_weight."""
 
 import contextlib
 
@@ -21,8 +20,7 @@ from .moments import (
     score_partials,
 )
 
-# Bytes of logits a chunk on CPU; for CUDA see chunks.py. Small enough to be no burden beside the model, large
-# enough that the matrix products run at full speed and the fp32 d_weight is not read and written too often.
+# Bytes of logits a chunk on CPU (CUDA: chunks.py). Less would read and write the fp32 d_weight too often.
 CPU_BUDGET = 128 * 2**20
 ALL = slice(None)
 
@@ -46,7 +44,7 @@ class HeadPass:
             hidden = hidden.to(torch.get_autocast_dtype(device.type))
         self.module = choose_impl(impl, hidden)
         self.hidden, self.n, self.vocab, self.tail = hidden, len(hidden), vocab or len(weight), tail
-        self.grad_dtypes = dtypes_of(hidden, weight, bias)
+        self.grad_dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         check_logits(hidden.new_empty(0, self.vocab), self.module)
         self.targets, self.valid, self.mask = check_targets(targets, self.n, self.vocab, ignore_index, device)
         self.stats, self.correct = new_stats(hidden, self.n)
@@ -72,12 +70,11 @@ class HeadPass:
         self.buffer = None
 
     def losses(self, score, fisher: bool, grads=None):
-        """(weighted losses [N], Moments, what ``gradient_of`` needs) of all chunks. ``grads``, where there are any, get
-        the gradients of the losses' sum."""
+        """(weighted losses [N], Moments, what ``gradient_of`` needs) of all chunks; fills ``grads`` with those of the
+        losses' sum."""
         losses, fishers, kept = self.new_vector(), self.new_vector() if fisher else None, []
-        # w left in the logits' storage saves the second exponential of the gradient.
         gradient = grads is not None
-        keep_w = gradient and self.can_keep_w
+        keep_w = gradient and self.can_keep_w  # w left in the logits' storage saves the gradient's exponentials
         with self.quiet():
             for rows in self.chunks:
                 logits = self.logits(rows)
@@ -122,8 +119,8 @@ class HeadPass:
         return torch.where(w == 0, 0.0, values * w)
 
     def score(self, logits, rows, score, losses, fishers, gradient=False, keep_w=False):
-        """Fills stats, losses and Fisher of a chunk. Gives the weighted partials, or None where one kernel did it all:
-        with ``gradient`` it left the weighted gradient over the logits."""
+        """Fills stats, losses and Fisher of a chunk. Gives the weighted partials, or None where one kernel did it all,
+        with ``gradient`` the weighted gradient over the logits too."""
         fused = self.can_fuse and fused_form(score, self.module, self.tail)
         if fused:
             self.fused(fused, logits, rows, losses, fishers, logits if gradient else None, self.weights)
@@ -136,11 +133,11 @@ class HeadPass:
 
     def fused(self, form, logits, rows, losses, fishers, out, weights) -> None:
         """The chunk by one kernel. The Fisher is written whether it is wanted or not."""
-        fisher = torch.empty_like(losses[rows]) if fishers is None else fishers[rows]
-        weights = None if weights is None else weights[rows]
-        inputs = dict(logits=logits, targets=self.targets[rows], mask=self.mask_of(rows), weights=weights)
-        stats = dict(stats=self.stats[:, rows], correct=self.correct[rows])
-        self.module.fused_score(*form, **inputs, **stats, losses=losses[rows], fisher=fisher, out=out)
+        if fishers is None:
+            fishers = self.new_vector()
+        vectors = dict(mask=self.mask, weights=weights, correct=self.correct, losses=losses, fisher=fishers)
+        vectors = {name: None if x is None else x[rows] for name, x in vectors.items()}
+        self.module.fused_score(*form, logits, self.targets[rows], stats=self.stats[:, rows], out=out, **vectors)
 
     def rows_of_buffer(self, rows: slice) -> Tensor:
         """Storage for the logits of a chunk, the same for every chunk."""
@@ -162,7 +159,7 @@ class HeadPass:
         return None if self.mask is None else self.mask[rows]
 
     def stats_of(self, rows: slice) -> Stats:
-        return Stats(*self.stats[:, rows].unbind(0))
+        return Stats(*self.stats[:, rows])
 
     def forward(self, logits: Tensor, rows: slice, keep_w: bool = False) -> None:
         stats, correct = self.stats[:, rows], self.correct[rows]
@@ -171,9 +168,7 @@ class HeadPass:
         mask_stats(stats, correct, self.mask_of(rows))
 
     def moments(self, rows: slice = ALL, fisher: Tensor | None = None) -> Moments:
-        moments = as_moments(self.stats_of(rows), self.correct[rows], self.valid[rows], self.vocab, self.tail)
-        moments.fisher = fisher
-        return moments
+        return as_moments(self.stats_of(rows), self.correct[rows], self.valid[rows], self.vocab, self.tail, fisher)
 
     def new_grads(self, wants) -> list[Tensor | None]:
         """Buffers for d_hidden, d_weight in fp32 (fp64 for fp64), and d_bias likewise."""
@@ -187,9 +182,9 @@ class HeadPass:
         """Turns the chunk's logits into their gradient, where ``score`` has not."""
         if partials is None:
             return
-        stats, targets, extra = self.stats_of(rows), self.targets[rows], dict(kept_w=True) if kept_w else {}
-        rule = gradient_coefficients(stats, partials)
-        self.module.gradient(logits, targets, self.mask_of(rows), stats, rule, self.tail, logits, **extra)
+        stats, extra = self.stats_of(rows), dict(kept_w=True) if kept_w else {}
+        inputs = (logits, self.targets[rows], self.mask_of(rows), stats, gradient_coefficients(stats, partials))
+        self.module.gradient(*inputs, self.tail, logits, **extra)
 
     def accumulate(self, logits: Tensor, rows: slice, grads) -> None:
         """Adds what follows from the gradient of a chunk's logits to ``grads``."""
@@ -201,13 +196,10 @@ class HeadPass:
         if d_weight is None:
             return
         g, h, first = logits.t(), self.h[rows], rows.start == 0
-        if g.dtype == d_weight.dtype:
-            torch.mm(g, h, out=d_weight) if first else d_weight.addmm_(g, h)
-        elif products_widen(g.device):  # the sum in the product's own epilogue: no second [V, D] tensor
-            if first:
-                torch.mm(g, h, out_dtype=torch.float32, out=d_weight)
-            else:
-                torch.addmm(d_weight, g, h, out_dtype=torch.float32, out=d_weight)
+        same = g.dtype == d_weight.dtype
+        if same or products_widen(g.device):  # the sum in the product's own epilogue: no second [V, D] tensor
+            out = dict(out=d_weight) if same else dict(out=d_weight, out_dtype=torch.float32)
+            torch.mm(g, h, **out) if first else torch.addmm(d_weight, g, h, **out)
         else:
             d_weight.copy_(g @ h) if first else d_weight.add_(g @ h)
 
@@ -226,20 +218,14 @@ class HeadPass:
         return [None if g is None else g.to(d) for g, d in zip(grads, self.grad_dtypes, strict=True)]
 
 
-def dtypes_of(*tensors: Tensor | None) -> tuple[torch.dtype | None, ...]:
-    return tuple(None if x is None else x.dtype for x in tensors)
-
-
 def scaled(grads, grad: Tensor, denominator: Tensor | None, dtypes, inplace: bool = True) -> list[Tensor | None]:
     """The gradients of the sum, times upstream over the denominator, in their inputs' dtypes."""
     # Together, as either alone can underflow in fp16.
     scale = grad if denominator is None else grad / denominator
 
     def one(g: Tensor, dtype: torch.dtype) -> Tensor:
-        if not inplace:
-            return (g * scale).to(dtype)
-        if g.dtype == dtype:
-            return g.mul_(scale)
-        return torch.mul(g, scale, out=torch.empty_like(g, dtype=dtype))  # one read, one write
+        if inplace:  # one read, one write
+            return torch.mul(g, scale, out=g if g.dtype == dtype else torch.empty_like(g, dtype=dtype))
+        return (g * scale).to(dtype)
 
     return [None if g is None else one(g, dtype) for g, dtype in zip(grads, dtypes, strict=True)]

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .impl import check_logits, check_reduction, check_targets, choose_impl, fused_form
-from .moments import Moments, Stats, as_moments, new_stats, token_fisher
+from .moments import Moments, Partials, Stats, as_moments, new_stats, token_fisher
 from .softmax import GradientKnown, empty_twin, softmax_moments, with_own_rows
 
 
@@ -52,10 +52,9 @@ def logits_score(
         if not fisher:
             moments.fisher = None
         return GradientKnown.apply(total, rescaled, True, logits), moments
-    moments = softmax_moments(
-        logits, targets, ignore_index=ignore_index, tail=tail, inplace_backward=inplace and grad, impl=impl
-    )
-    for value in (moments.log_p, moments.r1, moments.r2, moments.mean_log_p, moments.tail_log_p):
+    how = dict(ignore_index=ignore_index, tail=tail, inplace_backward=inplace and grad, impl=impl)
+    moments = softmax_moments(logits, targets, **how)
+    for value in (getattr(moments, name) for name in Partials._fields):
         if value is not None and value.requires_grad:  # 0 times an infinite slope is no gradient
             value.register_hook(lambda g: g if g is None else torch.where(factor == 0, 0.0, g))
     losses = torch.where(factor == 0, 0.0, score(moments) * factor)
@@ -77,11 +76,9 @@ def _fused_sum(logits, targets, scale, fused, ignore_index, inplace, module) -> 
     stats, correct = new_stats(z, len(z))
     losses, fishers = torch.empty_like(stats[0]), torch.empty_like(stats[0])
     gradient = z if inplace else empty_twin(z)
-    inputs = dict(logits=z, targets=targets, mask=mask, weights=scale)
     outputs = dict(stats=stats, correct=correct, losses=losses, fisher=fishers, out=gradient)
-    module.fused_score(*fused, **inputs, **outputs)
+    module.fused_score(*fused, z, targets, mask, scale, **outputs)
     if inplace and z.data_ptr() == logits.data_ptr():
         torch.autograd.graph.increment_version(logits)
-    moments = as_moments(Stats(*stats.unbind(0)), correct, valid, logits.shape[1], 0.0)
-    moments.fisher = fishers
+    moments = as_moments(Stats(*stats), correct, valid, logits.shape[1], 0.0, fishers)
     return torch.where(scale == 0, 0.0, losses * scale).sum(), gradient, moments

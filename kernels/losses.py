@@ -1,14 +1,13 @@
 """Proper scoring rules as functions of the Moments of one softmax row, DPSM's alpha schedule, and ProperScoreLoss.
 
-A score takes ``Moments`` (fp32 vectors of length N, an entry a token) and returns the loss of each token, ``[N]`` fp32,
-lower is better. Autograd gives its partial derivatives on these small vectors, and the kernels turn them into the
-gradient over the vocabulary. A score of your own is one line, for example CE plus spherical:
+A score takes ``Moments`` (fp32 vectors [N], an entry a token) and returns the loss of each token, [N] fp32, lower is
+better. Autograd gives its derivatives there, and the kernels turn them into the gradient over the vocabulary. A score
+of your own is one line, for example CE plus spherical:
 
     loss, moments = linear_score(hidden, weight, targets, lambda m: ce(m) + spherical(m))
 
-To give it a name, and so a ``--loss``, add it to SCORES. The scores below are in triton_scores.py once more, as parts
-of a kernel that goes from logits to gradient on a GPU; ``named`` marks them. Any other score runs through the moments,
-with the same result.
+To give it a name, and so a ``--loss``, add it to SCORES. The scores that ``named`` marks are in triton_scores.py once
+more, as parts of one kernel from logits to gradient. Any other runs through the moments, with the same result.
 
 p = softmax(logits), y is the target, and r_k = sum_{j != y} p_j^k. r1 is 1 - p_y, without cancellation as p_y -> 1.
 """
@@ -29,8 +28,7 @@ ALPHA_SCHEDULES = ("linear", "cosine", "fixed")
 
 
 def named(name: str, score: Callable[..., Tensor], knob: Tensor | float = 0.0) -> Callable[..., Tensor]:
-    """``score`` itself, marked as the score ``name`` of triton_scores.py with the parameter ``knob``: by the attribute
-    ``fused``, (name, knob), which linear_score and logits_score look for."""
+    """``score`` itself, marked as ``name`` of triton_scores.py by its attribute ``fused``, (name, knob)."""
     score.fused = (name, knob)
     return compilable(score)
 
@@ -75,8 +73,8 @@ def smoothing(eps: float) -> Callable[..., Tensor]:
 def dpsm(alpha: Tensor | float) -> Callable[..., Tensor]:
     """Dynamic Proper-Score Mixing: (1 - alpha) * CE + alpha * Brier.
 
-    Proper for every alpha in [0, 1], as a convex mixture of proper scores. ``alpha`` is a float or a 0-d tensor on the
-    device. A tensor is read when the score is evaluated: fill it in place to move the mixture, without a new score.
+    Proper for every alpha in [0, 1]. ``alpha`` is a float or a 0-d tensor on the device. The tensor is read when the
+    score is evaluated: fill it in place to move the mixture.
     """
     return named("dpsm", lambda m: (1 - alpha) * ce(m) + alpha * brier(m), alpha)
 
@@ -239,9 +237,8 @@ class ProperScoreLoss(nn.Module):
     def trainer_loss(self, outputs, labels: Tensor, num_items_in_batch=None) -> Tensor:
         """For ``transformers.Trainer(compute_loss_func=...)``: outputs with ``logits`` [B, T, V], labels [B, T].
 
-        The sum is divided by ``num_items_in_batch``, the tokens in the loss of a whole optimizer step, so that
-        accumulated steps weigh every token alike. The Trainer counts labels before the shift: mask the first label of
-        each row, which predicts nothing.
+        The sum is divided by ``num_items_in_batch``, the tokens in the loss of a whole optimizer step. The Trainer
+        counts labels before the shift: mask the first label of each row, which predicts nothing.
         """
         if self.reduction != "mean":
             raise ValueError(f"trainer_loss divides by the number of tokens; got reduction={self.reduction!r}")

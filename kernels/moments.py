@@ -11,10 +11,7 @@ With derivatives gm at ``mean_log_p`` and gt at ``tail_log_p``, in a row of n lo
     a loses gm + k gt/n,    every entry gains b = gm/n,    every tail entry gains t = gt/n
 
 and the target's entry stays minus the sum of the others. So an implementation only reduces a row to its moments and
-writes p_j (a + c p_j) + b + t [p_j in tail]:
-
-    forward(logits, targets, stats, correct, tail)                              fills Stats and ``correct``
-    gradient(logits, targets, mask, stats, coefficients, tail, out)             fills ``out``
+writes p_j (a + c p_j) + b + t [p_j in tail]: torch_impl.forward and gradient.
 """
 
 from collections.abc import Callable
@@ -31,7 +28,6 @@ class Moments:
 
     A token outside the loss (target == ignore_index) has 0 or False everywhere and gradient 0. A logit of -inf is an
     entry outside the vocabulary: mean_log_p, tail_log_p and entropy leave it out, with ``support`` in the place of V.
-    So a head padded with -inf gives what the unpadded head gives.
     """
 
     # Differentiable:
@@ -54,7 +50,7 @@ class Moments:
 
 
 class Stats(NamedTuple):
-    """What a forward leaves behind about each token: the rows of one [15, N] buffer."""
+    """What a forward leaves behind about each token: the rows of one [15, N] buffer, ``Stats(*buffer)``."""
 
     log_p: Tensor
     r1: Tensor
@@ -135,12 +131,11 @@ def token_fisher(moments: Moments, score: Callable[[Moments], Tensor]) -> Tensor
     _, partials = score_partials(moments, score)
     if partials.tail_log_p is not None:
         raise ValueError("token_fisher is not defined for a score that reads tail_log_p; leave out tail smoothing")
-    m, zero = moments, torch.zeros_like(moments.r1)
+    m, zeros = moments, Stats(*torch.zeros_like(moments.r1).expand(len(Stats._fields), -1))
     support = m.support if m.support is not None else torch.full_like(m.r1, m.vocab_size)
-    p_y = torch.where(m.valid, m.log_p.detach().exp(), zero)
+    p_y = torch.where(m.valid, m.log_p.detach().exp(), 0.0)
     known = dict(r1=m.r1.detach(), r2=m.r2.detach(), r3=m.r3, r4=m.r4, support=support, p_y=p_y)
-    fisher = fisher_of(Stats(*(zero,) * len(Stats._fields))._replace(**known), partials)
-    return torch.where(m.valid, fisher, 0.0).detach()
+    return torch.where(m.valid, fisher_of(zeros._replace(**known), partials), 0.0).detach()
 
 
 def fisher_of(s: Stats, partials: Partials) -> Tensor:
@@ -154,26 +149,24 @@ def fisher_of(s: Stats, partials: Partials) -> Tensor:
 def score_partials(moments: Moments, score: Callable[[Moments], Tensor]) -> tuple[Tensor, Partials]:
     """Loss per token [N], detached, and its partial derivatives at the moments. The score must treat tokens
     independently. Raises ValueError where it does not return [N]."""
-    names = [n for n in Partials._fields if getattr(moments, n) is not None]
+    given = {n: getattr(moments, n) for n in Partials._fields}
     with torch.enable_grad():
-        leaves = {n: getattr(moments, n).detach().requires_grad_() for n in names}
-        loss = score(Moments(**{**vars(moments), **leaves}))
+        leaves = {n: x.detach().requires_grad_() for n, x in given.items() if x is not None}
+        loss = score(Moments(**vars(moments) | leaves))
         if not isinstance(loss, Tensor) or loss.shape != moments.r1.shape:
             got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"a score must return one loss a token, shape {tuple(moments.r1.shape)}; got {got}")
-        grads = [None] * len(names)
+        grads = dict.fromkeys(given)
         if loss.requires_grad:
-            ones = torch.ones_like(loss)
-            grads = torch.autograd.grad(loss, list(leaves.values()), ones, allow_unused=True)
-    return loss.detach(), Partials(**dict.fromkeys(Partials._fields) | dict(zip(names, grads, strict=True)))
+            found = torch.autograd.grad(loss, list(leaves.values()), torch.ones_like(loss), allow_unused=True)
+            grads |= zip(leaves, found, strict=True)
+    return loss.detach(), Partials(**grads)
 
 
-def as_moments(stats: Stats, correct: Tensor, valid: Tensor, vocab_size: int, tail: float) -> Moments:
+def as_moments(stats: Stats, correct: Tensor, valid: Tensor, vocab_size: int, tail: float, fisher=None) -> Moments:
     """The public view of ``stats``."""
-    values = {name: getattr(stats, name) for name in IN_BOTH}
-    if not tail:
-        values["tail_log_p"] = None
-    return Moments(**values, correct=correct, valid=valid, vocab_size=vocab_size)
+    values = {name: getattr(stats, name) for name in IN_BOTH if tail or name != "tail_log_p"}
+    return Moments(**values, correct=correct, valid=valid, vocab_size=vocab_size, fisher=fisher)
 
 
 def new_stats(like: Tensor, tokens: int) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,9 @@
 """linear_score with the vocabulary split over ranks, for heads that outgrow one device.
 
-Every rank holds all hidden states and its own rows of the weight. It reduces its part of each row of logits to moments.
-After one all-reduce of these few numbers every rank knows the moments of the whole row, and the gradient of its own
-logits. Let q_k be the softmax over rank k's entries without the target, and share_k = exp(lse_k - logsumexp_k lse_k)
-its part of the off-target mass. Then
+Every rank holds all hidden states and its own rows of the weight. It reduces its part of each row of logits to moments,
+and after one all-reduce of these it knows those of the whole row, and the gradient of its own logits. Let q_k be the
+softmax over rank k's entries without the target, and share_k = exp(lse_k - logsumexp_k lse_k) its part of the
+off-target mass. Then
 
     p_j = r1 share_k q_j            r_m = r1^m sum_k share_k^m sum_j q_j^m
     d = logsumexp_k lse_k - z_y     r1 = sigmoid(d), log_p = logsigmoid(-d)
@@ -67,8 +67,7 @@ def parallel_linear_score(
 class _PartPass(HeadPass):
     """A pass over one rank's rows, of which the first is row ``first`` of the head.
 
-    Its logits have one column more, of -inf, which stands in for the target. So the kernels reduce exactly the entries
-    that are not the target; the column is thrown away.
+    Its logits have one column more, of -inf, which stands in for the target: the kernels reduce the entries beside it.
     """
 
     def __init__(self, hidden, weight, targets, first: int, group, *, ignore_index: int, **how):
@@ -97,7 +96,7 @@ class _PartPass(HeadPass):
         ignored = torch.empty_like(self.correct[rows])
         last = torch.full_like(self.targets[rows], self.vocab - 1)
         self.module.forward(logits, last, local, ignored, 0.0)
-        self.local = s = Stats(*local.unbind(0))
+        self.local = s = Stats(*local)
         zero = torch.zeros_like(s.r1)
         none = s.support == 0  # no entry here: the kernels' numbers for such a row are those of a sure target
         sums = dict(w2=s.r2, w3=s.r3, w4=s.r4, entropy=s.entropy, log_sum=s.mean_log_p * s.support, support=s.support)
@@ -127,8 +126,7 @@ class _PartPass(HeadPass):
         values = dict(log_p=log_p, r1=r1, p_y=p_y, r2=r1**2 * w2, r3=r1**3 * w3, r4=r1**4 * w4, support=support)
         values |= dict(mean_log_p=sums / support, confidence=torch.maximum(p_y, r1 * confidence))
         values |= dict(entropy=r1 * (entropy - off) - p_y * torch.where(y_live, log_p, 0.0))
-        values = Stats(*(zero,) * len(Stats._fields))._replace(**values)
-        self.stats[:, rows] = torch.stack(values)
+        self.stats[:, rows] = torch.stack(Stats(*(zero,) * len(Stats._fields))._replace(**values))
         best = parts["top"].amax(0)
         tied = (parts["top"] == best) & (best == z_y) & (parts["before"] > 0)
         self.correct[rows] = alone | (z_y > best) | ((z_y == best) & ~tied.any(0))

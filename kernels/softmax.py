@@ -78,7 +78,7 @@ class _SoftmaxMoments(torch.autograd.Function):
         ctx.save_for_backward(logits, targets, mask, stats)
         ctx.tail, ctx.inplace_backward, ctx.module = tail, inplace_backward, module
         ctx.set_materialize_grads(False)
-        rows = Stats(*stats.unbind(0))
+        rows = stats.unbind(0)
         ctx.mark_non_differentiable(*rows[len(Partials._fields) :], correct)
         return *rows, correct
 
@@ -89,7 +89,7 @@ class _SoftmaxMoments(torch.autograd.Function):
         if all(g is None for g in partials):
             return (None,) * 6
         logits, targets, mask, stats = ctx.saved_tensors
-        logits, stats = logits.detach(), Stats(*stats.unbind(0))
+        logits, stats = logits.detach(), Stats(*stats)
         out = logits if ctx.inplace_backward else empty_twin(logits)
         ctx.module.gradient(logits, targets, mask, stats, gradient_coefficients(stats, partials), ctx.tail, out)
-        return out, None, None, None, None, None
+        return out, *(None,) * 5

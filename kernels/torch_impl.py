@@ -1,13 +1,12 @@
 """The moments and the row gradient in plain PyTorch: the CPU path, and the specification of the others.
 
-Without the target's logit, softmax gives w_j = p_j / r1, the distribution over the other entries. Everything follows
-from it without cancellation, however near p_y is to 0 or 1:
+Without the target's logit, softmax gives w_j = p_j / r1. Everything follows from it without cancellation:
 
     d = logsumexp_{j != y}(z) - z_y     r1 = sigmoid(d), p_y = sigmoid(-d), log_p = logsigmoid(-d)
     r_k = r1^k sum_j w_j^k
 
-The rows go through in groups whose scratch stays in one core's cache, so that the many passes read memory once. On CPU
-a group is one thread's work from end to end: threads that shared each pass would mostly wait for each other.
+The rows go through in groups whose scratch stays in one core's cache. On CPU a group is one thread's work from end to
+end: threads that shared each pass would mostly wait for each other.
 """
 
 import functools
@@ -25,8 +24,8 @@ from .moments import Coefficients, Stats
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 CAN_KEEP_W = True
 
-# Elements a group: three fp32 buffers of 0.5 MB fit the 2 MB of level-2 cache of a server core. Several threads hand
-# Python's lock around, and take twice as much. On CUDA a group only has to be large enough to hide the launches.
+# Elements a group: three fp32 buffers of 0.5 MB fit the 2 MB of level-2 cache of a server core. Several threads take
+# twice as much, for Python's lock. On CUDA a group only has to be large enough to hide the launches.
 CPU_ELEMENTS = 2**17
 CUDA_ELEMENTS = 2**26
 
@@ -76,11 +75,10 @@ def forward(
         torch.linalg.vector_norm(q, dim=-1, out=w4)
         torch.sum(q.mul_(w), -1, out=w3)
 
-    groups = (logits.detach().split(size), y.split(size), z_y.split(size), raw.split(size, 1))
-    _for_each_group(work, list(zip(*groups, strict=True)), size, logits, stats.dtype, 2 if keep_w else 3)
+    groups = zip(logits.detach().split(size), y.split(size), z_y.split(size), raw.split(size, 1), strict=True)
+    _for_each_group(work, list(groups), size, logits, stats.dtype, 2 if keep_w else 3)
     z_top, w_top, z_sum, wz, w2, w3, w4, *tails = raw.unbind(0)
-    if not tail:
-        tails = [torch.zeros_like(z_y)] * 3
+    tail_log_p, tail_count, tail_off = tails or [torch.zeros_like(z_y)] * 3
     log_w_top = w_top.log()
     d = (z_top - z_y) - log_w_top
     r1, p_y = torch.sigmoid(d), torch.sigmoid(-d)
@@ -92,7 +90,7 @@ def forward(
     values |= dict(r2=r1_squared * w2, r3=r1_squared * r1 * w3, r4=(r1_squared * w4).square_())
     values |= dict(mean_log_p=total / vocab - lse, confidence=torch.maximum(p_y, r1 * w_top))
     values |= dict(entropy=r1 * (z_top - log_w_top - wz - log_r1) - p_y * log_p)
-    values |= dict(tail_log_p=tails[0], tail_count=tails[1], tail_off=tails[2])
+    values |= dict(tail_log_p=tail_log_p, tail_count=tail_count, tail_off=tail_off)
     torch.stack(Stats(**values), out=stats)
     torch.gt(z_y, z_top, out=correct)
     # Again: ties, -inf among the logits (total * 0 is NaN), large offsets; on CUDA every row, as finding the few would
@@ -143,8 +141,7 @@ def gradient(
     a, c, b, t, target = coefficients
     if kept_w:  # p = r1 w
         a, c = a * stats.r1, None if c is None else c * stats.r1.square()
-    a = F.hardshrink(a, _FACTOR_FLOOR)
-    c = None if c is None else F.hardshrink(c, _FACTOR_FLOOR)
+    a, c = (None if x is None else F.hardshrink(x, _FACTOR_FLOOR) for x in (a, c))
     a, c, b, t, target, y = (None if x is None else x[:, None] for x in (a, c, b, t, target, targets))
     # -inf takes no part in b; asking costs a wait on CUDA, so there every row is looked at.
     ragged = t is not None or (b is not None and (logits.is_cuda or bool((stats.support != vocab).any())))
@@ -159,7 +156,6 @@ def gradient(
         else:
             factor = result = wide[0] if wide else g
             torch.softmax(result.copy_(z) if wide else z, -1, out=p)
-        in_tail = None
         if t is not None:
             p_j = p * stats.r1[rows, None] if kept_w else p
             in_tail = (p_j < (tail / stats.support[rows])[:, None]) & live

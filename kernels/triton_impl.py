@@ -4,7 +4,6 @@ Same functions and mathematics as torch_impl; the kernels are in triton_kernels.
 TRITON_INTERPRET=1, which must be set before this module is imported.
 """
 
-import contextlib
 import os
 
 import torch
@@ -29,30 +28,22 @@ RESCALED = 4096  # elements a program of rescale_kernel
 
 def forward(logits: Tensor, targets: Tensor, stats: Tensor, correct: Tensor, tail: float) -> None:
     """Fills ``stats`` [15, N] (the rows of moments.Stats) and ``correct`` [N] from logits [N, V]."""
-    n, vocab = logits.shape
-    if n == 0:
-        return
     logits, _ = _aligned(logits)
     rows = _rows(logits, targets) | _results(stats, correct)
-    with _on(logits):
-        moments_kernel[(n,)](**rows, tail=tail, TAIL=tail > 0, **_shape(vocab, logits.dtype))
+    _run(moments_kernel, logits, **rows, tail=tail, TAIL=tail > 0, **_shape(logits.shape[1], logits.dtype))
 
 
 def gradient(logits, targets, mask, stats: Stats, coefficients: Coefficients, tail: float, out: Tensor) -> None:
     """Writes the gradient of the rows to ``out`` [N, V], which may be the logits themselves; 0 where ``mask`` is False.
     Raises ValueError where ``out`` has other strides than the logits."""
-    n, vocab = logits.shape
-    if n == 0:
-        return
-    _check_out(logits, out)
+    vocab = logits.shape[1]
     a, c, b, t, target = (None if x is None else x.contiguous() for x in coefficients)
     shape = _shape(vocab, logits.dtype, "PACKED")
     logits, result = _aligned(logits, out)
     programs = triton.cdiv(vocab + shape["W"] - 1, shape["K"] * shape["R"] * shape["W"])  # of a row
     pointers = dict(ref_ptr=stats.row_max, sum_ptr=stats.row_sum, r1_ptr=stats.r1, support_ptr=stats.support)
     pointers |= dict(a_ptr=a, c_ptr=c, b_ptr=b, t_ptr=t, target_ptr=target, out_ptr=result, mask_ptr=_bytes(mask))
-    with _on(logits):
-        gradient_kernel[(n, programs)](**_rows(logits, targets), **pointers, tail=tail, **shape)
+    _run(gradient_kernel, logits, programs, **_rows(logits, targets), **pointers, tail=tail, **shape)
     if result is not out:
         out.copy_(result)
 
@@ -65,31 +56,31 @@ def fused_score(
     logits [N, V] and int64 targets [N]; ``mask`` [N] bool and ``weights`` [N] fp32, or None. Fills stats [15, N],
     correct, losses and fisher [N], 0 where ``mask`` is False, and ``out`` with the gradient of sum(weights * losses);
     ``out`` may be the logits, None is no gradient. ``shape``: launch constants to measure, for ``score_shape``'s."""
-    n, vocab = logits.shape
-    if n == 0:
-        return
+    vocab = logits.shape[1]
     if not isinstance(knob, Tensor):
         knob = torch.full((), float(knob), device=logits.device)
-    if out is not None:
-        _check_out(logits, out)
     logits, result = _aligned(logits, out)
     arguments = _rows(logits, targets) | _results(stats, correct) | dict(loss_ptr=losses, fisher_ptr=fisher)
     arguments |= dict(SCORE=FUSED_SCORES[name], HAS_B=name in READS_MEAN, knob_ptr=knob)
     arguments |= dict(mask_ptr=_bytes(mask), weights_ptr=weights, out_ptr=result)
-    with _on(logits):
-        score_kernel[(n,)](**arguments, **(shape or score_shape(vocab, logits.dtype)))
-        rest_kernel[(n,)](**arguments, **_shape(vocab, logits.dtype, "K", "PACKED"))
+    _run(score_kernel, logits, **arguments, **(shape or score_shape(vocab, logits.dtype)))
+    _run(rest_kernel, logits, **arguments, **_shape(vocab, logits.dtype, "K", "PACKED"))
     if result is not out:
         out.copy_(result)
 
 
 def rescale(gradient: Tensor, scale: Tensor) -> None:
     """gradient [N, V] times the 0-d ``scale``, in place, without waiting for its value."""
-    n, vocab = gradient.shape
-    if n == 0:
-        return
-    with _on(gradient):
-        rescale_kernel[(n, triton.cdiv(vocab, RESCALED))](gradient, gradient.stride(0), scale, vocab, BLOCK=RESCALED)
+    vocab = gradient.shape[1]
+    rest = dict(stride=gradient.stride(0), scale_ptr=scale, V=vocab, BLOCK=RESCALED)
+    _run(rescale_kernel, gradient, triton.cdiv(vocab, RESCALED), g_ptr=gradient, **rest)
+
+
+def _run(kernel, rows: Tensor, programs: int = 1, **arguments) -> None:
+    """Launches ``programs`` of the kernel for each of the [N, V] rows, on their device."""
+    if len(rows):
+        with torch.cuda.device_of(rows):
+            kernel[(len(rows), programs)](**arguments)
 
 
 def _rows(logits: Tensor, targets: Tensor) -> dict:
@@ -104,13 +95,10 @@ def _bytes(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.view(torch.uint8)
 
 
-def _check_out(logits: Tensor, out: Tensor) -> None:
-    if out.stride() != logits.stride():
-        raise ValueError(f"the gradient's strides {out.stride()} are not those of the logits, {logits.stride()}")
-
-
 def _aligned(logits: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Both as they are where they start at multiples of 16 bytes, else copies: the kernels read no others."""
+    if out is not None and out.stride() != logits.stride():
+        raise ValueError(f"the gradient's strides {out.stride()} are not those of the logits, {logits.stride()}")
     if any(x is not None and x.data_ptr() % VECTOR_BYTES for x in (logits, out)):
         logits = logits.clone(memory_format=torch.contiguous_format)
         out = None if out is None else torch.empty_like(logits)
@@ -132,8 +120,7 @@ def _launch(dtype: torch.dtype, warps: int, per_go: int) -> dict:
 def _shape(vocab: int, dtype: torch.dtype, *without: str) -> dict:
     """Launch constants of the other kernels, which read K vectors a lane at a time; those that one has not left out."""
     warps = max(1, min(8, triton.next_power_of_2(_vectors(vocab, dtype)) // 128))
-    shape = _launch(dtype, warps, per_go=4)
-    return {name: value for name, value in shape.items() if name not in without}
+    return {name: value for name, value in _launch(dtype, warps, per_go=4).items() if name not in without}
 
 
 def score_shape(vocab: int, dtype: torch.dtype, warps: int = 0, held: int | None = None) -> dict:
@@ -146,7 +133,3 @@ def score_shape(vocab: int, dtype: torch.dtype, warps: int = 0, held: int | None
     if held is None:
         held = HELD if pieces <= HELD else HELD_OF_MORE
     return dict(PIECES=min(pieces, held), MORE=pieces > held, maxnreg=REGISTERS) | _launch(dtype, warps, per_go=2)
-
-
-def _on(tensor: Tensor):
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

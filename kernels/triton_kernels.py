@@ -1,15 +1,13 @@
 """The Triton kernels: triton_impl launches them, triton_rows has the parts of a row.
 
-16-byte accesses for any V. A row of an odd number of 2-byte logits starts anywhere: its first and last vector of 16
-bytes may belong to another row as well. Those two and the target's are left out, and their elements dealt to lanes one
-by one (triton_rows.edge). So no element of a vector is masked or compared.
+Accesses have 16 bytes for any V. The first and last vector of a row may belong to another row as well. These two and
+the target's are dealt to lanes one element at a time (triton_rows.edge), so no element of another vector is masked.
 
-Few instructions an element: 22 for loss, all moments, Fisher and gradient. An H100 issues 38 while its memory reads and
-writes a bf16 logit. Two logits stay in the register in which they came, maxima are taken of both at once, and what only
-a rare row needs is in a kernel of its own. ``python -m kernels.audit`` checks both without a GPU.
+An element takes 22 instructions for loss, moments, Fisher and gradient; an H100 issues 38 while its memory reads and
+writes a bf16 logit. What only a rare row needs is in a kernel of its own. ``python -m kernels.audit`` checks both.
 
-Two programs a multiprocessor: one loads while the other computes. Within a program no lane waits for another before its
-part of the row is done: each has its own maximum, and moves its sums to another by a power of two.
+One of two programs of a multiprocessor loads while the other computes. No lane waits for another before its part of the
+row is done: each has its own maximum, and moves its sums to another by a power of two.
 """
 
 import triton
@@ -73,19 +71,23 @@ def moments_kernel(
 
 
 @triton.jit
-def any_gradient(z, ref, scale, rule, limit, HAS_C: tl.constexpr, HAS_B: tl.constexpr, HAS_T: tl.constexpr):
-    """p (a + c p) + b + t [p < limit] with p = scale exp(z - ref) and ``rule`` (a, c, b, t), of any z, 0 for -inf."""
-    a, c, b, t = rule
+def any_gradient(z, ref, scale, a, c, b, t, limit):
+    """p (a + c p) + b + t [p < limit] with p = scale exp(z - ref), of any z, 0 for -inf. c, b and t may be None."""
     p = tl.exp2((z - ref) * rows.LOG2E) * scale
-    factor = a
-    if HAS_C:
-        factor = tl.fma(p, c, a)
-    g = p * factor
-    if HAS_B:
+    g = p * (a if c is None else tl.fma(p, c, a))
+    if b is not None:
         g += tl.where(z != float("-inf"), b, 0.0)
-    if HAS_T:
+    if t is not None:
         g += tl.where((p < limit) & (z != float("-inf")), t, 0.0)
     return g
+
+
+@triton.jit
+def store_any_gradient(ptr, at, v, live, word, on, ref, scale, a, c, b, t, limit):
+    """``any_gradient`` of [R, 4] words over whole vectors of the same dtype, 0 where not ``on``."""
+    low = any_gradient(rows.part_of(word, 0, 0, ptr.dtype.element_ty), ref, scale, a, c, b, t, limit)
+    high = any_gradient(rows.part_of(word, 1, 0, ptr.dtype.element_ty), ref, scale, a, c, b, t, limit)
+    rows.store_words(ptr, at, v, live, tl.where(on, low, 0.0), tl.where(on, high, 0.0))
 
 
 @triton.jit
@@ -112,22 +114,17 @@ def gradient_kernel(
 ):
     """One program K vectors a lane of a row, one read and one write over or beside the logits:
     p_j (a + c p_j) + b + t [p_j in tail], and ``target`` at y."""
-    DTYPE: tl.constexpr = z_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     y = tl.load(targets_ptr + row).to(tl.int32)
     at = rows.place(row, z_stride, V, y, W)
-    on = True
-    if mask_ptr is not None:  # an ignored row and its coefficients may hold anything
-        on = tl.load(mask_ptr + row) != 0
+    # An ignored row and its coefficients may hold anything.
+    on = tl.load(mask_ptr + row) != 0 if mask_ptr is not None else True
     ref = tl.load(ref_ptr + row)
     scale = tl.load(r1_ptr + row) / tl.load(sum_ptr + row)
-    HAS_C: tl.constexpr = c_ptr is not None
-    HAS_B: tl.constexpr = b_ptr is not None
-    HAS_T: tl.constexpr = t_ptr is not None
-    c = tl.load(c_ptr + row) if HAS_C else 0.0
-    b = tl.load(b_ptr + row) if HAS_B else 0.0
-    t = tl.load(t_ptr + row) if HAS_T else 0.0
-    rule = tl.load(a_ptr + row), c, b, t
+    c = tl.load(c_ptr + row) if c_ptr is not None else None
+    b = tl.load(b_ptr + row) if b_ptr is not None else None
+    t = tl.load(t_ptr + row) if t_ptr is not None else None
+    a = tl.load(a_ptr + row)
     limit = tail / tl.maximum(tl.load(support_ptr + row), 1.0)
     start = tl.program_id(1) * (K * R)
     lane = tl.arange(0, R)
@@ -135,13 +132,10 @@ def gradient_kernel(
         v = start + k * R + lane
         live = rows.is_whole(v, at, True, True)
         word = rows.load_words(z_ptr, at, v, live)
-        low = any_gradient(rows.part_of(word, 0, 0, DTYPE), ref, scale, rule, limit, HAS_C, HAS_B, HAS_T)
-        high = any_gradient(rows.part_of(word, 1, 0, DTYPE), ref, scale, rule, limit, HAS_C, HAS_B, HAS_T)
-        rows.store_words(out_ptr, at, v, live, tl.where(on, low, 0.0), tl.where(on, high, 0.0))
+        store_any_gradient(out_ptr, at, v, live, word, on, ref, scale, a, c, b, t, limit)
     if tl.program_id(1) == 0:
         z, places, mine, off = rows.edge(z_ptr, at, V, y, R, W)
-        g = any_gradient(z, ref, scale, rule, limit, HAS_C, HAS_B, HAS_T)
-        g = tl.where(off, g, tl.load(target_ptr + row))
+        g = tl.where(off, any_gradient(z, ref, scale, a, c, b, t, limit), tl.load(target_ptr + row))
         tl.store(out_ptr + places, tl.where(on, g, 0.0).to(out_ptr.dtype.element_ty), mask=mine)
 
 
@@ -208,10 +202,7 @@ def score_kernel(
     for k in tl.static_range(PIECES):
         live = rows.is_whole(k * R + lane, at, k == 0, MORE or k >= PIECES - 2)
         held = held + (rows.load_words(z_ptr, at, k * R + lane, live),)
-    best = rows.lowest(R, PACKED)
-    for k in tl.static_range(PIECES):
-        best = rows.higher(best, held[k], DTYPE, PACKED)
-    new_top = rows.top_of(best, PACKED)
+    new_top = rows.top_of(held, PIECES, R, DTYPE, PACKED)
     base = rows.base_of(new_top)
     fresh = rows.no_sums(R)
     for k in tl.static_range(PIECES):
@@ -291,7 +282,6 @@ def rest_kernel(
 ):
     """What score_kernel has left, slowly and carefully: rows outside of the loss, which get 0 everywhere whatever they
     hold, and those that ``needs_care`` names."""
-    DTYPE: tl.constexpr = z_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     correct_ptr += row
     if tl.load(correct_ptr) != LEFT:
@@ -299,9 +289,7 @@ def rest_kernel(
     y = tl.load(targets_ptr + row).to(tl.int32)
     at = rows.place(row, z_stride, V, y, W)
     lane = tl.arange(0, R)
-    keep = True
-    if mask_ptr is not None:
-        keep = tl.load(mask_ptr + row) != 0
+    keep = tl.load(mask_ptr + row) != 0 if mask_ptr is not None else True
     z_y = tl.load(z_ptr + row * z_stride + y).to(tl.float32)
     found = rows.careful_sums(z_ptr, at, V, y, z_y, keep, R, W)
     to = stats_ptr + row, stats_stride, correct_ptr
@@ -313,18 +301,17 @@ def rest_kernel(
             weight = tl.load(weights_ptr + row)
             on = on & (weight != 0.0)  # 0 times an infinite loss is no gradient
             a, c, b, target = a * weight, c * weight, b * weight, target * weight
-        rule = a, c, b, 0.0
+        if not HAS_B:
+            b = None
         origin, shift, first, last, ty = at
         to_read = origin, shift, first, tl.where(on, last, 0), ty
         for start in range(0, last, R):
             v = start + lane
             live = rows.is_whole(v, at, True, True)
             word = rows.load_words(z_ptr, at, v, rows.is_whole(v, to_read, True, True))
-            low = any_gradient(rows.part_of(word, 0, 0, DTYPE), ref, 1.0, rule, 0.0, True, HAS_B, False)
-            high = any_gradient(rows.part_of(word, 1, 0, DTYPE), ref, 1.0, rule, 0.0, True, HAS_B, False)
-            rows.store_words(out_ptr, at, v, live, tl.where(on, low, 0.0), tl.where(on, high, 0.0))
+            store_any_gradient(out_ptr, at, v, live, word, on, ref, 1.0, a, c, b, None, 0.0)
         z_e, places, mine, off = rows.edge(z_ptr, at, V, y, R, W)
-        g = tl.where(off, any_gradient(z_e, ref, 1.0, rule, 0.0, True, HAS_B, False), target)
+        g = tl.where(off, any_gradient(z_e, ref, 1.0, a, c, b, None, 0.0), target)
         tl.store(out_ptr + places, tl.where(on, g, 0.0).to(out_ptr.dtype.element_ty), mask=mine)
 
 

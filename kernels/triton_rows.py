@@ -1,8 +1,8 @@
 """What the Triton kernels do with one row: where it lies in memory, its sums, its Stats, its gradient.
 
-A row is read in vectors of 16 bytes. A lane has one of them at a time, as [R, 4] words of 32 bits; a word is one fp32
-logit or two of 16 bits. ``edge`` takes the vectors that hold the target, or begin or end outside of the row: at most
-three, an element a lane. In the place of a vector that is not its own a lane has FILL, whose exponential is 0.
+A lane reads a row in vectors of 16 bytes, as [R, 4] words of 32 bits; a word is one fp32 logit or two of 16 bits. For
+a vector that is not its own it has FILL, whose exponential is 0. ``edge`` takes the vectors that hold the target, or
+begin or end outside of the row: at most three, an element a lane.
 
 Three tuples go from function to function:
 
@@ -116,15 +116,12 @@ def load_words(ptr, at, v, live):
 def part_of(word, half: tl.constexpr, zero, DTYPE: tl.constexpr):
     """The logits in one half of the words, in fp32; of fp32 words the whole. ``zero`` is a 0 of which the compiler does
     not know: it would otherwise keep what another pass over the words has unpacked, in twice the registers."""
-    if DTYPE == tl.float32:
-        z = word.to(tl.float32, bitcast=True)
-    elif DTYPE == tl.bfloat16:
-        if half == 0:
-            z = (word << (16 + zero)).to(tl.float32, bitcast=True)
-        else:
-            z = (word & (zero - 65536)).to(tl.float32, bitcast=True)
-    else:
+    if DTYPE == tl.float16:
         z = (word >> (16 * half + zero)).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        if DTYPE == tl.bfloat16:
+            word = word << (16 + zero) if half == 0 else word & (zero - 65536)
+        z = word.to(tl.float32, bitcast=True)
     return z
 
 
@@ -139,29 +136,20 @@ def store_words(ptr, at, v, live, low, high):
 
 
 @triton.jit
-def higher(best, word, DTYPE: tl.constexpr, PACKED: tl.constexpr):
-    """The running maximum of words: packed as they are, or in fp32."""
+def top_of(words, COUNT: tl.constexpr, R: tl.constexpr, DTYPE: tl.constexpr, PACKED: tl.constexpr):
+    """[R]: the maximum of each lane's COUNT words; PACKED: two bf16 in one instruction."""
     if PACKED:
-        best = tl.inline_asm_elementwise(
-            "max.bf16x2 $0, $1, $2;", "=r,r,r", [best, word], dtype=tl.int32, is_pure=True, pack=1
-        )
+        most = tl.full([R, 4], FILL_BF16_TWICE, tl.int32)
+        for k in tl.static_range(COUNT):
+            most = tl.inline_asm_elementwise(
+                "max.bf16x2 $0, $1, $2;", "=r,r,r", [most, words[k]], dtype=tl.int32, is_pure=True, pack=1
+            )
+        best = tl.maximum(part_of(most, 0, 0, DTYPE), part_of(most, 1, 0, DTYPE))
     else:
-        for half in tl.static_range(1 if DTYPE == tl.float32 else 2):
-            best = tl.maximum(best, part_of(word, half, 0, DTYPE))
-    return best
-
-
-@triton.jit
-def lowest(R: tl.constexpr, PACKED: tl.constexpr):
-    """What ``higher`` starts from."""
-    return tl.full([R, 4], FILL_BF16_TWICE, tl.int32) if PACKED else tl.full([R, 4], FILL, tl.float32)
-
-
-@triton.jit
-def top_of(best, PACKED: tl.constexpr):
-    """[R]: the maximum of each lane."""
-    if PACKED:
-        best = tl.maximum(part_of(best, 0, 0, tl.bfloat16), part_of(best, 1, 0, tl.bfloat16))
+        best = tl.full([R, 4], FILL, tl.float32)
+        for k in tl.static_range(COUNT):
+            for half in tl.static_range(1 if DTYPE == tl.float32 else 2):
+                best = tl.maximum(best, part_of(words[k], half, 0, DTYPE))
     return tl.max(best, 1)
 
 
@@ -248,10 +236,7 @@ def add_blocks(ptr, at, begin, lanes, K: tl.constexpr, R: tl.constexpr, W: tl.co
         for k in tl.static_range(K):
             v = start + k * R + lane
             words = words + (load_words(ptr, at, v, is_whole(v, at, True, True)),)
-        best = lowest(R, PACKED)
-        for k in tl.static_range(K):
-            best = higher(best, words[k], DTYPE, PACKED)
-        new_top = tl.maximum(top, top_of(best, PACKED))
+        new_top = tl.maximum(top, top_of(words, K, R, DTYPE, PACKED))
         base = base_of(new_top)
         sums = rescaled(sums, count, base_of(top) - base)
         fresh = no_sums(R)

@@ -3,12 +3,11 @@
     python -m races.train_step --csv step.csv
     python -m kernels.bench --claims --train-step-csv step.csv      # what is claimed of it
 
-One model and one AdamW serve all sides, which take turns step by step. On a GPU it is GPT-2 124M on 8 x 1024 random
-tokens, blocks under torch.compile; on CPU a tiny one. Weights are fp32, --dtype is that of the activations. Peak memory
-is what a step needs beyond weights and optimizer state.
+One model and one AdamW serve all sides, which take turns step by step: GPT-2 124M on 8 x 1024 random tokens, blocks
+under torch.compile; on CPU a tiny one. Weights are fp32, --dtype is that of the activations. Peak memory is what a step
+needs beyond weights and optimizer state.
 """
 
-import argparse
 import sys
 from functools import partial
 
@@ -21,8 +20,8 @@ from kernels.bench.providers import ALPHA
 from kernels.bench.rows import Rows
 from model.gpt2 import GPT2, GPT2Config, decay_groups
 
-GPU_SHAPE = dict(batch=8, block=1024, vocab_size=50257, n_layer=12, n_head=12, n_embd=768)
-CPU_SHAPE = dict(batch=2, block=32, vocab_size=509, n_layer=2, n_head=2, n_embd=32)
+GPU_SHAPE = GPT2Config(block_size=1024, vocab_size=50257, n_layer=12, n_head=12, n_embd=768)
+CPU_SHAPE = GPT2Config(block_size=32, vocab_size=509, n_layer=2, n_head=2, n_embd=32)
 BASE = "step: torch CE"
 
 
@@ -45,15 +44,15 @@ def sides(device: str) -> dict:
 
 def train_step(device: str, dtype: str, repeats: int, rows: Rows) -> None:
     """Adds one row a side."""
-    shape = dict(GPU_SHAPE if device == "cuda" else CPU_SHAPE)
-    batch, block = shape.pop("batch"), shape.pop("block")
+    batch, shape = (8, GPU_SHAPE) if device == "cuda" else (2, CPU_SHAPE)
     torch.manual_seed(0)
-    model = GPT2(GPT2Config(block_size=block, **shape), dtype=timing.DTYPE_OF[dtype]).to(device)
+    model = GPT2(shape, dtype=timing.DTYPE_OF[dtype]).to(device)
     if device == "cuda":
         for part in model.h:
             part.compile()
     optimizer = torch.optim.AdamW(decay_groups(model, 0.1), lr=1e-4, fused=True)
-    tokens = torch.randint(shape["vocab_size"], (batch, block + 1), device=device)
+    v, d, block = shape.vocab_size, shape.n_embd, shape.block_size
+    tokens = torch.randint(v, (batch, block + 1), device=device)
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].flatten()
 
     def step(loss_of):
@@ -64,8 +63,7 @@ def train_step(device: str, dtype: str, repeats: int, rows: Rows) -> None:
 
     jobs = {name: partial(step, loss_of) for name, loss_of in sides(device).items()}
     times = timing.time_in_turns(jobs, device, repeats)
-    v, d = shape["vocab_size"], shape["n_embd"]
-    what = f"training step, {batch} x {block} tokens, {shape['n_layer']} layers, D={d}, V={v}, {dtype}"
+    what = f"training step, {batch} x {block} tokens, {shape.n_layer} layers, D={d}, V={v}, {dtype}"
     columns = ("step_ms", "ratio_to_torch_ce", "tokens_per_s", "peak_bytes")
     rows.begin(f"{what} on {rows.about['device']}", "provider", *columns)
     for name, job in jobs.items():
@@ -76,13 +74,10 @@ def train_step(device: str, dtype: str, repeats: int, rows: Rows) -> None:
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m races.train_step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = timing.new_parser("races.train_step", __doc__)
     timing.add_options(parser)
     args = parser.parse_args(argv)
-    wrong = timing.fill_options(args)
-    if wrong:
+    if wrong := timing.fill_options(args):
         print(f"races.train_step: cannot do this: {wrong}", file=sys.stderr)
         return 2
     train_step(args.device, args.dtype, args.repeats, Rows(args.device, args.csv))

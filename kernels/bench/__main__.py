@@ -8,8 +8,8 @@
     python -m kernels.bench --claims --csv all.csv      # all shapes, then every claim's verdict (GPU)
     python -m kernels.bench --claims-of all.csv         # the verdicts again, from rows measured before
 
-The providers take turns in one process, so that what else the machine does falls on all of them. The table gives
-medians: "forward" without gradient, "step" forward and backward.
+The providers take turns in one process, so that what else the machine does falls on all of them. Times are medians:
+"forward" without gradient, "step" forward and backward.
 
 of copy      speed of one read and one write of the logits over that of copying them, in the same turns
 x products   a linear loss's time over that of its bare matrix products
@@ -32,15 +32,12 @@ import torch
 from .claims import TRAIN_STEP, print_verdicts
 from .compare import audit_scores, compare
 from .paths import time_choices
-from .providers import FROM_HIDDEN, FROM_LOGITS, providers
 from .rows import Rows, read_csv, write_plot
-from .timing import HEADS, Shape, add_options, fill_options, measure_memory
+from .timing import HEADS, Shape, add_options, fill_options, new_parser
 
 
 def parse(argv) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m kernels.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser("kernels.bench", __doc__)
     parser.add_argument("--shape", choices=HEADS, nargs="+", help="on a GPU by default all")
     parser.add_argument("--n", type=int, default=0, help="tokens, in place of --shape")
     parser.add_argument("--v", type=int, default=0, help="vocabulary")
@@ -57,22 +54,19 @@ def parse(argv) -> argparse.Namespace:
     parser.add_argument("--train-step-csv", metavar="FILE", help=f"with --claims: what {TRAIN_STEP} wrote")
     parser.add_argument("--trace", metavar="FOLDER", help="with --audit-2k: torch.profiler traces")
     parser.add_argument("--nvtx", action="store_true", help="with --audit-2k: an NVTX range a score, for Nsight")
-    parser.add_argument(
-        "--memory-of", choices=(*FROM_LOGITS, *FROM_HIDDEN, "F.linear_cross_entropy"), help=argparse.SUPPRESS
-    )
     return parser.parse_args(argv)
 
 
 def what_is_wrong(args) -> str | None:
     """Why these modes do not go together, None where they do."""
-    other = args.audit_2k or args.paths or args.claims or args.claims_of
-    on_gpu = "paths" if args.paths else "claims"
+    cpu, other = args.device != "cuda", args.audit_2k or args.paths or args.claims or args.claims_of
+    no_gpu = "needs a GPU; torch sees no CUDA device or --device is cpu"
     checks = {
         "--trace and --nvtx go with --audit-2k": (args.trace or args.nvtx) and not args.audit_2k,
-        "--nvtx needs a CUDA device": args.nvtx and args.device != "cuda",
+        "--nvtx needs a CUDA device": args.nvtx and cpu,
         "--plot is of the bench; leave out --audit-2k, --paths, --claims and --claims-of": args.plot and other,
-        f"--{on_gpu} needs a GPU; torch sees no CUDA device or --device is cpu": (args.paths or args.claims)
-        and args.device != "cuda",
+        f"--paths {no_gpu}": args.paths and cpu,
+        f"--claims {no_gpu}": args.claims and cpu,
         f"--claims is about bf16, got --dtype {args.dtype}": args.claims and args.dtype != "bf16",
         "--train-step-csv goes with --claims; --claims-of takes several files": args.train_step_csv and not args.claims,
     }
@@ -102,11 +96,6 @@ def main(argv=None) -> int:
         return 0
     if args.threads:
         torch.set_num_threads(args.threads)
-    if args.memory_of:
-        linear = args.memory_of not in FROM_LOGITS
-        function = providers(linear, args.device)[0][args.memory_of]
-        print(measure_memory(function, Shape(args.n, args.v, args.d if linear else None), args.dtype, args.device))
-        return 0
     rows = Rows(args.device, args.csv)
     if args.audit_2k:
         audit_scores(args, rows)

@@ -12,29 +12,25 @@ GPT2, QWEN3 = VOCABULARIES = (50257, 151936)
 RELATIONS = {">=": operator.ge, "<=": operator.le, "<": operator.lt}
 
 
-class _Figures(dict):
-    """Rows by (provider, vocabulary, whether of a linear head), to be asked for figures; LookupError says why there is
-    none."""
+def verdicts(rows: list[dict]) -> list[dict]:
+    """One dict a criterion (criterion, required, measured, verdict) from rows of kernels.bench and races.train_step, of
+    which those in bf16 at 8192 tokens count. ``measured`` is a figure with its unit, or why there is none."""
+    rows = [r for r in rows if r.get("dtype") == "bf16" and r.get("n") == TOKENS]
+    found, table = {(r["provider"], r["v"], bool(r.get("d"))): r for r in rows}, []
 
-    def figure(self, provider: str, v: int, linear: bool, field: str, factor: float = 1.0) -> float:
-        row = self.get((provider, v, linear), {})
+    def get(provider: str, v: int, linear: bool, field: str, factor: float = 1.0) -> float:
+        """A figure of a provider, from logits or of a ``linear`` head. LookupError says why there is none."""
+        row = found.get((provider, v, linear), {})
         if row.get(field) is None:
             how = f"; {TRAIN_STEP} FILE, then --train-step-csv FILE" if provider.startswith("step: ") else ""
             raise LookupError(f"{provider}: {row.get('missing') or f'no row with {field}{how}'}")
         return row[field] * factor
 
-    def ratio(self, a: str, b: str, v: int, linear: bool, field: str = "step_ms") -> float:
-        return self.figure(a, v, linear, field) / self.figure(b, v, linear, field)
+    def ratio(a: str, b: str, v: int, linear: bool, field: str = "step_ms") -> float:
+        return get(a, v, linear, field) / get(b, v, linear, field)
 
-    def excess(self, a: str, b: str, v: int, linear: bool, field: str) -> float:
-        return self.figure(a, v, linear, field) - self.figure(b, v, linear, field)
-
-
-def verdicts(rows: list[dict]) -> list[dict]:
-    """One dict a criterion (criterion, required, measured, verdict) from rows of kernels.bench and races.train_step, of
-    which those in bf16 at 8192 tokens count. ``measured`` is a figure with its unit, or why there is none."""
-    rows = [r for r in rows if r.get("dtype") == "bf16" and r.get("n") == TOKENS]
-    figures, table = _Figures({(r["provider"], r["v"], bool(r.get("d"))): r for r in rows}), []
+    def excess(a: str, b: str, v: int, linear: bool, field: str) -> float:
+        return get(a, v, linear, field) - get(b, v, linear, field)
 
     def claim(criterion: str, required: str, figure, *of) -> None:
         """``required`` is a relation, a bound and its unit; figure(*of) is held to it."""
@@ -48,7 +44,6 @@ def verdicts(rows: list[dict]) -> list[dict]:
             measured, verdict = e.args[0], "not measured"
         table.append(dict(criterion=criterion, required=required, measured=measured, verdict=verdict))
 
-    get, ratio = figures.figure, figures.ratio
     copy = "share of the copy bandwidth"
     for v, required in ((GPT2, ">= 85%"), (QWEN3, ">= 75%")):
         claim(f"DPSM from logits, V={v}, {copy}", required, get, "ours DPSM", v, False, "share_of_copy")
@@ -64,7 +59,7 @@ def verdicts(rows: list[dict]) -> list[dict]:
         claim(products, "<= 1.10 x", get, FULL, v, True, "ratio_to_products")
         claim(f"{beside}, V={v}", "<= 300 MB", get, FULL, v, True, "beside_bytes", 1e-6)
         error = f"linear_score's error less the eager reference's, V={v}"
-        claim(error, "<= 1e-3", figures.excess, FULL, "linear + literal DPSM", v, True, "gradient_error")
+        claim(error, "<= 1e-3", excess, FULL, "linear + literal DPSM", v, True, "gradient_error")
     for base in ("torch CE", "compiled torch CE"):
         for what, field in (("time", "step_ms"), ("peak memory", "peak_bytes")):
             step = f"GPT-2 124M step, DPSM over {base} through logits, {what}"

@@ -26,13 +26,13 @@ def time_losses(functions: dict, leaves, targets, repeats: int, forward: bool, c
         source = leaves[0].detach()
         target = torch.empty_like(source)
         jobs["copy"] = lambda: target.copy_(source)
-    every = [*leaves, *(x for xs in own.values() for x in xs)]
+    every = sum(own.values(), start=list(leaves))
     return timing.time_in_turns(jobs, device, repeats, between=lambda: timing.drop_gradients(every))
 
 
 def gradient_error(function, shape: Shape, dtype: str, device: str, alpha: float) -> float:
-    """Relative error of a leaf's gradient in the 2-norm, the larger of the leaves, on a few tokens, against float64
-    autograd of (1 - alpha) CE + alpha Brier."""
+    """Largest relative error of a leaf's gradient, in the 2-norm and on a few tokens, against float64 autograd of
+    (1 - alpha) CE + alpha Brier."""
     leaves, targets = timing.make_inputs(shape._replace(n=512 if device == "cuda" else 64), dtype, device)
     exact = [x.detach().double().requires_grad_() for x in leaves]
     log_p = (exact[0] if shape.d is None else exact[0] @ exact[1].t()).log_softmax(-1)
@@ -57,20 +57,18 @@ def compare(shape: Shape, args, rows: Rows) -> None:
     del leaves
     logits_bytes = shape.n * shape.v * timing.DTYPE_OF[args.dtype].itemsize
     base = "linear + literal DPSM" if linear else "literal DPSM"
-    n, v, d = shape
     where = f"{args.dtype} on {rows.about['device']}, {rows.about['threads']} CPU threads"
     columns = ["forward_ms", "step_ms", "ratio_to_literal", "ratio_to_products" if linear else "share_of_copy"]
     columns += ["peak_logits", "beside_bytes", "gradient_error"]
-    rows.begin(f"N={n} V={v} D={d or '-'} {where}", "provider", *columns)
-    common = dict(n=n, v=v, d=d, dtype=args.dtype)
+    rows.begin(f"N={shape.n} V={shape.v} D={shape.d or '-'} {where}", "provider", *columns)
+    common = shape._asdict() | dict(dtype=args.dtype)
     for name, function in functions.items():
         if args.device == "cuda":
             peak = timing.measure_memory(function, shape, args.dtype, "cuda")
         else:
             peak = timing.measure_memory_apart(name, shape, args.dtype, args.threads)
-        error = None
-        if name != "matrix products":
-            error = gradient_error(function, shape, args.dtype, args.device, ALPHA if "DPSM" in name else 0.0)
+        how = args.dtype, args.device, ALPHA if "DPSM" in name else 0.0
+        error = gradient_error(function, shape, *how) if name != "matrix products" else None
         ms, share = timing.median_ms(step, name), None if linear else timing.median_ratio(step, "copy", name)
         row = dict(provider=name, **common, forward_ms=timing.median_ms(forward, name), step_ms=ms)
         row |= dict(best_step_ms=1e3 * min(step[name]), ratio_to_literal=timing.median_ratio(step, name, base))

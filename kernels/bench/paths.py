@@ -1,8 +1,5 @@
-"""What the fixed choices should be on this GPU: how score_kernel holds a row, and tokens a chunk of linear_score.
-
-triton_impl.score_shape and chunks.chunk_rows choose them. This times DPSM with its gradient in other shapes, beside
-copying the logits, and linear_score in chunks of many sizes, over the bare matrix products.
-"""
+"""What triton_impl.score_shape and chunks.chunk_rows should choose on this GPU: how score_kernel holds a row, and how
+many tokens a chunk of linear_score has."""
 
 from functools import partial
 
@@ -13,7 +10,7 @@ from ..head import linear_score
 from ..losses import dpsm
 from ..moments import new_stats
 from . import timing
-from .providers import ALPHA, matrix_products
+from .providers import ALPHA, FROM_HIDDEN
 from .rows import Rows
 from .timing import Shape
 
@@ -39,9 +36,8 @@ def time_paths(v: int, dtype: torch.dtype, device: str, repeats: int) -> dict[tu
     z = torch.randn(TOKENS, v, dtype=dtype, device=device)
     y = torch.randint(v, (TOKENS,), device=device)
     out, (stats, correct) = torch.empty_like(z), new_stats(z, TOKENS)
-    arguments = dict(logits=z, targets=y, mask=None, weights=None, stats=stats, correct=correct, out=out)
-    arguments |= dict(losses=torch.empty_like(stats[0]), fisher=torch.empty_like(stats[0]))
-    run = partial(fused_score, "dpsm", torch.full((), 0.5, device=device), **arguments)
+    results = dict(stats=stats, correct=correct, losses=stats[0].clone(), fisher=stats[0].clone(), out=out)
+    run = partial(fused_score, "dpsm", torch.full((), 0.5, device=device), z, y, None, None, **results)
     jobs = {key: partial(run, shape=shape) for key, shape in shapes_of(v, dtype).items()}
     times = timing.time_in_turns(jobs | {"copy": lambda: out.copy_(z)}, device, repeats)
     return {key: timing.median_ms(times, key) for key in times}
@@ -50,11 +46,9 @@ def time_paths(v: int, dtype: torch.dtype, device: str, repeats: int) -> dict[tu
 def time_chunks(shape: Shape, dtype: str, device: str, repeats: int, sizes) -> dict[int, float]:
     """{tokens a chunk: median over rounds of linear_score's time over that of its bare matrix products}."""
     leaves, targets = timing.make_inputs(shape, dtype, device)
-
-    def in_chunks(size):
-        return lambda h, w, y: linear_score(h, w, y, dpsm(ALPHA), fisher=True, chunk=size)[0]
-
-    functions = {size: in_chunks(size) for size in sizes} | {"products": matrix_products}
+    functions = {"products": FROM_HIDDEN["matrix products"]}
+    for size in sizes:
+        functions[size] = lambda *x, chunk=size: linear_score(*x, dpsm(ALPHA), fisher=True, chunk=chunk)[0]
     jobs = {key: partial(timing.run_once, function, leaves, targets) for key, function in functions.items()}
     times = timing.time_in_turns(jobs, device, repeats)
     return {size: timing.median_ratio(times, size, "products") for size in sizes}

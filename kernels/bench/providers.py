@@ -30,14 +30,11 @@ def literal_loss(logits, targets):
     return ((1 - ALPHA) * ce + ALPHA * brier).mean()
 
 
-def matrix_products(hidden, weight, targets):
+class MatrixProducts(torch.autograd.Function):
     """The three products of a head and its backward, without any loss: what no linear loss can be faster than."""
-    return _Products.apply(hidden, weight)
 
-
-class _Products(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight):
+    def forward(ctx, hidden, weight, targets):
         ctx.save_for_backward(hidden, weight)
         # In rows on 16-byte boundaries, as linear_score has them: an odd V alone would slow the products down.
         logits = hidden.new_empty(len(hidden), row_stride(len(weight)))[:, : len(weight)]
@@ -48,7 +45,7 @@ class _Products(torch.autograd.Function):
     def backward(ctx, grad):
         hidden, weight = ctx.saved_tensors
         logits, ctx.logits = ctx.logits, None
-        return logits @ weight, logits.t() @ hidden
+        return logits @ weight, logits.t() @ hidden, None
 
 
 # Named for what they compute; "ours" with every moment that calibration and Fisher need.
@@ -63,7 +60,7 @@ FROM_LOGITS: dict[str, Callable] = {
 FROM_HIDDEN: dict[str, Callable] = {
     "linear + literal DPSM": lambda h, w, y: literal_loss(F.linear(h, w), y),
     "linear + torch CE": lambda h, w, y: F.cross_entropy(F.linear(h, w), y),
-    "matrix products": matrix_products,
+    "matrix products": MatrixProducts.apply,
     "linear_score CE": lambda h, w, y: linear_score(h, w, y, ce)[0],
     "linear_score DPSM": lambda h, w, y: linear_score(h, w, y, dpsm(ALPHA))[0],
     "linear_score DPSM, Fisher": lambda h, w, y: linear_score(h, w, y, dpsm(ALPHA), fisher=True)[0],

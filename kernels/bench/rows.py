@@ -40,16 +40,14 @@ def device_name(device: str) -> str:
 
 def where_and_when(device: str) -> dict:
     """Device, threads, versions and date: the last columns of every row."""
-    version, date = None, datetime.now(UTC).isoformat(timespec="seconds")
+    about = dict(device=device_name(device), threads=torch.get_num_threads(), torch=torch.__version__, triton=None)
     with suppress(PackageNotFoundError):
-        version = metadata.version("triton")
-    machine = dict(device=device_name(device), threads=torch.get_num_threads())
-    return machine | dict(torch=torch.__version__, triton=version, date=date)
+        about["triton"] = metadata.version("triton")
+    return about | dict(date=datetime.now(UTC).isoformat(timespec="seconds"))
 
 
 class Rows(list):
-    """The rows of a run on ``device``. ``file``: a CSV that is written anew after every row, so that a run that is cut
-    off keeps what it has."""
+    """The rows of a run on ``device``. ``file``: a CSV, whole after every row, so that a run may be cut off."""
 
     def __init__(self, device: str, file: str | None = None):
         super().__init__()
@@ -62,8 +60,7 @@ class Rows(list):
         self._print(name, [heading for heading, *_ in self.columns.values()])
 
     def add(self, row: dict, note: str = "") -> None:
-        """A row for the file and a line for the table; ``note`` ends the line. With ``missing``, the reason why there
-        are no figures, the line is the reason."""
+        """A row for the file, and a line for the table: its figures, or why they are ``missing``, then ``note``."""
         self.append(row | self.about)
         if self.file:
             write_csv(self, self.file)
@@ -94,10 +91,8 @@ def read_csv(file: str) -> list[dict]:
 
     def value(text: str | None):
         for read in (int, float):
-            try:
+            with suppress(ValueError):
                 return read(text) if text else None
-            except ValueError:
-                pass
         return text
 
     with open(file, newline="") as opened:
@@ -112,10 +107,12 @@ def write_plot(rows: list[dict], file: str) -> None:
     from matplotlib.figure import Figure
 
     rows = [r for r in rows if r.get("step_ms")]
-    shapes = list(dict.fromkeys((r["n"], r["v"], r["d"]) for r in rows))
-    figure = Figure(figsize=(6.5 * len(shapes), 4.2), layout="constrained")
-    for axis, (n, v, d) in zip(figure.subplots(1, len(shapes), squeeze=False)[0], shapes, strict=True):
-        shown = [r for r in rows if (r["n"], r["v"], r["d"]) == (n, v, d)][::-1]
+    panels = {}
+    for r in reversed(rows):
+        panels.setdefault((r["n"], r["v"], r["d"]), []).append(r)
+    figure = Figure(figsize=(6.5 * len(panels), 4.2), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, ((n, v, d), shown) in zip(reversed(axes), panels.items(), strict=True):
         names = [r["provider"] for r in shown]
         colors = ["#1f77b4" if "ours" in name or "linear_score" in name else "#bbbbbb" for name in names]
         bars = axis.barh(names, [r["step_ms"] for r in shown], color=colors)

@@ -1,19 +1,21 @@
 """What every bench measures with: inputs, one timer, peak memory and joules."""
 
 import argparse
+import multiprocessing
 import os
 import re
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .providers import providers
 
 DTYPE_OF = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 REPEATS = {"cuda": 30, "cpu": 7}  # rounds that count
@@ -27,6 +29,11 @@ class Shape(NamedTuple):
 
 
 HEADS = {"gpt2": Shape(8192, 50257, 768), "qwen3": Shape(8192, 151936, 1024)}
+
+
+def new_parser(module: str, description: str) -> argparse.ArgumentParser:
+    how = dict(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return argparse.ArgumentParser(f"python -m {module}", **how)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -49,15 +56,10 @@ def fill_options(args: argparse.Namespace) -> str | None:
 def make_inputs(shape: Shape, dtype: str, device: str) -> tuple[list[Tensor], Tensor]:
     """Leaves that require a gradient, logits or hidden and weight, and targets."""
     n, v, d = shape
-    generator = torch.Generator(device).manual_seed(0)
-    new = dict(device=device, generator=generator)
+    new = dict(device=device, generator=torch.Generator(device).manual_seed(0))
     targets = torch.randint(v, (n,), **new)
-    if d is not None:
-        leaves = [torch.randn(rows, d, dtype=DTYPE_OF[dtype], **new) for rows in (n, v)]
-        leaves[1].mul_(0.02)
-    else:
-        leaves = [torch.randn(n, v, dtype=DTYPE_OF[dtype], **new).mul_(3)]
-    return [x.requires_grad_() for x in leaves], targets
+    sizes = [(n, v, 3)] if d is None else [(n, d, 1), (v, d, 0.02)]  # rows, columns, standard deviation
+    return [torch.randn(r, c, dtype=DTYPE_OF[dtype], **new).mul_(s).requires_grad_() for r, c, s in sizes], targets
 
 
 def drop_gradients(leaves) -> None:
@@ -92,8 +94,8 @@ def time_once(job: Callable[[], object], device: str) -> float:
 def time_in_turns(
     jobs: dict[object, Callable], device: str, repeats: int, between: Callable | None = None
 ) -> dict[object, list[float]]:
-    """Seconds of every job in each of ``repeats`` rounds, in which they take turns, so that what else the machine does
-    falls on all of them. ``between`` runs after each job and is not timed."""
+    """Seconds of every job in each of ``repeats`` rounds, in which they take turns: what else the machine does falls on
+    all of them. ``between`` runs after each job and is not timed."""
     times = {name: [] for name in jobs}
     for turn in range(repeats + WARM_UPS[device]):
         for name, job in jobs.items():
@@ -147,15 +149,16 @@ def _resident(field: str) -> int:
     return 1024 * int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
+def _memory_of(name: str, shape: Shape, dtype: str, threads: int) -> int:
+    torch.set_num_threads(threads or torch.get_num_threads())
+    return measure_memory(providers(shape.d is not None, "cpu")[0][name], shape, dtype, "cpu")
+
+
 def measure_memory_apart(name: str, shape: Shape, dtype: str, threads: int = 0) -> int:
     """``measure_memory`` of a provider on CPU in a fresh process."""
-    n, v, d = shape
-    options = ["--n", n, "--v", v, "--d", d or 0, "--dtype", dtype, "--device", "cpu", "--threads", threads]
-    command = [sys.executable, "-m", __package__, *map(str, options), "--memory-of", name]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "MALLOC_ARENA_MAX": "1"})
-    if done.returncode:
-        raise RuntimeError(f"measuring the memory of {name} failed: {done.stderr.strip().splitlines()[-1]}")
-    return int(done.stdout.split()[-1])
+    os.environ["MALLOC_ARENA_MAX"] = "1"  # for the new process: an allocator reads it when it starts
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_memory_of, name, shape, dtype, threads).result()
 
 
 def measure_joules(job: Callable[[], object], device: str) -> float | None:
