@@ -1,12 +1,11 @@
 """What the data modules read and write. Every error is a ValueError of one line that names the file or the set."""
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from model.weights import first_line
-from runtime.folder import write_bytes
+from runtime.folder import parse_json, write_bytes
 
 
 def lm_data(name: str) -> Path | None:
@@ -60,10 +59,7 @@ def read_rows(path: Path, *, skip_blank: bool = True) -> Iterator[tuple[int, obj
     """(line from 1, value) of a file with one JSON value a line."""
     for number, line in enumerate(read_lines(path), 1):
         if line.strip() or not skip_blank:
-            try:
-                yield number, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path} line {number} is not JSON ({error.msg})") from None
+            yield number, parse_json(line, f"{path} line {number}")
 
 
 def write_cached(path: Path, writer: Callable) -> None:

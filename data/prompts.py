@@ -19,6 +19,7 @@ from data.packing import Example
 from data.programs import Problem, code_targets, coverage_table
 from model.qwen3_hub import read_config
 from model.weights import CONFIG, first_line, folder_of
+from runtime.folder import parse_json
 
 PROMPTS = ("chat", "plain")
 # What follows the question, by prompt format and by what is asked for.
@@ -101,10 +102,7 @@ def make_targets(
     if not path.is_file():
         made = dict(zip(("programs", "refused"), code_targets(problems, progress=progress), strict=True))
         write_cached(path, lambda file: file.write((json.dumps(made, indent=1) + "\n").encode()))
-    try:
-        held = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error.msg}); delete it, it is made again") from None
+    held = parse_json(path.read_text(), path, "; delete it, it is made again")
     log.info(coverage_table(len(problems), held["refused"]))
     return held["programs"]
 

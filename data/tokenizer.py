@@ -23,6 +23,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from data.files import lm_data, read_bytes, write_cached
 from model.weights import first_line
+from runtime.folder import parse_json
 
 EOS = "<|endoftext|>"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -292,10 +293,7 @@ def _pieces(text: str) -> Iterator[tuple[str, bool]]:
 
 
 def _json(raw: bytes, label: str) -> dict:
-    try:
-        parsed = json.loads(raw)
-    except ValueError:
-        raise ValueError(f"{label} is not JSON") from None
+    parsed = parse_json(raw, label)
     if not isinstance(parsed, dict):
         raise ValueError(f"{label} is not a JSON object")
     return parsed

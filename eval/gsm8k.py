@@ -19,7 +19,6 @@ exit code 0 is invalid and wrong, whatever it printed before.
 """
 
 import argparse
-import json
 import math
 import re
 import sys
@@ -37,6 +36,7 @@ from data.numbers import last_number, parse_number, same_number
 from eval.rows import write_rows
 from eval.stats import bootstrap_interval, mcnemar_exact, paired
 from runtime.cli import user_errors
+from runtime.folder import parse_json
 from sandbox import Limits, run_many
 
 PACKAGES_MEMORY = 2 << 30  # bytes of address space of a program that imports packages: numpy maps more than it uses
@@ -110,10 +110,7 @@ def read_outputs(path: str | Path, ids: Sequence[str]) -> list[Sample]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} line {number} is not JSON ({error.msg})") from None
+        row = parse_json(line, f"{path} line {number}")
         if not isinstance(row, dict) or "id" not in row or not isinstance(row.get("output"), str):
             raise ValueError(f"{path} line {number}: expected an object with id and a text output")
         name = f"{split}/{row['id']}" if re.fullmatch(r"\d+", str(row["id"])) else str(row["id"])

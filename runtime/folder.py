@@ -48,14 +48,21 @@ def _finite(value):
     return json.loads(json.dumps(value), parse_constant=lambda name: None)
 
 
+def parse_json(text: str | bytes, where: str | Path, advice: str = ""):
+    """The value of ``text``. Raises ValueError that says ``where`` it stands, and what to do."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as e:
+        line = f" line {e.lineno}" if isinstance(where, Path) else ""
+        raise ValueError(f"{where}{line} is not JSON ({e.msg}){advice}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{where} is not UTF-8{advice}") from None
+
+
 def read_metrics(path: Path, kind: str | None = None) -> list[dict]:
     """Rows of a ``metrics.jsonl``, of one kind if given. Raises ValueError naming a broken line."""
-    rows = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as e:
-            raise ValueError(f"{path} line {number} is not JSON ({e.msg})") from e
+    lines = enumerate(path.read_text().splitlines(), 1)
+    rows = [parse_json(line, f"{path} line {number}") for number, line in lines]
     return [r for r in rows if kind is None or r["kind"] == kind]
 
 
@@ -126,10 +133,7 @@ class RunFolder:
             return None
         if not held.exists():
             raise ValueError(f"--resume: no run in {self.path} (no config.json); check --out or start without --resume")
-        try:
-            old = json.loads(held.read_text())
-        except json.JSONDecodeError as e:
-            raise ValueError(f"{held} is not JSON ({e.msg}); the run cannot be resumed") from e
+        old = parse_json(held.read_text(), held, "; the run cannot be resumed")
         defaults = {f.name: f.default for f in dataclasses.fields(cfg)}
         now = dict(new=dataclasses.asdict(cfg), free=changeable(type(cfg)), defaults=defaults)
         same_config(self.path, old, **now)

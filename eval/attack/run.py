@@ -47,7 +47,7 @@ from model.generate import generate
 from model.seq2seq_hub import load_seq2seq
 from recipes.presets import preset_values
 from runtime.cli import user_errors
-from runtime.folder import environment, same_config, write_json
+from runtime.folder import environment, parse_json, same_config, write_json
 from runtime.machine import start_world
 
 ROWS_FILE, RESULT_FILE = "attack.jsonl", "attack.json"
@@ -187,10 +187,7 @@ def finished_rows(path: Path, pairs, group: int) -> list[dict]:
     rows = []
     lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
     for number, line in enumerate(lines[:-1], 1):  # without a line that no newline ends
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as e:
-            raise ValueError(f"{path} line {number} is not JSON ({e.msg}); attack anew into another --out") from None
+        rows.append(parse_json(line, f"{path} line {number}", "; attack anew into another --out"))
         if number > len(pairs) or rows[-1].get("id") != pairs[number - 1].id:
             raise ValueError(f"{path} line {number} is of another article than asked for; attack into another --out")
     return rows if len(rows) == len(pairs) else rows[: len(rows) // group * group]
@@ -301,10 +298,7 @@ def _config_of(run: Path) -> dict:
     path = run / "config.json"
     if not path.is_file():
         raise ValueError(f"{run} has no config.json; expected a run of finetune_seq2seq.py, or a model's folder")
-    try:
-        content = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error.msg})") from None
+    content = parse_json(path.read_text(), path)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected an object of settings")
     return content

@@ -17,6 +17,7 @@ from eval.report.sources import other_files, read_sources, usual
 from eval.stats import summarize
 from kernels.losses import LOSSES
 from runtime.cli import ROLES
+from runtime.folder import parse_json
 
 
 @dataclass
@@ -85,10 +86,7 @@ def read_json(path: Path, kind: type):
     """The file's value, or an empty ``kind`` where there is no file. Raises ValueError naming a broken one."""
     if not path.exists():
         return kind()
-    try:
-        value = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{path} line {e.lineno} is not JSON ({e.msg})") from e
+    value = parse_json(path.read_text(encoding="utf-8", errors="replace"), path)
     if not isinstance(value, kind):
         raise ValueError(f"{path} holds a {type(value).__name__}, expected a {kind.__name__}")
     return value
@@ -105,10 +103,7 @@ def read_rows(path: Path, unfinished: bool) -> dict[str, list[dict]]:
     if unfinished or not lines[-1]:
         lines.pop()
     for n, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as e:
-            raise ValueError(f"{path} line {n} is not JSON ({e.msg}); repair or remove that line") from e
+        row = parse_json(line, f"{path} line {n}", "; repair or remove that line")
         if not isinstance(row, dict) or not isinstance(row.get("kind"), str) or not isinstance(row.get("step"), int):
             raise ValueError(f"{path} line {n} is not a row, expected an object with kind and an integer step")
         kept = rows.setdefault(row["kind"], [])
