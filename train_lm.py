@@ -124,8 +124,7 @@ def forwards(model: GPT2, windows: Windows, rows: int, world):
     """(hidden [N, D], targets [N]) of this rank's windows, ``rows`` at a time.
 
     Every rank makes the same number of equal forwards, because FSDP gathers in lockstep: what is missing is padded with
-    targets outside the loss.
-    """
+    targets outside the loss."""
     rows = min(rows, math.ceil(len(windows) / world.size))
     for begin in range(0, len(windows), rows * world.size):
         mine = torch.arange(begin + world.rank * rows, begin + (world.rank + 1) * rows)

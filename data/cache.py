@@ -50,8 +50,7 @@ def write_tokens(
     """Tokenise ``documents`` into the cache file ``path``, which appears whole or not at all.
 
     A progress bar appears after two seconds; ``total_bytes`` of text is its length where known. Raises ValueError where
-    there is no text or the folder cannot be written.
-    """
+    there is no text or the folder cannot be written."""
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
 
     def write(file) -> None:
@@ -123,8 +122,7 @@ def cached_tokens(
 ) -> TokenSet:
     """The tokens of a split's ``text``, from the folder ``cache`` or made there, ``writing`` as write_tokens takes it.
 
-    The file's name holds both hashes, so that a change of the text or of the tokenizer makes a new file.
-    """
+    The file's name holds both hashes, so that a change of the text or of the tokenizer makes a new file."""
     kind = re.sub(r"[^\w.-]+", "", tokenizer.name)[-40:]
     path = Path(cache) / f"{name}-{split}-{source_hash[:12]}-{kind}-{tokenizer.hash[:12]}.tokens"
     title = f"{name} {split}"

@@ -32,8 +32,7 @@ def load_gsm8k(source: str | Path = "gsm8k", split: str = "train") -> list[Probl
     ``source`` is a folder of train.jsonl and test.jsonl with fields question and answer, or "gsm8k": that is
     $LM_DATA/gsm8k where it is a folder, else the hub's openai/gsm8k (main). "gsm8k", and any folder of that name, must
     be the full set. Raises ValueError, one line, for a split that is not there, a wrong number of rows, and a broken
-    row, with its line.
-    """
+    row, with its line."""
     if split not in PUBLISHED_ROWS:
         raise ValueError(f"unknown split {split!r}, expected one of {', '.join(PUBLISHED_ROWS)}")
     named = str(source) == "gsm8k"

@@ -35,8 +35,7 @@ def load_corpus(name_or_folder: str, *, tokenizer: str | Tokenizer, cache, split
     ``tokenizer`` is a Tokenizer or a spec: gpt2, bpe:N, a folder. ``splits`` are those of train, val and test that are
     wanted; a missing train or val is an error, a missing test is None. Local text is read and hashed at each call, to
     know whether the cache still holds it. Of several processes let one call this first; if all do, they make the same
-    file. Raises ValueError, one line, for all that can be wrong.
-    """
+    file. Raises ValueError, one line, for all that can be wrong."""
     splits = tuple(splits)
     if isinstance(tokenizer, str) and tokenizer.startswith("bpe:"):
         source = open_source(name_or_folder, dict.fromkeys(("train", *splits)))

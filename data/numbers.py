@@ -20,8 +20,7 @@ def parse_number(text: str | None) -> Fraction | None:
     """The value of text that is one number: sign, currency, commas, decimals, a/b, exponent, percent and unit allowed.
 
     A percentage has the value of its digits (45% is 45), as in GSM8K's answers. None for anything else, not-a-number
-    and infinity included.
-    """
+    and infinity included."""
     match = _AMOUNT.fullmatch((text or "").strip().rstrip(".,").strip())
     if not match or (match["sign"] and match["inner"]):
         return None
@@ -36,8 +35,7 @@ def last_number(text: str) -> Fraction | None:
     """The last number in a program's last line, read as a whole first ("answer: 1/2" holds 2, "1/2" is 0.5).
 
     Of a line that is a tuple or a list, "(7, 2)", the first element counts: Program of Thoughts' rule (Chen et al.,
-    2022; ``floatify_ans`` in their code). None where the line has no number, or nan or inf.
-    """
+    2022; ``floatify_ans`` in their code). None where the line has no number, or nan or inf."""
     line = text.rstrip().rpartition("\n")[2]
     if (value := parse_number(line)) is not None:
         return value

@@ -84,8 +84,7 @@ def fit(lengths: Sequence[int], limit: int) -> list[list[int]]:
     """Which lengths share a row: first-fit decreasing, at most ``limit`` tokens a row (11/9 of the fewest rows possible
     and at most one more, Dósa, 2007). Rows in the order they were opened, ties in the given order.
 
-    Raises ValueError for a length above ``limit`` or below 1.
-    """
+    Raises ValueError for a length above ``limit`` or below 1."""
     bins: list[list[int]] = []
     room: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):

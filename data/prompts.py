@@ -40,8 +40,7 @@ class Prompter:
 
     ``prompt`` "chat" writes the turns of Qwen3's chat template without thinking, with its empty thought in the prompt;
     "plain" is "Question: ... Answer: ...". ``format`` is "text" or "code". Raises ValueError for a tokenizer that is
-    missing, broken, larger than the model's vocabulary or without the tokens that the format needs.
-    """
+    missing, broken, larger than the model's vocabulary or without the tokens that the format needs."""
 
     def __init__(self, model: str, prompt: str = "chat", format: str = "text"):
         if (prompt, format) not in _ASK:
@@ -129,8 +128,7 @@ def calculate(text: str) -> str:
     """What a calculator adds to ``text`` that ends in an open annotation, ``... <<48/2=``: the result and ``>>``.
 
     As in the GSM8K paper's decoding (Cobbe et al., 2021, section 2), whose calculator rounds to 4 decimals. Empty for
-    any other text, and where the expression is no arithmetic: the model then goes on by itself.
-    """
+    any other text, and where the expression is no arithmetic: the model then goes on by itself."""
     found = re.search(r"<<([^<>=]+)=$", text)
     value = programs.evaluate(found[1]) if found else None
     if value is None or abs(value) >= TOO_LARGE:

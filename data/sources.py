@@ -61,8 +61,7 @@ def open_source(name_or_folder: str, splits: Iterable[str] = SPLITS) -> Source:
     top that are named train, val or test (shards such as train-00001 too) are the splits, and others are not read.
     Without such, documents are split 90/5/5 by the hash of path and line, and where there are only one or two, each is
     cut by position at line ends. Raises ValueError, one line, for an unknown name, a split that is not there, and text
-    that cannot be read.
-    """
+    that cannot be read."""
     splits = tuple(splits)
     for split in splits:
         if split not in SPLITS:
@@ -139,8 +138,7 @@ def articles(lines: Iterable[str]) -> Iterator[str]:
     """WikiText's lines, joined to articles; together they are the text unchanged.
 
     An article begins at `` = Title = `` between blank lines, for there are formulas and legends that look like a title.
-    What precedes the first title belongs to the first article.
-    """
+    What precedes the first title belongs to the first article."""
     article: list[str] = []
     titled = False
     around = itertools.chain([""], lines, ["the end"])
@@ -273,8 +271,7 @@ def _hash_split(
     """Train, val and test by the place of each document's identity between 0 and 1: below 0.9, below 0.95, above.
 
     Where val or test would be empty, the documents nearest to it move. One or two documents are cut, each, by position
-    at line ends: 90 % train, 5 % val, 5 % test.
-    """
+    at line ends: 90 % train, 5 % val, 5 % test."""
     units = np.sort([_unit(identity) for identity, _ in documents()])
     if not len(units):
         raise ValueError(f"{name} holds no text ({origin})")

@@ -86,8 +86,7 @@ def load_summaries(
     and highlights (or summary, target) a row. Lists of sentences are joined; of several summaries the first counts.
     Rows without article or summary, or with an article of fewer than ``min_words`` words, are left out and counted.
     Raises ValueError, one line, for a set that cannot be had, a broken row or a missing column (with its line), and a
-    split left empty.
-    """
+    split left empty."""
     name = str(name_or_folder)
     here = name not in SETS and Path(name).is_dir()
     folder = Path(name) if here else lm_data(name) or Path(name)
@@ -184,8 +183,7 @@ def load_texts(data: str, eval_data: str = "", *, folded: bool, min_words: int) 
 def fold(n: int, spec: str) -> tuple[np.ndarray, np.ndarray]:
     """Rows of a training set of ``n`` to train and to validate on, both sorted, for "K/M": part K of M, from 1.
 
-    The parts are the same for every seed, so that seeds compare. Raises ValueError for another form.
-    """
+    The parts are the same for every seed, so that seeds compare. Raises ValueError for another form."""
     match = re.fullmatch(r"(\d+)/(\d+)", spec)
     k, parts = map(int, match.groups()) if match else (0, 0)
     if not 1 <= k <= parts or parts < 2:
@@ -201,8 +199,7 @@ class SummaryTokenizer:
     """A Tokenizer with the tokens around a source or target: [bos] text eos, and pad after it.
 
     ``bos_id`` is None for PEGASUS. ``newline`` is what a line break in a summary becomes before it is encoded: a space,
-    as in fairseq's CNN/DailyMail, or PEGASUS's own "<n>", which decoding turns back.
-    """
+    as in fairseq's CNN/DailyMail, or PEGASUS's own "<n>", which decoding turns back."""
 
     base: Tokenizer
     bos_id: int | None
@@ -241,8 +238,7 @@ def tokenizer_for_training(spec: str, train: Summaries, cache: str | Path, *, bo
     """For a model from a random start: ``gpt2``, ``bpe:N`` trained on ``train``, or a folder, as data.tokenizer takes.
 
     A vocabulary that has <s>, <pad> and </s> (BART's vocab.json and merges.txt) keeps its ids; to any other they are
-    added after its last. ``bos``: whether texts begin with <s>.
-    """
+    added after its last. ``bos``: whether texts begin with <s>."""
     folder = Path(spec).expanduser()
     if "tokenizer.json" not in (files := read_files(folder)) and "vocab.json" in files:
         base = Tokenizer.from_files(_with_definition(files, folder, None), folder.name)
@@ -280,8 +276,7 @@ def _with_definition(files: dict[str, bytes], folder: Path, eos_id: int | None) 
     """``files`` with a tokenizer.json, and with the end-of-text token named: the one of ``eos_id``, else </s>.
 
     The tokenizer.json is made of vocab.json and merges.txt where those are BART's: fairseq's order of the ids is not
-    that of the merges.
-    """
+    that of the merges."""
     try:
         if "tokenizer.json" not in files:
             vocab = json.loads(files["vocab.json"])
@@ -379,8 +374,7 @@ def encode_sets(
 
     ``encoding``: tokenizer, cache, max_source and max_target, as `encode_pairs` takes them. ``part``: "K/M" holds part
     K of M of the training pairs out as val, see `fold`. ``limits``: at most so many pairs of a set, the first; 0 is
-    all. Of a split that is partial or cut its record says so.
-    """
+    all. Of a split that is partial or cut its record says so."""
     tokens = {name: text and encode_pairs(text, *encoding) for name, text in texts.items()}
     train, sets = tokens["train"], {"val": tokens.get("validation"), "test": tokens.get("test"), "ood": tokens["ood"]}
     if part:
@@ -405,8 +399,7 @@ class Bucketed:
 
     An epoch is a permutation, cut into pools of POOL batches. A pool is sorted by source length, neighbours in that
     order by target length, then cut into batches, whose order is shuffled. The rest of an epoch, less than a batch, is
-    not used. Raises ValueError where there are fewer pairs than a batch.
-    """
+    not used. Raises ValueError where there are fewer pairs than a batch."""
 
     def __init__(self, pairs: TokenPairs, batch: int, seed: int):
         if batch > len(pairs):
@@ -470,8 +463,7 @@ def swapped_references(batch: int, rate: float, seed: int, step: int) -> np.ndar
     """For each place in the global batch of ``step`` the place whose summary it gets, int64 [batch].
 
     After n steps exactly round(rate * batch * n) places have had another's summary. Those of one step exchange theirs
-    in a circle; a single one gets a copy. Raises ValueError for a rate outside [0, 1] and for a batch of one.
-    """
+    in a circle; a single one gets a copy. Raises ValueError for a rate outside [0, 1] and for a batch of one."""
     if not 0 <= rate <= 1:
         raise ValueError(f"--noise-references {rate} is outside [0, 1]")
     if rate and batch < 2:

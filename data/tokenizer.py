@@ -123,8 +123,7 @@ def load_tokenizer(
 
     ``gpt2`` is in $LM_DATA/tokenizers/gpt2, else tiktoken loads it; other files than the published ones are an error.
     ``bpe:N`` needs ``documents`` (the TRAIN split's), the folder ``cache``, where it is kept, and ``corpus`` (a name
-    that changes with the text). Raises ValueError, one line, where there is no such tokenizer.
-    """
+    that changes with the text). Raises ValueError, one line, where there is no such tokenizer."""
     if isinstance(spec, Tokenizer):
         return spec
     if spec == "gpt2":

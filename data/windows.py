@@ -35,8 +35,7 @@ def _kept_permutation(seed: int, counter: int, n: int) -> np.ndarray:
 def epoch_blocks(order: Callable[[int], np.ndarray], count: int, step: int, batch: int) -> np.ndarray:
     """The ``batch`` rows of ``count`` that optimizer step ``step`` reads, int64 [batch].
 
-    Steps read the concatenation of order(0), order(1), ... in blocks of ``batch``, across epochs.
-    """
+    Steps read the concatenation of order(0), order(1), ... in blocks of ``batch``, across epochs."""
     at, end, parts = step * batch, (step + 1) * batch, []
     while at < end:
         epoch, offset = divmod(at, count)
@@ -55,8 +54,7 @@ class Windows:
     """Non-overlapping windows of ``length`` inputs over a TokenSet; every token is a target exactly once an epoch.
 
     The end-of-text token comes before the first token, as before every document's. The last window is padded: inputs
-    eos_id, targets -100. Raises ValueError where ``length`` exceeds the tokens.
-    """
+    eos_id, targets -100. Raises ValueError where ``length`` exceeds the tokens."""
 
     def __init__(self, tokens: TokenSet, length: int):
         _check(1, **{"the sequence length": length})

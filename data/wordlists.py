@@ -72,8 +72,7 @@ def load_lists(words=None, stop_words=None, antonyms: Iterable = (), synonyms: I
 
     ``words``: a folder, a file of neighbours, or None for $LM_DATA/textfooler. ``stop_words``: a file, None for the
     folder's, or "none". ``antonyms``, files as ``synonyms``, replace the folder's. Raises ValueError, with file and
-    line, for what cannot be read, and where neighbours or stop words are named nowhere.
-    """
+    line, for what cannot be read, and where neighbours or stop words are named nowhere."""
     if words is None:
         if not os.environ.get("LM_DATA"):
             raise ValueError("no word lists: give --words a folder or file, or set LM_DATA to one with textfooler/")

@@ -86,8 +86,7 @@ def generate(
     Each rank appends an answer to its part file in ``folder`` as it ends, so that a kill loses only the ``batch`` that
     are being written; a later call makes what is missing. Every sample has random numbers of its own, so it does not
     depend on what else is made. ``stop``: strings that end an answer, and are cut off. ``calculator``: work out open
-    <<annotations>>.
-    """
+    <<annotations>>."""
     parts, wanted = Parts(folder, PART_FILES, world), [(p.id, s) for s in range(samples + 1) for p in problems]
     done = _by_sample(parts.read())
     todo = [w for w in wanted if w not in done][world.rank :: world.size]
@@ -135,8 +134,7 @@ def examine(
     """Summary entries of the model's answers. None where the generation was stopped early; empty on other ranks.
 
     ``how`` are the arguments of `generate`; ``format`` says how to grade. Rank 0 writes ``folder``/outputs.jsonl,
-    outputs_sampled.jsonl and verdicts.jsonl.
-    """
+    outputs_sampled.jsonl and verdicts.jsonl."""
     began = time.perf_counter()
     made = generate(model, problems, prompter, folder, world, **how)
     if made is None or not world.main:

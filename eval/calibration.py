@@ -39,8 +39,7 @@ class Calibration:
     never split: equal confidences stay together, and the order of the tokens cannot matter. Where one base bin holds
     more than its share, fewer bins are left.
 
-    With several ranks: update() on each, all_reduce() once, compute(), reset().
-    """
+    With several ranks: update() on each, all_reduce() once, compute(), reset()."""
 
     def __init__(self, device: torch.device | str = "cpu", base_bins: int = BASE_BINS):
         self.count = torch.zeros(base_bins, dtype=torch.int64, device=device)
@@ -130,8 +129,7 @@ class Calibration:
 
         ``bins`` of equal width, or with ``mass`` of (nearly) equal numbers of tokens, the adaptive bins of Nguyen &
         O'Connor (EMNLP 2015). Raises ValueError when no token was counted or when equal-width ``bins`` do not divide
-        the base bins.
-        """
+        the base bins."""
         host = self._host()
         tokens = host._tokens()
         _, confidence, correct = host._merged(bins, mass)
@@ -140,8 +138,7 @@ class Calibration:
     def reliability(self, bins: int = 10) -> dict[str, list]:
         """The reliability diagram: lists lo, hi, count, confidence and accuracy of each equal-width bin.
 
-        Means are None where a bin is empty. Raises ValueError when ``bins`` does not divide the base bins.
-        """
+        Means are None where a bin is empty. Raises ValueError when ``bins`` does not divide the base bins."""
         count, confidence, correct = self.bins(bins).values()
         return {
             "lo": [k / bins for k in range(bins)],
@@ -211,8 +208,7 @@ def temperature_sums(
         NLL = logsumexp(beta z) - beta z_y,   d = E_p[z] - z_y,   d2 = Var_p[z] >= 0
 
     Rows are taken ``chunk`` at a time and computed in fp32 (float64 where the logits are): the memory beyond the logits
-    is three times chunk x V. Masked logits (-inf) have probability 0.
-    """
+    is three times chunk x V. Masked logits (-inf) have probability 0."""
     if logits.ndim != 2 or targets.shape != logits.shape[:1]:
         raise ValueError(f"expected logits [N, V] and targets [N], got {list(logits.shape)} and {list(targets.shape)}")
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
@@ -261,8 +257,7 @@ def fit_temperature(
     The fit ends when the next step would move log T by less than ``tolerance``, with about tolerance^2 nats to gain.
 
     Returns the best value that was evaluated, T = 1 among them. Raises ValueError for bounds that exclude 1, for a set
-    without tokens, and for an NLL that is not finite.
-    """
+    without tokens, and for an NLL that is not finite."""
     if not 0 < bounds[0] <= 1 <= bounds[1]:
         raise ValueError(f"temperature bounds {bounds} must be positive and hold 1, the uncalibrated temperature")
     lower, upper = 1 / bounds[1], 1 / bounds[0]

@@ -73,8 +73,7 @@ def fit(script, todo: list[Job]) -> tuple[list[Job], str]:
     """The cells without the shared flags that they do not read, and a line that says which these are, or "".
 
     ``script`` is a module: its ``Config``, and its ``complete`` where flags depend on others as in
-    `runtime.cli.parse_config`. Raises ValueError naming the cell whose flags the script refuses.
-    """
+    `runtime.cli.parse_config`. Raises ValueError naming the cell whose flags the script refuses."""
     complete = getattr(script, "complete", dict)
     defaults = {f.name: f.default for f in dataclasses.fields(script.Config)}
     only = {f.name: f.metadata["only"] for f in dataclasses.fields(script.Config)}
@@ -134,8 +133,7 @@ def side_by_side(script: str, commands: dict[Path, list[str]], jobs: int) -> int
     """Runs what has not finished, ``jobs`` at a time, the output of each in FOLDER.log.
 
     Returns 0, or the exit code of the first run that failed. Those beside it go on to their end, and no new one begins.
-    SIGINT and SIGTERM make all of them save and stop.
-    """
+    SIGINT and SIGTERM make all of them save and stop."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // jobs, 1)))
     context = multiprocessing.get_context("forkserver")  # imports once: a small run takes little longer than that
     context.set_forkserver_preload([Path(script).stem])

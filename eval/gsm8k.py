@@ -153,8 +153,7 @@ def grade_code(samples: Iterable[Sample], golds: Mapping[str, str], **how) -> li
     """Runs each output's program in the sandbox and compares what it printed last with the gold answer.
 
     ``samples`` may be a generator that still makes them: it is read as workers get free. ``how``: workers, limits and
-    progress, as `sandbox.run_many` takes them.
-    """
+    progress, as `sandbox.run_many` takes them."""
     source, taken = tee(samples)
     programs = (extract_program(sample.output) for sample in source)
     if isinstance(samples, Sequence):
@@ -174,8 +173,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
         1 - C(n-c, k) / C(n, k)
 
     The unbiased estimator of Chen et al., "Evaluating Large Language Models Trained on Code", 2021, equation 1. Raises
-    ValueError unless 0 <= c <= n and 1 <= k <= n.
-    """
+    ValueError unless 0 <= c <= n and 1 <= k <= n."""
     if not (0 <= c <= n and 1 <= k <= n):
         raise ValueError(f"n={n}, c={c}, k={k}: expected 0 <= c <= n and 1 <= k <= n")
     return float(1 - Fraction(math.comb(n - c, k), math.comb(n, k)))

@@ -42,8 +42,7 @@ def evaluate(
 
     ``model``: with head_weight [V, D] and, where it has one, head_bias [V]. ``world``: runtime.machine.World.
     ``scale``: 1 / temperature, for a second calibration. ``score``: a loss of the Moments, with ``tail`` as
-    `kernels.linear_score` has it, whose mean is given as well. ``keep`` collects hidden and targets of this rank.
-    """
+    `kernels.linear_score` has it, whose mean is given as well. ``keep`` collects hidden and targets of this rank."""
     was_training = model.training
     model.eval()
     raw, scaled = Calibration(world.device), Calibration(world.device) if scale else None
@@ -91,8 +90,7 @@ def final_metrics(
     """Temperature on ``sets["val"]``, then every set before and after it: (entries of summary.json, reliability bins).
 
     ``sets``: name -> what makes its forwards. ``sizes``: name -> bytes of its text, for bits per byte. A set that is
-    None has its entries, which are None; so has a temperature where the weights yield nan or inf.
-    """
+    None has its entries, which are None; so has a temperature where the weights yield nan or inf."""
     kept: list = []
     finite = math.isfinite(evaluate(model, sets["val"](), world, keep=kept, impl=impl).raw.compute()["nll"])
     fit = fitted(model, kept, world) if finite else None

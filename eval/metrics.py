@@ -110,8 +110,7 @@ def shown(metrics: tuple[Metric, ...], place: str) -> tuple[Metric, ...]:
 def measure(calibration, *, size: int | None = None) -> dict[str, float]:
     """Everything that is known of one evaluation, by key: what `Calibration.compute` gives, and TOKENS' own.
 
-    ``size``: bytes of the text, for bits per byte. Raises ValueError where no token was counted.
-    """
+    ``size``: bytes of the text, for bits per byte. Raises ValueError where no token was counted."""
     numbers = calibration.compute()
     numbers["eval_tokens"] = numbers.pop("tokens")
     about = numbers | {"bytes": size}

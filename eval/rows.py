@@ -32,8 +32,7 @@ def whole_rows(path: Path) -> list[dict]:
 class Parts:
     """Files of rows that the ranks make together, each appending to its own. Every rank must make each call.
 
-    ``pattern`` names the files, with * for the rank.
-    """
+    ``pattern`` names the files, with * for the rank."""
 
     def __init__(self, folder: Path, pattern: str, world: World):
         self.folder, self.pattern, self.world = folder, pattern, world

@@ -25,8 +25,7 @@ PROFILE_WARM_UP = 3  # steps
 def load_finetuned(run_folder: str | Path, checkpoint: str = "best.pt", device: str | torch.device = "cpu"):
     """The model of a run, in eval mode and without dropout, its SummaryTokenizer, and what else the checkpoint holds.
 
-    Raises ValueError, one line, for a folder without a whole checkpoint of that name.
-    """
+    Raises ValueError, one line, for a folder without a whole checkpoint of that name."""
     kept = load_checkpoint(Path(run_folder) / checkpoint)
     model = Seq2Seq(Seq2SeqConfig(**kept["model_config"]), getattr(torch, kept["dtype"]))
     model.load_state_dict(kept["model"])
@@ -36,8 +35,7 @@ def load_finetuned(run_folder: str | Path, checkpoint: str = "best.pt", device: 
 def decoding(settings, tokenizer: SummaryTokenizer) -> Decoding:
     """The search of the final evaluation. ``settings`` has finetune_seq2seq.py's decoding flags as attributes.
 
-    EOS is not forced at the limit, because the share of beams that end is measured.
-    """
+    EOS is not forced at the limit, because the share of beams that end is measured."""
     names = ("max_new_tokens", "min_new_tokens", "length_penalty", "no_repeat_ngram", "early_stopping")
     ids = dict(eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id, forced_bos_id=tokenizer.bos_id)
     return Decoding(num_beams=settings.beams, **{name: getattr(settings, name) for name in names}, **ids)
@@ -115,8 +113,7 @@ def profile(
     """The cost of forward and backward of one fixed, collated ``batch``, over ``steps`` after some that warm up.
 
     ``trained`` is ``model`` or what wraps it. GPU utilisation and joules come from NVML and are None without it; so is
-    mfu on a device whose peak FLOP/s are not known. Gradients are dropped.
-    """
+    mfu on a device whose peak FLOP/s are not known. Gradients are dropped."""
     device, seconds, busy, energy = world.device, [], [], EnergyMeter(world.device)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     for step in range(-PROFILE_WARM_UP, steps):

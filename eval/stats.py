@@ -58,8 +58,7 @@ def paired(a: BySeed, b: BySeed, *, alpha: float = 0.05, resamples: int = 10_000
 
     At n = 3 the bootstrap says next to nothing. One resample in 27 repeats the smallest delta three times, more than
     the 2.5 % cut off on each side: its 95 % interval is the range of the deltas, and covers the true mean far less
-    often than 95 %. Read the t interval, or run more seeds.
-    """
+    often than 95 %. Read the t interval, or run more seeds."""
     deltas = _deltas(a, b)
     mean, sd, n = summarize(deltas)
     if n < 2:
@@ -80,8 +79,7 @@ def verdict(deltas: Sequence[float], threshold: float, direction: str = "at most
     included; "not met" when all of it violates the claim; else, and for fewer than two seeds, "not powered": the data
     cannot tell. ``direction`` is "at most" or "at least". For several claims divide ``alpha`` as Holm does.
 
-    Example: perplexity within 0.3 of CE is verdict(ppl_dpsm - ppl_ce, 0.3, "at most").
-    """
+    Example: perplexity within 0.3 of CE is verdict(ppl_dpsm - ppl_ce, 0.3, "at most")."""
     if direction not in ("at most", "at least"):
         raise ValueError(f"unknown direction {direction!r}, expected one of 'at most', 'at least'")
     low, high = t_interval(deltas, alpha=alpha)
@@ -95,8 +93,7 @@ def verdict(deltas: Sequence[float], threshold: float, direction: str = "at most
 def required_ratio(n: int, *, alpha: float = 0.05) -> float:
     """|mean| / sd of n paired deltas above which a two-sided t-test rejects zero: t_crit(n - 1) / sqrt(n).
 
-    2.48 at n = 3, 1.24 at n = 5, 0.72 at n = 10; inf for n < 2. Raises ValueError unless 0 < alpha < 1.
-    """
+    2.48 at n = 3, 1.24 at n = 5, 0.72 at n = 10; inf for n < 2. Raises ValueError unless 0 < alpha < 1."""
     if not 0 < alpha < 1:
         raise ValueError(f"alpha={alpha}, expected a number between 0 and 1, such as 0.05")
     return float(stats.t.isf(alpha / 2, n - 1)) / math.sqrt(n) if n > 1 else math.inf
@@ -116,8 +113,7 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean (Efron, 1979), reproducible by ``seed``; nan for n < 2.
 
-    Not scipy.stats.bootstrap, which draws in another order: intervals in run folders would move.
-    """
+    Not scipy.stats.bootstrap, which draws in another order: intervals in run folders would move."""
     n = summarize(deltas).n
     if n < 2:
         return math.nan, math.nan
@@ -131,8 +127,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's step-down adjusted p-values (Scandinavian Journal of Statistics, 1979), in the given order.
 
     Reject those at most alpha, and the chance of any false rejection among them is at most alpha. A nan is a test that
-    could not be made: it stays nan and does not count. Raises ValueError outside [0, 1].
-    """
+    could not be made: it stays nan and does not count. Raises ValueError outside [0, 1]."""
     p = np.asarray(p_values, dtype=np.float64)
     for value in p[(p < 0) | (p > 1)]:
         raise ValueError(f"p-value {value} is not in [0, 1]")
@@ -147,8 +142,7 @@ def mcnemar_exact(only_a: int, only_b: int) -> float:
     """Two-sided exact p of McNemar's test: ``only_a`` and ``only_b`` problems that one side alone has right.
 
     Under equality each of them is either side's with chance 1/2, which a binomial test checks. 1 where the sides never
-    differ. Raises ValueError for negative counts.
-    """
+    differ. Raises ValueError for negative counts."""
     if only_a < 0 or only_b < 0:
         raise ValueError(f"only_a={only_a}, only_b={only_b}: expected counts")
     n = only_a + only_b

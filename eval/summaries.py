@@ -65,8 +65,7 @@ def rouge_scores(predictions: Sequence[str], references: Sequence[str]) -> dict[
     """F1 in percent of each pair, for every name in ROUGE, as rouge-score computes it from newline-split sentences
     with ``use_stemmer=True``. A prediction without a word scores 0.
 
-    Raises ValueError where the numbers of texts differ, where there is none, and where the package is missing.
-    """
+    Raises ValueError where the numbers of texts differ, where there is none, and where the package is missing."""
     from rouge_score.tokenizers import DefaultTokenizer
 
     # Without a tokenizer the scorer makes this same one, and a log line that gives the root logger a handler.
@@ -83,8 +82,7 @@ def files2rouge_scores(predictions: Sequence[str], references: Sequence[str]) ->
     in `rouge_scores`, brackets are words (-LRB-), contractions come apart (do n't), sentences end at full stops only,
     and the stemmer is Porter's own, not NLTK's. Unlike in the Perl script, NLTK's Treebank rules stand for Stanford's,
     irregular forms are not looked up in WordNet's exceptions (went: go), and an empty prediction scores 0, where
-    files2rouge stops. Raises as `rouge_scores`.
-    """
+    files2rouge stops. Raises as `rouge_scores`."""
     from nltk.stem.porter import PorterStemmer
     from nltk.tokenize.treebank import TreebankWordTokenizer
 
@@ -159,8 +157,7 @@ def bert_score(
     """BERTScore (Zhang et al., 2020) through bert-score: mean precision, recall and F1, without rescaling, and the
     package's hash: values of different hashes cannot be compared. An empty prediction scores 0.
 
-    ``model`` is as in `bert_model`. Raises ValueError as that does, and for a model that cannot be loaded.
-    """
+    ``model`` is as in `bert_model`. Raises ValueError as that does, and for a model that cannot be loaded."""
     _check_pairs(predictions, references)
     name, layer = bert_model(model)
     from bert_score import BERTScorer
@@ -183,8 +180,7 @@ def bert_model(model: str) -> tuple[str, int]:
 
     That is a name which the package knows, or a local folder, either with ``:LAYER`` to choose the layer. A folder
     that is named as a known model (roberta-large) has that model's layer. Raises ValueError, one line, where neither
-    says the layer, for a folder that is not there, and where the package is missing.
-    """
+    says the layer, for a folder that is not there, and where the package is missing."""
     from bert_score.utils import model2layers
 
     name, _, layer = model.rpartition(":") if re.search(r":\d+$", model) else (model, "", "")
@@ -228,8 +224,7 @@ def write_predictions(
     Each batch is appended to this rank's part file beside ``path`` when it is done. What the parts of an earlier,
     killed call hold under the same ``key`` (say, the step of the weights) is not made again. When all is there ``path``
     gets it in one piece and the parts go. Sources are padded to a ``multiple``. A row has index, id, key, prediction,
-    reference, tokens (EOS included), ended (by EOS, not by the limit) and score.
-    """
+    reference, tokens (EOS included), ended (by EOS, not by the limit) and score."""
     everything = range(len(pairs))
     if len(done := by_index(whole_rows(path), key)) == len(pairs):
         return [done[i] for i in everything], None

@@ -10,8 +10,7 @@ def distinct_n(texts: Iterable[str], n: int) -> float | None:
 
     Words are what whitespace separates, case and punctuation kept; an n-gram stays within a text. Li et al., "A
     Diversity-Promoting Objective Function for Neural Conversation Models", 2016, divide by the number of words. We
-    divide by the number of n-grams, the usual choice since: texts without repetition then reach 1 for every n.
-    """
+    divide by the number of n-grams, the usual choice since: texts without repetition then reach 1 for every n."""
     if isinstance(texts, str):
         raise ValueError("texts is one string; expected a list of strings, one a text")
     if n < 1:

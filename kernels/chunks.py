@@ -36,8 +36,7 @@ def chunk_rows(n: int, v: int, d: int, dtype_bytes: int, sm_count: int, free_byt
 
     The candidates are the multiples of 128 whose logits fit, and N itself if it fits; the least cost wins, the smaller
     of equals. What fits is ALLOWANCE less ``beside`` (weight_bytes_beside), or ``beside`` where that is more, and at
-    most half of ``free_bytes``: a choice of shape alone as long as memory is not short. At least one row.
-    """
+    most half of ``free_bytes``: a choice of shape alone as long as memory is not short. At least one row."""
     fits = min(max(ALLOWANCE - beside, beside), free_bytes // 2)
     most = max(1, fits // (row_stride(v) * dtype_bytes))
     if n <= TILE:

@@ -46,8 +46,7 @@ def linear_score(
     the sum of the weights in the loss (without weights, the number of tokens; 1 where that is 0). "mean" and "sum"
     compute the gradient in the forward: backward only scales it and can run once. "none" gives the weighted loss of
     each token, [N] fp32, and computes the logits again in backward. Raises ValueError for arguments that do not fit
-    together; targets are checked on CPU only. Inside torch.compile the score must be marked (kernels.compilable).
-    """
+    together; targets are checked on CPU only. Inside torch.compile the score must be marked (kernels.compilable)."""
     check_reduction(reduction, denominator, weights, hidden)
     how = dict(ignore_index=ignore_index, tail=tail, chunk=chunk, impl=impl)
     if torch.compiler.is_compiling():

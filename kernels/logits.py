@@ -30,8 +30,7 @@ def logits_score(
     On a GPU a named score with reduction "mean" or "sum" is one kernel. Where a row fits on chip, it reads the logits
     once and writes their gradient once, in the forward. ``inplace`` writes it over the logits' own storage, which is
     destroyed when the call returns (elsewhere in backward). Backward can run once. Raises ValueError as
-    ``softmax_moments`` does, and for a reduction, denominator or weights that do not fit.
-    """
+    ``softmax_moments`` does, and for a reduction, denominator or weights that do not fit."""
     check_reduction(reduction, denominator, weights, logits)
     module = choose_impl(impl, logits)
     valid = targets != ignore_index

@@ -74,8 +74,7 @@ def dpsm(alpha: Tensor | float) -> Callable[..., Tensor]:
     """Dynamic Proper-Score Mixing: (1 - alpha) * CE + alpha * Brier.
 
     Proper for every alpha in [0, 1]. ``alpha`` is a float or a 0-d tensor on the device. The tensor is read when the
-    score is evaluated: fill it in place to move the mixture.
-    """
+    score is evaluated: fill it in place to move the mixture."""
     return named("dpsm", lambda m: (1 - alpha) * ce(m) + alpha * brier(m), alpha)
 
 
@@ -86,8 +85,7 @@ def tail_smoothed(base: str, eps: float) -> Callable[..., Tensor]:
 
     The last term pushes up tokens under the smoothed target eps / V, where bounded scores have almost no gradient; its
     mask is held constant in the gradient. Needs moments taken with ``tail=eps``. From Shao et al., "Language Generation
-    with Strictly Proper Scoring Rules", ICML 2024, section 4.3, as in the authors' code.
-    """
+    with Strictly Proper Scoring Rules", ICML 2024, section 4.3, as in the authors' code."""
 
     def score(m):
         if m.tail_log_p is None:
@@ -158,8 +156,7 @@ def alpha_at(
         alpha_max * ramp((step - start * total) / (warmup * total))
 
     The ramp is linear or half a cosine, clipped to [0, 1]; ``fixed`` is alpha_max at every step. ``warmup`` and
-    ``start`` are fractions of ``total``; with warmup = 0 alpha jumps to alpha_max at ``start``.
-    """
+    ``start`` are fractions of ``total``; with warmup = 0 alpha jumps to alpha_max at ``start``."""
     if schedule not in ALPHA_SCHEDULES:
         raise ValueError(f"unknown alpha schedule {schedule!r}; expected one of {', '.join(ALPHA_SCHEDULES)}")
     if schedule == "fixed":
@@ -179,8 +176,7 @@ class ProperScoreLoss(nn.Module):
     ``score`` is a name of LOSSES with its ``knobs`` as in ``make_score``, or any function of the Moments. DPSM's alpha
     is a buffer, saved with the module. ``set_step(step, total)`` before each optimizer step moves it along the ramp of
     ``alpha_at`` (warmup, schedule, alpha_max, start). ``causal``: ``trainer_loss`` shifts the labels by one token, as
-    decoder-only models need it. Raises ValueError for an unknown name or knob, or a knob out of place.
-    """
+    decoder-only models need it. Raises ValueError for an unknown name or knob, or a knob out of place."""
 
     def __init__(
         self,
@@ -238,8 +234,7 @@ class ProperScoreLoss(nn.Module):
         """For ``transformers.Trainer(compute_loss_func=...)``: outputs with ``logits`` [B, T, V], labels [B, T].
 
         The sum is divided by ``num_items_in_batch``, the tokens in the loss of a whole optimizer step. The Trainer
-        counts labels before the shift: mask the first label of each row, which predicts nothing.
-        """
+        counts labels before the shift: mask the first label of each row, which predicts nothing."""
         if self.reduction != "mean":
             raise ValueError(f"trainer_loss divides by the number of tokens; got reduction={self.reduction!r}")
         logits = outputs["logits"] if isinstance(outputs, dict) else outputs.logits

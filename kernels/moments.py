@@ -126,8 +126,7 @@ def token_fisher(moments: Moments, score: Callable[[Moments], Tensor]) -> Tensor
         sum_{j != y} (p_j (a + c p_j) + b)^2
             = a^2 r2 + 2 a c r3 + c^2 r4 + 2 b (a r1 + c r2) + (n - 1) b^2
 
-    Raises ValueError for a score that reads tail_log_p: its gradient needs sums over the tail beside the moments.
-    """
+    Raises ValueError for a score that reads tail_log_p: its gradient needs sums over the tail beside the moments."""
     _, partials = score_partials(moments, score)
     if partials.tail_log_p is not None:
         raise ValueError("token_fisher is not defined for a score that reads tail_log_p; leave out tail smoothing")

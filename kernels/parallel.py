@@ -40,8 +40,7 @@ def parallel_linear_score(
     hidden [N, D] and targets [N], in terms of the whole vocabulary, are the same on all ranks of ``group``; parts may
     differ in size. The loss and the Moments (without tail_log_p) come out the same on every rank. d_weight is that of
     this rank's rows. d_hidden is complete on every rank: do not reduce it again. The gradient is computed in the
-    forward; reduction "mean" or "sum". Raises ValueError for other reductions, and as ``linear_score`` does.
-    """
+    forward; reduction "mean" or "sum". Raises ValueError for other reductions, and as ``linear_score`` does."""
     if reduction not in REDUCTIONS[:2]:
         raise ValueError(f"reduction={reduction!r}: expected 'mean' or 'sum' where the vocabulary is split over ranks")
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)

@@ -25,8 +25,7 @@ def softmax_moments(
 
     ``tail`` > 0 fills tail_log_p. ``inplace_backward`` writes the gradient over the logits, which nothing else may
     need. ``impl`` is "triton", "torch", or "auto": Triton for CUDA tensors, torch for others. Raises ValueError
-    for wrong shapes, dtypes or impl, and on CPU for targets out of range; on CUDA that would wait for the device.
-    """
+    for wrong shapes, dtypes or impl, and on CPU for targets out of range; on CUDA that would wait for the device."""
     module = choose_impl(impl, logits)
     check_logits(logits, module)
     targets, valid, mask = check_targets(targets, len(logits), logits.shape[1], ignore_index, logits.device)

@@ -43,8 +43,7 @@ def forward(
     """Fills ``stats`` [15, N] (the rows of moments.Stats) and ``correct`` [N] from logits [N, V].
 
     ``keep_w`` leaves w in the logits' storage, 0 at the target, for ``gradient`` to go on from. It takes logits in the
-    dtype of stats; ``rows_again(index)`` must then give back the logits of the few rows that need more care.
-    """
+    dtype of stats; ``rows_again(index)`` must then give back the logits of the few rows that need more care."""
     vocab = logits.shape[1]
     y = targets[:, None]
     z_y = logits.gather(1, y).to(stats.dtype)[:, 0]

@@ -185,8 +185,7 @@ def score_kernel(
 
     The first PIECES vectors of each lane are held in registers and read once: all of 50257 bf16 logits, half of 151936.
     MORE: what follows is read K vectors a lane at a time, and again for the gradient, from the row's end, where the
-    cache still has it. What is rare is left to rest_kernel, and said so in ``correct``.
-    """
+    cache still has it. What is rare is left to rest_kernel, and said so in ``correct``."""
     DTYPE: tl.constexpr = z_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     correct_ptr += row

@@ -93,8 +93,7 @@ def filter_logits(logits_BV: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tens
     """Logits [B, V] with the tokens that may not be drawn at -inf. At least one token always stays.
 
     First go all below the ``top_k``-th largest (ties with it stay; 0 keeps all). Then go all outside the nucleus, the
-    smallest set of most probable tokens whose mass reaches ``top_p`` (Holtzman et al., 2020; 1 keeps all).
-    """
+    smallest set of most probable tokens whose mass reaches ``top_p`` (Holtzman et al., 2020; 1 keeps all)."""
     if 0 < top_k < logits_BV.shape[-1]:
         kth_B1 = logits_BV.topk(top_k).values[:, -1:]
         logits_BV = logits_BV.masked_fill(logits_BV < kth_B1, float("-inf"))
@@ -168,8 +167,7 @@ class Beams(Search):
     In each step the 2 K best continuations of a prompt's K beams are candidates (more with several EOS ids, so that K
     remain that do not end). Those among the first K that end are finished hypotheses and compete by length-normalised
     score; the best K that do not end run on. These are transformers' definitions, so that both give the same tokens.
-    A prompt that is done keeps its hypotheses whatever is run after: ``done_B`` may be looked at rarely.
-    """
+    A prompt that is done keeps its hypotheses whatever is run after: ``done_B`` may be looked at rarely."""
 
     def __init__(self, prompt_BP: Tensor, options: Decoding, V: int):
         super().__init__(prompt_BP, options, V)
@@ -235,8 +233,7 @@ class Beams(Search):
     def results(self) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens [B, R, L], new tokens [B, R] and scores [B, R] of the R = num_return best hypotheses.
 
-        One that does not exist, as where two tokens are all that may come, has no new tokens and score -inf.
-        """
+        One that does not exist, as where two tokens are all that may come, has no new tokens and score -inf."""
         best = self.best_tokens, self.best_lengths, self.best_scores
         tokens, lengths, scores = (t[:, : self.options.num_return] for t in best)
         absent = scores < IMPOSSIBLE / 2
@@ -248,8 +245,7 @@ class Draws(Search):
     """One row per prompt: the most probable token each time, or one drawn from the filtered distribution.
 
     Its score is that of a beam: the sum of the model's own log p (at temperature 1, unfiltered; 0 for a forced token)
-    over length^length_penalty.
-    """
+    over length^length_penalty."""
 
     def __init__(self, prompt_BP: Tensor, options: Decoding, V: int):
         super().__init__(prompt_BP, options, V)

@@ -106,8 +106,7 @@ def decode(
     are taken in when so many rows are free; above 1 there are fewer, larger prompt forwards for a few idle rows.
 
     Logits have the activations' dtype. A random token is the one at which the cumulative probability, in fp64, passes
-    the row's next uniform number. Raises ValueError for requests that do not fit and for logits that are not finite.
-    """
+    the row's next uniform number. Raises ValueError for requests that do not fit and for logits that are not finite."""
     if rows < 1 or refill < 1:
         raise ValueError(f"rows={rows}, refill={refill}: expected at least 1 of each")
     if not requests:

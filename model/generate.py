@@ -68,8 +68,7 @@ def generate(
 
     ``model`` has ``head_weight`` [V, D], optionally ``head_bias`` [V] or None, and either ``new_cache(batch, length)``
     and ``model(tokens, positions_BT=, cache=)``, or Seq2Seq's ``encode``, ``new_cache`` and ``decode``. Raises
-    ValueError for arguments out of range and for logits that are not finite.
-    """
+    ValueError for arguments out of range and for logits that are not finite."""
     weight, bias, beams = model.head_weight, getattr(model, "head_bias", None), options.num_beams
     (V, _), device = weight.shape, weight.device
     if check_every < 1:
@@ -162,8 +161,7 @@ def sample(
     filtered as ``filter_logits`` does. The model (``config.block_size``, ``head_weight`` [V, D]) sees the last
     block_size tokens only, at positions from 0 on. A row is filled with ``eos_id`` from the first one on; when all rows
     have ended, so does the sampling. ``generator`` may live on another device than the model, so that a seed on the CPU
-    gives the same draws everywhere. Raises ValueError for arguments out of range and for logits that are not finite.
-    """
+    gives the same draws everywhere. Raises ValueError for arguments out of range and for logits that are not finite."""
     V, device = model.head_weight.shape[0], model.head_weight.device
     tokens = checked_prompt(prompt_BT, V, device)
     if max_new_tokens < 0:

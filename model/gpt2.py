@@ -55,8 +55,7 @@ class Linear(nn.Module):
     """y = x W + b, computed in its input's dtype; W [in, out] where out > in, else stored as [out, in].
 
     The longer side is last because the gradient of the weight is then a product with long rows, which BLAS on a CPU
-    computes faster (MKL in fp32, 384 <-> 1536: 14 % on that product).
-    """
+    computes faster (MKL in fp32, 384 <-> 1536: 14 % on that product)."""
 
     def __init__(self, n_in: int, n_out: int):
         super().__init__()
@@ -135,8 +134,7 @@ class GPT2(layers.Backbone):
         """Biases 0, LayerNorm gains 1, matrices and token embeddings N(0, 0.02); see ``draw_weights``.
 
         The two projections of each block that write to the residual stream are N(0, 0.02 / sqrt(2 n_layer)) (Radford
-        et al., 2019, section 2.3). Positions are N(0, 0.01), as in OpenAI's src/model.py; Hugging Face has 0.02.
-        """
+        et al., 2019, section 2.3). Positions are N(0, 0.01), as in OpenAI's src/model.py; Hugging Face has 0.02."""
         stds = {"wpe": 0.01, "c_proj": 0.02 / math.sqrt(2 * self.config.n_layer)}
         layers.draw_weights(self, lambda name: stds.get(name.split(".")[-2], 0.02), generator)
 
@@ -155,8 +153,7 @@ class GPT2(layers.Backbone):
         activations' dtype. Raises ValueError for another shape of input.
 
         Without a ``cache`` the tokens stand at 0 to T - 1. With one they stand at ``positions_BT`` (int64, below the
-        cache's length), are written there, and see the cached positions of their row up to their own.
-        """
+        cache's length), are written there, and see the cached positions of their row up to their own."""
         self.check_tokens(tokens_BT)
         B, T = tokens_BT.shape
         if (cache is None) != (positions_BT is None):
@@ -184,8 +181,7 @@ def flops_per_token(config: GPT2Config, block: int) -> int:
 
     N counts the weights that a token is multiplied with, 12 D^2 a layer and V D for the head. A multiply-add is 2,
     forward once and backward twice. The causal half is not discounted, recomputation does not count (Chowdhery et al.,
-    "PaLM", 2022, appendix B, so that MFU compares with published figures).
-    """
+    "PaLM", 2022, appendix B, so that MFU compares with published figures)."""
     L, D = config.n_layer, config.n_embd
     return 6 * (12 * L * D * D + config.vocab_size * D) + 12 * L * block * D
 

@@ -45,8 +45,7 @@ def save_hf(
     """Writes ``model`` as transformers' GPT2LMHeadModel reads it, in its parameters' dtype (``weights.write_model``).
 
     ``tokenizer_files`` (name -> content) go beside it. ``eos_id`` becomes bos_token_id and eos_token_id, as in GPT-2.
-    Raises ValueError, before anything is written, for arguments that cannot make a valid folder.
-    """
+    Raises ValueError, before anything is written, for arguments that cannot make a valid folder."""
     config = model.config
     if eos_id is not None and not 0 <= eos_id < config.vocab_size:
         raise ValueError(f"eos_id={eos_id}: expected a token id below vocab_size={config.vocab_size}")
@@ -64,8 +63,7 @@ def load_hf(folder_or_hub_id: str | os.PathLike, dtype: torch.dtype = torch.floa
 
     Parameters come as fp32 masters on the CPU; ``dtype`` is the activations'. ``dropout`` is the caller's: the rates in
     config.json belong to someone else's training. Raises ValueError, naming what is wrong, for options that GPT2 does
-    not have, for tensors that do not fit, for missing or damaged files, and for a hub that cannot be reached.
-    """
+    not have, for tensors that do not fit, for missing or damaged files, and for a hub that cannot be reached."""
     folder = weights.folder_of(folder_or_hub_id)
     config = _read_config(folder / weights.CONFIG, dropout)
     tensors = {name.removeprefix("transformer."): t for name, t in weights.read_tensors(weights.weight_files(folder))}
@@ -101,8 +99,7 @@ def export(checkpoint: str | os.PathLike, folder: str | os.PathLike) -> None:
 
     The checkpoint is a ``torch.save`` dict with "model" (GPT2's state_dict), "model_config" (GPT2Config's fields) and
     optionally "tokenizer" (dict of "files", name -> bytes, and "eos_id"). A stranger's file cannot run code. Raises
-    ValueError, before anything is written, for a file that is not that.
-    """
+    ValueError, before anything is written, for a file that is not that."""
     content = weights.load_pickled(checkpoint, "cannot be read as a checkpoint", mmap=True)
     if not isinstance(content, dict) or not {"model", "model_config"} <= content.keys():
         raise ValueError(f"{checkpoint} is no training checkpoint: expected a dict with 'model' and 'model_config'")

@@ -47,8 +47,7 @@ class LayerNorm(nn.LayerNorm):
     """LayerNorm over the last dimension, eps 1e-5.
 
     The input is not upcast: torch's kernels take mean and variance in fp32 whatever the input is, so fp32 copies of the
-    activations would buy only the rounding of the gain, 2^-9 in bf16.
-    """
+    activations would buy only the rounding of the gain, 2^-9 in bf16."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
@@ -60,8 +59,7 @@ class Backbone(nn.Module):
     ``dtype`` is the activations'. Parameters are created in torch's default dtype, fp32, and drawn from torch's global
     CPU generator; a model built on the meta device needs ``to_empty`` and ``init_weights``, or ``load_state_dict``.
     ``checkpoint_activations = True`` recomputes each block in backward: memory for a third more work. ``draws_random``:
-    a block has dropout for it to replay; saving the generator's state costs a sync.
-    """
+    a block has dropout for it to replay; saving the generator's state costs a sync."""
 
     length_field: str  # what the config calls the longest sequence
 
@@ -102,8 +100,7 @@ def draw_weights(model: nn.Module, std: Callable[[str], float], generator: torch
     """Biases 0, gains 1, matrices and embeddings N(0, ``std(name)``), in parameter order. Call it before sharding.
 
     Normals are drawn in fp32 on the CPU, from ``generator`` (a CPU one) or torch's global one, then copied: a seed
-    gives one model, whatever the device or dtype.
-    """
+    gives one model, whatever the device or dtype."""
     for name, p in model.named_parameters():
         if name.endswith("bias"):
             p.zero_()

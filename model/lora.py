@@ -84,8 +84,7 @@ class NF4Linear(nn.Module):
     """A frozen Linear whose weight [out, in] is kept in NF4 and dequantised anew for each product, backward's too.
 
     It quantises in the dtype and on the device of ``weight``, and is not part of a state_dict: the base is loaded from
-    its files. Raises ValueError without bitsandbytes, and for rows that blocks of 64 do not divide.
-    """
+    its files. Raises ValueError without bitsandbytes, and for rows that blocks of 64 do not divide."""
 
     def __init__(self, weight: Tensor, double_quant: bool = True):
         super().__init__()
@@ -133,8 +132,7 @@ class _LoRAProduct(torch.autograd.Function):
 
     W is ``base``'s, dequantised anew if in NF4. ``layer`` is the LoRALinear of A and B; without one all three are None.
     Kept for the backward: x, which the layers that read the same x share, A x (r numbers a row) and dropout's mask, one
-    byte a number.
-    """
+    byte a number."""
 
     @staticmethod
     def forward(ctx, x, A, B, base, layer: "LoRALinear | None", keep_p: float):
@@ -224,8 +222,7 @@ def load_base(
 
     "bf16" and "fp32" keep all parameters in that dtype. "nf4" quantises each linear layer within the blocks as it is
     loaded, on ``device``, and keeps the rest in ``dtype``; with ``double_quant`` at 4.13 bits a weight instead of 4.5.
-    Raises ValueError as load_qwen3 does, for an unknown base, and for "nf4" without bitsandbytes.
-    """
+    Raises ValueError as load_qwen3 does, for an unknown base, and for "nf4" without bitsandbytes."""
     if base not in BASES:
         raise ValueError(f"base={base!r}: expected one of {', '.join(BASES)}")
     if base != "nf4":
@@ -243,8 +240,7 @@ def add_lora(model: Qwen3, config: LoRAConfig, generator: torch.Generator | None
     """Freezes ``model`` and wraps the targeted layers of every block. Only A and B, in fp32, train.
 
     A is drawn in fp32 on the CPU, in the layers' order, from ``generator`` or torch's global one: a seed gives one
-    adapter on every device. Raises ValueError for a model that has adapters already.
-    """
+    adapter on every device. Raises ValueError for a model that has adapters already."""
     _check_plain(model)
     model.requires_grad_(False)
     model.lora, model.draws_random = config, config.dropout > 0
@@ -282,8 +278,7 @@ def merged(model: Qwen3) -> Qwen3:
     """A plain model of the same function on the same device, for generation; save_qwen3 needs no such copy.
 
     Each layer is one dense matrix in the activations' dtype, adapters summed in and NF4 dequantised. Embedding, head
-    and norms are shared with ``model``, which is not changed.
-    """
+    and norms are shared with ``model``, which is not changed."""
     with torch.device("meta"):
         plain = Qwen3(model.config, model.dtype)
     for path, layer in plain.named_modules():
@@ -349,8 +344,7 @@ def segment_rms(model: Qwen3, reset: bool = True) -> Tensor:
     """RMS gradient of each block's adapters, fp32 [blocks, 2]: over the prompt's rows, and over the answer's.
 
     It is the root of the mean squared gradient that those rows alone contribute, over all A and B of the block and the
-    backward passes since the last reset. It stays on the device and is 0 where nothing was measured.
-    """
+    backward passes since the last reset. It stays on the device and is 0 where nothing was measured."""
     segments = next(iter(_adapted(model).values())).segments
     elements = torch.tensor(segments.elements, dtype=torch.float32).clamp_(min=1)
     elements = elements.to(segments.squares.device, non_blocking=True)
@@ -413,8 +407,7 @@ def load_adapter(model: Qwen3, folder: str | os.PathLike, base_model: str | None
 
     The last component of ``base_model``, where ``model`` was loaded from, has to be that of the base which the adapter
     names, so that a local copy of a hub model passes; None is not checked. Raises ValueError, before the model is
-    changed, for another base, for tensors that do not fit it, and as read_adapter_config does.
-    """
+    changed, for another base, for tensors that do not fit it, and as read_adapter_config does."""
     _check_plain(model)
     folder = Path(folder)
     config, trained_on = read_adapter_config(folder)

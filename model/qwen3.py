@@ -179,8 +179,7 @@ class Qwen3(layers.Backbone):
         static. Positions must be below the cache's length, not checked on a GPU. Runs without gradients.
         ``rows_B`` int64: the cache rows these sequences are, without it all in order.
 
-        Raises ValueError for other shapes and for combinations without a meaning.
-        """
+        Raises ValueError for other shapes and for combinations without a meaning."""
         self.check_tokens(tokens_BT)
         B, T = tokens_BT.shape
         for name, given in (("positions", positions_BT), ("documents", documents_BT)):

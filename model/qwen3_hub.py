@@ -82,8 +82,7 @@ def load_qwen3(
     Tensors go one by one from the mapped files to ``device``. ``convert(name, tensor)`` is called for the weight
     [out, in] of each linear layer within the blocks, in the file's dtype, on the CPU; the module it returns takes the
     layer's place. Raises ValueError, before any tensor is read, for a config or tensors that do not fit, damaged or
-    missing files, and a hub that cannot be reached.
-    """
+    missing files, and a hub that cannot be reached."""
     folder = weights.folder_of(folder_or_hub_id)
     config = read_config(folder / weights.CONFIG)
     with torch.device("meta"):
@@ -124,8 +123,7 @@ def save_qwen3(
     This is also merge-and-export: each linear layer is written as the one matrix it computes with, a LoRA layer as base
     + scale * B A summed in fp32 before the cast, an NF4 base as its dequantised values. At most one shard is held
     beside the model. ``tokenizer_files`` (name -> content) go beside it. Raises ValueError, before anything is written,
-    for file names that are the model's own and for a folder with weights that this export would not replace.
-    """
+    for file names that are the model's own and for a folder with weights that this export would not replace."""
     folder, dtype = Path(folder), dtype or model.embed_tokens.weight.dtype
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes={max_shard_bytes}: expected a positive number of bytes")

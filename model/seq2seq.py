@@ -322,8 +322,7 @@ def training_flops(config: Seq2SeqConfig, S, T):
     """FLOPs of one training step on a pair of ``S`` source and ``T`` target tokens (numbers or arrays).
 
     A multiply-add is 2, forward once and backward twice. As in PaLM's appendix B the decoder's causal half is not
-    discounted, and recomputation does not count.
-    """
+    discounted, and recomputation does not count."""
     D, E, G = config.d_model, config.encoder_ffn_dim, config.decoder_ffn_dim
     encoder = config.encoder_layers * (S * (4 * D * D + 2 * D * E) + 2 * S * S * D)
     decoder = config.decoder_layers * (T * (6 * D * D + 2 * D * G) + S * 2 * D * D + 2 * T * (T + S) * D)

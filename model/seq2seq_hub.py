@@ -43,8 +43,7 @@ def load_seq2seq(
 
     Read are safetensors, or pytorch_model.bin (without running code) where a folder has only that, with or without the
     "model." prefix of the names. A final_logits_bias that is missing or zero means none. Parameters come as fp32
-    masters on the CPU; ``dtype`` is the activations'; dropout is the caller's. Raises ValueError as load_hf does.
-    """
+    masters on the CPU; ``dtype`` is the activations'; dropout is the caller's. Raises ValueError as load_hf does."""
     folder = weights.folder_of(folder_or_hub_id)
     options = _read_options(folder / weights.CONFIG)
     tensors = {name.removeprefix("model."): t for name, t in _weights(folder, folder_or_hub_id).items()}

@@ -62,8 +62,7 @@ def read_json(path: Path) -> dict:
 def check_fields(path: Path, fields: dict, required: Iterable[str], allowed: Mapping[str, tuple]) -> None:
     """Raises ValueError for a ``required`` field that is missing and for an option that has no ``allowed`` value.
 
-    The allowed values of an option mean the same function; the first of them is what a missing option means.
-    """
+    The allowed values of an option mean the same function; the first of them is what a missing option means."""
     if missing := [name for name in required if fields.get(name) is None]:
         raise ValueError(f"{path} does not say {', '.join(missing)}")
     for name, values in allowed.items():
@@ -173,8 +172,7 @@ def write_model(
     ``tensors`` stand in the order to write: in one model.safetensors, or shards of at most ``max_bytes`` with their
     index; a larger tensor has a file of its own. With ``tensor_of`` they say sizes alone: ``tensor_of(name)`` is asked
     for each when its shard is written, so that no more than one shard is held. Raises ValueError, before anything is
-    written, for ``files`` (each a ``what``) that cannot stand beside the model's own.
-    """
+    written, for ``files`` (each a ``what``) that cannot stand beside the model's own."""
     for name, content in (files or {}).items():
         own = name in ("", ".", "..", INDEX, CONFIG) or name.endswith(".safetensors")
         if own or name != os.path.basename(name):
@@ -217,8 +215,7 @@ def staged(folder: Path, last: str):
     """A temporary folder beside ``folder`` to write to. What it holds moves to ``folder`` when the block ends well.
 
     A new ``folder`` appears whole or not at all. In one that exists each file is replaced whole, ``last`` after all
-    others. Raises ValueError where ``folder`` is a file.
-    """
+    others. Raises ValueError where ``folder`` is a file."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; expected the name of a folder to write to")
     folder = folder.absolute()

@@ -66,8 +66,7 @@ def forget_peak(device: torch.device) -> None:
 def largest_that_fits(run: Callable[[int], object], batch: int, complaint: str) -> int:
     """The largest of ``batch``, its half, its quarter, ... whose ``run`` does not end the memory.
 
-    Raises ValueError, the ``complaint``, where a batch of one does.
-    """
+    Raises ValueError, the ``complaint``, where a batch of one does."""
     while batch:
         with contextlib.suppress(torch.OutOfMemoryError):
             run(batch)

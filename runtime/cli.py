@@ -36,8 +36,7 @@ def opt(default, help: str, choices=None, *, within="", role="knob", only=None, 
 
     ``choices``: the values that a string may take, a tuple. ``within``: an interval such as "[0, 1)" that a number must
     lie in. ``role``: a key of ROLES. ``only``: {other flag: values} under which this one is read; all must hold, and
-    given elsewhere it is refused. ``group``: begins a section of --help. ``alias``: another name.
-    """
+    given elsewhere it is refused. ``group``: begins a section of --help. ``alias``: another name."""
     if role not in ROLES:
         raise ValueError(f"role {role!r}; expected one of {', '.join(ROLES)}")
     about = dict(help=help, choices=choices, within=within, role=role, only=only or {}, group=group, alias=alias)
@@ -126,8 +125,7 @@ def parse_config(cls, argv: list[str] | None = None, description="", complete=la
 
     ``complete`` takes the values by name and gives them back with what depends on other flags, such as a preset's.
     A flag that is unknown, outside of its range, no choice, or given where nothing reads it prints one line and exits
-    with code 2; with ``exits`` False it raises ValueError.
-    """
+    with code 2; with ``exits`` False it raises ValueError."""
     parser = parser_of(cls, description, exits=exits)
     given = vars(parser.parse_args(argv))
     values = complete({f.name: given.get(f.name, f.default) for f in dataclasses.fields(cls)})

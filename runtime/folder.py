@@ -109,8 +109,7 @@ def same_config(path: Path, old: dict, new: dict, free: tuple[str, ...], default
 class RunFolder:
     """``runs/NAME``: config, flags, environment, source, metrics, summary and checkpoints of one run.
 
-    Only rank 0 writes. `enter` looks and refuses, without writing; `start` creates or continues; `finish` closes.
-    """
+    Only rank 0 writes. `enter` looks and refuses, without writing; `start` creates or continues; `finish` closes."""
 
     def __init__(self, path: str | Path, world: World):
         self.path, self.world = Path(path), world
@@ -123,8 +122,7 @@ class RunFolder:
         """The checkpoint that a run of ``cfg`` goes on from (flags out, resume, resume_from); None for a new run.
 
         Raises ValueError: not resuming and the folder is in use, resuming and there is no run, resuming with another
-        config, or from a file that is no whole checkpoint of a training.
-        """
+        config, or from a file that is no whole checkpoint of a training."""
         held = self / "config.json"
         if not cfg.resume:
             if self.path.is_file() or (self.path.is_dir() and any(self.path.iterdir())):

@@ -71,8 +71,7 @@ class World:
 def start_world(device: str = "auto") -> World:
     """Joins torchrun's process group when there is one (NCCL on CUDA, gloo on CPU).
 
-    ``device`` is auto, cpu or cuda. Raises ValueError when cuda is asked for and there is none.
-    """
+    ``device`` is auto, cpu or cuda. Raises ValueError when cuda is asked for and there is none."""
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda, but torch sees no CUDA device; use --device cpu or check the driver")
     cuda = device != "cpu" and torch.cuda.is_available()
@@ -99,8 +98,7 @@ def start_world(device: str = "auto") -> World:
 def keep_freed_memory() -> None:
     """Tells glibc to keep freed activations for the next step; nothing happens where the C library is another one.
 
-    By default each large tensor is mapped anew, and its pages are faulted in and zeroed: some 4 % of a step on CPU.
-    """
+    By default each large tensor is mapped anew, and its pages are faulted in and zeroed: some 4 % of a step on CPU."""
     libc = ctypes.CDLL(None)
     if platform.libc_ver()[0] == "glibc":
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no request is a mapping of its own

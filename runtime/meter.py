@@ -27,8 +27,7 @@ class DivergenceWatch:
     """Counts non-finite steps and divergences on the device, without a synchronisation.
 
     A divergence is a non-finite loss, or a loss above twice its exponential moving average (decay 0.99) for 32 steps
-    running; the average stands still while the loss is above it.
-    """
+    running; the average stands still while the loss is above it."""
 
     COUNTERS = ("ema", "steps", "over", "skipped", "streak", "worst_streak", "divergences")
 
@@ -56,8 +55,7 @@ class Meter:
     ``run``: the RunFolder that rows go to. ``window``: a Calibration of the tokens trained on since the last log line.
     ``table``: eval.metrics, which measures it and says what a row shows. ``cfg``: with the flags steps, log_every,
     eval_every and, where there is a best, patience. ``counted``: names of further numbers of a step, given to
-    `end_step`, whose sums a row shows.
-    """
+    `end_step`, whose sums a row shows."""
 
     def __init__(self, run, window, table, cfg, counted: tuple[str, ...] = ()):
         self.run, self.world, self.window, self.table = run, run.world, window, table
@@ -145,8 +143,7 @@ class Meter:
         """What a log line holds, over the steps since the last one; None where none is due, or no step was finite.
 
         Reads the clock and the divergence watch, and ends the run where it is hopeless. ``shown``, alpha and lr at the
-        least, goes into the row; ``says`` into the bar.
-        """
+        least, goes into the row; ``says`` into the bar."""
         self.health = self.watch.read()
         seconds = time.perf_counter() - self._clock
         self.seconds += seconds

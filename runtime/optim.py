@@ -24,8 +24,7 @@ def rule_of(cfg, optimizer, world: World, **more):
     """The learning-rate rule of the flags schedule, lr_warmup, lr_floor and fot_*, see `schedules.make_rule`.
 
     A rule that measures is fed the NLL, which stays one score while a mixture moves; only CE's is the loss itself
-    (``same_units``).
-    """
+    (``same_units``)."""
     how = dict(warmup=cfg.lr_warmup, floor=cfg.lr_floor, same_units=cfg.loss == "ce")
     how |= dict(parts=cfg.fot_parts, every=cfg.fot_window, beta=cfg.fot_beta)
     return make_rule(cfg.schedule, optimizer, cfg.steps, **how | more, ranks=world.size, reduce=world.all_reduce)
@@ -36,8 +35,7 @@ def take_step(optimizer, parameters, clip: float, loss: Tensor) -> Tensor:
 
     Where ``loss`` (0-d, the same on all ranks) or the norm is not finite, weights and moments stay as they are. Nothing
     waits for the device, but for optimizers that know no ``found_inf``. ``optimizer.clipped_by`` says what the gradient
-    was divided by.
-    """
+    was divided by."""
     limit = clip or math.inf
     norm = nn.utils.clip_grad_norm_(parameters, limit)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
@@ -81,8 +79,7 @@ def meeting(trained: nn.Module, last: bool):
 def training_state(model, optimizer) -> tuple[dict, dict]:
     """State dicts of a plain, DDP or FSDP2 model and of its optimizer. Every rank must call it.
 
-    Of Schedule-Free the weights are the averages, and the optimizer's state holds the iterate.
-    """
+    Of Schedule-Free the weights are the averages, and the optimizer's state holds the iterate."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
     if hasattr(optimizer, "eval"):  # Schedule-Free, whose step torch's way of loading cannot take; it is never sharded

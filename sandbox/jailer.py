@@ -312,8 +312,7 @@ def _write_program(path: str, code: str) -> None:
 def _kill_children(guard: int) -> tuple[int, int]:
     """Kills and reaps all our descendants. Returns the guard's wait status, and how many could not be killed.
 
-    We are the subreaper: the children of what dies become ours. So we kill our own children until there are none.
-    """
+    We are the subreaper: the children of what dies become ours. So we kill our own children until there are none."""
     raw, patience = 0, time.monotonic() + PATIENCE
     while True:
         try:
@@ -392,8 +391,7 @@ def _visible(packages: list[str]) -> list[str]:
 def _enter_namespaces(root: bool, packages: list[str]) -> dict:
     """Moves the jailer, for good, to where there is no network, no file but the interpreter's and no privilege.
 
-    A second process stays outside and waits. It writes the map of users, which root cannot write from inside.
-    """
+    A second process stays outside and waits. It writes the map of users, which root cannot write from inside."""
     if platform.machine() not in PIVOT_ROOT:
         raise OSError(f"not known for {platform.machine()}")
     inside_r, inside_w = os.pipe()

@@ -49,8 +49,7 @@ class Result(NamedTuple):
 
     ``status``: ok (exit code 0), error (another), memory (a MemoryError), timeout (the wall clock), cpu, output (too
     much of it), killed (by a signal, as in a crash), or lost: the sandbox could not run it, or was itself destroyed;
-    stderr says what is known.
-    """
+    stderr says what is known."""
 
     stdout: str
     stderr: str
@@ -68,8 +67,7 @@ class Probe(NamedTuple):
 def run_program(code: str, stdin: str = "", limits: Limits | None = None, *, mode: str | None = None) -> Result:
     """Runs one Python program. ``mode`` is one of MODES, None the strongest there is.
 
-    Starting a jailer costs some 60 ms: for many programs use `run_many`. Raises ValueError as `probe` does.
-    """
+    Starting a jailer costs some 60 ms: for many programs use `run_many`. Raises ValueError as `probe` does."""
     return next(run_many([code], 1, limits, stdin=stdin, mode=mode))
 
 
@@ -87,8 +85,7 @@ def run_many(
     ``programs`` may be a generator that makes them as it goes: a program is taken when a worker is free for it and
     fewer than 4 x workers results wait for an earlier one. ``progress`` is the title of a progress bar; empty: no bar.
     Everything is killed when the iteration ends or is given up. Raises ValueError for workers below 1, for a program
-    that is not text, and as `probe` does.
-    """
+    that is not text, and as `probe` does."""
     if workers is not None and workers < 1:
         raise ValueError(f"workers={workers}, expected 1 or more")
     if mode not in (None, *MODES):
@@ -206,8 +203,7 @@ class _Jailer:
 def probe() -> Probe:
     """The strongest mode in which this machine runs a program, found by running one; once a process.
 
-    Raises ValueError where not even limits work (anything but Linux 5.3 or newer).
-    """
+    Raises ValueError where not even limits work (anything but Linux 5.3 or newer)."""
     refused = {}
     for mode in MODES:
         try:

@@ -7,8 +7,7 @@ def schedule_free_adamw(groups, lr: float, *, betas: tuple[float, float], eps: f
     """AdamWScheduleFree of the package schedulefree (Defazio et al., 2024, "The Road Less Scheduled"), ready to train.
 
     It needs as much memory as Adam. The caller sets the groups' lr for a warm-up, and does not call ``step`` with a
-    gradient that is not finite. Raises ValueError where the package is missing.
-    """
+    gradient that is not finite. Raises ValueError where the package is missing."""
     try:
         from schedulefree import AdamWScheduleFree
     except ImportError as e:
@@ -24,8 +23,7 @@ def averaged(optimizer):
     """Puts Schedule-Free's averaged weights in place for the block: they are the ones to evaluate and to export.
 
     Afterwards the weights are bit for bit what they were. This costs a copy of the weights meanwhile. Any other
-    optimizer has no averages, and its weights stay as they are.
-    """
+    optimizer has no averages, and its weights stay as they are."""
     if not hasattr(optimizer, "eval"):
         yield
         return

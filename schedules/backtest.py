@@ -73,8 +73,7 @@ def read_curve(path: str | Path, *, loss: str | None = None, family: str = "", p
     ``loss``: its column; by default the first of loss, val_loss, train_loss and *CrossEntropyLoss that is there. Rows
     of a jsonl file that lack it, or are of another "kind" than the first that has it, are passed over. ``plan``:
     arguments of `lr_factor` ("schedule" for its name), for a file without learning rates. Raises ValueError with the
-    line number for a line that cannot be read and for steps that do not increase.
-    """
+    line number for a line that cannot be read and for steps that do not increase."""
     path = Path(path)
     rows = list(_csv_rows(path) if path.suffix == ".csv" else _jsonl_rows(path))
     names = {name: None for _, row in rows for name in row}
@@ -231,8 +230,7 @@ def summarize(rows: list[Row], rows_all: list[Row]) -> Summary:
 
     ``n`` were made and ``none`` were not. ``median`` and ``worst`` are of the absolute error and ``bias`` is the mean
     error, in per cent of the final loss. ``ratio``: median over that of persistence on the same curves, which is looked
-    up in ``rows_all``. ``cover68``, ``cover95``: shares of finals inside the intervals. nan where there is none.
-    """
+    up in ``rows_all``. ``cover68``, ``cover95``: shares of finals inside the intervals. nan where there is none."""
     made = [row for row in rows if row.forecast is not None]
     if not made:
         return Summary(0, len(rows), *[math.nan] * 6)
@@ -306,8 +304,7 @@ def learn_prior(curves: list[Curve]) -> Prior:
 
     The mean and sd of k / loss are from whole runs whose learning rate came down by at least 30 %, fitted with no prior
     on k. The floor of the sd is then the smallest of `FLOORS` with which 68 % of the finals are inside one standard
-    deviation of the forecasts at half and at three quarters. Raises ValueError when no learning rate came down.
-    """
+    deviation of the forecasts at half and at three quarters. Raises ValueError when no learning rate came down."""
     shares = defaultdict(list)
     for curve in curves:
         if curve.lr is None or curve.lr[-1] > 0.7 * curve.lr.max():

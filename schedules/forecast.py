@@ -41,8 +41,7 @@ class Prior(NamedTuple):
     backtest --leave-out` learns them on all families but the one that is forecast, and prints both: from half of a run
     the median error is 0.38 % either way, MultiPowerLaw's rises from 0.35 to 0.47 %. The other values were chosen on
     the three families together; each may be halved or raised by half, alpha by a fifth, with medians from 0.31 to
-    0.42 %. So was the square root in S (`CLOCK`): 0.53 % with S running at lr, 0.56 % at its fourth root.
-    """
+    0.42 %. So was the square root in S (`CLOCK`): 0.53 % with S running at lr, 0.56 % at its fourth root."""
 
     k_mean: float = 0.039  # of the loss
     k_sd: float = 0.008
@@ -141,8 +140,7 @@ class Forecaster:
         up to ``total``, in the unit of those given to `update`. Without it the last learning rate is held, and half of
         what bringing it down would gain is in ``sd``. ``window``: the number of points whose mean will be called the
         final loss, so that their noise is in ``sd``; by default the smooth curve itself is meant. Raises ValueError for
-        a schedule without a learning rate history, with negative or non-finite values.
-        """
+        a schedule without a learning rate history, with negative or non-finite values."""
         planned = schedule is not None
         if planned and not self.has_lr and self.points:
             raise ValueError("a planned schedule needs the learning rates so far; give lr to update()")
@@ -298,8 +296,7 @@ def literal_forecast(steps: Sequence[float], losses: Sequence[float], total: flo
 
     The step starts from the least-squares line of log l over log t (b = 0), where the residual's Hessian is
     replaced by J'J (Gauss-Newton). nan where the step leaves the law's domain (t + b <= 0, overflow, losses that are
-    not positive): the caller counts it. Kept to be compared with `Forecaster`.
-    """
+    not positive): the caller counts it. Kept to be compared with `Forecaster`."""
     t, loss = (np.asarray(v, dtype=np.float64)[-points:] for v in (steps, losses))
     keep = (t > 0) & (loss > 0) & np.isfinite(loss)
     t, log_l = t[keep], np.log(loss[keep])

@@ -99,8 +99,7 @@ def gate_of(h: float | None) -> float:
 def block_multipliers(rms: Sequence[Sequence[float]]) -> list[float]:
     """Multipliers in [1/2, 2] of geometric mean 1, from each block's RMS gradients of prompt and answer.
 
-    They follow shares, not sizes: Adam already divides by a block's size. All are 1 where a block has no gradient.
-    """
+    They follow shares, not sizes: Adam already divides by a block's size. All are 1 where a block has no gradient."""
     if not rms or not all(math.isfinite(p) and math.isfinite(a) and a > 0 for p, a in rms):
         return [1.0] * len(rms)
     logs = [-0.5 * math.log2(1 + (p / a) ** 2) for p, a in rms]
@@ -137,8 +136,7 @@ class FoT(LRScheduler):
 
     ``decision`` is the last one, ``counts`` what decisions met. A loop that clips sets ``clipped_by`` to
     (norm / max_norm).clamp(min=1) before each optimizer step, here or on the optimizer. Raises ValueError for settings
-    that cannot be meant.
-    """
+    that cannot be meant."""
 
     def __init__(
         self,
@@ -200,8 +198,7 @@ class FoT(LRScheduler):
         tokens; numbers or 0-d tensors. ``share``: the micro-batch's part of the tokens that the batch has on all ranks.
         Give it only after the first of several backwards, while ``.grad`` holds that part alone (DDP: under no_sync).
         ``fisher`` [N], ``prompt`` [N] bool, ``answer`` [N] bool: per-token Fisher (`kernels.token_fisher`) and which of
-        the tokens are the prompt's and the answer's. They are read in steps that `gates` announces.
-        """
+        the tokens are the prompt's and the answer's. They are read in steps that `gates` announces."""
         slot = self.last_epoch % self.every
         for row, value in enumerate((nll, tokens)):
             self.points[row, slot].add_(value.detach() if isinstance(value, Tensor) else value)
@@ -237,8 +234,7 @@ class FoT(LRScheduler):
     def watch(self, model: torch.nn.Module):
         """Observes the loss of each training forward of ``model``, for a loop such as transformers.Trainer's.
 
-        Where the Trainer divides by the batch's tokens itself, the forwards' parts are added up. Returns the hook.
-        """
+        Where the Trainer divides by the batch's tokens itself, the forwards' parts are added up. Returns the hook."""
 
         def hook(module, args, kwargs, output):
             loss = output.get("loss") if hasattr(output, "get") else getattr(output, "loss", None)

@@ -86,8 +86,7 @@ class GradientStats:
 
         ``lr``: of the last step. ``clipped_by``: what clipping has divided the gradient by, 1 or more; all
         measurements are of the unclipped gradient. A sample with a value that is not finite, or that the optimizer
-        will skip (``found_inf``), is left out.
-        """
+        will skip (``found_inf``), is left out."""
         (share, small), self.small = (self.small if begin else None) or (None, None), None
         # From the part that was kept to the micro-batch's own gradient: DDP multiplies each rank's by their number.
         scale = 1.0 if share is None else 1 / (share * self.ranks)

@@ -47,8 +47,7 @@ def lr_factor(name: str, step: int, total: int, *, warmup=0.0, floor=0.0, decay=
 
     It rises linearly over the first ``warmup * total`` steps, then follows the formula of `FORMULAS`, scaled to fall to
     ``floor`` instead of 0. ``decay`` is wsd's share of the run, ``power`` polynomial's exponent. The learning rate of
-    schedule-free is constant. Raises ValueError for an unknown name.
-    """
+    schedule-free is constant. Raises ValueError for an unknown name."""
     if name not in (*SCHEDULES, SCHEDULE_FREE):
         raise ValueError(f"unknown schedule {name!r}; expected one of {', '.join((*SCHEDULES, SCHEDULE_FREE))}")
     rise = warmup * total
@@ -65,8 +64,7 @@ def snac_factor(noise: float, signal: float) -> float:
 
     B_noise is the simple noise scale of McCandlish et al. (2018). SNAC has no public definition. This is our reading:
     the learning rate is scaled by the signal's share of the squared gradient. The lowest share is ours too, because at
-    0 nothing moves; it also stands where the signal is lost in the noise.
-    """
+    0 nothing moves; it also stands where the signal is lost in the noise."""
     noise = max(noise, 0.0)
     share = signal / (signal + noise) if signal > 0 and math.isfinite(signal + noise) else 0.0
     return min(max(share, 0.01), 1.0)
@@ -77,8 +75,7 @@ def bacon_factor(eta: float, reference: float) -> float:
 
     ``eta`` is the step that gains most of the noisy quadratic now; 0 and inf are allowed. ``reference`` is the same for
     the sums over the run so far. BACON has no public definition. This is our reading: a budget's linear decay, bent by
-    curvature. The factor is 1 where the reference sets no scale.
-    """
+    curvature. The factor is 1 where the reference sets no scale."""
     if not 0 < reference < math.inf or math.isnan(eta):
         return 1.0
     return min(max(eta / reference, 0.5), 2.0)

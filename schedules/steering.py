@@ -59,8 +59,7 @@ def make_rule(
     """The rule ``name`` (one of RULES) for a run of ``total`` optimizer steps. The groups hold the peak learning rates.
 
     ``floor``, ``decay`` and ``power`` are for the functions of the step, see `lr_factor`, and ``measuring`` for the
-    rules that measure, see `FoT`. A loop may give all of them under any rule. Raises ValueError for an unknown name.
-    """
+    rules that measure, see `FoT`. A loop may give all of them under any rule. Raises ValueError for an unknown name."""
     if name not in RULES:
         raise ValueError(f"unknown learning-rate rule {name!r}; expected one of {', '.join(RULES)}")
     if unknown := set(measuring) - set(FoT.__init__.__kwdefaults__):

@@ -60,8 +60,7 @@ class Target:
     """A summarisation model as the attack sees it: the loss, the moments, the summary and the vector of texts.
 
     ``model`` is a model.seq2seq.Seq2Seq, ``tokenizer`` a data.summaries.SummaryTokenizer, ``decoding`` a
-    model.beam.Decoding. Texts are cut at ``max_source`` and ``max_target`` tokens and go ``batch`` at a time.
-    """
+    model.beam.Decoding. Texts are cut at ``max_source`` and ``max_target`` tokens and go ``batch`` at a time."""
 
     def __init__(self, model, tokenizer, decoding, max_source: int, max_target: int, batch: int):
         self.model, self.tokenizer, self.decoding = model.eval(), tokenizer, decoding

@@ -93,8 +93,7 @@ def attack_group(
     which are no queries. Words from ``limits`` on, which the model does not read, stay as they are.
 
     Each result is that of an attack on the article alone, if ``loss_of`` scores a text whatever the others are (a
-    model's loss depends on them by rounding). Raises ValueError for a loss that is not finite.
-    """
+    model's loss depends on them by rounding). Raises ValueError for a loss that is not finite."""
     if (options.min_similarity is None) != (embed_of is None):
         raise ValueError("min_similarity and embed_of go together: give both or neither")
     limits = [None] * len(texts) if limits is None else limits

@@ -12,8 +12,7 @@ _SENTENCE_END = re.compile(r"[.!?:][\"'”’)\]]*$")
 class Words:
     """A text as chunks between white space; ``cores[i]`` is the word in chunk i, "" where there is not exactly one.
 
-    `render` gives the text back, character for character where nothing is exchanged.
-    """
+    `render` gives the text back, character for character where nothing is exchanged."""
 
     def __init__(self, text: str):
         parts = re.split(r"(\S+)", text)
@@ -81,8 +80,7 @@ def suffix_class(word: str) -> str:
     """What the ending says about a word: a key of _ENDINGS, or base.
 
     The first with a known ending after at least three letters counts. Words in -ss, -us and -is are no plurals. It
-    stands in for a tagger: it is coarse and has no context, and irregular forms are "base".
-    """
+    stands in for a tagger: it is coarse and has no context, and irregular forms are "base"."""
     return next((name for name, ends in _ENDINGS.items() if re.search(f"...({ends})$", word.lower())), "base")
 
 
@@ -97,8 +95,7 @@ def same_suffix_class(words: Words, i: int, candidates: list[str]) -> list[bool]
 def by_tagger(tag: Callable[[list[list[str]]], list[list[str]]], window: int = 15) -> SameClass:
     """The published check: the candidate has the word's tag in its place, where noun and verb count as one.
 
-    ``tag``: sentences of words -> a coarse tag for each word. It sees ``window`` words around.
-    """
+    ``tag``: sentences of words -> a coarse tag for each word. It sees ``window`` words around."""
 
     def same(words: Words, i: int, candidates: list[str]) -> list[bool]:
         first = max(0, i - window // 2)
@@ -117,8 +114,7 @@ _PENN = {"NN": "NOUN", "VB": "VERB", "JJ": "ADJ", "RB": "ADV"}
 def part_of_speech(rule: str) -> tuple[str, SameClass | None]:
     """The name, for the output, and the check called nltk, spacy, suffix or none; "auto" is the first that works here.
 
-    Raises ValueError where the package or its data is not there.
-    """
+    Raises ValueError where the package or its data is not there."""
     if rule not in POS:
         raise ValueError(f"--pos {rule!r}; expected one of {', '.join(POS)}")
     if rule == "auto":

@@ -89,8 +89,7 @@ def regrets(rules: list[Rule]) -> dict[str, dict]:
     """label -> seed -> mean regret over the grid, nats a token.
 
     {} for a rule that lacks a part of the largest grid of peaks and seeds, because a run diverged or has not ended: a
-    mean over easier peaks is no regret.
-    """
+    mean over easier peaks is no regret."""
     largest = max(rules, key=lambda r: len(r.runs))
     peaks, seeds = largest.peaks, sorted({seed for _, seed in largest.runs}, key=str)
     lowest = min(rule.mean(lr) for rule in rules for lr in rule.peaks)

@@ -201,8 +201,7 @@ def grids(arms: list[Arm]) -> list[tuple[str, str, str, dict, str]]:
     """(title, x, y, cells, split) for each loss whose arms vary in two or three numeric flags, of two values or more.
 
     Of three flags the one with the fewest values goes into the title, a grid for each of its values. ``cells``: (x, y)
-    -> means of the metrics that are shown in a grid, on the ``split`` that was summarised, else on validation.
-    """
+    -> means of the metrics that are shown in a grid, on the ``split`` that was summarised, else on validation."""
     out = []
     for loss in dict.fromkeys(a.loss for a in arms):
         same = [a for a in arms if a.loss == loss and a.finished]

@@ -70,8 +70,7 @@ class Verdict(NamedTuple):
 def time_to(curve: list[tuple[float, float]], level: float) -> float | None:
     """Seconds at which PPL first is at most ``level``, on the line through (seconds, log PPL); None if never.
 
-    Where the first point is there already, its time: the curve does not say how much earlier.
-    """
+    Where the first point is there already, its time: the curve does not say how much earlier."""
     if curve and curve[0][1] <= level:
         return curve[0][0]
     for (before, above), (seconds, ppl) in itertools.pairwise(curve):

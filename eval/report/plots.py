@@ -74,8 +74,7 @@ def draw_arm(ax, arm, kind: str, x: str, y: str) -> None:
 def frame(arms: list, kind: str, y: str, skip: float) -> tuple[float, float] | None:
     """Smallest and largest value after the first ``skip`` of each run's steps, or None.
 
-    The fall from initialisation does not flatten a view of these.
-    """
+    The fall from initialisation does not flatten a view of these."""
     found = [rows for arm in arms for run in arm.runs if (rows := points(run, kind, "step", y))]
     values = [value for rows in found for step, _, value in rows if step > skip * rows[-1][0]]
     return (min(values), max(values)) if values else None
@@ -233,8 +232,7 @@ def reliability(arms: list, split: str, bins: int = 10) -> bytes | None:
 def heat_maps(name: str, x_name: str, y_name: str, cells: dict[tuple, dict], split: str = "validation") -> bytes:
     """A panel for each metric of ``cells``, over two settings; the best is bold, and brighter is better.
 
-    ``cells`` maps (x, y) to {metric's key: value}, each of which may be None or inf.
-    """
+    ``cells`` maps (x, y) to {metric's key: value}, each of which may be None or inf."""
     xs, ys = sorted({x for x, _ in cells}), sorted({y for _, y in cells})
     panels = [m for m in (*metrics.SUMMARIES, *metrics.TOKENS) if any(m.key in cell for cell in cells.values())]
     columns = min(len(panels), 3)

@@ -96,8 +96,7 @@ def read_rows(path: Path, unfinished: bool) -> dict[str, list[dict]]:
     """Rows of a metrics.jsonl by kind. Raises ValueError naming the file and the line that is broken.
 
     An ``unfinished`` run may have been killed while it wrote: a last line without its newline is dropped. A row at a
-    step that its kind has passed means that the run went back to a checkpoint: it replaces what came after that.
-    """
+    step that its kind has passed means that the run went back to a checkpoint: it replaces what came after that."""
     rows = {kind: [] for kind in ("train", "val", "event", "fot")}
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else [""]
     if unfinished or not lines[-1]:
@@ -233,8 +232,7 @@ def group_arms(runs: list[Run]) -> tuple[list[Arm], list[str]]:
     """Arms in the order of losses.LOSSES, runs by seed, with labels; and warnings on repeated seeds.
 
     Runs of one config that ran other code are arms of their own, as far as both folders hold the file. A flag's role
-    is that of the run that knows it: of its own folder, else of another of the same script.
-    """
+    is that of the run that knows it: of its own folder, else of another of the same script."""
     runs = list({run.path.resolve(): run for run in runs}.values())
     known, groups, warnings = defaultdict(roles_before), defaultdict(list), []
     for run in runs:
@@ -289,8 +287,7 @@ def some(names: list[str], most: int = 3) -> str:
 def differing(arms: list[Arm], *, unread: bool = False) -> list[str]:
     """Flags, in config order, whose value is not the same in all of ``arms``.
 
-    Arms that do not read a flag are no difference in it, unless ``unread``.
-    """
+    Arms that do not read a flag are no difference in it, unless ``unread``."""
     flags = dict.fromkeys(k for arm in arms for k in arm.config)
     shown = {k: {json.dumps(a.config.get(k)) for a in arms if unread or k not in a.unread} for k in flags}
     return [k for k in flags if len(shown[k]) > 1]
@@ -313,8 +310,7 @@ def reference(arm: Arm, arms: list[Arm], loss: str) -> tuple[Arm | None, str]:
     """The arm of ``loss`` to compare ``arm`` with, or None and why.
 
     It has the same setting. Of several it is the one that ran the same code, then the one with the fewest differences
-    of the system, then that of the lowest validation NLL: what the setting does not fix is tuned for each loss.
-    """
+    of the system, then that of the lowest validation NLL: what the setting does not fix is tuned for each loss."""
     found = [a for a in arms if a.loss == loss and a.finished]
     if not found:
         unfinished = any(a.loss == loss for a in arms)

@@ -53,8 +53,7 @@ def table_of(heads, rows, left: int = 1, note: str = "") -> Table | None:
 def section(heading: str, *parts, kind: str = "h") -> list[tuple]:
     """Blocks of the page: a heading over ``parts``, blocks and tables, or to be unfolded (``kind`` "fold").
 
-    A part may be None or empty; nothing where all are.
-    """
+    A part may be None or empty; nothing where all are."""
     blocks = [("table", part) if isinstance(part, Table) else part for part in parts if part]
     if kind == "fold" and blocks:
         return [("fold", heading, blocks)]
@@ -96,8 +95,7 @@ def metric_table(arms: list[Arm], lead: dict, columns, split: str, *, bold=False
     """A row an arm: its label, its cells of ``lead`` (heading -> texts), and a metric a column where any arm has it.
 
     ``bold`` marks the best of a column. ``interval`` takes (arm, metric) and says what stands under a value of one
-    seed, or "".
-    """
+    seed, or ""."""
     columns = [m for m in columns if any(arm.measured(m, split) for arm in arms)]
     body = [[label_cell(arm), *texts] for arm, *texts in zip(arms, *lead.values(), strict=True)]
     for metric in columns:
@@ -132,8 +130,7 @@ def final_table(arms: list[Arm], split: str) -> Table | None:
 def summary_table(arms: list[Arm], split: str) -> Table | None:
     """What was generated for ``split``, a row an arm. None where nothing was.
 
-    Of one seed a ROUGE has the bootstrap interval over texts that the run computed, of several ± sd over seeds.
-    """
+    Of one seed a ROUGE has the bootstrap interval over texts that the run computed, of several ± sd over seeds."""
     arms = [arm for arm in arms if arm.values(f"{split}_rouge1")]
 
     def interval(arm: Arm, metric: Metric) -> str:
