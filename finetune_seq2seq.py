@@ -319,13 +319,7 @@ def main(argv: list[str] | None = None) -> int:
             with meeting(trained, last):
                 hidden, y = measure.forward(trained, *batch, device, model.shift_right)
                 loss, moments = linear_score(
-                    hidden,
-                    model.head_weight,
-                    y,
-                    score,
-                    bias=model.head_bias,
-                    denominator=denominator,
-                    **scoring,
+                    hidden, model.head_weight, y, score, bias=model.head_bias, denominator=denominator, **scoring
                 )
                 loss.backward()
             meter.add(loss, moments)

@@ -232,12 +232,7 @@ def main(argv: list[str] | None = None) -> int:
             with meeting(trained, last):
                 hidden = trained(x[i : i + rows]).flatten(0, 1)
                 loss, moments = linear_score(
-                    hidden,
-                    model.head_weight,
-                    y[i : i + rows].flatten(),
-                    score,
-                    denominator=denominator,
-                    **scoring,
+                    hidden, model.head_weight, y[i : i + rows].flatten(), score, denominator=denominator, **scoring
                 )
                 loss.backward()
             meter.add(loss, moments)

@@ -30,8 +30,7 @@ TOKEN_IDS = dict(
 )
 # What all published sizes of a kind have.
 PUBLISHED = dict(
-    bart=dict(vocab_size=50265),
-    pegasus=dict(vocab_size=96103, activation_function="relu", scale_embedding=True),
+    bart=dict(vocab_size=50265), pegasus=dict(vocab_size=96103, activation_function="relu", scale_embedding=True)
 )
 
 

@@ -14,10 +14,7 @@ from model.decode import Request, decode
 from model.qwen3 import Qwen3, Qwen3Config
 
 SHAPE = Qwen3Config(300, 64, 128, 2, 4, 2, 16, 512, tie_word_embeddings=True)
-gpu = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
 def requests(count: int, **more) -> list[Request]:

@@ -7,16 +7,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from eval.stats import (
-    bootstrap_interval,
-    holm,
-    mcnemar_exact,
-    paired,
-    required_ratio,
-    summarize,
-    t_interval,
-    verdict,
-)
+from eval.stats import bootstrap_interval, holm, mcnemar_exact, paired, required_ratio, summarize, t_interval, verdict
 
 
 def test_summarize():

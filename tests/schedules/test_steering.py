@@ -3,18 +3,7 @@
 import pytest
 import torch
 
-from schedules import (
-    ADAPTIVE,
-    PARTS,
-    RULES,
-    SCHEDULE_FREE,
-    SCHEDULES,
-    FoT,
-    Planned,
-    lr_factor,
-    make_rule,
-    rule_reads,
-)
+from schedules import ADAPTIVE, PARTS, RULES, SCHEDULE_FREE, SCHEDULES, FoT, Planned, lr_factor, make_rule, rule_reads
 from schedules.gradient_stats import STATISTICS
 
 
