@@ -53,23 +53,13 @@ class Config:
     resume_from: str = flag("resume_from")
     seed: int = flag("seed", help="seeds the adapter, the data order, dropout and the sampled answers")
     # data
-    data: str = opt(
-        "gsm8k",
-        "gsm8k ($LM_DATA/gsm8k, else the hub's), or a folder of train.jsonl and test.jsonl",
-        role="setting",
-        group="data",
-    )
+    data: str = opt("gsm8k", "gsm8k, or a folder of train.jsonl and test.jsonl", role="setting", group="data")
     format: str = opt("text", "train on the solutions' words, or on programs made of them", FORMATS, role="setting")
     calculator: bool = opt(True, "text: keep the <<48/2=24>> annotations, and work them out while decoding")
     prompt: str = opt("chat", "Qwen3's chat turns, or plain 'Question: ... Answer:'", PROMPTS)
     loss_on: str = opt("answer", "which tokens the loss is of", ("answer", "all"), role="setting")
     heldout: int = opt(256, "problems of train held out for validation", within="[1, inf)", role="setting")
-    seq_len: int = opt(
-        512,
-        "tokens in a packed row; a problem that is longer is left out and counted",
-        within="[1, inf)",
-        role="setting",
-    )
+    seq_len: int = opt(512, "tokens in a packed row; longer problems are left out", within="[1, inf)", role="setting")
     cache: str = flag("cache", help="folder for the programs of --format code")
     # model
     model: str = opt("Qwen/Qwen3-0.6B", "a dense Qwen3: a folder or a hub id", role="setting", group="model")
@@ -79,9 +69,7 @@ class Config:
     lora_dropout: float = opt(0.0, "LoRA: dropout on the adapters' input", within="[0, 1)")
     rslora: bool = opt(False, "scale by alpha / sqrt(rank) instead")
     targets: str = opt("all", f"LoRA: layers that get adapters: all, or some of {','.join(lora.TARGETS)}")
-    adapter: str = opt(
-        "", "start from this PEFT adapter of --model, which sets rank, alpha, dropout and targets", role="setting"
-    )
+    adapter: str = opt("", "start from this PEFT adapter of --model, with its rank and targets", role="setting")
     # loss
     loss: str = flag("loss")
     warmup: float = flag("warmup")
@@ -110,16 +98,12 @@ class Config:
     # evaluation
     eval_every: int = flag("eval_every", 250)
     log_every: int = flag("log_every", help="steps between lines of metrics.jsonl; their last measures the prompt too")
-    segment_rms: bool = opt(
-        False, "log each block's gradient RMS over prompt and over answer rows, of rank 0's share", role="bookkeeping"
-    )
+    segment_rms: bool = opt(False, "log each block's gradient RMS, prompt and answer apart", role="bookkeeping")
     eval_problems: int = opt(0, "test problems to answer, the first ones; 0 is all", within="[0, inf)", role="setting")
     eval_batch: int = opt(64, "answers that are generated at a time, on each rank", within="[1, inf)", role="where")
     generate_tokens: int = opt(256, "tokens in a generated answer, at most", within="[1, inf)", role="setting")
     stop: str = opt("Question:", "strings that end an answer, separated by |; empty is none", role="setting")
-    samples: int = opt(
-        0, "sampled answers a problem, for pass@k, beside the greedy one", within="[0, inf)", role="bookkeeping"
-    )
+    samples: int = opt(0, "sampled answers a problem, for pass@k", within="[0, inf)", role="bookkeeping")
     k: str = opt("1", "pass@k of the sampled answers, for these k, separated by commas", role="bookkeeping")
     temperature: float = opt(0.8, "temperature of the sampled answers", within="[0, inf)", role="setting")
     merge: bool = opt(True, "generate with the adapter merged into dense weights: faster, more memory", role="system")

@@ -51,26 +51,17 @@ class Config:
     resume: bool = flag("resume")
     resume_from: str = flag("resume_from")
     seed: int = flag("seed", help="seeds the initialisation, the data order, dropout and the noise")
-    preset: str = opt("bart", "recipe for the flags without a default of their own", tuple(PRESETS))
+    preset: str = opt("bart", "recipe for the flags without a default of their own", PRESETS)
     # data
-    data: str = opt(
-        "cnn_dailymail",
-        f"{', '.join(summaries.SETS)}, or a folder with train.jsonl, validation.jsonl, test.jsonl",
-        role="setting",
-        group="data",
-    )
+    data: str = opt("cnn_dailymail", f"{', '.join(summaries.SETS)}, or a folder", role="setting", group="data")
     eval_data: str = opt("", "a second set, whose test split is summarised without training on it", role="setting")
     fold: str = opt("", "K/M: validate on part K of M of the training set, leave the test set", role="setting")
-    tokenizer: str = opt(
-        "", "default: --model's; for a random start gpt2, bpe:SIZE or a folder with its files", role="setting"
-    )
+    tokenizer: str = opt("", "default: --model's; else gpt2, bpe:SIZE or a folder with its files", role="setting")
     cache: str = flag("cache", help="folder for token caches and trained tokenizers")
     min_words: int = opt(50, "leave out articles with fewer words", within="[0, inf)", role="setting")
     max_source: int | None = opt(None, "tokens of an article; the rest is cut off", within="[3, inf)", role="setting")
     max_target: int | None = opt(None, "tokens of a summary; the rest is cut off", within="[3, inf)", role="setting")
-    noise_references: float = opt(
-        0.0, "share of training summaries swapped with another's of the batch", within="[0, 1]", role="setting"
-    )
+    noise_references: float = opt(0.0, "share of summaries swapped in a batch", within="[0, 1]", role="setting")
     # model
     model: str = opt("", "a BART or PEGASUS to start from: a folder or a hub id", role="setting", group="model")
     size: str = opt("", "with --random-start: the size instead", ("", *SIZES), role="setting")
@@ -112,25 +103,17 @@ class Config:
     log_every: int = flag("log_every")
     patience: int = flag("patience")
     report: str = flag("report", "best")
-    validation_examples: int = opt(
-        0, "validate on the first so many pairs; 0 is all", within="[0, inf)", role="setting"
-    )
+    validation_examples: int = opt(0, "validate on the first pairs; 0 is all", within="[0, inf)", role="setting")
     test_examples: int = opt(0, "test on the first so many pairs; 0 is all", within="[0, inf)", role="setting")
     beams: int | None = opt(None, "beams of the search", within="[1, inf)", role="setting")
     length_penalty: float | None = opt(None, "a hypothesis scores (sum of log p) / length^this", role="setting")
     min_new_tokens: int | None = opt(None, "no end before so many tokens", within="[0, inf)", role="setting")
     max_new_tokens: int | None = opt(None, "tokens of a summary at most", within="[1, inf)", role="setting")
-    no_repeat_ngram: int | None = opt(
-        None, "no n-gram of this size twice in a summary; 0 is off", within="[0, inf)", role="setting"
-    )
+    no_repeat_ngram: int | None = opt(None, "no n-gram of this size twice; 0 is off", within="[0, inf)", role="setting")
     early_stopping: bool | None = opt(None, "end a search at --beams finished hypotheses", role="setting")
-    generate_batch: int = opt(
-        16, "articles summarised at a time by one rank; what a kill can lose", within="[1, inf)", role="where"
-    )
+    generate_batch: int = opt(16, "articles that a rank summarises at a time", within="[1, inf)", role="where")
     bertscore: str = opt("", "BERTScore with this model: a name bert-score knows, or FOLDER:LAYER", role="where")
-    profile: int = opt(
-        0, "time so many steps of one micro-batch instead of training", within="[0, inf)", role="bookkeeping"
-    )
+    profile: int = opt(0, "time so many steps instead of training", within="[0, inf)", role="bookkeeping")
     # system
     device: str = flag("device")
     dtype: str = flag("dtype")

@@ -52,18 +52,11 @@ class Config:
     cache: str = flag("cache", help="folder for token caches and trained tokenizers")
     ood: str = opt("", "out-of-domain text to evaluate at the end: a folder or a data name", role="setting")
     seq_len: int = opt(1024, "tokens in a sequence", within="[1, inf)", role="setting")
-    label_noise: float = opt(
-        0.0,
-        "share of targets replaced by a random other token, in the steps it happens in",
-        within="[0, 1]",
-        role="setting",
-    )
+    label_noise: float = opt(0.0, "share of targets replaced by a random token", within="[0, 1]", role="setting")
     label_noise_steps: float = opt(1.0, "share of the steps in which it happens", within="[0, 1]", role="setting")
     # model
     model: str = opt("gpt2", "model size", tuple(SIZES), role="setting", group="model")
-    init_from: str = opt(
-        "", "start from a Hugging Face GPT-2 of the size --model: a folder or a hub id", role="setting"
-    )
+    init_from: str = opt("", "a Hugging Face GPT-2 of the size --model: a folder or a hub id", role="setting")
     dropout: float = opt(0.0, "dropout on embeddings, attention and residuals", within="[0, 1)")
     # loss
     loss: str = flag("loss")
@@ -98,9 +91,7 @@ class Config:
     sample_tokens: int = opt(100, "tokens in a final sample", within="[1, inf)", role="bookkeeping")
     temperature: float = opt(0.8, "sampling temperature", within="[0, inf)", role="bookkeeping")
     top_k: int = opt(0, "sample among the k likeliest tokens; 0 is all", within="[0, inf)", role="bookkeeping")
-    top_p: float = opt(
-        0.95, "sample among the likeliest tokens that hold this probability", within="(0, 1]", role="bookkeeping"
-    )
+    top_p: float = opt(0.95, "sample among the likeliest of this probability", within="(0, 1]", role="bookkeeping")
     # system
     device: str = flag("device")
     dtype: str = flag("dtype")

@@ -13,22 +13,8 @@ from dataclasses import dataclass, field
 
 from eval.report import plots
 from eval.report.runs import Arm, Run, differing, finite, grouped, show
-from eval.report.tables import Cell, Table, section, shared, table_of, toned
+from eval.report.tables import NOTES, Cell, Table, section, shared, table_of, toned
 from eval.stats import paired, summarize, verdict
-
-RIVALS_NOTE = (
-    "Validation NLL, mean ± standard deviation over seeds, by peak learning rate; bold: the best of a column. Regret: "
-    "NLL less the lowest cell of this table, averaged over the grid; a dash for a rule that has not finished all of it."
-)
-CLAIMS_NOTE = (
-    "Regret: differences of the mean regret, seed by seed. Best peak: differences at each rule's own best peak. Met, "
-    "not met: the 95 % t interval over seeds lies on one side of 0; else not powered, and 'holds here' is of the mean."
-)
-DECIDED_NOTE = (
-    "Of rules that measure, means over runs. At the bound: share of decisions in which m (fot-literal: its learning "
-    "rate) stands at an end of its range. Forecast error: of the forecast made at the last decision before half of the "
-    "run, against the NLL of the last log line, over runs that had one; inside: share within one sd."
-)
 
 
 @dataclass
@@ -120,7 +106,7 @@ def rule_table(rules: list[Rule]) -> Table:
         training = f"{statistics.fmean(seconds):,.1f}" if seconds else "-"
         rows.append([rule.label, "-".join(map(str, seeds)), *at_peaks, *summary, training])
     heads = "rule", "seeds", *(f"{lr:g}" for lr in peaks), "mean regret", "best peak", "NLL there", "training|s"
-    return table_of(heads, rows, note=RIVALS_NOTE)
+    return table_of(heads, rows, note=NOTES["rivals"])
 
 
 def claim_table(rules: list[Rule]) -> Table | None:
@@ -139,7 +125,7 @@ def claim_table(rules: list[Rule]) -> Table | None:
         found = len(grid & mine.diverged)
         answers = toned("no" if found else "yes"), toned("not met" if found else "met", bold=True)
         rows.append([f"no divergence where {rule.label} has none", f"{found} of {len(grid)} peaks", *answers])
-    return table_of(("claim of FoT", "difference|nats", "holds here", "verdict"), rows, note=CLAIMS_NOTE)
+    return table_of(("claim of FoT", "difference|nats", "holds here", "verdict"), rows, note=NOTES["fot_claims"])
 
 
 def claim_row(name: str, mine: dict, theirs: dict) -> list:
@@ -183,7 +169,7 @@ def decided_table(rules: list[Rule]) -> Table | None:
         times = sum(int(run.number("divergences") or 0) for run in rule.runs.values())
         rows.append([rule.label, len(made), f"{decisions:.0f}", f"{100 * bound:.0f}", error, share, times])
     heads = "rule", "runs", "decisions", "at the bound|%", "forecast error|median, %", "inside|%", "diverged|times"
-    return table_of(heads, rows, note=DECIDED_NOTE)
+    return table_of(heads, rows, note=NOTES["decided"])
 
 
 def bowl_blocks(arms: list[Arm]) -> tuple[list[tuple], dict[str, bytes]]:

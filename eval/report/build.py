@@ -35,28 +35,10 @@ from eval.report.runs import (
     system_differences,
 )
 from eval.report.sources import other_files, usual
-from eval.report.tables import Cell, label_cell, section, table_of
+from eval.report.tables import NOTES, Cell, label_cell, section, table_of
 
 SPLITS = {"val": "validation", "test": "test", "ood": "out of domain"}
 MOST_CURVES, MOST_PANELS = 10, 6  # arms in a figure of curves; in one of a panel an arm
-VERDICT_NOTE = (
-    "Each row compares a DPSM arm with another arm, over the seeds that both finished; where several CE or Brier "
-    "arms have its setting, with the one of lowest validation NLL. Met, not met: the 95 % t interval of the mean "
-    "over seeds lies on one side of the threshold. Not powered: the interval holds the threshold, or there is one"
-    " seed; whether the mean itself satisfies the threshold is then under 'holds here'. The claim as a whole is "
-    "rows 1 to 6, all met; rows 7 and 8 are for information."
-)
-CURVES_NOTE = (
-    "Validation on the whole set. Line: mean over seeds; band: smallest to largest. The view leaves out the first"
-    " fifth of the steps where it would flatten the rest."
-)
-TRAINING_NOTE = "Means since the row before. Losses of different scores have different scales: compare the NLL."
-GRID_NOTE = "Means over seeds, the best in bold. It was chosen on the set that is shown: the best of many is flattered."
-RELIABILITY_NOTE = (
-    "Confidence of the likeliest token; bins of all seeds added up, ECE the mean over seeds as in the table. Bars"
-    " under the diagonal: too sure; over it: too modest. A logarithmic count of tokens stands below each."
-)
-ARMS_NOTE = "Settings that make an arm; a dash: unset, or not read in that arm."
 
 
 @dataclass
@@ -165,7 +147,7 @@ def fact_blocks(arms: list[Arm]) -> list[tuple]:
     blocks += section("Events", table_of(heads, rows, left=3), kind="h3")
     flags = differing(arms, unread=True)
     rows = [[label_cell(arm), *(show(arm.config.get(k)) for k in flags)] for arm in arms if flags]
-    blocks += section("Where the arms differ", table_of(["arm", *flags], rows, note=ARMS_NOTE), kind="h3")
+    blocks += section("Where the arms differ", table_of(["arm", *flags], rows, note=NOTES["arms"]), kind="h3")
     shared = ", ".join(f"{k} {show(v)}" for k, v in arms[0].config.items() if k not in flags)
     blocks += section("What they share", shared and ("p", f"{shared}."), kind="h3")
     commands = dict.fromkeys(str(command) for _, run in runs if (command := run.environment.get("command")))
@@ -260,21 +242,21 @@ def build(folders: list[str | Path], title: str = "") -> Report:
     report.blocks += answer_blocks(arms)
     if not bowls:  # with CE there would be as many as there are rules
         report.blocks += section("Differences from CE, validation", tables.delta_table(arms))
-    report.blocks += section("The claims of DPSM", claimed and ("p", VERDICT_NOTE))
+    report.blocks += section("The claims of DPSM", claimed and ("p", NOTES["verdict"]))
     for i, label in enumerate(dict.fromkeys(v.arm for v in found)):
         part = tables.verdict_table([v for v in found if v.arm == label])
         report.blocks += section(label, part, kind="fold" if i else "h3")
     few = best_arms(arms, MOST_CURVES)
     cut = f" {len(few)} of {len(arms)} arms: the best of each loss, then the next best." if few != arms else ""
-    curves = report.figure("curves", plots.curves(few, "val"), CURVES_NOTE + cut)
-    training = report.figure("training", plots.curves(few, "train"), TRAINING_NOTE + cut)
+    curves = report.figure("curves", plots.curves(few, "val"), NOTES["curves"] + cut)
+    training = report.figure("training", plots.curves(few, "train"), NOTES["training"] + cut)
     report.blocks += section("Learning curves", curves, training)
     for k, (name, x, y, cells, split) in enumerate(grids(arms), 1):
         picture = plots.heat_maps(name, x, y, cells, SPLITS[split])
-        report.blocks += section(f"{name}: {x} and {y}", report.figure(f"grid_{k}", picture, GRID_NOTE))
+        report.blocks += section(f"{name}: {x} and {y}", report.figure(f"grid_{k}", picture, NOTES["grid"]))
     few, reliability = best_arms(done, MOST_PANELS), []
     for split, name in SPLITS.items():
-        caption = f"{name.capitalize()}. {RELIABILITY_NOTE}"
+        caption = f"{name.capitalize()}. {NOTES['reliability']}"
         reliability.append(report.figure(f"reliability_{split}", plots.reliability(few, split), caption))
     report.blocks += section("Reliability before and after temperature", *reliability)
     report.blocks += section("Cost", tables.cost_table(arms)) + sample_blocks(best_arms(arms, MOST_PANELS))

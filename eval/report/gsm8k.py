@@ -7,20 +7,8 @@ import operator
 from eval import metrics
 from eval.metrics import Metric
 from eval.report.runs import Arm, Run
-from eval.report.tables import Cell, Table, label_cell, metric_table, p_text, section, table_of
+from eval.report.tables import NOTES, Cell, Table, label_cell, metric_table, p_text, section, table_of
 from eval.stats import holm, mcnemar_exact, paired
-
-NOTE = (
-    "Greedy answers. Mean ± standard deviation over seeds; of one seed the 95 % bootstrap interval over problems. "
-    "Strict and flexible are lm-evaluation-harness' extractions; programs are run, and an invalid one is wrong. "
-    "What is called validation above is the part of train that was held out."
-)
-PAIRED_NOTE = (
-    "Problem by problem, of the seeds that both finished, each arm by its own main rule: programs where it writes "
-    "them, else strict. Interval: 95 % bootstrap over problems. Won and lost: problems that the arm has right more "
-    "often than the other, and less often. p: of one seed McNemar's exact test; of several the paired t-test over "
-    "problems of the means over seeds, which says nothing of other seeds. Holm-corrected over the rows."
-)
 
 
 def answer_blocks(arms: list[Arm]) -> list[tuple]:
@@ -37,7 +25,9 @@ def answer_table(arms: list[Arm]) -> Table | None:
         return "" if None in ends else "[{}, {}]".format(*(metric.format(metric.scale * v) for v in ends))
 
     lead = {"seeds": [len(arm.finished) for arm in arms]}
-    return metric_table(arms, lead, metrics.shown(metrics.ANSWERS, "table"), "", interval=interval, note=NOTE)
+    return metric_table(
+        arms, lead, metrics.shown(metrics.ANSWERS, "table"), "", interval=interval, note=NOTES["answers"]
+    )
 
 
 def paired_table(arms: list[Arm]) -> Table | None:
@@ -63,7 +53,7 @@ def paired_table(arms: list[Arm]) -> Table | None:
     for row, p in zip(rows, holm(tests), strict=True):
         row.append("-" if math.isnan(p) else p_text(p))
     heads = "arm", "minus", "seeds", "problems", "difference in pp", "won", "lost", "p"
-    return table_of(heads, rows, 2, PAIRED_NOTE)
+    return table_of(heads, rows, 2, NOTES["paired"])
 
 
 def right(run: Run) -> dict[str, bool]:

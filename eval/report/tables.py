@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import tomllib
+from pathlib import Path
 from typing import NamedTuple
 
 from eval import metrics
@@ -10,22 +12,11 @@ from eval.report.claims import Verdict
 from eval.report.runs import Arm, reference, setting_differences, system_differences
 from eval.stats import holm, paired, summarize
 
+_TEXTS = tomllib.loads(Path(__file__).with_name("notes.toml").read_text(encoding="utf-8"))
+NOTES = {name: text.replace("\n", " ") for name, text in _TEXTS.items()}  # what stands under tables and figures
+
 ARROWS = {"lower": "\u00a0↓", "higher": "\u00a0↑", "": ""}
 TONES = {"met": "good", "not met": "bad", "not powered": "unsure", "yes": "good", "no": "bad"}
-FINAL_NOTE = (
-    "Mean ± standard deviation over seeds. ↓ lower is better, ↑ higher is better. Bold: the best value, where it "
-    "is further from every other than their two standard deviations together, which takes two seeds of each arm. "
-    "T is fitted on validation."
-)
-SUMMARY_NOTE = (
-    "Of the generated summaries. ROUGE: rouge-score with stemming, Lsum on newline-split sentences; R1, R2 and RL as "
-    "files2rouge has them, BART's published convention. Under a ROUGE of one seed: its 95 % bootstrap interval."
-)
-DELTA_NOTE = (
-    "Mean ± standard deviation of the differences seed by seed. p: two-sided paired t-test, Holm-corrected over "
-    "the arms within each column (not over columns)."
-)
-COST_NOTE = "Training only, without evaluation and checkpoints. A dash: not measured on this device."
 
 
 class Cell(NamedTuple):
@@ -123,7 +114,7 @@ def final_table(arms: list[Arm], split: str) -> Table | None:
     rows, columns = final_rows(arms), metrics.shown(metrics.TOKENS + metrics.TEMPERED, "table")
     if not any(row.measured(m, split) for row in rows for m in columns if m.key != "temperature"):
         return None
-    lead, note = {"seeds": [len(row.finished) for row in rows]}, FINAL_NOTE if split == "val" else ""
+    lead, note = {"seeds": [len(row.finished) for row in rows]}, NOTES["final"] if split == "val" else ""
     return metric_table(rows, lead, columns, split, bold=not setting_differences(*rows), note=note)
 
 
@@ -139,7 +130,7 @@ def summary_table(arms: list[Arm], split: str) -> Table | None:
 
     lead = {"texts": [f"{arm.mean(f'{split}_examples'):,.0f}" for arm in arms]}
     columns, bold = metrics.shown(metrics.SUMMARIES, "table"), not setting_differences(*arms)
-    note = SUMMARY_NOTE + "".join(f" BERTScore: {name}." for name in said(arms, f"{split}_bertscore_hash"))
+    note = NOTES["summary"] + "".join(f" BERTScore: {name}." for name in said(arms, f"{split}_bertscore_hash"))
     return metric_table(arms, lead, columns, split, bold=bold, interval=interval, note=note)
 
 
@@ -177,7 +168,7 @@ def delta_table(arms: list[Arm]) -> Table | None:
         for cells, t, p in zip(body, column, holm([t.p if t else math.nan for t in column]), strict=True):
             size = t and f"{'+' if t.mean >= 0 else '-'}{metric.format(abs(t.mean))} ± {metric.format(t.sd)}"
             cells.append(Cell(size, f"p {p_text(p, '= ')}") if t else "-")
-    return table_of(["arm", "minus", "pairs", *columns], body, 2, DELTA_NOTE)
+    return table_of(["arm", "minus", "pairs", *columns], body, 2, NOTES["delta"])
 
 
 def cost_table(arms: list[Arm]) -> Table | None:
@@ -196,7 +187,9 @@ def cost_table(arms: list[Arm]) -> Table | None:
         ce = None if ce is arm or not ce or system_differences(arm, ce) else ce
         body.append([label_cell(arm), *(cost(arm, ce, metric) for metric in columns)])
     kinds = ", ".join(said(arms, "peak_memory_of"))
-    return table_of(["arm", *columns], body, note=COST_NOTE + (f" Peak memory is that of: {kinds}." if kinds else ""))
+    return table_of(
+        ["arm", *columns], body, note=NOTES["cost"] + (f" Peak memory is that of: {kinds}." if kinds else "")
+    )
 
 
 def verdict_table(found: list[Verdict]) -> Table | None:
