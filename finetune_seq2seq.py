@@ -53,7 +53,7 @@ class Config:
     seed: int = flag("seed", help="seeds the initialisation, the data order, dropout and the noise")
     preset: str = opt("bart", "recipe for the flags without a default of their own", PRESETS)
     # data
-    data: str = opt("cnn_dailymail", f"{', '.join(summaries.SETS)}, or a folder", role="setting", group="data")
+    data: str = opt("cnn_dailymail", f"{', '.join(summaries.SUMMARY_SETS)}, or a folder", role="setting", group="data")
     eval_data: str = opt("", "a second set, whose test split is summarised without training on it", role="setting")
     fold: str = opt("", "K/M: validate on part K of M of the training set, leave the test set", role="setting")
     tokenizer: str = opt("", "default: --model's; else gpt2, bpe:SIZE or a folder with its files", role="setting")

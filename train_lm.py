@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from data.lm import NAMES, load_corpus, load_text_set
+from data.lm import TEXT_NAMES, load_corpus, load_text_set
 from data.windows import Windows, flip_labels
 from eval import metrics
 from eval.calibration import Calibration
@@ -47,7 +47,7 @@ class Config:
     resume_from: str = flag("resume_from")
     seed: int = flag("seed", help="seeds the initialisation, the data order, dropout and the label noise")
     # data
-    data: str = opt("wikitext103", f"{', '.join(NAMES)}, or a folder of text", role="setting", group="data")
+    data: str = opt("wikitext103", f"{', '.join(TEXT_NAMES)}, or a folder of text", role="setting", group="data")
     tokenizer: str = opt("gpt2", "gpt2, bpe:SIZE (trained on the corpus), or a folder with its files", role="setting")
     cache: str = flag("cache", help="folder for token caches and trained tokenizers")
     ood: str = opt("", "out-of-domain text to evaluate at the end: a folder or a data name", role="setting")

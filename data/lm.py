@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from data.cache import TokenSet, cached_tokens
-from data.sources import NAMES, SPLITS, Source, open_all, open_source
+from data.sources import TEXT_NAMES, TEXT_SPLITS, Source, open_all, open_source
 from data.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -29,7 +29,9 @@ class Corpus:
     origin: str  # where the text was read, for the run's log
 
 
-def load_corpus(name_or_folder: str, *, tokenizer: str | Tokenizer, cache, splits: Iterable[str] = SPLITS) -> Corpus:
+def load_corpus(
+    name_or_folder: str, *, tokenizer: str | Tokenizer, cache, splits: Iterable[str] = TEXT_SPLITS
+) -> Corpus:
     """The tokens of a named set or a folder, from the folder ``cache`` or made there.
 
     ``tokenizer`` is a Tokenizer or a spec: gpt2, bpe:N, a folder. ``splits`` are those of train, val and test that are
@@ -45,7 +47,7 @@ def load_corpus(name_or_folder: str, *, tokenizer: str | Tokenizer, cache, split
         source, how = open_source(name_or_folder, splits), {}
     tokenizer = load_tokenizer(tokenizer, **how)
     sets = {split: _tokens(source, split, tokenizer, cache) for split in splits if split in source.splits}
-    return Corpus(*(sets.get(split) for split in SPLITS), tokenizer, source.name, source.origin)
+    return Corpus(*(sets.get(split) for split in TEXT_SPLITS), tokenizer, source.name, source.origin)
 
 
 def load_text_set(folder_or_name: str, tokenizer: str | Tokenizer, cache) -> TokenSet:
@@ -61,10 +63,10 @@ def _tokens(source: Source, split: str, tokenizer: Tokenizer, cache) -> TokenSet
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m data.lm", description="Prepare and list a corpus' token cache.")
-    parser.add_argument("data", help=f"{', '.join(NAMES)}, or a folder of text")
+    parser.add_argument("data", help=f"{', '.join(TEXT_NAMES)}, or a folder of text")
     parser.add_argument("--tokenizer", default="gpt2", help="gpt2, bpe:N or a folder (default: %(default)s)")
     parser.add_argument("--cache", default="cache", help="folder of the token files (default: %(default)s)")
-    parser.add_argument("--splits", default=",".join(SPLITS), help="comma-separated (default: %(default)s)")
+    parser.add_argument("--splits", default=",".join(TEXT_SPLITS), help="comma-separated (default: %(default)s)")
     parser.add_argument("--one-set", action="store_true", help="all text as one evaluation set, without splits")
     given = parser.parse_args(arguments)
     try:

@@ -130,10 +130,10 @@ def _step(equation: str, steps: list[_Step], asked: set) -> tuple[_Step, str] | 
         text = _spaced(candidate)
         if found := _rounded(text, _value(text, values), parts[-1], stated):
             return _Step(name, found[1], stated), f"{name} = {found[0]}"
-    raise Refused("an annotation is false" if evaluate(parts[0]) is not None else "an annotation cannot be computed")
+    raise Refused("an annotation is false" if work_out(parts[0]) is not None else "an annotation cannot be computed")
 
 
-def evaluate(expression: str) -> Fraction | None:
+def work_out(expression: str) -> Fraction | None:
     """The exact value of what an annotation computes, "48/2" or "$1,200 x 20%"; None where it is no arithmetic, divides
     by zero or has an exponent above MAX_EXPONENT."""
     try:

@@ -130,7 +130,7 @@ def calculate(text: str) -> str:
     As in the GSM8K paper's decoding (Cobbe et al., 2021, section 2), whose calculator rounds to 4 decimals. Empty for
     any other text, and where the expression is no arithmetic: the model then goes on by itself."""
     found = re.search(r"<<([^<>=]+)=$", text)
-    value = programs.evaluate(found[1]) if found else None
+    value = programs.work_out(found[1]) if found else None
     if value is None or abs(value) >= TOO_LARGE:
         return ""
     return (str(int(value)) if value.denominator == 1 else f"{float(value):.4f}".rstrip("0").rstrip(".")) + ">>"

@@ -3,7 +3,7 @@
 A split is read as a stream, so that a corpus need not fit in memory, and more than once: to be hashed, to train a
 tokenizer, to be tokenised. Documents that hold nothing but white space are left out.
 
-A new named set is one entry in SETS, at the end of this file.
+A new named set is one entry in TEXT_SETS, at the end of this file.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ import numpy as np
 
 from data.files import lm_data, load_hub, read_lines, read_text
 
-SPLITS = ("train", "val", "test")
+TEXT_SPLITS = ("train", "val", "test")
 WIKITEXT_FOLDERS = ("wikitext-2", "wikitext-103")
 WIKITEXT_FILES = {
     "train": ("train.txt", "wiki.train.raw", "wiki.train.tokens"),
@@ -52,10 +52,10 @@ class Source:
     splits: dict[str, Split]  # those of train, val, test that were asked for and exist; "all" from open_all
 
 
-def open_source(name_or_folder: str, splits: Iterable[str] = SPLITS) -> Source:
+def open_source(name_or_folder: str, splits: Iterable[str] = TEXT_SPLITS) -> Source:
     """The splits of a named set or a folder. A missing test split is left out; a missing train or val is an error.
 
-    A name in SETS is that set; a set of the hub is read from its folder in $LM_DATA where there is one. WikiText's
+    A name in TEXT_SETS is that set; a set of the hub is read from its folder in $LM_DATA where there is one. WikiText's
     documents are articles, wherever it is read. A folder gives every .txt, .md, .py (a document each) and .jsonl (a
     document a line, field "text"), recursively in the order of the paths, hidden ones aside. Files or folders at its
     top that are named train, val or test (shards such as train-00001 too) are the splits, and others are not read.
@@ -64,17 +64,17 @@ def open_source(name_or_folder: str, splits: Iterable[str] = SPLITS) -> Source:
     that cannot be read."""
     splits = tuple(splits)
     for split in splits:
-        if split not in SPLITS:
-            raise ValueError(f"unknown split {split!r}; expected some of {', '.join(SPLITS)}")
-    if name_or_folder in SETS:
-        return SETS[name_or_folder](name_or_folder, splits)
+        if split not in TEXT_SPLITS:
+            raise ValueError(f"unknown split {split!r}; expected some of {', '.join(TEXT_SPLITS)}")
+    if name_or_folder in TEXT_SETS:
+        return TEXT_SETS[name_or_folder](name_or_folder, splits)
     folder = _folder(name_or_folder)
     return _open_folder(_file_name(folder), folder, splits)
 
 
 def open_all(name_or_folder: str) -> Source:
     """One split, "all": the test split of a named set (or of a WikiText folder), or all text of a folder."""
-    folder = None if name_or_folder in SETS else _folder(name_or_folder)
+    folder = None if name_or_folder in TEXT_SETS else _folder(name_or_folder)
     if folder is None or _is_wikitext(folder):
         source = open_source(name_or_folder, ("test",))
         if "test" not in source.splits:
@@ -180,14 +180,14 @@ def _open_folder(name: str, folder: Path, splits: tuple[str, ...]) -> Source:
     if _is_wikitext(folder):
         return _open_wikitext_folder(name, folder, splits)
     files = _text_files(folder)
-    named = {split: [f for f in files if _split_of(f) == split] for split in SPLITS}
+    named = {split: [f for f in files if _split_of(f) == split] for split in TEXT_SPLITS}
     if not any(named.values()):
         return _hash_split(name, str(folder), splits, partial(_documents, folder, files))
     for split in splits:
         if not named[split] and split != "test":
             like = [f for f in files if Path(f).name.lower().startswith(split)]
             raise ValueError(
-                f"{folder} names its splits ({', '.join(s for s in SPLITS if named[s])}) but has no {split}"
+                f"{folder} names its splits ({', '.join(s for s in TEXT_SPLITS if named[s])}) but has no {split}"
                 + (f" ({Path(like[0]).name} is not one)" if like else "")
                 + f"; add {split}.txt, or take the names away to have the documents split by hash"
             )
@@ -201,7 +201,7 @@ def _folder(given: str) -> Path:
         return folder.resolve()
     if folder.is_file():
         raise ValueError(f"{given} is a file; give the folder that holds it")
-    raise ValueError(f"unknown data {given!r}; expected {', '.join(SETS)}, or a folder of text")
+    raise ValueError(f"unknown data {given!r}; expected {', '.join(TEXT_SETS)}, or a folder of text")
 
 
 def _file_name(folder: Path) -> str:
@@ -275,7 +275,7 @@ def _hash_split(
     units = np.sort([_unit(identity) for identity, _ in documents()])
     if not len(units):
         raise ValueError(f"{name} holds no text ({origin})")
-    if len(units) < len(SPLITS):
+    if len(units) < len(TEXT_SPLITS):
         parts_of = _cut_by_position
     else:
         tests = max(1, int((units >= TEST_FROM).sum()))
@@ -310,9 +310,9 @@ def _cut_by_position(_: str, text: str) -> dict[str, str]:
 _wikitext = partial(open_hub, repository="Salesforce/wikitext", documents=hub_articles)
 
 # Name -> what opens its splits: called with the name and the splits, it gives a Source.
-SETS: dict[str, Callable[[str, tuple[str, ...]], Source]] = {
+TEXT_SETS: dict[str, Callable[[str, tuple[str, ...]], Source]] = {
     "pydoc": _open_pydoc,
     "wikitext2": partial(_wikitext, configuration="wikitext-2-raw-v1", folder="wikitext-2"),
     "wikitext103": partial(_wikitext, configuration="wikitext-103-raw-v1", folder="wikitext-103"),
 }
-NAMES = tuple(SETS)
+TEXT_NAMES = tuple(TEXT_SETS)

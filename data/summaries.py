@@ -1,7 +1,7 @@
 """Articles and summaries: a named set or a folder -> pairs -> tokens -> batches of like lengths.
 
 A batch, its order and its noise are pure functions of (seed, step), as in data/windows.py, so that a run resumes with
-the same batches on any number of ranks. A new named set is one entry in SETS.
+the same batches on any number of ranks. A new named set is one entry in SUMMARY_SETS.
 """
 
 import csv
@@ -30,7 +30,7 @@ from data.windows import IGNORE_INDEX, permutation, random_uint64
 from model.weights import first_line, folder_of
 
 STEMS = {"train": ("train",), "validation": ("validation", "val", "valid", "dev"), "test": ("test",)}  # of its files
-SPLITS = tuple(STEMS)
+SUMMARY_SPLITS = tuple(STEMS)
 ARTICLE = ("article", "document", "source")
 SUMMARY = ("highlights", "summary", "target")
 
@@ -41,7 +41,7 @@ class PublishedSet(NamedTuple):
     rows: dict[str, int]  # of the full set, by which a part is told from the whole
 
 
-SETS = {
+SUMMARY_SETS = {
     "cnn_dailymail": PublishedSet("abisee/cnn_dailymail", "3.0.0", dict(train=287113, validation=13368, test=11490)),
     "xsum": PublishedSet("EdinburghNLP/xsum", None, dict(train=204045, validation=11332, test=11334)),
 }
@@ -77,25 +77,25 @@ class Summaries:
 
 
 def load_summaries(
-    name_or_folder: str, splits: Iterable[str] = SPLITS, *, min_words: int = 50
+    name_or_folder: str, splits: Iterable[str] = SUMMARY_SPLITS, *, min_words: int = 50
 ) -> dict[str, Summaries | None]:
     """The asked-for splits of a set, each None where the set has no such split.
 
-    A name in SETS is $LM_DATA/NAME where that is a folder, else the hub's set through ``datasets``. Any other is a
-    folder, or one in $LM_DATA. A folder has {train,validation,test}.jsonl or .csv with an article (or document, source)
+    A name in SUMMARY_SETS is $LM_DATA/NAME where that is a folder, else the hub's set through ``datasets``. Another is
+    a folder, or one in $LM_DATA. A folder has {train,validation,test}.jsonl or .csv with an article (or document, source)
     and highlights (or summary, target) a row. Lists of sentences are joined; of several summaries the first counts.
     Rows without article or summary, or with an article of fewer than ``min_words`` words, are left out and counted.
     Raises ValueError, one line, for a set that cannot be had, a broken row or a missing column (with its line), and a
     split left empty."""
     name = str(name_or_folder)
-    here = name not in SETS and Path(name).is_dir()
+    here = name not in SUMMARY_SETS and Path(name).is_dir()
     folder = Path(name) if here else lm_data(name) or Path(name)
     local = folder.is_dir()
-    if not local and name not in SETS:
-        known = ", ".join(SETS)
+    if not local and name not in SUMMARY_SETS:
+        known = ", ".join(SUMMARY_SETS)
         raise ValueError(f"no data {name!r}: expected {known}, or a folder with train.jsonl, validation.jsonl ...")
     label = folder.resolve().name if local else name
-    published = SETS.get(label, PublishedSet("", None, {}))
+    published = SUMMARY_SETS.get(label, PublishedSet("", None, {}))
     out: dict[str, Summaries | None] = dict.fromkeys(splits)
     for split in out:
         if not local:
@@ -172,7 +172,7 @@ def _file_rows(path: Path) -> Iterable[tuple[int, dict]]:
 def load_texts(data: str, eval_data: str = "", *, folded: bool, min_words: int) -> dict[str, Summaries | None]:
     """The splits that a run reads: all of ``data``, only train where a part of that is held out (``folded``), and ood,
     the test split of ``eval_data``. Raises ValueError without a split to train or to validate on."""
-    texts = load_summaries(data, ("train",) if folded else SPLITS, min_words=min_words)
+    texts = load_summaries(data, ("train",) if folded else SUMMARY_SPLITS, min_words=min_words)
     if texts["train"] is None or not (folded or texts["validation"]):
         lacks = "training" if texts["train"] is None else "validation"
         raise ValueError(f"{data} has no {lacks} split; add its file, or validate on a part with --fold 1/5")

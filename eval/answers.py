@@ -65,7 +65,7 @@ class Answers(NamedTuple):
     reused: int  # rows that an earlier call had made
 
 
-def generate(
+def write_answers(
     model: Qwen3,
     problems: list[Problem],
     prompter: Prompter,
@@ -133,10 +133,10 @@ def examine(
 ) -> dict | None:
     """Summary entries of the model's answers. None where the generation was stopped early; empty on other ranks.
 
-    ``how`` are the arguments of `generate`; ``format`` says how to grade. Rank 0 writes ``folder``/outputs.jsonl,
+    ``how`` are the arguments of `write_answers`; ``format`` says how to grade. Rank 0 writes ``folder``/outputs.jsonl,
     outputs_sampled.jsonl and verdicts.jsonl."""
     began = time.perf_counter()
-    made = generate(model, problems, prompter, folder, world, **how)
+    made = write_answers(model, problems, prompter, folder, world, **how)
     if made is None or not world.main:
         return None if made is None else {}
     seconds = time.perf_counter() - began

@@ -24,7 +24,7 @@ from torch import distributed as dist
 from kernels.losses import brier, ce, spherical
 
 BASE_BINS = 3000
-SCORES = ("nll", "brier", "spherical", "entropy")
+MEANS = ("nll", "brier", "spherical", "entropy")
 BINNED = ("count", "confidence_sum", "correct_sum")  # sums of a bin each
 SUMS = (*BINNED, "sums")
 
@@ -45,7 +45,7 @@ class Calibration:
         self.count = torch.zeros(base_bins, dtype=torch.int64, device=device)
         self.correct_sum = torch.zeros_like(self.count)
         self.confidence_sum = torch.zeros_like(self.count, dtype=torch.float64)
-        self.sums = torch.zeros(len(SCORES), dtype=torch.float64, device=device)  # of SCORES, over tokens
+        self.sums = torch.zeros(len(MEANS), dtype=torch.float64, device=device)  # of MEANS, over tokens
         lower = (torch.arange(base_bins, dtype=torch.float64) / base_bins).float()
         lower[0] = -math.inf  # a confidence of 0 stays in the first bin
         self._lower = lower.to(device)
@@ -117,7 +117,7 @@ class Calibration:
         """
         host = self._host()
         tokens = host._tokens()
-        out = {"tokens": tokens} | {k: v / tokens for k, v in zip(SCORES, host.sums.tolist(), strict=True)}
+        out = {"tokens": tokens} | {k: v / tokens for k, v in zip(MEANS, host.sums.tolist(), strict=True)}
         out["ppl"] = math.exp(out["nll"]) if not out["nll"] > 709 else math.inf  # exp overflows above 709.8
         out["accuracy"] = host.correct_sum.sum().item() / tokens
         out["confidence"] = host.confidence_sum.sum().item() / tokens

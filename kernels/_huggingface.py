@@ -21,7 +21,7 @@ from types import ModuleType
 HIDES = __package__ == "kernels"
 OURS = {path.stem for path in Path(__file__).parent.iterdir()}  # an import asks for a submodule as an attribute first
 # What its releases 0.10 to 0.18 offer. For other names nobody is told to install it.
-NAMES = frozenset(
+THEIRS = frozenset(
     "Benchmark CUDAProperties Device FuncRepository KernelizeFallback LayerRepository LoadedKernel "
     "LocalFuncRepository LocalLayerRepository LockedFuncRepository LockedLayerRepository Metadata Mode ROCMProperties "
     "RepoInfo VariantAccepted VariantRejected get_kernel get_kernel_dep get_kernel_variants get_loaded_kernels "
@@ -70,6 +70,6 @@ def __getattr__(name: str):
         try:
             return getattr(_load(), name)
         except ImportError:
-            if name in NAMES:
+            if name in THEIRS:
                 raise
     raise AttributeError(f"module {__package__!r} has no attribute {name!r}")

@@ -603,7 +603,7 @@ def test_the_calculator_and_the_stop_strings_reach_decoding(model, problems, tmp
         yield [Finished(0, prompter.encode(text), "stop")]
 
     monkeypatch.setattr(eval.answers, "decode", scripted)
-    made = eval.answers.generate(
+    made = eval.answers.write_answers(
         None,
         load_gsm8k(problems, "test")[:1],
         prompter,

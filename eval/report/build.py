@@ -37,7 +37,7 @@ from eval.report.runs import (
 from eval.report.sources import other_files, usual
 from eval.report.tables import NOTES, Cell, label_cell, section, table_of
 
-SPLITS = {"val": "validation", "test": "test", "ood": "out of domain"}
+SPLIT_NAMES = {"val": "validation", "test": "test", "ood": "out of domain"}
 MOST_CURVES, MOST_PANELS = 10, 6  # arms in a figure of curves; in one of a panel an arm
 
 
@@ -193,7 +193,7 @@ def grids(arms: list[Arm]) -> list[tuple[str, str, str, dict, str]]:
             continue
         third = min(reversed(flags), key=lambda k: len(values[k])) if len(flags) == 3 else None
         x, y = (k for k in flags if k != third)
-        split = next((s for s in SPLITS if any(a.values(f"{s}_rouge1") for a in same)), None)
+        split = next((s for s in SPLIT_NAMES if any(a.values(f"{s}_rouge1") for a in same)), None)
         # PPL is the NLL's exponential: one of the two is enough.
         keys = [m.key for m in metrics.shown(metrics.TOKENS, "grid") if m.key != ("ppl" if split else "nll")]
         keys += [m.key for m in metrics.shown(metrics.SUMMARIES, "grid")] if split else []
@@ -234,7 +234,7 @@ def build(folders: list[str | Path], title: str = "") -> Report:
     report.blocks += [("warn", report.warnings)] if report.warnings else []
     report.blocks += bowls
     report.figures |= pictures
-    for split, name in SPLITS.items():
+    for split, name in SPLIT_NAMES.items():
         report.blocks += section(f"Results, {name}", tables.final_table(arms, split), kind="fold" if bowls else "h")
         report.blocks += section(f"Summaries, {name}", tables.summary_table(arms, split), kind="h3")
     if not done:
@@ -252,10 +252,10 @@ def build(folders: list[str | Path], title: str = "") -> Report:
     training = report.figure("training", plots.curves(few, "train"), NOTES["training"] + cut)
     report.blocks += section("Learning curves", curves, training)
     for k, (name, x, y, cells, split) in enumerate(grids(arms), 1):
-        picture = plots.heat_maps(name, x, y, cells, SPLITS[split])
+        picture = plots.heat_maps(name, x, y, cells, SPLIT_NAMES[split])
         report.blocks += section(f"{name}: {x} and {y}", report.figure(f"grid_{k}", picture, NOTES["grid"]))
     few, reliability = best_arms(done, MOST_PANELS), []
-    for split, name in SPLITS.items():
+    for split, name in SPLIT_NAMES.items():
         caption = f"{name.capitalize()}. {NOTES['reliability']}"
         reliability.append(report.figure(f"reliability_{split}", plots.reliability(few, split), caption))
     report.blocks += section("Reliability before and after temperature", *reliability)

@@ -400,7 +400,7 @@ def test_wikitext_without_network(monkeypatch, no_lm_data):
 def test_a_named_set_is_one_entry_in_one_table(tmp_path, monkeypatch, no_lm_data, bpe):
     datasets = pytest.importorskip("datasets")
     stories = partial(sources.open_hub, repository="someone/stories", folder="stories", column="story")
-    monkeypatch.setitem(sources.SETS, "stories", stories)
+    monkeypatch.setitem(sources.TEXT_SETS, "stories", stories)
     rows = {"train": ["Once.\nTwice.", " ", "Thrice."], "validation": ["Val."]}
     loaded = {split: datasets.Dataset.from_dict({"story": texts}) for split, texts in rows.items()}
     monkeypatch.setattr(datasets, "load_dataset", lambda repository, configuration: loaded)

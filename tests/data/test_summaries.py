@@ -133,7 +133,7 @@ def test_a_set_that_is_not_there(tmp_path, monkeypatch):
 def test_a_named_set_is_one_entry_in_one_table(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     monkeypatch.delenv("LM_DATA", raising=False)
-    monkeypatch.setitem(summaries.SETS, "tldr", summaries.PublishedSet("someone/tldr", "small", dict(test=3)))
+    monkeypatch.setitem(summaries.SUMMARY_SETS, "tldr", summaries.PublishedSet("someone/tldr", "small", dict(test=3)))
     asked = []
 
     def load_dataset(*arguments, split):
