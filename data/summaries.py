@@ -82,8 +82,8 @@ def load_summaries(
     """The asked-for splits of a set, each None where the set has no such split.
 
     A name in SUMMARY_SETS is $LM_DATA/NAME where that is a folder, else the hub's set through ``datasets``. Another is
-    a folder, or one in $LM_DATA. A folder has {train,validation,test}.jsonl or .csv with article (or document, source) and
-    highlights (or summary, target) a row. Lists of sentences are joined; of several summaries the first counts.
+    a folder, or one in $LM_DATA. A folder has {train,validation,test}.jsonl or .csv with article (or document, source)
+    and highlights (or summary, target) a row. Lists of sentences are joined; of several summaries the first counts.
     Rows without article or summary, or with an article of fewer than ``min_words`` words, are left out and counted.
     Raises ValueError, one line, for a set that cannot be had, a broken row or a missing column (with its line), and a
     split left empty."""
