@@ -7,7 +7,6 @@ The set is Cobbe et al., "Training Verifiers to Solve Math Word Problems", 2021.
 calculator annotations, ``48/2 = <<48/2=24>>24 clips``, and end in a line ``#### 72``.
 """
 
-import argparse
 import hashlib
 import json
 import re
@@ -18,7 +17,7 @@ from pathlib import Path
 from data.files import lm_data, load_hub, read_rows
 from data.numbers import parse_number
 from data.programs import ANNOTATION, Problem, code_targets, coverage_table
-from runtime.cli import user_errors
+from runtime.cli import Parser, user_errors
 from runtime.folder import write_bytes
 
 PUBLISHED_ROWS = {"train": 7473, "test": 1319}
@@ -84,7 +83,7 @@ def text_target(problem: Problem, *, annotations: bool = True) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m data.gsm8k", description="Make GSM8K's training targets.")
+    parser = Parser(usage=None, prog="python -m data.gsm8k", description="Make GSM8K's training targets.")
     parser.add_argument("--data", default="gsm8k", help="gsm8k, or a folder of train.jsonl and test.jsonl")
     parser.add_argument("--split", default="train", choices=tuple(PUBLISHED_ROWS), help="(default: %(default)s)")
     parser.add_argument("--format", default="code", choices=FORMATS, help="(default: %(default)s)")

@@ -7,7 +7,6 @@
 prepares the cache ahead of training and prints what is in it.
 """
 
-import argparse
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from data.cache import TokenSet, cached_tokens
 from data.sources import TEXT_NAMES, TEXT_SPLITS, Source, open_all, open_source
 from data.tokenizer import Tokenizer, load_tokenizer
+from runtime.cli import Parser
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def _tokens(source: Source, split: str, tokenizer: Tokenizer, cache) -> TokenSet
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m data.lm", description="Prepare and list a corpus' token cache.")
+    parser = Parser(usage=None, prog="python -m data.lm", description="Prepare and list a corpus' token cache.")
     parser.add_argument("data", help=f"{', '.join(TEXT_NAMES)}, or a folder of text")
     parser.add_argument("--tokenizer", default="gpt2", help="gpt2, bpe:N or a folder (default: %(default)s)")
     parser.add_argument("--cache", default="cache", help="folder of the token files (default: %(default)s)")

@@ -18,7 +18,6 @@ answer is the last number it printed, of a tuple or list its first element. A pr
 exit code 0 is invalid and wrong, whatever it printed before.
 """
 
-import argparse
 import math
 import re
 import sys
@@ -35,7 +34,7 @@ from data.gsm8k import FORMATS, load_gsm8k
 from data.numbers import last_number, parse_number, same_number
 from eval.rows import write_rows
 from eval.stats import bootstrap_interval, mcnemar_exact, paired
-from runtime.cli import user_errors
+from runtime.cli import Parser, user_errors
 from runtime.folder import parse_json
 from sandbox import Limits, run_many
 
@@ -222,7 +221,7 @@ def describe_difference(a: Sequence[Score], b: Sequence[Score], *, one_sample: b
 
 def main(arguments: list[str] | None = None) -> None:
 
-    parser = argparse.ArgumentParser(prog="python -m eval.gsm8k", description="Grade outputs for GSM8K.")
+    parser = Parser(usage=None, prog="python -m eval.gsm8k", description="Grade outputs for GSM8K.")
     parser.add_argument("outputs", nargs="+", help='one or two JSONL files of {"id", "output"}')
     parser.add_argument("--data", default="gsm8k", help="gsm8k, or a folder of train.jsonl and test.jsonl")
     parser.add_argument("--split", default="test", choices=("train", "test"), help="(default: %(default)s)")

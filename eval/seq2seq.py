@@ -17,7 +17,7 @@ from kernels import linear_score
 from model.beam import Decoding
 from model.seq2seq import Seq2Seq, Seq2SeqConfig, training_flops
 from runtime.folder import load_checkpoint
-from runtime.machine import EnergyMeter, World, peak_flops, peak_memory, to_device
+from runtime.machine import EnergyMeter, World, device_name, peak_flops, peak_memory, to_device
 
 PROFILE_WARM_UP = 3  # steps
 
@@ -145,5 +145,5 @@ def profile(
         "flops": flops,
         "flops_per_second": flops / median,
         "mfu": flops / median / peak if peak else None,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "device": device_name(device),
     }

@@ -26,7 +26,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-from .bench.timing import DTYPE_OF, new_parser
+from .bench.timing import DTYPE_OF, Parser
 
 CAPABILITIES = (80, 90)
 VOCABULARIES = (50257, 151936)
@@ -145,7 +145,7 @@ def audit(capability: int, vocab: int, dtype: str, only: str = "") -> list[dict]
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = new_parser("kernels.audit", __doc__)
+    parser = Parser("kernels.audit", __doc__)
     parser.add_argument("--capability", type=int, nargs="+", default=CAPABILITIES, help="80: A100, 90: H100, H200")
     parser.add_argument("--vocab", type=int, nargs="+", default=VOCABULARIES)
     parser.add_argument("--dtype", choices=DTYPE_OF, default="bf16", help="of the logits")

@@ -5,27 +5,24 @@ Machines are shared and drift. So the sides of a race take turns, each round giv
 
 import argparse
 import contextlib
-import csv
 import datetime
 import gc
-import io
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
-from runtime.cli import flag_name
-from runtime.folder import write_bytes
+from kernels.bench.rows import write_csv as rows_to_file
+from runtime.cli import Parser, flag_name
+from runtime.machine import device_name
 
 
-def race_parser(name: str, doc: str) -> argparse.ArgumentParser:
-    raw = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(prog=f"python -m races.{name}", description=doc, formatter_class=raw)
+def race_parser(name: str, doc: str) -> Parser:
+    return Parser(prog=f"python -m races.{name}", usage=None, description=doc)
 
 
 def check_least(args: argparse.Namespace, **least: int) -> None:
@@ -44,15 +41,6 @@ def check_new(out: Path) -> None:
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def seconds_of(work: Callable[[], object], device: torch.device) -> float:
-    """Wall time of ``work()``, from an idle device to an idle device."""
-    synchronize(device)
-    began = time.perf_counter()
-    work()
-    synchronize(device)
-    return time.perf_counter() - began
 
 
 def forget_peak(device: torch.device) -> None:
@@ -101,10 +89,6 @@ def output_of(line: list[str], complaint: str, cwd: Path | None = None) -> str:
     return ran.stdout
 
 
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-
-
 def today() -> str:
     return datetime.datetime.now(datetime.UTC).date().isoformat()
 
@@ -116,14 +100,10 @@ def here_and_now(device: torch.device) -> dict[str, str]:
         with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
     versions = " ".join(map(" ".join, found.items()))
-    return {"device": device_name(device), "versions": versions, "date": today()}
+    return {"device": device_name(device, threads=True), "versions": versions, "date": today()}
 
 
 def write_csv(path: Path, rows: list[dict], same: dict) -> None:
-    """A row a measurement; the columns are those of the first row, then those that are the ``same`` in every row."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, [*rows[0], *same])
-    writer.writeheader()
-    writer.writerows(row | same for row in rows)
+    """A row a measurement, with what is the ``same`` in every row last."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, lambda file: file.write(text.getvalue().encode()))
+    rows_to_file([row | same for row in rows], str(path))

@@ -46,7 +46,7 @@ from model.qwen3_hub import save_qwen3
 from races import common
 from races.peft_gsm8k import SHAPES as QWEN3
 from runtime.cli import user_errors
-from runtime.machine import start_world, to_device
+from runtime.machine import device_name, start_world, to_device
 from runtime.optim import take_step
 from schedules import FoT, Planned, make_rule
 
@@ -340,7 +340,7 @@ def main(argv: list[str] | None = None) -> int:
     trained = sum(p.numel() for p in sides[0].parameters) / 1e6
     print(
         f"{args.shape}, {args.batch} x {args.seq_len} in micro-batches of {args.micro_batch}, W = {args.window}: "
-        f"{trained:.2f} M trained parameters on {common.device_name(device)}",
+        f"{trained:.2f} M trained parameters on {device_name(device, threads=True)}",
         flush=True,
     )
 

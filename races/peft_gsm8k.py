@@ -23,6 +23,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from kernels import linear_score
+from kernels.bench.timing import time_once
 from kernels.losses import ce
 from model.decode import Request, decode
 from model.lora import BASES, LoRAConfig, add_lora, load_base
@@ -105,7 +106,7 @@ def train_turn(args, side: str, world: World) -> dict:
     complaint = f"{side}: not one sequence of {args.seq_len} tokens fits the memory"
     micro = common.largest_that_fits(step, min(args.micro_batch or args.batch, args.batch), complaint)
     common.forget_peak(device)
-    seconds = [common.seconds_of(lambda: step(micro), device) for _ in range(args.steps + 1)]
+    seconds = [time_once(lambda: step(micro), device.type) for _ in range(args.steps + 1)]
     return turn_row(micro, args.batch * args.seq_len, statistics.median(seconds[1:]), device)
 
 
@@ -153,7 +154,7 @@ def evaluate_turn(args, side: str, world: World) -> dict:
     def timed(some, batch: int) -> tuple[int, float]:
         """(tokens, seconds)"""
         wanted, made = len(some) * args.new_tokens, []
-        seconds = common.seconds_of(lambda: made.append(generate(some, batch, args.new_tokens)), device)
+        seconds = time_once(lambda: made.append(generate(some, batch, args.new_tokens)), device.type)
         if made != [wanted]:
             raise ValueError(f"{side} made {made[0]} tokens, expected {wanted}")
         return wanted, seconds

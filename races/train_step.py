@@ -74,7 +74,7 @@ def train_step(device: str, dtype: str, repeats: int, rows: Rows) -> None:
 
 
 def main(argv=None) -> int:
-    parser = timing.new_parser("races.train_step", __doc__)
+    parser = timing.Parser("races.train_step", __doc__)
     timing.add_options(parser)
     args = parser.parse_args(argv)
     if wrong := timing.fill_options(args):

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from kernels import linear_score
+from kernels.bench.timing import time_once
 from kernels.losses import make_score
 from model.beam import Decoding
 from model.generate import generate
@@ -70,7 +71,7 @@ def train_turn(side: str, config: Seq2SeqConfig, batch: int, args) -> float:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    seconds = [common.seconds_of(step, device) for _ in range(args.warm + args.steps)]
+    seconds = [time_once(step, device.type) for _ in range(args.warm + args.steps)]
     return 1000 * statistics.median(seconds[args.warm :])
 
 
@@ -92,7 +93,7 @@ def generate_turn(side: str, config: Seq2SeqConfig, batch: int, args) -> float:
             made = generate(model, source, options, compile=None if args.compile == "none" else {}).tokens
         lengths.append(made.shape[-1])
 
-    seconds = [common.seconds_of(run, device) for _ in range(3)]
+    seconds = [time_once(run, device.type) for _ in range(3)]
     if set(lengths) != {n}:
         raise ValueError(f"{side} generated {lengths} tokens, expected {n}: there is nothing to compare")
     return 1000 * min(seconds[1:])

@@ -12,7 +12,6 @@ and how the calculator is used, is left to the adapter. The 256 problems that fi
 not read. The same flags give the same folder, bit for bit on the same machine.
 """
 
-import argparse
 import math
 import sys
 import time
@@ -29,7 +28,7 @@ from kernels.losses import ce
 from model.gpt2 import parameter_count
 from model.qwen3 import Qwen3, Qwen3Config
 from model.qwen3_hub import save_qwen3
-from runtime.cli import user_errors
+from runtime.cli import Parser, user_errors
 from runtime.machine import keep_freed_memory, to_device
 from runtime.optim import take_step
 from schedules import make_rule
@@ -76,7 +75,7 @@ def pretrain(model: Qwen3, rows: list[Example], steps: int, batch: int, lr: floa
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m recipes.tiny_qwen3", usage=None, description=__doc__)
     parser.add_argument("folder", type=Path, help="folder to write")
     parser.add_argument("--data", default="gsm8k", help="gsm8k, or a folder of train.jsonl and test.jsonl")
     parser.add_argument("--text", default="words", choices=tuple(TEXTS), help="what the base reads (default: words)")

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from runtime.cli import changeable, roles
-from runtime.machine import World
+from runtime.machine import World, device_name
 
 TREE = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "triton", "numpy", "tiktoken", "tokenizers", "datasets", "safetensors")
@@ -80,7 +80,7 @@ def environment(device: torch.device) -> dict:
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "python": platform.python_version(),
         "packages": {p: next((found.version for found in distributions(name=p)), None) for p in PACKAGES},
-        "device": torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads",
+        "device": device_name(device, threads=True),
         "cuda": torch.version.cuda if cuda else None,
         "world_size": int(os.environ.get("WORLD_SIZE", 1)),
         "git_commit": git("rev-parse", "HEAD"),
@@ -94,6 +94,11 @@ def imported_sources() -> list[Path]:
     """Files of every module of this tree that has been imported, the script included."""
     files = {Path(m.__file__).resolve() for m in list(sys.modules.values()) if getattr(m, "__file__", None)}
     return sorted(f for f in files if TREE in f.parents and "site-packages" not in f.parts and f.is_file())
+
+
+def source_folders(run: Path) -> list[Path]:
+    """Where a run folder keeps its code: what it began with, then what was other code where it was resumed."""
+    return [run / "source", *sorted(run.glob("source-*"), key=lambda p: int(p.name.removeprefix("source-")))]
 
 
 def same_config(path: Path, old: dict, new: dict, free: tuple[str, ...], defaults: dict | None = None) -> None:
@@ -113,7 +118,7 @@ class RunFolder:
 
     def __init__(self, path: str | Path, world: World):
         self.path, self.world = Path(path), world
-        self._metrics = self._wandb = None
+        self._metrics = self._wandb = self._modules = None
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -151,10 +156,7 @@ class RunFolder:
         if resume_step is None:
             self.path.mkdir(parents=True, exist_ok=True)
             write_json(self / "environment.json", environment(self.world.device))
-            for source in imported_sources():
-                kept = self / "source" / source.relative_to(TREE)
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(source, kept)
+            self._keep_sources("source")
             write_json(self / "flags.json", roles(type(cfg)))
             write_json(self / "config.json", config | {"script": script})  # last: a folder with a config is a run
         else:
@@ -173,12 +175,32 @@ class RunFolder:
             how = dict.fromkeys(("name", "id"), self.path.name)  # the same id when the run is resumed: it goes on there
             self._wandb = wandb.init(project=cfg.wandb, dir=str(self.path), config=config, resume="allow", **how)
         if resume_step is not None:
-            self.log("event", resume_step, event="resumed", world_size=self.world.size)
+            changed = self._keep_sources(f"source-{resume_step}", changed=True)
+            if changed:
+                print(f"{self.path}: goes on under other code than before: {changed}; kept in source-{resume_step}")
+            self.log("event", resume_step, event="resumed", world_size=self.world.size, changed_code=changed or None)
+
+    def _keep_sources(self, place: str, changed: bool = False) -> str:
+        """Copies the modules that were imported and are not kept yet to the folder ``place``; with ``changed`` also
+        those that are not what is kept, whose names are given. While a run goes on an edited file is not what runs."""
+        kept = {p.relative_to(folder): p for folder in source_folders(self.path) for p in folder.rglob("*.py")}
+        other = []
+        for source in imported_sources():
+            name = source.relative_to(TREE)
+            differs = changed and name in kept and kept[name].read_bytes() != source.read_bytes()
+            other += [name.as_posix()] * differs
+            if differs or name not in kept:
+                (self / place / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(source, self / place / name)
+        self._modules = len(sys.modules)
+        return ", ".join(other)
 
     def log(self, kind: str, step: int, **values) -> None:
         """Appends one row to ``metrics.jsonl`` (rank 0), and to Weights & Biases where it is asked for."""
         if not self._metrics:
             return
+        if len(sys.modules) != self._modules:  # some are imported when they are needed, the Triton kernels for one
+            self._keep_sources("source")
         row = _finite(values)
         self._metrics.write(json.dumps({"kind": kind, "step": step} | row) + "\n")
         if self._wandb and kind != "event":

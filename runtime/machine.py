@@ -109,7 +109,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """Dense tensor-core peak in FLOP/s from NVIDIA's data sheets (SXM), None where it is not known."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return None
-    name = torch.cuda.get_device_name(device)
+    name = device_name(device)
     sheet = {"H200": 989.4e12, "GH200": 989.4e12, "H100 PCIe": 756e12, "H100": 989.4e12, "A100": 312e12}
     return next((v for k, v in sheet.items() if k in name), None)
 
@@ -131,6 +131,12 @@ class EnergyMeter:
     def read(self) -> float | None:
         held = self._handle is not None
         return self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) / 1000 if held else None  # millijoules
+
+
+def device_name(device: torch.device, threads: bool = False) -> str:
+    """The GPU's name, or CPU, with the number of torch's ``threads`` where asked for."""
+    cpu = f"CPU, {torch.get_num_threads()} threads" if threads else "CPU"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
 
 
 def peak_memory(device: torch.device) -> int:

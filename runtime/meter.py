@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from runtime.cli import StopRequest
-from runtime.machine import EnergyMeter, peak_flops, peak_memory, rng_states, set_rng_states
+from runtime.machine import EnergyMeter, device_name, peak_flops, peak_memory, rng_states, set_rng_states
 
 # A run ends after so many steps running without a finite loss.
 HOPELESS = 3
@@ -213,7 +213,7 @@ class Meter:
     def summary(self, flops_per_token: float, dtype: torch.dtype) -> dict:
         """Entries of summary.json that every script has. Speed is the median over log windows; the first pays for
         compilation and cold caches and is left out."""
-        world, cuda, rows = self.world, self.world.device.type == "cuda", self.run.rows("train")
+        world, rows = self.world, self.run.rows("train")
         done = sum(r["steps"] for r in rows)
         rate = statistics.median(r["tokens_per_second"] for r in (rows[1:] or rows)) if rows else None
         windows = pairwise([{"step": 0, "tokens": 0}, *rows])
@@ -233,8 +233,8 @@ class Meter:
             "energy_joules": self.joules if self._read is not None else None,
             "divergences": int(health["divergences"]),
             "skipped_steps": int(health["skipped"]),
-            "peak_memory_of": "CUDA allocations" if cuda else "process resident set",
-            "device": torch.cuda.get_device_name(world.device) if cuda else "CPU",
+            "peak_memory_of": "CUDA allocations" if world.device.type == "cuda" else "process resident set",
+            "device": device_name(world.device),
             "world_size": world.size,
             "dtype": str(dtype).removeprefix("torch."),
         }

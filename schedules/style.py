@@ -2,19 +2,13 @@
 
 import functools
 import io
+from pathlib import Path
 
 # Okabe & Ito's palette (2008), distinct under the common colour-vision deficiencies, and three more. Yellow is left
 # out on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8a5a2b", "#7f7f7f", "#6a3d9a")
 INK, FAINT = "#222222", "#8a8a8a"
-RC = {
-    "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 10, "axes.labelsize": 9, "legend.fontsize": 9,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": FAINT, "axes.linewidth": 0.8,
-    "axes.titlelocation": "left", "axes.titleweight": "bold", "text.color": INK, "axes.labelcolor": INK,
-    "axes.grid": True, "grid.color": "#e6e6e6", "grid.linewidth": 0.7, "axes.axisbelow": True,
-    "xtick.color": "#555555", "ytick.color": "#555555", "xtick.labelsize": 8, "ytick.labelsize": 8,
-    "legend.frameon": False, "hatch.linewidth": 0.6,
-}  # fmt: skip
+RC = Path(__file__).with_name("pictures.mplstyle")  # matplotlib's settings
 
 
 def styled(draw):
@@ -22,9 +16,9 @@ def styled(draw):
 
     @functools.wraps(draw)
     def drawn(*args, **kwargs):
-        import matplotlib
+        from matplotlib import style
 
-        with matplotlib.rc_context(RC):
+        with style.context(RC):
             return draw(*args, **kwargs)
 
     return drawn

@@ -12,7 +12,6 @@ the config, and at the end ROUGE and calibration before and under attack, the sh
 article and the success rate. ``--resume`` goes on after the last whole group.
 """
 
-import argparse
 import hashlib
 import json
 import math
@@ -46,14 +45,12 @@ from kernels import linear_moments
 from model.generate import generate
 from model.seq2seq_hub import load_seq2seq
 from recipes.presets import preset_values
-from runtime.cli import user_errors
+from runtime.cli import Parser, user_errors
 from runtime.folder import environment, parse_json, same_config, write_json
 from runtime.machine import start_world
 
 ROWS_FILE, RESULT_FILE = "attack.jsonl", "attack.json"
 KEPT = ("changed", "queries", "loss_before", "loss_after", "words", "stop")  # of an Attack, in attack.jsonl
-# What a resumed attack may change: where it runs and what it shows.
-MAY_CHANGE = ("out", "resume", "device", "batch")
 
 
 class Target:
@@ -309,7 +306,7 @@ def chosen(pairs: list, count: int, seed: int) -> list:
     return [pairs[i] for i in sorted(drawn)]
 
 
-def prepare_out(out: Path, config: dict, resume: bool) -> None:
+def prepare_out(out: Path, config: dict, resume: bool, may_change: tuple[str, ...] = ()) -> None:
     """Refuses a folder that is in use, or, resuming, one of another attack. Writes nothing."""
     result = out / RESULT_FILE
     if not resume:
@@ -322,15 +319,15 @@ def prepare_out(out: Path, config: dict, resume: bool) -> None:
         old = json.loads(result.read_text())["config"]
     except (json.JSONDecodeError, KeyError, TypeError):
         raise ValueError(f"{result} is damaged; attack anew into another --out") from None
-    same_config(out, old, config, MAY_CHANGE)
+    same_config(out, old, config, may_change)
 
 
-def parser() -> argparse.ArgumentParser:
-    default, raw = AttackOptions(), argparse.RawDescriptionHelpFormatter
-    out = argparse.ArgumentParser(prog="python -m eval.attack", description=__doc__, formatter_class=raw)
+def parser() -> tuple[Parser, tuple[str, ...]]:
+    """The parser, and the flags that a resumed attack may change: where it runs and what it shows."""
+    default, out = AttackOptions(), Parser(prog="python -m eval.attack", usage=None, description=__doc__)
     add = out.add_argument
     add("run", type=Path, help="run folder of finetune_seq2seq.py, or a model's folder")
-    add("--out", type=Path, required=True, help="folder for attack.json and attack.jsonl")
+    where = add("--out", type=Path, required=True, help="folder for attack.json and attack.jsonl")
     add("--data", default="cnn_dailymail", help="a set's name or a folder, as finetune_seq2seq.py takes them")
     add("--split", default="test", choices=("train", "validation", "test"), help="(default: %(default)s)")
     add("--articles", type=int, default=500, help="how many, drawn by --seed (default: %(default)s)")
@@ -348,14 +345,15 @@ def parser() -> argparse.ArgumentParser:
     add("--names", action="store_true", help="exchange capitalised words inside sentences too")
     add("--seed", type=int, default=1, help="draws the articles, and the words where queries are few")
     add("--group", type=int, default=8, help="articles attacked at a time; what a kill can lose")
-    add("--batch", type=int, default=32, help="texts in one forward")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(default: %(default)s)")
-    add("--resume", action="store_true", help="go on with the attack in --out")
-    return out
+    batch = add("--batch", type=int, default=32, help="texts in one forward")
+    device = add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(default: %(default)s)")
+    resume = add("--resume", action="store_true", help="go on with the attack in --out")
+    return out, tuple(action.dest for action in (where, batch, device, resume))
 
 
 def main(arguments: list[str] | None = None) -> None:
-    given = parser().parse_args(arguments)
+    options_of, may_change = parser()
+    given = options_of.parse_args(arguments)
     with user_errors():
         for name in ("articles", "group", "batch"):
             if getattr(given, name) < 1:
@@ -374,7 +372,7 @@ def main(arguments: list[str] | None = None) -> None:
         config = vars(given) | {"pos": pos, "lists": sources, "set": part.label, "pairs": digest} | about
         config["goal"] = given.goal if math.isfinite(given.goal) else None  # JSON has no inf
         config = json.loads(json.dumps(config, default=str))  # as a resumed attack will read it
-        prepare_out(given.out, config, given.resume)
+        prepare_out(given.out, config, given.resume, may_change)
         given.out.mkdir(parents=True, exist_ok=True)
         content = {"state": "running", "config": config, "environment": environment(device)}
         content["differences"] = differences(options, pos, sources)

@@ -5,6 +5,8 @@ Every criterion compares arms over the seeds that both finished. The verdict ove
 
 import itertools
 import math
+import tomllib
+from pathlib import Path
 from typing import NamedTuple
 
 from eval.report.runs import Arm, Run, reference, system_differences
@@ -28,26 +30,8 @@ class Criterion(NamedTuple):
     claim: bool = True  # False: for information
 
 
-CRITERIA = (
-    Criterion(1, "PPL within 0.3 of CE", "validation PPL minus CE's; lower is fine",
-              "ce", "difference", ("val_ppl", "val_ppl"), "at most", 0.3, "PPL"),
-    Criterion(2, "ECE at least 25 % below CE's", "validation ECE, 10 bins, no temperature; change from CE's",
-              "ce", "change", ("val_ece10", "val_ece10"), "at most", -25, "%"),
-    Criterion(3, "ECE within 5 % of Brier's", "validation ECE, 10 bins; change from the Brier arm's; lower is fine",
-              "brier", "change", ("val_ece10", "val_ece10"), "at most", 5, "%"),
-    Criterion(4, "95 % of CE's quality in 110 % of time",
-              "training seconds until validation PPL is at most CE's last / 0.95 (line through log PPL), "
-              "as a share of CE's own seconds to that level",
-              "ce", "time", ("", ""), "at most", 110, "%", system=True),
-    Criterion(5, "throughput at most 2 % lower", "training tokens a second; change from CE's",
-              "ce", "change", ("tokens_per_second", "tokens_per_second"), "at least", -2, "%", system=True),
-    Criterion(6, "peak memory at most 500 MB more", "peak memory minus CE's; MB = 1e6 bytes",
-              "ce", "difference", ("peak_memory_bytes", "peak_memory_bytes"), "at most", 500, "MB", 1e-6, system=True),
-    Criterion(7, "ECE against CE + temperature", "ECE, 10 bins, no temperature; change from CE's after temperature",
-              "ce", "change", ("val_ece10", "val_ece10_t"), "at most", 0, "%", claim=False),
-    Criterion(8, "NLL after temperature, both", "validation NLL after temperature minus CE's after temperature",
-              "ce", "difference", ("val_nll_t", "val_nll_t"), "at most", 0, "nats", claim=False),
-)  # fmt: skip
+_ROWS = tomllib.loads(Path(__file__).with_name("claims.toml").read_text(encoding="utf-8"))["criterion"]
+CRITERIA = tuple(Criterion(**row | {"keys": tuple(row["keys"])}) for row in _ROWS)
 
 
 class Verdict(NamedTuple):

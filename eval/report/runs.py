@@ -160,7 +160,7 @@ def load_run(folder: str | Path) -> Run:
         flags=read_flags(folder / "flags.json"),
         calibration=read_bins(folder / "calibration.json"),
         samples=read_json(folder / "samples.json", list) or read_summaries(folder),
-        source=read_sources(folder / "source"),
+        source=read_sources(folder),
     )
 
 

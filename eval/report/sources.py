@@ -10,13 +10,18 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
+from runtime.folder import source_folders
+
 DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
-def read_sources(folder: Path) -> dict[str, int]:
-    """Path within ``folder`` -> what `meaning` says of that file; empty where there is no such folder."""
-    files = sorted(folder.rglob("*.py"))
-    return {f.relative_to(folder).as_posix(): meaning(f.read_text("utf-8", "replace")) for f in files}
+def read_sources(run: Path) -> dict[str, int]:
+    """Path in the tree -> what `meaning` says of the file that the run folder ``run`` has of it, the last one where the
+    run was resumed under other code; empty where it keeps none."""
+    files = [
+        (f.relative_to(folder).as_posix(), f) for folder in source_folders(run) for f in sorted(folder.rglob("*.py"))
+    ]
+    return {name: meaning(f.read_text("utf-8", "replace")) for name, f in files}
 
 
 @functools.lru_cache(maxsize=4096)

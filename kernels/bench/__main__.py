@@ -33,11 +33,11 @@ from .claims import TRAIN_STEP, print_verdicts
 from .compare import audit_scores, compare
 from .paths import time_choices
 from .rows import Rows, read_csv, write_plot
-from .timing import HEADS, Shape, add_options, fill_options, new_parser
+from .timing import HEADS, Parser, Shape, add_options, fill_options
 
 
 def parse(argv) -> argparse.Namespace:
-    parser = new_parser("kernels.bench", __doc__)
+    parser = Parser("kernels.bench", __doc__)
     parser.add_argument("--shape", choices=HEADS, nargs="+", help="on a GPU by default all")
     parser.add_argument("--n", type=int, default=0, help="tokens, in place of --shape")
     parser.add_argument("--v", type=int, default=0, help="vocabulary")

@@ -31,9 +31,15 @@ class Shape(NamedTuple):
 HEADS = {"gpt2": Shape(8192, 50257, 768), "qwen3": Shape(8192, 151936, 1024)}
 
 
-def new_parser(module: str, description: str) -> argparse.ArgumentParser:
-    how = dict(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    return argparse.ArgumentParser(f"python -m {module}", **how)
+class Parser(argparse.ArgumentParser):
+    """Of ``python -m module``; what is wrong with a flag is said in one line."""
+
+    def __init__(self, module: str, description: str):
+        raw = argparse.RawDescriptionHelpFormatter
+        super().__init__(f"python -m {module}", description=description, formatter_class=raw)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

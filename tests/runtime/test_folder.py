@@ -87,6 +87,50 @@ def test_a_hacked_model_is_in_the_source(tmp_path):
     assert "'model/gpt2.py'" in done.stdout and "'model/seq2seq.py'" not in done.stdout, done.stderr
 
 
+@pytest.fixture
+def tree(tmp_path, monkeypatch):
+    """A tree of three modules, of which two are imported so far; ``imported`` may grow."""
+    root, imported = tmp_path / "tree", ["a.py", "b.py"]
+    root.mkdir()
+    for name in ("a", "b", "late"):
+        (root / f"{name}.py").write_text(f"x = '{name}'\n")
+    monkeypatch.setattr(folder, "TREE", root)
+    monkeypatch.setattr(folder, "imported_sources", lambda: [root / name for name in imported])
+    return root, imported
+
+
+def test_a_module_that_is_imported_late_is_kept(tree, tmp_path, monkeypatch):
+    """The Triton kernels are imported at the first loss, after the folder was made."""
+    root, imported = tree
+    run = start(tmp_path / "run")
+    assert not (run / "source/late.py").exists()
+    imported.append("late.py")
+    monkeypatch.setitem(sys.modules, "late", folder)
+    (root / "a.py").write_text("edited = 'while the run goes on: not what runs'\n")
+    run.log("train", 1)
+    run.finish(0)
+    assert (run / "source/late.py").read_text() == "x = 'late'\n" and (run / "source/a.py").read_text() == "x = 'a'\n"
+
+
+def test_a_run_that_is_resumed_under_other_code_keeps_both_and_says_so(tree, tmp_path, capsys):
+    root, _ = tree
+    cfg = Config(out=str(tmp_path / "run"))
+    start(tmp_path / "run", cfg).finish(0)
+
+    def resumed(step: int) -> list[dict]:
+        run = RunFolder(tmp_path / "run", World(0, 1, torch.device("cpu")))
+        run.start(replace(cfg, resume=True), "script.py", step)
+        run.finish(0)
+        return run.rows("event")
+
+    assert resumed(3)[-1]["changed_code"] is None and not list((tmp_path / "run").glob("source-*"))
+    (root / "b.py").write_text("hacked = True\n")
+    assert resumed(5)[-1]["changed_code"] == "b.py" and "other code than before: b.py" in capsys.readouterr().out
+    assert (tmp_path / "run/source/b.py").read_text() == "x = 'b'\n"
+    assert (tmp_path / "run/source-5/b.py").read_text() == "hacked = True\n"
+    assert resumed(7)[-1]["changed_code"] is None and len(list((tmp_path / "run").glob("source-*"))) == 1
+
+
 def test_untracked_files_are_in_the_git_state(tmp_path, monkeypatch):
     def git(*args):
         subprocess.run(["git", *args], cwd=tmp_path, check=True, capture_output=True)
