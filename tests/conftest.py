@@ -1,5 +1,6 @@
 """Shared fixtures. Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before import."""
 
+import json
 import logging
 import os
 
@@ -10,6 +11,7 @@ if not torch.cuda.is_available():
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest  # noqa: E402
+from tiny_gsm8k import problem, write_model  # noqa: E402
 
 UNITS = "zero one two three four five six seven eight nine".split()
 TENS = "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
@@ -44,3 +46,29 @@ def corpus(tmp_path_factory):
         ]
         (folder / f"{split}.txt").write_text("".join(lines))
     return folder
+
+
+@pytest.fixture(scope="session")
+def problems(tmp_path_factory):
+    """A folder of invented problems in GSM8K's files: 40 to train on and 6 to test."""
+    folder = tmp_path_factory.mktemp("problems")
+    for split, first, count in (("train", 0, 40), ("test", 1000, 6)):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(problem(first + i)) + "\n" for i in range(count)))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model(problems, tmp_path_factory):
+    """A folder with a tiny random Qwen3, whose tokenizer is trained on ``problems``."""
+    rows = [json.loads(line) for line in (problems / "train.jsonl").read_text().splitlines()]
+    return write_model(tmp_path_factory.mktemp("models") / "tiny-qwen3", [r["question"] + r["answer"] for r in rows])
+
+
+@pytest.fixture(scope="session")
+def base(problems, model, tmp_path_factory):
+    """Flags of a run of finetune_gsm8k.py that takes about two seconds."""
+    return (
+        f"--data {problems} --model {model} --cache {tmp_path_factory.mktemp('cache')} --base fp32 --rank 8 --batch 8 "
+        "--micro-batch 2 --seq-len 192 --steps 12 --lr 5e-3 --heldout 8 --eval-every 6 --log-every 3 --eval-batch 3 "
+        "--generate-tokens 12 --device cpu".split()
+    )

@@ -5,7 +5,7 @@ import math
 import statistics
 
 import pytest
-from test_report import arms_of, write_run
+from invented_runs import arms_of, write_run
 
 from eval.report import build as rp
 from eval.report.bowl import bowl_blocks, bowls, claim_table, decided_table, regrets, rule_table

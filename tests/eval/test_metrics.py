@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_report import row, write_run
+from invented_runs import row, write_run
 
 from eval import metrics
 from eval.calibration import Calibration

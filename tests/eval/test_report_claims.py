@@ -1,0 +1,150 @@
+"""The claims of DPSM are judged by paired seeds, and only where the arms can be compared."""
+
+import math
+
+import pytest
+from invented_runs import arms_of, judged, pairs, row, write_run
+
+from eval.report import build as rp
+from eval.report import claims, tables
+
+
+@pytest.mark.parametrize(
+    ("n", "key", "ce", "dpsm", "value", "holds"),
+    [
+        (1, "val_ppl", 30.0, 30.25, 0.25, "yes"),
+        (1, "val_ppl", 30.0, 30.35, 0.35, "no"),
+        (1, "val_ppl", 30.0, 25.0, -5.0, "yes"),  # better than CE is within
+        (2, "val_ece10", 0.04, 0.03, -25.0, "yes"),  # the threshold itself
+        (2, "val_ece10", 0.04, 0.031, -22.5, "no"),
+        (5, "tokens_per_second", 20000.0, 19700.0, -1.5, "yes"),
+        (5, "tokens_per_second", 20000.0, 19000.0, -5.0, "no"),
+        (6, "peak_memory_bytes", 10**9, 10**9 + 499 * 10**6, 499.0, "yes"),
+        (6, "peak_memory_bytes", 10**9, 10**9 + 512 * 2**20, 536.870912, "no"),  # MB is 1e6 bytes
+    ],
+)
+def test_one_seed_shows_the_value_and_is_not_powered(tmp_path, n, key, ce, dpsm, value, holds):
+    v = judged(n, pairs(tmp_path, [{key: ce}], [{key: dpsm}]))
+    assert v.values == pytest.approx([value], rel=1e-9)  # double rounding of a difference or ratio
+    assert (v.holds, v.verdict) == (holds, "not powered")
+
+
+@pytest.mark.parametrize(
+    ("deltas", "holds", "verdict"),
+    [
+        ((0.10, 0.12, 0.11), "yes", "met"),
+        ((0.50, 0.52, 0.51), "no", "not met"),
+        ((0.10, 0.30, 0.45), "yes", "not powered"),  # mean 0.28, the interval holds 0.3
+        ((0.20, 0.30, 0.55), "no", "not powered"),
+    ],
+)
+def test_several_seeds_are_judged_by_their_interval(tmp_path, deltas, holds, verdict):
+    ce = [{"val_ppl": 30.0 + i} for i in range(3)]
+    arms = pairs(tmp_path, ce, [{"val_ppl": 30.0 + i + d} for i, d in enumerate(deltas)])
+    v = judged(1, arms)
+    assert v.values == pytest.approx(list(deltas)) and (v.holds, v.verdict) == (holds, verdict)
+
+
+def test_ece_is_compared_with_brier_and_with_ce_after_temperature(tmp_path):
+    folders = [
+        write_run(tmp_path / "ce", summary={"val_ece10": 0.04, "val_ece10_t": 0.016, "val_nll_t": 3.30}),
+        write_run(tmp_path / "brier", config={"loss": "brier"}, summary={"val_ece10": 0.0200}),
+        write_run(tmp_path / "dpsm", config={"loss": "dpsm"}, summary={"val_ece10": 0.0208, "val_nll_t": 3.29}),
+    ]
+    arms = arms_of(*folders)
+    third, seventh, eighth = (judged(n, arms) for n in (3, 7, 8))
+    assert third.values == pytest.approx([4.0]) and third.holds == "yes" and third.against == "brier"
+    assert seventh.values == pytest.approx([30.0]) and (seventh.holds, seventh.verdict) == ("no", "information")
+    assert eighth.values == pytest.approx([-0.01]) and (eighth.holds, eighth.verdict) == ("yes", "information")
+
+
+def test_time_to_quality_is_interpolated_in_log_ppl():
+    curve = [(0, 1000.0), (10, 10.0), (20, 20.0), (30, 5.0)]
+    assert claims.time_to(curve, 100.0) == pytest.approx(5.0)  # half way from 1000 to 10 in the logarithm
+    assert claims.time_to(curve, 10.0) == 10  # the first crossing, whatever comes after
+    assert claims.time_to(curve, 2000.0) == 0  # there from the start
+    assert claims.time_to(curve, 4.0) is None and claims.time_to([], 4.0) is None
+
+
+@pytest.mark.parametrize(
+    ("curve", "value", "holds"),
+    [
+        ([(1, 10, 80.0), (2, 20, 20.0), (3, 30, 19.9)], 100.0, "yes"),
+        ([(1, 10, 80.0), (2, 30, 20.0), (3, 40, 19.9)], 150.0, "no"),
+        ([(1, 10, 80.0), (2, 18, 40.0), (3, 26, 10.0)], 110.0, "yes"),  # half way from 40 to 10: at 22 s, the limit
+        ([(1, 10, 80.0), (2, 20, 21.0), (3, 30, 20.5)], math.inf, "no"),
+    ],
+)
+def test_time_to_95_percent_of_ces_quality(tmp_path, curve, value, holds):
+    ce = write_run(
+        tmp_path / "ce", summary={}, curve=[(1, 10, 40.0), (2, 20, 20.0), (3, 30, 19.0)]
+    )  # level 19 / 0.95 = 20
+    dpsm = write_run(tmp_path / "dpsm", config={"loss": "dpsm"}, summary={}, curve=curve)
+    v = judged(4, arms_of(ce, dpsm))
+    assert v.values == pytest.approx([value]) and (v.holds, v.verdict) == (holds, "not powered")
+    assert ("never" in v.value) == (value == math.inf)
+
+
+def test_a_level_never_reached_by_one_of_two_seeds_is_not_met(tmp_path):
+    slow, fast = [(1, 10, 80.0), (2, 20, 50.0)], [(1, 10, 80.0), (2, 20, 19.0)]
+    folders = [write_run(tmp_path / f"c{s}", config={"seed": s}, summary={}, curve=fast) for s in (1, 2)]
+    for s, curve in ((1, fast), (2, slow)):
+        folders.append(write_run(tmp_path / f"d{s}", config={"seed": s, "loss": "dpsm"}, summary={}, curve=curve))
+    v = judged(4, arms_of(*folders))
+    assert (v.value, v.holds, v.verdict) == ("never reached by 1 of 2", "no", "not met")
+
+
+def test_seeds_that_failed_are_counted_beside_those_that_did_not(tmp_path):
+    folders = [write_run(tmp_path / f"c{s}", config={"seed": s}, summary={}) for s in (1, 2, 3, 4)]
+    for s, summary in ((1, {}), (2, {}), (3, {"val_ppl": None})):
+        folders.append(write_run(tmp_path / f"d{s}", config={"seed": s, "loss": "dpsm"}, summary=summary))
+    diverged = [{"step": 500, "event": "diverged"}]
+    folders.append(write_run(tmp_path / "d4", config={"seed": 4, "loss": "dpsm"}, events=diverged))
+    arms = arms_of(*folders)
+    v = judged(1, arms)
+    assert len(v.values) == 2 and v.count == "2 of 4"
+    assert tables.verdict_table([v]).rows[0][4].sub == "n = 2 of 4"
+    assert any("d4, diverged at step 1000" in w for w in rp.find_warnings(arms))
+
+
+def test_rows_without_their_arm_say_which_run_is_missing(tmp_path):
+    ce = write_run(tmp_path / "ce", summary={})
+    dpsm = write_run(tmp_path / "dpsm", config={"loss": "dpsm"}, summary={})
+    other_seed = write_run(tmp_path / "dpsm7", config={"loss": "dpsm", "seed": 7}, summary={})
+    brier = write_run(tmp_path / "brier", config={"loss": "brier"})  # unfinished
+    assert judged(3, arms_of(ce, dpsm)).verdict == "missing: no run with --loss brier"
+    assert judged(3, arms_of(ce, dpsm, brier)).verdict == "missing: no finished run with --loss brier"
+    assert judged(1, arms_of(dpsm)).verdict == "missing: no run with --loss ce"
+    assert {v.verdict for v in claims.verdicts(arms_of(ce))} == {"missing: no run with --loss dpsm"}
+    assert judged(1, arms_of(ce, other_seed)).verdict == "missing: no seed that both arms finished"
+    assert judged(6, pairs(tmp_path / "p", [{"peak_memory_bytes": None}], [{}])).verdict == "not measured"
+
+
+def test_arms_of_different_settings_are_not_compared(tmp_path):
+    ce = write_run(tmp_path / "ce", config={"steps": 500}, summary={})
+    dpsm = write_run(tmp_path / "dpsm", config={"loss": "dpsm"}, summary={})
+    arms = arms_of(ce, dpsm)
+    v = judged(1, arms)
+    assert (v.verdict, v.value, v.holds) == ("not comparable: steps 1000 / 500", "-", "-")
+    assert any(w.startswith("NOT COMPARABLE") and "steps (500: ce; 1000: dpsm)" in w for w in rp.find_warnings(arms))
+
+
+def test_speed_is_not_compared_across_devices_but_quality_is(tmp_path):
+    ce = write_run(tmp_path / "ce", summary={})
+    dpsm = write_run(tmp_path / "dpsm", config={"loss": "dpsm"}, summary={}, env={"device": "another"})
+    arms = arms_of(ce, dpsm)
+    assert {judged(n, arms).verdict for n in (4, 5, 6)} == {"not comparable: device"}
+    assert judged(1, arms).verdict == "not powered" and judged(1, arms).holds == "yes"
+    assert row(tables.cost_table(arms), "dpsm")["throughput tokens/s ↑"].sub == ""
+    assert any("Speed and memory are NOT COMPARABLE" in w and "device" in w for w in rp.find_warnings(arms))
+
+
+def test_the_reference_has_the_same_setting_and_is_the_best_of_several(tmp_path):
+    settings = [{"lr": 1e-3}, {"lr": 3e-4}, {"lr": 1e-4, "label_noise": 0.1}]
+    nlls = (3.5, 3.4, 3.0)
+    folders = [
+        write_run(tmp_path / f"ce{i}", config=c, summary={"val_nll": nll})
+        for i, (c, nll) in enumerate(zip(settings, nlls, strict=True))
+    ]
+    dpsm = write_run(tmp_path / "dpsm", config={"loss": "dpsm"}, summary={})
+    assert judged(1, arms_of(*folders, dpsm)).against == "ce lr=0.0003 label_noise=-"
