@@ -1,6 +1,7 @@
 """The size of linear_score's chunks and its memory, and what kernels.bench says of the claims: logic, not speed."""
 
 import csv
+import json
 import os
 import weakref
 from itertools import pairwise
@@ -19,7 +20,7 @@ from kernels import head_pass, linear_score, losses
 from kernels.bench import claims, compare, timing
 from kernels.bench.__main__ import main
 from kernels.bench.paths import shapes_of, time_chunks
-from kernels.bench.providers import FROM_LOGITS
+from kernels.bench.providers import FROM_HIDDEN, FROM_LOGITS
 from kernels.bench.rows import write_csv
 from kernels.bench.timing import Shape, make_inputs
 from kernels.chunks import ALLOWANCE, TILE, chunk_rows, cuda_chunk, row_stride, weight_bytes_beside
@@ -249,6 +250,50 @@ def test_claims_of_a_file_that_is_none(tmp_path, capsys):
     for file in (other, tmp_path / "absent.csv"):
         assert main(["--claims-of", str(file)]) == 2
         assert capsys.readouterr().err.count("\n") == 1
+
+
+# --- the bench itself -----------------------------------------------------------------------------------
+
+
+def test_bench_writes_its_rows(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(timing, "measure_memory_apart", lambda *args: 4 * 32 * 100)
+    files = {k: tmp_path / f"bench.{k}" for k in ("json", "csv", "png")}
+    shape = ["--n", "32", "--v", "100", "--d", "8", "--repeats", "1", "--device", "cpu"]
+    files_to = ["--json", str(files["json"]), "--csv", str(files["csv"]), "--plot", str(files["png"])]
+    assert main([*shape, *files_to]) == 0
+    rows = {r["provider"]: r for r in json.loads(files["json"].read_text())}
+    assert set(rows) >= {*FROM_LOGITS, *FROM_HIDDEN}
+    assert rows["literal DPSM"]["ratio_to_literal"] == 1 and rows["ours DPSM"]["peak_logits"] == 1
+    with open(files["csv"]) as file:
+        assert [r["provider"] for r in csv.DictReader(file)] == list(rows)
+    assert files["png"].read_bytes()[:4] == b"\x89PNG"
+    # fp32 against float64: some hundred operations of 2**-24 each.
+    assert all(r["gradient_error"] < 1e-5 for r in rows.values() if r.get("gradient_error") is not None)
+    assert rows["Liger CE"]["missing"] == "needs CUDA"
+    shown = capsys.readouterr().out
+    assert "linear_score DPSM, Fisher" in shown and "Liger CE" in shown and "needs CUDA" in shown
+
+
+def test_audit_of_2000_tokens(tmp_path, capsys):
+    file, traces = tmp_path / "audit.csv", tmp_path / "traces"
+    small = ["--v", "64", "--d", "8", "--repeats", "1", "--device", "cpu"]
+    assert main(["--audit-2k", *small, "--csv", str(file), "--trace", str(traces)]) == 0
+    with open(file) as opened:
+        rows = {r["loss"]: r for r in csv.DictReader(opened)}
+    assert len(rows) == 8 and len(list(traces.iterdir())) == 8
+    # Three products of 2000 x 64 x 8, whatever the score.
+    assert {int(r["flops"]) for r in rows.values()} == {3 * 2 * 2000 * 64 * 8}
+    assert main(["--nvtx", "--device", "cpu"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_bench_providers_compute_the_same_loss():
+    leaves, targets = make_inputs(Shape(16, 50), "fp32", "cpu")
+    names = ("literal DPSM", "ours DPSM", "ours DPSM by moments", "ours DPSM in place")
+    values = [FROM_LOGITS[n](*leaves, targets).item() for n in names]
+    leaves, targets = make_inputs(Shape(16, 50, 8), "fp32", "cpu")
+    values2 = [FROM_HIDDEN[n](*leaves, targets).item() for n in ("linear + literal DPSM", "linear_score DPSM")]
+    assert max(values) - min(values) < 1e-5 and max(values2) - min(values2) < 1e-5
 
 
 # --- the bench's other modes ------------------------------------------------------------------------------

@@ -1,11 +1,16 @@
-"""Propriety of the scores, their ranges, and the alpha schedule."""
+"""Propriety of the scores, their ranges, the alpha schedule, and ProperScoreLoss as a module and in HF's Trainer."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
+from formulas import DEVICE
+from named_scores import custom
 
-from kernels import linear_score, losses, softmax_moments
+from kernels import ProperScoreLoss, linear_score, losses, softmax_moments
 
 PROPER = {
     "ce": losses.ce,
@@ -197,3 +202,102 @@ def test_alpha_edges():
     assert cosine == pytest.approx(0.5 * (1 - math.cos(math.pi / 4)))
     with pytest.raises(ValueError, match="schedule"):
         losses.alpha_at(0, 10, schedule="step")
+
+
+# --- as a module, and as the HF Trainer's loss ----------------------------------------------------------
+
+
+def test_module_is_a_drop_in_for_cross_entropy():
+    logits = torch.randn(2, 7, 19, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    targets = torch.randint(19, (2, 7), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    targets[0, 3] = -100
+    for reduction in ("mean", "sum", "none"):
+        got = ProperScoreLoss("ce", reduction=reduction)(logits, targets)
+        want = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
+        torch.testing.assert_close(got, want.view_as(targets) if reduction == "none" else want, rtol=1e-5, atol=1e-6)
+
+
+def test_module_carries_its_alpha():
+    logits, targets = torch.randn(6, 19, device=DEVICE), torch.arange(6, device=DEVICE)
+    module = ProperScoreLoss("dpsm", warmup=0.5).to(DEVICE)
+    assert module.set_step(0, 100) == 0 and module(logits, targets) == ProperScoreLoss("ce")(logits, targets)
+    assert module.set_step(25, 100) == 0.5
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(module)))
+    module.set_step(99, 100)
+    assert module(logits, targets) == ProperScoreLoss("brier")(logits, targets)
+    torch.testing.assert_close(copied(logits, targets), losses.dpsm(0.5)(softmax_moments(logits, targets)).mean())
+    other = ProperScoreLoss("dpsm").to(DEVICE)
+    other.load_state_dict(copied.state_dict())
+    assert other(logits, targets) == copied(logits, targets)
+    with pytest.raises(ValueError, match="unknown loss"):
+        ProperScoreLoss("brier_score")
+    assert ProperScoreLoss(custom)(logits, targets) == custom(softmax_moments(logits, targets)).mean()
+
+
+def test_hf_trainer_gives_the_loss_curve_of_our_own_loop(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
+
+    torch.manual_seed(0)
+    shape = dict(
+        vocab_size=50, n_positions=16, n_embd=16, n_layer=1, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+    )
+    model = GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=0, eos_token_id=0))
+    twin = copy.deepcopy(model)
+    tokens = torch.randint(50, (24, 12), generator=torch.Generator().manual_seed(1))
+    labels = tokens.clone()
+    for i in range(24):
+        labels[i, : 1 + i % 7] = -100  # batches of unequal weight, or a mean of means would do
+    rows = [dict(input_ids=t, labels=y) for t, y in zip(tokens, labels, strict=True)]
+    loss_fn = ProperScoreLoss("dpsm", warmup=0.5)
+
+    class Ramp(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            loss_fn.set_step(state.global_step, state.max_steps)
+
+    arguments = TrainingArguments(
+        tmp_path,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=3,
+        max_steps=4,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=DEVICE == "cpu",
+        optim="adamw_torch",
+        weight_decay=0.0,
+        max_grad_norm=0,
+        disable_tqdm=True,
+        train_sampling_strategy="sequential",
+    )
+    trainer = Trainer(model, arguments, train_dataset=rows, compute_loss_func=loss_fn.trainer_loss, callbacks=[Ramp()])
+    trainer.train()
+    curve = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+    twin.to(DEVICE).train()
+    optimizer = torch.optim.AdamW(twin.parameters(), lr=1e-2, weight_decay=0.0)
+    ours, alpha = [], torch.zeros((), device=DEVICE)
+    score = losses.dpsm(alpha)
+    for step in range(4):
+        alpha.fill_(losses.alpha_at(step, 4, warmup=0.5))
+        x, y = (t[6 * step : 6 * step + 6].to(DEVICE) for t in (tokens, labels))
+        hidden = twin.transformer(x).last_hidden_state[:, :-1].flatten(0, 1)
+        loss, _ = linear_score(hidden, twin.lm_head.weight, y[:, 1:].flatten(), score)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        ours.append(loss.item())
+    # The Trainer logs to 4 decimals (or more, by version).
+    assert curve == pytest.approx(ours, abs=6e-5)
+
+
+def test_encoder_decoder_labels_are_not_shifted():
+    logits, labels = torch.randn(2, 5, 11), torch.randint(11, (2, 5))
+    outputs = dict(logits=logits)
+    got = ProperScoreLoss("ce", causal=False).trainer_loss(outputs, labels, num_items_in_batch=7)
+    want = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / 7
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    shifted = ProperScoreLoss("ce").trainer_loss(outputs, labels)
+    want = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    torch.testing.assert_close(shifted, want, rtol=1e-5, atol=1e-6)
