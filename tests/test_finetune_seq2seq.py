@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import words
+from number_words import words
 
 import eval.seq2seq
 import eval.summaries

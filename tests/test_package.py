@@ -146,16 +146,24 @@ assert find_spec("kernels") is find_spec("schedules") is None
 def test_importing_either_package_loads_nothing_optional(elsewhere, tmp_path):
     """Neither the other one, nor what only extras bring."""
     for name, other in (("kernels", "schedules"), ("schedules", "kernels")):
-        run(elsewhere[0], f"""
+        run(
+            elsewhere[0],
+            f"""
 import sys, scorecast.{name}
 assert not {{"matplotlib", "schedulefree", "transformers", "scorecast.{other}"}} & set(sys.modules)
-""", tmp_path)  # fmt: skip
+""",
+            tmp_path,
+        )
 
 
 def test_the_doors_of_the_installed_schedules_open(elsewhere, tmp_path):
     pytest.importorskip("matplotlib")
-    run(elsewhere[0], "import runpy, sys; sys.argv = ['schedules', 'plot', '--steps', '20', '--out', 'lr.png']; "
-        "runpy.run_module('scorecast.schedules', run_name='__main__')", tmp_path)  # fmt: skip
+    run(
+        elsewhere[0],
+        "import runpy, sys; sys.argv = ['schedules', 'plot', '--steps', '20', '--out', 'lr.png']; "
+        "runpy.run_module('scorecast.schedules', run_name='__main__')",
+        tmp_path,
+    )
     assert (tmp_path / "lr.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -205,14 +213,19 @@ def test_other_packages_import_from_the_checkout(beside):
     """transformers, what it loads lazily, peft and bitsandbytes, before and after our own."""
     for name in ("transformers", "peft", "bitsandbytes"):
         pytest.importorskip(name)
-    said = run(sys.executable, """
+    said = run(
+        sys.executable,
+        """
 import transformers
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel, Trainer
 import bitsandbytes, peft
 from transformers.utils import is_kernels_available
 import kernels
 print("viable", is_kernels_available(), kernels.__file__)
-""", ROOT, *beside)  # fmt: skip
+""",
+        ROOT,
+        *beside,
+    )
     assert f"viable {'stand-in' in str(beside)} {ROOT / 'kernels' / '__init__.py'}" in said
     # bitsandbytes asks for a kernel on CPUs with AVX512-BF16 and reports why there is none; the package is not why.
     wrong = [line for line in said.splitlines() if "cannot import" in line or "No module named" in line]
@@ -220,7 +233,9 @@ print("viable", is_kernels_available(), kernels.__file__)
 
 
 def test_the_snippets_of_the_readme_run_in_the_checkout(beside):
-    run(sys.executable, """
+    run(
+        sys.executable,
+        """
 import torch
 from kernels import ProperScoreLoss, linear_score
 from kernels.losses import ce, spherical
@@ -230,23 +245,33 @@ loss, moments = linear_score(hidden, weight, targets, lambda m: ce(m) + spherica
 loss.backward()
 ProperScoreLoss("dpsm", warmup=0.1)(torch.randn(6, 9), targets)
 Forecaster().update(1, 3.0, 0.1)
-""", ROOT, *beside)  # fmt: skip
+""",
+        ROOT,
+        *beside,
+    )
 
 
 def test_importing_ours_runs_nothing_of_theirs(beside):
-    run(sys.executable, f"""
+    run(
+        sys.executable,
+        f"""
 import sys, kernels
 from kernels import torch_impl
 folder = {str(beside[0] if beside else ROOT / "nowhere")!r}
 assert not [m for m in sys.modules.values() if (getattr(m, "__file__", None) or "").startswith(folder)]
 assert not hasattr(kernels, "of_neither") and not hasattr(kernels, "_private") and not hasattr(kernels, "__wrapped__")
-""", ROOT, *beside)  # fmt: skip
+""",
+        ROOT,
+        *beside,
+    )
 
 
 def test_what_theirs_offers_is_handed_through(beside):
     if not beside:
         pytest.skip("nothing to hand through")
-    run(sys.executable, """
+    run(
+        sys.executable,
+        """
 from importlib.metadata import version
 import kernels.layer.mode
 from kernels import Mode, get_kernel, linear_score
@@ -256,7 +281,10 @@ assert linear_score.__module__ == "kernels.head" and kernels.__version__ == vers
 import pickle
 assert pickle.loads(pickle.dumps(Mode.TRAINING)) is Mode.TRAINING
 assert pickle.loads(pickle.dumps(linear_score)) is linear_score
-""", ROOT, *beside)  # fmt: skip
+""",
+        ROOT,
+        *beside,
+    )
 
 
 def test_no_submodule_of_theirs_is_hidden_by_one_of_ours():
@@ -271,7 +299,9 @@ def test_no_submodule_of_theirs_is_hidden_by_one_of_ours():
 
 def test_without_theirs_it_is_said_that_it_is_not_installed():
     without_theirs()
-    run(sys.executable, """
+    run(
+        sys.executable,
+        """
 import importlib.metadata, importlib.util, kernels
 assert importlib.util.find_spec("kernels").origin == kernels.__file__
 for ask, error, says in [
@@ -288,7 +318,9 @@ for ask, error, says in [
         assert says in str(e), e
     else:
         raise AssertionError(says)
-""", ROOT)  # fmt: skip
+""",
+        ROOT,
+    )
 
 
 def test_theirs_broken_is_said_in_its_own_words(tmp_path):
@@ -296,7 +328,9 @@ def test_theirs_broken_is_said_in_its_own_words(tmp_path):
     (tmp_path / "kernels" / "__init__.py").write_text("import a_package_that_is_missing\n")
     (tmp_path / "kernels-0.1.dist-info").mkdir()
     (tmp_path / "kernels-0.1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.1\n")
-    run(sys.executable, """
+    run(
+        sys.executable,
+        """
 import kernels
 assert not hasattr(kernels, "linear_scor")
 for _ in range(2):
@@ -306,4 +340,7 @@ for _ in range(2):
         assert "a_package_that_is_missing" in str(e)
     else:
         raise AssertionError
-""", ROOT, tmp_path)  # fmt: skip
+""",
+        ROOT,
+        tmp_path,
+    )

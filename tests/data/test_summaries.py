@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import words
+from number_words import words
 
 from data import summaries
 from data.summaries import (

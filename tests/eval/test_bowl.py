@@ -31,8 +31,10 @@ def grid(root, rules=GRID, seeds=(1, 2, 3), noise=0.01, **config):
 
 def decide(folder, steps, forecast, sd, bound):
     lines = (folder / "metrics.jsonl").read_text()
-    rows = [{"kind": "fot", "step": s, "forecast": forecast, "sd": sd, "bound": b}
-            for s, b in zip(steps, bound, strict=True)]  # fmt: skip
+    rows = [
+        {"kind": "fot", "step": s, "forecast": forecast, "sd": sd, "bound": b}
+        for s, b in zip(steps, bound, strict=True)
+    ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + lines)
 
 

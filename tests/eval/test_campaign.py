@@ -81,8 +81,12 @@ def refused(capsys, recipe: str, *argv: str) -> str:
 def test_cells_are_the_product_of_arms_and_grid():
     recipe = {"flags": {"steps": 3, "lr": 1}, "arm": [{"loss": "ce"}, {"loss": "dpsm", "warmup": 0.1}]}
     found = cells(recipe | {"grid": {"lr": [1, 2], "seed": [7]}}, {"lr": "9"})
-    assert [c.name for c in found] == ["ce-lr1-seed7", "ce-lr2-seed7", "dpsm-warmup0.1-lr1-seed7",
-                                       "dpsm-warmup0.1-lr2-seed7"]  # fmt: skip
+    assert [c.name for c in found] == [
+        "ce-lr1-seed7",
+        "ce-lr2-seed7",
+        "dpsm-warmup0.1-lr1-seed7",
+        "dpsm-warmup0.1-lr2-seed7",
+    ]
     assert found[-1].shared == {"steps": 3, "lr": "9"} and found[-1].own == {"loss": "dpsm", "warmup": 0.1, "seed": 7}
     with pytest.raises(ValueError, match="same flags"):
         cells({"arm": [{"loss": "ce"}, {"loss": "ce"}]}, {})
@@ -112,12 +116,16 @@ def test_a_cells_own_flag_is_passed_as_it_is_and_refused_where_nothing_reads_it(
     assert "--jobs 0" in refused(capsys, head, "--jobs", "0")
 
 
-@pytest.mark.parametrize(("recipe", "says"), [
-    ("grid = [", "r.toml is not TOML"), ('out = "x"', "r.toml needs script and out"),
-    ('script = "toy.py"\nout = "x"\nflag = 3', "check ['flag']"),
-    ('script = "no.py"\nout = "x"', "r.toml: script 'no.py' is not a script"),
-    ('script = "empty.py"\nout = "x"', "r.toml: script 'empty.py' is not a script with a Config"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("recipe", "says"),
+    [
+        ("grid = [", "r.toml is not TOML"),
+        ('out = "x"', "r.toml needs script and out"),
+        ('script = "toy.py"\nout = "x"\nflag = 3', "check ['flag']"),
+        ('script = "no.py"\nout = "x"', "r.toml: script 'no.py' is not a script"),
+        ('script = "empty.py"\nout = "x"', "r.toml: script 'empty.py' is not a script with a Config"),
+    ],
+)
 def test_a_broken_recipe_is_one_line(toy, capsys, recipe, says):
     Path("empty.py").write_text("")
     assert says in refused(capsys, recipe)
@@ -180,8 +188,9 @@ def test_recipes_run_side_by_side_go_on_and_say_what_failed(corpus, tmp_path, mo
     try:
         assert campaign.main([str(recipe), "--jobs", "2"]) == 0
         done = [tmp_path / "runs" / f"seed{seed}" for seed in (1, 2, 3)]
-        assert all((d / "summary.json").exists() and "validation ppl" in (d.parent / f"{d.name}.log").read_text()
-                   for d in done)  # fmt: skip
+        assert all(
+            (d / "summary.json").exists() and "validation ppl" in (d.parent / f"{d.name}.log").read_text() for d in done
+        )
         assert (tmp_path / "runs" / "report" / "report.md").exists()
         before = [(d / "summary.json").stat().st_mtime_ns for d in done]
         capfd.readouterr()

@@ -530,11 +530,26 @@ def test_pot_programs_that_return_several_values(published):
     assert {v.id for v in verdicts if v.correct["code"] != theirs[v.id]} == {"test/813"}
 
 
-@pytest.mark.parametrize("expression, value", [
-    ("48/2", 24), ("$1,200 x 20%", 240), ("(3+5)%*50", 4), ("100*(50-20)%", 30), ("((10+10)+5)% * 8", 2), ("20%", 0.2),
-    ("7%3", 1), ("2(3)", 6), ("5-7", -2), ("%5", None), ("(3", None), ("1/0", None), ("9**99999", None),
-    ("3 cows", None), ("", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "expression, value",
+    [
+        ("48/2", 24),
+        ("$1,200 x 20%", 240),
+        ("(3+5)%*50", 4),
+        ("100*(50-20)%", 30),
+        ("((10+10)+5)% * 8", 2),
+        ("20%", 0.2),
+        ("7%3", 1),
+        ("2(3)", 6),
+        ("5-7", -2),
+        ("%5", None),
+        ("(3", None),
+        ("1/0", None),
+        ("9**99999", None),
+        ("3 cows", None),
+        ("", None),
+    ],
+)
 def test_expressions(expression, value):
     found = work_out(expression)
     assert found == (None if value is None else pytest.approx(Fraction(str(value))))

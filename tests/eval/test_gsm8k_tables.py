@@ -91,10 +91,13 @@ def problems(tmp_path):
     folder.mkdir()
     for split in ("train", "test"):
         rows = [
-            {"question": f"Ann has {i} apples and gets {j} more. How many has she?",
-             "answer": f"She has {i}+{j}=<<{i}+{j}={i + j}>>{i + j} apples.\n#### {i + j}"}
-            for i in range(20) for j in range(20)
-        ]  # fmt: skip
+            {
+                "question": f"Ann has {i} apples and gets {j} more. How many has she?",
+                "answer": f"She has {i}+{j}=<<{i}+{j}={i + j}>>{i + j} apples.\n#### {i + j}",
+            }
+            for i in range(20)
+            for j in range(20)
+        ]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return folder
 
@@ -120,10 +123,16 @@ def test_the_tiny_base_is_a_model_and_the_same_again(problems, tmp_path, capsys)
     assert prompter.eos_ids == [0, 2] and prompter.thought
 
 
-@pytest.mark.parametrize("flags, says", [
-    (["--vocab", "100"], "a vocabulary of 100"), (["--hidden", "100"], "--hidden 100"),
-    (["--layers", "0"], "--layers 0"), (["--lr", "0"], "--lr 0"), (["--data", "/no/such"], "expected a folder"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (["--vocab", "100"], "a vocabulary of 100"),
+        (["--hidden", "100"], "--hidden 100"),
+        (["--layers", "0"], "--layers 0"),
+        (["--lr", "0"], "--lr 0"),
+        (["--data", "/no/such"], "expected a folder"),
+    ],
+)
 def test_a_tiny_base_that_cannot_be_made(problems, tmp_path, capsys, flags, says):
     with pytest.raises(SystemExit) as end:
         tiny_qwen3.main([str(tmp_path / "model"), "--data", str(problems), *flags])
@@ -168,9 +177,14 @@ def test_both_sides_of_the_race_compute_the_same_loss(tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-@pytest.mark.parametrize("flags, says", [
-    (["--rounds", "0"], "--rounds 0"), (["--eval-batches", "8,x"], "'8,x'"), (["--turn", "train"], "train or evaluate"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (["--rounds", "0"], "--rounds 0"),
+        (["--eval-batches", "8,x"], "'8,x'"),
+        (["--turn", "train"], "train or evaluate"),
+    ],
+)
 def test_race_refuses(tmp_path, capsys, flags, says):
     with pytest.raises(SystemExit) as end:
         race_peft.main([*RACE, "--out", str(tmp_path / "race"), *flags])

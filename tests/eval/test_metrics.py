@@ -13,8 +13,17 @@ from eval.report import tables, terminal
 from eval.report.build import build
 from kernels import softmax_moments
 
-ECE25 = Metric("ece25", "ECE", "25 bins, %", "lower", 100, 2, "train final table delta terminal", "e25 {:.3f}",
-               of=lambda calibration, numbers: calibration.ece(25))  # fmt: skip
+ECE25 = Metric(
+    "ece25",
+    "ECE",
+    "25 bins, %",
+    "lower",
+    100,
+    2,
+    "train final table delta terminal",
+    "e25 {:.3f}",
+    of=lambda calibration, numbers: calibration.ece(25),
+)
 
 
 @pytest.fixture

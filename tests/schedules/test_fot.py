@@ -271,8 +271,9 @@ def test_the_forecast_holds_the_learning_rate_while_that_ends_lower():
     """On a curve that falls for long, a sure forecast holds, and near the end it decays to zero; on a flat one there
     is nothing to hold for."""
     rows = []
-    lrs, fot, _ = drive("fot", [2 + 3 / (1 + t / 20) for t in range(400)], 400, parts=("envelope", "forecast"),
-                        seen=rows)  # fmt: skip
+    lrs, fot, _ = drive(
+        "fot", [2 + 3 / (1 + t / 20) for t in range(400)], 400, parts=("envelope", "forecast"), seen=rows
+    )
     sure = [d for d in rows if d["target"] is not None]
     planned = [d for d in rows if d["hold"] is not None]
     assert len(planned) > 10 and all(d["D"] > 0 for d in sure)
@@ -396,9 +397,16 @@ def test_transformers_trainer_takes_it(tmp_path):
     fot = FoT(optimizer, 40, every=8)
     fot.watch(model)
     args = transformers.TrainingArguments(
-        str(tmp_path), max_steps=40, per_device_train_batch_size=4, gradient_accumulation_steps=2, report_to=[],
-        logging_steps=1, save_steps=20, use_cpu=True, disable_tqdm=True,
-    )  # fmt: skip
+        str(tmp_path),
+        max_steps=40,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        report_to=[],
+        logging_steps=1,
+        save_steps=20,
+        use_cpu=True,
+        disable_tqdm=True,
+    )
     trainer = transformers.Trainer(model, args, train_dataset=data, optimizers=(optimizer, fot))
     trainer.train()
     assert fot.last_epoch == 40 and fot.counts["decisions"] == 4 and fot.get_last_lr() == [0.0]
@@ -487,8 +495,14 @@ def test_train_lm_on_two_ranks_is_the_run_of_one(base, tmp_path):
     flags = [*base, *WINDOW, "--schedule", "fot", "--fot-parts", "envelope", "--steps", "14"]
     assert train(flags, tmp_path / "one") == 0
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_lm.py"]
-    ran = subprocess.run([*line, *map(str, flags), "--out", str(tmp_path / "two")], cwd=ROOT, capture_output=True,
-                         text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    ran = subprocess.run(
+        [*line, *map(str, flags), "--out", str(tmp_path / "two")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     assert ran.returncode == 0, ran.stderr[-3000:]
     one, two = rows(tmp_path / "one", "fot"), rows(tmp_path / "two", "fot")
     assert len(one) == len(two) == 3

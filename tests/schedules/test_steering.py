@@ -24,8 +24,12 @@ def one_step(rule, t):
     for group in optimizer.param_groups:
         for p in group["params"]:
             p.grad = p.grad + torch.randn(p.shape, generator=generator) / 2
-    rule.observe(3.0 - t / 50, fisher=torch.rand(6, generator=generator) if rule.gates else None,
-                 prompt=torch.arange(6) < 3, answer=torch.arange(6) >= 3)  # fmt: skip
+    rule.observe(
+        3.0 - t / 50,
+        fisher=torch.rand(6, generator=generator) if rule.gates else None,
+        prompt=torch.arange(6) < 3,
+        answer=torch.arange(6) >= 3,
+    )
     optimizer.clipped_by = torch.tensor(2.0)
     optimizer.step()
     return *asked, rule.step()
