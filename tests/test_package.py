@@ -61,8 +61,8 @@ def wheel(tmp_path_factory):
 
 def test_the_wheel_holds_both_packages_whole_and_nothing_at_the_top(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    files = (p for name in ("kernels", "schedules") for p in (ROOT / name).rglob("*") if p.suffix in (".py", ".mplstyle"))
-    ours = {f"scorecast/{p.relative_to(ROOT)}" for p in files}
+    files = [p for name in ("kernels", "schedules") for p in (ROOT / name).rglob("*") if p.is_file()]
+    ours = {f"scorecast/{p.relative_to(ROOT)}" for p in files if "__pycache__" not in p.parts}
     assert {name for name in names if ".dist-info/" not in name} == ours
     (meta,) = (name for name in names if name.endswith("/METADATA"))
     says = zipfile.ZipFile(wheel).read(meta).decode().split("\n\n")[0].splitlines()
