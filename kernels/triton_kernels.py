@@ -144,8 +144,8 @@ def scored(to, loss_ptr, fisher_ptr, knob_ptr, keep, z_y, found, SCORE: tl.const
     """Stores Stats, loss and Fisher of a row. Returns ((a, c, b), target, ref): its gradient is e (a + c e) + b with
     e = exp(z - ref), and ``target`` at the target."""
     moments, ref, w, _rest = rows.finish_row(to, keep, z_y, found)
-    log_p, r1, r2, r3, r4, mean_log_p, p_y, n = moments
-    loss, g0, g1, g2, gm = SCORE(log_p, r1, r2, mean_log_p, p_y, tl.load(knob_ptr))
+    log_p, r1, r2, r3, r4, mean_log_p, p_y, n, entropy = moments
+    loss, g0, g1, g2, gm = SCORE(log_p, r1, r2, mean_log_p, p_y, entropy, n, tl.load(knob_ptr))
     tl.store(loss_ptr, tl.where(keep, loss, 0.0))
     # As derived at the head of moments.py.
     c = 2.0 * g2

@@ -319,9 +319,9 @@ def put(to, STAT: tl.constexpr, keep, value):
 def finish_row(to, keep, z_y, found):
     """Stores the row's Stats, 0 where ``keep`` is false, in ``to``: (stats, their stride, correct).
 
-    Returns (moments, ref, w, rest). Moments are (log_p, r1, r2, r3, r4, mean_log_p, p_y, n), with n entries above -inf.
-    Off target p_j = w exp(z_j - ref) and log p_j = z_j - ref + rest[0]. The target's log_p, 0 where it is -inf, is
-    rest[1], and whether it is above -inf, rest[2]."""
+    Returns (moments, ref, w, rest). Moments are (log_p, r1, r2, r3, r4, mean_log_p, p_y, n, entropy), with n entries
+    above -inf. Off target p_j = w exp(z_j - ref) and log p_j = z_j - ref + rest[0]. The target's log_p, 0 where it is
+    -inf, is rest[1], and whether it is above -inf, rest[2]."""
     top, sums, live, beaten = found
     minus_inf = float("-inf")
     s1, s2, s3, s4, s_et, s_t = sums
@@ -349,20 +349,21 @@ def finish_row(to, keep, z_y, found):
     r3 = w2 * w * s3
     r4 = w2 * w2 * s4
     mean_log_p = (s_t + live * off + target_log_p) / n
+    entropy = -(w * s_et + r1 * off + p_y * target_log_p)
     put(to, LOG_P, keep, log_p)
     put(to, R1, keep, r1)
     put(to, R2, keep, r2)
     put(to, MEAN_LOG_P, keep, mean_log_p)
     put(to, R3, keep, r3)
     put(to, R4, keep, r4)
-    put(to, ENTROPY, keep, -(w * s_et + r1 * off + p_y * target_log_p))
+    put(to, ENTROPY, keep, entropy)
     put(to, CONFIDENCE, keep, tl.maximum(p_y, w))
     put(to, SUPPORT, keep, n)
     put(to, P_Y, keep, p_y)
     put(to, ROW_MAX, keep, ref)
     put(to, ROW_SUM, keep, total)
     tl.store(to[2], (beaten == 0) & keep)
-    return (log_p, r1, r2, r3, r4, mean_log_p, p_y, n), ref, w, (off, target_log_p, y_live)
+    return (log_p, r1, r2, r3, r4, mean_log_p, p_y, n, entropy), ref, w, (off, target_log_p, y_live)
 
 
 @triton.jit
