@@ -106,14 +106,14 @@ def moments_of(logits, targets, order=None):
     p = log_p.exp()
     off = p.scatter(1, y, 0.0)
     r1 = off.sum(-1)
-    top = logits.detach().topk(min(TOP, logits.shape[1]), -1).values.log_softmax(-1)
+    top = logits.topk(min(TOP, logits.shape[1]), -1).values.log_softmax(-1)
     return SimpleNamespace(
         log_p=torch.where(r1 < 0.5, torch.log1p(-r1), log_p.gather(1, y)[:, 0]),
         r1=r1,
         r2=off.pow(2).sum(-1),
         s=None if order is None else off.pow(order).sum(-1),
         mean_log_p=log_p.mean(-1),
-        entropy=-(p * log_p).sum(-1).detach(),
+        entropy=-(p * log_p).sum(-1),
         top_entropy=-(top.exp() * top).sum(-1),
         support=torch.full_like(r1, logits.shape[1]).detach(),
         valid=torch.ones_like(targets, dtype=torch.bool),
@@ -122,16 +122,16 @@ def moments_of(logits, targets, order=None):
 
 
 def power_cases(orders=ORDERS):
-    """(order, moments, power score, its derivatives at log_p and at s) with 60 digits, rows of three other tokens from
-    sure of the target to sure of another: p_y from 1 - 1e-26 to 1e-26."""
+    """(order, moments, power score, its derivatives at log_p and at s) with 60 digits, p_y from 1 - 1e-26 to 1e-26; s
+    is 0, as it would hide what the target adds."""
     with mpmath.workdps(60):
         for order in orders:
             g, rows = mpmath.mpf(order), []
             for tenth in range(-600, 601, 7):
                 r1 = 1 / (1 + mpmath.exp(-mpmath.mpf(tenth) / 10))
-                p, s = 1 - r1, sum((r1 * w) ** g for w in (mpmath.mpf("0.5"), mpmath.mpf("0.3"), mpmath.mpf("0.2")))
-                loss = (1 - p ** (g - 1)) / (g - 1) - (1 - p**g) / g + s / g
-                rows.append([float(x) for x in (mpmath.log(p), r1, s, loss, -r1 * p ** (g - 1), 1 / g)])
+                p = 1 - r1
+                loss = (1 - p ** (g - 1)) / (g - 1) - (1 - p**g) / g
+                rows.append([float(x) for x in (mpmath.log(p), r1, 0, loss, -r1 * p ** (g - 1), 1 / g)])
             log_p, r1, s, *want = torch.tensor(rows, dtype=torch.float64, device=DEVICE).unbind(1)
             yield order, SimpleNamespace(log_p=log_p, r1=r1, s=s), want
 
