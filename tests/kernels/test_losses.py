@@ -158,7 +158,7 @@ def test_dpsm_runs_from_ce_to_brier():
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-5), (torch.float64, 1e-12)], ids=["fp32", "fp64"])
 def test_power_score_keeps_its_digits(dtype, tolerance):
-    for order, m, want in power_cases((*ORDERS, 17.5)):
+    for order, m, want in power_cases((*ORDERS, 40.5)):
         leaves = [x.to(dtype).requires_grad_() for x in (m.log_p, m.s)]
         # Near 1 an order in fp32 is another one: as a tensor in the moments' dtype it is the caller's.
         for given in (order, torch.tensor(order, dtype=torch.float64, device=DEVICE)):
