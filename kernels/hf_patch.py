@@ -39,14 +39,15 @@ def imported(package: str, what: str) -> ModuleType:
 def patch(model: nn.Module, loss: ProperScoreLoss | str | Callable = "dpsm", **knobs) -> "Patch":
     """Makes ``model`` return our loss where it is given labels. Gives the handle that undoes it.
 
-    ``model``: a causal LM or an encoder-decoder of transformers, also inside PEFT, DDP or torch.compile. ``loss``: a
+    ``model``: a causal LM or an encoder-decoder of transformers, also inside PEFT or DDP. ``loss``: a
     ``ProperScoreLoss``, or its ``score`` and ``knobs``. A patch of the same model by an earlier call is removed.
 
     With labels ``model(**batch)`` returns its usual output with ``loss`` ours and ``logits`` None, as they are never
     made. The labels are shifted as the model itself does, or given as ``shift_labels``; those equal to the loss's
     ``ignore_index`` are ignored. ``num_items_in_batch`` is the denominator of a mean; with reduction "none" the loss is
     shaped as the labels, that of the token after t at t. Router losses of mixtures of experts are added as ever.
-    Without labels the model behaves as before.
+    Without labels the model behaves as before. torch.compile leaves a patched model uncompiled; compile its backbone, as
+    in ``model.model.compile()``. trl's SFTTrainer goes past the model's loss: use ScoreSFTTrainer.
 
     Raises ValueError for a model whose loss cannot be had from its hidden states: without an output embedding, with
     one that is adapted or quantized, with another loss than next-token prediction, and (at the first call) with an
@@ -104,6 +105,7 @@ class Patch:
         def forward(self, *args, **kwargs):
             return self._score_patches[key](self, args, kwargs)
 
+        forward = torch.compiler.disable(forward)  # its hooks are new at each call
         forward.__signature__ = signature  # generate and the Trainer read it
         self.key, self.function = key, forward
         vars(model).setdefault("_score_patches", {})[key] = self
@@ -214,7 +216,7 @@ class Patch:
             head = head.modules_to_save[active[0]] if active else head.original_module
         what = f"{self.name}'s output embedding is a {type(head).__module__.split('.')[0]} {type(head).__name__}"
         if hasattr(head, "base_layer") or hasattr(head, "original_module"):
-            way = "leave it out of target_modules, or train it whole by modules_to_save"
+            way = "leave it out of the adapter (target_modules), or train it whole by modules_to_save"
             raise ValueError(f"{what}, whose adapter the loss would not see: {way}")
         if not isinstance(head, nn.Linear) or not head.weight.is_floating_point():
             raise ValueError(f"{what}, expected a torch Linear with a float weight; do not quantize or replace it")

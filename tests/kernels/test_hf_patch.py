@@ -182,6 +182,21 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     same_gradients(model, theirs)
 
 
+def test_the_backbone_can_be_compiled_and_the_whole_is_correct():
+    from torch._dynamo.testing import CompileCounter
+
+    model, inputs, counter = tiny("llama"), batch(), CompileCounter()
+    want = model(**inputs)
+    patch(model, "ce")
+    torch.testing.assert_close(torch.compile(model, backend="eager")(**inputs).loss, want.loss, **CLOSE)
+    model.model.compile(backend=counter)
+    for _ in range(2):
+        loss = model(**inputs).loss
+        torch.testing.assert_close(loss, want.loss, **CLOSE)
+        loss.backward()
+    assert counter.frame_count == 1 and counter.op_count > 100
+
+
 @pytest.mark.parametrize("how", ["bf16 model", "autocast", "bf16 bart"])
 def test_low_precision(how):
     """bf16 logits are rounded to 2^-9 of some 10 nats; ours keep fp32 moments of the same logits."""
@@ -255,7 +270,7 @@ def test_what_cannot_be_patched_is_named():
         patch(lora_head)
     late = tiny("llama")
     patch(late)
-    with pytest.raises(ValueError, match="leave it out of target_modules"):
+    with pytest.raises(ValueError, match="leave it out of the adapter"):
         peft_model(late, target_modules=["lm_head"])(**inputs)
     config = transformers.LlamaConfig(**DECODER)
     with pytest.raises(ValueError, match="LlamaModel has no output embedding .* AutoModelForCausalLM"):
