@@ -46,8 +46,8 @@ def patch(model: nn.Module, loss: ProperScoreLoss | str | Callable = "dpsm", **k
     made. The labels are shifted as the model itself does, or given as ``shift_labels``; those equal to the loss's
     ``ignore_index`` are ignored. ``num_items_in_batch`` is the denominator of a mean; with reduction "none" the loss is
     shaped as the labels, that of the token after t at t. Router losses of mixtures of experts are added as ever.
-    Without labels the model behaves as before. torch.compile leaves a patched model uncompiled; compile its backbone, as
-    in ``model.model.compile()``. trl's SFTTrainer goes past the model's loss: use ScoreSFTTrainer.
+    Without labels the model behaves as before. torch.compile leaves a patched model uncompiled; compile its backbone,
+    as in ``model.model.compile()``. trl's SFTTrainer goes past the model's loss: use ScoreSFTTrainer.
 
     Raises ValueError for a model whose loss cannot be had from its hidden states: without an output embedding, with
     one that is adapted or quantized, with another loss than next-token prediction, and (at the first call) with an
