@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .head_pass import HeadPass, scaled
-from .moments import Moments, Stats, as_moments, new_stats
+from .moments import Moments, Stats, as_moments, new_stats, order_of
 
 _SCORES = weakref.WeakValueDictionary()
 _numbers = itertools.count()
@@ -28,13 +28,22 @@ class _Options(NamedTuple):
     fisher: bool
     ignore_index: int
     tail: float
-    chunk: int  # 0: the default
+    scale: float
+    softcap: float | None
+    predictions: bool
+    tokens: int | None
+    chunk: int | None
     impl: str
 
 
 # The last tensor is the denominator of the forward, the upstream gradient of the backward.
-_TENSORS = "Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor? weights, Tensor? last"
-_OPTIONS = "int score, bool[] wants, str reduction, bool fisher, int ignore_index, float tail, int chunk, str impl"
+_TENSORS = (
+    "Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor? weights, Tensor? class_weights, Tensor? last"
+)
+_OPTIONS = (
+    "int score, bool[] wants, str reduction, bool fisher, int ignore_index, float tail, float scale, float? softcap, "
+    "bool predictions, int? tokens, int? chunk, str impl"
+)
 
 
 def _operator(name: str, outputs: int):
@@ -50,17 +59,18 @@ def compilable(score: Callable[[Moments], Tensor]) -> Callable[[Moments], Tensor
     return score
 
 
-def traced_linear_score(tensors, score, *, chunk: int | None, **options) -> tuple[Tensor, Moments]:
-    """linear_score while the compiler traces; ``tensors`` are hidden, weight, targets, bias, weights, denominator."""
+def traced_linear_score(tensors, score, **options) -> tuple[Tensor, Moments]:
+    """linear_score while the compiler traces; ``tensors`` are in the order of _TENSORS, the last is the denominator."""
     if not hasattr(score, "number"):
         raise ValueError("inside torch.compile a score must be marked, outside of it: kernels.compilable(score)")
     hidden, weight, targets, bias, *_ = tensors
     grad = torch.is_grad_enabled()
     wants = [grad and x is not None and x.requires_grad for x in (hidden, weight, bias)]
-    o = _Options(score=score.number, wants=wants, chunk=chunk or 0, **options)
-    total, stats, correct, fishers, *_ = _linear_score(*tensors, *o)
-    fishers = fishers if o.fisher else None
-    return total, as_moments(Stats(*stats), correct, targets != o.ignore_index, weight.shape[0], o.tail, fishers)
+    o = _Options(score=score.number, wants=wants, **options)
+    total, stats, correct, fishers, predicted, *_ = _linear_score(*tensors, *o)
+    more = dict(fisher=fishers if o.fisher else None, predicted=predicted if o.predictions else None)
+    valid = targets != o.ignore_index
+    return total, as_moments(Stats(*stats), correct, valid, weight.shape[0], o.tail, order_of(score), **more)
 
 
 def _with_autograd():
@@ -70,16 +80,20 @@ def _with_autograd():
 
 def _open(arguments) -> tuple[HeadPass, Callable, Tensor | None, _Options]:
     """(pass, score, the last tensor, options) of an operator's arguments."""
-    hidden, weight, targets, bias, weights, last = arguments[:6]
-    o = _Options(*arguments[6:])
-    how = dict(ignore_index=o.ignore_index, tail=o.tail, chunk=o.chunk or None, impl=o.impl)
-    return HeadPass(hidden, weight, targets, bias=bias, weights=weights, **how), _SCORES[o.score], last, o
+    hidden, weight, targets, bias, weights, class_weights, last = arguments[:7]
+    o = _Options(*arguments[7:])
+    score = _SCORES[o.score]
+    how = dict(
+        bias=bias, weights=weights, class_weights=class_weights, order=order_of(score), ignore_index=o.ignore_index
+    )
+    how |= {name: getattr(o, name) for name in ("tail", "scale", "softcap", "predictions", "tokens", "chunk", "impl")}
+    return HeadPass(hidden, weight, targets, **how), score, last, o
 
 
-@_operator("linear_score", outputs=8)
+@_operator("linear_score", outputs=9)
 def _linear_score(*arguments):
-    """(loss, stats, correct, fisher, d_hidden, d_weight, d_bias, denominator), empty tensors for what does not apply.
-    The gradients are those of the sum; sums over chunks are fp32."""
+    """(loss, stats, correct, fisher, predicted, d_hidden, d_weight, d_bias, denominator), empty tensors for what does
+    not apply. The gradients are those of the sum; sums over chunks are fp32."""
     head, score, denominator, o = _open(arguments)
     with _with_autograd(), torch.no_grad():
         if o.reduction == "none":
@@ -87,12 +101,12 @@ def _linear_score(*arguments):
         else:
             total, moments, grads, denominator = head.reduced(score, o.reduction, denominator, o.fisher, o.wants)
     denominator = None if o.reduction != "mean" else denominator.to(head.stats.dtype)
-    rest = (head.h.new_empty(0) if x is None else x for x in (moments.fisher, *grads, denominator))
-    return total, head.stats, head.correct, *rest
+    rest = (head.h.new_empty(0) if x is None else x for x in (moments.fisher, moments.predicted, *grads, denominator))
+    return total, head.of_all_rows(head.stats, 1), head.of_all_rows(head.correct), *rest
 
 
 @_linear_score.register_fake
-def _(hidden, weight, targets, bias, weights, denominator, *options):
+def _(hidden, weight, targets, bias, weights, class_weights, denominator, *options):
     o, n = _Options(*options), hidden.shape[0]
     narrow, wide = hidden.dtype, torch.float64 if hidden.dtype == torch.float64 else torch.float32
     summed = o.reduction != "none"
@@ -102,7 +116,8 @@ def _(hidden, weight, targets, bias, weights, denominator, *options):
 
     shapes = zip((hidden.shape, weight.shape, weight.shape[:1]), (narrow, wide, wide), o.wants, strict=True)
     grads = [new(shape, wanted and summed, dtype) for shape, dtype, wanted in shapes]
-    return new(() if summed else n), *new_stats(hidden, n), new(n, o.fisher), *grads, new((), o.reduction == "mean")
+    outputs = new(() if summed else n), *new_stats(hidden, n), new(n, o.fisher), new(n, o.predictions, torch.int64)
+    return *outputs, *grads, new((), o.reduction == "mean")
 
 
 @_operator("linear_score_backward", outputs=3)
@@ -116,18 +131,18 @@ def _linear_score_backward(*arguments):
 
 
 @_linear_score_backward.register_fake
-def _(hidden, weight, targets, bias, weights, upstream, *options):
+def _(hidden, weight, targets, bias, weights, class_weights, upstream, *options):
     wants = _Options(*options).wants
     inputs = (hidden, weight, bias)
     return tuple(torch.empty_like(x) if w else hidden.new_empty(0) for x, w in zip(inputs, wants, strict=True))
 
 
 def _setup(ctx, inputs, output):
-    *tensors, _ = inputs[:6]
-    ctx.options = _Options(*inputs[6:])
+    *tensors, _ = inputs[:7]
+    ctx.options = _Options(*inputs[7:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*(tensors if ctx.options.reduction == "none" else output[4:]))
+    ctx.save_for_backward(*(tensors if ctx.options.reduction == "none" else output[5:]))
     ctx.dtypes = [None if x is None else x.dtype for x in (*tensors[:2], tensors[3])]  # hidden, weight, bias
 
 
@@ -140,7 +155,7 @@ def _backward(ctx, grad, *_):
     grads = [g if w else None for g, w in zip(grads, o.wants, strict=True)]
     if o.reduction != "none":
         grads = scaled(grads, grad, denominator if o.reduction == "mean" else None, ctx.dtypes, inplace=False)
-    return *grads[:2], None, grads[2], *(None,) * (2 + len(o))
+    return *grads[:2], None, grads[2], *(None,) * (3 + len(o))
 
 
 _linear_score.register_autograd(_backward, setup_context=_setup)

@@ -8,7 +8,7 @@ from torch import Tensor
 from .compiled import traced_linear_score
 from .head_pass import HeadPass, scaled
 from .impl import check_reduction
-from .moments import Moments
+from .moments import Moments, check_order, order_of
 from .softmax import GradientKnown
 
 
@@ -20,11 +20,16 @@ def linear_score(
     *,
     bias: Tensor | None = None,
     weights: Tensor | None = None,
+    class_weights: Tensor | None = None,
     ignore_index: int = -100,
+    tokens: int | None = None,
     reduction: str = "mean",
     denominator: Tensor | None = None,
     tail: float = 0.0,
+    scale: float = 1.0,
+    softcap: float | None = None,
     fisher: bool = False,
+    predictions: bool = False,
     chunk: int | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Moments]:
@@ -35,12 +40,17 @@ def linear_score(
     dtypes of hidden, weight and bias; those of weight and bias are summed over chunks in fp32.
 
     ``score`` maps Moments to a loss per token, each token by itself. Tensors that it reads beside, such as a 0-d alpha,
-    receive no gradient. On a GPU a named score (losses.named) is one kernel. ``tail`` > 0 fills tail_log_p. ``fisher``
-    fills Moments.fisher with |d score/dz|^2 of each token, without a pass over the logits.
+    receive no gradient. On a GPU a named score (losses.named) is one kernel. ``tail`` > 0 fills tail_log_p. ``scale``
+    and ``softcap`` as in ``softmax_moments``. ``fisher`` fills Moments.fisher with |d score/dz|^2 of each token,
+    without a pass over the logits; ``predictions`` fills Moments.predicted.
 
     ``weights`` [N], without gradient: a factor for each token's loss and gradient. A token of weight 0, such as a
-    prompt's, has its moments and Fisher, and no part in the loss. ``chunk``: tokens at a time, by default what fits a
-    fixed budget on CPU, and chunks.chunk_rows on CUDA.
+    prompt's, has its moments and Fisher, and no part in the loss. ``class_weights`` [V]: a factor more, that of the
+    target's class. ``chunk``: tokens at a time, by default what fits a fixed budget on CPU, and chunks.chunk_rows on
+    CUDA.
+
+    Ignored rows are left out before the head, and cost nothing, on CPU; on a GPU where ``tokens`` says how many targets
+    are in the loss, as the device is not asked. A wrong number there gives a loss of NaN.
 
     ``reduction`` "mean" divides the sum of weights * losses by ``denominator``, a 0-d tensor on the device; by default
     the sum of the weights in the loss (without weights, the number of tokens; 1 where that is 0). "mean" and "sum"
@@ -48,11 +58,13 @@ def linear_score(
     each token, [N] fp32, and computes the logits again in backward. Raises ValueError for arguments that do not fit
     together; targets are checked on CPU only. Inside torch.compile the score must be marked (kernels.compilable)."""
     check_reduction(reduction, denominator, weights, hidden)
-    how = dict(ignore_index=ignore_index, tail=tail, chunk=chunk, impl=impl)
+    how = dict(ignore_index=ignore_index, tail=tail, scale=scale, softcap=softcap, predictions=predictions)
+    how |= dict(tokens=tokens, chunk=chunk, impl=impl)
     if torch.compiler.is_compiling():
-        tensors = (hidden, weight, targets, bias, weights, denominator)
+        tensors = (hidden, weight, targets, bias, weights, class_weights, denominator)
         return traced_linear_score(tensors, score, reduction=reduction, fisher=fisher, **how)
-    head = HeadPass(hidden, weight, targets, bias=bias, weights=weights, **how)
+    given = dict(bias=bias, weights=weights, class_weights=class_weights, order=order_of(score))
+    head = HeadPass(hidden, weight, targets, **given, **how)
     leaves = (head.hidden, weight, bias)
     wants = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in leaves)
     if reduction == "none":
@@ -74,17 +86,28 @@ def linear_moments(
     *,
     bias: Tensor | None = None,
     scale: float | Tensor = 1.0,
+    softcap: float | None = None,
+    order: Tensor | float | None = None,
     ignore_index: int = -100,
+    tokens: int | None = None,
+    tail: float = 0.0,
+    predictions: bool = False,
     chunk: int | None = None,
     impl: str = "auto",
 ) -> Moments:
-    """Moments of softmax(scale * (hidden @ weight.T + bias)) at the targets, without gradient. Arguments as in
-    ``linear_score``; ``scale`` is 1 / temperature."""
-    head = HeadPass(hidden, weight, targets, bias=bias, ignore_index=ignore_index, chunk=chunk, impl=impl)
+    """Moments of the softmax at the targets, without gradient. Arguments as in ``linear_score`` and
+    ``softmax_moments``. A temperature T is scale / T and softcap / T; without a softcap ``scale`` may be a 0-d tensor
+    on the device."""
+    if isinstance(scale, Tensor) and softcap is not None:
+        raise ValueError("with a softcap scale must be a number")
+    number = 1.0 if isinstance(scale, Tensor) else scale
+    how = dict(ignore_index=ignore_index, tokens=tokens, tail=tail, predictions=predictions, chunk=chunk, impl=impl)
+    how |= dict(order=check_order(order), scale=number, softcap=softcap)
+    head = HeadPass(hidden, weight, targets, bias=bias, **how)
     with head.quiet():
         for rows in head.chunks:
             logits = head.logits(rows)
-            if isinstance(scale, Tensor) or scale != 1:
+            if isinstance(scale, Tensor):
                 logits.mul_(scale)
             head.forward(logits, rows)
-    return head.moments()
+    return head.all_moments()

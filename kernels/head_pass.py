@@ -7,14 +7,16 @@ import torch
 from torch import Tensor
 
 from .chunks import cuda_chunk, products_widen, row_stride
-from .impl import check_logits, check_targets, choose_impl, fused_form
+from .impl import check_logits, check_targets, choose_impl, fused_form, with_class_weights
 from .moments import (
     Moments,
     Partials,
     Stats,
     as_moments,
+    check_fisher,
     fisher_of,
     gradient_coefficients,
+    make_link,
     mask_stats,
     new_stats,
     score_partials,
@@ -26,11 +28,32 @@ ALL = slice(None)
 
 
 class HeadPass:
-    """The checked inputs of one pass, and the buffers that it reuses. Arguments as in ``linear_score``; ``vocab`` is
-    the length of a row of logits where it is not the number of the weight's rows."""
+    """The checked inputs of one pass, and the buffers that it reuses. Arguments as in ``linear_score``; ``order`` is
+    that of the score, and ``vocab`` the length of a row of logits where it is not the number of the weight's rows.
+
+    Rows outside of the loss are left out, where that takes no wait: ``index`` has the numbers of those that stay, None
+    for all, and the vectors and buffers here are theirs. What goes back to the caller is of all rows again."""
 
     def __init__(
-        self, hidden, weight, targets, *, ignore_index, chunk, impl, bias=None, weights=None, tail=0.0, vocab=None
+        self,
+        hidden,
+        weight,
+        targets,
+        *,
+        ignore_index,
+        chunk,
+        impl,
+        bias=None,
+        weights=None,
+        class_weights=None,
+        tail=0.0,
+        order=None,
+        scale=1.0,
+        softcap=None,
+        predictions=False,
+        tokens=None,
+        vocab=None,
+        skip=True,
     ):
         if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
             shapes = f"{tuple(hidden.shape)} and {tuple(weight.shape)}"
@@ -43,13 +66,23 @@ class HeadPass:
         if torch.is_autocast_enabled(device.type):
             hidden = hidden.to(torch.get_autocast_dtype(device.type))
         self.module = choose_impl(impl, hidden)
-        self.hidden, self.n, self.vocab, self.tail = hidden, len(hidden), vocab or len(weight), tail
+        self.hidden, self.vocab, self.tail = hidden, vocab or len(weight), tail
+        self.order, self.link = order, make_link(scale, softcap)
         self.grad_dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         check_logits(hidden.new_empty(0, self.vocab), self.module)
-        self.targets, self.valid, self.mask = check_targets(targets, self.n, self.vocab, ignore_index, device)
+        self.targets, self.valid, self.mask = check_targets(targets, len(hidden), self.vocab, ignore_index, device)
+        weights = with_class_weights(weights, class_weights, self.targets, self.vocab)
+        self.h = hidden.detach()
+        self.index, self.right_count = self.rows_in_loss(tokens) if skip else (None, None)
+        if self.index is not None:
+            self.h, self.targets = self.h[self.index], self.targets[self.index]
+            weights = None if weights is None else weights[self.index]
+            self.mask = None
+        self.n = len(self.h)
         self.stats, self.correct = new_stats(hidden, self.n)
+        self.predicted = torch.empty_like(self.targets) if predictions else None
         self.weights = None if weights is None else weights.detach().to(self.stats.dtype)
-        self.can_keep_w = hidden.dtype == self.stats.dtype and self.module.CAN_KEEP_W
+        self.can_keep_w = hidden.dtype == self.stats.dtype and self.module.CAN_KEEP_W and not self.link.softcap
         self.stride = row_stride(self.vocab) if hidden.is_cuda else self.vocab
         if chunk is None and hidden.is_cuda:
             chunk = cuda_chunk(self.n, self.vocab, hidden.shape[1], hidden.itemsize, weight.itemsize, device)
@@ -58,9 +91,35 @@ class HeadPass:
             chunk = -(-self.n // max(1, -(-self.n // most)))  # chunks of equal size
         chunk = max(1, min(chunk, self.n))
         self.chunks = [slice(i, min(i + chunk, self.n)) for i in range(0, self.n, chunk)]
-        self.weight, self.h = weight.detach().to(hidden.dtype), hidden.detach()
+        self.weight = weight.detach().to(hidden.dtype)
         self.bias = None if bias is None else bias.detach().to(hidden.dtype)
         self.buffer, self.can_fuse = None, True
+
+    def rows_in_loss(self, tokens: int | None) -> tuple[Tensor | None, Tensor | None]:
+        """(the numbers of the rows in the loss, whether ``tokens`` is how many there are), (None, None) where all rows
+        are taken: all are in the loss, or that would have to be asked of a GPU."""
+        if tokens is not None and not 0 <= tokens <= len(self.valid):
+            raise ValueError(
+                f"tokens must be the number of targets in the loss, at most {len(self.valid)}; got {tokens}"
+            )
+        if self.valid.is_cuda:
+            if tokens is None or tokens == len(self.valid):
+                return None, None
+            rows = torch.nonzero_static(self.valid, size=tokens, fill_value=0)[:, 0]
+            return rows, self.valid.sum() == tokens
+        rows = None if self.mask is None else self.mask.nonzero()[:, 0]
+        found = len(self.valid) if rows is None else len(rows)
+        if tokens not in (None, found):
+            raise ValueError(f"tokens={tokens}, but {found} targets are in the loss; count those that are not ignored")
+        return rows, None
+
+    def of_all_rows(self, x: Tensor | None, dim: int = 0) -> Tensor | None:
+        """``x`` of the rows in the loss, with 0 for the others."""
+        if self.index is None or x is None:
+            return x
+        shape = list(x.shape)
+        shape[dim] = len(self.valid)
+        return x.new_zeros(shape).index_copy_(dim, self.index, x)
 
     @contextlib.contextmanager
     def quiet(self):
@@ -83,7 +142,7 @@ class HeadPass:
                     self.gradient(logits, rows, partials, keep_w)
                     self.accumulate(logits, rows, grads)
                 kept.append(partials)
-            return self.weighted(self.in_loss(losses)), self.moments(fisher=fishers), kept
+            return self.of_all_rows(self.weighted(self.in_loss(losses))), self.all_moments(fishers), kept
 
     def reduced(self, score, reduction: str, denominator: Tensor | None, fisher: bool, wants):
         """(loss, Moments, gradients of the weighted SUM, denominator): one pass over the chunks."""
@@ -91,10 +150,13 @@ class HeadPass:
         losses, moments, _ = self.losses(score, fisher, grads if any(wants) else None)
         with self.quiet():
             total = losses.sum()
+            if self.right_count is not None:  # a wrong number must not pass for a loss
+                total = torch.where(self.right_count, total, torch.nan)
             if reduction == "mean":
                 # A copy, as the caller may refill its tensor before backward.
                 denominator = self.count() if denominator is None else denominator.clone()
                 total = total / denominator
+            grads[0] = self.of_all_rows(grads[0])
         return total, moments, grads, denominator
 
     def new_vector(self) -> Tensor:
@@ -104,7 +166,7 @@ class HeadPass:
         """What "mean" divides by: tokens in the loss, or their weights; 1 for none."""
         if self.weights is None:
             return self.valid.sum().clamp_min(1)
-        count = torch.where(self.valid, self.weights, 0.0).sum()
+        count = self.in_loss(self.weights).sum()
         return torch.where(count == 0, 1.0, count)
 
     def in_loss(self, values: Tensor, rows: slice = ALL) -> Tensor:
@@ -121,14 +183,16 @@ class HeadPass:
     def score(self, logits, rows, score, losses, fishers, gradient=False, keep_w=False):
         """Fills stats, losses and Fisher of a chunk. Gives the weighted partials, or None where one kernel did it all,
         with ``gradient`` the weighted gradient over the logits too."""
-        fused = self.can_fuse and fused_form(score, self.module, self.tail)
+        fused = self.can_fuse and fused_form(score, self.module, self.tail, self.predicted is not None)
         if fused:
             self.fused(fused, logits, rows, losses, fishers, logits if gradient else None, self.weights)
             return None
         self.forward(logits, rows, keep_w)
-        losses[rows], partials = score_partials(self.moments(rows), score)
+        numbers = self.index[rows] if self.index is not None else range(rows.start, rows.stop)
+        losses[rows], partials = score_partials(self.moments(rows), score, (numbers, self.targets[rows]))
         if fishers is not None:
-            fishers[rows] = self.in_loss(fisher_of(self.stats_of(rows), partials), rows)
+            check_fisher(partials)
+            fishers[rows] = self.in_loss(fisher_of(self.stats_of(rows), partials, self.order), rows)
         return partials.map(lambda g: self.weighted(g, rows))
 
     def fused(self, form, logits, rows, losses, fishers, out, weights) -> None:
@@ -137,7 +201,8 @@ class HeadPass:
             fishers = self.new_vector()
         vectors = dict(mask=self.mask, weights=weights, correct=self.correct, losses=losses, fisher=fishers)
         vectors = {name: None if x is None else x[rows] for name, x in vectors.items()}
-        self.module.fused_score(*form, logits, self.targets[rows], stats=self.stats[:, rows], out=out, **vectors)
+        how = dict(order=self.order, link=self.link)
+        self.module.fused_score(*form, logits, self.targets[rows], stats=self.stats[:, rows], out=out, **vectors, **how)
 
     def rows_of_buffer(self, rows: slice) -> Tensor:
         """Storage for the logits of a chunk, the same for every chunk."""
@@ -163,12 +228,22 @@ class HeadPass:
 
     def forward(self, logits: Tensor, rows: slice, keep_w: bool = False) -> None:
         stats, correct = self.stats[:, rows], self.correct[rows]
+        predicted = None if self.predicted is None else self.predicted[rows]
         extra = dict(keep_w=True, rows_again=lambda i: self.logits_again(rows, i)) if keep_w else {}
-        self.module.forward(logits, self.targets[rows], stats, correct, self.tail, **extra)
-        mask_stats(stats, correct, self.mask_of(rows))
+        how = dict(order=self.order, link=self.link, predicted=predicted)
+        self.module.forward(logits, self.targets[rows], stats, correct, self.tail, **how, **extra)
+        mask_stats(stats, correct, self.mask_of(rows), predicted)
 
-    def moments(self, rows: slice = ALL, fisher: Tensor | None = None) -> Moments:
-        return as_moments(self.stats_of(rows), self.correct[rows], self.valid[rows], self.vocab, self.tail, fisher)
+    def moments(self, rows: slice) -> Moments:
+        """Of a chunk."""
+        valid = torch.ones_like(self.correct[rows]) if self.mask is None else self.mask[rows]
+        return as_moments(self.stats_of(rows), self.correct[rows], valid, self.vocab, self.tail, self.order)
+
+    def all_moments(self, fisher: Tensor | None = None) -> Moments:
+        """Of all rows, those outside of the loss included."""
+        stats, correct = self.of_all_rows(self.stats, 1), self.of_all_rows(self.correct)
+        more = dict(fisher=self.of_all_rows(fisher), predicted=self.of_all_rows(self.predicted))
+        return as_moments(Stats(*stats), correct, self.valid, self.vocab, self.tail, self.order, **more)
 
     def new_grads(self, wants) -> list[Tensor | None]:
         """Buffers for d_hidden, d_weight in fp32 (fp64 for fp64), and d_bias likewise."""
@@ -183,8 +258,9 @@ class HeadPass:
         if partials is None:
             return
         stats, extra = self.stats_of(rows), dict(kept_w=True) if kept_w else {}
-        inputs = (logits, self.targets[rows], self.mask_of(rows), stats, gradient_coefficients(stats, partials))
-        self.module.gradient(*inputs, self.tail, logits, **extra)
+        coefficients = gradient_coefficients(stats, partials, self.order, self.link)
+        inputs = (logits, self.targets[rows], self.mask_of(rows), stats, coefficients)
+        self.module.gradient(*inputs, self.tail, logits, order=self.order, link=self.link, **extra)
 
     def accumulate(self, logits: Tensor, rows: slice, grads) -> None:
         """Adds what follows from the gradient of a chunk's logits to ``grads``."""
@@ -207,7 +283,9 @@ class HeadPass:
         """Gradients of sum(upstream * weights * losses), from the logits computed once more."""
         grads = self.new_grads(wants)
         with self.quiet():
-            scale = self.weighted(upstream.to(self.stats.dtype))
+            upstream = upstream.to(self.stats.dtype)
+            upstream = upstream if self.index is None else upstream[self.index]
+            scale = self.weighted(upstream)
             for rows, partials in zip(self.chunks, kept, strict=True):
                 logits = self.logits(rows)
                 if partials is None:
@@ -215,6 +293,7 @@ class HeadPass:
                 else:
                     self.gradient(logits, rows, partials.map(upstream[rows].mul))
                 self.accumulate(logits, rows, grads)
+            grads[0] = self.of_all_rows(grads[0])
         return [None if g is None else g.to(d) for g, d in zip(grads, self.grad_dtypes, strict=True)]
 
 

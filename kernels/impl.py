@@ -44,10 +44,21 @@ def _automatic(device_type: str, cuda_float64: bool) -> str:
     return name
 
 
-def fused_form(score, module: ModuleType, tail: float) -> tuple[str, Tensor | float] | None:
-    """(name, knob) of a named score that ``module`` has as one kernel, None for any other score."""
+def fused_form(score, module: ModuleType, tail: float, predictions: bool) -> tuple[str, Tensor | float] | None:
+    """(name, knob) of a named score that ``module`` has as one kernel, None for any other score, and where more is
+    asked for than that kernel gives."""
     form = getattr(score, "fused", None)
-    return form if form and not tail and form[0] in getattr(module, "FUSED_SCORES", ()) else None
+    return form if form and not tail and not predictions and form[0] in getattr(module, "FUSED_SCORES", ()) else None
+
+
+def with_class_weights(weights: Tensor | None, class_weights: Tensor | None, targets: Tensor, vocab: int):
+    """Each token's factor [N]: ``weights``, times that of its target's class; None where neither is given."""
+    if class_weights is None:
+        return weights
+    if class_weights.shape != (vocab,):
+        raise ValueError(f"class_weights must be [V], one a token id, {vocab}; got {tuple(class_weights.shape)}")
+    of_targets = class_weights.detach()[targets]
+    return of_targets if weights is None else weights.detach() * of_targets
 
 
 def check_reduction(reduction: str, denominator=None, weights: Tensor | None = None, tokens: Tensor | None = None):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .compiled import compilable
 from .impl import check_reduction
 from .logits import logits_score
-from .moments import Moments
+from .moments import Moments, make_link
 
 ALPHA_SCHEDULES = ("linear", "cosine", "fixed")
 
@@ -175,8 +175,9 @@ class ProperScoreLoss(nn.Module):
 
     ``score`` is a name of LOSSES with its ``knobs`` as in ``make_score``, or any function of the Moments. DPSM's alpha
     is a buffer, saved with the module. ``set_step(step, total)`` before each optimizer step moves it along the ramp of
-    ``alpha_at`` (warmup, schedule, alpha_max, start). ``causal``: ``trainer_loss`` shifts the labels by one token, as
-    decoder-only models need it. Raises ValueError for an unknown name or knob, or a knob out of place."""
+    ``alpha_at`` (warmup, schedule, alpha_max, start). ``scale``, ``softcap`` and ``class_weights`` [V], a buffer, are
+    as in ``linear_score``. ``causal``: ``trainer_loss`` shifts the labels by one token, as decoder-only models need it.
+    Raises ValueError for an unknown name or knob, or a knob out of place."""
 
     def __init__(
         self,
@@ -190,6 +191,9 @@ class ProperScoreLoss(nn.Module):
         ignore_index: int = -100,
         reduction: str = "mean",
         causal: bool = True,
+        scale: float = 1.0,
+        softcap: float | None = None,
+        class_weights: Tensor | None = None,
         impl: str = "auto",
         **knobs: float,
     ):
@@ -200,6 +204,8 @@ class ProperScoreLoss(nn.Module):
         if self.tail and not isinstance(score, str):
             raise ValueError("tail is for a named score; build yours with losses.tail_smoothed")
         self.register_buffer("alpha", torch.tensor(float(alpha)))
+        self.register_buffer("class_weights", class_weights, persistent=False)
+        self.scale, self.softcap = make_link(scale, softcap).scale, softcap
         self.given, self.knobs, self.built = score, knobs, (None, None)
         self.score()  # a wrong name fails here
         self.ramp = dict(warmup=warmup, schedule=schedule, alpha_max=alpha_max, start=start)
@@ -227,6 +233,7 @@ class ProperScoreLoss(nn.Module):
         """logits [..., V], targets [...]: the loss, 0-d, or [...] with reduction "none"."""
         rows = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
         how = dict(ignore_index=self.ignore_index, reduction=self.reduction, tail=self.tail, impl=self.impl)
+        how |= dict(scale=self.scale, softcap=self.softcap, class_weights=self.class_weights)
         loss, self.moments = logits_score(*rows, self.score(), denominator=denominator, **how)
         return loss.view_as(targets) if self.reduction == "none" else loss
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .head_pass import HeadPass, scaled
 from .impl import REDUCTIONS
-from .moments import Coefficients, Moments, Partials, Stats, gradient_coefficients, mask_stats
+from .moments import Coefficients, Moments, Partials, Stats, gradient_coefficients, mask_stats, order_of
 from .softmax import GradientKnown
 
 
@@ -31,6 +31,8 @@ def parallel_linear_score(
     group: dist.ProcessGroup | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
+    scale: float = 1.0,
+    softcap: float | None = None,
     fisher: bool = False,
     chunk: int | None = None,
     impl: str = "auto",
@@ -38,9 +40,10 @@ def parallel_linear_score(
     """``linear_score`` for a weight [V / ranks, D] that holds this rank's rows of the head, in rank order.
 
     hidden [N, D] and targets [N], in terms of the whole vocabulary, are the same on all ranks of ``group``; parts may
-    differ in size. The loss and the Moments (without tail_log_p) come out the same on every rank. d_weight is that of
-    this rank's rows. d_hidden is complete on every rank: do not reduce it again. The gradient is computed in the
-    forward; reduction "mean" or "sum". Raises ValueError for other reductions, and as ``linear_score`` does."""
+    differ in size. ``scale`` and ``softcap`` as in ``linear_score``. The loss and the Moments (without tail_log_p) come
+    out the same on every rank. d_weight is that of this rank's rows. d_hidden is complete on every rank: do not reduce
+    it again. The gradient is computed in the forward; reduction "mean" or "sum". Raises ValueError for other
+    reductions, and as ``linear_score`` does."""
     if reduction not in REDUCTIONS[:2]:
         raise ValueError(f"reduction={reduction!r}: expected 'mean' or 'sum' where the vocabulary is split over ranks")
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
@@ -52,7 +55,8 @@ def parallel_linear_score(
     wrong = targets[valid & ((targets < 0) | (targets >= vocab))]
     if len(wrong):
         raise ValueError(f"target {wrong[0].item()} is outside [0, {vocab}), the vocabulary of all ranks together")
-    head = _PartPass(hidden, weight, targets, first, group, ignore_index=ignore_index, chunk=chunk, impl=impl)
+    how = dict(ignore_index=ignore_index, order=order_of(score), scale=scale, softcap=softcap, chunk=chunk, impl=impl)
+    head = _PartPass(hidden, weight, targets, first, group, **how)
     wants = tuple(torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)) + (False,)
     total, moments, grads, count = head.reduced(score, reduction, None, fisher, wants)
     if grads[0] is not None:
@@ -71,7 +75,7 @@ class _PartPass(HeadPass):
 
     def __init__(self, hidden, weight, targets, first: int, group, *, ignore_index: int, **how):
         local = torch.where(targets == ignore_index, ignore_index, len(weight))
-        super().__init__(hidden, weight, local, ignore_index=ignore_index, vocab=len(weight) + 1, **how)
+        super().__init__(hidden, weight, local, ignore_index=ignore_index, vocab=len(weight) + 1, skip=False, **how)
         self.global_targets = torch.where(targets == ignore_index, -1, targets.long())
         self.first, self.group = first, group
         self.mask, self.can_fuse, self.can_keep_w = self.valid, False, False
@@ -85,7 +89,8 @@ class _PartPass(HeadPass):
         at = self.global_targets[rows] - self.first
         self.mine = (at >= 0) & (at < self.vocab - 1)
         self.at = torch.where(self.mine, at, self.vocab - 1)[:, None]
-        self.z_y = logits.gather(1, self.at)[:, 0].to(self.stats.dtype)  # -inf where it is another rank's
+        self.given_z_y = logits.gather(1, self.at)[:, 0].to(self.stats.dtype)  # -inf where it is another rank's
+        self.z_y = self.link.apply_(self.given_z_y.clone())
         logits.scatter_(1, self.at, -torch.inf)
         return logits
 
@@ -94,11 +99,13 @@ class _PartPass(HeadPass):
         local = torch.empty_like(self.stats[:, rows])
         ignored = torch.empty_like(self.correct[rows])
         last = torch.full_like(self.targets[rows], self.vocab - 1)
-        self.module.forward(logits, last, local, ignored, 0.0)
+        self.module.forward(logits, last, local, ignored, 0.0, order=self.order, link=self.link)
         self.local = s = Stats(*local)
         zero = torch.zeros_like(s.r1)
         none = s.support == 0  # no entry here: the kernels' numbers for such a row are those of a sure target
         sums = dict(w2=s.r2, w3=s.r3, w4=s.r4, entropy=s.entropy, log_sum=s.mean_log_p * s.support, support=s.support)
+        if self.order is not None:
+            sums["s"] = s.s
         # What this rank contributes for each token, all of its own entries without the target.
         sent = {name: torch.where(none, zero, x) for name, x in sums.items()} | dict(
             lse=torch.where(none, -torch.inf, s.row_max + s.row_sum.log()),
@@ -113,7 +120,10 @@ class _PartPass(HeadPass):
         share = torch.where(parts["lse"] == -torch.inf, 0.0, (parts["lse"] - lse).exp())
         d = torch.where(alone, -torch.inf, lse - z_y)
         r1, p_y, log_p, log_r1 = torch.sigmoid(d), torch.sigmoid(-d), F.logsigmoid(-d), F.logsigmoid(d)
-        w2, w3, w4 = ((share**k * parts[f"w{k}"]).sum(0) for k in (2, 3, 4))
+        orders = dict(w2=2, w3=3, w4=4)
+        if self.order is not None:
+            orders |= dict(w3=self.order + 1, w4=2 * self.order, s=self.order)
+        powers = {name: r1**k * (share**k * parts[name]).sum(0) for name, k in orders.items()}
         y_live = z_y != -torch.inf
         support = parts["support"].sum(0) + y_live
         # log p_j = log q_j + log share_k + log r1; a rank without mass has share 0 and no such entry.
@@ -122,7 +132,8 @@ class _PartPass(HeadPass):
         entropy = (share * (parts["entropy"] - log_share)).sum(0)
         sums = (parts["log_sum"] + parts["support"] * (log_share + off)).sum(0) + torch.where(y_live, log_p, 0.0)
         confidence = torch.where(parts["lse"] == -torch.inf, 0.0, (parts["top"] - lse).exp()).amax(0)
-        values = dict(log_p=log_p, r1=r1, p_y=p_y, r2=r1**2 * w2, r3=r1**3 * w3, r4=r1**4 * w4, support=support)
+        values = dict(log_p=log_p, r1=r1, p_y=p_y, support=support, lse=torch.logaddexp(lse, z_y))
+        values |= dict(r2=powers["w2"], r3=powers["w3"], r4=powers["w4"], s=powers.get("s", zero))
         values |= dict(mean_log_p=sums / support, confidence=torch.maximum(p_y, r1 * confidence))
         values |= dict(entropy=r1 * (entropy - off) - p_y * torch.where(y_live, log_p, 0.0))
         self.stats[:, rows] = torch.stack(Stats(*(zero,) * len(Stats._fields))._replace(**values))
@@ -144,11 +155,19 @@ class _PartPass(HeadPass):
     def gradient(self, logits: Tensor, rows: slice, partials: Partials, kept_w: bool = False) -> None:
         """Over the logits: p_j (a + c p_j) + b off target, the target's own entry where it is this rank's."""
         stats = self.stats_of(rows)
-        a, c, b, _, target = gradient_coefficients(stats, partials)
+        a, c, b, _, h, target = gradient_coefficients(stats, partials, self.order, self.link)
+        if self.link.softcap:
+            target = torch.where(
+                self.mine & (self.given_z_y > -torch.inf), target * self.link.slope(self.given_z_y), 0.0
+            )
         mass = stats.r1 * self.share  # p_j = mass * q_j
-        part = Coefficients(a * mass, None if c is None else c * mass * mass, b, None, torch.zeros_like(a))
+        if h is not None:
+            a, h = a + h * torch.where(mass > 0, mass.log(), 0.0), h * mass
+        c = None if c is None else c * mass ** (2 if self.order is None else self.order)
+        part = Coefficients(a * mass, c, b, None, h, torch.zeros_like(a))
         last, mask = torch.full_like(self.targets[rows], self.vocab - 1), self.mask[rows]
-        self.module.gradient(logits, last, mask, self.local, part, 0.0, logits)
+        how = dict(order=self.order, link=self.link)
+        self.module.gradient(logits, last, mask, self.local, part, 0.0, logits, **how)
         logits.masked_fill_((self.local.support == 0)[:, None], 0.0)
         logits.scatter_(1, self.at, torch.where(mask, target, 0.0)[:, None].to(logits.dtype))
 

@@ -5,7 +5,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .impl import check_logits, check_targets, choose_impl
-from .moments import Moments, Partials, Stats, as_moments, gradient_coefficients, mask_stats, new_stats
+from .moments import (
+    WITHOUT_GRADIENT,
+    Moments,
+    Partials,
+    Stats,
+    as_moments,
+    check_order,
+    gradient_coefficients,
+    make_link,
+    mask_stats,
+    new_stats,
+    no_gradient,
+)
 
 
 def softmax_moments(
@@ -14,6 +26,10 @@ def softmax_moments(
     *,
     ignore_index: int = -100,
     tail: float = 0.0,
+    order: Tensor | float | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    predictions: bool = False,
     inplace_backward: bool = False,
     impl: str = "auto",
 ) -> Moments:
@@ -23,14 +39,20 @@ def softmax_moments(
     and moments are fp32 (fp64 for fp64). Beside the logits this takes O(N) memory: the backward computes p again.
     Rows may be strided; logits that are not contiguous along V are copied.
 
-    ``tail`` > 0 fills tail_log_p. ``inplace_backward`` writes the gradient over the logits, which nothing else may
-    need. ``impl`` is "triton", "torch", or "auto": Triton for CUDA tensors, torch for others. Raises ValueError
-    for wrong shapes, dtypes or impl, and on CPU for targets out of range; on CUDA that would wait for the device."""
+    ``tail`` > 0 fills tail_log_p. ``order`` > 1, a number or a 0-d tensor on the device, is the power g of Moments.s,
+    by default 2. The softmax is that of softcap * tanh(scale * logits / softcap), or of scale * logits; the gradient is
+    with respect to the logits as given. ``predictions`` fills Moments.predicted. ``inplace_backward`` writes the
+    gradient over the logits, which nothing else may need. ``impl`` is "triton", "torch", or "auto": Triton for CUDA
+    tensors, torch for others. Raises ValueError for wrong shapes, dtypes, order, scale, softcap or impl, and on CPU for
+    targets out of range; on CUDA that would wait for the device. Backward raises ValueError where a moment was used
+    that has no gradient."""
     module = choose_impl(impl, logits)
     check_logits(logits, module)
     targets, valid, mask = check_targets(targets, len(logits), logits.shape[1], ignore_index, logits.device)
-    *values, correct = _SoftmaxMoments.apply(logits, targets, mask, tail, inplace_backward, module)
-    return as_moments(Stats(*values), correct, valid, logits.shape[1], tail)
+    how = dict(tail=tail, order=check_order(order), link=make_link(scale, softcap))
+    ids = torch.empty_like(targets) if predictions else None
+    *values, correct = _SoftmaxMoments.apply(logits, targets, mask, how, ids, inplace_backward, module)
+    return as_moments(Stats(*values), correct, valid, logits.shape[1], tail, how["order"], predicted=ids)
 
 
 def with_own_rows(logits: Tensor) -> Tensor:
@@ -69,26 +91,33 @@ class GradientKnown(torch.autograd.Function):
 
 class _SoftmaxMoments(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, targets, mask, tail, inplace_backward, module):
+    def forward(ctx, logits, targets, mask, how, ids, inplace_backward, module):
         logits = with_own_rows(logits)
         stats, correct = new_stats(logits, len(logits))
-        module.forward(logits, targets, stats, correct, tail)
-        mask_stats(stats, correct, mask)
+        module.forward(logits, targets, stats, correct, **how, predicted=ids)
+        mask_stats(stats, correct, mask, ids)
         ctx.save_for_backward(logits, targets, mask, stats)
-        ctx.tail, ctx.inplace_backward, ctx.module = tail, inplace_backward, module
+        ctx.how, ctx.inplace_backward, ctx.module = how, inplace_backward, module
         ctx.set_materialize_grads(False)
-        rows = stats.unbind(0)
-        ctx.mark_non_differentiable(*rows[len(Partials._fields) :], correct)
+        rows = Stats(*stats.unbind(0))
+        public = (*Partials._fields, *WITHOUT_GRADIENT)  # backward says where one of the latter was used
+        ctx.mark_non_differentiable(*(x for name, x in rows._asdict().items() if name not in public), correct)
         return *rows, correct
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *upstream):
-        partials = Partials(*upstream[: len(Partials._fields)])  # the first of Stats, in the same order
+        upstream = dict(zip(Stats._fields, upstream, strict=False))
+        partials = Partials(*(upstream[name] for name in Partials._fields))
+        order, link = ctx.how["order"], ctx.how["link"]
+        for name in (*WITHOUT_GRADIENT, *(("r2",) if order is not None else ())):
+            if upstream[name] is not None:
+                raise ValueError(no_gradient(name))
         if all(g is None for g in partials):
-            return (None,) * 6
+            return (None,) * 7
         logits, targets, mask, stats = ctx.saved_tensors
         logits, stats = logits.detach(), Stats(*stats)
         out = logits if ctx.inplace_backward else empty_twin(logits)
-        ctx.module.gradient(logits, targets, mask, stats, gradient_coefficients(stats, partials), ctx.tail, out)
-        return out, *(None,) * 5
+        coefficients = gradient_coefficients(stats, partials, order, link)
+        ctx.module.gradient(logits, targets, mask, stats, coefficients, out=out, **ctx.how)
+        return out, *(None,) * 6

@@ -10,8 +10,9 @@ import torch
 import triton
 from torch import Tensor
 
-from .moments import Coefficients, Stats
+from .moments import PLAIN, Coefficients, Link, Stats
 from .triton_kernels import gradient_kernel, moments_kernel, rescale_kernel, rest_kernel, score_kernel
+from .triton_rows import CAPPED, SCALED
 from .triton_scores import FUSED_SCORES, READS_MEAN
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -26,43 +27,86 @@ MOST_WARPS = 16
 RESCALED = 4096  # elements a program of rescale_kernel
 
 
-def forward(logits: Tensor, targets: Tensor, stats: Tensor, correct: Tensor, tail: float) -> None:
-    """Fills ``stats`` [15, N] (the rows of moments.Stats) and ``correct`` [N] from logits [N, V]."""
+def forward(
+    logits: Tensor,
+    targets: Tensor,
+    stats: Tensor,
+    correct: Tensor,
+    tail: float,
+    *,
+    order=None,
+    link: Link = PLAIN,
+    predicted: Tensor | None = None,
+) -> None:
+    """Fills ``stats`` [17, N] (the rows of moments.Stats), ``correct`` and, unless None, ``predicted`` [N] from logits
+    [N, V], of which ``link`` makes those of the softmax."""
     logits, _ = _aligned(logits)
-    rows = _rows(logits, targets) | _results(stats, correct)
+    rows = _rows(logits, targets) | _results(stats, correct) | dict(ids_ptr=predicted, scale=link.scale)
+    rows |= dict(order_ptr=_scalar(order, logits), softcap=link.softcap, LINK=_kind(link))
     _run(moments_kernel, logits, **rows, tail=tail, TAIL=tail > 0, **_shape(logits.shape[1], logits.dtype))
 
 
-def gradient(logits, targets, mask, stats: Stats, coefficients: Coefficients, tail: float, out: Tensor) -> None:
+def gradient(
+    logits,
+    targets,
+    mask,
+    stats: Stats,
+    coefficients: Coefficients,
+    tail: float,
+    out: Tensor,
+    *,
+    order=None,
+    link: Link = PLAIN,
+) -> None:
     """Writes the gradient of the rows to ``out`` [N, V], which may be the logits themselves; 0 where ``mask`` is False.
     Raises ValueError where ``out`` has other strides than the logits."""
     vocab = logits.shape[1]
-    a, c, b, t, target = (None if x is None else x.contiguous() for x in coefficients)
+    a, c, b, t, h, target = coefficients
+    if link.softcap:
+        z_y = logits.gather(1, targets[:, None])[:, 0].float()
+        target = torch.where(z_y == -torch.inf, 0.0, target * link.slope(z_y))
+    a, c, b, t, h, target = (None if x is None else x.contiguous() for x in (a, c, b, t, h, target))
     shape = _shape(vocab, logits.dtype, "PACKED")
     logits, result = _aligned(logits, out)
     programs = triton.cdiv(vocab + shape["W"] - 1, shape["K"] * shape["R"] * shape["W"])  # of a row
     pointers = dict(ref_ptr=stats.row_max, sum_ptr=stats.row_sum, r1_ptr=stats.r1, support_ptr=stats.support)
-    pointers |= dict(a_ptr=a, c_ptr=c, b_ptr=b, t_ptr=t, target_ptr=target, out_ptr=result, mask_ptr=_bytes(mask))
+    pointers |= dict(a_ptr=a, c_ptr=c, b_ptr=b, t_ptr=t, h_ptr=h, target_ptr=target)
+    pointers |= dict(out_ptr=result, mask_ptr=_bytes(mask), order_ptr=_scalar(order, logits))
+    pointers |= dict(link_scale=link.scale, softcap=link.softcap, LINK=_kind(link))
     _run(gradient_kernel, logits, programs, **_rows(logits, targets), **pointers, tail=tail, **shape)
     if result is not out:
         out.copy_(result)
 
 
 def fused_score(
-    name: str, knob, logits, targets, mask, weights, *, stats, correct, losses, fisher, out, shape: dict | None = None
+    name: str,
+    knob,
+    logits,
+    targets,
+    mask,
+    weights,
+    *,
+    stats,
+    correct,
+    losses,
+    fisher,
+    out,
+    order=None,
+    link: Link = PLAIN,
+    shape: dict | None = None,
 ) -> None:
-    """The score ``name`` of triton_scores, with its ``knob``, a number or a 0-d fp32 tensor on the device.
+    """The score ``name`` of triton_scores, with its ``knob``; that and ``order`` are numbers or 0-d fp32 tensors.
 
-    logits [N, V] and int64 targets [N]; ``mask`` [N] bool and ``weights`` [N] fp32, or None. Fills stats [15, N],
+    logits [N, V] and int64 targets [N]; ``mask`` [N] bool and ``weights`` [N] fp32, or None. Fills stats [17, N],
     correct, losses and fisher [N], 0 where ``mask`` is False, and ``out`` with the gradient of sum(weights * losses);
     ``out`` may be the logits, None is no gradient. ``shape``: launch constants to measure, for ``score_shape``'s."""
     vocab = logits.shape[1]
-    if not isinstance(knob, Tensor):
-        knob = torch.full((), float(knob), device=logits.device)
+    knob, order = _scalar(knob, logits), _scalar(order, logits)
     logits, result = _aligned(logits, out)
     arguments = _rows(logits, targets) | _results(stats, correct) | dict(loss_ptr=losses, fisher_ptr=fisher)
     arguments |= dict(SCORE=FUSED_SCORES[name], HAS_B=name in READS_MEAN, knob_ptr=knob)
-    arguments |= dict(mask_ptr=_bytes(mask), weights_ptr=weights, out_ptr=result)
+    arguments |= dict(mask_ptr=_bytes(mask), weights_ptr=weights, out_ptr=result, order_ptr=order)
+    arguments |= dict(link_scale=link.scale, softcap=link.softcap, LINK=_kind(link))
     _run(score_kernel, logits, **arguments, **(shape or score_shape(vocab, logits.dtype)))
     _run(rest_kernel, logits, **arguments, **_shape(vocab, logits.dtype, "K", "PACKED"))
     if result is not out:
@@ -89,6 +133,20 @@ def _rows(logits: Tensor, targets: Tensor) -> dict:
 
 def _results(stats: Tensor, correct: Tensor) -> dict:
     return dict(stats_ptr=stats, stats_stride=stats.stride(0), correct_ptr=_bytes(correct))
+
+
+def _scalar(value, like: Tensor) -> Tensor | None:
+    """A 0-d fp32 tensor beside ``like``."""
+    if value is None:
+        return None
+    if isinstance(value, Tensor):
+        return value.to(like.device, torch.float32)
+    return torch.full((), float(value), device=like.device)
+
+
+def _kind(link: Link) -> int:
+    """The kernels' LINK."""
+    return CAPPED.value if link.softcap else SCALED.value if link.scale != 1 else 0
 
 
 def _bytes(mask: Tensor | None) -> Tensor | None:

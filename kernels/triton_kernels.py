@@ -27,9 +27,14 @@ def moments_kernel(
     stats_ptr,
     stats_stride,
     correct_ptr,
+    ids_ptr,
+    order_ptr,
     tail,
+    scale,
+    softcap,
     V,
     TAIL: tl.constexpr,
+    LINK: tl.constexpr,
     PACKED: tl.constexpr,
     K: tl.constexpr,
     R: tl.constexpr,
@@ -37,19 +42,27 @@ def moments_kernel(
 ):
     """One program a row, one read: its Stats, in the rows of ``stats``."""
     row = tl.program_id(0).to(tl.int64)
+    ORDER: tl.constexpr = order_ptr is not None
+    link = scale, softcap
+    g = tl.load(order_ptr) if ORDER else 2.0
     y = tl.load(targets_ptr + row).to(tl.int32)
-    z_y = tl.load(z_ptr + row * z_stride + y).to(tl.float32)
+    z_y = rows.linked(tl.load(z_ptr + row * z_stride + y).to(tl.float32), link, LINK, False)
     at = rows.place(row, z_stride, V, y, W)
     none = tl.zeros([R], tl.float32)
     z_e, _places, _mine, off = rows.edge(z_ptr, at, V, y, R, W)
-    lanes = rows.add_edge((none + rows.FILL, none, (none, none, none, none, none, none)), z_e, off, R)
-    top, sums = rows.over_lanes(rows.add_blocks(z_ptr, at, 0, lanes, K, R, W, PACKED))
+    lanes = none + rows.FILL, none, rows.no_sums_a_lane(R)
+    lanes = rows.add_edge(lanes, rows.linked(z_e, link, LINK, True), off, g, R, ORDER)
+    lanes = rows.add_blocks(z_ptr, at, 0, lanes, link, g, K, R, W, PACKED, LINK, ORDER)
+    top, sums = rows.over_lanes(lanes, g, ORDER)
     live, beaten = V - 1.0, z_y <= top
-    if rows.needs_care(top, sums[5], z_y):
-        top, sums, live, beaten = rows.careful_sums(z_ptr, at, V, y, z_y, True, R, W)
+    if rows.needs_care(top, sums[5], z_y, LINK):
+        top, sums, live, beaten = rows.careful_sums(z_ptr, at, V, y, z_y, True, link, g, R, W, LINK, ORDER)
     to = stats_ptr + row, stats_stride, correct_ptr + row
     found = top, sums, live, beaten
-    moments, ref, w, rest = rows.finish_row(to, True, z_y, found)
+    moments, ref, powers, rest = rows.finish_row(to, True, z_y, found, g, ORDER)
+    w = powers[0]
+    if ids_ptr is not None:
+        tl.store(ids_ptr + row, rows.first_place(z_ptr, at, V, y, z_y, top, link, R, W, LINK))
     if TAIL:
         # A second read, of a row that is still in the cache.
         p_y, n = moments[6], moments[7]
@@ -59,6 +72,7 @@ def moments_kernel(
         for start in range(0, at[3] + 1, R):
             for half in tl.static_range(W // 4):
                 z, _j = rows.element(z_ptr, at, start + tl.arange(0, R), half, V, y, W)
+                z = rows.linked(z, link, LINK, False)
                 inside = (tl.exp2((z - ref) * rows.LOG2E) * w < tail / n) & (z != float("-inf"))
                 k += inside.to(tl.float32)
                 tail_t += tl.where(inside, z - ref, 0.0)
@@ -71,22 +85,38 @@ def moments_kernel(
 
 
 @triton.jit
-def any_gradient(z, ref, scale, a, c, b, t, limit):
-    """p (a + c p) + b + t [p < limit] with p = scale exp(z - ref), of any z, 0 for -inf. c, b and t may be None."""
-    p = tl.exp2((z - ref) * rows.LOG2E) * scale
-    g = p * (a if c is None else tl.fma(p, c, a))
+def any_gradient(z, ref, scale, rule, tail_limit, link, g, LINK: tl.constexpr, ORDER: tl.constexpr):
+    """p (a + c p^(g-1) + h log p) + b + t [p < tail_limit], with p = scale exp(linked z - ref), of any z, 0 for -inf.
+    ``rule`` is (a, c, b, t, h), of which all but a may be None. Without ORDER g is 2."""
+    a, c, b, t, h = rule
+    shaped = rows.linked(z, link, LINK, False)
+    p = tl.exp2((shaped - ref) * rows.LOG2E) * scale
+    if c is None:
+        found = p * a
+    elif ORDER:
+        power = tl.where(p > 0, tl.exp2(((shaped - ref) * rows.LOG2E + tl.log2(scale)) * g), 0.0)
+        found = p * a + c * power
+    else:
+        found = p * tl.fma(p, c, a)
+    if h is not None:
+        found += tl.where(p > 0, p * h * ((shaped - ref) + tl.log2(scale) * rows.LN2), 0.0)
     if b is not None:
-        g += tl.where(z != float("-inf"), b, 0.0)
+        found += tl.where(z != float("-inf"), b, 0.0)
     if t is not None:
-        g += tl.where((p < limit) & (z != float("-inf")), t, 0.0)
-    return g
+        found += tl.where((p < tail_limit) & (z != float("-inf")), t, 0.0)
+    if LINK == rows.CAPPED:
+        found *= rows.slope_of(z, link, LINK)
+    return found
 
 
 @triton.jit
-def store_any_gradient(ptr, at, v, live, word, on, ref, scale, a, c, b, t, limit):
+def store_any_gradient(
+    ptr, at, v, live, word, on, ref, scale, rule, tail_limit, link, g, LINK: tl.constexpr, ORDER: tl.constexpr
+):
     """``any_gradient`` of [R, 4] words over whole vectors of the same dtype, 0 where not ``on``."""
-    low = any_gradient(rows.part_of(word, 0, 0, ptr.dtype.element_ty), ref, scale, a, c, b, t, limit)
-    high = any_gradient(rows.part_of(word, 1, 0, ptr.dtype.element_ty), ref, scale, a, c, b, t, limit)
+    DTYPE: tl.constexpr = ptr.dtype.element_ty
+    low = any_gradient(rows.part_of(word, 0, 0, DTYPE), ref, scale, rule, tail_limit, link, g, LINK, ORDER)
+    high = any_gradient(rows.part_of(word, 1, 0, DTYPE), ref, scale, rule, tail_limit, link, g, LINK, ORDER)
     rows.store_words(ptr, at, v, live, tl.where(on, low, 0.0), tl.where(on, high, 0.0))
 
 
@@ -105,16 +135,24 @@ def gradient_kernel(
     c_ptr,
     b_ptr,
     t_ptr,
+    h_ptr,
     target_ptr,
+    order_ptr,
     tail,
+    link_scale,
+    softcap,
     V,
+    LINK: tl.constexpr,
     K: tl.constexpr,
     R: tl.constexpr,
     W: tl.constexpr,
 ):
-    """One program K vectors a lane of a row, one read and one write over or beside the logits:
-    p_j (a + c p_j) + b + t [p_j in tail], and ``target`` at y."""
+    """One program K vectors a lane of a row, one read and one write over or beside the logits: ``any_gradient``, and
+    ``target`` at y."""
     row = tl.program_id(0).to(tl.int64)
+    ORDER: tl.constexpr = order_ptr is not None
+    link = link_scale, softcap
+    g = tl.load(order_ptr) if ORDER else 2.0
     y = tl.load(targets_ptr + row).to(tl.int32)
     at = rows.place(row, z_stride, V, y, W)
     # An ignored row and its coefficients may hold anything.
@@ -124,7 +162,8 @@ def gradient_kernel(
     c = tl.load(c_ptr + row) if c_ptr is not None else None
     b = tl.load(b_ptr + row) if b_ptr is not None else None
     t = tl.load(t_ptr + row) if t_ptr is not None else None
-    a = tl.load(a_ptr + row)
+    h = tl.load(h_ptr + row) if h_ptr is not None else None
+    rule = tl.load(a_ptr + row), c, b, t, h
     limit = tail / tl.maximum(tl.load(support_ptr + row), 1.0)
     start = tl.program_id(1) * (K * R)
     lane = tl.arange(0, R)
@@ -132,29 +171,47 @@ def gradient_kernel(
         v = start + k * R + lane
         live = rows.is_whole(v, at, True, True)
         word = rows.load_words(z_ptr, at, v, live)
-        store_any_gradient(out_ptr, at, v, live, word, on, ref, scale, a, c, b, t, limit)
+        store_any_gradient(out_ptr, at, v, live, word, on, ref, scale, rule, limit, link, g, LINK, ORDER)
     if tl.program_id(1) == 0:
         z, places, mine, off = rows.edge(z_ptr, at, V, y, R, W)
-        g = tl.where(off, any_gradient(z, ref, scale, a, c, b, t, limit), tl.load(target_ptr + row))
-        tl.store(out_ptr + places, tl.where(on, g, 0.0).to(out_ptr.dtype.element_ty), mask=mine)
+        found = tl.where(off, any_gradient(z, ref, scale, rule, limit, link, g, LINK, ORDER), tl.load(target_ptr + row))
+        tl.store(out_ptr + places, tl.where(on, found, 0.0).to(out_ptr.dtype.element_ty), mask=mine)
 
 
 @triton.jit
-def scored(to, loss_ptr, fisher_ptr, knob_ptr, keep, z_y, found, SCORE: tl.constexpr):
-    """Stores Stats, loss and Fisher of a row. Returns ((a, c, b), target, ref): its gradient is e (a + c e) + b with
-    e = exp(z - ref), and ``target`` at the target."""
-    moments, ref, w, _rest = rows.finish_row(to, keep, z_y, found)
-    log_p, r1, r2, r3, r4, mean_log_p, p_y, n = moments
-    loss, g0, g1, g2, gm = SCORE(log_p, r1, r2, mean_log_p, p_y, tl.load(knob_ptr))
+def scored(
+    to,
+    loss_ptr,
+    fisher_ptr,
+    knob_ptr,
+    keep,
+    given_z_y,
+    z_y,
+    found,
+    link,
+    g,
+    SCORE: tl.constexpr,
+    LINK: tl.constexpr,
+    ORDER: tl.constexpr,
+):
+    """Stores Stats, loss and Fisher of a row. Returns ((a, c, b), target, ref): its gradient is ``gradient_of`` with
+    e = exp(z - ref), times the softcap's slope, and ``target`` at the target."""
+    moments, ref, powers, _rest = rows.finish_row(to, keep, z_y, found, g, ORDER)
+    log_p, r1, r2, r3, r4, mean_log_p, p_y, n, s, entropy = moments
+    loss, g0, g1, gs, gm = SCORE(log_p, r1, s, mean_log_p, p_y, entropy, n, tl.load(knob_ptr))
     tl.store(loss_ptr, tl.where(keep, loss, 0.0))
     # As derived at the head of moments.py.
-    c = 2.0 * g2
-    a = -g0 + g1 * p_y - c * r2 - gm
+    c = g * gs
+    a = -g0 + g1 * p_y - c * s - gm
     b = gm / n
-    target = -(a * r1 + c * r2 + (n - 1.0) * b)
-    fisher = a * a * r2 + 2.0 * a * c * r3 + c * c * r4 + 2.0 * b * (a * r1 + c * r2) + (n - 1.0) * b * b
+    target = -(a * r1 + c * s + (n - 1.0) * b)
+    fisher = a * a * r2 + 2.0 * a * c * r3 + c * c * r4 + 2.0 * b * (a * r1 + c * s) + (n - 1.0) * b * b
     tl.store(fisher_ptr, tl.where(keep, fisher + target * target, 0.0))
-    return (a * w, c * w * w, b), target, ref
+    if LINK:
+        a, b, c, target = a * link[0], b * link[0], c * link[0], target * link[0]
+    if LINK == rows.CAPPED:
+        target *= rows.slope_of(given_z_y, link, LINK)
+    return (a * powers[0], c * powers[1], b), target, ref
 
 
 @triton.jit(do_not_specialize=["stats_stride"])
@@ -171,8 +228,12 @@ def score_kernel(
     correct_ptr,
     loss_ptr,
     fisher_ptr,
+    order_ptr,
+    link_scale,
+    softcap,
     V,
     SCORE: tl.constexpr,
+    LINK: tl.constexpr,
     HAS_B: tl.constexpr,
     PIECES: tl.constexpr,
     MORE: tl.constexpr,
@@ -187,6 +248,9 @@ def score_kernel(
     MORE: what follows is read K vectors a lane at a time, and again for the gradient, from the row's end, where the
     cache still has it. What is rare is left to rest_kernel, and said so in ``correct``."""
     DTYPE: tl.constexpr = z_ptr.dtype.element_ty
+    ORDER: tl.constexpr = order_ptr is not None
+    link = link_scale, softcap
+    g = tl.load(order_ptr) if ORDER else 2.0
     row = tl.program_id(0).to(tl.int64)
     correct_ptr += row
     if mask_ptr is not None:
@@ -201,26 +265,31 @@ def score_kernel(
     for k in tl.static_range(PIECES):
         live = rows.is_whole(k * R + lane, at, k == 0, MORE or k >= PIECES - 2)
         held = held + (rows.load_words(z_ptr, at, k * R + lane, live),)
-    new_top = rows.top_of(held, PIECES, R, DTYPE, PACKED)
+    new_top = rows.linked(rows.top_of(held, PIECES, R, DTYPE, PACKED), link, LINK, True)
     base = rows.base_of(new_top)
     fresh = rows.no_sums(R)
     for k in tl.static_range(PIECES):
         live = rows.is_whole(k * R + lane, at, k == 0, MORE or k >= PIECES - 2)
-        fresh = rows.add_word(held[k], live, base, tl.num_programs(1) - 1, fresh, R, DTYPE)
+        zero = tl.num_programs(1) - 1
+        fresh = rows.add_word(held[k], live, base, zero, fresh, link, g, R, DTYPE, LINK, ORDER)
     sums = rows.per_lane(fresh)
     count = rows.entries_of(lane, tl.minimum(at[3], PIECES * R), at, R, W)
     z_e, _places, _mine, off = rows.edge(z_ptr, at, V, y, R, W)
-    lanes = rows.add_edge((new_top, count, sums), z_e, off, R)
+    lanes = rows.add_edge((new_top, count, sums), rows.linked(z_e, link, LINK, True), off, g, R, ORDER)
     if MORE:
-        lanes = rows.add_blocks(z_ptr, at, PIECES * R, lanes, K, R, W, PACKED)
-    top, sums = rows.over_lanes(lanes)
-    z_y = tl.load(z_ptr + row * z_stride + y).to(tl.float32)
-    if rows.needs_care(top, sums[5], z_y):
+        lanes = rows.add_blocks(z_ptr, at, PIECES * R, lanes, link, g, K, R, W, PACKED, LINK, ORDER)
+    top, sums = rows.over_lanes(lanes, g, ORDER)
+    given = tl.load(z_ptr + row * z_stride + y).to(tl.float32)
+    z_y = rows.linked(given, link, LINK, False)
+    if rows.needs_care(top, sums[5], z_y, LINK):
         tl.store(correct_ptr, LEFT)
         return
     to = stats_ptr + row, stats_stride, correct_ptr
     found = top, sums, V - 1.0, z_y <= top
-    rule, target, ref = scored(to, loss_ptr + row, fisher_ptr + row, knob_ptr, True, z_y, found, SCORE)
+    results = loss_ptr + row, fisher_ptr + row
+    rule, target, ref = scored(
+        to, results[0], results[1], knob_ptr, True, given, z_y, found, link, g, SCORE, LINK, ORDER
+    )
     if out_ptr is not None:
         # Read back, so that the compiler holds the row as it was loaded and not its exponentials.
         tl.debug_barrier()
@@ -241,7 +310,8 @@ def score_kernel(
         base = rows.base_of(ref)
         # Exponentials are relative to base, coefficients to the maximum.
         scale = tl.exp2(tl.fma(-ref, rows.LOG2E, base))
-        rule = a * scale, c * scale * scale, b
+        power = tl.exp2(g * tl.fma(-ref, rows.LOG2E, base)) if ORDER else scale * scale
+        rule = a * scale, c * power, b
         if MORE:
             blocks = (tl.maximum(at[3] - PIECES * R, 0) + K * R - 1) // (K * R)
             for n_block in range(0, blocks):
@@ -250,13 +320,14 @@ def score_kernel(
                     v = start + k * R + lane
                     live = rows.is_whole(v, at, True, True)
                     word = rows.load_words(z_ptr, at, v, live)
-                    rows.store_gradient(out_ptr, at, v, live, word, 0, base, rule, HAS_B)
+                    rows.store_gradient(out_ptr, at, v, live, word, 0, base, rule, link, g, HAS_B, LINK, ORDER)
         for k in tl.static_range(PIECES):
             live = rows.is_whole(k * R + lane, at, k == 0, MORE or k >= PIECES - 2)
-            rows.store_gradient(out_ptr, at, k * R + lane, live, held[k], zero, base, rule, HAS_B)
+            v = k * R + lane
+            rows.store_gradient(out_ptr, at, v, live, held[k], zero, base, rule, link, g, HAS_B, LINK, ORDER)
         z_e, places, _mine, off = rows.edge(z_ptr, at, V, y, R, W)
-        g = rows.gradient_of(tl.fma(z_e, rows.LOG2E, -base), rule, HAS_B)
-        tl.store(out_ptr + places, g.to(out_ptr.dtype.element_ty), mask=off)
+        found = rows.gradient_at(z_e, base, rule, link, g, HAS_B, LINK, ORDER)
+        tl.store(out_ptr + places, found.to(out_ptr.dtype.element_ty), mask=off)
 
 
 @triton.jit(do_not_specialize=["stats_stride"])
@@ -273,14 +344,21 @@ def rest_kernel(
     correct_ptr,
     loss_ptr,
     fisher_ptr,
+    order_ptr,
+    link_scale,
+    softcap,
     V,
     SCORE: tl.constexpr,
+    LINK: tl.constexpr,
     HAS_B: tl.constexpr,
     R: tl.constexpr,
     W: tl.constexpr,
 ):
     """What score_kernel has left, slowly and carefully: rows outside of the loss, which get 0 everywhere whatever they
     hold, and those that ``needs_care`` names."""
+    ORDER: tl.constexpr = order_ptr is not None
+    link = link_scale, softcap
+    g = tl.load(order_ptr) if ORDER else 2.0
     row = tl.program_id(0).to(tl.int64)
     correct_ptr += row
     if tl.load(correct_ptr) != LEFT:
@@ -289,10 +367,14 @@ def rest_kernel(
     at = rows.place(row, z_stride, V, y, W)
     lane = tl.arange(0, R)
     keep = tl.load(mask_ptr + row) != 0 if mask_ptr is not None else True
-    z_y = tl.load(z_ptr + row * z_stride + y).to(tl.float32)
-    found = rows.careful_sums(z_ptr, at, V, y, z_y, keep, R, W)
+    given = tl.load(z_ptr + row * z_stride + y).to(tl.float32)
+    z_y = rows.linked(given, link, LINK, False)
+    found = rows.careful_sums(z_ptr, at, V, y, z_y, keep, link, g, R, W, LINK, ORDER)
     to = stats_ptr + row, stats_stride, correct_ptr
-    rule, target, ref = scored(to, loss_ptr + row, fisher_ptr + row, knob_ptr, keep, z_y, found, SCORE)
+    results = loss_ptr + row, fisher_ptr + row
+    rule, target, ref = scored(
+        to, results[0], results[1], knob_ptr, keep, given, z_y, found, link, g, SCORE, LINK, ORDER
+    )
     on = keep
     if out_ptr is not None:
         a, c, b = rule
@@ -302,16 +384,17 @@ def rest_kernel(
             a, c, b, target = a * weight, c * weight, b * weight, target * weight
         if not HAS_B:
             b = None
+        rule = a, c, b, None, None
         origin, shift, first, last, ty = at
         to_read = origin, shift, first, tl.where(on, last, 0), ty
         for start in range(0, last, R):
             v = start + lane
             live = rows.is_whole(v, at, True, True)
             word = rows.load_words(z_ptr, at, v, rows.is_whole(v, to_read, True, True))
-            store_any_gradient(out_ptr, at, v, live, word, on, ref, 1.0, a, c, b, None, 0.0)
+            store_any_gradient(out_ptr, at, v, live, word, on, ref, 1.0, rule, 0.0, link, g, LINK, ORDER)
         z_e, places, mine, off = rows.edge(z_ptr, at, V, y, R, W)
-        g = tl.where(off, any_gradient(z_e, ref, 1.0, a, c, b, None, 0.0), target)
-        tl.store(out_ptr + places, tl.where(on, g, 0.0).to(out_ptr.dtype.element_ty), mask=mine)
+        found = tl.where(off, any_gradient(z_e, ref, 1.0, rule, 0.0, link, g, LINK, ORDER), target)
+        tl.store(out_ptr + places, tl.where(on, found, 0.0).to(out_ptr.dtype.element_ty), mask=mine)
 
 
 @triton.jit

@@ -9,6 +9,9 @@ Three tuples go from function to function:
     at      (origin, shift, first, last, ty), where a row lies, as ``place`` says
     lanes   (top, count, sums) of each lane: its maximum, the number of its entries, and their sums as ``add_term``
     found   (top, sums, live, beaten) of the row, as ``careful_sums`` says
+
+Two more say what the softmax and the sums are of: ``link`` (scale, softcap), which counts as LINK says, and ``g``, the
+order, which counts with ORDER.
 """
 
 import triton
@@ -20,10 +23,43 @@ FILL = tl.constexpr(-(2.0**120))  # finite, also as a sum of many times LOG2E
 FILL_BF16_TWICE = tl.constexpr(-0x047F0480)  # the same in both halves of a word, 0xFB80FB80
 FILL_FP16_TWICE = tl.constexpr(-0x04000401)  # -65504 in both, 0xFBFFFBFF
 # The rows of moments.Stats, in their order.
-LOG_P, R1, R2, MEAN_LOG_P, TAIL_LOG_P = (tl.constexpr(i) for i in range(5))
-R3, R4, ENTROPY, CONFIDENCE, SUPPORT = (tl.constexpr(i) for i in range(5, 10))
-P_Y, TAIL_COUNT, TAIL_OFF, ROW_MAX, ROW_SUM = (tl.constexpr(i) for i in range(10, 15))
+LOG_P, R1, R2, MEAN_LOG_P, TAIL_LOG_P, ENTROPY, LSE, S = (tl.constexpr(i) for i in range(8))
+R3, R4, CONFIDENCE, SUPPORT = (tl.constexpr(i) for i in range(8, 12))
+P_Y, TAIL_COUNT, TAIL_OFF, ROW_MAX, ROW_SUM = (tl.constexpr(i) for i in range(12, 17))
 NO_TOP = tl.constexpr(-65300.0)  # a maximum up to here may be a FILL, or so near to one that its exponential counts
+
+
+SCALED, CAPPED = tl.constexpr(1), tl.constexpr(2)  # LINK: the scale alone, or a softcap
+
+
+@triton.jit
+def linked(z, link, LINK: tl.constexpr, FILLS: tl.constexpr):
+    """The softmax's logits, scale z or softcap tanh(scale z / softcap). -inf stays; with FILLS whatever is so low that
+    it may be a FILL is one, and ``needs_care`` finds the row if it was none."""
+    if LINK:
+        scale, softcap = link
+        if LINK == CAPPED:
+            x = z * (scale / softcap)
+            u = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
+            t = (1.0 - u) / (1.0 + u)
+            shaped = tl.where(x < 0, -softcap * t, softcap * t)
+        else:
+            shaped = z * scale
+        if FILLS:
+            z = tl.where(z <= NO_TOP, FILL, shaped)
+        else:
+            z = tl.where(z == float("-inf"), z, shaped)
+    return z
+
+
+@triton.jit
+def slope_of(z, link, LINK: tl.constexpr):
+    """d linked / d (scale z): 1 - tanh^2 without cancellation, 1 without a softcap."""
+    slope = z * 0.0 + 1.0
+    if LINK == CAPPED:
+        u = tl.exp2(tl.abs(z * (link[0] / link[1])) * (-2.0 * LOG2E))
+        slope = 4.0 * u / ((1.0 + u) * (1.0 + u))
+    return slope
 
 
 @triton.jit
@@ -160,73 +196,107 @@ def base_of(top):
 
 
 @triton.jit
-def add_term(z, base, s1, s2, s3, s4, s_ex, s_x):
-    """Adds e^k, k = 1 ... 4, e x, and x to the sums, with x = z LOG2E - base and e = 2^x."""
+def add_term(z, base, sums, g, ORDER: tl.constexpr):
+    """Adds e^k, k = 1 ... 4, e x, and x to the sums, with x = z LOG2E - base and e = 2^x. With ORDER e^(g+1) and e^(2g)
+    are in the places of e^3 and e^4, and the last sum is of e^g."""
+    s1, s2, s3, s4, s_ex, s_x, s_g = sums
     x = tl.fma(z, LOG2E, -base)
     e = tl.exp2(x)
     e2 = e * e
-    return s1 + e, s2 + e2, tl.fma(e2, e, s3), tl.fma(e2, e2, s4), tl.fma(e, x, s_ex), s_x + x
+    if ORDER:
+        power = tl.exp2(x * g)
+        s_g += power
+        s3, s4 = tl.fma(power, e, s3), tl.fma(power, power, s4)
+    else:
+        s3, s4 = tl.fma(e2, e, s3), tl.fma(e2, e2, s4)
+    return s1 + e, s2 + e2, s3, s4, tl.fma(e, x, s_ex), s_x + x, s_g
 
 
 @triton.jit
-def add_word(word, live, base, zero, sums, R: tl.constexpr, DTYPE: tl.constexpr):
+def add_word(
+    word, live, base, zero, sums, link, g, R: tl.constexpr, DTYPE: tl.constexpr, LINK: tl.constexpr, ORDER: tl.constexpr
+):
     """``add_term`` for [R, 4] words, to sums of [R, 2]; x counts only where ``live``."""
-    s1, s2, s3, s4, s_ex, s_x = sums
+    s1, s2, s3, s4, s_ex, s_x, s_g = sums
     part = tl.zeros([R, 2], tl.float32)
     left, right = tl.split(tl.reshape(word, [R, 2, 2]))
     base = base[:, None]
     for half in tl.static_range(1 if DTYPE == tl.float32 else 2):
-        z = part_of(left, half, zero, DTYPE)
-        s1, s2, s3, s4, s_ex, part = add_term(z, base, s1, s2, s3, s4, s_ex, part)
-        z = part_of(right, half, zero, DTYPE)
-        s1, s2, s3, s4, s_ex, part = add_term(z, base, s1, s2, s3, s4, s_ex, part)
-    return s1, s2, s3, s4, s_ex, s_x + tl.where(live, tl.sum(part, 1), 0.0)
+        z = linked(part_of(left, half, zero, DTYPE), link, LINK, True)
+        s1, s2, s3, s4, s_ex, part, s_g = add_term(z, base, (s1, s2, s3, s4, s_ex, part, s_g), g, ORDER)
+        z = linked(part_of(right, half, zero, DTYPE), link, LINK, True)
+        s1, s2, s3, s4, s_ex, part, s_g = add_term(z, base, (s1, s2, s3, s4, s_ex, part, s_g), g, ORDER)
+    return s1, s2, s3, s4, s_ex, s_x + tl.where(live, tl.sum(part, 1), 0.0), s_g
 
 
 @triton.jit
 def no_sums(R: tl.constexpr):
     none = tl.zeros([R, 2], tl.float32)
-    return none, none, none, none, none, tl.zeros([R], tl.float32)
+    return none, none, none, none, none, tl.zeros([R], tl.float32), none
 
 
 @triton.jit
-def rescaled(sums, count, moved):
+def rescaled(sums, count, moved, g, ORDER: tl.constexpr):
     """Sums relative to another base: the old less the new is ``moved``, at most 0."""
-    s1, s2, s3, s4, s_ex, s_x = sums
+    s1, s2, s3, s4, s_ex, s_x, s_g = sums
     shrink = tl.exp2(moved)
     shrink2 = shrink * shrink
     # In this order, as a lane without entries has moved = -2^120, and 0 for its count and for shrink.
     s_ex = tl.fma(shrink * moved, s1, shrink * s_ex)
-    return shrink * s1, shrink2 * s2, shrink2 * shrink * s3, shrink2 * shrink2 * s4, s_ex, tl.fma(moved, count, s_x)
+    if ORDER:
+        power = tl.exp2(moved * g)
+        s3, s4, s_g = power * shrink * s3, power * power * s4, power * s_g
+    else:
+        s3, s4 = shrink2 * shrink * s3, shrink2 * shrink2 * s4
+    return shrink * s1, shrink2 * s2, s3, s4, s_ex, tl.fma(moved, count, s_x), s_g
 
 
 @triton.jit
 def per_lane(words):
     """[R]: sums of [R, 2] added up."""
-    s1, s2, s3, s4, s_ex, s_x = words
-    return tl.sum(s1, 1), tl.sum(s2, 1), tl.sum(s3, 1), tl.sum(s4, 1), tl.sum(s_ex, 1), s_x
+    s1, s2, s3, s4, s_ex, s_x, s_g = words
+    return tl.sum(s1, 1), tl.sum(s2, 1), tl.sum(s3, 1), tl.sum(s4, 1), tl.sum(s_ex, 1), s_x, tl.sum(s_g, 1)
 
 
 @triton.jit
 def added(a, b):
-    return a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3], a[4] + b[4], a[5] + b[5]
+    return a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3], a[4] + b[4], a[5] + b[5], a[6] + b[6]
 
 
 @triton.jit
-def add_edge(lanes, z, off, R: tl.constexpr):
-    """``lanes`` with one entry more, z, where ``off``."""
+def no_sums_a_lane(R: tl.constexpr):
+    none = tl.zeros([R], tl.float32)
+    return none, none, none, none, none, none, none
+
+
+@triton.jit
+def add_edge(lanes, z, off, g, R: tl.constexpr, ORDER: tl.constexpr):
+    """``lanes`` with one entry more, the softmax's logit z, where ``off``."""
     top, count, sums = lanes
     new_top = tl.maximum(top, z)
     base = base_of(new_top)
-    none = tl.zeros([R], tl.float32)
-    s1, s2, s3, s4, s_ex, s_x = add_term(z, base, none, none, none, none, none, none)
+    s1, s2, s3, s4, s_ex, s_x, s_g = add_term(z, base, no_sums_a_lane(R), g, ORDER)
     one = off.to(tl.float32)
-    sums = rescaled(sums, count, base_of(top) - base)
-    return new_top, count + one, added(sums, (s1 * one, s2 * one, s3 * one, s4 * one, s_ex * one, s_x * one))
+    sums = rescaled(sums, count, base_of(top) - base, g, ORDER)
+    new = s1 * one, s2 * one, s3 * one, s4 * one, s_ex * one, s_x * one, s_g * one
+    return new_top, count + one, added(sums, new)
 
 
 @triton.jit
-def add_blocks(ptr, at, begin, lanes, K: tl.constexpr, R: tl.constexpr, W: tl.constexpr, PACKED: tl.constexpr):
+def add_blocks(
+    ptr,
+    at,
+    begin,
+    lanes,
+    link,
+    g,
+    K: tl.constexpr,
+    R: tl.constexpr,
+    W: tl.constexpr,
+    PACKED: tl.constexpr,
+    LINK: tl.constexpr,
+    ORDER: tl.constexpr,
+):
     """``lanes`` with the row's vectors from ``begin`` on, K a lane at a time."""
     DTYPE: tl.constexpr = ptr.dtype.element_ty
     top, count, sums = lanes
@@ -236,14 +306,14 @@ def add_blocks(ptr, at, begin, lanes, K: tl.constexpr, R: tl.constexpr, W: tl.co
         for k in tl.static_range(K):
             v = start + k * R + lane
             words = words + (load_words(ptr, at, v, is_whole(v, at, True, True)),)
-        new_top = tl.maximum(top, top_of(words, K, R, DTYPE, PACKED))
+        new_top = tl.maximum(top, linked(top_of(words, K, R, DTYPE, PACKED), link, LINK, True))
         base = base_of(new_top)
-        sums = rescaled(sums, count, base_of(top) - base)
+        sums = rescaled(sums, count, base_of(top) - base, g, ORDER)
         fresh = no_sums(R)
         for k in tl.static_range(K):
             v = start + k * R + lane
             live = is_whole(v, at, True, True)
-            fresh = add_word(words[k], live, base, 0, fresh, R, DTYPE)
+            fresh = add_word(words[k], live, base, 0, fresh, link, g, R, DTYPE, LINK, ORDER)
             count += tl.where(live, W * 1.0, 0.0)
         sums = added(sums, per_lane(fresh))
         top = new_top
@@ -251,13 +321,13 @@ def add_blocks(ptr, at, begin, lanes, K: tl.constexpr, R: tl.constexpr, W: tl.co
 
 
 @triton.jit
-def over_lanes(lanes):
-    """(maximum, sums) of the row: of exp(t)^k, exp(t) t and t, with t = z - maximum."""
+def over_lanes(lanes, g, ORDER: tl.constexpr):
+    """(maximum, sums) of the row: of exp(t)^k, exp(t) t and t, with t = z - maximum, and of exp(t)^g."""
     top, count, sums = lanes
     most = tl.max(top, 0)
-    s1, s2, s3, s4, s_ex, s_x = rescaled(sums, count, tl.fma(-most, LOG2E, base_of(top)))
+    s1, s2, s3, s4, s_ex, s_x, s_g = rescaled(sums, count, tl.fma(-most, LOG2E, base_of(top)), g, ORDER)
     s_et, s_t = tl.sum(s_ex, 0) * LN2, tl.sum(s_x, 0) * LN2
-    return most, (tl.sum(s1, 0), tl.sum(s2, 0), tl.sum(s3, 0), tl.sum(s4, 0), s_et, s_t)
+    return most, (tl.sum(s1, 0), tl.sum(s2, 0), tl.sum(s3, 0), tl.sum(s4, 0), s_et, s_t, tl.sum(s_g, 0))
 
 
 @triton.jit
@@ -272,7 +342,9 @@ def element(ptr, at, v, half: tl.constexpr, V, y, W: tl.constexpr):
 
 
 @triton.jit
-def careful_sums(ptr, at, V, y, z_y, keep, R: tl.constexpr, W: tl.constexpr):
+def careful_sums(
+    ptr, at, V, y, z_y, keep, link, g, R: tl.constexpr, W: tl.constexpr, LINK: tl.constexpr, ORDER: tl.constexpr
+):
     """(maximum, sums as ``over_lanes``, number of live entries, whether one beats the target or ties it from before it)
     of a row where any entry may be infinite, in two passes. Nothing is read unless ``keep``."""
     lane = tl.arange(0, R)
@@ -282,32 +354,40 @@ def careful_sums(ptr, at, V, y, z_y, keep, R: tl.constexpr, W: tl.constexpr):
     for start in range(0, end, R):
         for half in tl.static_range(W // 4):
             z, _j = element(ptr, at, start + lane, half, V, y, W)
-            best = tl.maximum(best, tl.max(z, 1))
+            best = tl.maximum(best, tl.max(linked(z, link, LINK, False), 1))
     top = tl.max(best, 0)
     ref = tl.where(top == minus_inf, 0.0, top)
-    none = tl.zeros([R], tl.float32)
-    sums, count = (none, none, none, none, none, none), none
+    sums, count = no_sums_a_lane(R), tl.zeros([R], tl.float32)
     ahead = tl.zeros([R], tl.int32)
     for start in range(0, end, R):
         for half in tl.static_range(W // 4):
             z, j = element(ptr, at, start + lane, half, V, y, W)
+            z = linked(z, link, LINK, False)
             live = z != minus_inf
             t = tl.where(live, z - ref, 0.0)
             e = tl.where(live, tl.exp2(t * LOG2E), 0.0)
             e2 = e * e
-            powers = tl.sum(e, 1), tl.sum(e2, 1), tl.sum(e2 * e, 1), tl.sum(e2 * e2, 1)
-            sums = added(sums, powers + (tl.sum(e * t, 1), tl.sum(t, 1)))
+            third, fourth, power = e2 * e, e2 * e2, e2
+            if ORDER:
+                power = tl.where(live, tl.exp2(t * LOG2E * g), 0.0)
+                third, fourth = power * e, power * power
+            powers = tl.sum(e, 1), tl.sum(e2, 1), tl.sum(third, 1), tl.sum(fourth, 1)
+            sums = added(sums, powers + (tl.sum(e * t, 1), tl.sum(t, 1), tl.sum(power, 1)))
             count += tl.sum(live.to(tl.float32), 1)
             ahead += tl.sum(((z > z_y) | ((z == z_y) & (j < y) & live)).to(tl.int32), 1)
-    s1, s2, s3, s4, s_et, s_t = sums
-    sums = tl.sum(s1, 0), tl.sum(s2, 0), tl.sum(s3, 0), tl.sum(s4, 0), tl.sum(s_et, 0), tl.sum(s_t, 0)
+    s1, s2, s3, s4, s_et, s_t, s_g = sums
+    powers = tl.sum(s1, 0), tl.sum(s2, 0), tl.sum(s3, 0), tl.sum(s4, 0)
+    sums = powers + (tl.sum(s_et, 0), tl.sum(s_t, 0), tl.sum(s_g, 0))
     return top, sums, tl.sum(count, 0), tl.sum(ahead, 0) > 0
 
 
 @triton.jit
-def needs_care(top, s_t, z_y):
+def needs_care(top, s_t, z_y, LINK: tl.constexpr):
     """Whether there may be ties with the target, entries that are not finite, or none at all."""
-    return (z_y == top) | (s_t - s_t != 0.0) | (top <= NO_TOP)
+    rare = (z_y == top) | (s_t - s_t != 0.0) | (top <= NO_TOP)
+    if LINK:
+        rare = rare | (s_t < FILL / 2)  # an entry that ``linked`` took for a FILL
+    return rare
 
 
 @triton.jit
@@ -316,15 +396,29 @@ def put(to, STAT: tl.constexpr, keep, value):
 
 
 @triton.jit
-def finish_row(to, keep, z_y, found):
+def first_place(ptr, at, V, y, z_y, top, link, R: tl.constexpr, W: tl.constexpr, LINK: tl.constexpr):
+    """The place of the row's maximum, of which that off target is ``top``; the first of several. One more read."""
+    lane = tl.arange(0, R)
+    first = tl.full([R], 2147483647, tl.int32)
+    for start in range(0, at[3] + 1, R):
+        for half in tl.static_range(W // 4):
+            z, j = element(ptr, at, start + lane, half, V, y, W)
+            j = tl.where((linked(z, link, LINK, False) == top) & (j >= 0) & (j < V) & (j != y), j, 2147483647)
+            first = tl.minimum(first, tl.min(j, 1))
+    j = tl.min(first, 0)
+    return tl.where((z_y > top) | ((z_y == top) & (y < j)), y, j).to(tl.int64)
+
+
+@triton.jit
+def finish_row(to, keep, z_y, found, g, ORDER: tl.constexpr):
     """Stores the row's Stats, 0 where ``keep`` is false, in ``to``: (stats, their stride, correct).
 
-    Returns (moments, ref, w, rest). Moments are (log_p, r1, r2, r3, r4, mean_log_p, p_y, n), with n entries above -inf.
-    Off target p_j = w exp(z_j - ref) and log p_j = z_j - ref + rest[0]. The target's log_p, 0 where it is -inf, is
-    rest[1], and whether it is above -inf, rest[2]."""
+    Returns (moments, ref, (w, w^g), rest). Moments are (log_p, r1, r2, r3, r4, mean_log_p, p_y, n, s, entropy), with n
+    entries above -inf, and s = r2 without ORDER. Off target p_j = w exp(z_j - ref) and log p_j = z_j - ref + rest[0].
+    The target's log_p, 0 where it is -inf, is rest[1], and whether it is above -inf, rest[2]."""
     top, sums, live, beaten = found
     minus_inf = float("-inf")
-    s1, s2, s3, s4, s_et, s_t = sums
+    s1, s2, s3, s4, s_et, s_t, s_g = sums
     ref = tl.where(top == minus_inf, 0.0, top)
     alone = s1 == 0.0  # no other entry in the vocabulary: V = 1, or all others at -inf
     beaten = beaten & (alone == 0)
@@ -346,40 +440,61 @@ def finish_row(to, keep, z_y, found):
     off = tl.where(alone, 0.0, log_r1 - log_sum)
     target_log_p = tl.where(y_live > 0, log_p, 0.0)
     r2 = w2 * s2
-    r3 = w2 * w * s3
-    r4 = w2 * w2 * s4
+    if ORDER:
+        power = tl.where(alone, 0.0, tl.exp2(g * LOG2E * off))
+        s, r3, r4 = power * s_g, power * w * s3, power * power * s4
+    else:
+        power = w2
+        s, r3, r4 = r2, w2 * w * s3, w2 * w2 * s4
     mean_log_p = (s_t + live * off + target_log_p) / n
+    entropy = -(w * s_et + r1 * off + p_y * target_log_p)
     put(to, LOG_P, keep, log_p)
     put(to, R1, keep, r1)
     put(to, R2, keep, r2)
     put(to, MEAN_LOG_P, keep, mean_log_p)
+    put(to, ENTROPY, keep, entropy)
+    put(to, LSE, keep, tl.where(y_live > 0, z_y - log_p, ref + log_sum))
+    put(to, S, keep, s)
     put(to, R3, keep, r3)
     put(to, R4, keep, r4)
-    put(to, ENTROPY, keep, -(w * s_et + r1 * off + p_y * target_log_p))
     put(to, CONFIDENCE, keep, tl.maximum(p_y, w))
     put(to, SUPPORT, keep, n)
     put(to, P_Y, keep, p_y)
     put(to, ROW_MAX, keep, ref)
     put(to, ROW_SUM, keep, total)
     tl.store(to[2], (beaten == 0) & keep)
-    return (log_p, r1, r2, r3, r4, mean_log_p, p_y, n), ref, w, (off, target_log_p, y_live)
+    return (log_p, r1, r2, r3, r4, mean_log_p, p_y, n, s, entropy), ref, (w, power), (off, target_log_p, y_live)
 
 
 @triton.jit
-def gradient_of(x, rule, HAS_B: tl.constexpr):
-    """e (a + c e) + b with e = 2^x and ``rule`` (a, c, b)."""
+def gradient_of(x, rule, g, HAS_B: tl.constexpr, ORDER: tl.constexpr):
+    """e (a + c e) + b with e = 2^x and ``rule`` (a, c, b); with ORDER a e + c e^g + b."""
     a, c, b = rule
     e = tl.exp2(x)
-    g = e * tl.fma(c, e, a)
+    if ORDER:
+        found = tl.fma(c, tl.exp2(x * g), e * a)
+    else:
+        found = e * tl.fma(c, e, a)
     if HAS_B:
-        g += b
-    return g
+        found += b
+    return found
 
 
 @triton.jit
-def store_gradient(ptr, at, v, live, word, zero, base, rule, HAS_B: tl.constexpr):
-    """``gradient_of`` the logits in [R, 4] words, x relative to ``base``, over whole vectors of the same dtype."""
+def gradient_at(z, base, rule, link, g, HAS_B: tl.constexpr, LINK: tl.constexpr, ORDER: tl.constexpr):
+    """``gradient_of`` a logit as it was given, x relative to ``base``."""
+    found = gradient_of(tl.fma(linked(z, link, LINK, True), LOG2E, -base), rule, g, HAS_B, ORDER)
+    if LINK == CAPPED:
+        found *= slope_of(z, link, LINK)
+    return found
+
+
+@triton.jit
+def store_gradient(
+    ptr, at, v, live, word, zero, base, rule, link, g, HAS_B: tl.constexpr, LINK: tl.constexpr, ORDER: tl.constexpr
+):
+    """``gradient_at`` the logits in [R, 4] words, over whole vectors of the same dtype."""
     DTYPE: tl.constexpr = ptr.dtype.element_ty
-    low = gradient_of(tl.fma(part_of(word, 0, zero, DTYPE), LOG2E, -base), rule, HAS_B)
-    high = gradient_of(tl.fma(part_of(word, 1, zero, DTYPE), LOG2E, -base), rule, HAS_B)
+    low = gradient_at(part_of(word, 0, zero, DTYPE), base, rule, link, g, HAS_B, LINK, ORDER)
+    high = gradient_at(part_of(word, 1, zero, DTYPE), base, rule, link, g, HAS_B, LINK, ORDER)
     store_words(ptr, at, v, live, low, high)

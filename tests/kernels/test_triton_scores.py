@@ -30,17 +30,17 @@ def _evaluate(function, m, knob):
     import triton.language as tl
 
     @triton.jit
-    def kernel(log_p, r1, r2, mean, p_y, knob, out, N: tl.constexpr, F: tl.constexpr):
+    def kernel(values, knob, out, N: tl.constexpr, F: tl.constexpr):
         i = tl.arange(0, N)
-        parts = F(
-            tl.load(log_p + i), tl.load(r1 + i), tl.load(r2 + i), tl.load(mean + i), tl.load(p_y + i), tl.load(knob)
-        )
+        log_p, r1, r2, mean = (tl.load(values + k * N + i) for k in range(4))
+        p_y, entropy, n = (tl.load(values + k * N + i) for k in range(4, 7))
+        parts = F(log_p, r1, r2, mean, p_y, entropy, n, tl.load(knob))
         for k in tl.static_range(5):
             tl.store(out + k * N + i, parts[k])
 
     n = len(m.r1)
     out = torch.empty(5, n, device=DEVICE)
     knob = torch.as_tensor(float(knob), device=DEVICE)
-    values = [x.detach().contiguous() for x in (m.log_p, m.r1, m.r2, m.mean_log_p, m.log_p.exp())]
-    kernel[(1,)](*values, knob, out, N=n, F=function)
+    values = torch.stack((m.log_p, m.r1, m.s, m.mean_log_p, m.log_p.exp(), m.entropy, m.support))
+    kernel[(1,)](values, knob, out, N=n, F=function)
     return out.unbind(0)
