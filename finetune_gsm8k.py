@@ -25,9 +25,8 @@ from data.gsm8k import FORMATS, load_gsm8k, split_heldout
 from data.packing import batch_indices, pack
 from data.prompts import PROMPTS, Prompter, make_examples, make_targets
 from eval import answers, metrics
-from eval.calibration import Calibration
 from eval.heldout import evaluate
-from kernels import linear_score
+from kernels import Calibration, linear_score
 from kernels.losses import alpha_at, make_score
 from model import lora
 from model.decode import Request, cache_length

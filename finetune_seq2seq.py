@@ -23,9 +23,8 @@ import torch
 from data import summaries
 from eval import metrics
 from eval import seq2seq as measure
-from eval.calibration import Calibration
 from eval.heldout import evaluate, final_metrics
-from kernels import linear_score
+from kernels import Calibration, linear_score
 from kernels.losses import LOSSES, alpha_at, brier, make_score, smoothing
 from model.gpt2 import decay_groups, parameter_count
 from model.seq2seq import SIZES, Seq2Seq, training_flops

@@ -20,10 +20,9 @@ import torch
 from data.lm import TEXT_NAMES, load_corpus, load_text_set
 from data.windows import Windows, flip_labels
 from eval import metrics
-from eval.calibration import Calibration
 from eval.heldout import evaluate, final_metrics
 from eval.text import distinct_n
-from kernels import linear_score
+from kernels import Calibration, linear_score
 from kernels.losses import alpha_at, make_score
 from model.generate import sample
 from model.gpt2 import GPT2, SIZES, GPT2Config, decay_groups, flops_per_token, parameter_count

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eval import metrics
-from eval.calibration import Calibration, fit_temperature, temperature_sums
-from kernels import linear_moments, linear_score
+from eval.calibration import fit_temperature, temperature_sums
+from kernels import Calibration, linear_moments, linear_score
 
 CHUNK = 1024  # tokens whose logits are held at a time where a temperature is fitted
 Forwards = Iterable[tuple[Tensor, Tensor]]

@@ -1,6 +1,7 @@
-"""Softmax moments, scores over logits or over a linear head without its logits, and the Fisher of each token."""
+"""Softmax moments, scores over logits or a linear head without its logits, the Fisher of each token, calibration."""
 
 from ._huggingface import __getattr__  # what Hugging Face's package of this name offers
+from .calibration import Calibration
 from .compiled import compilable
 from .head import linear_moments, linear_score
 from .logits import logits_score

@@ -71,7 +71,12 @@ def test_the_wheel_holds_both_packages_whole_and_nothing_at_the_top(wheel):
     assert "Requires-Python: >=3.11" in says
     needed = [line.split(": ")[1] for line in says if line.startswith("Requires-Dist") and "extra ==" not in line]
     assert sorted(need.split(">=")[0] for need in needed) == ["numpy", "torch"]
-    assert {"Provides-Extra: triton", "Provides-Extra: plot", "Provides-Extra: schedule-free"} <= set(says)
+    assert {
+        "Provides-Extra: triton",
+        "Provides-Extra: plot",
+        "Provides-Extra: schedule-free",
+        "Provides-Extra: hf",
+    } <= set(says)
 
 
 @pytest.fixture(scope="module")

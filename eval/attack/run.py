@@ -37,11 +37,10 @@ from data.windows import IGNORE_INDEX
 from data.wordlists import WordLists, load_lists
 from eval.attack.textfooler import AttackOptions, attack_group
 from eval.attack.words import POS, SameClass, part_of_speech
-from eval.calibration import Calibration
 from eval.rows import json_line, write_rows
 from eval.seq2seq import decoding, forward, load_finetuned
 from eval.summaries import ROUGE, intervals, rouge_scores
-from kernels import linear_moments
+from kernels import Calibration, linear_moments
 from model.generate import generate
 from model.seq2seq_hub import load_seq2seq
 from recipes.presets import preset_values

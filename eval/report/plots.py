@@ -19,8 +19,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from eval import metrics
-from eval.calibration import Calibration
 from eval.report.runs import finite
+from kernels import Calibration
 from schedules.style import FAINT, INK, PALETTE, styled, thousands
 
 # Of each score, from Okabe & Ito's palette (see schedules/style.py).

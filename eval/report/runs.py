@@ -11,10 +11,10 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from eval.calibration import Calibration
 from eval.metrics import Metric
 from eval.report.sources import other_files, read_sources, usual
 from eval.stats import summarize
+from kernels import Calibration
 from kernels.losses import LOSSES
 from runtime.cli import ROLES
 from runtime.folder import parse_json

@@ -7,11 +7,10 @@ import torch
 from invented_runs import row, write_run
 
 from eval import metrics
-from eval.calibration import Calibration
 from eval.metrics import Metric
 from eval.report import tables, terminal
 from eval.report.build import build
-from kernels import softmax_moments
+from kernels import Calibration, softmax_moments
 
 ECE25 = Metric(
     "ece25",

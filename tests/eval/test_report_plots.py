@@ -5,8 +5,8 @@ import json
 import pytest
 from invented_runs import arms_of, bins, write_run
 
-from eval.calibration import Calibration
 from eval.report import plots
+from kernels import Calibration
 
 
 def test_the_band_is_mean_and_range_over_the_steps_that_all_seeds_have(tmp_path):

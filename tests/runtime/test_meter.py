@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from eval import metrics
-from eval.calibration import Calibration
-from kernels import softmax_moments
+from kernels import Calibration, softmax_moments
 from runtime.folder import RunFolder
 from runtime.machine import World
 from runtime.meter import DivergenceWatch, Meter

@@ -1,0 +1,176 @@
+"""Our losses in Hugging Face's models and trainers, without the N x V logits.
+
+    from kernels.hf import ScoreSFTTrainer, ScoreTrainer, patch
+
+    patch(model, "brier")  # a causal LM or an encoder-decoder, also inside PEFT: model(..., labels=...).loss is ours
+    ScoreTrainer(model, args, score=ProperScoreLoss("dpsm"), train_dataset=data)  # a transformers.Trainer
+    ScoreSFTTrainer(model, args, score=ProperScoreLoss("dpsm"), train_dataset=data)  # a trl.SFTTrainer
+
+transformers and trl are imported where they are used. Written for transformers 5.23 and trl 1.16.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from .calibration import Calibration
+from .hf_patch import Patch, as_loss, base_model, imported, patch, unpatch
+from .losses import ProperScoreLoss, knobs_of
+
+__all__ = ["Patch", "patch", "unpatch"]  # and the two trainers, see __getattr__
+
+# What is logged of the tokens trained on since the last log, and of an evaluation: its name here and in Calibration.
+FIGURES = {"entropy": "entropy", "accuracy": "accuracy", "ece": "ece10", "brier": "brier", "nll": "nll"}
+
+
+class _Scores:
+    """A ``transformers.Trainer`` whose loss is ``score``: a ``ProperScoreLoss``, or the name or function of one.
+
+    The model is patched (``patch``) and stays so after the training. DPSM's alpha follows its ramp by optimizer step
+    over the whole run: it is a function of global_step, so that a resumed run has the same. The loss of a step is the
+    mean over its tokens, whatever the accumulation and the number of ranks.
+
+    Logged beside the loss, from the numbers that it is made of: entropy, accuracy, ece (10 bins), brier and nll of the
+    tokens in the loss since the last log, on all ranks, and alpha. ``evaluate()`` gives and logs the same of its set,
+    eval_ece and so on. No logits are made: predictions are None.
+
+    Raises ValueError for what needs logits (compute_metrics, label smoothing), for a second loss (compute_loss_func),
+    for DataParallel, and for a model that ``patch`` refuses."""
+
+    figures = FIGURES
+
+    def __init__(self, *args, score: ProperScoreLoss | str | Callable = "dpsm", **kwargs):
+        self.score = as_loss(score, {})
+        if self.score.reduction != "mean":
+            raise ValueError(f"the trainer divides by the number of tokens; got reduction={self.score.reduction!r}")
+        super().__init__(*args, **kwargs)
+        self._check_arguments()
+        handle = self._patched()
+        self.model_accepts_loss_kwargs = True  # num_items_in_batch
+        self._loss_shifts_labels = not handle.seq2seq  # what num_items_in_batch counts
+        self._window = Calibration(self.args.device)  # of the tokens trained on since the last log
+        self._evaluated: Calibration | None = None  # of those of the evaluation that is running
+
+    def _check_arguments(self) -> None:
+        name = type(self).__name__
+        for given in ("compute_metrics", "preprocess_logits_for_metrics"):
+            if getattr(self, given, None) is not None:
+                raise ValueError(
+                    f"{given} reads logits, which {name} never makes; evaluate() logs {', '.join(FIGURES)}"
+                )
+        if self.compute_loss_func is not None:
+            raise ValueError(f"compute_loss_func and score are two losses; give {name} a score alone")
+        if self.args.label_smoothing_factor:
+            raise ValueError("label_smoothing_factor needs logits; use score=ProperScoreLoss('smoothing', eps=...)")
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"{name} takes one GPU a process; start it with torchrun, or show it one by CUDA_VISIBLE_DEVICES"
+            )
+
+    def _patched(self) -> Patch:
+        """The patch of the model, which model_init may have made anew."""
+        found = vars(base_model(self.model)).get("_score_patches", {}).values()
+        return next((h for h in found if h.loss is self.score and not h.removed), None) or patch(self.model, self.score)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if inputs.get("labels") is None:
+            raise ValueError(
+                "the batch has no labels; take DataCollatorForLanguageModeling(tokenizer, mlm=False) or "
+                "DataCollatorForSeq2Seq, or put labels into the data set"
+            )
+        if self.state.max_steps > 0:
+            self.score.set_step(self.state.global_step, self.state.max_steps)
+        handle = self._patched()
+        calls = handle.calls
+        how = dict(return_outputs=True, num_items_in_batch=num_items_in_batch)
+        loss, outputs = self._plain_trainer.compute_loss(self, model, inputs, **how)
+        if handle.calls == calls:
+            raise ValueError(
+                "the model's forward was replaced after the patch, so that the loss is not ours; "
+                "set use_liger_kernel=False"
+            )
+        window = self._window if self._evaluated is None else self._evaluated
+        window.update(self._once(handle.moments, len(inputs["labels"])))
+        return (loss, outputs) if return_outputs else loss
+
+    def _once(self, moments, samples: int):
+        """``moments``, without the samples that the last batch of an evaluation repeats to be as long on every rank."""
+        state = self.accelerator.gradient_state
+        if self._evaluated is None or self.args.world_size == 1 or not state.end_of_dataloader or state.remainder < 1:
+            return moments
+        own = state.remainder - self.args.process_index * samples
+        sample = torch.arange(samples, device=moments.valid.device)
+        return replace(moments, valid=(moments.valid.view(samples, -1) & (sample < own)[:, None]).flatten())
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Losses alone, as there are no logits."""
+        return super().prediction_step(model, inputs, True, ignore_keys)
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        self._evaluated = Calibration(self.args.device)
+        try:
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+            output.metrics.update(self._figures_of(self._evaluated, f"{metric_key_prefix}_"))
+        finally:
+            self._evaluated = None
+        return output
+
+    def _figures_of(self, window: Calibration, prefix: str = "") -> dict[str, float]:
+        """``figures`` of the tokens in ``window`` on all ranks; none where there is no token."""
+        window.all_reduce()
+        if not int(window.count.sum()):
+            return {}
+        numbers = window.compute()
+        return {prefix + name: numbers[key] for name, key in self.figures.items()}
+
+    def log(self, logs, *args, **kwargs):
+        if "loss" in logs:  # of training, on every rank
+            logs |= self._figures_of(self._window)
+            self._window.reset()
+            if isinstance(self.score.given, str) and "alpha" in knobs_of(self.score.given):
+                logs["alpha"] = self.score.alpha.item()
+        super().log(logs, *args, **kwargs)
+
+
+class _SFT(_Scores):
+    """A ``trl.SFTTrainer`` whose loss is ``score``, with data, masks and arguments as there. Its own loss and figures,
+    which it takes from another forward, are not computed; what is logged is that of ``ScoreTrainer``, num_tokens as trl
+    counts them, and the accuracy as mean_token_accuracy too. Raises ValueError as ``ScoreTrainer`` does, and for a
+    loss_type or a router loss beside the score."""
+
+    figures = FIGURES | {"mean_token_accuracy": "accuracy"}
+
+    def _check_arguments(self) -> None:
+        super()._check_arguments()
+        if self.args.loss_type != "nll":
+            raise ValueError(f"loss_type={self.args.loss_type!r} and score are two losses; leave loss_type out")
+        if self.aux_loss_enabled:
+            raise ValueError("the router's auxiliary loss is not added here; set router_aux_loss_coef=0.0 in SFTConfig")
+        self._seen = torch.zeros((), dtype=torch.int64, device=self.args.device)  # tokens of this rank
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs["use_cache"] = False
+        if self.model.training:
+            mask = inputs.get("attention_mask")
+            self._seen += inputs["input_ids"].numel() if mask is None else mask.sum()
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def log(self, logs, *args, **kwargs):
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode]["num_tokens"] = [self.accelerator.reduce(self._seen.clone(), "sum").item() // self._tp_size]
+        super().log(logs, *args, **kwargs)
+
+
+_TRAINERS = {"ScoreTrainer": (_Scores, "transformers", "Trainer"), "ScoreSFTTrainer": (_SFT, "trl", "SFTTrainer")}
+
+
+def __getattr__(name: str):
+    """ScoreTrainer and ScoreSFTTrainer, made when they are first asked for."""
+    if name not in _TRAINERS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    adds, package, base = _TRAINERS[name]
+    bases = adds, getattr(imported(package, name), base)
+    fields = dict(__module__=__name__, __doc__=adds.__doc__, _plain_trainer=imported("transformers", name).Trainer)
+    globals()[name] = type(name, bases, fields)
+    return globals()[name]

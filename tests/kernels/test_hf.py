@@ -1,0 +1,396 @@
+"""ScoreTrainer and ScoreSFTTrainer: the losses of a plain loop, its figures in the logs, on ranks, resumed, refused."""
+
+import importlib
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_hf import V, samples, tiny
+from torch.nn.functional import pad
+
+from kernels import Calibration, ProperScoreLoss, alpha_at, linear_score, make_score
+from kernels import hf as ours
+from kernels.hf import patch
+
+transformers = pytest.importorskip("transformers", reason="needs transformers (requirements-dev.txt)")
+pytest.importorskip("accelerate", reason="needs accelerate (requirements-dev.txt)")
+STEPS, EVERY, LR = 12, 3, 5e-3
+WEIGHTS = 1e-4  # Adam divides small gradients by their size, rounding included; its 12 steps are 5e-3 each
+FIGURES = {"entropy": "entropy", "accuracy": "accuracy", "ece": "ece10", "brier": "brier", "nll": "nll"}
+PLAIN = dict(learning_rate=LR, lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=0.0, optim="adamw_torch")
+QUIET = dict(report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no", logging_steps=EVERY)
+
+
+def arguments(folder, kind=None, **given):
+    kind = kind or transformers.TrainingArguments
+    return kind(str(folder), **PLAIN | QUIET | dict(max_steps=STEPS, per_device_train_batch_size=2) | given)
+
+
+class Recorder:
+    """A collator that keeps what it gave, so that another loop trains on the same batches in the same order."""
+
+    def __init__(self, collate=None):
+        self.collate, self.batches = collate or transformers.default_data_collator, []
+
+    def __call__(self, rows):
+        self.batches.append(self.collate(rows))
+        return self.batches[-1]
+
+
+def shifted(model, labels):
+    return labels if model.config.is_encoder_decoder else pad(labels[:, 1:], (0, 1), value=-100)
+
+
+def forward(model, inputs):
+    """(hidden states, bias) by the model's parts."""
+    if model.config.is_encoder_decoder:
+        decoder = model.prepare_decoder_input_ids_from_labels(inputs["labels"])
+        how = dict(attention_mask=inputs["attention_mask"], decoder_input_ids=decoder)
+        return model.model(inputs["input_ids"], **how).last_hidden_state, model.final_logits_bias[0]
+    return model.base_model(inputs["input_ids"], attention_mask=inputs["attention_mask"]).last_hidden_state, None
+
+
+def plain_loop(model, batches, accumulation, score="dpsm", steps=STEPS, warmup=0.5):
+    """(rows as the Trainer logs them, the last alpha): torch's AdamW and linear_score."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR, weight_decay=0.0)
+    rows, window, total = [], Calibration(), 0.0
+    for step in range(steps):
+        micro = batches[step * accumulation : (step + 1) * accumulation]
+        targets = [shifted(model, b["labels"]) for b in micro]
+        tokens = torch.tensor(float(sum((t != -100).sum() for t in targets)))
+        alpha = alpha_at(step, steps, warmup=warmup)
+        for inputs, target in zip(micro, targets, strict=True):
+            hidden, bias = forward(model, inputs)
+            loss, moments = linear_score(
+                hidden.flatten(0, 1),
+                model.get_output_embeddings().weight,
+                target.flatten(),
+                make_score(score, alpha=alpha),
+                bias=bias,
+                denominator=tokens,
+            )
+            loss.backward()
+            window.update(moments)
+            total += loss.item()
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % EVERY == 0:
+            numbers = window.compute()
+            row = {name: numbers[key] for name, key in FIGURES.items()}
+            rows.append(row | dict(step=step + 1, loss=total / EVERY, alpha=alpha))
+            window, total = Calibration(), 0.0
+    return rows
+
+
+def assert_logged(log, rows):
+    logged = [row for row in log if "loss" in row]
+    assert [row["step"] for row in logged] == [row["step"] for row in rows]
+    for got, want in zip(logged, rows, strict=True):  # fp32 losses and moments, sums in another order
+        assert {k: got[k] for k in want} == pytest.approx(want, rel=1e-5, abs=1e-6)
+
+
+def same_weights(model, other):
+    for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
+        if name.endswith("k_proj.bias"):  # has no effect: its gradient is rounding, which Adam takes to full steps
+            continue
+        torch.testing.assert_close(p, q, rtol=0, atol=WEIGHTS, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("name, accumulation", [("llama", 1), ("llama", 2), ("gpt2", 2), ("bart", 2)])
+def test_a_run_is_that_of_a_plain_loop(tmp_path, name, accumulation):
+    """Losses, figures, alpha and weights; prompts and padding make each micro-batch's number of tokens another."""
+    recorder = Recorder()
+    trainer = ours.ScoreTrainer(
+        tiny(name),
+        arguments(tmp_path, gradient_accumulation_steps=accumulation),
+        score=ProperScoreLoss("dpsm", warmup=0.5),
+        train_dataset=samples(60),
+        data_collator=recorder,
+    )
+    trainer.train()
+    model = tiny(name)
+    rows = plain_loop(model, recorder.batches, accumulation)
+    assert rows[-1]["loss"] < rows[0]["loss"] and rows[0]["alpha"] == pytest.approx(1 / 3) and rows[1]["nll"] > 1
+    assert_logged(trainer.state.log_history, rows)
+    same_weights(trainer.model, model)
+
+
+def test_evaluation_gives_the_figures_of_its_set(tmp_path):
+    data, model = samples(7, seed=5), tiny("llama")
+    how = dict(eval_strategy="steps", eval_steps=6, per_device_eval_batch_size=3, logging_steps=4)
+    args = arguments(tmp_path, metric_for_best_model="eval_ece", **how)
+    trainer = ours.ScoreTrainer(model, args, score="brier", train_dataset=samples(20), eval_dataset=data)
+
+    def of_set():
+        inputs = transformers.default_data_collator(data)
+        model.eval()
+        with torch.no_grad():
+            logits = model(inputs["input_ids"], inputs["attention_mask"]).logits
+        from kernels import softmax_moments
+
+        found = Calibration()
+        found.update(softmax_moments(logits.flatten(0, 1), shifted(model, inputs["labels"]).flatten()))
+        return {f"eval_{name}": found.compute()[key] for name, key in FIGURES.items()}
+
+    want, got = of_set(), trainer.evaluate()
+    assert {k: got[k] for k in want} == pytest.approx(want, rel=1e-5)
+    assert trainer.evaluate({"a": data, "b": data[:2]})["eval_a_ece"] == got["eval_ece"]
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "eval_ece" in row and row["step"] > 0]
+    assert [row["step"] for row in rows] == [6, 12] and "alpha" not in rows[0]
+    assert {k: rows[-1][k] for k in want} == pytest.approx(of_set(), rel=1e-5)
+    assert len({row["nll"] for row in trainer.state.log_history if "loss" in row}) == 3  # no evaluation in the windows
+    assert trainer.predict(data).predictions is None
+
+
+def test_a_resumed_run_goes_on_with_the_same_alpha_and_losses(tmp_path):
+    def trainer(**given):
+        torch.manual_seed(0)
+        args = arguments(tmp_path, save_strategy="steps", save_steps=6, **given)
+        score = ProperScoreLoss("dpsm", warmup=1.0, schedule="cosine")
+        return ours.ScoreTrainer(tiny("llama"), args, score=score, train_dataset=samples(60))
+
+    whole = trainer()
+    whole.train()
+    again = trainer()
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    want = [r for r in whole.state.log_history if "loss" in r]
+    got = [r for r in again.state.log_history if "loss" in r]
+    assert [r["step"] for r in got] == [3, 6, 9, 12]
+    for name in ("loss", "alpha", "nll", "ece"):
+        assert [r[name] for r in got] == [r[name] for r in want]
+    assert want[-1]["alpha"] == pytest.approx(alpha_at(11, 12, warmup=1.0, schedule="cosine"))
+    same_weights(again.model, whole.model)
+
+
+def test_lora_and_a_model_made_by_model_init(tmp_path):
+    peft = pytest.importorskip("peft", reason="needs peft (requirements-dev.txt)")
+
+    def adapted():
+        config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        return peft.get_peft_model(tiny("llama"), config)
+
+    recorder = Recorder()
+    how = dict(score=ProperScoreLoss("dpsm", warmup=0.5), train_dataset=samples(60), data_collator=recorder)
+    trainer = ours.ScoreTrainer(args=arguments(tmp_path), model_init=adapted, **how)
+    trainer.train()
+    torch.manual_seed(trainer.args.seed)
+    model = adapted()
+    rows = plain_loop(model.base_model.model, recorder.batches, 1)
+    assert_logged(trainer.state.log_history, rows)
+    assert rows[-1]["loss"] != rows[0]["loss"]
+
+
+def test_bf16_autocast_trains(tmp_path):
+    given = dict(bf16=True, gradient_checkpointing=True)
+    trainer = ours.ScoreTrainer(tiny("llama"), arguments(tmp_path, **given), score="ce", train_dataset=samples(60))
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    assert rows[-1]["loss"] < rows[0]["loss"] and rows[0]["loss"] == pytest.approx(rows[0]["nll"], rel=0.1)
+
+
+# ------------------------------------------------------------------------------------------------
+# ranks
+
+
+RANKS = """
+import sys
+import torch.multiprocessing as mp
+sys.path[:0] = [".", "tests/kernels"]
+import transformers.trainer
+import test_hf
+mp.start_processes(test_hf._rank, (sys.argv[1], sys.argv[2]), nprocs=2, start_method="fork")  # one import for both
+"""
+
+
+def _rank(rank, folder, port):
+    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
+    os.environ |= dict(MASTER_PORT=port, LOCAL_WORLD_SIZE="2")
+    torch.set_num_threads(1)
+    torch.save(_on_ranks(f"{folder}/{rank}", 1, ddp_backend="gloo"), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def _on_ranks(folder, batch_size, **how):
+    """Six steps of 4 samples on all ranks together, and an evaluation of 5."""
+    how |= dict(gradient_accumulation_steps=2, per_device_train_batch_size=batch_size, max_steps=6)
+    how |= dict(train_sampling_strategy="sequential", per_device_eval_batch_size=batch_size)
+    score = ProperScoreLoss("dpsm", warmup=0.5)
+    data = dict(train_dataset=samples(24), eval_dataset=samples(5, seed=5))
+    trainer = ours.ScoreTrainer(tiny("llama"), arguments(folder, **how), score=score, **data)
+    trainer.train()
+    found = trainer.evaluate()
+    weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    return dict(log=trainer.state.log_history, found=found, weights=weights)
+
+
+def test_two_ranks_are_one(tmp_path):
+    """Same losses, figures and weights; the fifth sample of the evaluation, which a sampler repeats, counts once."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    command, root = [sys.executable, "-c", RANKS, str(tmp_path), port], Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    one = _on_ranks(tmp_path / "one", 2)
+    ranks = [torch.load(tmp_path / f"{r}.pt", weights_only=False) for r in range(2)]
+    names = ("step", "loss", "alpha", *FIGURES)
+    rows = [{k: row[k] for k in names} for row in one["log"] if "loss" in row]
+    for rank in ranks:
+        assert_logged(rank["log"], rows)
+        want = {f"eval_{k}": one["found"][f"eval_{k}"] for k in FIGURES}
+        assert {k: rank["found"][k] for k in want} == pytest.approx(want, rel=1e-5)
+        for name, p in rank["weights"].items():
+            torch.testing.assert_close(p, one["weights"][name], rtol=0, atol=WEIGHTS)
+
+
+# ------------------------------------------------------------------------------------------------
+# trl
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """Words w0 to w93 and four others: the vocabulary of the models."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {word: i for i, word in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *(f"w{i}" for i in range(V - 4))])}
+    found = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    found.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = dict(pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>")
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=found, **special)
+
+
+def texts(n):
+    def words(start, count):
+        return " ".join(f"w{(7 * start + j) % 90}" for j in range(count))
+
+    datasets = pytest.importorskip("datasets", reason="needs datasets (requirements.txt)")
+    return datasets.Dataset.from_list(
+        [dict(prompt=words(i, 3 + i % 4), completion=" " + words(i + 1, 2 + i % 5)) for i in range(n)]
+    )
+
+
+@pytest.fixture
+def trl():
+    return pytest.importorskip("trl", reason="needs trl (requirements-dev.txt)")
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
+def test_sft_is_a_plain_loop_over_the_completions(tmp_path, trl, tokenizer, lora):
+    args = arguments(tmp_path, trl.SFTConfig, gradient_accumulation_steps=2, bf16=False)
+    how = dict(score=ProperScoreLoss("dpsm", warmup=0.5), train_dataset=texts(60), processing_class=tokenizer)
+    if lora:
+        peft = pytest.importorskip("peft", reason="needs peft (requirements-dev.txt)")
+        how["peft_config"] = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    trainer = ours.ScoreSFTTrainer(tiny("llama"), args=args, **how)
+    recorder = trainer.data_collator = Recorder(trainer.data_collator)
+    initial = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    calls = []
+    trainer.model.get_output_embeddings().register_forward_hook(
+        lambda m, i, logits: calls.append(logits.shape[:2].numel())
+    )
+    trainer.train()
+    model = trainer.model.base_model.model if lora else trainer.model
+    assert len(calls) == 2 * STEPS and max(calls) <= 2  # one forward a micro-batch, and no logits of its tokens
+    trained = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    with torch.no_grad():
+        for name, p in trainer.model.named_parameters():
+            p.copy_(initial[name])
+    rows = plain_loop(model, recorder.batches, 2)
+    assert_logged(trainer.state.log_history, rows)
+    for name, p in trainer.model.named_parameters():
+        torch.testing.assert_close(p, trained[name], rtol=0, atol=WEIGHTS)
+    logged = [row for row in trainer.state.log_history if "loss" in row]
+    assert logged[-1]["mean_token_accuracy"] == logged[-1]["accuracy"]
+    assert logged[-1]["num_tokens"] == sum(b["attention_mask"].sum().item() for b in recorder.batches[: 2 * STEPS])
+    prompts = recorder.batches[0]["labels"] == -100
+    assert prompts[:, :3].all() and not prompts.all()
+
+
+def test_sft_evaluates_and_says_what_it_cannot(tmp_path, trl, tokenizer):
+    how = dict(train_dataset=texts(6), eval_dataset=texts(5), processing_class=tokenizer)
+
+    def trainer(model="llama", **given):
+        args = arguments(tmp_path, trl.SFTConfig, bf16=False, **given)
+        return ours.ScoreSFTTrainer(tiny(model), args=args, score="brier", **how)
+
+    found = trainer().evaluate()
+    assert found["eval_brier"] == pytest.approx(found["eval_loss"], rel=0.1)
+    assert found["eval_mean_token_accuracy"] == found["eval_accuracy"] and found["eval_ece"] > 0
+    with pytest.raises(ValueError, match="loss_type='dft' and score are two losses"):
+        trainer(loss_type="dft")
+    with pytest.raises(ValueError, match="set router_aux_loss_coef=0.0"):
+        trainer("mixtral")
+
+
+# ------------------------------------------------------------------------------------------------
+# refusals, and the README
+
+
+def test_bad_arguments_are_named(tmp_path):
+    def trainer(score="brier", model=None, data=None, given=None, **how):
+        args = arguments(tmp_path, **given or {})
+        return ours.ScoreTrainer(model or tiny("llama"), args, score=score, train_dataset=data or samples(4), **how)
+
+    for given, words in (
+        (dict(score=ProperScoreLoss("brier", reduction="sum")), "divides by the number of tokens; got reduction='sum'"),
+        (dict(score="hinge"), "unknown loss 'hinge'"),
+        (dict(score=torch.nn.CrossEntropyLoss()), "got CrossEntropyLoss"),
+        (dict(compute_metrics=print), "compute_metrics reads logits"),
+        (dict(preprocess_logits_for_metrics=print), "preprocess_logits_for_metrics reads logits"),
+        (dict(compute_loss_func=print), "are two losses"),
+        (dict(given=dict(label_smoothing_factor=0.1)), "ProperScoreLoss.'smoothing', eps=...."),
+        (dict(model=torch.nn.Linear(3, 3)), "expected a model of transformers, got Linear"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            trainer(**given)
+    bare = [{k: v for k, v in row.items() if k != "labels"} for row in samples(4)]
+    with pytest.raises(ValueError, match="the batch has no labels; take DataCollatorForLanguageModeling"):
+        trainer(data=bare).train()
+    replaced = trainer()
+    replaced.model.forward = type(replaced.model).forward.__get__(replaced.model)  # as Liger does
+    with pytest.raises(ValueError, match="forward was replaced after the patch"):
+        replaced.train()
+    several = arguments(tmp_path)
+    several._n_gpu = 2
+    with pytest.raises(ValueError, match="one GPU a process; start it with torchrun"):
+        ours._Scores._check_arguments(type("T", (), dict(args=several, compute_loss_func=None))())
+
+
+@pytest.mark.parametrize(
+    "name, package", [("ScoreTrainer", "transformers"), ("ScoreSFTTrainer", "trl"), ("patch", "transformers")]
+)
+def test_a_missing_package_is_named_where_it_is_used(monkeypatch, name, package):
+    """The module itself is imported without either."""
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(vars(ours), name, raising=False) if name != "patch" else None
+    importlib.import_module("kernels.hf")
+    with pytest.raises(ImportError, match=f"{name} needs {package}: pip install {package}"):
+        patch(torch.nn.Linear(2, 2)) if name == "patch" else getattr(ours, name)
+    with pytest.raises(AttributeError, match="no attribute 'ScoreDPOTrainer'"):
+        _ = ours.ScoreDPOTrainer
+
+
+@pytest.mark.parametrize("what", ["patch", "ScoreTrainer", "ScoreSFTTrainer"])
+def test_the_readmes_examples_run(tmp_path, monkeypatch, tokenizer, what):
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    code = next(c for c in re.findall(r"```python\n(.*?)```", text, re.S) if f"from kernels.hf import {what}\n" in c)
+    if what == "ScoreSFTTrainer":
+        pytest.importorskip("trl", reason="needs trl (requirements-dev.txt)")
+    monkeypatch.chdir(tmp_path)
+    names = dict(model=tiny("llama"), tokenizer=tokenizer, batch=transformers.default_data_collator(samples(2)))
+    data = texts(8) if what == "ScoreSFTTrainer" else samples(8)
+    names |= dict(train_data=data, eval_data=data)
+    if what != "patch":
+        assert "max_steps=1000, " in code
+    exec(
+        code.replace("max_steps=1000", "max_steps=4, use_cpu=True, bf16=False, report_to=[], save_strategy='no'"), names
+    )
+    if what != "patch":
+        assert names["trainer"].state.global_step == 4
+        assert {"eval_ece", "eval_brier", "eval_nll"} <= set(names["figures"])
