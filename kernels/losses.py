@@ -165,7 +165,7 @@ def focal(gamma: float) -> Callable[..., Tensor]:
 
 def smoothing(eps: float) -> Callable[..., Tensor]:
     """Label smoothing: (1 - eps) * CE against y plus eps * CE against uniform (Szegedy et al., 2016). Improper on
-    purpose: least at (1 - eps) q + eps / V. Proper only at eps = 0."""
+    purpose: least at (1 - eps) times the truth plus eps / V. Proper only at eps = 0."""
     return named("smoothing", lambda m: (1 - eps) * ce(m) - eps * m.mean_log_p, eps)
 
 
