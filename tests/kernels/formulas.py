@@ -111,7 +111,8 @@ def moments_of(logits, targets, order=None):
         log_p=torch.where(r1 < 0.5, torch.log1p(-r1), log_p.gather(1, y)[:, 0]),
         r1=r1,
         r2=off.pow(2).sum(-1),
-        s=None if order is None else off.pow(order).sum(-1),
+        s=off.pow(2 if order is None else order).sum(-1),
+        order=order,
         mean_log_p=log_p.mean(-1),
         entropy=-(p * log_p).sum(-1),
         top_entropy=-(top.exp() * top).sum(-1),
@@ -133,7 +134,7 @@ def power_cases(orders=ORDERS):
                 loss = (1 - p ** (g - 1)) / (g - 1) - (1 - p**g) / g
                 rows.append([float(x) for x in (mpmath.log(p), r1, 0, loss, -r1 * p ** (g - 1), 1 / g)])
             log_p, r1, s, *want = torch.tensor(rows, dtype=torch.float64, device=DEVICE).unbind(1)
-            yield order, SimpleNamespace(log_p=log_p, r1=r1, s=s), want
+            yield order, SimpleNamespace(log_p=log_p, r1=r1, s=s, order=order), want
 
 
 def make(n, v, dtype=torch.float32, seed=0, scale=4.0, ignored=(1,)):

@@ -13,6 +13,7 @@ from formulas import DEVICE, ORDERS, moments_of, power_cases
 from named_scores import custom
 
 from kernels import ProperScoreLoss, linear_score, logits_score, losses, softmax_moments
+from kernels.moments import LEAST_ORDER
 
 PROPER = {
     "ce": losses.ce,
@@ -162,7 +163,7 @@ def test_power_score_keeps_its_digits(dtype, tolerance):
         leaves = [x.to(dtype).requires_grad_() for x in (m.log_p, m.s)]
         # Near 1 an order in fp32 is another one: as a tensor in the moments' dtype it is the caller's.
         for given in (order, torch.tensor(order, dtype=torch.float64, device=DEVICE)):
-            m32 = type(m)(log_p=leaves[0], r1=m.r1.to(dtype), r2=leaves[1], s=leaves[1])
+            m32 = type(m)(log_p=leaves[0], r1=m.r1.to(dtype), s=leaves[1], order=order)
             loss = losses._power(m32, given)
             got = loss.detach(), *torch.autograd.grad(loss.sum(), leaves)
             for g, exact in zip(got, want, strict=True):
@@ -177,14 +178,14 @@ def test_power_score_runs_from_ce_to_half_of_brier_and_on():
     assert losses.power(1.5).order == 1.5 and losses.power(1.5).fused == ("power", 1.5)
     torch.testing.assert_close(losses.power(torch.tensor(2.0))(moments_of(z, targets, 2.0)), 0.5 * losses.brier(m))
     for bad in (1.0, 0.5, -2, math.inf, math.nan):
-        with pytest.raises(ValueError, match="order of the power score must be a finite number above 1"):
+        with pytest.raises(ValueError, match="order of a score must be above 1 and finite"):
             losses.power(bad)
     with pytest.raises(ValueError, match="moments of its order"):
         losses.power(1.5)(moments_of(z, targets))
     order = torch.tensor(3.0)
     score = losses.power(order)
     order.fill_(0.0)
-    assert score.order == torch.tensor(losses.LEAST_ORDER) > 1 and score.fused == ("power", score.order)
+    assert score.order == torch.tensor(LEAST_ORDER) > 1 and score.fused == ("power", score.order)
 
 
 def test_dpsm_moves_its_order():
@@ -192,7 +193,7 @@ def test_dpsm_moves_its_order():
     score = losses.dpsm(alpha, path="order")
     for value in (0.0, 0.25, 1.0):
         alpha.fill_(value)
-        order = max(1 + value, losses.LEAST_ORDER)
+        order = max(1 + value, LEAST_ORDER)
         assert score.order.item() == pytest.approx(order, rel=1e-7) and score.fused[1].item() == score.order.item()
         m = moments_of(z, targets, order)
         torch.testing.assert_close(score(m), losses.power(order)(m), rtol=2e-6, atol=1e-7)
@@ -259,7 +260,7 @@ def test_tokens_outside_the_loss_score_zero(name):
     score, tail = IMPROPER[name] if name in IMPROPER else ({**PROPER, **WEIGHTED, **ELSEWHERE}[name], 0.0)
     logits = torch.randn(4, 9, requires_grad=True)
     m = softmax_moments(logits, torch.tensor([-100, 3, -100, 4]), tail=tail)
-    m.s, m.top_entropy = m.r2, m.entropy  # 0 where the token is ignored, as all moments are
+    m.order, m.top_entropy = 2.0, m.entropy  # 0 where the token is ignored, as all moments are
     score(m).sum().backward()
     assert (score(m)[[0, 2]] == 0).all() and (score(m)[[1, 3]] != 0).all()
     assert (logits.grad[[0, 2]] == 0).all() and logits.grad.isfinite().all()
@@ -279,7 +280,7 @@ def test_a_score_of_ones_own_is_one_line():
 
 def test_names_and_knobs():
     m = softmax_moments(torch.randn(6, 9), torch.arange(6), tail=0.2)
-    m.s, m.top_entropy = m.r2, m.entropy
+    m.order, m.top_entropy = 2.0, m.entropy
     for name in losses.LOSSES:
         assert losses.make_score(name)(m).shape == (6,)
     assert torch.equal(losses.make_score("dpsm", alpha=0.2)(m), losses.dpsm(0.2)(m))
@@ -316,7 +317,7 @@ def test_each_loss_says_which_knobs_it_reads():
         "ce_below": ("threshold",),
     }
     m = softmax_moments(torch.linspace(-2, 2, 54).view(6, 9).sin(), torch.arange(6), tail=0.2)
-    m.s, m.top_entropy = m.r2, m.entropy
+    m.order, m.top_entropy = 2.0, m.entropy
     values = dict(alpha=0.3, gamma=0.3, eps=0.3, tail=0.3, order=1.7, path="order", q=0.3, threshold=0.12)
     for name, knobs in read.items():
         plain = losses.make_score(name)(m)
