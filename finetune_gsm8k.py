@@ -31,7 +31,7 @@ from kernels.losses import alpha_at, make_score
 from model import lora
 from model.decode import Request, cache_length
 from runtime.cli import StopRequest, opt, parse_config, user_errors
-from runtime.flags import flag
+from runtime.flags import flag, knobs
 from runtime.folder import RunFolder
 from runtime.machine import start_world, to_device
 from runtime.meter import Meter
@@ -75,7 +75,12 @@ class Config:
     alpha_schedule: str = flag("alpha_schedule")
     alpha_max: float = flag("alpha_max")
     alpha_start: float = flag("alpha_start")
+    path: str = flag("path")
+    order: float | None = flag("order")
     gamma: float = flag("gamma")
+    mile_gamma: float = flag("mile_gamma")
+    q: float = flag("q")
+    threshold: float = flag("threshold")
     eps: float = flag("eps")
     tail_smoothing: float = flag("tail_smoothing")
     # optimizer
@@ -192,7 +197,8 @@ def main(argv: list[str] | None = None) -> int:
 
     # -- loss ----------------------------------------------------------------------------------
     alpha = torch.zeros((), device=device)  # filled each optimizer step; the score reads it on the device
-    score = make_score(cfg.loss, alpha=alpha, gamma=cfg.gamma, eps=cfg.eps, tail=cfg.tail_smoothing)
+    with user_errors():
+        score = make_score(cfg.loss, alpha=alpha, **knobs(cfg))
     scoring = dict(tail=cfg.tail_smoothing, impl=cfg.kernels)
     ramp = dict(warmup=cfg.warmup, schedule=cfg.alpha_schedule, alpha_max=cfg.alpha_max, start=cfg.alpha_start)
 

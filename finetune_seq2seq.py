@@ -31,7 +31,7 @@ from model.seq2seq import SIZES, Seq2Seq, training_flops
 from model.seq2seq_hub import load_seq2seq
 from recipes.presets import PRESETS, check_fit, preset_values
 from runtime.cli import opt, parse_config, user_errors
-from runtime.flags import flag
+from runtime.flags import flag, knobs
 from runtime.folder import RunFolder
 from runtime.machine import start_world
 from runtime.meter import Meter
@@ -79,7 +79,12 @@ class Config:
     alpha_schedule: str = flag("alpha_schedule")
     alpha_max: float = flag("alpha_max")
     alpha_start: float = flag("alpha_start")
+    path: str = flag("path")
+    order: float | None = flag("order")
     gamma: float = flag("gamma")
+    mile_gamma: float = flag("mile_gamma")
+    q: float = flag("q")
+    threshold: float = flag("threshold")
     tail_smoothing: float = flag("tail_smoothing")
     # optimizer
     steps: int | None = flag("steps", None)
@@ -164,7 +169,7 @@ def make_model(cfg: Config, train: summaries.Summaries, dtype: torch.dtype, worl
 def score_of(cfg: Config, alpha: torch.Tensor):
     """The training loss of a token, from its Moments."""
     if not cfg.label_smoothing:
-        return make_score(cfg.loss, alpha=alpha, gamma=cfg.gamma, tail=cfg.tail_smoothing)
+        return make_score(cfg.loss, alpha=alpha, **knobs(cfg))
     smoothed = smoothing(cfg.label_smoothing)
     return smoothed if cfg.loss == "ce" else lambda m: (1 - alpha) * smoothed(m) + alpha * brier(m)
 

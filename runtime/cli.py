@@ -64,7 +64,8 @@ def outside(value, interval: str) -> str:
         return ""
     if high < math.inf:
         return f"is outside {interval}"
-    return "must be finite and not negative" if low == 0 else f"must be at least {low:g}"
+    above = f"must be finite and above {low:g}" if interval[0] == "(" else f"must be at least {low:g}"
+    return "must be finite and not negative" if interval[:2] == "[0" else above
 
 
 class Parser(argparse.ArgumentParser):

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from kernels.losses import ALPHA_SCHEDULES, LOSSES
+from kernels.losses import ALPHA_SCHEDULES, LOSSES, PATHS
 from runtime.cli import opt
 from schedules import ADAPTIVE, PARTS, RULES, SCHEDULE_FREE
 
@@ -28,7 +28,18 @@ FLAGS = {
     ),
     "alpha_max": opt(1.0, "dpsm: share of Brier at the end of the ramp", within=SHARE, only=DPSM),
     "alpha_start": opt(0.0, "dpsm: where the ramp begins, as a fraction of the steps", within=SHARE, only=RAMP),
+    "path": opt("mix", "dpsm: mix CE and Brier, or raise the order of the power score from CE's", PATHS, only=DPSM),
+    "order": opt(
+        None,
+        "power, dpsm --path order: order of the power score, at the end of the ramp; near 1 it is ce, at 2 half of "
+        "brier; default: 1.5 for power, 2 for dpsm",
+        within="(1, inf)",
+        only={"loss": ("power", "dpsm")},
+    ),
     "gamma": opt(2.0, "focal: exponent", within=POSITIVE, only={"loss": ("focal",)}),
+    "mile_gamma": opt(1.0, "mile: exponent of 1 + entropy", within=POSITIVE, only={"loss": ("mile",)}),
+    "q": opt(0.7, "gce: exponent; 1 is 1 - p_y", within="(0, 1]", only={"loss": ("gce",)}),
+    "threshold": opt(0.1, "ce_above, ce_below: probability", within=SHARE, only={"loss": ("ce_above", "ce_below")}),
     "eps": opt(0.1, "smoothing: share of the uniform distribution", within=SHARE, only={"loss": ("smoothing",)}),
     "tail_smoothing": opt(
         0.0, "brier, spherical: Shao's score smoothing with a logarithmic tail; 0 is off", within=SHARE, only=BOUNDED
@@ -71,6 +82,16 @@ FLAGS = {
     "checkpoint_activations": opt(False, "recompute each block in backward to save memory", role="system"),
     "wandb": opt("", "Weights & Biases project to log to as well (WANDB_MODE=offline works)", role="where"),
 }
+
+
+def knobs(cfg) -> dict:
+    """What the flags say of the knobs of ``kernels.losses.make_score``, DPSM's alpha aside. Raises ValueError for an
+    --order that --path mix would not read."""
+    if cfg.loss == "dpsm" and cfg.path == "mix" and cfg.order is not None:
+        raise ValueError(f"--order {cfg.order} is read by --path order, not by --path mix")
+    gamma = cfg.mile_gamma if cfg.loss == "mile" else cfg.gamma
+    rest = {name: getattr(cfg, name) for name in ("order", "path", "q", "threshold")}
+    return rest | dict(gamma=gamma, eps=getattr(cfg, "eps", None), tail=cfg.tail_smoothing)
 
 
 def flag(name: str, default=dataclasses.MISSING, **changes) -> dataclasses.Field:
