@@ -98,6 +98,8 @@ class Patch:
         self.calls, self.verified, self.removed = 0, None, False
         self._check_model()
         self.scale, self.softcap = self._logits_config()
+        if self.softcap and loss.softcap:
+            raise ValueError(f"{self.name} caps its logits at {self.softcap} itself; leave softcap out of the loss")
         self._linear(model.get_output_embeddings())
 
         key = next(_keys)  # the model's own dict leads to the handle, so that a deep copy has its own
@@ -209,6 +211,11 @@ class Patch:
             scale = scale / value if name in DIVISORS else scale * value
         return scale, getattr(config, CAP, None) or None
 
+    def _softcap(self) -> float | None:
+        """The cap of the distribution, where the loss scales what the model has capped: c tanh(z / c) times a is
+        (a c) tanh(a z / (a c))."""
+        return self.softcap * self.loss.scale if self.softcap else self.loss.softcap
+
     def _linear(self, head: nn.Module) -> nn.Linear:
         """The linear layer that ``head`` applies."""
         if hasattr(head, "modules_to_save"):  # PEFT trains a copy of the head
@@ -281,8 +288,7 @@ class Patch:
         if items is not None:
             items = torch.as_tensor(items, device=weight.device).float().reshape(())
         how = dict(ignore_index=loss.ignore_index, reduction=loss.reduction, tail=loss.tail, impl=loss.impl)
-        if self.scale != 1 or self.softcap:
-            how |= dict(scale=self.scale, softcap=self.softcap)
+        how |= dict(scale=self.scale * loss.scale, softcap=self._softcap(), class_weights=loss.class_weights)
         rows = hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1)
         value, loss.moments = linear_score(*rows, loss.score(), bias=self._bias(linear), denominator=items, **how)
         return value.view_as(targets) if loss.reduction == "none" else value

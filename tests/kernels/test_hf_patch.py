@@ -11,12 +11,11 @@ import torch
 from tiny_hf import DECODER, MODELS, SEQ2SEQ, V, batch, tiny
 from torch import nn
 
-from kernels import ProperScoreLoss, brier, linear_score, logits_score
+from kernels import ProperScoreLoss, brier, logits_score
 from kernels.hf import Patch, patch, unpatch
 
 transformers = pytest.importorskip("transformers", reason="needs transformers (requirements-dev.txt)")
 CLOSE = dict(rtol=1e-5, atol=1e-6)  # fp32: a row of 97 logits and sums over 30 tokens, in another order
-KNOWS_SCALE = "softcap" in inspect.signature(linear_score).parameters
 
 
 def same_gradients(model, other, **close):
@@ -40,7 +39,7 @@ def compared(model, inputs, loss="ce"):
     return ours, want
 
 
-@pytest.mark.parametrize("name", [n for n in MODELS if n not in ("gemma2", "cohere", "granite")])
+@pytest.mark.parametrize("name", MODELS)
 def test_ce_and_gradients_are_theirs(name):
     model = tiny(name)
     ours, want = compared(model, batch())
@@ -49,10 +48,15 @@ def test_ce_and_gradients_are_theirs(name):
     assert set(ours.keys()) - dropped == set(want.keys()) - dropped
 
 
-@pytest.mark.skipif(not KNOWS_SCALE, reason="linear_score takes no scale and softcap yet")
-@pytest.mark.parametrize("name", ["gemma2", "cohere", "granite"])
-def test_ce_and_gradients_are_theirs_where_logits_are_scaled_or_capped(name):
-    compared(tiny(name), batch())
+@pytest.mark.parametrize("name, softcap", [("llama", 3.0), ("gemma2", None), ("cohere", None), ("cohere", 3.0)])
+def test_a_scale_a_cap_and_class_weights_of_the_loss_come_after_the_models(name, softcap):
+    model, inputs = tiny(name), batch()
+    how = dict(scale=0.5, softcap=softcap, class_weights=torch.rand(V))
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    want = ProperScoreLoss("brier", **how)(logits[:, :-1], inputs["labels"][:, 1:])
+    patch(model, "brier", **how)
+    torch.testing.assert_close(model(**inputs).loss, want, **CLOSE)
 
 
 def test_a_trained_logits_bias_has_its_gradient():
@@ -351,6 +355,8 @@ def test_bad_arguments_and_batches():
     patch(model, "ce", reduction="sum")
     with pytest.raises(ValueError, match="denominator is for reduction='mean'"):
         model(**inputs, num_items_in_batch=5)
+    with pytest.raises(ValueError, match="Gemma2ForCausalLM caps its logits at 2.0 itself; leave softcap out"):
+        patch(tiny("gemma2"), "ce", softcap=30.0)
     odd = tiny("llama", logit_scale="inv_sqrt_d_model")
     with pytest.raises(ValueError, match="logit_scale='inv_sqrt_d_model', expected a factor"):
         patch(odd)
