@@ -267,7 +267,18 @@ class _Doubled(nn.Linear):
         return 2 * super().forward(x)
 
 
-def test_what_cannot_be_patched_is_named():
+def _own_loss(self, input_ids=None, labels=None, **kwargs):
+    """As forwards with a fused head of their own do."""
+    return transformers.modeling_outputs.CausalLMOutput(loss=self.lm_head.weight.sum())
+
+
+class _Twice(transformers.LlamaForCausalLM):
+    def forward(self, input_ids=None, labels=None, **kwargs):
+        self.lm_head(self.model.embed_tokens(input_ids))
+        return super().forward(input_ids, labels=labels, **kwargs)
+
+
+def test_what_cannot_be_patched_is_named(monkeypatch):
     inputs = batch()
     lora_head = peft_model(tiny("llama"), target_modules=["lm_head"])
     with pytest.raises(ValueError, match="output embedding is a peft Linear, whose adapter .* modules_to_save"):
@@ -290,6 +301,20 @@ def test_what_cannot_be_patched_is_named():
         alone(input_ids=inputs["input_ids"], labels=inputs["labels"])
     with pytest.raises(ValueError, match="expected a model of transformers, got Linear"):
         patch(nn.Linear(3, 3))
+    twice = _Twice(config)
+    patch(twice)
+    with pytest.raises(ValueError, match="_Twice called its output embedding 2 times in a forward, not once"):
+        twice(**inputs)
+    beside = tiny("llama")
+    patch(beside)
+    beside(**inputs)  # verified
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", _own_loss)
+    with pytest.raises(ValueError, match="called its output embedding 0 times"):
+        beside(**inputs)
+    bart = tiny("bart")
+    monkeypatch.delattr(type(bart), "prepare_decoder_input_ids_from_labels")
+    with pytest.raises(ValueError, match="BartForConditionalGeneration does not make decoder inputs from labels"):
+        patch(bart)
     with pytest.raises(ValueError, match="whose weight is not here"):
         patch(tiny("llama").to("meta"))
     integer = tiny("llama")
