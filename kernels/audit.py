@@ -31,7 +31,8 @@ from .bench.timing import DTYPE_OF, Parser
 CAPABILITIES = (80, 90)
 VOCABULARIES = (50257, 151936)
 # Types of the kernels' arguments, beside logits, constants and pointers to fp32.
-TYPES = {"targets_ptr": "*i64", "mask_ptr": "*u8", "correct_ptr": "*u8", "tail": "fp32"}
+TYPES = {"targets_ptr": "*i64", "ids_ptr": "*i64", "mask_ptr": "*u8", "correct_ptr": "*u8"}
+TYPES |= dict.fromkeys(("tail", "scale", "link_scale", "softcap"), "fp32")
 TYPES |= dict.fromkeys(("z_stride", "stats_stride", "V"), "i32")
 LINE = "{:40} {:>3} {:>7} {:>5} {:>5} {:22} {:22} {:>8} {:>6} {:>6}"
 HEADINGS = ("kernel", "sm", "V", "regs", "spill", "loads", "stores", "instr/el", "sfu/el", "shared")
@@ -46,18 +47,37 @@ def variants(capability: int, vocab: int, dtype: str) -> list[tuple[str, object,
 
     shape = vocab, DTYPE_OF[dtype]
     plain, score_shape = impl._shape(*shape), impl.score_shape(*shape)
+    usual = dict(LINK=0, order_ptr=None)
+    moments = dict(ids_ptr=None) | usual | plain
+    gradient = dict(h_ptr=None) | usual | plain
+    capped, ordered = dict(LINK=impl.CAPPED.value), ("order_ptr",)  # an order is a pointer, not a constant
     found = [
-        ("moments_kernel", impl.moments_kernel, dict(TAIL=False) | plain),
-        ("moments_kernel, tail", impl.moments_kernel, dict(TAIL=True) | plain),
-        ("gradient_kernel", impl.gradient_kernel, dict(b_ptr=None, t_ptr=None) | plain),
-        ("gradient_kernel, tail", impl.gradient_kernel, plain),
+        ("moments_kernel", impl.moments_kernel, dict(TAIL=False) | moments),
+        ("moments_kernel, tail", impl.moments_kernel, dict(TAIL=True) | moments),
+        ("moments_kernel, softcap", impl.moments_kernel, dict(TAIL=False) | moments | capped),
+        ("moments_kernel, order", impl.moments_kernel, _without(dict(TAIL=False) | moments, ordered)),
+        ("gradient_kernel", impl.gradient_kernel, dict(b_ptr=None, t_ptr=None) | gradient),
+        ("gradient_kernel, tail", impl.gradient_kernel, gradient),
+        ("gradient_kernel, softcap", impl.gradient_kernel, dict(b_ptr=None, t_ptr=None) | gradient | capped),
+        ("gradient_kernel, order", impl.gradient_kernel, _without(dict(b_ptr=None, t_ptr=None) | gradient, ordered)),
+        (
+            "gradient_kernel, entropy",
+            impl.gradient_kernel,
+            _without(dict(b_ptr=None, t_ptr=None) | gradient, ["h_ptr"]),
+        ),
     ]
-    for name, score in impl.FUSED_SCORES.items():
-        flags = dict(SCORE=score, HAS_B=name in impl.READS_MEAN)
+    scores = {name: (name, usual) for name in impl.FUSED_SCORES} | {"dpsm, softcap": ("dpsm", usual | capped)}
+    for label, (name, how) in scores.items():
+        flags = _without(how, ordered if name == "power" else ())
+        flags |= dict(SCORE=impl.FUSED_SCORES[name], HAS_B=name in impl.READS_MEAN)
         read = "part of it twice" if score_shape["MORE"] else "one read"
-        found.append((f"score_kernel, {name}, {read}", impl.score_kernel, flags | score_shape))
-        found.append((f"rest_kernel, {name}", impl.rest_kernel, flags | impl._shape(*shape, "K", "PACKED")))
+        found.append((f"score_kernel, {label}, {read}", impl.score_kernel, flags | score_shape))
+        found.append((f"rest_kernel, {label}", impl.rest_kernel, flags | impl._shape(*shape, "K", "PACKED")))
     return found
+
+
+def _without(constants: dict, names) -> dict:
+    return {name: value for name, value in constants.items() if name not in names}
 
 
 def compile_for(kernel, constants: dict, capability: int, dtype: str, vocab: int):

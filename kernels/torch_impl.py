@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .moments import PLAIN, Coefficients, Link, Stats
+from .moments import PLAIN, Stats
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 CAN_KEEP_W = True
@@ -41,17 +41,7 @@ _LSE_MAX = 256.0
 
 
 def forward(
-    logits: Tensor,
-    targets: Tensor,
-    stats: Tensor,
-    correct: Tensor,
-    tail: float,
-    *,
-    order=None,
-    link: Link = PLAIN,
-    predicted: Tensor | None = None,
-    keep_w=False,
-    rows_again=None,
+    logits, targets, stats, correct, tail, *, order=None, link=PLAIN, predicted=None, keep_w=False, rows_again=None
 ) -> None:
     """Fills ``stats`` [17, N] (the rows of moments.Stats), ``correct`` and, unless None, ``predicted`` [N] from logits
     [N, V], of which ``link`` makes those of the softmax.
@@ -169,17 +159,7 @@ def _careful(z, targets, index, stats: Stats, correct: Tensor) -> Tensor:
 
 
 def gradient(
-    logits,
-    targets,
-    mask,
-    stats: Stats,
-    coefficients: Coefficients,
-    tail: float,
-    out: Tensor,
-    *,
-    order=None,
-    link: Link = PLAIN,
-    kept_w=False,
+    logits, targets, mask, stats: Stats, coefficients, tail, out, *, order=None, link=PLAIN, kept_w=False
 ) -> None:
     """Writes the gradient of the rows to ``out`` [N, V], which may be the logits themselves; 0 where ``mask`` is False.
     ``kept_w``: the logits' storage holds w, as ``forward(keep_w=True)`` left it, and ``out`` is the logits."""

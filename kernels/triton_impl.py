@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .moments import PLAIN, Coefficients, Link, Stats
+from .moments import PLAIN, Link, Stats
 from .triton_kernels import gradient_kernel, moments_kernel, rescale_kernel, rest_kernel, score_kernel
 from .triton_rows import CAPPED, SCALED
 from .triton_scores import FUSED_SCORES, READS_MEAN
@@ -27,17 +27,7 @@ MOST_WARPS = 16
 RESCALED = 4096  # elements a program of rescale_kernel
 
 
-def forward(
-    logits: Tensor,
-    targets: Tensor,
-    stats: Tensor,
-    correct: Tensor,
-    tail: float,
-    *,
-    order=None,
-    link: Link = PLAIN,
-    predicted: Tensor | None = None,
-) -> None:
+def forward(logits, targets, stats, correct, tail, *, order=None, link=PLAIN, predicted=None) -> None:
     """Fills ``stats`` [17, N] (the rows of moments.Stats), ``correct`` and, unless None, ``predicted`` [N] from logits
     [N, V], of which ``link`` makes those of the softmax."""
     logits, _ = _aligned(logits)
@@ -46,18 +36,7 @@ def forward(
     _run(moments_kernel, logits, **rows, tail=tail, TAIL=tail > 0, **_shape(logits.shape[1], logits.dtype))
 
 
-def gradient(
-    logits,
-    targets,
-    mask,
-    stats: Stats,
-    coefficients: Coefficients,
-    tail: float,
-    out: Tensor,
-    *,
-    order=None,
-    link: Link = PLAIN,
-) -> None:
+def gradient(logits, targets, mask, stats: Stats, coefficients, tail, out, *, order=None, link=PLAIN) -> None:
     """Writes the gradient of the rows to ``out`` [N, V], which may be the logits themselves; 0 where ``mask`` is False.
     Raises ValueError where ``out`` has other strides than the logits."""
     vocab = logits.shape[1]

@@ -85,10 +85,9 @@ def moments_kernel(
 
 
 @triton.jit
-def any_gradient(z, ref, scale, rule, tail_limit, link, g, LINK: tl.constexpr, ORDER: tl.constexpr):
+def any_gradient(z, ref, scale, a, c, b, t, h, tail_limit, link, g, LINK: tl.constexpr, ORDER: tl.constexpr):
     """p (a + c p^(g-1) + h log p) + b + t [p < tail_limit], with p = scale exp(linked z - ref), of any z, 0 for -inf.
-    ``rule`` is (a, c, b, t, h), of which all but a may be None. Without ORDER g is 2."""
-    a, c, b, t, h = rule
+    All but a may be None. Without ORDER g is 2."""
     shaped = rows.linked(z, link, LINK, False)
     p = tl.exp2((shaped - ref) * rows.LOG2E) * scale
     if c is None:
@@ -111,12 +110,12 @@ def any_gradient(z, ref, scale, rule, tail_limit, link, g, LINK: tl.constexpr, O
 
 @triton.jit
 def store_any_gradient(
-    ptr, at, v, live, word, on, ref, scale, rule, tail_limit, link, g, LINK: tl.constexpr, ORDER: tl.constexpr
+    ptr, at, v, live, word, on, ref, scale, a, c, b, t, h, tail_limit, link, g, LINK: tl.constexpr, ORDER: tl.constexpr
 ):
     """``any_gradient`` of [R, 4] words over whole vectors of the same dtype, 0 where not ``on``."""
     DTYPE: tl.constexpr = ptr.dtype.element_ty
-    low = any_gradient(rows.part_of(word, 0, 0, DTYPE), ref, scale, rule, tail_limit, link, g, LINK, ORDER)
-    high = any_gradient(rows.part_of(word, 1, 0, DTYPE), ref, scale, rule, tail_limit, link, g, LINK, ORDER)
+    low = any_gradient(rows.part_of(word, 0, 0, DTYPE), ref, scale, a, c, b, t, h, tail_limit, link, g, LINK, ORDER)
+    high = any_gradient(rows.part_of(word, 1, 0, DTYPE), ref, scale, a, c, b, t, h, tail_limit, link, g, LINK, ORDER)
     rows.store_words(ptr, at, v, live, tl.where(on, low, 0.0), tl.where(on, high, 0.0))
 
 
@@ -163,7 +162,7 @@ def gradient_kernel(
     b = tl.load(b_ptr + row) if b_ptr is not None else None
     t = tl.load(t_ptr + row) if t_ptr is not None else None
     h = tl.load(h_ptr + row) if h_ptr is not None else None
-    rule = tl.load(a_ptr + row), c, b, t, h
+    a = tl.load(a_ptr + row)
     limit = tail / tl.maximum(tl.load(support_ptr + row), 1.0)
     start = tl.program_id(1) * (K * R)
     lane = tl.arange(0, R)
@@ -171,10 +170,12 @@ def gradient_kernel(
         v = start + k * R + lane
         live = rows.is_whole(v, at, True, True)
         word = rows.load_words(z_ptr, at, v, live)
-        store_any_gradient(out_ptr, at, v, live, word, on, ref, scale, rule, limit, link, g, LINK, ORDER)
+        store_any_gradient(out_ptr, at, v, live, word, on, ref, scale, a, c, b, t, h, limit, link, g, LINK, ORDER)
     if tl.program_id(1) == 0:
         z, places, mine, off = rows.edge(z_ptr, at, V, y, R, W)
-        found = tl.where(off, any_gradient(z, ref, scale, rule, limit, link, g, LINK, ORDER), tl.load(target_ptr + row))
+        found = tl.where(
+            off, any_gradient(z, ref, scale, a, c, b, t, h, limit, link, g, LINK, ORDER), tl.load(target_ptr + row)
+        )
         tl.store(out_ptr + places, tl.where(on, found, 0.0).to(out_ptr.dtype.element_ty), mask=mine)
 
 
@@ -384,16 +385,15 @@ def rest_kernel(
             a, c, b, target = a * weight, c * weight, b * weight, target * weight
         if not HAS_B:
             b = None
-        rule = a, c, b, None, None
         origin, shift, first, last, ty = at
         to_read = origin, shift, first, tl.where(on, last, 0), ty
         for start in range(0, last, R):
             v = start + lane
             live = rows.is_whole(v, at, True, True)
             word = rows.load_words(z_ptr, at, v, rows.is_whole(v, to_read, True, True))
-            store_any_gradient(out_ptr, at, v, live, word, on, ref, 1.0, rule, 0.0, link, g, LINK, ORDER)
+            store_any_gradient(out_ptr, at, v, live, word, on, ref, 1.0, a, c, b, None, None, 0.0, link, g, LINK, ORDER)
         z_e, places, mine, off = rows.edge(z_ptr, at, V, y, R, W)
-        found = tl.where(off, any_gradient(z_e, ref, 1.0, rule, 0.0, link, g, LINK, ORDER), target)
+        found = tl.where(off, any_gradient(z_e, ref, 1.0, a, c, b, None, None, 0.0, link, g, LINK, ORDER), target)
         tl.store(out_ptr + places, tl.where(on, found, 0.0).to(out_ptr.dtype.element_ty), mask=mine)
 
 

@@ -454,7 +454,8 @@ def finish_row(to, keep, z_y, found, g, ORDER: tl.constexpr):
     put(to, MEAN_LOG_P, keep, mean_log_p)
     put(to, ENTROPY, keep, entropy)
     put(to, LSE, keep, tl.where(y_live > 0, z_y - log_p, ref + log_sum))
-    put(to, S, keep, s)
+    if ORDER:
+        put(to, S, keep, s)
     put(to, R3, keep, r3)
     put(to, R4, keep, r4)
     put(to, CONFIDENCE, keep, tl.maximum(p_y, w))

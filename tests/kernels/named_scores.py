@@ -13,6 +13,14 @@ NAMED = {
     "dpsm": losses.dpsm(ALPHA),
     "focal": losses.focal(1.5),
     "smoothing": losses.smoothing(0.2),
+    "power": losses.power(2.0),
+    "gce": losses.gce(0.7),
+    "dft": losses.dft,
+    "deft": losses.deft,
+    "entropy_gated": losses.entropy_gated,
+    "mile": losses.mile(1.5),
+    "ce_above": losses.ce_above(0.1),
+    "ce_below": losses.ce_below(0.1),
 }
 VECTORS = ("log_p", "r1", "r2", "mean_log_p", "r3", "r4", "entropy", "confidence", "support")
 
