@@ -91,17 +91,19 @@ class _Scores:
                 "set use_liger_kernel=False"
             )
         window = self._window if self._evaluated is None else self._evaluated
-        window.update(self._once(handle.moments, len(inputs["labels"])))
+        window.update(self._counted(handle.moments, len(inputs["labels"])))
         return (loss, outputs) if return_outputs else loss
 
-    def _once(self, moments, samples: int):
-        """``moments``, without the samples that the last batch of an evaluation repeats to be as long on every rank."""
+    def _counted(self, moments, samples: int):
+        """``moments`` on the windows' device (a model split over devices ends on another), without the samples that the
+        last batch of an evaluation repeats to be as long on every rank."""
+        found = {k: v.to(self.args.device) for k, v in vars(moments).items() if isinstance(v, torch.Tensor)}
         state = self.accelerator.gradient_state
-        if self._evaluated is None or self.args.world_size == 1 or not state.end_of_dataloader or state.remainder < 1:
-            return moments
-        own = state.remainder - self.args.process_index * samples
-        sample = torch.arange(samples, device=moments.valid.device)
-        return replace(moments, valid=(moments.valid.view(samples, -1) & (sample < own)[:, None]).flatten())
+        if self._evaluated is not None and self.args.world_size > 1 and state.end_of_dataloader and state.remainder > 0:
+            own = state.remainder - self.args.process_index * samples
+            sample = torch.arange(samples, device=self.args.device)[:, None]
+            found["valid"] = (found["valid"].view(samples, -1) & (sample < own)).flatten()
+        return replace(moments, **found)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Losses alone, as there are no logits."""

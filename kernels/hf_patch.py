@@ -98,6 +98,8 @@ class Patch:
         self.calls, self.verified, self.removed = 0, None, False
         self._check_model()
         self.scale, self.softcap = self._logits_config()
+        if self.softcap and loss.softcap:
+            raise ValueError(f"{self.name} caps its logits at {self.softcap} itself; leave softcap out of the loss")
         self._linear(model.get_output_embeddings())
 
         key = next(_keys)  # the model's own dict leads to the handle, so that a deep copy has its own
@@ -132,54 +134,57 @@ class Patch:
         inner = self.inner or type(model).forward.__get__(model)
         if self.removed or kwargs.get("labels") is None:
             return inner(**kwargs)
-        as_tuple = not (
-            kwargs.get("return_dict") if kwargs.get("return_dict") is not None else model.config.return_dict
-        )
-        head, seen, losses = model.get_output_embeddings(), [], []
-        linear = self._linear(head)
-        items = kwargs.pop("num_items_in_batch", None)
-        labels = kwargs["labels"]
+        given = kwargs.pop("return_dict", None)
+        items, labels = kwargs.pop("num_items_in_batch", None), kwargs["labels"]
         if self.seq2seq:
-            del kwargs["labels"]
-            kwargs["use_cache"] = False
+            kwargs |= dict(labels=None, use_cache=False)
             if kwargs.get("decoder_input_ids") is None and kwargs.get("decoder_inputs_embeds") is None:
                 kwargs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)
+        head = model.get_output_embeddings()
+        linear, whole = self._linear(head), self.verified is not head
+        outputs, hidden = self._run(lambda: inner(**kwargs, return_dict=True), head, linear, whole, items)
+        if whole:
+            self._verify(outputs.logits, self._probe(hidden, linear, whole), linear)
+            self.verified = head
+        loss = self._score(hidden, linear, labels, items) if self.seq2seq else outputs.loss
+        self.calls += 1
+        outputs = type(outputs)(loss=loss, **{k: v for k, v in outputs.items() if k not in ("loss", "logits")})
+        return outputs if (model.config.return_dict if given is None else given) else outputs.to_tuple()
+
+    def _run(self, forward: Callable, head: nn.Module, linear: nn.Linear, whole: bool, items):
+        """(outputs of ``forward``, the hidden states that came to the head): the probe goes through the head, and a
+        decoder's loss is ours."""
+        seen, losses = [], []
 
         def at_head(module, inputs):
             seen.append(inputs[0])
-            return (self._probe(inputs[0], linear, whole=self.verified is not head), *inputs[1:])
+            return (self._probe(inputs[0], linear, whole), *inputs[1:])
 
-        def at_loss(logits=None, labels=None, *args, shift_labels=None, **kwargs):
+        def at_loss(logits=None, labels=None, *_, shift_labels=None, **__):
             losses.append(None)
             if shift_labels is None:
                 shift_labels = F.pad(labels[..., 1:], (0, 1), value=self.loss.ignore_index)
             losses[-1] = self._score(self._hidden(seen), linear, shift_labels, items)
             return losses[-1]
 
-        theirs = vars(model).get("_loss_function")
+        model, theirs, itself = self.model, vars(self.model).get("_loss_function"), None
         hook, model.loss_function = head.register_forward_pre_hook(at_head), at_loss
         try:
-            outputs = inner(**kwargs | {"return_dict": True})
-        except Exception as error:
-            if seen and not losses and not self.seq2seq:
-                hint = "it cannot be patched; use linear_score with its hidden states"
-                raise ValueError(
-                    f"{self.name} computes its loss by itself, not by its loss_function: {hint}"
-                ) from error
-            raise
+            outputs = forward()
+        except Exception as error:  # of a loss of its own, with the probe's logits and all labels
+            if self.seq2seq or losses or not seen:
+                raise
+            itself = error
         finally:
             hook.remove()
             del model._loss_function
             if theirs is not None:
                 model.loss_function = theirs
-        if self.verified is not head:
-            self._verify(outputs.logits, self._probe(self._hidden(seen), linear, whole=True), linear)
-            self.verified = head
-        loss = self._score(self._hidden(seen), linear, labels, items) if self.seq2seq else outputs.loss
-        self.calls += 1
-        kept = {k: v for k, v in outputs.items() if k not in ("loss", "logits")}
-        outputs = type(outputs)(loss=loss, **kept)
-        return outputs.to_tuple() if as_tuple else outputs
+        hidden = self._hidden(seen)
+        if not self.seq2seq and not losses:
+            what = f"{self.name} computes its loss by itself, not by its loss_function"
+            raise ValueError(f"{what}: it cannot be patched; use linear_score with its hidden states") from itself
+        return outputs, hidden
 
     def _check_model(self) -> None:
         model = self.model
@@ -208,6 +213,11 @@ class Patch:
                 raise ValueError(f"{self.name}'s config has {name}={value!r}, expected a factor for the logits")
             scale = scale / value if name in DIVISORS else scale * value
         return scale, getattr(config, CAP, None) or None
+
+    def _softcap(self) -> float | None:
+        """The cap of the distribution, where the loss scales what the model has capped: c tanh(z / c) times a is
+        (a c) tanh(a z / (a c))."""
+        return self.softcap * self.loss.scale if self.softcap else self.loss.softcap
 
     def _linear(self, head: nn.Module) -> nn.Linear:
         """The linear layer that ``head`` applies."""
@@ -281,8 +291,7 @@ class Patch:
         if items is not None:
             items = torch.as_tensor(items, device=weight.device).float().reshape(())
         how = dict(ignore_index=loss.ignore_index, reduction=loss.reduction, tail=loss.tail, impl=loss.impl)
-        if self.scale != 1 or self.softcap:
-            how |= dict(scale=self.scale, softcap=self.softcap)
+        how |= dict(scale=self.scale * loss.scale, softcap=self._softcap(), class_weights=loss.class_weights)
         rows = hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1)
         value, loss.moments = linear_score(*rows, loss.score(), bias=self._bias(linear), denominator=items, **how)
         return value.view_as(targets) if loss.reduction == "none" else value

@@ -142,9 +142,15 @@ def test_evaluation_gives_the_figures_of_its_set(tmp_path):
     assert trainer.evaluate({"a": data, "b": data[:2]})["eval_a_ece"] == got["eval_ece"]
     trainer.train()
     rows = [row for row in trainer.state.log_history if "eval_ece" in row and row["step"] > 0]
-    assert [row["step"] for row in rows] == [6, 12] and "alpha" not in rows[0]
+    assert [row["step"] for row in rows] == [6, 12]
+    assert not any("alpha" in row for row in trainer.state.log_history)  # Brier reads none
     assert {k: rows[-1][k] for k in want} == pytest.approx(of_set(), rel=1e-5)
-    assert len({row["nll"] for row in trainer.state.log_history if "loss" in row}) == 3  # no evaluation in the windows
+    alone = ours.ScoreTrainer(
+        tiny("llama"), arguments(tmp_path, logging_steps=4), score="brier", train_dataset=samples(20)
+    )
+    alone.train()
+    windows = [[r["nll"] for r in t.state.log_history if "loss" in r] for t in (trainer, alone)]
+    assert windows[0] == windows[1] and len(windows[0]) == 3  # what was evaluated is in none of them
     assert trainer.predict(data).predictions is None
 
 

@@ -11,12 +11,11 @@ import torch
 from tiny_hf import DECODER, MODELS, SEQ2SEQ, V, batch, tiny
 from torch import nn
 
-from kernels import ProperScoreLoss, brier, linear_score, logits_score
+from kernels import ProperScoreLoss, brier, logits_score
 from kernels.hf import Patch, patch, unpatch
 
 transformers = pytest.importorskip("transformers", reason="needs transformers (requirements-dev.txt)")
 CLOSE = dict(rtol=1e-5, atol=1e-6)  # fp32: a row of 97 logits and sums over 30 tokens, in another order
-KNOWS_SCALE = "softcap" in inspect.signature(linear_score).parameters
 
 
 def same_gradients(model, other, **close):
@@ -40,7 +39,7 @@ def compared(model, inputs, loss="ce"):
     return ours, want
 
 
-@pytest.mark.parametrize("name", [n for n in MODELS if n not in ("gemma2", "cohere", "granite")])
+@pytest.mark.parametrize("name", MODELS)
 def test_ce_and_gradients_are_theirs(name):
     model = tiny(name)
     ours, want = compared(model, batch())
@@ -49,10 +48,15 @@ def test_ce_and_gradients_are_theirs(name):
     assert set(ours.keys()) - dropped == set(want.keys()) - dropped
 
 
-@pytest.mark.skipif(not KNOWS_SCALE, reason="linear_score takes no scale and softcap yet")
-@pytest.mark.parametrize("name", ["gemma2", "cohere", "granite"])
-def test_ce_and_gradients_are_theirs_where_logits_are_scaled_or_capped(name):
-    compared(tiny(name), batch())
+@pytest.mark.parametrize("name, softcap", [("llama", 3.0), ("gemma2", None), ("cohere", None), ("cohere", 3.0)])
+def test_a_scale_a_cap_and_class_weights_of_the_loss_come_after_the_models(name, softcap):
+    model, inputs = tiny(name), batch()
+    how = dict(scale=0.5, softcap=softcap, class_weights=torch.rand(V))
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    want = ProperScoreLoss("brier", **how)(logits[:, :-1], inputs["labels"][:, 1:])
+    patch(model, "brier", **how)
+    torch.testing.assert_close(model(**inputs).loss, want, **CLOSE)
 
 
 def test_a_trained_logits_bias_has_its_gradient():
@@ -263,7 +267,18 @@ class _Doubled(nn.Linear):
         return 2 * super().forward(x)
 
 
-def test_what_cannot_be_patched_is_named():
+def _own_loss(self, input_ids=None, labels=None, **kwargs):
+    """As forwards with a fused head of their own do."""
+    return transformers.modeling_outputs.CausalLMOutput(loss=self.lm_head.weight.sum())
+
+
+class _Twice(transformers.LlamaForCausalLM):
+    def forward(self, input_ids=None, labels=None, **kwargs):
+        self.lm_head(self.model.embed_tokens(input_ids))
+        return super().forward(input_ids, labels=labels, **kwargs)
+
+
+def test_what_cannot_be_patched_is_named(monkeypatch):
     inputs = batch()
     lora_head = peft_model(tiny("llama"), target_modules=["lm_head"])
     with pytest.raises(ValueError, match="output embedding is a peft Linear, whose adapter .* modules_to_save"):
@@ -286,6 +301,20 @@ def test_what_cannot_be_patched_is_named():
         alone(input_ids=inputs["input_ids"], labels=inputs["labels"])
     with pytest.raises(ValueError, match="expected a model of transformers, got Linear"):
         patch(nn.Linear(3, 3))
+    twice = _Twice(config)
+    patch(twice)
+    with pytest.raises(ValueError, match="_Twice called its output embedding 2 times in a forward, not once"):
+        twice(**inputs)
+    beside = tiny("llama")
+    patch(beside)
+    beside(**inputs)  # verified
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", _own_loss)
+    with pytest.raises(ValueError, match="called its output embedding 0 times"):
+        beside(**inputs)
+    bart = tiny("bart")
+    monkeypatch.delattr(type(bart), "prepare_decoder_input_ids_from_labels")
+    with pytest.raises(ValueError, match="BartForConditionalGeneration does not make decoder inputs from labels"):
+        patch(bart)
     with pytest.raises(ValueError, match="whose weight is not here"):
         patch(tiny("llama").to("meta"))
     integer = tiny("llama")
@@ -351,6 +380,8 @@ def test_bad_arguments_and_batches():
     patch(model, "ce", reduction="sum")
     with pytest.raises(ValueError, match="denominator is for reduction='mean'"):
         model(**inputs, num_items_in_batch=5)
+    with pytest.raises(ValueError, match="Gemma2ForCausalLM caps its logits at 2.0 itself; leave softcap out"):
+        patch(tiny("gemma2"), "ce", softcap=30.0)
     odd = tiny("llama", logit_scale="inv_sqrt_d_model")
     with pytest.raises(ValueError, match="logit_scale='inv_sqrt_d_model', expected a factor"):
         patch(odd)
