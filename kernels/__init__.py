@@ -2,7 +2,7 @@
 
 from ._huggingface import __getattr__  # what Hugging Face's package of this name offers
 from .compiled import compilable
-from .head import linear_moments, linear_score
+from .head import linear_moments, linear_score, linear_topk
 from .logits import logits_score
 from .losses import (
     ALPHA_SCHEDULES,
@@ -22,3 +22,4 @@ from .losses import (
 from .moments import Moments, token_fisher
 from .parallel import parallel_linear_score
 from .softmax import softmax_moments
+from .topk import TopK, topk_log_probs

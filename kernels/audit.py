@@ -32,7 +32,8 @@ CAPABILITIES = (80, 90)
 VOCABULARIES = (50257, 151936)
 # Types of the kernels' arguments, beside logits, constants and pointers to fp32.
 TYPES = {"targets_ptr": "*i64", "mask_ptr": "*u8", "correct_ptr": "*u8", "tail": "fp32"}
-TYPES |= dict.fromkeys(("z_stride", "stats_stride", "V"), "i32")
+TYPES |= dict.fromkeys(("z_stride", "stats_stride", "V"), "i32") | dict.fromkeys(("scale", "softcap"), "fp32")
+TYPES |= {"ids_ptr": "*i64"}
 LINE = "{:40} {:>3} {:>7} {:>5} {:>5} {:22} {:22} {:>8} {:>6} {:>6}"
 HEADINGS = ("kernel", "sm", "V", "regs", "spill", "loads", "stores", "instr/el", "sfu/el", "shared")
 # One instruction a line: /*0040*/  @P0 LDG.E.128 R4, ...
@@ -43,6 +44,7 @@ OPTIONS = ("num_warps", "maxnreg", "enable_fp_fusion")  # of a launch; its other
 def variants(capability: int, vocab: int, dtype: str) -> list[tuple[str, object, dict]]:
     """(label, kernel, constants) of everything that is launched for logits [N, vocab] of Triton's ``dtype``."""
     from . import triton_impl as impl
+    from . import triton_topk
 
     shape = vocab, DTYPE_OF[dtype]
     plain, score_shape = impl._shape(*shape), impl.score_shape(*shape)
@@ -57,6 +59,9 @@ def variants(capability: int, vocab: int, dtype: str) -> list[tuple[str, object,
         read = "part of it twice" if score_shape["MORE"] else "one read"
         found.append((f"score_kernel, {name}, {read}", impl.score_kernel, flags | score_shape))
         found.append((f"rest_kernel, {name}", impl.rest_kernel, flags | impl._shape(*shape, "K", "PACKED")))
+    width = impl.VECTOR_BYTES // DTYPE_OF[dtype].itemsize
+    vectors = dict(R=32, W=width, K=triton_topk.BLOCK // 32 // width, PADDED=True)  # rows as linear_score has them
+    found.append(("topk_kernel, k = 20", triton_topk.topk_kernel, vectors | triton_topk.shape(20)))
     return found
 
 
@@ -68,7 +73,11 @@ def compile_for(kernel, constants: dict, capability: int, dtype: str, vocab: int
 
     types = TYPES | dict.fromkeys(("z_ptr", "out_ptr"), f"*{dtype}") | dict.fromkeys(constants, "constexpr")
     signature = {name: types.get(name, "*fp32") for name in kernel.arg_names}
-    whole = ("z_ptr", "out_ptr", "knob_ptr") + (("z_stride", "V") if vocab % 16 == 0 else ())
+    whole = ("z_ptr", "out_ptr", "knob_ptr")
+    if constants.get("PADDED"):
+        whole += ("z_stride",)
+    elif vocab % 16 == 0:
+        whole += ("z_stride", "V")
     attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name in whole}
     constexprs = {name: constants[name] for name in kernel.arg_names if name in constants}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
