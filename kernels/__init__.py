@@ -3,7 +3,7 @@
 from ._huggingface import __getattr__  # what Hugging Face's package of this name offers
 from .calibration import Calibration
 from .compiled import compilable
-from .head import linear_moments, linear_score
+from .head import linear_moments, linear_score, linear_topk
 from .logits import logits_score
 from .losses import (
     ALPHA_SCHEDULES,
@@ -32,3 +32,4 @@ from .losses import (
 from .moments import Moments, token_fisher
 from .parallel import parallel_linear_score
 from .softmax import softmax_moments
+from .topk import TopK, topk_log_probs

@@ -44,6 +44,7 @@ OPTIONS = ("num_warps", "maxnreg", "enable_fp_fusion")  # of a launch; its other
 def variants(capability: int, vocab: int, dtype: str) -> list[tuple[str, object, dict]]:
     """(label, kernel, constants) of everything that is launched for logits [N, vocab] of Triton's ``dtype``."""
     from . import triton_impl as impl
+    from . import triton_topk
 
     shape = vocab, DTYPE_OF[dtype]
     plain, score_shape = impl._shape(*shape), impl.score_shape(*shape)
@@ -73,6 +74,9 @@ def variants(capability: int, vocab: int, dtype: str) -> list[tuple[str, object,
         read = "part of it twice" if score_shape["MORE"] else "one read"
         found.append((f"score_kernel, {label}, {read}", impl.score_kernel, flags | score_shape))
         found.append((f"rest_kernel, {label}", impl.rest_kernel, flags | impl._shape(*shape, "K", "PACKED")))
+    width = impl.VECTOR_BYTES // DTYPE_OF[dtype].itemsize
+    vectors = dict(R=32, W=width, K=triton_topk.BLOCK // 32 // width, PADDED=True)  # rows as linear_score has them
+    found.append(("topk_kernel, k = 20", triton_topk.topk_kernel, vectors | triton_topk.shape(20, 0)))
     return found
 
 
@@ -88,7 +92,11 @@ def compile_for(kernel, constants: dict, capability: int, dtype: str, vocab: int
 
     types = TYPES | dict.fromkeys(("z_ptr", "out_ptr"), f"*{dtype}") | dict.fromkeys(constants, "constexpr")
     signature = {name: types.get(name, "*fp32") for name in kernel.arg_names}
-    whole = ("z_ptr", "out_ptr", "knob_ptr") + (("z_stride", "V") if vocab % 16 == 0 else ())
+    whole = ("z_ptr", "out_ptr", "knob_ptr")
+    if constants.get("PADDED"):
+        whole += ("z_stride",)
+    elif vocab % 16 == 0:
+        whole += ("z_stride", "V")
     attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name in whole}
     constexprs = {name: constants[name] for name in kernel.arg_names if name in constants}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)

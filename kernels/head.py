@@ -8,8 +8,9 @@ from torch import Tensor
 from .compiled import traced_linear_score
 from .head_pass import HeadPass, scaled
 from .impl import check_reduction
-from .moments import Moments, check_order, order_of
+from .moments import Moments, check_order, make_link, order_of
 from .softmax import GradientKnown
+from .topk import TopK, check_top, fill_top, new_top
 
 
 def linear_score(
@@ -111,3 +112,29 @@ def linear_moments(
                 logits.mul_(scale)
             head.forward(logits, rows)
     return head.all_moments()
+
+
+@torch.no_grad()
+def linear_topk(
+    hidden: Tensor,
+    weight: Tensor,
+    k: int,
+    *,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    chunk: int | None = None,
+    impl: str = "auto",
+) -> TopK:
+    """``topk_log_probs`` of the logits hidden @ weight.T + bias, of which at most ``chunk`` rows are held at a time.
+
+    hidden [N, D], weight [V, D], bias [V] or None and ``chunk`` as in ``linear_score``, the others as in
+    ``topk_log_probs``. For distillation from a teacher, or to read what a model expects."""
+    targets = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)  # the head asks for some
+    head = HeadPass(hidden, weight, targets, bias=bias, ignore_index=-100, chunk=chunk, impl=impl)
+    link, module = make_link(scale, softcap), check_top(k, head.vocab, impl, head.module)
+    out = new_top(head.h, head.n, k)
+    with head.quiet():
+        for rows in head.chunks:
+            fill_top(head.logits(rows), None, None, link, TopK(*(x[rows] for x in out)), module)
+    return out

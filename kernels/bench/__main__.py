@@ -4,6 +4,7 @@
     python -m kernels.bench --n 3072 --v 512 --d 384 --dtype fp32 --csv bench.csv
     python -m kernels.bench --csv bench.csv --plot bench.png
     python -m kernels.bench --audit-2k --trace traces   # one batch of 2,000 tokens through every score
+    python -m kernels.bench --diagnostics --csv figures.csv # entropy, accuracy, calibration, Fisher beside the loss
     python -m kernels.bench --paths --csv paths.csv     # how a row is held, sizes of chunks (GPU)
     python -m kernels.bench --claims --csv all.csv      # all shapes, then every claim's verdict (GPU)
     python -m kernels.bench --claims-of all.csv         # the verdicts again, from rows measured before
@@ -15,6 +16,7 @@ of copy      speed of one read and one write of the logits over that of copying 
 x products   a linear loss's time over that of its bare matrix products
 peak         memory of a step beyond the inputs, in logits tensors; on CPU in a fresh process, from the high-water mark
              of resident memory. "beside MB" is the peak less the gradients
+x loss alone time of a step with figures over that of the same provider's loss, forward and backward in both
 error        |gradient - exact| / |exact| in the 2-norm, of the leaf where it is larger, on 64 tokens (512 on a GPU);
              exact is float64 autograd of the same loss
 
@@ -31,6 +33,7 @@ import torch
 
 from .claims import TRAIN_STEP, print_verdicts
 from .compare import audit_scores, compare
+from .diagnostics import diagnose
 from .paths import time_choices
 from .rows import Rows, read_csv, write_plot
 from .timing import HEADS, Parser, Shape, add_options, fill_options
@@ -48,6 +51,7 @@ def parse(argv) -> argparse.Namespace:
     parser.add_argument("--plot", metavar="FILE", help="step times as a PNG")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--audit-2k", action="store_true", help="2,000 tokens through every score instead")
+    mode.add_argument("--diagnostics", action="store_true", help="what entropy, accuracy and others cost, instead")
     mode.add_argument("--paths", action="store_true", help="ways to hold a row, and sizes of chunks, instead (GPU)")
     mode.add_argument("--claims", action="store_true", help="all shapes, then verdicts (GPU)")
     mode.add_argument("--claims-of", metavar="FILE", nargs="+", help="verdicts from rows on file; measures nothing")
@@ -59,12 +63,14 @@ def parse(argv) -> argparse.Namespace:
 
 def what_is_wrong(args) -> str | None:
     """Why these modes do not go together, None where they do."""
-    cpu, other = args.device != "cuda", args.audit_2k or args.paths or args.claims or args.claims_of
+    cpu = args.device != "cuda"
+    other = args.audit_2k or args.diagnostics or args.paths or args.claims or args.claims_of
     no_gpu = "needs a GPU; torch sees no CUDA device or --device is cpu"
     checks = {
         "--trace and --nvtx go with --audit-2k": (args.trace or args.nvtx) and not args.audit_2k,
         "--nvtx needs a CUDA device": args.nvtx and cpu,
-        "--plot is of the bench; leave out --audit-2k, --paths, --claims and --claims-of": args.plot and other,
+        "--plot is of the bench; leave out --audit-2k, --diagnostics, --paths, --claims and --claims-of": args.plot
+        and other,
         f"--paths {no_gpu}": args.paths and cpu,
         f"--claims {no_gpu}": args.claims and cpu,
         f"--claims is about bf16, got --dtype {args.dtype}": args.claims and args.dtype != "bf16",
@@ -73,11 +79,17 @@ def what_is_wrong(args) -> str | None:
     return next((why for why, wrong in checks.items() if wrong), None)
 
 
-def shapes_to_compare(args) -> list[Shape]:
-    """Each head as logits, and as a linear head where it has a hidden size."""
+def heads_of(args, default: Shape) -> list[Shape]:
+    """The heads that are asked for. ``default`` is that of a CPU, and has what --n, --v and --d leave open."""
     heads = [HEADS[name] for name in args.shape or (HEADS if args.device == "cuda" else ())]
     if not args.claims and (args.n or args.v or args.d or not heads):
-        heads = [Shape(args.n or 2048, args.v or 50257, args.d or None)]
+        heads = [Shape(args.n or default.n, args.v or default.v, args.d or default.d)]
+    return heads
+
+
+def shapes_to_compare(args) -> list[Shape]:
+    """Each head as logits, and as a linear head where it has a hidden size."""
+    heads = heads_of(args, Shape(2048, 50257))
     return [shape for head in heads for shape in ((head._replace(d=None), head) if head.d else (head,))]
 
 
@@ -99,6 +111,9 @@ def main(argv=None) -> int:
     rows = Rows(args.device, args.csv)
     if args.audit_2k:
         audit_scores(args, rows)
+    elif args.diagnostics:
+        for shape in heads_of(args, Shape(512, 50257, 256)):
+            diagnose(shape, args, rows)
     elif args.paths:
         time_choices(args, rows)
     else:

@@ -80,8 +80,9 @@ def compare(shape: Shape, args, rows: Rows) -> None:
         rows.add(dict(provider=name, **common, missing=why))
 
 
-def drop_failing(functions: dict, leaves, targets) -> dict[str, str]:
-    """Runs each once, and takes out of ``functions`` what does not fit in memory and peers that fail: {name: why}."""
+def drop_failing(functions: dict, leaves, targets, ours=(*FROM_LOGITS, *FROM_HIDDEN)) -> dict[str, str]:
+    """Runs each once, and takes out of ``functions`` what does not fit in memory and peers that fail: {name: why}.
+    Where one of ``ours`` fails it raises."""
     missing = {}
     for name, function in list(functions.items()):
         try:
@@ -92,7 +93,7 @@ def drop_failing(functions: dict, leaves, targets) -> dict[str, str]:
         except torch.OutOfMemoryError:
             missing[name] = "out of memory"
         except Exception as e:  # another project's kernel, on a version of its choice
-            if name in FROM_LOGITS or name in FROM_HIDDEN:
+            if name in ours:
                 raise
             missing[name] = f"failed: {type(e).__name__}: {e}".splitlines()[0][:200]
         if name in missing:

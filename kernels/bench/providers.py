@@ -70,7 +70,8 @@ AUDITED = {"CE": ce, "Brier": brier, "spherical": spherical, "DPSM": dpsm(ALPHA)
 AUDITED |= {"focal": focal(2.0), "smoothing": smoothing(0.1)}
 
 
-def _peer(module: str, name: str):
+def peer(module: str, name: str):
+    """What another project calls ``name``. Raises ImportError where it is not there."""
     try:
         return getattr(importlib.import_module(module), name)
     except AttributeError as e:
@@ -78,28 +79,28 @@ def _peer(module: str, name: str):
 
 
 def _liger_linear_ce():
-    loss = _peer("liger_kernel.transformers", "LigerFusedLinearCrossEntropyLoss")()
+    loss = peer("liger_kernel.transformers", "LigerFusedLinearCrossEntropyLoss")()
     return lambda h, w, y: loss(w, h, y)
 
 
 def _flash_attn_ce():
-    loss = _peer("flash_attn.ops.triton.cross_entropy", "cross_entropy_loss")
+    loss = peer("flash_attn.ops.triton.cross_entropy", "cross_entropy_loss")
     return lambda z, y: loss(z, y)[0].mean()
 
 
 PEERS_FROM_LOGITS: dict[str, Callable[[], Callable]] = {
     "torch.compile CE": lambda: torch.compile(F.cross_entropy),
-    "Liger CE": lambda: _peer("liger_kernel.transformers", "LigerCrossEntropyLoss")(),
-    "QuACK CE": lambda: _peer("quack.cross_entropy", "cross_entropy"),
+    "Liger CE": lambda: peer("liger_kernel.transformers", "LigerCrossEntropyLoss")(),
+    "QuACK CE": lambda: peer("quack.cross_entropy", "cross_entropy"),
     "flash-attn CE": _flash_attn_ce,
 }
 _CUT = ("cut_cross_entropy", "linear_cross_entropy")
 PEERS_FROM_HIDDEN: dict[str, Callable[[], Callable]] = {
     "torch.compile linear CE": lambda: torch.compile(FROM_HIDDEN["linear + torch CE"]),
-    "F.linear_cross_entropy": lambda: _peer("torch.nn.functional", "linear_cross_entropy"),
+    "F.linear_cross_entropy": lambda: peer("torch.nn.functional", "linear_cross_entropy"),
     "Liger linear CE": _liger_linear_ce,
-    "Cut Cross-Entropy": lambda: _peer(*_CUT),
-    "Cut Cross-Entropy, no filter": lambda: partial(_peer(*_CUT), filter_eps=None),  # of small gradients
+    "Cut Cross-Entropy": lambda: peer(*_CUT),
+    "Cut Cross-Entropy, no filter": lambda: partial(peer(*_CUT), filter_eps=None),  # of small gradients
 }
 ON_CPU_TOO = {"F.linear_cross_entropy"}  # the other peers are kernels for CUDA
 

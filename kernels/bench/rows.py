@@ -18,6 +18,7 @@ COLUMNS = {
     "ratio_to_literal": ("x literal", 1, ".3f"),
     "ratio_to_torch_ce": ("x torch CE", 1, ".3f"),
     "ratio_to_products": ("x products", 1, ".3f"),
+    "ratio_to_loss_alone": ("x loss alone", 1, ".3f"),
     "share_of_copy": ("of copy", 1, ".0%"),
     "tokens_per_s": ("tokens/s", 1, ".0f"),
     "peak_logits": ("peak, logits", 1, ".2f"),

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -155,16 +156,27 @@ def _resident(field: str) -> int:
     return 1024 * int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
-def _memory_of(name: str, shape: Shape, dtype: str, threads: int) -> int:
+def _provider(name: str, linear: bool) -> Callable:
+    return providers(linear, "cpu")[0][name]
+
+
+def _memory_of(find: Callable[[], Callable], shape: Shape, dtype: str, threads: int) -> int:
     torch.set_num_threads(threads or torch.get_num_threads())
-    return measure_memory(providers(shape.d is not None, "cpu")[0][name], shape, dtype, "cpu")
+    return measure_memory(find(), shape, dtype, "cpu")
 
 
-def measure_memory_apart(name: str, shape: Shape, dtype: str, threads: int = 0) -> int:
-    """``measure_memory`` of a provider on CPU in a fresh process."""
+def measure_memory_apart(
+    name: str, shape: Shape, dtype: str, threads: int = 0, find: Callable | None = None, imported: tuple[str, ...] = ()
+) -> int:
+    """``measure_memory`` on CPU in a fresh process, of the provider ``name``, or of what ``find()`` gives there.
+    ``imported``: modules that a server imports once for all these processes, which are forked from it."""
+    find = find or partial(_provider, name, shape.d is not None)
     os.environ["MALLOC_ARENA_MAX"] = "1"  # for the new process: an allocator reads it when it starts
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_memory_of, name, shape, dtype, threads).result()
+    context = multiprocessing.get_context("forkserver" if imported else "spawn")
+    if imported:
+        context.set_forkserver_preload(list(imported))
+    with ProcessPoolExecutor(1, context) as pool:
+        return pool.submit(_memory_of, find, shape, dtype, threads).result()
 
 
 def measure_joules(job: Callable[[], object], device: str) -> float | None:
