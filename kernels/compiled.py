@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .head_pass import HeadPass, scaled
 from .moments import Moments, Stats, as_moments, new_stats, order_of
+from .topk import TopK, with_top
 
 _SCORES = weakref.WeakValueDictionary()
 _numbers = itertools.count()
@@ -31,6 +32,7 @@ class _Options(NamedTuple):
     scale: float
     softcap: float | None
     predictions: bool
+    topk: int
     tokens: int | None
     chunk: int | None
     impl: str
@@ -42,7 +44,7 @@ _TENSORS = (
 )
 _OPTIONS = (
     "int score, bool[] wants, str reduction, bool fisher, int ignore_index, float tail, float scale, float? softcap, "
-    "bool predictions, int? tokens, int? chunk, str impl"
+    "bool predictions, int topk, int? tokens, int? chunk, str impl"
 )
 
 
@@ -67,8 +69,10 @@ def traced_linear_score(tensors, score, **options) -> tuple[Tensor, Moments]:
     grad = torch.is_grad_enabled()
     wants = [grad and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     o = _Options(score=score.number, wants=wants, **options)
-    total, stats, correct, fishers, predicted, *_ = _linear_score(*tensors, *o)
+    total, stats, correct, fishers, predicted, *top = _linear_score(*tensors, *o)[: 5 + len(TopK._fields)]
     more = dict(fisher=fishers if o.fisher else None, predicted=predicted if o.predictions else None)
+    if o.topk:
+        more |= with_top(TopK(*top), torch.zeros_like(stats[0]))
     valid = targets != o.ignore_index
     return total, as_moments(Stats(*stats), correct, valid, weight.shape[0], o.tail, order_of(score), **more)
 
@@ -86,14 +90,18 @@ def _open(arguments) -> tuple[HeadPass, Callable, Tensor | None, _Options]:
     how = dict(
         bias=bias, weights=weights, class_weights=class_weights, order=order_of(score), ignore_index=o.ignore_index
     )
-    how |= {name: getattr(o, name) for name in ("tail", "scale", "softcap", "predictions", "tokens", "chunk", "impl")}
+    how |= {
+        name: getattr(o, name)
+        for name in ("tail", "scale", "softcap", "predictions", "topk", "tokens", "chunk", "impl")
+    }
     return HeadPass(hidden, weight, targets, **how), score, last, o
 
 
-@_operator("linear_score", outputs=9)
+@_operator("linear_score", outputs=12)
 def _linear_score(*arguments):
-    """(loss, stats, correct, fisher, predicted, d_hidden, d_weight, d_bias, denominator), empty tensors for what does
-    not apply. The gradients are those of the sum; sums over chunks are fp32."""
+    """(loss, stats, correct, fisher, predicted, top_log_p, top_ids, top_entropy, d_hidden, d_weight, d_bias,
+    denominator), empty tensors for what does not apply. The gradients are those of the sum; sums over chunks are
+    fp32."""
     head, score, denominator, o = _open(arguments)
     with _with_autograd(), torch.no_grad():
         if o.reduction == "none":
@@ -101,7 +109,9 @@ def _linear_score(*arguments):
         else:
             total, moments, grads, denominator = head.reduced(score, o.reduction, denominator, o.fisher, o.wants)
     denominator = None if o.reduction != "mean" else denominator.to(head.stats.dtype)
-    rest = (head.h.new_empty(0) if x is None else x for x in (moments.fisher, moments.predicted, *grads, denominator))
+    m = moments
+    rest = m.fisher, m.predicted, m.top_log_p, m.top_ids, m.top_entropy, *grads, denominator
+    rest = (head.h.new_empty(0) if x is None else x for x in rest)
     return total, head.of_all_rows(head.stats, 1), head.of_all_rows(head.correct), *rest
 
 
@@ -111,13 +121,14 @@ def _(hidden, weight, targets, bias, weights, class_weights, denominator, *optio
     narrow, wide = hidden.dtype, torch.float64 if hidden.dtype == torch.float64 else torch.float32
     summed = o.reduction != "none"
 
-    def new(shape, there: bool = True, dtype=wide):
+    def new(shape, there: bool | int = True, dtype=wide):
         return hidden.new_empty(shape if there else 0, dtype=dtype if there else narrow)
 
     shapes = zip((hidden.shape, weight.shape, weight.shape[:1]), (narrow, wide, wide), o.wants, strict=True)
     grads = [new(shape, wanted and summed, dtype) for shape, dtype, wanted in shapes]
     outputs = new(() if summed else n), *new_stats(hidden, n), new(n, o.fisher), new(n, o.predictions, torch.int64)
-    return *outputs, *grads, new((), o.reduction == "mean")
+    top = new((n, o.topk), o.topk), new((n, o.topk), o.topk, torch.int64), new(n, o.topk)
+    return *outputs, *top, *grads, new((), o.reduction == "mean")
 
 
 @_operator("linear_score_backward", outputs=3)
@@ -142,7 +153,7 @@ def _setup(ctx, inputs, output):
     ctx.options = _Options(*inputs[7:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*(tensors if ctx.options.reduction == "none" else output[5:]))
+    ctx.save_for_backward(*(tensors if ctx.options.reduction == "none" else output[8:]))
     ctx.dtypes = [None if x is None else x.dtype for x in (*tensors[:2], tensors[3])]  # hidden, weight, bias
 
 

@@ -10,7 +10,7 @@ from .head_pass import HeadPass, scaled
 from .impl import check_reduction
 from .moments import Moments, check_order, make_link, order_of
 from .softmax import GradientKnown
-from .topk import TopK, check_top, fill_top, new_top
+from .topk import TopK, check_top, fill_top, new_top, topk_of
 
 
 def linear_score(
@@ -31,6 +31,7 @@ def linear_score(
     softcap: float | None = None,
     fisher: bool = False,
     predictions: bool = False,
+    topk: int = 0,
     chunk: int | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Moments]:
@@ -43,7 +44,8 @@ def linear_score(
     ``score`` maps Moments to a loss per token, each token by itself. Tensors that it reads beside, such as a 0-d alpha,
     receive no gradient. On a GPU a named score (losses.named) is one kernel. ``tail`` > 0 fills tail_log_p. ``scale``
     and ``softcap`` as in ``softmax_moments``. ``fisher`` fills Moments.fisher with |d score/dz|^2 of each token,
-    without a pass over the logits; ``predictions`` fills Moments.predicted.
+    without a pass over the logits; ``predictions`` fills Moments.predicted. ``topk``: top_log_p, top_ids and
+    top_entropy are of so many of the likeliest tokens, by a kernel of its own.
 
     ``weights`` [N], without gradient: a factor for each token's loss and gradient. A token of weight 0, such as a
     prompt's, has its moments and Fisher, and no part in the loss. ``class_weights`` [V]: a factor more, that of the
@@ -60,7 +62,7 @@ def linear_score(
     together; targets are checked on CPU only. Inside torch.compile the score must be marked (kernels.compilable)."""
     check_reduction(reduction, denominator, weights, hidden)
     how = dict(ignore_index=ignore_index, tail=tail, scale=scale, softcap=softcap, predictions=predictions)
-    how |= dict(tokens=tokens, chunk=chunk, impl=impl)
+    how |= dict(topk=topk_of(score, topk, len(weight)), tokens=tokens, chunk=chunk, impl=impl)
     if torch.compiler.is_compiling():
         tensors = (hidden, weight, targets, bias, weights, class_weights, denominator)
         return traced_linear_score(tensors, score, reduction=reduction, fisher=fisher, **how)
@@ -93,6 +95,7 @@ def linear_moments(
     tokens: int | None = None,
     tail: float = 0.0,
     predictions: bool = False,
+    topk: int = 0,
     chunk: int | None = None,
     impl: str = "auto",
 ) -> Moments:
@@ -103,13 +106,14 @@ def linear_moments(
         raise ValueError("with a softcap scale must be a number")
     number = 1.0 if isinstance(scale, Tensor) else scale
     how = dict(ignore_index=ignore_index, tokens=tokens, tail=tail, predictions=predictions, chunk=chunk, impl=impl)
-    how |= dict(order=check_order(order), scale=number, softcap=softcap)
+    how |= dict(order=check_order(order), scale=number, softcap=softcap, topk=topk)
     head = HeadPass(hidden, weight, targets, bias=bias, **how)
     with head.quiet():
         for rows in head.chunks:
             logits = head.logits(rows)
             if isinstance(scale, Tensor):
                 logits.mul_(scale)
+            head.fill_top(logits, rows)
             head.forward(logits, rows)
     return head.all_moments()
 

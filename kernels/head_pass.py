@@ -21,6 +21,7 @@ from .moments import (
     new_stats,
     score_partials,
 )
+from .topk import TopK, check_top, fill_top, new_top, with_top
 
 # Bytes of logits a chunk on CPU (CUDA: chunks.py). Less would read and write the fp32 d_weight too often.
 CPU_BUDGET = 128 * 2**20
@@ -51,6 +52,7 @@ class HeadPass:
         scale=1.0,
         softcap=None,
         predictions=False,
+        topk=0,
         tokens=None,
         vocab=None,
         skip=True,
@@ -81,6 +83,8 @@ class HeadPass:
         self.n = len(self.h)
         self.stats, self.correct = new_stats(hidden, self.n)
         self.predicted = torch.empty_like(self.targets) if predictions else None
+        self.top_module = check_top(topk, self.vocab, impl, self.module) if topk else None
+        self.top = new_top(hidden, self.n, topk) if topk else None  # its log_p less lse
         self.weights = None if weights is None else weights.detach().to(self.stats.dtype)
         self.can_keep_w = hidden.dtype == self.stats.dtype and self.module.CAN_KEEP_W and not self.link.softcap
         self.stride = row_stride(self.vocab) if hidden.is_cuda else self.vocab
@@ -183,6 +187,7 @@ class HeadPass:
     def score(self, logits, rows, score, losses, fishers, gradient=False, keep_w=False):
         """Fills stats, losses and Fisher of a chunk. Gives the weighted partials, or None where one kernel did it all,
         with ``gradient`` the weighted gradient over the logits too."""
+        self.fill_top(logits, rows)
         fused = self.can_fuse and fused_form(score, self.module, self.tail, self.predicted is not None)
         if fused:
             self.fused(fused, logits, rows, losses, fishers, logits if gradient else None, self.weights)
@@ -234,15 +239,25 @@ class HeadPass:
         self.module.forward(logits, self.targets[rows], stats, correct, self.tail, **how, **extra)
         mask_stats(stats, correct, self.mask_of(rows), predicted)
 
+    def fill_top(self, logits: Tensor, rows: slice) -> None:
+        """The likeliest tokens of a chunk, where they are asked for, before anything is written over its logits."""
+        if self.top is not None:
+            none = self.new_vector()[rows].zero_()
+            fill_top(logits, none, self.mask_of(rows), self.link, TopK(*(x[rows] for x in self.top)), self.top_module)
+
     def moments(self, rows: slice) -> Moments:
         """Of a chunk."""
         valid = torch.ones_like(self.correct[rows]) if self.mask is None else self.mask[rows]
-        return as_moments(self.stats_of(rows), self.correct[rows], valid, self.vocab, self.tail, self.order)
+        stats = self.stats_of(rows)
+        more = with_top(TopK(*(x[rows] for x in self.top)), stats.lse) if self.top else {}
+        return as_moments(stats, self.correct[rows], valid, self.vocab, self.tail, self.order, **more)
 
     def all_moments(self, fisher: Tensor | None = None) -> Moments:
         """Of all rows, those outside of the loss included."""
         stats, correct = self.of_all_rows(self.stats, 1), self.of_all_rows(self.correct)
         more = dict(fisher=self.of_all_rows(fisher), predicted=self.of_all_rows(self.predicted))
+        top = TopK(*map(self.of_all_rows, self.top)) if self.top else None
+        more |= with_top(top, Stats(*stats).lse)
         return as_moments(Stats(*stats), correct, self.valid, self.vocab, self.tail, self.order, **more)
 
     def new_grads(self, wants) -> list[Tensor | None]:

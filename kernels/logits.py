@@ -6,6 +6,7 @@ from torch import Tensor
 from .impl import check_logits, check_reduction, check_targets, choose_impl, fused_form, with_class_weights
 from .moments import Moments, Partials, Stats, as_moments, check_limit, make_link, new_stats, order_of, token_fisher
 from .softmax import GradientKnown, empty_twin, softmax_moments, with_own_rows
+from .topk import topk_of
 
 
 def logits_score(
@@ -23,14 +24,15 @@ def logits_score(
     softcap: float | None = None,
     fisher: bool = False,
     predictions: bool = False,
+    topk: int = 0,
     inplace: bool = False,
     impl: str = "auto",
 ) -> tuple[Tensor, Moments]:
     """The score of softmax(logits) at the targets, and the detached moments of every token.
 
     logits [N, V] and targets [N] as in ``softmax_moments``; score, weights, class_weights, reduction, denominator,
-    tail, scale, softcap, fisher and predictions as in ``linear_score``, which saves the logits themselves where they
-    come from a linear head.
+    tail, scale, softcap, fisher, predictions and topk as in ``linear_score``, which saves the logits themselves where
+    they come from a linear head.
 
     On a GPU a named score with reduction "mean" or "sum" is one kernel. Where a row fits on chip, it reads the logits
     once and writes their gradient once, in the forward. ``inplace`` writes it over the logits' own storage, which is
@@ -39,7 +41,7 @@ def logits_score(
     check_reduction(reduction, denominator, weights, logits)
     module = choose_impl(impl, logits)
     valid = targets != ignore_index
-    order, link = order_of(score), make_link(scale, softcap)
+    order, link, topk = order_of(score), make_link(scale, softcap), topk_of(score, topk, logits.shape[-1])
     if class_weights is not None:
         check_logits(logits, module)
         known, *_ = check_targets(targets, len(logits), logits.shape[1], ignore_index, logits.device)
@@ -49,7 +51,7 @@ def logits_score(
         denominator = factor.sum()
         denominator = torch.where(denominator == 0, 1.0, denominator)
     grad = torch.is_grad_enabled() and logits.requires_grad
-    fused = fused_form(score, module, tail, predictions)
+    fused = fused_form(score, module, tail, predictions or topk > 0)
     if fused and grad and reduction != "none" and not torch.compiler.is_compiling():
         share = factor if denominator is None else factor / denominator
         how = dict(order=order, link=link)
@@ -63,7 +65,7 @@ def logits_score(
             moments.fisher = None
         return GradientKnown.apply(total, rescaled, True, logits), moments
     how = dict(ignore_index=ignore_index, tail=tail, inplace_backward=inplace and grad, impl=impl)
-    how |= dict(order=order, scale=scale, softcap=softcap, predictions=predictions)
+    how |= dict(order=order, scale=scale, softcap=softcap, predictions=predictions, topk=topk)
     moments = softmax_moments(logits, targets, **how)
     for value in (getattr(moments, name) for name in Partials._fields):
         if value is not None and value.requires_grad:  # 0 times an infinite slope is no gradient

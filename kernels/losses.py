@@ -275,6 +275,7 @@ def _check_threshold(threshold: float) -> None:
 
 for _score in (dft, deft, entropy_gated):
     named(_score.__name__, _score)
+eaft.topk = 20
 compilable(eaft)
 
 

@@ -55,6 +55,11 @@ class Moments:
     support: Tensor | None = None  # number of logits above -inf
     fisher: Tensor | None = None  # |dL/dz|^2 of the score that linear_score was given; None unless asked for
     predicted: Tensor | None = None  # int64: argmax_j p_j, the first index wins a tie; None unless asked for
+    # Of the k likeliest tokens: log_p [N, k], ids [N, k], and the entropy of softmax over them alone, in nats; None
+    # unless asked for. Without gradient.
+    top_log_p: Tensor | None = None
+    top_ids: Tensor | None = None
+    top_entropy: Tensor | None = None
     order: Tensor | float | None = None  # g of ``s``, r3 and r4; None is 2
 
     def detach(self) -> "Moments":
@@ -62,7 +67,7 @@ class Moments:
         return Moments(**{k: v.detach() if isinstance(v, Tensor) else v for k, v in vars(self).items()})
 
 
-WITHOUT_GRADIENT = ("r3", "r4", "confidence")
+WITHOUT_GRADIENT = ("r3", "r4", "confidence", "top_log_p", "top_entropy")
 
 
 class Stats(NamedTuple):
@@ -257,7 +262,7 @@ def score_partials(moments: Moments, score: Callable[[Moments], Tensor], tokens=
             found = torch.autograd.grad(loss, list(leaves.values()), torch.ones_like(loss), allow_unused=True)
             grads |= zip(leaves, found, strict=True)
     for name in (*WITHOUT_GRADIENT, *(("r2",) if moments.order is not None else ())):
-        if grads.pop(name) is not None:
+        if grads.pop(name, None) is not None:
             raise ValueError(no_gradient(name))
     check_limit(loss, moments, tokens)
     return loss.detach(), Partials(**{n: grads.get(n) for n in Partials._fields})

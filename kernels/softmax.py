@@ -18,6 +18,7 @@ from .moments import (
     new_stats,
     no_gradient,
 )
+from .topk import topk_log_probs
 
 
 def softmax_moments(
@@ -30,6 +31,7 @@ def softmax_moments(
     scale: float = 1.0,
     softcap: float | None = None,
     predictions: bool = False,
+    topk: int = 0,
     inplace_backward: bool = False,
     impl: str = "auto",
 ) -> Moments:
@@ -41,18 +43,24 @@ def softmax_moments(
 
     ``tail`` > 0 fills tail_log_p. ``order`` > 1, a number or a 0-d tensor on the device, is the power g of Moments.s,
     by default 2. The softmax is that of softcap * tanh(scale * logits / softcap), or of scale * logits; the gradient is
-    with respect to the logits as given. ``predictions`` fills Moments.predicted. ``inplace_backward`` writes the
-    gradient over the logits, which nothing else may need. ``impl`` is "triton", "torch", or "auto": Triton for CUDA
-    tensors, torch for others. Raises ValueError for wrong shapes, dtypes, order, scale, softcap or impl, and on CPU for
-    targets out of range; on CUDA that would wait for the device. Backward raises ValueError where a moment was used
-    that has no gradient."""
+    with respect to the logits as given. ``predictions`` fills Moments.predicted, ``topk`` the fields of so many of the
+    likeliest tokens. ``inplace_backward`` writes the gradient over the logits, which nothing else may need.
+
+    ``impl`` is "triton", "torch", or "auto": Triton for CUDA tensors, torch for others. Raises ValueError for wrong
+    shapes, dtypes, order, scale, softcap or impl, and on CPU for targets out of range; on CUDA that would wait for the
+    device. Backward raises ValueError where a moment was used that has no gradient."""
     module = choose_impl(impl, logits)
     check_logits(logits, module)
     targets, valid, mask = check_targets(targets, len(logits), logits.shape[1], ignore_index, logits.device)
     how = dict(tail=tail, order=check_order(order), link=make_link(scale, softcap))
     ids = torch.empty_like(targets) if predictions else None
     *values, correct = _SoftmaxMoments.apply(logits, targets, mask, how, ids, inplace_backward, module)
-    return as_moments(Stats(*values), correct, valid, logits.shape[1], tail, how["order"], predicted=ids)
+    more = dict(predicted=ids)
+    if topk:
+        top = topk_log_probs(logits.detach(), topk, mask=mask, scale=scale, softcap=softcap, impl=impl)
+        more |= dict(top_ids=top.ids, top_log_p=_WithoutGradient.apply(logits, "top_log_p", top.log_p))
+        more |= dict(top_entropy=_WithoutGradient.apply(logits, "top_entropy", top.entropy))
+    return as_moments(Stats(*values), correct, valid, logits.shape[1], tail, how["order"], **more)
 
 
 def with_own_rows(logits: Tensor) -> Tensor:
@@ -63,6 +71,19 @@ def with_own_rows(logits: Tensor) -> Tensor:
 def empty_twin(x: Tensor) -> Tensor:
     """An uninitialised tensor of x's shape, strides, dtype and device."""
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+
+
+class _WithoutGradient(torch.autograd.Function):
+    """``value`` as it is, with a backward that says that it has no gradient."""
+
+    @staticmethod
+    def forward(ctx, logits, name, value):
+        ctx.name = name
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        raise ValueError(no_gradient(ctx.name))
 
 
 class GradientKnown(torch.autograd.Function):
@@ -111,7 +132,7 @@ class _SoftmaxMoments(torch.autograd.Function):
         partials = Partials(*(upstream[name] for name in Partials._fields))
         order, link = ctx.how["order"], ctx.how["link"]
         for name in (*WITHOUT_GRADIENT, *(("r2",) if order is not None else ())):
-            if upstream[name] is not None:
+            if upstream.get(name) is not None:
                 raise ValueError(no_gradient(name))
         if all(g is None for g in partials):
             return (None,) * 7

@@ -66,6 +66,22 @@ def check_top(k: int, vocab: int, impl: str, module):
     return torch_impl if k > TRITON_MOST else module
 
 
+def topk_of(score, topk: int, vocab: int) -> int:
+    """How many of the likeliest tokens are to be kept: ``topk``, or what the score's attribute ``topk`` asks for, all
+    where the vocabulary has fewer. Raises ValueError where both ask and differ."""
+    wanted = min(getattr(score, "topk", 0), vocab)
+    if topk and wanted and topk != wanted:
+        raise ValueError(f"the score reads the {wanted} likeliest tokens, and topk={topk}; leave topk out")
+    return topk or wanted
+
+
+def with_top(top: TopK | None, lse: Tensor) -> dict:
+    """The fields of Moments that ``top`` has, of which log_p was taken with an lse of 0."""
+    if top is None:
+        return {}
+    return dict(top_log_p=top.log_p - lse[:, None], top_ids=top.ids, top_entropy=top.entropy)
+
+
 def new_top(like: Tensor, tokens: int, k: int) -> TopK:
     """Uninitialised buffers for ``tokens`` rows."""
     wide = dict(dtype=torch.float64 if like.dtype == torch.float64 else torch.float32, device=like.device)

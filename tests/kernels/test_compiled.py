@@ -53,7 +53,7 @@ def test_the_operators_are_sound(name):
 
     hidden, weight, bias, targets, weights = head()
     options = dict(score=losses.ce.number, wants=[True] * 3, fisher=True, ignore_index=-100, tail=0.0, chunk=4)
-    options |= dict(scale=0.5, softcap=20.0, predictions=True, tokens=None)
+    options |= dict(scale=0.5, softcap=20.0, predictions=True, topk=3, tokens=None)
     for reduction in ("mean", "none"):
         o = compiled._Options(**options, reduction=reduction, impl="auto")
         last = None if name == "linear_score" else torch.ones(13, device=DEVICE)

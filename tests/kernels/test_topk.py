@@ -8,8 +8,19 @@ import sys
 import pytest
 import torch
 from formulas import DEVICE, IMPLS
+from formulas import literal as literal_loss
+from named_scores import custom, head
 
-from kernels import linear_topk, topk_log_probs, torch_impl
+from kernels import (
+    linear_moments,
+    linear_score,
+    linear_topk,
+    logits_score,
+    losses,
+    softmax_moments,
+    topk_log_probs,
+    torch_impl,
+)
 from kernels.topk import check_top
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -218,3 +229,55 @@ for k, capped in ((1, False), (64, True)):
 """
     done = subprocess.run([sys.executable, "-c", command], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-1500:]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_every_function_gives_the_likeliest_beside_the_moments(impl):
+    hidden, weight, bias, targets, _ = head()
+    want = linear_topk(hidden, weight, 5, bias=bias, softcap=9.0)
+    off = (targets == -100)[:, None]
+    logits = (hidden @ weight.T + bias).detach()
+    how = dict(topk=5, softcap=9.0, impl=impl)
+    for m in (
+        linear_score(hidden, weight, targets, losses.ce, bias=bias, chunk=4, **how)[1],
+        linear_score(hidden, weight, targets, custom, bias=bias, chunk=4, **how)[1],
+        linear_moments(hidden, weight, targets, bias=bias, chunk=4, **how),
+        logits_score(logits.clone().requires_grad_(), targets, losses.ce, **how)[1],
+        softmax_moments(logits, targets, **how),
+    ):
+        torch.testing.assert_close(m.top_log_p, want.log_p.masked_fill(off, 0.0), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(m.top_entropy, want.entropy.masked_fill(off[:, 0], 0.0), rtol=1e-5, atol=1e-6)
+        assert torch.equal(m.top_ids, want.ids.masked_fill(off, 0))
+    assert softmax_moments(logits, targets, impl=impl).top_entropy is None
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("v", [13, 37])
+def test_eaft_asks_for_its_own_twenty(v, impl):
+    hidden, weight, _, targets, _ = head(v=v)
+    loss, m = linear_score(hidden, weight, targets, losses.eaft, chunk=4, impl=impl)
+    z = (hidden.detach().double() @ weight.detach().double().T).requires_grad_()
+    want = (
+        torch.where(targets == -100, 0.0, literal_loss("eaft", z, targets.clamp_min(0))).sum() / (targets != -100).sum()
+    )
+    torch.testing.assert_close(loss.double(), want, rtol=2e-5, atol=0)
+    (got,) = torch.autograd.grad(loss, hidden)
+    (slope,) = torch.autograd.grad(want, z)
+    torch.testing.assert_close(got.double(), slope @ weight.detach().double(), rtol=1e-4, atol=1e-6)
+    assert m.top_ids.shape == (13, min(20, v))
+    with pytest.raises(ValueError, match="the score reads the 20 likeliest tokens, and topk=5"):
+        linear_score(hidden, torch.cat([weight] * 3), targets, losses.eaft, topk=5)
+
+
+@pytest.mark.parametrize("name", ["top_log_p", "top_entropy"])
+def test_what_is_of_the_likeliest_has_no_gradient(name):
+    hidden, weight, _, targets, _ = head()
+
+    with pytest.raises(ValueError, match=f"reads {name} with a gradient, and it has none"):
+        linear_score(
+            hidden, weight, targets, lambda m: losses.ce(m) + getattr(m, name).view(len(m.r1), -1)[:, 0], topk=3
+        )
+    z = (hidden @ weight.T).detach().requires_grad_()
+    m = softmax_moments(z, targets, topk=3)
+    with pytest.raises(ValueError, match=f"reads {name} with a gradient, and it has none"):
+        (losses.ce(m).sum() + getattr(m, name).sum()).backward()
