@@ -3,7 +3,7 @@
 from ._huggingface import __getattr__  # what Hugging Face's package of this name offers
 from .calibration import Calibration
 from .compiled import compilable
-from .head import linear_moments, linear_score, linear_topk
+from .head import linear_moments, linear_score, linear_sequence_log_p, linear_topk
 from .logits import logits_score
 from .losses import (
     ALPHA_SCHEDULES,

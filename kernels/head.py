@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .compiled import traced_linear_score
+from .compiled import compilable, traced_linear_score
 from .head_pass import HeadPass, scaled
 from .impl import check_reduction
 from .moments import Moments, check_order, make_link, order_of
@@ -80,6 +80,25 @@ def linear_score(
         dtypes = head.grad_dtypes  # not head, which would keep its buffers until backward
         total = GradientKnown.apply(total, lambda up: scaled(grads, up, denominator, dtypes), True, *leaves)
     return total, moments
+
+
+def linear_sequence_log_p(hidden: Tensor, weight: Tensor, targets: Tensor, **how) -> tuple[Tensor, Moments]:
+    """The log-probability of each sequence, [B], with its gradient, and the detached moments of its B * T tokens.
+
+    hidden [B, T, D], targets [B, T] as they are to be predicted, ignore_index where nothing is; the sum is over the
+    others, in nats. For preference losses and policy gradients, or to rank answers. ``how``: arguments of
+    ``linear_score`` but its score, weights, reduction and denominator. Backward computes the logits again. Raises
+    ValueError for shapes that do not fit."""
+    if hidden.dim() != 3 or targets.shape != hidden.shape[:2]:
+        shapes = f"{tuple(hidden.shape)} and {tuple(targets.shape)}"
+        raise ValueError(f"hidden must be [B, T, D] and targets [B, T], got {shapes}")
+    each, moments = linear_score(hidden.flatten(0, 1), weight, targets.flatten(), _log_p, reduction="none", **how)
+    return each.view(targets.shape).sum(1), moments
+
+
+@compilable
+def _log_p(m: Moments) -> Tensor:
+    return m.log_p
 
 
 def linear_moments(

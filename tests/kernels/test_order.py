@@ -8,7 +8,15 @@ import torch
 from formulas import DEVICE, IMPLS, close, make
 from named_scores import head
 
-from kernels import linear_moments, linear_score, logits_score, losses, softmax_moments, token_fisher
+from kernels import (
+    linear_moments,
+    linear_score,
+    linear_sequence_log_p,
+    logits_score,
+    losses,
+    softmax_moments,
+    token_fisher,
+)
 
 ORDERS = {"near 1": 1.000001, "1.25": 1.25, "2": 2.0, "3": 3.0, "on the device": torch.tensor(1.5, device=DEVICE)}
 LINKS = {"as given": (1.0, None), "scaled": (0.3, None), "capped": (1.0, 5.0), "both": (0.5, 30.0)}
@@ -168,6 +176,28 @@ def test_class_weights_are_those_of_torch(impl):
     torch.testing.assert_close(logits_score(z, targets, losses.ce, class_weights=classes, impl=impl)[0], want)
     module = losses.ProperScoreLoss("ce", class_weights=classes, impl=impl)
     torch.testing.assert_close(module(z, targets), want)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_log_probability_of_a_sequence_and_its_gradient(impl):
+    hidden, weight, bias, _, _ = head(n=12)
+    targets = torch.randint(37, (3, 4), generator=torch.Generator().manual_seed(5)).to(DEVICE)
+    targets[0, 2:], targets[2] = -100, -100
+    states = hidden.view(3, 4, 8)
+    got, m = linear_sequence_log_p(states, weight, targets, bias=bias, softcap=7.0, chunk=5, impl=impl)
+    each = literal_link(states @ weight.T + bias, (1.0, 7.0)).log_softmax(-1).gather(2, targets.clamp_min(0)[..., None])
+    want = torch.where(targets == -100, 0.0, each[..., 0]).sum(1)
+    torch.testing.assert_close(got, want)
+    assert got[2] == 0 and torch.equal(m.valid, (targets != -100).flatten())
+    scale = torch.tensor([1.0, -2.0, 3.0], device=DEVICE)
+    for right, found in zip(
+        torch.autograd.grad((want * scale).sum(), (hidden, weight, bias)),
+        torch.autograd.grad((got * scale).sum(), (hidden, weight, bias)),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="hidden must be .B, T, D. and targets .B, T., got"):
+        linear_sequence_log_p(hidden, weight, targets)
 
 
 # -- what is refused ------------------------------------------------------------------------------
