@@ -71,8 +71,9 @@ def variants(capability: int, vocab: int, dtype: str) -> list[tuple[str, object,
     for label, (name, how) in scores.items():
         flags = _without(how, ordered if name == "power" else ())
         flags |= dict(SCORE=impl.FUSED_SCORES[name], HAS_B=name in impl.READS_MEAN)
-        read = "part of it twice" if score_shape["MORE"] else "one read"
-        found.append((f"score_kernel, {label}, {read}", impl.score_kernel, flags | score_shape))
+        held = impl.score_shape(*shape, capped=True) if flags["LINK"] else score_shape
+        read = "part of it twice" if held["MORE"] else "one read"
+        found.append((f"score_kernel, {label}, {read}", impl.score_kernel, flags | held))
         found.append((f"rest_kernel, {label}", impl.rest_kernel, flags | impl._shape(*shape, "K", "PACKED")))
     width = impl.VECTOR_BYTES // DTYPE_OF[dtype].itemsize
     vectors = dict(R=32, W=width, K=triton_topk.BLOCK // 32 // width, PADDED=True)  # rows as linear_score has them
@@ -160,11 +161,11 @@ def read_code(compiled, constants: dict, vocab: int) -> dict:
     return figures | dict(instructions=len(opcodes))
 
 
-def audit(capability: int, vocab: int, dtype: str, only: str = "") -> list[dict]:
-    """A row of figures for each kernel whose label holds ``only``."""
+def audit(capability: int, vocab: int, dtype: str, only: str = "", labels=None) -> list[dict]:
+    """A row of figures for each kernel whose label holds ``only``, and is one of ``labels`` where these are given."""
     rows = []
     for label, kernel, constants in variants(capability, vocab, dtype):
-        if only in label:
+        if only in label and (labels is None or label in labels):
             compiled = compile_for(kernel, constants, capability, dtype, vocab)
             shape = {k: constants.get(k, 0) for k in ("K", "R", "W", "PIECES", "num_warps")}
             where = dict(kernel=label, capability=capability, vocab=vocab, dtype=dtype)

@@ -26,6 +26,8 @@ SCORES = {
     "dpsm": losses.dpsm(0.3),
     "spherical": losses.spherical,
     "smoothing": losses.smoothing(0.1),
+    "power": losses.power(1.25),
+    "deft": losses.deft,
     "custom": lambda m: m.r1 * m.log_p.square(),
 }
 
@@ -54,7 +56,7 @@ def test_triton_gives_what_torch_gives(n, v, dtype, kind):
         pytest.skip("large and of one kind is enough")
     z, targets = rows(kind, n, v, dtype)
     for name, score in SCORES.items():
-        if kind == "one live" and name in ("ce", "dpsm", "smoothing", "custom"):
+        if kind == "one live" and name in ("ce", "dpsm", "smoothing", "deft", "custom"):
             continue  # infinite for nearly every target
         got_z, want_z = z.clone().requires_grad_(), z.clone().requires_grad_()
         got, m = logits_score(got_z, targets, score, impl="triton")
@@ -69,6 +71,31 @@ def test_triton_gives_what_torch_gives(n, v, dtype, kind):
         scale = want_z.grad.abs().max().float()
         tolerance = {torch.float32: 2e-5, torch.bfloat16: 2**-7, torch.float16: 2**-9}[dtype]
         assert ((got_z.grad.float() - want_z.grad.float()).abs() <= tolerance * scale + 1e-7).all(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("v", [507, 50257, 151936])
+def test_softcap_order_entropy_predictions_and_the_likeliest(v, dtype):
+    z, targets = rows("random", 9, v, dtype)
+
+    def everything(m):
+        return m.s - m.log_p + 0.3 * m.entropy + 0.01 * m.lse.square()
+
+    everything.order = torch.tensor(1.5, device="cuda")
+    for score, how in ((losses.dpsm(0.3), {}), (everything, dict(predictions=True, topk=20))):
+        found = {}
+        for impl in ("triton", "torch"):
+            leaf = z.clone().requires_grad_()
+            loss, m = logits_score(leaf, targets, score, scale=0.5, softcap=20.0, impl=impl, **how)
+            loss.backward()
+            found[impl] = loss, leaf.grad.float(), m
+        (got, slope, m), (want, wanted, w) = found["triton"], found["torch"]
+        torch.testing.assert_close(got, want, rtol=2e-5, atol=1e-6)
+        tolerance = 2e-5 if dtype == torch.float32 else 2**-7
+        assert ((slope - wanted).abs() <= tolerance * wanted.abs().max() + 1e-7).all()
+    assert torch.equal(m.predicted, w.predicted) and torch.equal(m.top_ids, w.top_ids)
+    torch.testing.assert_close(m.top_log_p, w.top_log_p, rtol=2e-5, atol=1e-5)
+    torch.testing.assert_close(m.top_entropy, w.top_entropy, rtol=1e-4, atol=1e-5)
 
 
 def of_last_rows(z, targets, score, upstream):
