@@ -67,14 +67,11 @@ def variants(capability: int, vocab: int, dtype: str) -> list[tuple[str, object,
             _without(dict(b_ptr=None, t_ptr=None) | gradient, ["h_ptr"]),
         ),
     ]
-    scores = {name: (name, usual) for name in impl.FUSED_SCORES} | {"dpsm, softcap": ("dpsm", usual | capped)}
-    for label, (name, how) in scores.items():
-        flags = _without(how, ordered if name == "power" else ())
-        flags |= dict(SCORE=impl.FUSED_SCORES[name], HAS_B=name in impl.READS_MEAN)
-        held = impl.score_shape(*shape, capped=True) if flags["LINK"] else score_shape
-        read = "part of it twice" if held["MORE"] else "one read"
-        found.append((f"score_kernel, {label}, {read}", impl.score_kernel, flags | held))
-        found.append((f"rest_kernel, {label}", impl.rest_kernel, flags | impl._shape(*shape, "K", "PACKED")))
+    for name, score in impl.FUSED_SCORES.items():
+        flags = _without(usual, ordered if name == "power" else ()) | dict(SCORE=score, HAS_B=name in impl.READS_MEAN)
+        read = "part of it twice" if score_shape["MORE"] else "one read"
+        found.append((f"score_kernel, {name}, {read}", impl.score_kernel, flags | score_shape))
+        found.append((f"rest_kernel, {name}", impl.rest_kernel, flags | impl._shape(*shape, "K", "PACKED")))
     width = impl.VECTOR_BYTES // DTYPE_OF[dtype].itemsize
     vectors = dict(R=32, W=width, K=triton_topk.BLOCK // 32 // width, PADDED=True)  # rows as linear_score has them
     found.append(("topk_kernel, k = 20", triton_topk.topk_kernel, vectors | triton_topk.shape(20, 0)))

@@ -146,7 +146,10 @@ class HeadPass:
                     self.gradient(logits, rows, partials, keep_w)
                     self.accumulate(logits, rows, grads)
                 kept.append(partials)
-            return self.of_all_rows(self.weighted(self.in_loss(losses))), self.all_moments(fishers), kept
+            losses = self.weighted(self.in_loss(losses))
+            if self.right_count is not None:  # a wrong number must not pass for a loss
+                losses = torch.where(self.right_count, losses, torch.nan)
+            return self.of_all_rows(losses), self.all_moments(fishers), kept
 
     def reduced(self, score, reduction: str, denominator: Tensor | None, fisher: bool, wants):
         """(loss, Moments, gradients of the weighted SUM, denominator): one pass over the chunks."""
@@ -154,8 +157,6 @@ class HeadPass:
         losses, moments, _ = self.losses(score, fisher, grads if any(wants) else None)
         with self.quiet():
             total = losses.sum()
-            if self.right_count is not None:  # a wrong number must not pass for a loss
-                total = torch.where(self.right_count, total, torch.nan)
             if reduction == "mean":
                 # A copy, as the caller may refill its tensor before backward.
                 denominator = self.count() if denominator is None else denominator.clone()
@@ -188,7 +189,8 @@ class HeadPass:
         """Fills stats, losses and Fisher of a chunk. Gives the weighted partials, or None where one kernel did it all,
         with ``gradient`` the weighted gradient over the logits too."""
         self.fill_top(logits, rows)
-        fused = self.can_fuse and fused_form(score, self.module, self.tail, self.predicted is not None)
+        more = self.tail, self.link.softcap, self.predicted is not None
+        fused = self.can_fuse and fused_form(score, self.module, *more)
         if fused:
             self.fused(fused, logits, rows, losses, fishers, logits if gradient else None, self.weights)
             return None

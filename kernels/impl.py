@@ -44,11 +44,11 @@ def _automatic(device_type: str, cuda_float64: bool) -> str:
     return name
 
 
-def fused_form(score, module: ModuleType, tail: float, predictions: bool) -> tuple[str, Tensor | float] | None:
-    """(name, knob) of a named score that ``module`` has as one kernel, None for any other score, and where more is
-    asked for than that kernel gives."""
+def fused_form(score, module: ModuleType, *more) -> tuple[str, Tensor | float] | None:
+    """(name, knob) of a named score that ``module`` has as one kernel; None for any other score, and where something of
+    ``more`` is asked for, which that kernel does not give."""
     form = getattr(score, "fused", None)
-    return form if form and not tail and not predictions and form[0] in getattr(module, "FUSED_SCORES", ()) else None
+    return form if form and not any(more) and form[0] in getattr(module, "FUSED_SCORES", ()) else None
 
 
 def with_class_weights(weights: Tensor | None, class_weights: Tensor | None, targets: Tensor, vocab: int):

@@ -51,7 +51,7 @@ def logits_score(
         denominator = factor.sum()
         denominator = torch.where(denominator == 0, 1.0, denominator)
     grad = torch.is_grad_enabled() and logits.requires_grad
-    fused = fused_form(score, module, tail, predictions or topk > 0)
+    fused = fused_form(score, module, tail, softcap, predictions, topk)
     if fused and grad and reduction != "none" and not torch.compiler.is_compiling():
         share = factor if denominator is None else factor / denominator
         how = dict(order=order, link=link)

@@ -22,7 +22,6 @@ VECTOR_BYTES = 16
 # kernels.audit shows what fits without spilling, kernels.bench --paths what is fast.
 HELD = 25  # vectors of 4 registers that a lane of score_kernel holds of a row, where that is the whole row
 HELD_OF_MORE = 18  # the same where more follows
-HELD_CAPPED = 14  # the same under a softcap, which needs registers of its own: one program of 8 warps
 REGISTERS = 128  # a lane: so two programs of 8 warps (V up to 51 k in bf16) or one of 16 fit a multiprocessor
 MOST_WARPS = 16
 RESCALED = 4096  # elements a program of rescale_kernel
@@ -77,6 +76,8 @@ def fused_score(
 ) -> None:
     """The score ``name`` of triton_scores, with its ``knob``; that and ``order`` are numbers or 0-d fp32 tensors.
 
+    A softcap is for the other two kernels: score_kernel would spill. It takes a ``link`` that scales alone.
+
     logits [N, V] and int64 targets [N]; ``mask`` [N] bool and ``weights`` [N] fp32, or None. Fills stats [17, N],
     correct, losses and fisher [N], 0 where ``mask`` is False, and ``out`` with the gradient of sum(weights * losses);
     ``out`` may be the logits, None is no gradient. ``shape``: launch constants to measure, for ``score_shape``'s."""
@@ -87,7 +88,7 @@ def fused_score(
     arguments |= dict(SCORE=FUSED_SCORES[name], HAS_B=name in READS_MEAN, knob_ptr=knob)
     arguments |= dict(mask_ptr=_bytes(mask), weights_ptr=weights, out_ptr=result, order_ptr=order)
     arguments |= dict(link_scale=link.scale, softcap=link.softcap, LINK=_kind(link))
-    _run(score_kernel, logits, **arguments, **(shape or score_shape(vocab, logits.dtype, capped=link.softcap > 0)))
+    _run(score_kernel, logits, **arguments, **(shape or score_shape(vocab, logits.dtype)))
     _run(rest_kernel, logits, **arguments, **_shape(vocab, logits.dtype, "K", "PACKED"))
     if result is not out:
         out.copy_(result)
@@ -161,17 +162,13 @@ def _shape(vocab: int, dtype: torch.dtype, *without: str) -> dict:
     return {name: value for name, value in _launch(dtype, warps, per_go=4).items() if name not in without}
 
 
-def score_shape(vocab: int, dtype: torch.dtype, warps: int = 0, held: int | None = None, capped: bool = False) -> dict:
+def score_shape(vocab: int, dtype: torch.dtype, warps: int = 0, held: int | None = None) -> dict:
     """Launch constants of score_kernel: the fewest warps whose lanes hold the row in HELD vectors each, or ``warps``;
-    MORE where the row is longer than that. ``held``: vectors a lane instead of HELD, HELD_OF_MORE or, with ``capped``,
-    HELD_CAPPED."""
-    vectors, whole = _vectors(vocab, dtype), HELD_CAPPED if capped else HELD
+    MORE where the row is longer than that. ``held``: vectors a lane instead of HELD or HELD_OF_MORE."""
+    vectors = _vectors(vocab, dtype)
     if not warps:
-        most = 8 if capped else MOST_WARPS
-        warps = min(most, triton.next_power_of_2(triton.cdiv(vectors, 32 * whole)))
+        warps = min(MOST_WARPS, triton.next_power_of_2(triton.cdiv(vectors, 32 * HELD)))
     pieces = triton.cdiv(vectors, 32 * warps)
     if held is None:
-        held = whole if pieces <= whole else min(whole, HELD_OF_MORE)
-    return dict(PIECES=min(pieces, held), MORE=pieces > held, maxnreg=255 if capped else REGISTERS) | _launch(
-        dtype, warps, per_go=2
-    )
+        held = HELD if pieces <= HELD else HELD_OF_MORE
+    return dict(PIECES=min(pieces, held), MORE=pieces > held, maxnreg=REGISTERS) | _launch(dtype, warps, per_go=2)
