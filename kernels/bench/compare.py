@@ -113,7 +113,7 @@ def audit_scores(args, rows: Rows) -> None:
     leaves, targets = timing.make_inputs(shape, args.dtype, args.device)
     times = time_losses(functions, leaves, targets, args.repeats, forward=False, copy=False)
     where = f"V={shape.v} D={shape.d} {args.dtype} on {rows.about['device']}"
-    columns = ("step_ms", "ratio_to_torch_ce", "peak_bytes", "flops", "joules")
+    columns = ("step_ms", "ratio_to_torch_ce", "ratio_to_brier", "peak_bytes", "flops", "joules")
     rows.begin(f"2,000 tokens, {where}; ours with every moment and the Fisher", "loss", *columns)
     for name, function in functions.items():
         joules = timing.measure_joules(partial(timing.run_once, function, leaves, targets), args.device)
@@ -127,6 +127,7 @@ def audit_scores(args, rows: Rows) -> None:
             write_trace(function, leaves, targets, Path(args.trace) / file)
         row = dict(loss=name, **shape._asdict(), dtype=args.dtype, step_ms=timing.median_ms(times, name))
         row |= dict(ratio_to_torch_ce=timing.median_ratio(times, name, base))
+        row |= dict(ratio_to_brier=timing.median_ratio(times, name, "linear_score brier"))
         rows.add(row | dict(peak_bytes=peak, flops=flops.get_total_flops(), joules=joules))
 
 

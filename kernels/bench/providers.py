@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from ..chunks import row_stride
 from ..head import linear_score
 from ..logits import logits_score
-from ..losses import brier, ce, dpsm, focal, smoothing, spherical
+from ..losses import LOSSES, ce, dpsm, make_score
 from ..softmax import softmax_moments
 
 ALPHA = 0.5
@@ -65,9 +65,8 @@ FROM_HIDDEN: dict[str, Callable] = {
     "linear_score DPSM": lambda h, w, y: linear_score(h, w, y, dpsm(ALPHA))[0],
     "linear_score DPSM, Fisher": lambda h, w, y: linear_score(h, w, y, dpsm(ALPHA), fisher=True)[0],
 }
-# The scores of the efficiency audit, through the head.
-AUDITED = {"CE": ce, "Brier": brier, "spherical": spherical, "DPSM": dpsm(ALPHA)}
-AUDITED |= {"focal": focal(2.0), "smoothing": smoothing(0.1)}
+# The scores of the efficiency audit, through the head: every named loss at its defaults.
+AUDITED = {name: make_score(name) for name in LOSSES}
 
 
 def peer(module: str, name: str):

@@ -17,6 +17,7 @@ COLUMNS = {
     "step_ms": ("step ms", 1, ".3f"),
     "ratio_to_literal": ("x literal", 1, ".3f"),
     "ratio_to_torch_ce": ("x torch CE", 1, ".3f"),
+    "ratio_to_brier": ("x Brier", 1, ".3f"),
     "ratio_to_products": ("x products", 1, ".3f"),
     "ratio_to_loss_alone": ("x loss alone", 1, ".3f"),
     "share_of_copy": ("of copy", 1, ".0%"),
