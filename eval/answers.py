@@ -16,6 +16,7 @@ from tqdm import tqdm
 from data.gsm8k import Problem
 from data.packing import Rows
 from data.prompts import Prompter, calculate
+from eval.extraction import RULES
 from eval.gsm8k import Sample, grade_code, grade_text, scores
 from eval.rows import Parts, json_line, write_rows
 from model.decode import Request, decode
@@ -170,7 +171,7 @@ def grade(rows: list[dict], problems: list[Problem], format: str, k: Sequence[in
     """(summary entries, verdicts): pass@1 of the greedy answers by every rule, pass@k of the sampled ones, each with
     its 95 % bootstrap interval. An entry that ``format`` does not measure is None."""
     golds, ids = {p.id: p.gold for p in problems}, [p.id for p in problems]
-    entries = dict.fromkeys(("pass_at_1_strict", "pass_at_1_flexible", "pass_at_1_code", "invalid_programs"))
+    entries = dict.fromkeys([*(f"pass_at_1_{rule}" for rule in RULES), "invalid_programs"])
     verdicts = []
     for name in ("", "sampled_"):
         part = [row for row in rows if bool(row["sample"]) == bool(name)]

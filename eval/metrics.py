@@ -88,6 +88,7 @@ SUMMARIES = (
 ANSWERS = (
     Metric("pass_at_1_strict", "pass@1", "strict, %", "higher", 100, 2),
     Metric("pass_at_1_flexible", "pass@1", "flexible, %", "higher", 100, 2),
+    Metric("pass_at_1_boxed", "pass@1", "boxed, %", "higher", 100, 2),
     Metric("pass_at_1_code", "pass@1", "programs, %", "higher", 100, 2),
     Metric("invalid_programs", "invalid", "programs", "lower", 1, 0),
     Metric("outputs_at_limit", "cut off", "% of answers", "lower", 100, 1),

@@ -1,6 +1,5 @@
 """Tables of the report for runs that answer GSM8K: pass@1 of every arm, and arms compared problem by problem."""
 
-import json
 import math
 import operator
 
@@ -9,6 +8,7 @@ from eval.metrics import Metric
 from eval.report.runs import Arm, Run
 from eval.report.tables import NOTES, Cell, Table, label_cell, metric_table, p_text, section, table_of
 from eval.stats import holm, mcnemar_exact, paired
+from eval.verdicts import read_verdicts
 
 
 def answer_blocks(arms: list[Arm]) -> list[tuple]:
@@ -58,12 +58,6 @@ def paired_table(arms: list[Arm]) -> Table | None:
 
 def right(run: Run) -> dict[str, bool]:
     """Whether each problem's greedy answer is right by the run's main rule; empty without a verdicts.jsonl."""
-    path, out = run.path / "verdicts.jsonl", {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n") if path.exists() else [], 1):
-        try:
-            row = json.loads(line) if line else {"sample": True}
-            if not row.get("sample"):
-                out[row["id"]] = bool(row["correct"]["code" if "code" in row["correct"] else "strict"])
-        except (json.JSONDecodeError, AttributeError, KeyError, TypeError):
-            raise ValueError(f"{path} line {number} is no verdict; expected id and correct by rule") from None
-    return out
+    path = run.path / "verdicts.jsonl"
+    found = read_verdicts(path) if path.exists() else {}
+    return found.get("code") or found.get("strict") or {}
