@@ -46,7 +46,7 @@ def test_confidence_is_the_probability_of_the_answers_tokens(model, problems):
 
     prompter, qwen = Prompter(str(model), "plain", "text"), load_qwen3(model).eval()
     some = load_gsm8k(problems, "test")[:4]
-    texts = ["Ann has 36.\n#### 36", "5", "It is 7 coins, and more of them", ""]
+    texts = ["Ann has 36.\n#### 36", "5", "It is 7 coins, and more. " * 10, ""]
     rows = [
         {"id": p.id, "tokens": prompter.encode(text), "ended": "length" if i == 2 else "eos"}
         for i, (p, text) in enumerate(zip(some, texts, strict=True))
