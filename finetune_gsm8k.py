@@ -24,7 +24,7 @@ import torch
 from data.gsm8k import FORMATS, load_gsm8k, split_heldout
 from data.packing import batch_indices, pack
 from data.prompts import PROMPTS, Prompter, make_examples, make_targets
-from eval import answers, metrics
+from eval import answers, method_comparison, metrics
 from eval.heldout import evaluate
 from kernels import Calibration, linear_score
 from kernels.losses import alpha_at, make_score
@@ -32,7 +32,7 @@ from model import lora
 from model.decode import Request, cache_length
 from runtime.cli import StopRequest, opt, parse_config, user_errors
 from runtime.flags import flag, knobs
-from runtime.folder import RunFolder
+from runtime.folder import RunFolder, load_checkpoint
 from runtime.machine import start_world, to_device
 from runtime.meter import Meter
 from runtime.optim import adamw, meeting, on_ranks, rule_of, take_step
@@ -101,6 +101,10 @@ class Config:
     clip: float = flag("clip")
     # evaluation
     eval_every: int = flag("eval_every", 250)
+    patience: int = flag("patience", help="stop after this many validations without better weights; 0 is off")
+    best_by: str = opt("nll", "what best weights have: held-out NLL, or pass@1 of held-out answers", ("nll", "pass@1"))
+    report: str = flag("report", help="whose answers are graded: the last weights', or the best ones' (best.pt)")
+    before: bool = opt(False, "answer the test problems before training too, in OUT/before", role="bookkeeping")
     log_every: int = flag("log_every", help="steps between lines of metrics.jsonl; their last measures the prompt too")
     segment_rms: bool = opt(False, "log each block's gradient RMS, prompt and answer apart", role="bookkeeping")
     eval_problems: int = opt(0, "test problems to answer, the first ones; 0 is all", within="[0, inf)", role="setting")
@@ -110,6 +114,7 @@ class Config:
     samples: int = opt(0, "sampled answers a problem, for pass@k", within="[0, inf)", role="bookkeeping")
     k: str = opt("1", "pass@k of the sampled answers, for these k, separated by commas", role="bookkeeping")
     temperature: float = opt(0.8, "temperature of the sampled answers", within="[0, inf)", role="setting")
+    method_comparison: str = opt("", "JSON file to write for PEFT's comparison of methods", role="where")
     merge: bool = opt(True, "generate with the adapter merged into dense weights: faster, more memory", role="system")
     # system
     device: str = flag("device")
@@ -131,6 +136,8 @@ def check(cfg: Config, world) -> None:
         )
     if cfg.samples and max(ks(cfg)) > cfg.samples:
         raise ValueError(f"--k {cfg.k}: pass@{max(ks(cfg))} needs as many --samples, which are {cfg.samples}")
+    if cfg.method_comparison and not Path(cfg.method_comparison).parent.is_dir():
+        raise ValueError(f"--method-comparison {cfg.method_comparison}: there is no folder for it")
     if cfg.samples and not cfg.temperature:
         raise ValueError(f"--samples {cfg.samples} at --temperature 0 would all be the greedy answer")
 
@@ -214,10 +221,17 @@ def main(argv: list[str] | None = None) -> int:
         rule.restore(checkpoint["fot"], meter.step)
         room.copy_(checkpoint["room"])
 
-    def save() -> None:
-        """last.pt. All ranks take part; rank 0 writes."""
-        weights = {key: t.detach().cpu() for key, t in lora.adapter_tensors(model).items()}
-        state = {"model": weights, "lora": asdict(model.lora), "config": asdict(cfg), "data_hash": data_hash}
+    def save(best: bool = False) -> None:
+        """last.pt and, if these are the best weights so far, best.pt. All ranks take part; rank 0 writes."""
+
+        def kept() -> dict:
+            weights = {key: t.detach().cpu() for key, t in lora.adapter_tensors(model).items()}
+            return {"model": weights, "lora": asdict(model.lora), "config": asdict(cfg), "data_hash": data_hash}
+
+        if best:
+            with averaged(optimizer):
+                run.save("best.pt", kept() | {"step": meter.step, "best": meter.best})
+        state = kept()
         state |= meter.state_dict() | {"optimizer": optimizer.state_dict(), "fot": rule.state_dict(), "room": room}
         run.save("last.pt", state | {"alpha": alpha_of(meter.step)})
 
@@ -229,13 +243,44 @@ def main(argv: list[str] | None = None) -> int:
         print(
             f"{out}: {cfg.model}, base {cfg.base}, LoRA of rank {model.lora.r} with {parameters / 1e6:.2f} M "
             f"parameters, loss {cfg.loss}, {dtype} on {world.size} x {device.type}, {len(train)} training and "
-            f"{len(held)} held-out problems; the first batch packs into {len(first)} rows, "
+            f"{len(held)} held-out problems, which {cfg.steps} steps of {cfg.batch} go through "
+            f"{cfg.steps * cfg.batch / len(train):.1f} times; the first batch packs into {len(first)} rows, "
             f"{100 * first.padding:.1f} % padding"
         )
 
+    writing = dict(format=cfg.format, max_new_tokens=cfg.generate_tokens, batch=cfg.eval_batch)
+    writing |= dict(stop=[s for s in cfg.stop.split("|") if s], calculator=cfg.format == "text" and cfg.calculator)
+
+    def examined(folder: Path) -> dict | None:
+        """Answers to the test problems, and what they are worth; None where a signal ended it."""
+        stop = StopRequest()
+        lora.set_segments(model, None)
+        drawn = dict(samples=cfg.samples, temperature=cfg.temperature, seed=cfg.seed, k=ks(cfg))
+        drawn |= {"stopping": lambda: bool(stop.signal)}
+        with user_errors():
+            subject = (lora.merged(model) if cfg.merge else model).eval()
+            found = answers.examine(subject, test, prompter, folder, world, **writing, **drawn)
+        stop.restore()
+        if found is None and world.main:
+            print(f"{stop.signal}: stopped while generating; the same command with --resume goes on from its answers")
+        return found
+
+    def held_right() -> dict:
+        """pass@1 of the held-out problems, where that is what is best."""
+        if cfg.best_by == "nll":
+            return {}
+        lora.set_segments(model, None)
+        return answers.pass_rate(model, heldout, prompter, run / "heldout", world, **writing)
+
+    if cfg.before and not (run / "before" / "summary.json").exists():
+        save()
+        if (found := examined(run / "before")) is None:
+            return run.finish(0)
+        run.write("before/summary", found)
+
     # -- loop ----------------------------------------------------------------------------------
     share = cfg.batch // world.size  # of a step's problems, this rank's
-    mine = slice(world.rank * share, (world.rank + 1) * share)
+    mine, epochs = slice(world.rank * share, (world.rank + 1) * share), cfg.batch / len(train)
     trained.train()
     meter.start()
     while meter.running:
@@ -290,64 +335,59 @@ def main(argv: list[str] | None = None) -> int:
         more = fisher.entries(world) if logged and not cfg.tail_smoothing else {}
         if logged and cfg.segment_rms:
             more["block_rms_prompt"], more["block_rms_answer"] = lora.segment_rms(model, reset=False).t().tolist()
-        if row := meter.row(str(rule), alpha=alpha.item(), lr=lr, epoch=meter.step * cfg.batch / len(train)):
+        if row := meter.row(str(rule), alpha=alpha.item(), lr=lr, epoch=meter.step * epochs):
             meter.log("train", **row, padding=float(room[1] / room[0]), **more)
         if meter.at_log:
             room.zero_()
         if meter.ending == "diverged":
             break
+        best = False
         if meter.at_eval:
             with averaged(optimizer):
                 held_out = answers.forwards(model, heldout_rows, cfg.loss_on, cfg.micro_batch, world)
                 found = evaluate(model, held_out, world, score=score, **scoring)
-            meter.judge({"loss": found.loss} | metrics.measure(found.raw))
+                right = held_right()
+            numbers = {"loss": found.loss, "epoch": meter.step * epochs} | metrics.measure(found.raw) | right
+            best = meter.judge(numbers, next(iter(right), "nll"))
         if meter.saves:
-            save()
+            save(best)
         meter.go_on()
     if (code := meter.end()) is not None:
         return run.finish(code)
 
     # -- evaluation: answers to the test problems, and what they are worth -----------------------
-    stop = StopRequest()
-    lora.set_segments(model, None)
+    if cfg.report == "best" and meter.best["step"] is None:
+        if world.main:
+            print(f"{out}: no validation had a finite NLL, so there are no best weights; lower --lr", file=sys.stderr)
+        return run.finish(1)
     with user_errors(), averaged(optimizer):
+        if cfg.report == "best":
+            world.wait()
+            put(model, load_checkpoint(run / "best.pt")["model"])
         if world.main:
             lora.save_adapter(model, run / "adapter", cfg.model)
-        graded = answers.examine(
-            (lora.merged(model) if cfg.merge else model).eval(),
-            test,
-            prompter,
-            run.path,
-            world,
-            format=cfg.format,
-            k=ks(cfg),
-            max_new_tokens=cfg.generate_tokens,
-            batch=cfg.eval_batch,
-            samples=cfg.samples,
-            temperature=cfg.temperature,
-            seed=cfg.seed,
-            stop=[s for s in cfg.stop.split("|") if s],
-            calculator=cfg.format == "text" and cfg.calculator,
-            stopping=lambda: bool(stop.signal),
-        )
-    stop.restore()
-    if graded is None and world.main:
-        print(f"{stop.signal}: stopped while generating; the same command with --resume goes on from its answers")
+        graded = examined(run.path)
     if graded is None or not world.main:
         return run.finish(0)
     rows, vals = run.rows("train"), run.rows("val")
-    last = vals[-1] if vals else {}
+    reported = meter.best["step"] if cfg.report == "best" else meter.step
+    last = next((row for row in vals if row["step"] == reported), {})
+    before = json.loads((run / "before" / "summary.json").read_text()) if cfg.before else {}
     keys = [m.key for m in metrics.shown(metrics.TOKENS, "final") if m.key in last]
     inside = sum(e.targets(cfg.loss_on) for e in train) / sum(e.length for e in train)
     summary = {
         "script": "finetune_gsm8k.py",
         "loss": cfg.loss,
         "alpha_schedule": cfg.alpha_schedule if cfg.loss == "dpsm" else None,
-        "format": cfg.format,
-        "base": cfg.base,
-        "seed": cfg.seed,
+        **{key: getattr(cfg, key) for key in ("format", "base", "seed")},
         "parameters": parameters,
         **graded,
+        **{f"before_{key}": value for key, value in before.items()},
+        "reported_step": reported,
+        "best_step": meter.best["step"],
+        "best_val_nll": meter.best["nll"] if meter.best["step"] else None,
+        "stopped_early": meter.ending,
+        "epochs": meter.step * epochs,
         "final_train_loss": rows[-1]["loss"] if rows else None,
         "final_heldout_loss": last.get("loss"),
         **{f"{of}_{key}": last[key] for of in ("final_heldout", "val") for key in keys},
@@ -356,6 +396,8 @@ def main(argv: list[str] | None = None) -> int:
         **{f"{cfg.schedule}_{k}": v for k, v in rule.counts.items()},
     }
     run.summarise(summary)
+    if cfg.method_comparison:
+        method_comparison.write(run.path, cfg.method_comparison)
     passed = {way: graded[f"pass_at_1_{way}"] for way in ("strict", "flexible", "code")}
     ways = ", ".join(f"{way} {100 * v:.2f} %" for way, v in passed.items() if v is not None)
     print(
@@ -372,14 +414,19 @@ def adapt(model, cfg: Config, checkpoint: dict | None) -> None:
     if checkpoint:
         kept = checkpoint["lora"]
         lora.add_lora(model, lora.LoRAConfig(**kept | {"targets": tuple(kept["targets"])}))
-        with torch.no_grad():
-            for key, tensor in lora.adapter_tensors(model).items():
-                tensor.copy_(checkpoint["model"][key])
+        put(model, checkpoint["model"])
     elif cfg.adapter:
         lora.load_adapter(model, cfg.adapter, cfg.model)
     else:
         chosen = lora.TARGETS if cfg.targets == "all" else tuple(cfg.targets.split(","))
         lora.add_lora(model, lora.LoRAConfig(cfg.rank, cfg.lora_alpha, cfg.lora_dropout, chosen, cfg.rslora))
+
+
+@torch.no_grad()
+def put(model, weights: dict) -> None:
+    """Copies a checkpoint's adapter into the model's."""
+    for key, tensor in lora.adapter_tensors(model).items():
+        tensor.copy_(weights[key])
 
 
 def make_optimizer(cfg: Config, parameters: list, device: torch.device) -> torch.optim.Optimizer:

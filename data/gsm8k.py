@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data.files import lm_data, load_hub, read_rows
-from data.numbers import parse_number
+from data.numbers import parse_number, plain
 from data.programs import ANNOTATION, Problem, code_targets, coverage_table
 from runtime.cli import Parser, user_errors
 from runtime.folder import write_bytes
@@ -23,6 +23,8 @@ from runtime.folder import write_bytes
 PUBLISHED_ROWS = {"train": 7473, "test": 1319}
 FORMATS = ("text", "code")
 GOLD = re.compile(r"####\s*(.*)")
+PLAIN = re.compile(r"-?[0-9]+(\.[0-9]+)?")
+HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair
 
 
 def load_gsm8k(source: str | Path = "gsm8k", split: str = "train") -> list[Problem]:
@@ -59,10 +61,14 @@ def _problem(row: dict, name: str, where: str) -> Problem:
     for field in ("question", "answer"):
         if not isinstance(row.get(field), str) or not row[field].strip():
             raise ValueError(f"{where} has no text in field {field!r}")
+        if HALF.search(row[field]):
+            raise ValueError(f"{where}: its {field} holds half a surrogate pair, which is valid JSON and no text")
     found = GOLD.findall(row["answer"])
-    if not found or parse_number(found[-1]) is None:
+    value = parse_number(found[-1]) if found else None
+    if value is None:
         raise ValueError(f"{where}: its answer does not end in a line '#### NUMBER'")
-    return Problem(name, row["question"], row["answer"], found[-1].strip().replace(",", ""))
+    gold = found[-1].strip().replace(",", "")
+    return Problem(name, row["question"], row["answer"], gold if PLAIN.fullmatch(gold) else plain(value))
 
 
 def split_heldout(problems: Sequence[Problem], count: int, *, seed: int = 0) -> tuple[list[Problem], list[Problem]]:
@@ -76,8 +82,8 @@ def split_heldout(problems: Sequence[Problem], count: int, *, seed: int = 0) -> 
 
 
 def text_target(problem: Problem, *, annotations: bool = True) -> str:
-    """The words to train on: the sentences and ``#### N`` (without commas), as published; the ``annotations``, which a
-    calculator in decoding needs, may be left out."""
+    """The words to train on: the sentences as published and ``#### N``, which the strict rule reads: of "$1,200", "−5"
+    and "3/4" N is 1200, -5 and 0.75. The ``annotations``, which a calculator in decoding needs, may be left out."""
     words = problem.solution if annotations else ANNOTATION.sub("", problem.solution)
     return f"{words}\n#### {problem.gold}"
 

@@ -8,27 +8,42 @@ MAX_DIGITS = 1000  # a number with more is no answer, and Python refuses to read
 _CURRENCY = "$€£¥₹"
 _AMOUNT = re.compile(
     rf"(?P<sign>[-+−]?)\s*[{_CURRENCY}]?\s*(?P<inner>[-+−]?)\s*"
-    r"(?P<number>(?:\d[\d,]*(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d{1,3})?)(?:\s*/\s*(?P<below>\d+))?"
+    r"(?P<number>(?:\d[\d,_]*(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d{1,3})?)(?:\s*/\s*(?P<below>\d[\d,]*))?"
     rf"\s*[{_CURRENCY}%°]?\s*(?P<unit>[^\W\d_][^\d=+*/<>]*)?"
 )
-_NUMBER = re.compile(r"[-−]?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d{1,3})?|[-−]?\.\d+(?:[eE][-+]?\d{1,3})?")
+_NUMBER = re.compile(r"[-−]?\d[\d,_]*(?:\.\d+)?(?:[eE][-+]?\d{1,3})?|[-−]?\.\d+(?:[eE][-+]?\d{1,3})?")
 # A tuple or list as Python prints it, with a number in the first place.
 _SEQUENCE = re.compile(r"[(\[]([-+]?[\d.][\d.eE+-]*),(?: [^()\[\]]*)?[)\]]")
 
 
 def parse_number(text: str | None) -> Fraction | None:
-    """The value of text that is one number: sign, currency, commas, decimals, a/b, exponent, percent and unit allowed.
+    """The value of text that is one number: sign, currency, commas, decimals, a/b, exponent, percent and unit allowed,
+    and 1_200.
 
     A percentage has the value of its digits (45% is 45), as in GSM8K's answers. None for anything else, not-a-number
     and infinity included."""
     match = _AMOUNT.fullmatch((text or "").strip().rstrip(".,").strip())
     if not match or (match["sign"] and match["inner"]):
         return None
-    below = match["below"] or "1"
+    below = (match["below"] or "1").replace(",", "")
     if max(len(match["number"]), len(below)) > MAX_DIGITS or not int(below):
         return None
-    value = Fraction(match["number"].replace(",", "").rstrip(".")) / int(below)
+    value = Fraction(re.sub("[,_]", "", match["number"]).rstrip(".")) / int(below)
     return -value if (match["sign"] or match["inner"]) in ("-", "−") else value
+
+
+def plain(value: Fraction) -> str:
+    """A value as digits, a minus and a point alone, "1200", "-5", "0.75"; as a/b where no decimal is exact, "1/3"."""
+    numerator, denominator = value.as_integer_ratio()
+    rest = denominator
+    for prime in (2, 5):
+        while rest % prime == 0:
+            rest //= prime
+    if rest > 1:
+        return f"{numerator}/{denominator}"
+    digits = denominator.bit_length()  # 10**digits is a multiple of the denominator
+    whole, part = divmod(abs(numerator) * 10**digits // denominator, 10**digits)
+    return ("-" if numerator < 0 else "") + f"{whole}.{part:0{digits}}".rstrip("0").rstrip(".")
 
 
 def last_number(text: str) -> Fraction | None:

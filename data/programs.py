@@ -50,7 +50,7 @@ class Problem:
     id: str  # "test/17": split and position in it, from 0
     question: str
     answer_text: str  # the official solution as published, annotations and #### line included
-    gold: str  # the number after ####, without commas
+    gold: str  # the number after ####, as digits, a minus and a point
 
     @property
     def solution(self) -> str:

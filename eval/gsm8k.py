@@ -9,13 +9,13 @@ reported and graded wrong: leaving out the hard ones gains nothing. Several outp
 ``--k`` says that they are samples. Then each problem that has outputs must have as many as the largest k, and pass@k
 is the mean of the unbiased estimator.
 
-Extraction is lm-evaluation-harness': strict is the first ``#### NUMBER``, flexible the last match of a loose pattern
-for numbers. The comparison is numeric: 18.00 is 18. The harness compares strings, without commas, dollars and a last
-full stop.
+The rules, strict, flexible and boxed for text and code for programs, and what each does with which form of a number,
+are in the head of `eval.extraction`. Every figure names its rule. ``--out`` writes each output's verdict by rule, and
+`python -m eval.verdicts` compares two such files.
 
-``--format code``: an output is a program, or holds one in a fenced block (the last counts). It runs in the sandbox. Its
-answer is the last number it printed, of a tuple or list its first element. A program that did not end by itself with
-exit code 0 is invalid and wrong, whatever it printed before.
+``--format code``: an output is a program, or holds some in fenced blocks, of which the last that runs counts. They run
+in the sandbox, each alone. The answer is the last number that it printed, of a tuple or list its first element. A
+program that did not end by itself with exit code 0 is invalid and wrong, whatever it printed; exit() is such an end.
 """
 
 import math
@@ -30,8 +30,9 @@ from operator import gt, lt
 from pathlib import Path
 from typing import NamedTuple
 
-from data.gsm8k import FORMATS, load_gsm8k
+from data.gsm8k import FORMATS, HALF, load_gsm8k
 from data.numbers import last_number, parse_number, same_number
+from eval.extraction import TEXT_RULES, programs_of
 from eval.rows import write_rows
 from eval.stats import bootstrap_interval, mcnemar_exact, paired
 from runtime.cli import Parser, user_errors
@@ -39,35 +40,6 @@ from runtime.folder import parse_json
 from sandbox import Limits, run_many
 
 PACKAGES_MEMORY = 2 << 30  # bytes of address space of a program that imports packages: numpy maps more than it uses
-# Task gsm8k of lm-evaluation-harness, filters strict-match and flexible-extract.
-STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
-FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
-# Every fence with its label, or the end of a block that is not Python would count as the start of one that is.
-_FENCE = re.compile(r"^```[ \t]*([^\s`]*)[^\n`]*\n(.*?)(?:^```[ \t]*$|\Z)", re.MULTILINE | re.DOTALL)
-_PYTHON = ("", "python", "py", "python3")
-
-
-# ----------------------------------------------------------------------------------------------
-# numbers in text
-
-
-def extract_strict(output: str) -> str | None:
-    """The text of the first ``#### NUMBER``; None where there is none."""
-    match = STRICT.search(output)
-    return match[1] if match else None
-
-
-def extract_flexible(output: str) -> str | None:
-    """The last number, as the harness' pattern sees one: "$18.00", "18," and ".." are numbers to it. None without."""
-    found = [match.group() for match in FLEXIBLE.finditer(output)]
-    return found[-1] if found else None
-
-
-def extract_program(output: str) -> str:
-    """The last fenced block of Python, else the whole output."""
-    blocks = [code for label, code in _FENCE.findall(output) if label.lower() in _PYTHON]
-    return blocks[-1] if blocks else output
-
 
 # ----------------------------------------------------------------------------------------------
 # samples and scores
@@ -79,7 +51,7 @@ class Sample(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What became of one sample: ``answers`` and ``correct`` by rule, "strict" and "flexible" or "code"."""
+    """What became of one sample: ``answers`` and ``correct`` by rule, those of TEXT_RULES or "code"."""
 
     id: str
     answers: dict[str, str | None]
@@ -112,6 +84,8 @@ def read_outputs(path: str | Path, ids: Sequence[str]) -> list[Sample]:
         row = parse_json(line, f"{path} line {number}")
         if not isinstance(row, dict) or "id" not in row or not isinstance(row.get("output"), str):
             raise ValueError(f"{path} line {number}: expected an object with id and a text output")
+        if HALF.search(row["output"]):
+            raise ValueError(f"{path} line {number}: half a surrogate pair, which is valid JSON and no text")
         name = f"{split}/{row['id']}" if re.fullmatch(r"\d+", str(row["id"])) else str(row["id"])
         if name not in known:
             expected = f"{ids[0]} to {ids[-1]} or the number alone"
@@ -135,11 +109,11 @@ def check_counts(samples: Iterable[Sample], k: Sequence[int], *, name: str = "ou
 
 
 def grade_text(samples: Iterable[Sample], golds: Mapping[str, str]) -> list[Verdict]:
-    """Strict and flexible verdicts of text outputs. ``golds``: id -> the gold answer."""
+    """Verdicts of text outputs by every rule for text. ``golds``: id -> the gold answer."""
     verdicts = []
     for name, output in samples:
-        answers = {"strict": extract_strict(output), "flexible": extract_flexible(output)}
-        correct = {rule: right(parse_number(answer), golds[name]) for rule, answer in answers.items()}
+        answers = {rule: extract(output) for rule, (extract, _) in TEXT_RULES.items()}
+        correct = {rule: right(read(answers[rule]), golds[name]) for rule, (_, read) in TEXT_RULES.items()}
         verdicts.append(Verdict(name, answers, correct, ""))
     return verdicts
 
@@ -149,21 +123,35 @@ def right(value: Fraction | None, gold: str) -> bool:
 
 
 def grade_code(samples: Iterable[Sample], golds: Mapping[str, str], **how) -> list[Verdict]:
-    """Runs each output's program in the sandbox and compares what it printed last with the gold answer.
+    """Runs each output's last program in the sandbox and compares what it printed last with the gold answer; where it
+    is invalid, or prints no number, the program before it, and so on. The status is that of the program that counted,
+    where none does that of the last.
 
     ``samples`` may be a generator that still makes them: it is read as workers get free. ``how``: workers, limits and
     progress, as `sandbox.run_many` takes them."""
     source, taken = tee(samples)
-    programs = (extract_program(sample.output) for sample in source)
+    last = (programs_of(sample.output)[-1] for sample in source)
     if isinstance(samples, Sequence):
-        programs = list(programs)  # of a known length, for the progress bar
-    verdicts = []
-    for result, sample in zip(run_many(programs, **how), taken, strict=False):
-        value = last_number(result.stdout) if result.status == "ok" else None
-        answer = None if value is None else result.stdout.rstrip().rpartition("\n")[2][:200]
-        status = "no number" if result.status == "ok" and value is None else result.status
-        verdicts.append(Verdict(sample.id, {"code": answer}, {"code": right(value, golds[sample.id])}, status))
+        last = list(last)  # of a known length, for the progress bar
+    verdicts, earlier = [], []
+    for i, (result, sample) in enumerate(zip(run_many(last, **how), taken, strict=False)):
+        verdicts.append(_judge(sample.id, result, golds))
+        earlier += [(i, programs_of(sample.output)[:-1])] * (verdicts[-1].status != "ok")
+    while earlier := [(i, programs) for i, programs in earlier if programs]:
+        results = run_many([programs.pop() for _, programs in earlier], **how)
+        found = {i: _judge(verdicts[i].id, result, golds) for (i, _), result in zip(earlier, results, strict=True)}
+        counts = {i: verdict for i, verdict in found.items() if verdict.status == "ok"}
+        verdicts = [counts.get(i, verdict) for i, verdict in enumerate(verdicts)]
+        earlier = [(i, programs) for i, programs in earlier if i not in counts]
     return verdicts
+
+
+def _judge(name: str, result, golds: Mapping[str, str]) -> Verdict:
+    """The verdict on one program's run."""
+    value = last_number(result.stdout) if result.status == "ok" else None
+    answer = None if value is None else result.stdout.rstrip().rpartition("\n")[2][:200]
+    status = "no number" if result.status == "ok" and value is None else result.status
+    return Verdict(name, {"code": answer}, {"code": right(value, golds[name])}, status)
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:

@@ -88,6 +88,7 @@ SUMMARIES = (
 ANSWERS = (
     Metric("pass_at_1_strict", "pass@1", "strict, %", "higher", 100, 2),
     Metric("pass_at_1_flexible", "pass@1", "flexible, %", "higher", 100, 2),
+    Metric("pass_at_1_boxed", "pass@1", "boxed, %", "higher", 100, 2),
     Metric("pass_at_1_code", "pass@1", "programs, %", "higher", 100, 2),
     Metric("invalid_programs", "invalid", "programs", "lower", 1, 0),
     Metric("outputs_at_limit", "cut off", "% of answers", "lower", 100, 1),
@@ -96,6 +97,25 @@ ANSWERS = (
     Metric("divergences", "diverged", "times", "lower", 1, 0),
     Metric("skipped_steps", "skipped", "steps", "lower", 1, 0),
 )
+# Of the confidence of those answers, see eval.answer_calibration; before_ in front: before training.
+ANSWER_CONFIDENCE = {
+    kind: tuple(
+        Metric(f"answers_{kind}_{key}", name, unit, better, scale, digits)
+        for key, name, unit, better, scale, digits in (
+            ("accuracy", "right", "%", "higher", 100, 2),
+            ("confidence", "confidence", "mean, %", "", 100, 2),
+            ("ece10", "ECE", "10 bins, %", "lower", 100, 2),
+            ("brier", "Brier", "0 to 1", "lower", 1, 4),
+            ("brier_reliability", "reliability", "of Brier", "lower", 1, 4),
+            ("brier_resolution", "resolution", "of Brier", "higher", 1, 4),
+            ("brier_uncertainty", "uncertainty", "of Brier", "", 1, 4),
+            ("brier_within", "within", "bins", "", 1, 4),
+            ("auroc", "AUROC", "0.5 is chance", "higher", 1, 4),
+            ("aurc", "AURC", "%", "lower", 100, 2),
+        )
+    )
+    for kind in ("sequence", "token", "agreement")
+}
 # Of the samples of a language model.
 SAMPLES = tuple(Metric(f"distinct_{n}", f"Distinct-{n}", f"distinct {n}-grams / all", "", digits=3) for n in (1, 2))
 

@@ -177,17 +177,19 @@ class Meter:
         parts += [f"a {row['alpha']:.2f}", f"lr {row['lr']:.1e}", f"{row['tokens_per_second']:,.0f} tok/s"]
         return " ".join(parts)
 
-    def judge(self, numbers: dict) -> bool:
-        """Logs and prints a validation. Whether these are the best weights so far, by ``numbers["nll"]``; ends the run
-        where its patience is over."""
+    def judge(self, numbers: dict, by: str = "nll") -> bool:
+        """Logs and prints a validation. Whether these are the best weights so far, by ``numbers[by]``, of which the
+        NLL's lowest is the best, another's highest; ends the run where its patience is over."""
         self.log("val", **numbers)
         if self.world.main:
             line = ["loss"] * ("loss" in numbers) + [m.key for m in self.table.shown(self.table.TOKENS, "line")]
             text = ", ".join(f"{key} {numbers[key]:.4f}" for key in line)
             self.bar.write(f"step {self.step}: validation {text}", file=sys.stderr)
         self.stale += 1
-        if best := numbers["nll"] < self.best["nll"]:
+        value = numbers[by] if by == "nll" else -numbers[by]
+        if best := value < self.best.get("value", self.best["nll"]):
             self.best, self.stale = {"step": self.step, "nll": numbers["nll"]}, 0
+            self.best |= {"value": value} if by != "nll" else {}
         if self.patience and self.stale >= self.patience:
             self.ending = self.ending or "early_stop"
         return best

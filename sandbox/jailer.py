@@ -224,11 +224,10 @@ class _Jail:
         if self.mode == "bubblewrap":
             command = [*_bubblewrap(program, scratch, self.packages), *command]
             program, environment["HOME"], environment["TMPDIR"] = "/tmp/program.py", "/tmp/scratch", "/tmp/scratch"
-        if self.packages:
-            start = "import runpy, sys; n = int(sys.argv[1]); sys.path += sys.argv[2 : 2 + n]; del sys.argv[: 2 + n]"
-            command += ["-c", f"{start}; runpy.run_path(sys.argv[0], run_name='__main__')"]
-            command += [str(len(self.packages)), *self.packages]
-        command.append(program)
+        # What `python program.py` has and -S leaves out: exit and quit. The module alone changes nothing else.
+        start = "import runpy, site, sys; site.setquit(); n = int(sys.argv[1]); sys.path += sys.argv[2 : 2 + n]"
+        command += ["-c", f"{start}; del sys.argv[: 2 + n]; runpy.run_path(sys.argv[0], run_name='__main__')"]
+        command += [str(len(self.packages)), *self.packages, program]
         os.setsid()
         for fd, source in enumerate((stdin, ends["stdout"], ends["stderr"])):
             os.dup2(source, fd)

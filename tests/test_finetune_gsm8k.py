@@ -226,7 +226,7 @@ def test_what_is_learnt_by_heart_is_answered(tmp_path, monkeypatch, kind, base_k
     summary = json.loads((out / "summary.json").read_text())
     right = [summary[f"pass_at_1_{rule}"] for rule in (("strict", "flexible") if kind == "text" else ("code",))]
     verdicts = outputs(out, "verdicts.jsonl")
-    unseen = [v["id"] for v in verdicts if not all(v["correct"].values())]
+    unseen = [v["id"] for v in verdicts if not all(v["correct"][r] for r in v["correct"] if r != "boxed")]
     assert len(unseen) <= 1 and min(right) >= 7 / 8
     assert summary["invalid_programs"] == (None if kind == "text" else sum(v["status"] != "ok" for v in verdicts))
     losses = [r["loss"] for r in rows(out, "train")]

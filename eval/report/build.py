@@ -16,10 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from eval import metrics
+from eval.answer_calibration import KINDS
 from eval.report import plots, tables
 from eval.report.bowl import bowl_blocks
 from eval.report.claims import Verdict, verdicts
-from eval.report.gsm8k import answer_blocks
+from eval.report.gsm8k import answer_blocks, confidences
 from eval.report.page import to_html, to_markdown
 from eval.report.runs import (
     Arm,
@@ -240,6 +241,9 @@ def build(folders: list[str | Path], title: str = "") -> Report:
     if not done:
         report.blocks.append(("p", "No run has finished: there are curves, and no final numbers yet."))
     report.blocks += answer_blocks(arms)
+    few = best_arms(done, MOST_PANELS)
+    sure = plots.answer_confidence(confidences(few), confidences(few, "before"), KINDS)
+    report.blocks += filter(None, [report.figure("confidence", sure, NOTES["confidence_figure"])])
     if not bowls:  # with CE there would be as many as there are rules
         report.blocks += section("Differences from CE, validation", tables.delta_table(arms))
     report.blocks += section("The claims of DPSM", claimed and ("p", NOTES["verdict"]))
@@ -250,7 +254,8 @@ def build(folders: list[str | Path], title: str = "") -> Report:
     cut = f" {len(few)} of {len(arms)} arms: the best of each loss, then the next best." if few != arms else ""
     curves = report.figure("curves", plots.curves(few, "val"), NOTES["curves"] + cut)
     training = report.figure("training", plots.curves(few, "train"), NOTES["training"] + cut)
-    report.blocks += section("Learning curves", curves, training)
+    epochs = report.figure("epochs", plots.curves(few, "val", "epoch"), NOTES["epochs"] + cut)
+    report.blocks += section("Learning curves", curves, epochs, training)
     for k, (name, x, y, cells, split) in enumerate(grids(arms), 1):
         picture = plots.heat_maps(name, x, y, cells, SPLIT_NAMES[split])
         report.blocks += section(f"{name}: {x} and {y}", report.figure(f"grid_{k}", picture, NOTES["grid"]))

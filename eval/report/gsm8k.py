@@ -1,14 +1,18 @@
 """Tables of the report for runs that answer GSM8K: pass@1 of every arm, and arms compared problem by problem."""
 
-import json
 import math
 import operator
+from functools import partial
+
+import numpy as np
 
 from eval import metrics
+from eval.answer_calibration import KINDS, Judged, read_confidences
 from eval.metrics import Metric
 from eval.report.runs import Arm, Run
-from eval.report.tables import NOTES, Cell, Table, label_cell, metric_table, p_text, section, table_of
+from eval.report.tables import NOTES, Cell, Table, label_cell, metric_table, p_text, said, section, table_of
 from eval.stats import holm, mcnemar_exact, paired
+from eval.verdicts import read_verdicts
 
 
 def answer_blocks(arms: list[Arm]) -> list[tuple]:
@@ -16,18 +20,43 @@ def answer_blocks(arms: list[Arm]) -> list[tuple]:
     rates = [m.key for m in metrics.ANSWERS if m.name == "pass@1"]
     done = [arm for arm in arms if any(arm.values(key) for key in rates)]
     blocks = section("GSM8K, pass@1", answer_table(done))
-    return blocks + section("Arms compared by problem", paired_table(done), kind="h3")
+    return blocks + section("Arms compared by problem", paired_table(done), kind="h3") + confidence_blocks(done)
+
+
+def confidence_blocks(arms: list[Arm]) -> list[tuple]:
+    """Tables of what each kind of confidence is worth, after training and, where it was measured, before."""
+    blocks = []
+    for kind, columns in metrics.ANSWER_CONFIDENCE.items():
+        for when, split in (("after training", ""), ("before training", "before")):
+            had = [arm for arm in arms if any(arm.measured(m, split) for m in columns)]
+            lead = {"seeds": [len(arm.finished) for arm in had]}
+            lead["rule"] = [", ".join(said([arm], f"{split}_answers_rule".lstrip("_"))) for arm in had]
+            table = metric_table(had, lead, columns, split, interval=partial(interval_of, split=split))
+            blocks += section(f"Confidence of answers: {kind}, {when}", table, kind="h3")
+    return [*blocks, ("p", NOTES["confidence"])] if blocks else []
+
+
+def interval_of(arm: Arm, metric: Metric, split: str) -> str:
+    """The bootstrap interval of an arm with one seed; of one problem there is none."""
+    ends = arm.finished[0].summary.get(f"{split}_{metric.key}_ci95".lstrip("_")) or [None]
+    return "" if None in ends else "[{}, {}]".format(*(metric.format(metric.scale * v) for v in ends))
+
+
+def confidences(arms: list[Arm], folder: str = "") -> list[tuple[Arm, dict[str, Judged]]]:
+    """Each arm with its answers by kind of confidence, of all finished runs together; in ``folder`` "before" those from
+    before training."""
+    found = []
+    for arm in arms:
+        runs = [read_confidences(run.path / folder / "verdicts.jsonl") for run in arm.finished]
+        pooled = {kind: [by[kind] for by in runs if kind in by] for kind in KINDS}
+        found.append((arm, {k: Judged(*map(np.concatenate, zip(*of, strict=True))) for k, of in pooled.items() if of}))
+    return [(arm, by) for arm, by in found if by]
 
 
 def answer_table(arms: list[Arm]) -> Table | None:
-    def interval(arm: Arm, metric: Metric) -> str:
-        ends = arm.finished[0].summary.get(f"{metric.key}_ci95") or [None]  # of one problem there is none
-        return "" if None in ends else "[{}, {}]".format(*(metric.format(metric.scale * v) for v in ends))
-
     lead = {"seeds": [len(arm.finished) for arm in arms]}
-    return metric_table(
-        arms, lead, metrics.shown(metrics.ANSWERS, "table"), "", interval=interval, note=NOTES["answers"]
-    )
+    interval, columns = partial(interval_of, split=""), metrics.shown(metrics.ANSWERS, "table")
+    return metric_table(arms, lead, columns, "", interval=interval, note=NOTES["answers"])
 
 
 def paired_table(arms: list[Arm]) -> Table | None:
@@ -58,12 +87,6 @@ def paired_table(arms: list[Arm]) -> Table | None:
 
 def right(run: Run) -> dict[str, bool]:
     """Whether each problem's greedy answer is right by the run's main rule; empty without a verdicts.jsonl."""
-    path, out = run.path / "verdicts.jsonl", {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n") if path.exists() else [], 1):
-        try:
-            row = json.loads(line) if line else {"sample": True}
-            if not row.get("sample"):
-                out[row["id"]] = bool(row["correct"]["code" if "code" in row["correct"] else "strict"])
-        except (json.JSONDecodeError, AttributeError, KeyError, TypeError):
-            raise ValueError(f"{path} line {number} is no verdict; expected id and correct by rule") from None
-    return out
+    path = run.path / "verdicts.jsonl"
+    found = read_verdicts(path) if path.exists() else {}
+    return found.get("code") or found.get("strict") or {}

@@ -19,6 +19,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from eval import metrics
+from eval.answer_calibration import reliability as bins_reliability
+from eval.answer_calibration import risk_coverage
 from eval.report.runs import finite
 from kernels import Calibration
 from schedules.style import FAINT, INK, PALETTE, styled, thousands
@@ -93,12 +95,17 @@ class Panel(NamedTuple):
 
 
 SECONDS = {"x": "train_seconds", "x_label": "training time (s)"}
+EPOCH = {"x": "epoch", "x_label": "times through the training set"}
 PANELS = {  # of rows of a kind, two side by side
     "val": [
         Panel("ppl", "Perplexity by time", "validation perplexity", **SECONDS, view="log", skip=0.2),
         Panel("ppl", "Perplexity by step", view="log", skip=0.2),
         Panel("ece10", "ECE by time", "validation ECE, 10 bins (%)", **SECONDS, view="ratio", skip=0.2),
         Panel("ece10", "ECE by step", view="ratio", skip=0.2),
+    ],
+    "epoch": [  # of rows of kind val
+        Panel("nll", "NLL by epoch", "held-out NLL (nats a token)", **EPOCH, view="late"),
+        Panel("ece10", "ECE by epoch", "held-out ECE, 10 bins (%)", **EPOCH, view="ratio"),
     ],
     "train": [
         Panel("loss", "Loss", "training loss, each its own score", view="late", skip=0.05),
@@ -147,10 +154,11 @@ def draw_panel(ax, panel: Panel, arms: list, kind: str) -> None:
 
 
 @styled
-def curves(arms: list, kind: str) -> bytes | None:
-    """Validation perplexity and ECE over seconds and steps (``kind`` "val"), or what training records ("train")."""
-    panels, sharey = PANELS[kind], {"val": "row", "train": False}[kind]
-    if not any(points(run, kind, "step", panel.y) for arm in arms for run in arm.runs for panel in panels):
+def curves(arms: list, kind: str, name: str = "") -> bytes | None:
+    """Validation perplexity and ECE over seconds and steps (``kind`` "val"), by epoch (``name`` "epoch"), or what
+    training records ("train")."""
+    panels, sharey = PANELS[name or kind], "row" if kind == "val" and not name else False
+    if not any(points(run, kind, panel.x, panel.y) for arm in arms for run in arm.runs for panel in panels):
         return None
     fig = figure(10, (17 + 4 * len(panels)) / 5)
     axes = fig.subplots(len(panels) // 2, 2, sharey=sharey)
@@ -225,6 +233,37 @@ def reliability(arms: list, split: str, bins: int = 10) -> bytes | None:
     accuracy = Line2D([], [], color=FAINT, linewidth=2.2, label="accuracy")
     handles = [Line2D([], [], label="perfect", **PERFECT), accuracy, Patch(label="gap to the mean confidence", **GAP)]
     fig.legend(handles=handles, loc="outside lower center", ncols=3)
+    return png(fig)
+
+
+@styled
+def answer_confidence(found: list[tuple], before: list[tuple], kinds: tuple[str, ...]) -> bytes | None:
+    """A row a kind of confidence: risk over coverage, and accuracy by confidence.
+
+    ``found``: (arm, kind -> Judged); ``before``: the same before training, dotted."""
+    kinds = [kind for kind in kinds if any(kind in by for _, by in found)]
+    if not kinds:
+        return None
+    fig = figure(9, 3.3 * len(kinds) + 0.5)
+    grid = fig.subplots(len(kinds), 2, squeeze=False)
+    for (risk, bars), kind in zip(grid, kinds, strict=True):
+        bars.plot([0, 1], [0, 1], linewidth=0.9, **PERFECT)
+        drawn = [(arm, by[kind], arm.style) for arm, by in found if kind in by]
+        drawn += [(arm, by[kind], ":") for arm, by in before if kind in by]
+        for arm, answers, style in drawn:
+            look = {"color": arm.colour, "linestyle": style}
+            risk.plot(*risk_coverage(answers), linewidth=1.6, **look)
+            count, confidence, accuracy = zip(*bins_reliability(answers), strict=True)
+            bars.plot(confidence, accuracy, linewidth=1.0, **look)
+            bars.scatter(confidence, accuracy, s=[8 + 90 * n / sum(count) for n in count], color=arm.colour, zorder=3)
+        risk.set(title=f"Risk by coverage: {kind}", xlabel="coverage, most confident first", ylabel="wrong (%)")
+        risk.set(xlim=(0, 1), ylim=(0, 1.03))
+        bars.set(title=f"Reliability: {kind}", xlabel="confidence", ylabel="right (%)", xlim=(0, 1), ylim=(0, 1.03))
+        for ax in (risk, bars):
+            ax.yaxis.set_major_formatter(PERCENT)
+    handles = [Line2D([], [], color=a.colour, linestyle=a.style, linewidth=2, label=a.label) for a, _ in found]
+    handles += [Line2D([], [], color=FAINT, linestyle=":", linewidth=2, label="before training")] * bool(before)
+    fig.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 4))
     return png(fig)
 
 

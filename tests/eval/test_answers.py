@@ -1,5 +1,6 @@
 """write_answers hands the calculator and the stop strings to decoding."""
 
+import pytest
 import torch
 
 from data.prompts import Prompter
@@ -35,3 +36,43 @@ def test_the_calculator_and_the_stop_strings_reach_decoding(model, problems, tmp
         calculator=True,
     )
     assert made.rows[0]["output"] == "Ann has 26+10 = <<26+10=36>>36 coins.\n#### 36" and made.reused == 0
+
+
+def test_confidence_is_the_probability_of_the_answers_tokens(model, problems):
+    """Of answers of several lengths in packed rows: the product of each token's probability, one forward an answer."""
+    from data.gsm8k import load_gsm8k
+    from eval.answers import sure
+    from model.qwen3_hub import load_qwen3
+
+    prompter, qwen = Prompter(str(model), "plain", "text"), load_qwen3(model).eval()
+    some = load_gsm8k(problems, "test")[:4]
+    texts = ["Ann has 36.\n#### 36", "5", "It is 7 coins, and more. " * 10, ""]
+    rows = [
+        {"id": p.id, "tokens": prompter.encode(text), "ended": "length" if i == 2 else "eos"}
+        for i, (p, text) in enumerate(zip(some, texts, strict=True))
+    ]
+    found = sure(qwen, rows, some, prompter, World(0, 1, torch.device("cpu")), batch=2)
+    for p, row, likely in zip(some, rows, found, strict=True):
+        prompt, answer = prompter.prompt(p), row["tokens"] + [prompter.end] * (row["ended"] == "eos")
+        tokens = torch.tensor([prompt + answer])
+        with torch.no_grad():
+            logits = qwen(tokens)[0] @ qwen.head_weight.t()
+        log_p = logits.log_softmax(1)[range(len(prompt) - 1, tokens.shape[1] - 1), answer].double().sum()
+        # fp32 over some 10 tokens, in a forward of other rows.
+        assert likely["sequence"] == pytest.approx(log_p.exp().item(), rel=1e-3)
+        assert likely["token"] == pytest.approx((log_p / len(answer)).exp().item(), rel=1e-4)
+
+
+def test_agreement_is_of_values():
+    from eval.answers import agreement
+
+    def verdict(name: str, sample: int, answer: str | None, rule: str = "strict") -> dict:
+        return {"id": name, "sample": sample, "answers": {rule: answer}}
+
+    drawn = ["18.00", "18", "17", None]
+    verdicts = [verdict("test/0", 0, "18"), *(verdict("test/0", i, a) for i, a in enumerate(drawn, 1))]
+    verdicts += [verdict("test/1", 0, None), verdict("test/1", 1, None)]
+    assert agreement(verdicts, "strict") == {"test/0": {"agreement": 0.5}, "test/1": {"agreement": 0.0}}
+    assert agreement([verdict("test/0", 0, "18")], "strict") == {}
+    programs = [verdict("test/0", 0, "(7, 2)", "code"), verdict("test/0", 1, "7", "code")]
+    assert agreement(programs, "code") == {"test/0": {"agreement": 1.0}}

@@ -83,6 +83,7 @@ def test_bits_per_byte_are_of_the_text(calibration):
 
 def test_every_place_is_known():
     groups = (metrics.TOKENS, metrics.TEMPERED, metrics.COST, metrics.SUMMARIES, metrics.ANSWERS, metrics.SAMPLES)
+    groups += tuple(metrics.ANSWER_CONFIDENCE.values())
     assert {place for group in groups for m in group for place in m.shown.split()} <= set(metrics.PLACES)
     with pytest.raises(ValueError, match="unknown place 'tabel'; expected one of train, line, final"):
         metrics.shown(metrics.TOKENS, "tabel")

@@ -75,6 +75,15 @@ def test_text_in_text_out(mode):
     assert run_program("print(", mode=mode).status == "error"
 
 
+@pytest.mark.parametrize("packages", [False, True], ids=["bare", "packages"])
+def test_exit_and_quit_are_there(mode, packages):
+    """As in a plain `python program.py`; the output before them has been written."""
+    limits = Limits(packages=packages, memory_bytes=2 << 30)
+    codes = ["print(1)\nexit()", "print(1)\nquit(0)", "print(1)\nexit(3)", "print(1, __name__)\nraise SystemExit"]
+    found = [(r.stdout.split()[0], r.status, r.code) for r in run_many(codes, 1, limits, mode=mode)]
+    assert found == [("1", "ok", 0), ("1", "ok", 0), ("1", "error", 3), ("1", "ok", 0)]
+
+
 def test_environment_and_scratch_are_clean(mode, monkeypatch):
     monkeypatch.setenv("SECRET_TOKEN", "hunter2")
     code = "import os, sys; print(os.environ, sys.argv[1:], sys.flags.isolated, sys.flags.no_site); print(os.listdir())"
