@@ -1,4 +1,4 @@
-"""Experiment 3: Qwen3 with LoRA over a quantised base on GSM8K, from the problems to pass@1 by words or by programs.
+"""Experiment 3: a decoder with LoRA over a frozen base on GSM8K, from the problems to pass@1 by words or by programs.
 
     python finetune_gsm8k.py --model Qwen/Qwen3-0.6B --schedule cosine --steps 2000                  # one GPU
     python finetune_gsm8k.py --model Qwen/Qwen3-0.6B --format code --loss dpsm --warmup 0.1
@@ -61,7 +61,12 @@ class Config:
     seq_len: int = opt(512, "tokens in a packed row; longer problems are left out", within="[1, inf)", role="setting")
     cache: str = flag("cache", help="folder for the programs of --format code")
     # model
-    model: str = opt("Qwen/Qwen3-0.6B", "a dense Qwen3: a folder or a hub id", role="setting", group="model")
+    model: str = opt(
+        "Qwen/Qwen3-0.6B",
+        "a Llama, Mistral, Qwen2, Qwen3 or SmolLM3: a folder or a hub id",
+        role="setting",
+        group="model",
+    )
     base: str = opt("nf4", "how the frozen weights are kept", lora.BASES, role="setting")
     rank: int = opt(64, "LoRA: rank", within="[1, inf)")
     lora_alpha: float = opt(16.0, "LoRA: alpha; the adapter is scaled by alpha / rank")

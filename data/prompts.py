@@ -17,7 +17,7 @@ from data.files import write_cached
 from data.gsm8k import text_target
 from data.packing import Example
 from data.programs import Problem, code_targets, coverage_table
-from model.qwen3_hub import read_config
+from model.decoder_hub import read_config
 from model.weights import CONFIG, first_line, folder_of
 from runtime.folder import parse_json
 

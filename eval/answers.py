@@ -19,7 +19,7 @@ from data.prompts import Prompter, calculate
 from eval.gsm8k import Sample, grade_code, grade_text, scores
 from eval.rows import Parts, json_line, write_rows
 from model.decode import Request, decode
-from model.qwen3 import Qwen3
+from model.decoder import Decoder
 from runtime.machine import World, to_device
 
 
@@ -29,7 +29,7 @@ def hidden_at(model, part: Rows, at_N: Tensor, device: torch.device) -> Tensor:
     return hidden.flatten(0, 1).index_select(0, at_N)
 
 
-def forwards(model: Qwen3, heldout: Rows, loss_on: str, rows: int, world: World):
+def forwards(model: Decoder, heldout: Rows, loss_on: str, rows: int, world: World):
     """(hidden [N, D], targets [N]) of this rank's held-out rows, ``rows`` at a time: of the answers or of all."""
     for begin in range(world.rank * rows, len(heldout), world.size * rows):
         part = heldout[begin : begin + rows]
@@ -66,7 +66,7 @@ class Answers(NamedTuple):
 
 
 def write_answers(
-    model: Qwen3,
+    model: Decoder,
     problems: list[Problem],
     prompter: Prompter,
     folder: Path,
@@ -129,7 +129,7 @@ def write_answers(
 
 
 def examine(
-    model: Qwen3, problems, prompter, folder: Path, world: World, *, format: str, k: Sequence[int], **how
+    model: Decoder, problems, prompter, folder: Path, world: World, *, format: str, k: Sequence[int], **how
 ) -> dict | None:
     """Summary entries of the model's answers. None where the generation was stopped early; empty on other ranks.
 

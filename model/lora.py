@@ -1,12 +1,12 @@
-"""LoRA on Qwen3's linear layers, over a base in fp32, bf16 or NF4, with adapters in PEFT's format.
+"""LoRA on a decoder's linear layers, over a base in fp32, bf16 or NF4, with adapters in PEFT's format.
 
 A layer computes
 
-    y = W x + s B A dropout(x)
+    y = W x + b + s B A dropout(x)
 
-with W frozen and A [r, in], B [out, r] trained (Hu et al., "LoRA", 2021, section 4.1). The scale s is alpha / r, or
-alpha / sqrt(r) for rsLoRA (Kalajdzievski, 2023). B starts at 0, A uniform within 1 / sqrt(in), which the authors' code
-and PEFT call Kaiming with a = sqrt(5).
+with W and b (if there is one) frozen and A [r, in], B [out, r] trained (Hu et al., "LoRA", 2021, section 4.1). The
+scale s is alpha / r, or alpha / sqrt(r) for rsLoRA (Kalajdzievski, 2023). B starts at 0, A uniform within 1 / sqrt(in),
+which the authors' code and PEFT call Kaiming with a = sqrt(5).
 
 NF4 is QLoRA's 4-bit base (Dettmers et al., 2023): blocks of 64 values share a scale, and double quantisation quantises
 the scales too. The package bitsandbytes does it, on a GPU and on a CPU.
@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from model import weights
+from model.decoder import Decoder, DecoderConfig
+from model.decoder_hub import load_decoder
 from model.layers import Linear, check_fields
-from model.qwen3 import Qwen3, Qwen3Config
-from model.qwen3_hub import load_qwen3
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 BASES = ("bf16", "fp32", "nf4")
@@ -96,6 +96,7 @@ class NF4Linear(nn.Module):
             weight.contiguous(), blocksize=NF4_BLOCK, compress_statistics=double_quant, quant_type="nf4"
         )
         self.register_buffer("packed", packed, persistent=False)
+        self.bias: nn.Parameter | None = None  # the loader's to set
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -108,7 +109,8 @@ class NF4Linear(nn.Module):
         return _bitsandbytes().dequantize_4bit(self.packed, self.quant).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _LoRAProduct.apply(x, None, None, self, None, 1.0)
+        y = _LoRAProduct.apply(x, None, None, self, None, 1.0)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 class _Segments:
@@ -196,6 +198,10 @@ class LoRALinear(nn.Module):
         self.lora_A = nn.Parameter(torch.zeros(config.r, n_in, dtype=torch.float32, device=device))
         self.lora_B = nn.Parameter(torch.zeros(n_out, config.r, dtype=torch.float32, device=device))
 
+    @property
+    def bias(self) -> nn.Parameter | None:
+        return self.base.bias
+
     @torch.no_grad()
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The merged weight [out, in]: base + s B A, summed in fp32."""
@@ -208,7 +214,8 @@ class LoRALinear(nn.Module):
             sizes = f"a batch of {tokens} tokens, but the answer mask has {len(order)}"
             raise ValueError(f"{sizes}: call set_segments with this batch's mask, or with None")
         keep_p = 1 - self.dropout if self.training else 1.0
-        return _LoRAProduct.apply(x, self.lora_A, self.lora_B, self.base, self, keep_p)
+        y = _LoRAProduct.apply(x, self.lora_A, self.lora_B, self.base, self, keep_p)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 def load_base(
@@ -217,26 +224,26 @@ def load_base(
     dtype: torch.dtype = torch.bfloat16,
     device: str | torch.device = "cpu",
     double_quant: bool = True,
-) -> Qwen3:
-    """A Qwen3 whose parameters are kept as ``base`` says, ready for ``add_lora``. ``dtype`` is the activations'.
+) -> Decoder:
+    """A decoder whose parameters are kept as ``base`` says, ready for ``add_lora``. ``dtype`` is the activations'.
 
     "bf16" and "fp32" keep all parameters in that dtype. "nf4" quantises each linear layer within the blocks as it is
     loaded, on ``device``, and keeps the rest in ``dtype``; with ``double_quant`` at 4.13 bits a weight instead of 4.5.
-    Raises ValueError as load_qwen3 does, for an unknown base, and for "nf4" without bitsandbytes."""
+    Raises ValueError as load_decoder does, for an unknown base, and for "nf4" without bitsandbytes."""
     if base not in BASES:
         raise ValueError(f"base={base!r}: expected one of {', '.join(BASES)}")
     if base != "nf4":
-        return load_qwen3(folder_or_hub_id, dtype, dict(bf16=torch.bfloat16, fp32=torch.float32)[base], device)
+        return load_decoder(folder_or_hub_id, dtype, dict(bf16=torch.bfloat16, fp32=torch.float32)[base], device)
     _bitsandbytes()
 
     def quantised(name: str, weight: Tensor) -> NF4Linear:
         return NF4Linear(weight.to(device=device, dtype=dtype), double_quant)
 
-    return load_qwen3(folder_or_hub_id, dtype, device=device, convert=quantised)
+    return load_decoder(folder_or_hub_id, dtype, device=device, convert=quantised)
 
 
 @torch.no_grad()
-def add_lora(model: Qwen3, config: LoRAConfig, generator: torch.Generator | None = None) -> None:
+def add_lora(model: Decoder, config: LoRAConfig, generator: torch.Generator | None = None) -> None:
     """Freezes ``model`` and wraps the targeted layers of every block. Only A and B, in fp32, train.
 
     A is drawn in fp32 on the CPU, in the layers' order, from ``generator`` or torch's global one: a seed gives one
@@ -252,12 +259,12 @@ def add_lora(model: Qwen3, config: LoRAConfig, generator: torch.Generator | None
         model.set_submodule(path, layer)
 
 
-def _check_plain(model: Qwen3) -> None:
+def _check_plain(model: Decoder) -> None:
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         raise ValueError("the model has LoRA adapters already; load the base anew to add others")
 
 
-def _targeted(model: Qwen3, config: LoRAConfig) -> list[tuple[str, int, nn.Module]]:
+def _targeted(model: Decoder, config: LoRAConfig) -> list[tuple[str, int, nn.Module]]:
     """Path, block and layer of everything that ``config`` adapts."""
     return [
         (f"layers.{i}.{path}", i, module)
@@ -267,30 +274,30 @@ def _targeted(model: Qwen3, config: LoRAConfig) -> list[tuple[str, int, nn.Modul
     ]
 
 
-def _adapted(model: Qwen3) -> dict[str, LoRALinear]:
+def _adapted(model: Decoder) -> dict[str, LoRALinear]:
     layers = {path: module for path, module in model.named_modules() if isinstance(module, LoRALinear)}
     if not layers:
         raise ValueError("the model has no LoRA adapters; call add_lora or load_adapter first")
     return layers
 
 
-def merged(model: Qwen3) -> Qwen3:
-    """A plain model of the same function on the same device, for generation; save_qwen3 needs no such copy.
+def merged(model: Decoder) -> Decoder:
+    """A plain model of the same function on the same device, for generation; save_decoder needs no such copy.
 
     Each layer is one dense matrix in the activations' dtype, adapters summed in and NF4 dequantised. Embedding, head
     and norms are shared with ``model``, which is not changed."""
     with torch.device("meta"):
-        plain = Qwen3(model.config, model.dtype)
+        plain = Decoder(model.config, model.dtype)
     for path, layer in plain.named_modules():
         source = model.get_submodule(path)
         if path.startswith("layers.") and isinstance(layer, Linear):
-            layer.weight = nn.Parameter(source.dense(model.dtype), requires_grad=False)
+            layer.weight, layer.bias = nn.Parameter(source.dense(model.dtype), requires_grad=False), source.bias
         elif "weight" in layer._parameters:
             layer.weight = source.weight
     return plain.train(model.training)
 
 
-def block_parameters(model: Qwen3) -> list[list[nn.Parameter]]:
+def block_parameters(model: Decoder) -> list[list[nn.Parameter]]:
     """The trained parameters of each transformer block, in ``segment_rms``'s order: one optimizer group a block."""
     blocks: list[list[nn.Parameter]] = [[] for _ in model.layers]
     for layer in _adapted(model).values():
@@ -298,7 +305,7 @@ def block_parameters(model: Qwen3) -> list[list[nn.Parameter]]:
     return blocks
 
 
-def lora_flops_per_token(config: Qwen3Config, lora: LoRAConfig, block: int, loss_share: float = 1.0) -> float:
+def lora_flops_per_token(config: DecoderConfig, lora: LoRAConfig, block: int, loss_share: float = 1.0) -> float:
     """FLOPs of one LoRA training step per token at sequence length ``block``.
 
     PaLM's count (Chowdhery et al., 2022, appendix B), of what LoRA runs, recomputation aside. A multiply-add is 2.
@@ -311,7 +318,7 @@ def lora_flops_per_token(config: Qwen3Config, lora: LoRAConfig, block: int, loss
       be adapted, or none.
     """
     with torch.device("meta"):
-        layers = {path: m.shape for path, m in Qwen3(config).named_modules() if isinstance(m, Linear) and "." in path}
+        layers = {path: m.shape for path, m in Decoder(config).named_modules() if isinstance(m, Linear) and "." in path}
     total = 0
     for path, (n_out, n_in) in layers.items():
         adapted = path.rpartition(".")[2] in lora.targets
@@ -322,7 +329,7 @@ def lora_flops_per_token(config: Qwen3Config, lora: LoRAConfig, block: int, loss
     return total + attention + 4 * loss_share * config.vocab_size * config.hidden_size
 
 
-def set_segments(model: Qwen3, answer_mask: Tensor | None) -> None:
+def set_segments(model: Decoder, answer_mask: Tensor | None) -> None:
     """Says which tokens of the coming batch are the answer's: bool, one entry per token, usually [B, T]. Every other
     token, padding too, counts to the prompt. None stops measuring. Call it between a micro-batch's backward and the
     next one's forward. A mask on the GPU costs a synchronisation. Raises ValueError for a mask that is not boolean."""
@@ -340,7 +347,7 @@ def set_segments(model: Qwen3, answer_mask: Tensor | None) -> None:
     segments.squares = segments.squares.to(device)
 
 
-def segment_rms(model: Qwen3, reset: bool = True) -> Tensor:
+def segment_rms(model: Decoder, reset: bool = True) -> Tensor:
     """RMS gradient of each block's adapters, fp32 [blocks, 2]: over the prompt's rows, and over the answer's.
 
     It is the root of the mean squared gradient that those rows alone contribute, over all A and B of the block and the
@@ -359,7 +366,7 @@ def _peft_name(path: str, which: str) -> str:
     return f"base_model.model.model.{path}.{which}.weight"
 
 
-def adapter_tensors(model: Qwen3) -> dict[str, Tensor]:
+def adapter_tensors(model: Decoder) -> dict[str, Tensor]:
     """The trained parameters themselves under PEFT's names; a training checkpoint holds these."""
     return {
         _peft_name(path, which): getattr(layer, which)
@@ -368,7 +375,7 @@ def adapter_tensors(model: Qwen3) -> dict[str, Tensor]:
     }
 
 
-def save_adapter(model: Qwen3, folder: str | os.PathLike, base_model: str) -> None:
+def save_adapter(model: Decoder, folder: str | os.PathLike, base_model: str) -> None:
     """Writes an adapter as PEFT does, as ``weights.staged`` says. ``base_model``: where the base was loaded from."""
     config: LoRAConfig = model.lora
     fields = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=str(base_model))
@@ -402,7 +409,7 @@ def read_adapter_config(folder: str | os.PathLike) -> tuple[LoRAConfig, str | No
     return config, fields.get("base_model_name_or_path")
 
 
-def load_adapter(model: Qwen3, folder: str | os.PathLike, base_model: str | None = None) -> None:
+def load_adapter(model: Decoder, folder: str | os.PathLike, base_model: str | None = None) -> None:
     """Adds a PEFT adapter, ours or PEFT's own, to ``model``; it is trainable.
 
     The last component of ``base_model``, where ``model`` was loaded from, has to be that of the base which the adapter

@@ -8,8 +8,8 @@ from lora_models import LOGITS_TOLERANCE, adapted, assert_gradients_agree, logit
 from safetensors.torch import load_file, save_file
 
 from model import lora
+from model.decoder_hub import load_decoder, save_decoder
 from model.lora import LoRAConfig, LoRALinear, add_lora, load_adapter, save_adapter
-from model.qwen3_hub import load_qwen3
 
 
 def assert_peft_agrees(ours, peer, seed=None):
@@ -48,6 +48,21 @@ def test_peft_loads_our_adapter(folder, tmp_path, config, base):
     assert_peft_agrees(ours, peer.train())
 
 
+@pytest.mark.parametrize("base", ["fp32", "nf4"])
+def test_biases_of_the_base_stay_under_an_adapter(biased, tmp_path, base):
+    """Some of the layers adapted, the others plain or NF4, all with a bias: as peft, and in the merged export."""
+    PeftModel = pytest.importorskip("peft").PeftModel
+
+    ours = adapted(biased, base, targets=("k_proj", "o_proj", "up_proj", "down_proj"))
+    save_adapter(ours, tmp_path / "adapter", str(biased))
+    peer = PeftModel.from_pretrained(theirs(biased, base), tmp_path / "adapter", is_trainable=True)
+    assert_peft_agrees(ours, peer.train())
+    before = logits_of(ours.eval(), tokens_of())
+    save_decoder(ours, tmp_path / "merged")
+    for plain in (lora.merged(ours), load_decoder(tmp_path / "merged")):
+        torch.testing.assert_close(logits_of(plain, tokens_of()), before, rtol=0, atol=LOGITS_TOLERANCE)
+
+
 @pytest.mark.parametrize("config", ADAPTERS.values(), ids=ADAPTERS)
 def test_we_load_pefts_adapter(folder, tmp_path, config):
     peft = pytest.importorskip("peft")
@@ -62,7 +77,7 @@ def test_we_load_pefts_adapter(folder, tmp_path, config):
             if "lora_B" in name:
                 p.normal_(0, 0.1)
     peer.save_pretrained(tmp_path / "theirs")
-    ours = load_qwen3(folder)
+    ours = load_decoder(folder)
     load_adapter(ours, tmp_path / "theirs", str(folder))
     assert_peft_agrees(ours, peer)
     # And back: the file we write of it holds the same names and values.
@@ -107,7 +122,7 @@ def test_an_adapter_that_does_not_fit_is_one_line_and_changes_nothing(folder, tm
     save_adapter(adapted(folder), tmp_path, str(folder))
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    model = load_qwen3(folder)
+    model = load_decoder(folder)
     with pytest.raises(ValueError, match=says) as error:
         load_adapter(model, tmp_path, str(folder))
     assert "\n" not in str(error.value)
@@ -116,11 +131,11 @@ def test_an_adapter_that_does_not_fit_is_one_line_and_changes_nothing(folder, tm
 
 
 def test_adapter_files_that_are_missing_or_damaged_are_one_line(folder, tmp_path):
-    model = load_qwen3(folder)
+    model = load_decoder(folder)
     with pytest.raises(ValueError, match="has no adapter_config.json"):
         load_adapter(model, tmp_path)
     save_adapter(adapted(folder), tmp_path, "Qwen/Qwen3-0.6B")
-    load_adapter(load_qwen3(folder), tmp_path, "/models/Qwen3-0.6B")  # a local copy of the hub's
+    load_adapter(load_decoder(folder), tmp_path, "/models/Qwen3-0.6B")  # a local copy of the hub's
     path = tmp_path / "adapter_model.safetensors"
     whole, tensors = path.read_bytes(), load_file(path)
     path.write_bytes(whole[:-100])

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from lora_models import adapted, answers_of, assert_gradients_agree, backward, logits_of, nll, tokens_of
 
 from model import lora
-from model.qwen3_hub import load_qwen3
+from model.decoder_hub import load_decoder
 
 
 def part_by_autograd(folder, select, tokens, **config):
@@ -134,4 +134,4 @@ def test_a_mask_that_does_not_fit_is_one_line(folder):
     with torch.no_grad():
         model(tokens_of())  # evaluation between two steps needs no mask
     with pytest.raises(ValueError, match="no LoRA adapters"):
-        lora.set_segments(load_qwen3(folder), answers_of())
+        lora.set_segments(load_decoder(folder), answers_of())
