@@ -60,6 +60,7 @@ def edit_config(folder: Path, **fields):
         (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer.json"),
         (lambda f: (f / "tokenizer.json").write_text("{"), "is no tokenizer"),
         (lambda f: edit_config(f, vocab_size=100), "the model only 100"),
+        (lambda f: (f / "config.json").unlink(), "has no config.json"),
         (lambda f: (f / "model.safetensors").write_bytes(b"x" * 40), "damaged"),
         (
             lambda f: (f / "tokenizer.json").write_text(
