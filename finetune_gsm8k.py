@@ -28,7 +28,7 @@ from eval import answers, metrics
 from eval.heldout import evaluate
 from kernels import Calibration, linear_score
 from kernels.losses import alpha_at, make_score
-from model import lora
+from model import lora, lora_hub
 from model.decode import Request, cache_length
 from runtime.cli import StopRequest, opt, parse_config, user_errors
 from runtime.flags import flag, knobs
@@ -72,7 +72,9 @@ class Config:
     lora_alpha: float = opt(16.0, "LoRA: alpha; the adapter is scaled by alpha / rank")
     lora_dropout: float = opt(0.0, "LoRA: dropout on the adapters' input", within="[0, 1)")
     rslora: bool = opt(False, "scale by alpha / sqrt(rank) instead")
-    targets: str = opt("all", f"LoRA: layers that get adapters: all, or some of {','.join(lora.TARGETS)}")
+    targets: str = opt("all", f"LoRA: adapted layers: all, some of {','.join(lora.TARGETS)}, or a regex of names")
+    lora_init: str = opt("zero", "LoRA: B starts at 0, or A and B at W's largest components (PiSSA)", lora.INITS)
+    lora_plus: float = opt(1.0, "LoRA+: learning rate of every B over that of A, --lr", within="(0, inf)")
     adapter: str = opt("", "start from this PEFT adapter of --model, with its rank and targets", role="setting")
     # loss
     loss: str = flag("loss")
@@ -192,8 +194,7 @@ def main(argv: list[str] | None = None) -> int:
 
         # -- optimizer: a group for each block where the rule gives each its own multiplier ----
         by_block = "blocks" in rule_reads(cfg.schedule, cfg.fot_parts)
-        groups = [{"params": p, "block": i} for i, p in enumerate(lora.block_parameters(model))]
-        optimizer = make_optimizer(cfg, groups if by_block else trainable, device)
+        optimizer = make_optimizer(cfg, lora.optimizer_groups(model, by_block, cfg.lr, cfg.lora_plus), device)
         block_rms = (lambda: lora.segment_rms(model, reset=False)) if by_block else None
         rule = rule_of(cfg, optimizer, world, block_rms=block_rms)
     model.checkpoint_activations = cfg.checkpoint_activations
@@ -221,7 +222,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def save() -> None:
         """last.pt. All ranks take part; rank 0 writes."""
-        weights = {key: t.detach().cpu() for key, t in lora.adapter_tensors(model).items()}
+        weights = {key: t.detach().cpu() for key, t in lora_hub.adapter_tensors(model).items()}
         state = {"model": weights, "lora": asdict(model.lora), "config": asdict(cfg), "data_hash": data_hash}
         state |= meter.state_dict() | {"optimizer": optimizer.state_dict(), "fot": rule.state_dict(), "room": room}
         run.save("last.pt", state | {"alpha": alpha_of(meter.step)})
@@ -317,7 +318,7 @@ def main(argv: list[str] | None = None) -> int:
     lora.set_segments(model, None)
     with user_errors(), averaged(optimizer):
         if world.main:
-            lora.save_adapter(model, run / "adapter", cfg.model)
+            lora_hub.save_adapter(model, run / "adapter", cfg.model)
         graded = answers.examine(
             (lora.merged(model) if cfg.merge else model).eval(),
             test,
@@ -375,16 +376,18 @@ def main(argv: list[str] | None = None) -> int:
 def adapt(model, cfg: Config, checkpoint: dict | None) -> None:
     """Gives the model its adapters: the checkpoint's, those of --adapter, or new ones."""
     if checkpoint:
-        kept = checkpoint["lora"]
-        lora.add_lora(model, lora.LoRAConfig(**kept | {"targets": tuple(kept["targets"])}))
+        lora.add_lora(model, lora.LoRAConfig.kept(checkpoint["lora"]))
         with torch.no_grad():
-            for key, tensor in lora.adapter_tensors(model).items():
+            for key, tensor in lora_hub.adapter_tensors(model).items():
                 tensor.copy_(checkpoint["model"][key])
     elif cfg.adapter:
-        lora.load_adapter(model, cfg.adapter, cfg.model)
+        lora_hub.load_adapter(model, cfg.adapter, cfg.model)
     else:
         chosen = lora.TARGETS if cfg.targets == "all" else tuple(cfg.targets.split(","))
-        lora.add_lora(model, lora.LoRAConfig(cfg.rank, cfg.lora_alpha, cfg.lora_dropout, chosen, cfg.rslora))
+        if re.search(r"[^\w,]", cfg.targets):
+            chosen = cfg.targets  # a regex
+        how = dict(rslora=cfg.rslora, init=cfg.lora_init)
+        lora.add_lora(model, lora.LoRAConfig(cfg.rank, cfg.lora_alpha, cfg.lora_dropout, chosen, **how))
 
 
 def make_optimizer(cfg: Config, parameters: list, device: torch.device) -> torch.optim.Optimizer:

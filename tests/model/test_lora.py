@@ -25,7 +25,7 @@ def test_the_start_leaves_the_function_alone_and_trains_the_adapter_only(folder)
     }
     again = load_decoder(folder)
     add_lora(again, LoRAConfig(r=8), torch.Generator().manual_seed(0))
-    for path, layer in lora._adapted(model).items():
+    for path, layer in lora.adapted(model).items():
         A, bound = layer.lora_A, 1 / math.sqrt(layer.shape[1])
         assert torch.equal(A, again.get_submodule(path).lora_A) and not layer.lora_B.any()
         assert A.abs().max() <= bound
@@ -88,7 +88,8 @@ def test_the_merged_export_is_the_adapted_model(folder, tmp_path, base):
         (dict(dropout=1.0), "dropout=1.0: expected a probability"),
         (dict(targets=()), r"targets=\(\): expected one or more of q_proj"),
         (dict(targets=("q_proj", "lm_head")), "lm_head"),
-        (dict(targets="q_proj"), "targets='q_proj'"),
+        (dict(targets="("), "is no regular expression"),
+        (dict(init="random"), "init='random': expected one of zero, pissa"),
     ],
 )
 def test_a_config_that_makes_no_adapter_is_refused(config, says):

@@ -20,7 +20,7 @@ def part_by_autograd(folder, select, tokens, **config):
         live, still = product(layer.lora_A, layer.lora_B), product(layer.lora_A.detach(), layer.lora_B.detach())
         return F.linear(x, layer.base.dense(x.dtype)) + torch.where(select[..., None], live, still)
 
-    for layer in lora._adapted(model).values():
+    for layer in lora.adapted(model).values():
         layer.forward = lambda x, layer=layer: forward(layer, x)
     backward(model, tokens)
     return [[p.grad for p in block] for block in lora.block_parameters(model)]
