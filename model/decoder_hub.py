@@ -31,7 +31,7 @@ ABSENT = {
     "smollm3": dict(rope_theta=2e6, tie_word_embeddings=True, bos_token_id=128000, eos_token_id=128001),
 }
 UNREAD = "rotary_emb.inv_freq"  # tensors of old Llamas that follow from the config
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 MISTRAL_WINDOW = 4096  # of a mistral that does not say its sliding_window
 
 
@@ -193,6 +193,14 @@ def config_and_tokenizer(folder_or_hub_id: str | os.PathLike) -> tuple[DecoderCo
     return config, {name: (folder / name).read_bytes() for name in TOKENIZER if (folder / name).is_file()}
 
 
+def plain_tensor(model: Decoder, name: str, dtype: torch.dtype) -> Tensor:
+    """The value of one of ``plain_parameters``: of a linear layer the one matrix that it computes with."""
+    path, _, attribute = name.removeprefix("model.").rpartition(".")
+    module = model.get_submodule(path)
+    dense = attribute == "weight" and hasattr(module, "dense")
+    return module.dense(dtype) if dense else getattr(module, attribute)
+
+
 @torch.no_grad()
 def save_decoder(
     model: Decoder,
@@ -212,13 +220,15 @@ def save_decoder(
         raise ValueError(f"max_shard_bytes={max_shard_bytes}: expected a positive number of bytes")
     plain = plain_parameters(model.config)
 
-    def tensor_of(name: str) -> Tensor:
-        path, _, attribute = name.removeprefix("model.").rpartition(".")
-        module = model.get_submodule(path)
-        dense = attribute == "weight" and hasattr(module, "dense")
-        return module.dense(dtype) if dense else getattr(module, attribute)
-
     old, size = {path.name for path in folder.glob("*.safetensors")}, sum(p.numel() for p in plain.values())
     if old - {weights.WEIGHTS} or (old and size * dtype.itemsize > max_shard_bytes):
         raise ValueError(f"{folder} already holds weights, {min(old)}; choose a new folder for the export")
-    weights.write_model(folder, config_fields(model.config), dtype, plain, tokenizer_files, tensor_of, max_shard_bytes)
+    weights.write_model(
+        folder,
+        config_fields(model.config),
+        dtype,
+        plain,
+        tokenizer_files,
+        lambda name: plain_tensor(model, name, dtype),
+        max_shard_bytes,
+    )

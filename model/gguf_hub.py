@@ -1,13 +1,15 @@
-"""GGUF files read: llama.cpp's format of one file for weights, config, tokenizer and chat template.
+"""GGUF files read and written: llama.cpp's format of one file for weights, config, tokenizer and chat template.
 
 The package gguf reads the file and turns quantised blocks into numbers. Here stand the names of Hugging Face's layout,
-the order of rows, and the tokenizer. A file is checked before its first tensor is read.
+the order of rows, and the tokenizer. A file is checked before its first tensor is read; one that is written appears
+whole or not at all.
 """
 
+import dataclasses
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
-from model.decoder import DecoderConfig
+from model.decoder import DecoderConfig, frequencies
 from model.weights import first_line
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")  # a Mistral is written as a llama
@@ -39,7 +41,8 @@ NAMES = {
 ROPE_FACTORS = "rope_freqs.weight"  # what llama3's rope_scaling divides each frequency by
 # Keys of an architecture that change the function and are not built; 0 is none.
 REFUSED = ("expert_count", "attention.sliding_window", "attention.clamp_kqv", "attention.max_alibi_bias", "logit_scale")
-CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # tokenizer.ggml.token_type
+WRITTEN = ("F16", "Q8_0")  # what matrices are written as; vectors stay in F32
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # tokenizer.ggml.token_type
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|"
 _WORDS += r"\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -185,7 +188,7 @@ class GGUF:
             way_out = "put the weights into a folder with the model's own tokenizer.json"
             raise ValueError(f"{self.path}: a tokenizer {kind!r} cut as {pre!r} is not read, {known}; {way_out}")
         tokens, merges = self.value("tokenizer.ggml.tokens"), self.value("tokenizer.ggml.merges")
-        kinds = self.value("tokenizer.ggml.token_type") or [1] * len(tokens or ())
+        kinds = self.value("tokenizer.ggml.token_type") or [NORMAL] * len(tokens or ())
         if not tokens or not merges or len(kinds) != len(tokens):
             raise ValueError(f"{self.path} lacks the tokens, their types or the merges of its tokenizer")
         vocab = {token: i for i, token in enumerate(tokens) if kinds[i] != UNUSED}
@@ -225,6 +228,11 @@ def _name(name: str) -> str:
     return f"{block}{NAMES[found[2]]}.{found[3]}"
 
 
+def pair(rows: Tensor, heads: int) -> Tensor:
+    """``unpair``'s inverse."""
+    return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2).contiguous()
+
+
 def unpair(rows: Tensor, heads: int) -> Tensor:
     """The rows of queries or keys from llama.cpp's order, where a pair that turns together stands side by side, to
     Hugging Face's, where component i turns with i + K/2."""
@@ -235,12 +243,18 @@ class _Refused(ValueError):
     pass
 
 
-def _open(path: Path):
-    """gguf's reader of the file; its errors, and a quantisation that is not read, as one line."""
+def _package(path: Path):
     try:
         import gguf
+
+        return gguf
     except ImportError as error:
         raise ValueError(f"{path} needs the package gguf ({first_line(error)}); pip install gguf") from None
+
+
+def _open(path: Path):
+    """gguf's reader of the file; its errors, and a quantisation that is not read, as one line."""
+    gguf = _package(path)
     types = {int(gguf.GGMLQuantizationType[name]) for name in QUANTISATIONS}
 
     class Reader(gguf.GGUFReader):
@@ -258,3 +272,113 @@ def _open(path: Path):
         raise
     except (ValueError, IndexError, KeyError, OverflowError, MemoryError, OSError) as error:
         raise ValueError(f"{path} is no GGUF file, damaged or cut short ({first_line(error)})") from error
+
+
+def save_gguf(
+    path: str | os.PathLike,
+    config: DecoderConfig,
+    tensors: Iterable[tuple[str, Tensor]],
+    tokenizer_files: dict[str, bytes],
+    kind: str = "F16",
+    name: str = "",
+) -> None:
+    """Writes one file: ``tensors`` under Hugging Face's names, matrices as ``kind``, one of WRITTEN, or as F16 where
+    blocks of 32 do not divide a row; and the tokenizer of ``tokenizer_files``. All of it is held in memory. Raises
+    ValueError, before anything is written, for a model or a tokenizer that the format has no name for, and without the
+    package gguf."""
+    path, family = Path(path), "llama" if config.model_type == "mistral" else config.model_type
+    if family not in ARCHITECTURES:
+        raise ValueError(f"{path}: a {family} is not written as GGUF; expected one of {', '.join(ARCHITECTURES)}")
+    if kind not in WRITTEN:
+        raise ValueError(f"quantisation {kind!r}: expected one of {', '.join(WRITTEN)}")
+    gguf = _package(path)
+    tokens = _tokens(tokenizer_files, config.vocab_size, path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        writer = gguf.GGUFWriter(temporary, family)
+        for key, value in _keys(config, family, name).items():
+            add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+            (writer.add_array if isinstance(value, list) else add[type(value)])(key, value)
+        for key, value in tokens.items():
+            (writer.add_array if isinstance(value, list) else writer.add_string)(key, value)
+        if config.rope_scaling is not None and config.rope_scaling["rope_type"] == "llama3":
+            plain = dataclasses.replace(config, rope_scaling=None)
+            stretched, unstretched = (frequencies(c, torch.device("cpu"))[0] for c in (config, plain))
+            writer.add_tensor(ROPE_FACTORS, (unstretched / stretched).numpy())
+        inverse = {ours: theirs for theirs, ours in NAMES.items()}
+        for full, values in tensors:
+            layer, attribute = full.rsplit(".", 1)
+            block = re.fullmatch(r"model\.layers\.(\d+)\.(.*)", layer)
+            written = f"{f'blk.{block[1]}.' if block else ''}{inverse[block[2] if block else layer]}.{attribute}"
+            values = values.detach().float().cpu()
+            if (turned := re.search(r"self_attn\.([qk])_proj$", layer)) and family == "llama":
+                values = pair(values, config.num_attention_heads if turned[1] == "q" else config.num_key_value_heads)
+            if values.ndim == 1:
+                writer.add_tensor(written, values.contiguous().numpy())
+                continue
+            blocks = kind == "F16" or values.shape[1] % 32 == 0
+            as_type = gguf.GGMLQuantizationType[kind if blocks else "F16"]
+            data = gguf.quantize(values.contiguous().numpy(), as_type)
+            if as_type.name == "F16" and not np.isfinite(data).all():
+                raise ValueError(f"{path}: {full} has values beyond F16's largest, 65504; take Q8_0")
+            writer.add_tensor(written, data, raw_dtype=as_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _keys(config: DecoderConfig, family: str, name: str) -> dict:
+    """The file's values of a model, in the order to write."""
+    c, rope = config, config.rope_scaling or {}
+    values = dict(context_length=c.max_position_embeddings, embedding_length=c.hidden_size, vocab_size=c.vocab_size)
+    values |= {"block_count": c.num_hidden_layers, "feed_forward_length": c.intermediate_size}
+    values |= {"attention.head_count": c.num_attention_heads, "attention.head_count_kv": c.num_key_value_heads}
+    values |= {"attention.key_length": c.head_dim, "attention.value_length": c.head_dim}
+    values |= {"attention.layer_norm_rms_epsilon": float(c.rms_norm_eps), "rope.freq_base": float(c.rope_theta)}
+    values["rope.dimension_count"] = c.head_dim
+    if rope.get("rope_type") in ("linear", "yarn"):
+        values |= {"rope.scaling.type": rope["rope_type"], "rope.scaling.factor": float(rope["factor"])}
+        if more := sorted(set(rope) - {"rope_type", "factor", "original_max_position_embeddings"}):
+            raise ValueError(f"rope_scaling holds {', '.join(more)}, which is not written as GGUF")
+    if "original_max_position_embeddings" in rope and rope["rope_type"] == "yarn":
+        values["rope.scaling.original_context_length"] = int(rope["original_max_position_embeddings"])
+    eos = c.eos_token_id[0] if isinstance(c.eos_token_id, list) else c.eos_token_id
+    ids = {"tokenizer.ggml.bos_token_id": c.bos_token_id, "tokenizer.ggml.eos_token_id": eos}
+    named = {"general.name": name} if name else {}
+    return named | {f"{family}.{k}": v for k, v in values.items()} | {k: v for k, v in ids.items() if v is not None}
+
+
+def _tokens(files: dict[str, bytes], size: int, path: Path) -> dict:
+    """The file's values of a tokenizer: a byte-level BPE that cuts text in one of PRE's ways."""
+    if "tokenizer.json" not in files:
+        raise ValueError(f"{path}: the model has no tokenizer.json, without which a GGUF file is of no use")
+    content = json.loads(files["tokenizer.json"])
+    cut, known = _cut(content.get("pre_tokenizer")), Tokenizer(models.BPE())
+    for pre, parts in PRE.items():
+        known.pre_tokenizer = pre_tokenizers.Sequence(parts())
+        if pre != "default" and _cut(json.loads(known.to_str())["pre_tokenizer"]) == cut:
+            break
+    else:
+        ways = ", ".join(name for name in PRE if name != "default")
+        raise ValueError(f"{path}: the tokenizer cuts text in none of the ways that are written as GGUF: {ways}")
+    tokens, kinds = [f"[PAD{i}]" for i in range(size)], [UNUSED] * size
+    for token, i in content["model"]["vocab"].items():
+        tokens[i], kinds[i] = token, NORMAL
+    for added in content.get("added_tokens", []):
+        tokens[added["id"]], kinds[added["id"]] = added["content"], CONTROL if added["special"] else USER_DEFINED
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in content["model"]["merges"]]
+    values = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": pre, "tokenizer.ggml.tokens": tokens}
+    values |= {"tokenizer.ggml.token_type": kinds, "tokenizer.ggml.merges": merges}
+    template = json.loads(files.get("tokenizer_config.json", b"{}")).get("chat_template")
+    template = files["chat_template.jinja"].decode() if "chat_template.jinja" in files else template
+    return values | ({"tokenizer.chat_template": template} if isinstance(template, str) else {})
+
+
+def _cut(pre_tokenizer: dict | None) -> list[dict]:
+    """What of a tokenizer.json decides where text is cut."""
+    parts = pre_tokenizer.get("pretokenizers", [pre_tokenizer]) if pre_tokenizer else []
+    return [{k: v for k, v in part.items() if k not in ("trim_offsets", "invert")} for part in parts]

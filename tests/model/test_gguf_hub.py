@@ -293,7 +293,7 @@ def test_smollm2_continues_as_transformers_does(smollm2):
         with torch.no_grad():
             logits = ours(ids) @ ours.head_weight.T
             torch.testing.assert_close(logits, peer(ids).logits, rtol=0, atol=1e-4)
-        new = generate(ours, ids, Decoding(max_new_tokens=12, eos_id=2)).tokens[0, 0]
-        theirs = peer.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=2, pad_token_id=2)
+        new = generate(ours, ids, Decoding(max_new_tokens=8, eos_id=2)).tokens[0, 0]
+        theirs = peer.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=2, pad_token_id=2)
         theirs = theirs[0, ids.shape[1] :].tolist()
         assert new.tolist()[: len(theirs)] == theirs, text
