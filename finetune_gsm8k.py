@@ -1,4 +1,4 @@
-"""Experiment 3: Qwen3 with LoRA over a quantised base on GSM8K, from the problems to pass@1 by words or by programs.
+"""Experiment 3: a decoder with LoRA over a frozen base on GSM8K, from the problems to pass@1 by words or by programs.
 
     python finetune_gsm8k.py --model Qwen/Qwen3-0.6B --schedule cosine --steps 2000                  # one GPU
     python finetune_gsm8k.py --model Qwen/Qwen3-0.6B --format code --loss dpsm --warmup 0.1
@@ -28,7 +28,7 @@ from eval import answers, method_comparison, metrics
 from eval.heldout import evaluate
 from kernels import Calibration, linear_score
 from kernels.losses import alpha_at, make_score
-from model import lora
+from model import lora, lora_hub
 from model.decode import Request, cache_length
 from runtime.cli import StopRequest, opt, parse_config, user_errors
 from runtime.flags import flag, knobs
@@ -61,13 +61,20 @@ class Config:
     seq_len: int = opt(512, "tokens in a packed row; longer problems are left out", within="[1, inf)", role="setting")
     cache: str = flag("cache", help="folder for the programs of --format code")
     # model
-    model: str = opt("Qwen/Qwen3-0.6B", "a dense Qwen3: a folder or a hub id", role="setting", group="model")
+    model: str = opt(
+        "Qwen/Qwen3-0.6B",
+        "a Llama, Mistral, Qwen2, Qwen3 or SmolLM3: a folder or a hub id",
+        role="setting",
+        group="model",
+    )
     base: str = opt("nf4", "how the frozen weights are kept", lora.BASES, role="setting")
     rank: int = opt(64, "LoRA: rank", within="[1, inf)")
     lora_alpha: float = opt(16.0, "LoRA: alpha; the adapter is scaled by alpha / rank")
     lora_dropout: float = opt(0.0, "LoRA: dropout on the adapters' input", within="[0, 1)")
     rslora: bool = opt(False, "scale by alpha / sqrt(rank) instead")
-    targets: str = opt("all", f"LoRA: layers that get adapters: all, or some of {','.join(lora.TARGETS)}")
+    targets: str = opt("all", f"LoRA: adapted layers: all, some of {','.join(lora.TARGETS)}, or a regex of names")
+    lora_init: str = opt("zero", "LoRA: B starts at 0, or A and B at W's largest components (PiSSA)", lora.INITS)
+    lora_plus: float = opt(1.0, "LoRA+: learning rate of every B over that of A, --lr", within="(0, inf)")
     adapter: str = opt("", "start from this PEFT adapter of --model, with its rank and targets", role="setting")
     # loss
     loss: str = flag("loss")
@@ -194,8 +201,7 @@ def main(argv: list[str] | None = None) -> int:
 
         # -- optimizer: a group for each block where the rule gives each its own multiplier ----
         by_block = "blocks" in rule_reads(cfg.schedule, cfg.fot_parts)
-        groups = [{"params": p, "block": i} for i, p in enumerate(lora.block_parameters(model))]
-        optimizer = make_optimizer(cfg, groups if by_block else trainable, device)
+        optimizer = make_optimizer(cfg, lora.optimizer_groups(model, by_block, cfg.lr, cfg.lora_plus), device)
         block_rms = (lambda: lora.segment_rms(model, reset=False)) if by_block else None
         rule = rule_of(cfg, optimizer, world, block_rms=block_rms)
     model.checkpoint_activations = cfg.checkpoint_activations
@@ -225,7 +231,7 @@ def main(argv: list[str] | None = None) -> int:
         """last.pt and, if these are the best weights so far, best.pt. All ranks take part; rank 0 writes."""
 
         def kept() -> dict:
-            weights = {key: t.detach().cpu() for key, t in lora.adapter_tensors(model).items()}
+            weights = {key: t.detach().cpu() for key, t in lora_hub.adapter_tensors(model).items()}
             return {"model": weights, "lora": asdict(model.lora), "config": asdict(cfg), "data_hash": data_hash}
 
         if best:
@@ -363,9 +369,9 @@ def main(argv: list[str] | None = None) -> int:
     with user_errors(), averaged(optimizer):
         if cfg.report == "best":
             world.wait()
-            put(model, load_checkpoint(run / "best.pt")["model"])
+            lora_hub.put_tensors(model, load_checkpoint(run / "best.pt")["model"])
         if world.main:
-            lora.save_adapter(model, run / "adapter", cfg.model)
+            lora_hub.save_adapter(model, run / "adapter", cfg.model)
         graded = examined(run.path)
     if graded is None or not world.main:
         return run.finish(0)
@@ -412,21 +418,16 @@ def main(argv: list[str] | None = None) -> int:
 def adapt(model, cfg: Config, checkpoint: dict | None) -> None:
     """Gives the model its adapters: the checkpoint's, those of --adapter, or new ones."""
     if checkpoint:
-        kept = checkpoint["lora"]
-        lora.add_lora(model, lora.LoRAConfig(**kept | {"targets": tuple(kept["targets"])}))
-        put(model, checkpoint["model"])
+        lora.add_lora(model, lora.LoRAConfig.kept(checkpoint["lora"]))
+        lora_hub.put_tensors(model, checkpoint["model"])
     elif cfg.adapter:
-        lora.load_adapter(model, cfg.adapter, cfg.model)
+        lora_hub.load_adapter(model, cfg.adapter, cfg.model)
     else:
         chosen = lora.TARGETS if cfg.targets == "all" else tuple(cfg.targets.split(","))
-        lora.add_lora(model, lora.LoRAConfig(cfg.rank, cfg.lora_alpha, cfg.lora_dropout, chosen, cfg.rslora))
-
-
-@torch.no_grad()
-def put(model, weights: dict) -> None:
-    """Copies a checkpoint's adapter into the model's."""
-    for key, tensor in lora.adapter_tensors(model).items():
-        tensor.copy_(weights[key])
+        if re.search(r"[^\w,]", cfg.targets):
+            chosen = cfg.targets  # a regex
+        how = dict(rslora=cfg.rslora, init=cfg.lora_init)
+        lora.add_lora(model, lora.LoRAConfig(cfg.rank, cfg.lora_alpha, cfg.lora_dropout, chosen, **how))
 
 
 def make_optimizer(cfg: Config, parameters: list, device: torch.device) -> torch.optim.Optimizer:

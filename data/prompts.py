@@ -17,8 +17,8 @@ from data.files import write_cached
 from data.gsm8k import text_target
 from data.packing import Example
 from data.programs import Problem, code_targets, coverage_table
-from model.qwen3_hub import read_config
-from model.weights import CONFIG, first_line, folder_of
+from model.decoder_hub import config_and_tokenizer
+from model.weights import first_line
 from runtime.folder import parse_json
 
 PROMPTS = ("chat", "plain")
@@ -38,38 +38,50 @@ log = logging.getLogger("scorecast")
 class Prompter:
     """Text to tokens and back. ``end`` is the token that ends an answer, ``eos_ids`` are all that do in decoding.
 
-    ``prompt`` "chat" writes the turns of Qwen3's chat template without thinking, with its empty thought in the prompt;
-    "plain" is "Question: ... Answer: ...". ``format`` is "text" or "code". Raises ValueError for a tokenizer that is
-    missing, broken, larger than the model's vocabulary or without the tokens that the format needs."""
+    ``model`` is a folder, a hub id or a GGUF file. ``prompt`` "chat" writes the turns of Qwen's chat templates, with
+    Qwen3's empty thought in the prompt where the tokenizer knows it; "plain" is "Question: ... Answer: ...". ``format``
+    is "text" or "code". Raises ValueError for a tokenizer that is missing, broken, larger than the head, or
+    without the tokens that the format needs."""
 
     def __init__(self, model: str, prompt: str = "chat", format: str = "text"):
         if (prompt, format) not in _ASK:
             raise ValueError(f"prompt {prompt!r} and format {format!r}: expected one of {', '.join(map(str, _ASK))}")
-        folder = folder_of(model)
-        config = read_config(folder / CONFIG)
-        path = folder_of(model, ("tokenizer.json",)) / "tokenizer.json"
-        if not path.is_file():
-            raise ValueError(f"{folder} has no tokenizer.json; copy the model's there")
+        config, files = config_and_tokenizer(model)
+        if "tokenizer.json" not in files:
+            raise ValueError(f"{model} has no tokenizer.json; copy the model's there")
         try:
-            self.tokenizer = Tokenizer.from_file(str(path))
+            self.tokenizer = Tokenizer.from_buffer(files["tokenizer.json"])
         except Exception as error:  # the library raises plain Exception for what it cannot read
-            raise ValueError(f"{path} is no tokenizer ({first_line(error)}); copy the model's") from None
-        size = self.tokenizer.get_vocab_size()
+            raise ValueError(
+                f"{model}: tokenizer.json is no tokenizer ({first_line(error)}); copy the model's"
+            ) from None
+        # What another program's last call left in the file would cut or pad every text.
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.tokenizer.encode_special_tokens = True  # special tokens in a TEXT are ordinary characters
+        size = max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         if size > config.vocab_size:
-            raise ValueError(f"{path} has {size} tokens, the model only {config.vocab_size}; copy the model's own")
+            only = f"the model only {config.vocab_size}"
+            raise ValueError(f"{model}: tokenizer.json has {size} tokens, {only}; copy the model's own")
         eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
         eos = [i for i in eos if i is not None]
         self.chat, self.ask, self.positions = prompt == "chat", _ASK[prompt, format], config.max_position_embeddings
-        start, end, think = map(self.tokenizer.token_to_id, ("<|im_start|>", "<|im_end|>", "<think>"))
+        names = ("<|im_start|>", "<|im_end|>", "<think>", "</think>")
+        start, end, think, thought = map(self.tokenizer.token_to_id, names)
         if self.chat and None in (start, end):
-            raise ValueError(f"{path} has no tokens <|im_start|> and <|im_end|> for --prompt chat; use --prompt plain")
+            raise ValueError(f"{model} has no tokens <|im_start|> and <|im_end|> for --prompt chat; use --prompt plain")
         if not self.chat and not eos:
-            raise ValueError(f"{folder / CONFIG} names no eos_token_id, which ends an answer of --prompt plain; add it")
+            raise ValueError(f"{model} names no eos_token_id, which ends an answer of --prompt plain; add it")
         self.end = end if self.chat else eos[0]
         self.eos_ids = sorted({self.end, *eos})
-        self.thought = "" if think is None else "<think>\n\n</think>\n\n"
+        # The turns around a question: what stands before its text, and all that follows it.
+        self.before = [start]
+        self.after = [end, *self.encode("\n"), start, *self.encode("assistant\n")] if self.chat else []
+        if self.chat and None not in (think, thought):
+            self.after += [think, *self.encode("\n\n"), thought, *self.encode("\n\n")]
 
     def encode(self, text: str) -> list[int]:
+        """The tokens of a text. Special tokens that are written in it are characters like any others."""
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -79,7 +91,7 @@ class Prompter:
         question = problem.question.strip()
         if not self.chat:
             return self.encode(f"Question: {question}{self.ask}")
-        return self.encode(f"<|im_start|>user\n{question}{self.ask}<|im_end|>\n<|im_start|>assistant\n{self.thought}")
+        return [*self.before, *self.encode(f"user\n{question}{self.ask}"), *self.after]
 
     def example(self, problem: Problem, target: str) -> Example:
         prompt = self.prompt(problem)

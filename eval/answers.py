@@ -25,7 +25,7 @@ from eval.gsm8k import Sample, grade_code, grade_text, scores
 from eval.rows import Parts, json_line, write_rows
 from kernels import linear_moments
 from model.decode import Request, decode
-from model.qwen3 import Qwen3
+from model.decoder import Decoder
 from runtime.machine import World, to_device
 
 
@@ -35,7 +35,7 @@ def hidden_at(model, part: Rows, at_N: Tensor, device: torch.device) -> Tensor:
     return hidden.flatten(0, 1).index_select(0, at_N)
 
 
-def forwards(model: Qwen3, heldout: Rows, loss_on: str, rows: int, world: World):
+def forwards(model: Decoder, heldout: Rows, loss_on: str, rows: int, world: World):
     """(hidden [N, D], targets [N]) of this rank's held-out rows, ``rows`` at a time: of the answers or of all."""
     for begin in range(world.rank * rows, len(heldout), world.size * rows):
         part = heldout[begin : begin + rows]
@@ -74,7 +74,7 @@ class Answers(NamedTuple):
 
 
 def write_answers(
-    model: Qwen3,
+    model: Decoder,
     problems: list[Problem],
     prompter: Prompter,
     folder: Path,
@@ -137,7 +137,7 @@ def write_answers(
 
 
 def examine(
-    model: Qwen3, problems, prompter, folder: Path, world: World, *, format: str, k: Sequence[int], **how
+    model: Decoder, problems, prompter, folder: Path, world: World, *, format: str, k: Sequence[int], **how
 ) -> dict | None:
     """Summary entries of the model's answers. None where the generation was stopped early; empty on other ranks.
 
@@ -177,7 +177,9 @@ def examine(
 
 
 @torch.no_grad()
-def sure(model: Qwen3, rows: list[dict], problems: list[Problem], prompter: Prompter, world: World, batch: int) -> list:
+def sure(
+    model: Decoder, rows: list[dict], problems: list[Problem], prompter: Prompter, world: World, batch: int
+) -> list:
     """The confidence "sequence" and "token" of each answer, see `eval.answer_calibration`, at temperature 1.
 
     The tokens are those of the answer, what a calculator has put in and the end that the model chose included. They
@@ -228,7 +230,7 @@ def agreement(verdicts: list[dict], rule: str) -> dict[str, dict[str, float]]:
 
 
 def pass_rate(
-    model: Qwen3, problems: list[Problem], prompter: Prompter, folder: Path, world: World, *, format: str, **how
+    model: Decoder, problems: list[Problem], prompter: Prompter, folder: Path, world: World, *, format: str, **how
 ) -> dict[str, float]:
     """pass@1 of greedy answers by the main rule, under its key, on every rank; ``how`` as `write_answers` takes it."""
     folder.mkdir(parents=True, exist_ok=True)

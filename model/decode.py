@@ -100,7 +100,7 @@ def decode(
 ) -> Iterator[list[Finished]]:
     """Yields after every step the requests that it ended, mostly none; each request ends once.
 
-    ``model``: a Qwen3, in eval mode. A row ends at one of ``eos_ids``, where ``stop(new tokens)`` is true, or at its
+    ``model``: a Decoder, in eval mode. A row ends at one of ``eos_ids``, where ``stop(new tokens)`` is true, or at its
     max_new_tokens. ``insert(new tokens)`` gives tokens that come next instead of what the model would choose. Both are
     called on the host after each new token, ``insert`` not while inserted tokens are still to come. ``refill``: prompts
     are taken in when so many rows are free; above 1 there are fewer, larger prompt forwards for a few idle rows.

@@ -1,12 +1,13 @@
-"""LoRA on Qwen3's linear layers, over a base in fp32, bf16 or NF4, with adapters in PEFT's format.
+"""LoRA on a decoder's linear layers, over a base in fp32, bf16 or NF4; PEFT's files are model/lora_hub.py's.
 
 A layer computes
 
-    y = W x + s B A dropout(x)
+    y = W x + b + s B A dropout(x)
 
-with W frozen and A [r, in], B [out, r] trained (Hu et al., "LoRA", 2021, section 4.1). The scale s is alpha / r, or
-alpha / sqrt(r) for rsLoRA (Kalajdzievski, 2023). B starts at 0, A uniform within 1 / sqrt(in), which the authors' code
-and PEFT call Kaiming with a = sqrt(5).
+with W and b (if there is one) frozen and A [r, in], B [out, r] trained (Hu et al., "LoRA", 2021, section 4.1). The
+scale s is alpha / r, or alpha / sqrt(r) for rsLoRA (Kalajdzievski, 2023). B starts at 0, A uniform within 1 / sqrt(in),
+which the authors' code and PEFT call Kaiming with a = sqrt(5). PiSSA (Meng et al., 2024, section 3) starts s B A as the
+r largest singular components of W instead, and freezes what is left of W; with an NF4 base that is quantised anew.
 
 NF4 is QLoRA's 4-bit base (Dettmers et al., 2023): blocks of 64 values share a scale, and double quantisation quantises
 the scales too. The package bitsandbytes does it, on a GPU and on a CPU.
@@ -19,53 +20,94 @@ Shapes in names: N rows (all tokens of the batch), r the rank.
 
 import math
 import os
-from dataclasses import dataclass
-from pathlib import Path
+import re
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from model import weights
-from model.layers import Linear, check_fields
-from model.qwen3 import Qwen3, Qwen3Config
-from model.qwen3_hub import load_qwen3
+from model.decoder import Decoder, DecoderConfig
+from model.decoder_hub import load_decoder
+from model.layers import Linear, check_fields, check_value
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 BASES = ("bf16", "fp32", "nf4")
+INITS = ("zero", "pissa")
 NF4_BLOCK = 64  # values that share one scale, QLoRA's choice
-
-ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-
-# Fields of adapter_config.json: those with fixed values, those that are read, and those that cannot change what the
-# adapter computes. Every other field is an extension of LoRA, and has to be empty.
-FIXED = dict(peft_type=("LORA",), bias=("none",), init_lora_weights=(True, False, "gaussian", "orthogonal", "eva"))
-READ = ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "base_model_name_or_path")
-HARMLESS = ("task_type", "inference_mode", "auto_mapping", "revision", "peft_version", "megatron_core")
-HARMLESS += ("qalora_group_size", "runtime_config")
 
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """What is adapted and how. Raises ValueError for values that make no adapter."""
+    """What is adapted and how, as PEFT says it. Raises ValueError for values that make no adapter.
+
+    A layer's name is its path ("model.layers.0.self_attn.q_proj"). ``targets`` are ends of names, or one regex of whole
+    names; ``layers`` are the blocks that they apply to. A pattern is a name's end or a regex of it; the first that fits
+    a layer sets its rank or alpha."""
 
     r: int = 64
     alpha: float = 16
     dropout: float = 0.0  # of the adapter's input, never of the base's
-    targets: tuple[str, ...] = TARGETS  # names of layers within each block
+    targets: tuple[str, ...] | str = TARGETS
     rslora: bool = False
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    layers: tuple[int, ...] | None = None  # None: all
+    init: str = "zero"  # one of INITS: B at 0, or PiSSA
 
     def __post_init__(self):
-        if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
-            raise ValueError(f"rank r={self.r!r}: expected a positive integer; rank 0 would train nothing")
+        for r in (self.r, *self.rank_pattern.values()):
+            if not isinstance(r, int) or isinstance(r, bool) or r < 1:
+                raise ValueError(f"rank r={r!r}: expected a positive integer; rank 0 would train nothing")
+        if self.init not in INITS:
+            raise ValueError(f"init={self.init!r}: expected one of {', '.join(INITS)}")
         check_fields(self, "a positive number", "alpha")
+        for alpha in self.alpha_pattern.values():
+            check_value("alpha_pattern's alpha", alpha, "a positive number")
         check_fields(self, "a probability in [0, 1)", "dropout")
-        if not self.targets or isinstance(self.targets, str) or not {*self.targets} <= {*TARGETS}:
+        regexes = [*self.rank_pattern, *self.alpha_pattern]
+        if isinstance(self.targets, str):
+            regexes.append(self.targets)
+            if self.layers is not None:
+                raise ValueError(f"layers={self.layers} with a regex as targets: the regex names the layers, drop one")
+        elif not self.targets or not {name.rpartition(".")[2] for name in self.targets} <= {*TARGETS}:
             raise ValueError(f"targets={self.targets!r}: expected one or more of {', '.join(TARGETS)}")
+        for regex in regexes:
+            try:
+                re.compile(regex)
+            except re.error as error:
+                raise ValueError(f"{regex!r} is no regular expression: {error}") from None
+        if self.layers is not None and not all(isinstance(i, int) and i >= 0 for i in self.layers):
+            raise ValueError(f"layers={self.layers!r}: expected numbers of blocks, 0 and above")
 
-    @property
-    def scale(self) -> float:
-        return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
+    @classmethod
+    def kept(cls, fields: dict) -> "LoRAConfig":
+        """From what dataclasses.asdict made of one, in a checkpoint of this or an earlier version."""
+        targets = fields["targets"]
+        return cls(**fields | {"targets": targets if isinstance(targets, str) else tuple(targets)})
+
+    def adapts(self, path: str) -> bool:
+        """Whether the layer at ``path`` ("layers.0.self_attn.q_proj") has an adapter."""
+        name = f"model.{path}"
+        if isinstance(self.targets, str):
+            return re.fullmatch(self.targets, name) is not None
+        if self.layers is not None and int(path.split(".")[1]) not in self.layers:
+            return False
+        return any(name == target or name.endswith(f".{target}") for target in self.targets)
+
+    def rank(self, path: str) -> int:
+        return _matched(self.rank_pattern, path, self.r)
+
+    def scale(self, path: str) -> float:
+        r = self.rank(path)
+        return _matched(self.alpha_pattern, path, self.alpha) / (math.sqrt(r) if self.rslora else r)
+
+
+def _matched(patterns: dict, path: str, default):
+    """The value of the first pattern that fits the end of a layer's name."""
+    fits = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", f"model.{path}"))
+    return next(fits, default)
 
 
 def _bitsandbytes():
@@ -91,11 +133,12 @@ class NF4Linear(nn.Module):
         if weight.ndim != 2 or weight.shape[1] % NF4_BLOCK:
             expected = f"expected [out, in] with in a multiple of {NF4_BLOCK}"
             raise ValueError(f"NF4 of a weight {tuple(weight.shape)}: {expected}; take base 'bf16'")
-        self.shape = tuple(weight.shape)
+        self.shape, self.double_quant = tuple(weight.shape), double_quant
         packed, self.quant = _bitsandbytes().quantize_4bit(
             weight.contiguous(), blocksize=NF4_BLOCK, compress_statistics=double_quant, quant_type="nf4"
         )
         self.register_buffer("packed", packed, persistent=False)
+        self.bias: nn.Parameter | None = None  # the loader's to set
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -107,8 +150,15 @@ class NF4Linear(nn.Module):
         """The dequantised weight [out, in]."""
         return _bitsandbytes().dequantize_4bit(self.packed, self.quant).to(dtype)
 
+    def without(self, part: Tensor) -> "NF4Linear":
+        """A layer of the weight less ``part``, quantised anew."""
+        left = NF4Linear((self.dense(torch.float32) - part).to(self.quant.dtype), self.double_quant)
+        left.bias = self.bias
+        return left
+
     def forward(self, x: Tensor) -> Tensor:
-        return _LoRAProduct.apply(x, None, None, self, None, 1.0)
+        y = _LoRAProduct.apply(x, None, None, self, None, 1.0)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 class _Segments:
@@ -188,13 +238,36 @@ def _two_parts(left: Tensor, right: Tensor, n: int) -> Tensor:
 class LoRALinear(nn.Module):
     """A frozen base layer with an adapter. ``base``: any module with ``shape`` and ``dense``."""
 
-    def __init__(self, base: nn.Module, config: LoRAConfig, segments: _Segments, block: int, device: torch.device):
+    def __init__(self, base: nn.Module, r: int, scale: float, dropout: float, segments: _Segments, block: int):
         super().__init__()
-        self.base, self.shape, self.scale, self.dropout = base, base.shape, config.scale, config.dropout
+        self.base, self.shape, self.scale, self.dropout = base, base.shape, scale, dropout
         self.segments, self.block = segments, block
+        self.start: tuple[Tensor, Tensor] | None = None
         n_out, n_in = base.shape
-        self.lora_A = nn.Parameter(torch.zeros(config.r, n_in, dtype=torch.float32, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(n_out, config.r, dtype=torch.float32, device=device))
+        self.lora_A = nn.Parameter(torch.zeros(r, n_in, dtype=torch.float32))
+        self.lora_B = nn.Parameter(torch.zeros(n_out, r, dtype=torch.float32))
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        return self.base.bias
+
+    @torch.no_grad()
+    def take_components(self) -> None:
+        """PiSSA's start. ``start`` keeps it on the CPU, for an adapter that fits the base as it was. Raises ValueError
+        for a rank above the matrix'."""
+        r, W = len(self.lora_A), self.base.dense(torch.float32)
+        if r > min(W.shape):
+            raise ValueError(f"PiSSA of rank {r} from a matrix {tuple(W.shape)}: expected at most {min(W.shape)}")
+        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+        root = (S[:r] / self.scale).sqrt()
+        self.lora_A.copy_(root[:, None] * Vh[:r])
+        self.lora_B.copy_(U[:, :r] * root)
+        self.start = self.lora_A.detach().cpu().clone(), self.lora_B.detach().cpu().clone()
+        part = self.scale * self.lora_B @ self.lora_A
+        if isinstance(self.base, NF4Linear):
+            self.base = self.base.without(part)
+        else:
+            self.base.weight.copy_(W - part)
 
     @torch.no_grad()
     def dense(self, dtype: torch.dtype) -> Tensor:
@@ -208,7 +281,8 @@ class LoRALinear(nn.Module):
             sizes = f"a batch of {tokens} tokens, but the answer mask has {len(order)}"
             raise ValueError(f"{sizes}: call set_segments with this batch's mask, or with None")
         keep_p = 1 - self.dropout if self.training else 1.0
-        return _LoRAProduct.apply(x, self.lora_A, self.lora_B, self.base, self, keep_p)
+        y = _LoRAProduct.apply(x, self.lora_A, self.lora_B, self.base, self, keep_p)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 def load_base(
@@ -217,88 +291,110 @@ def load_base(
     dtype: torch.dtype = torch.bfloat16,
     device: str | torch.device = "cpu",
     double_quant: bool = True,
-) -> Qwen3:
-    """A Qwen3 whose parameters are kept as ``base`` says, ready for ``add_lora``. ``dtype`` is the activations'.
+) -> Decoder:
+    """A decoder whose parameters are kept as ``base`` says, ready for ``add_lora``. ``dtype`` is the activations'.
 
     "bf16" and "fp32" keep all parameters in that dtype. "nf4" quantises each linear layer within the blocks as it is
     loaded, on ``device``, and keeps the rest in ``dtype``; with ``double_quant`` at 4.13 bits a weight instead of 4.5.
-    Raises ValueError as load_qwen3 does, for an unknown base, and for "nf4" without bitsandbytes."""
+    Raises ValueError as load_decoder does, for an unknown base, and for "nf4" without bitsandbytes."""
     if base not in BASES:
         raise ValueError(f"base={base!r}: expected one of {', '.join(BASES)}")
     if base != "nf4":
-        return load_qwen3(folder_or_hub_id, dtype, dict(bf16=torch.bfloat16, fp32=torch.float32)[base], device)
+        return load_decoder(folder_or_hub_id, dtype, dict(bf16=torch.bfloat16, fp32=torch.float32)[base], device)
     _bitsandbytes()
 
     def quantised(name: str, weight: Tensor) -> NF4Linear:
         return NF4Linear(weight.to(device=device, dtype=dtype), double_quant)
 
-    return load_qwen3(folder_or_hub_id, dtype, device=device, convert=quantised)
+    return load_decoder(folder_or_hub_id, dtype, device=device, convert=quantised)
 
 
 @torch.no_grad()
-def add_lora(model: Qwen3, config: LoRAConfig, generator: torch.Generator | None = None) -> None:
+def add_lora(model: Decoder, config: LoRAConfig, generator: torch.Generator | None = None) -> None:
     """Freezes ``model`` and wraps the targeted layers of every block. Only A and B, in fp32, train.
 
     A is drawn in fp32 on the CPU, in the layers' order, from ``generator`` or torch's global one: a seed gives one
     adapter on every device. Raises ValueError for a model that has adapters already."""
-    _check_plain(model)
+    check_plain(model)
     model.requires_grad_(False)
     model.lora, model.draws_random = config, config.dropout > 0
     segments, device = _Segments(len(model.layers)), model.embed_tokens.weight.device
-    for path, block, base in _targeted(model, config):
-        layer = LoRALinear(base, config, segments, block, device)
+    for path, block, base in targeted(model, config):
+        layer = LoRALinear(base, config.rank(path), config.scale(path), config.dropout, segments, block)
         bound = 1 / math.sqrt(base.shape[1])
-        layer.lora_A.copy_(torch.empty(layer.lora_A.shape).uniform_(-bound, bound, generator=generator))
+        layer.lora_A.uniform_(-bound, bound, generator=generator)
+        layer = layer.to(device)
+        if config.init == "pissa":
+            layer.take_components()
         model.set_submodule(path, layer)
 
 
-def _check_plain(model: Qwen3) -> None:
+def check_plain(model: Decoder) -> None:
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         raise ValueError("the model has LoRA adapters already; load the base anew to add others")
 
 
-def _targeted(model: Qwen3, config: LoRAConfig) -> list[tuple[str, int, nn.Module]]:
-    """Path, block and layer of everything that ``config`` adapts."""
-    return [
+def targeted(model: Decoder, config: LoRAConfig) -> list[tuple[str, int, nn.Module]]:
+    """Path, block and layer of everything that ``config`` adapts. ValueError where that is nothing."""
+    found = [
         (f"layers.{i}.{path}", i, module)
         for i, block in enumerate(model.layers)
         for path, module in block.named_modules()
-        if isinstance(module, Linear | NF4Linear) and path.rpartition(".")[2] in config.targets
+        if isinstance(module, Linear | NF4Linear) and config.adapts(f"layers.{i}.{path}")
     ]
+    if not found:
+        where = "" if config.layers is None else f" in layers {list(config.layers)} of {len(model.layers)}"
+        raise ValueError(f"targets={config.targets!r} name no layer{where}; nothing would train")
+    return found
 
 
-def _adapted(model: Qwen3) -> dict[str, LoRALinear]:
+def adapted(model: Decoder) -> dict[str, LoRALinear]:
     layers = {path: module for path, module in model.named_modules() if isinstance(module, LoRALinear)}
     if not layers:
         raise ValueError("the model has no LoRA adapters; call add_lora or load_adapter first")
     return layers
 
 
-def merged(model: Qwen3) -> Qwen3:
-    """A plain model of the same function on the same device, for generation; save_qwen3 needs no such copy.
+def merged(model: Decoder) -> Decoder:
+    """A plain model of the same function on the same device, for generation; save_decoder needs no such copy.
 
     Each layer is one dense matrix in the activations' dtype, adapters summed in and NF4 dequantised. Embedding, head
     and norms are shared with ``model``, which is not changed."""
     with torch.device("meta"):
-        plain = Qwen3(model.config, model.dtype)
+        plain = Decoder(model.config, model.dtype)
     for path, layer in plain.named_modules():
         source = model.get_submodule(path)
         if path.startswith("layers.") and isinstance(layer, Linear):
-            layer.weight = nn.Parameter(source.dense(model.dtype), requires_grad=False)
+            layer.weight, layer.bias = nn.Parameter(source.dense(model.dtype), requires_grad=False), source.bias
         elif "weight" in layer._parameters:
             layer.weight = source.weight
     return plain.train(model.training)
 
 
-def block_parameters(model: Qwen3) -> list[list[nn.Parameter]]:
+def block_parameters(model: Decoder) -> list[list[nn.Parameter]]:
     """The trained parameters of each transformer block, in ``segment_rms``'s order: one optimizer group a block."""
     blocks: list[list[nn.Parameter]] = [[] for _ in model.layers]
-    for layer in _adapted(model).values():
+    for layer in adapted(model).values():
         blocks[layer.block] += [layer.lora_A, layer.lora_B]
     return blocks
 
 
-def lora_flops_per_token(config: Qwen3Config, lora: LoRAConfig, block: int, loss_share: float = 1.0) -> float:
+def optimizer_groups(model: Decoder, by_block: bool, lr: float, plus: float = 1.0) -> list[dict]:
+    """The trained parameters as an optimizer's groups: one, or one a block with its number as "block". With ``plus``
+    other than 1 each is two, all A at ``lr`` and all B at ``plus`` times it (Hayou et al., "LoRA+", 2024)."""
+    blocks = block_parameters(model)
+    groups = [{"params": p, "block": i} for i, p in enumerate(blocks)] if by_block else [{"params": sum(blocks, [])}]
+    if plus == 1:
+        return groups
+    second = {id(layer.lora_B) for layer in adapted(model).values()}
+    return [
+        group | {"params": [p for p in group["params"] if (id(p) in second) == is_b], "lr": lr * (plus if is_b else 1)}
+        for group in groups
+        for is_b in (False, True)
+    ]
+
+
+def lora_flops_per_token(config: DecoderConfig, lora: LoRAConfig, block: int, loss_share: float = 1.0) -> float:
     """FLOPs of one LoRA training step per token at sequence length ``block``.
 
     PaLM's count (Chowdhery et al., 2022, appendix B), of what LoRA runs, recomputation aside. A multiply-add is 2.
@@ -311,22 +407,22 @@ def lora_flops_per_token(config: Qwen3Config, lora: LoRAConfig, block: int, loss
       be adapted, or none.
     """
     with torch.device("meta"):
-        layers = {path: m.shape for path, m in Qwen3(config).named_modules() if isinstance(m, Linear) and "." in path}
+        layers = {path: m.shape for path, m in Decoder(config).named_modules() if isinstance(m, Linear) and "." in path}
     total = 0
     for path, (n_out, n_in) in layers.items():
-        adapted = path.rpartition(".")[2] in lora.targets
-        total += 4 * n_out * n_in + 6 * adapted * lora.r * (n_in + n_out)
+        r = lora.rank(path) if lora.adapts(path) else 0
+        total += 4 * n_out * n_in + 6 * r * (n_in + n_out)
         if path.startswith("layers.0.") and path.endswith(("q_proj", "k_proj", "v_proj")):
-            total -= 2 * n_out * n_in + 2 * adapted * lora.r * n_in
+            total -= 2 * n_out * n_in + 2 * r * n_in
     attention = 12 * config.num_hidden_layers * block * config.num_attention_heads * config.head_dim
     return total + attention + 4 * loss_share * config.vocab_size * config.hidden_size
 
 
-def set_segments(model: Qwen3, answer_mask: Tensor | None) -> None:
+def set_segments(model: Decoder, answer_mask: Tensor | None) -> None:
     """Says which tokens of the coming batch are the answer's: bool, one entry per token, usually [B, T]. Every other
     token, padding too, counts to the prompt. None stops measuring. Call it between a micro-batch's backward and the
     next one's forward. A mask on the GPU costs a synchronisation. Raises ValueError for a mask that is not boolean."""
-    first = next(iter(_adapted(model).values()))
+    first = next(iter(adapted(model).values()))
     segments, device = first.segments, first.lora_A.device
     if answer_mask is None:
         segments.order_N = None
@@ -340,12 +436,12 @@ def set_segments(model: Qwen3, answer_mask: Tensor | None) -> None:
     segments.squares = segments.squares.to(device)
 
 
-def segment_rms(model: Qwen3, reset: bool = True) -> Tensor:
+def segment_rms(model: Decoder, reset: bool = True) -> Tensor:
     """RMS gradient of each block's adapters, fp32 [blocks, 2]: over the prompt's rows, and over the answer's.
 
     It is the root of the mean squared gradient that those rows alone contribute, over all A and B of the block and the
     backward passes since the last reset. It stays on the device and is 0 where nothing was measured."""
-    segments = next(iter(_adapted(model).values())).segments
+    segments = next(iter(adapted(model).values())).segments
     elements = torch.tensor(segments.elements, dtype=torch.float32).clamp_(min=1)
     elements = elements.to(segments.squares.device, non_blocking=True)
     rms = (segments.squares / elements[:, None]).sqrt_()
@@ -353,73 +449,3 @@ def segment_rms(model: Qwen3, reset: bool = True) -> Tensor:
         segments.squares.zero_()
         segments.elements = [0] * len(segments.elements)
     return rms
-
-
-def _peft_name(path: str, which: str) -> str:
-    return f"base_model.model.model.{path}.{which}.weight"
-
-
-def adapter_tensors(model: Qwen3) -> dict[str, Tensor]:
-    """The trained parameters themselves under PEFT's names; a training checkpoint holds these."""
-    return {
-        _peft_name(path, which): getattr(layer, which)
-        for path, layer in _adapted(model).items()
-        for which in ("lora_A", "lora_B")
-    }
-
-
-def save_adapter(model: Qwen3, folder: str | os.PathLike, base_model: str) -> None:
-    """Writes an adapter as PEFT does, as ``weights.staged`` says. ``base_model``: where the base was loaded from."""
-    config: LoRAConfig = model.lora
-    fields = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=str(base_model))
-    fields |= dict(r=config.r, lora_alpha=config.alpha, lora_dropout=config.dropout, use_rslora=config.rslora)
-    fields |= dict(target_modules=sorted(config.targets), bias="none", fan_in_fan_out=False, inference_mode=True)
-    fields |= dict(init_lora_weights=True, modules_to_save=None, use_dora=False)
-    with weights.staged(Path(folder), last=ADAPTER_CONFIG) as temporary:
-        weights.save_tensors(adapter_tensors(model).items(), temporary / ADAPTER)
-        weights.write_json(fields, temporary / ADAPTER_CONFIG)
-
-
-def read_adapter_config(folder: str | os.PathLike) -> tuple[LoRAConfig, str | None]:
-    """The LoRAConfig of a PEFT adapter, and the name of its base. Raises ValueError for other kinds of adapters."""
-    path = Path(folder) / ADAPTER_CONFIG
-    fields = weights.read_json(path)
-    weights.check_fields(path, fields, ("r", "lora_alpha", "target_modules"), FIXED)
-    for name, value in fields.items():
-        if name not in (*READ, *HARMLESS, *FIXED) and value:
-            raise ValueError(f"{path}: {name}={value!r} is not supported; only plain LoRA and rsLoRA adapters are")
-    targets = list(TARGETS) if fields["target_modules"] == "all-linear" else fields["target_modules"]
-    if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
-        raise ValueError(f"{path}: target_modules={targets!r}: expected a list of {', '.join(TARGETS)}")
-    # PEFT may name each layer by its whole path; the tensors in the file then say whether all blocks have it.
-    names = {name.rpartition(".")[2] for name in targets}
-    targets = (*(name for name in TARGETS if name in names), *sorted(names.difference(TARGETS)))
-    dropout, rslora = fields.get("lora_dropout", 0.0), bool(fields.get("use_rslora", False))
-    try:
-        config = LoRAConfig(fields["r"], fields["lora_alpha"], dropout, targets, rslora)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    return config, fields.get("base_model_name_or_path")
-
-
-def load_adapter(model: Qwen3, folder: str | os.PathLike, base_model: str | None = None) -> None:
-    """Adds a PEFT adapter, ours or PEFT's own, to ``model``; it is trainable.
-
-    The last component of ``base_model``, where ``model`` was loaded from, has to be that of the base which the adapter
-    names, so that a local copy of a hub model passes; None is not checked. Raises ValueError, before the model is
-    changed, for another base, for tensors that do not fit it, and as read_adapter_config does."""
-    _check_plain(model)
-    folder = Path(folder)
-    config, trained_on = read_adapter_config(folder)
-    if base_model is not None and trained_on and Path(base_model).name != Path(trained_on).name:
-        reason = f"is an adapter of {trained_on!r}, not of {str(base_model)!r}"
-        raise ValueError(f"{folder} {reason}; load it on its own base")
-    shapes = {path: base.shape for path, _, base in _targeted(model, config)}
-    expected = {_peft_name(path, "lora_A"): (config.r, n_in) for path, (_, n_in) in shapes.items()}
-    expected |= {_peft_name(path, "lora_B"): (n_out, config.r) for path, (n_out, _) in shapes.items()}
-    weights.check_shapes(weights.read_shapes([folder / ADAPTER]), expected, f"{folder} is no adapter of this base")
-    add_lora(model, config)
-    tensors = adapter_tensors(model)
-    with torch.no_grad():
-        for name, tensor in weights.read_tensors([folder / ADAPTER]):
-            tensors[name].copy_(tensor)

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+# Prefixes of wrapped models' tensors: who adds them, and what is within.
+WRAPPERS = {"_orig_mod.": ("torch.compile", "model._orig_mod"), "module.": ("DDP", "model.module")}
 MODEL_FILES = (CONFIG, WEIGHTS, INDEX, "model-*.safetensors")
 
 
@@ -135,6 +137,10 @@ def check_shapes(found: Mapping[str, Tensor | tuple], expected: Mapping[str, Ten
     """Raises ValueError: ``says``, then the tensors that are missing, unexpected or misshapen, three of a kind. Either
     side gives each tensor itself or its shape."""
     found, expected = ({n: tuple(getattr(t, "shape", t)) for n, t in side.items()} for side in (found, expected))
+    for prefix, (wrapper, inner) in WRAPPERS.items():
+        if wrapped := [n for n in found if n.startswith(prefix) and n not in expected]:
+            way_out = f"save {inner}'s state_dict instead, or rename the tensors without {prefix!r}"
+            raise ValueError(f"{says}: {wrapped[0]} has the prefix {prefix!r} of {wrapper}; {way_out}")
     wrong = {
         "missing ": [n for n in expected if n not in found],
         "unexpected ": [n for n in found if n not in expected],

@@ -39,10 +39,10 @@ from data.packing import Example, Rows, batch_indices, pack
 from eval.answers import hidden_at
 from kernels import linear_score
 from kernels.losses import ce
+from model.decoder import Decoder
+from model.decoder_hub import save_decoder
 from model.gpt2 import GPT2, SIZES, GPT2Config, decay_groups
 from model.lora import BASES, LoRAConfig, add_lora, block_parameters, load_base, segment_rms, set_segments
-from model.qwen3 import Qwen3
-from model.qwen3_hub import save_qwen3
 from races import common
 from races.peft_gsm8k import SHAPES as QWEN3
 from runtime.cli import user_errors
@@ -217,7 +217,9 @@ def make_sides(args, device: torch.device, total: int) -> list[Side]:
     else:
         with tempfile.TemporaryDirectory() as folder:
             base = Path(folder) / "model"
-            save_qwen3(Qwen3(QWEN3[args.shape.removeprefix("qwen3").strip("-") or "0.6b"]), base, dtype=torch.bfloat16)
+            save_decoder(
+                Decoder(QWEN3[args.shape.removeprefix("qwen3").strip("-") or "0.6b"]), base, dtype=torch.bfloat16
+            )
             models = [load_base(base, args.base, dtype, device) for _ in SIDES]
         for model in models:
             add_lora(model, LoRAConfig(args.rank), torch.Generator().manual_seed(1))

@@ -26,17 +26,17 @@ from kernels import linear_score
 from kernels.bench.timing import time_once
 from kernels.losses import ce
 from model.decode import Request, decode
+from model.decoder import Decoder, DecoderConfig
+from model.decoder_hub import load_decoder, save_decoder
 from model.lora import BASES, LoRAConfig, add_lora, load_base
-from model.qwen3 import Qwen3, Qwen3Config
-from model.qwen3_hub import load_qwen3, save_qwen3
 from races import common
 from runtime.cli import user_errors
 from runtime.machine import World, peak_memory, start_world
 
 SHAPES = {
-    "0.6b": Qwen3Config(151936, 1024, 3072, 28, 16, 8, 128, 40960, rope_theta=1e6, tie_word_embeddings=True),
-    "mini": Qwen3Config(8192, 512, 1536, 6, 8, 4, 64, 4096, rope_theta=1e6, tie_word_embeddings=True),
-    "tiny": Qwen3Config(300, 64, 128, 2, 4, 2, 16, 512, tie_word_embeddings=True),
+    "0.6b": DecoderConfig(151936, 1024, 3072, 28, 16, 8, 128, 40960, rope_theta=1e6, tie_word_embeddings=True),
+    "mini": DecoderConfig(8192, 512, 1536, 6, 8, 4, 64, 4096, rope_theta=1e6, tie_word_embeddings=True),
+    "tiny": DecoderConfig(300, 64, 128, 2, 4, 2, 16, 512, tie_word_embeddings=True),
 }
 SIDES = ("theirs", "ours")
 
@@ -120,7 +120,7 @@ def prompts_of(args) -> list[list[int]]:
 
 
 def our_generate(folder: Path, dtype: torch.dtype, device: torch.device):
-    model = load_qwen3(folder, dtype, dtype, device).eval()
+    model = load_decoder(folder, dtype, dtype, device).eval()
 
     def generate(prompts, batch: int, new: int) -> int:
         stream = decode(model, [Request(p, new) for p in prompts], batch)
@@ -218,7 +218,7 @@ def main(argv: list[str] | None = None) -> int:
         args.out.mkdir(parents=True)
         if args.model is None:
             torch.manual_seed(0)
-            save_qwen3(Qwen3(SHAPES[args.shape]), args.out / "model", dtype=torch.bfloat16)
+            save_decoder(Decoder(SHAPES[args.shape]), args.out / "model", dtype=torch.bfloat16)
         parts = [*TURNS] if args.prompts else ["train"]
         rows, model = [], (args.model or args.out / "model").resolve()
         for i in range(args.rounds):

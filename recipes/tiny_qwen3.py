@@ -25,9 +25,9 @@ from data.packing import Example, batch_indices, pack
 from data.tokenizer import byte_level_bpe
 from kernels import linear_score
 from kernels.losses import ce
+from model.decoder import Decoder, DecoderConfig
+from model.decoder_hub import save_decoder
 from model.gpt2 import parameter_count
-from model.qwen3 import Qwen3, Qwen3Config
-from model.qwen3_hub import save_qwen3
 from runtime.cli import Parser, user_errors
 from runtime.machine import keep_freed_memory, to_device
 from runtime.optim import take_step
@@ -55,7 +55,7 @@ def train_tokenizer(texts: Iterable[str], size: int):
     return tokenizer
 
 
-def pretrain(model: Qwen3, rows: list[Example], steps: int, batch: int, lr: float, seed: int) -> float:
+def pretrain(model: Decoder, rows: list[Example], steps: int, batch: int, lr: float, seed: int) -> float:
     """Trains every parameter, with all tokens of the examples as targets. Returns the mean loss of the last tenth of
     the steps, in nats per token."""
     device = model.embed_tokens.weight.device
@@ -102,10 +102,10 @@ def main(argv: list[str] | None = None) -> int:
         D, vocab = given.hidden, -(-tokenizer.get_vocab_size() // 64) * 64
         heads = dict(num_attention_heads=D // 32, num_key_value_heads=D // 64, head_dim=32)
         more = dict(max_position_embeddings=1024, tie_word_embeddings=True, eos_token_id=0)
-        config = Qwen3Config(vocab, D, 2 * D, given.layers, **heads, **more)
+        config = DecoderConfig(vocab, D, 2 * D, given.layers, **heads, **more)
         keep_freed_memory()
         torch.manual_seed(given.seed)
-        model, end = Qwen3(config), tokenizer.token_to_id(SPECIAL[0])
+        model, end = Decoder(config), tokenizer.token_to_id(SPECIAL[0])
         read, _ = split_heldout(problems, min(HELDOUT, len(problems) // 2))
         texts = [p.question.strip() for p in read] + TEXTS[given.text](read)
         rows = [Example(str(i), [end, *tokenizer.encode(text).ids, end], 1) for i, text in enumerate(texts)]
@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
             loss = pretrain(model, rows, given.steps, given.batch, given.lr, given.seed)
             seconds = time.perf_counter() - began
             learnt = f"; {given.steps} steps on {given.text} to {loss:.3f} nats per token in {seconds:.0f} s"
-        save_qwen3(model, given.folder, {"tokenizer.json": tokenizer.to_str().encode()})
+        save_decoder(model, given.folder, {"tokenizer.json": tokenizer.to_str().encode()})
     print(f"{given.folder}: {parameter_count(model) / 1e6:.2f} M parameters, {vocab} tokens{learnt}")
     return 0
 

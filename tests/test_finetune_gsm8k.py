@@ -68,7 +68,8 @@ def test_outputs_can_be_graded_by_the_command(text_run, problems, capsys):
 
 
 def test_the_adapter_is_the_trained_one(text_run, model):
-    from model.lora import adapter_tensors, load_adapter, load_base
+    from model.lora import load_base
+    from model.lora_hub import adapter_tensors, load_adapter
 
     _, out = text_run
     loaded = load_base(model, "fp32", torch.float32)

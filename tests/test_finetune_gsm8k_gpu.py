@@ -11,9 +11,9 @@ import torch
 
 from model import decode as decoding
 from model.decode import Request, decode
-from model.qwen3 import Qwen3, Qwen3Config
+from model.decoder import Decoder, DecoderConfig
 
-SHAPE = Qwen3Config(300, 64, 128, 2, 4, 2, 16, 512, tie_word_embeddings=True)
+SHAPE = DecoderConfig(300, 64, 128, 2, 4, 2, 16, 512, tie_word_embeddings=True)
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
@@ -28,7 +28,7 @@ def test_a_step_reads_no_value(span):
     """On the meta device a read of a value on the host raises, as it does while a graph is captured, and so does a
     tensor left on the CPU. Both the step, which is captured, and the prompts' forward go through."""
     with torch.device("meta"):
-        model = Qwen3(SHAPE, torch.bfloat16)
+        model = Decoder(SHAPE, torch.bfloat16)
     with torch.no_grad():
         step = decoding._Step(model, 5, 200)
         out = step.forward(span)
@@ -45,7 +45,7 @@ class TestOnADevice:
         """The same kernels on the same numbers, over two spans of the cache and with rows that are filled again: the
         same tokens, and one graph a span."""
         torch.manual_seed(0)
-        model = Qwen3(SHAPE, dtype).to("cuda").eval()
+        model = Decoder(SHAPE, dtype).to("cuda").eval()
         wanted = requests(11, temperature=temperature, seed=3)
         graphs = []
         original = decoding._Step.logits
@@ -64,13 +64,13 @@ class TestOnADevice:
     @pytest.mark.parametrize("base", ["fp32", "bf16", "nf4"])
     def test_adapters_are_captured_too(self, monkeypatch, tmp_path, base):
         """--no-merge: LoRA layers, and NF4's dequantisation, inside a graph."""
+        from model.decoder_hub import save_decoder
         from model.lora import LoRAConfig, add_lora, load_base
-        from model.qwen3_hub import save_qwen3
 
         if base == "nf4":
             pytest.importorskip("bitsandbytes", reason="NF4 needs bitsandbytes")
         torch.manual_seed(0)
-        save_qwen3(Qwen3(SHAPE), tmp_path / "model")
+        save_decoder(Decoder(SHAPE), tmp_path / "model")
         model = load_base(tmp_path / "model", base, torch.bfloat16, "cuda")
         add_lora(model, LoRAConfig(4))
         with torch.no_grad():

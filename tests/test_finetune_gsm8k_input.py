@@ -56,10 +56,11 @@ def edit_config(folder: Path, **fields):
 @pytest.mark.parametrize(
     "harm, says",
     [
-        (lambda f: edit_config(f, model_type="llama"), "model_type='llama'; expected 'qwen3'"),
+        (lambda f: edit_config(f, model_type="gemma"), "model_type='gemma'; expected one of llama"),
         (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer.json"),
         (lambda f: (f / "tokenizer.json").write_text("{"), "is no tokenizer"),
         (lambda f: edit_config(f, vocab_size=100), "the model only 100"),
+        (lambda f: (f / "config.json").unlink(), "has no config.json"),
         (lambda f: (f / "model.safetensors").write_bytes(b"x" * 40), "damaged"),
         (
             lambda f: (f / "tokenizer.json").write_text(

@@ -99,7 +99,8 @@ def test_every_rule_learns(base, tmp_path, rule):
 def test_schedule_free_evaluates_its_averages(base, tmp_path):
     """The adapter that stays is the averaged x: the checkpoint's y, which was trained on, is (1 - beta1) z + beta1 x
     (Defazio et al., section 1), and the held-out loss is of x."""
-    from model.lora import adapter_tensors, load_adapter, load_base
+    from model.lora import load_base
+    from model.lora_hub import adapter_tensors, load_adapter
 
     assert tune([*base, *flags_of("schedule-free")], tmp_path / "run") == 0
     kept = load_checkpoint(tmp_path / "run" / "last.pt")

@@ -7,7 +7,7 @@ import torch
 from data.packing import Example, batch_indices, fit, pack
 from kernels import linear_score
 from kernels.losses import brier
-from model.qwen3_hub import load_qwen3
+from model.decoder_hub import load_decoder
 
 
 def examples(count: int, longest: int, vocab: int = 50, seed: int = 0) -> list[Example]:
@@ -47,7 +47,7 @@ def test_rows_hold_every_example_once_and_nothing_else(seed):
 def test_packing_changes_no_loss(model):
     """Each token's loss in a packed row is the one it has alone, and so is its adapter's gradient. The tolerance is
     fp32's for sums in another order."""
-    qwen = load_qwen3(model)
+    qwen = load_decoder(model)
     made = examples(9, 40, vocab=300)
     packed = pack(made, 96)
     alone = [pack([e], 96, multiple=1) for e in made]

@@ -42,9 +42,9 @@ def test_confidence_is_the_probability_of_the_answers_tokens(model, problems):
     """Of answers of several lengths in packed rows: the product of each token's probability, one forward an answer."""
     from data.gsm8k import load_gsm8k
     from eval.answers import sure
-    from model.qwen3_hub import load_qwen3
+    from model.decoder_hub import load_decoder
 
-    prompter, qwen = Prompter(str(model), "plain", "text"), load_qwen3(model).eval()
+    prompter, qwen = Prompter(str(model), "plain", "text"), load_decoder(model).eval()
     some = load_gsm8k(problems, "test")[:4]
     texts = ["Ann has 36.\n#### 36", "5", "It is 7 coins, and more. " * 10, ""]
     rows = [

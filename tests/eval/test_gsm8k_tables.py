@@ -105,12 +105,12 @@ def problems(tmp_path):
 def test_the_tiny_base_is_a_model_and_the_same_again(problems, tmp_path, capsys):
     """A folder that is read as any other, whose base knows its text better than a drawn one, bit for bit again."""
     from data.prompts import Prompter
-    from model.qwen3_hub import load_qwen3
+    from model.decoder_hub import load_decoder
 
     def make(name: str, *more) -> torch.Tensor:
         flags = f"{tmp_path / name} --data {problems} --vocab 320 --hidden 64 --layers 1 --batch 8".split()
         assert tiny_qwen3.main([*flags, *more]) == 0
-        return load_qwen3(tmp_path / name).embed_tokens.weight
+        return load_decoder(tmp_path / name).embed_tokens.weight
 
     first, again, drawn = make("a", "--steps", "12"), make("b", "--steps", "12"), make("c", "--steps", "0")
     assert torch.equal(first, again) and not torch.equal(first, drawn)
@@ -164,11 +164,11 @@ def test_race_with_peft(tmp_path, capsys):
 def test_both_sides_of_the_race_compute_the_same_loss(tmp_path):
     """Over 24 tokens of the same random weights, B being 0: a race of two different computations would show nothing."""
     pytest.importorskip("peft", reason="the race is against peft")
-    from model.qwen3 import Qwen3
-    from model.qwen3_hub import save_qwen3
+    from model.decoder import Decoder
+    from model.decoder_hub import save_decoder
 
     torch.manual_seed(0)
-    save_qwen3(Qwen3(race_peft.SHAPES["tiny"]), tmp_path / "model", dtype=torch.float32)
+    save_decoder(Decoder(race_peft.SHAPES["tiny"]), tmp_path / "model", dtype=torch.float32)
     tokens = torch.randint(300, (2, 13))
     losses = []
     for make in (race_peft.our_loss, race_peft.their_loss):

@@ -1,4 +1,4 @@
-"""A tiny Qwen3 with adapters, ours and its peers', and gradients to compare, for the tests of LoRA."""
+"""Tiny models with adapters, ours and its peers', and gradients to compare, for the tests of LoRA."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from model.lora import LoRAConfig, add_lora, load_base
 
-# As in test_qwen3.py: the order of fp32 sums costs under 1e-5 of logits of order 1 to 10; 1e-4 is promised.
+# As in test_decoder.py: the order of fp32 sums costs under 1e-5 of logits of order 1 to 10; 1e-4 is promised.
 LOGITS_TOLERANCE = 1e-4
 GRADIENT_TOLERANCE = 1e-4  # of a gradient's largest entry, where a wrong term would show as order 1
 
@@ -15,14 +15,14 @@ def theirs(folder, base="fp32"):
     import transformers
 
     if base == "fp32":
-        return transformers.Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     nf4 = transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float32,
     )
-    return transformers.Qwen3ForCausalLM.from_pretrained(
+    return transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, quantization_config=nf4, device_map="cpu"
     )
 

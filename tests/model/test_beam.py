@@ -212,7 +212,7 @@ def test_reordering_in_parts(transformers, pairs, monkeypatch):
 
 
 def test_qwen3_is_decoded_by_the_same_code(transformers, tmp_path):
-    qwen3 = pytest.importorskip("model.qwen3_hub")
+    qwen3 = pytest.importorskip("model.decoder_hub")
     torch.manual_seed(0)
     config = transformers.Qwen3Config(
         vocab_size=V,
@@ -228,7 +228,7 @@ def test_qwen3_is_decoded_by_the_same_code(transformers, tmp_path):
     theirs = transformers.Qwen3ForCausalLM(config).eval()
     theirs.save_pretrained(tmp_path)
     theirs.generation_config = transformers.GenerationConfig()
-    models = {"gpt2": (theirs, qwen3.load_qwen3(tmp_path))}  # decoded like a GPT-2
+    models = {"gpt2": (theirs, qwen3.load_decoder(tmp_path))}  # decoded like a GPT-2
     tokens, _ = prompts("gpt2")
     for choice in (dict(num_beams=4, num_return=4, length_penalty=0.5), dict(), dict(num_beams=2, no_repeat_ngram=2)):
         options = Decoding(max_new_tokens=12, eos_id=EOS, pad_id=1, **choice)

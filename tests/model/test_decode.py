@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from model.decode import Request, decode
-from model.qwen3_hub import load_qwen3
+from model.decoder_hub import load_decoder
 
 
 @pytest.fixture(scope="module")
 def qwen(model):
-    return load_qwen3(model).eval()
+    return load_decoder(model).eval()
 
 
 def requests(count: int, **more) -> list[Request]:
@@ -123,7 +123,7 @@ def test_decoding_refuses(qwen, call, says):
 
 
 def test_weights_that_yield_nan_are_no_answer(model):
-    broken = load_qwen3(model)
+    broken = load_decoder(model)
     with torch.no_grad():
         broken.norm.weight[0] = float("nan")
     with pytest.raises(ValueError, match="not finite"):

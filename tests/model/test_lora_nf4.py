@@ -52,7 +52,7 @@ def test_nf4_model_is_the_model_of_its_dequantised_weights(folder, dtype):
     """Quantised base with adapters against the dense base of the same values: function and gradients."""
     nf4 = adapted(folder, "nf4", dtype=dtype)
     dense = adapted(folder, {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype], dtype=dtype)
-    for path, layer in lora._adapted(nf4).items():
+    for path, layer in lora.adapted(nf4).items():
         assert isinstance(layer.base, NF4Linear)
         dense.get_submodule(path).base.weight.data.copy_(layer.base.dense(dtype))
     a, b = logits_of(nf4, tokens_of()), logits_of(dense, tokens_of())

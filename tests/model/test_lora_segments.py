@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from lora_models import adapted, answers_of, assert_gradients_agree, backward, logits_of, nll, tokens_of
 
 from model import lora
-from model.qwen3_hub import load_qwen3
+from model.decoder_hub import load_decoder
 
 
 def part_by_autograd(folder, select, tokens, **config):
@@ -20,7 +20,7 @@ def part_by_autograd(folder, select, tokens, **config):
         live, still = product(layer.lora_A, layer.lora_B), product(layer.lora_A.detach(), layer.lora_B.detach())
         return F.linear(x, layer.base.dense(x.dtype)) + torch.where(select[..., None], live, still)
 
-    for layer in lora._adapted(model).values():
+    for layer in lora.adapted(model).values():
         layer.forward = lambda x, layer=layer: forward(layer, x)
     backward(model, tokens)
     return [[p.grad for p in block] for block in lora.block_parameters(model)]
@@ -134,4 +134,4 @@ def test_a_mask_that_does_not_fit_is_one_line(folder):
     with torch.no_grad():
         model(tokens_of())  # evaluation between two steps needs no mask
     with pytest.raises(ValueError, match="no LoRA adapters"):
-        lora.set_segments(load_qwen3(folder), answers_of())
+        lora.set_segments(load_decoder(folder), answers_of())

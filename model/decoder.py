@@ -1,9 +1,11 @@
-"""Qwen3's dense family in plain PyTorch: tokens in, hidden states out; the loss belongs to the caller.
+"""Llama, Qwen2, Qwen3, Mistral and SmolLM3 in plain PyTorch: tokens in, hidden states out; the caller has the loss.
 
-The architecture is the technical report's (Yang et al., "Qwen3", 2025, section 2): RMSNorm before each sub-layer,
-grouped-query attention whose queries and keys are normalised per head, rotary positions, SwiGLU, no biases, the head
-tied to the embedding in the small sizes. Parameters carry Hugging Face's names without the "model." prefix;
-model/qwen3_hub.py reads and writes that layout. Values follow transformers' Qwen3ForCausalLM. Mixed precision is that
+One architecture with switches: RMSNorm before each sub-layer, grouped-query attention with rotary positions, SwiGLU, a
+head that is tied to the embedding or not (Touvron et al., "Llama 2", 2023, section 2.2). What sets the families apart
+is in DecoderConfig: Qwen2 ("Qwen2", 2024) has biases on queries, keys and values, Qwen3 ("Qwen3", 2025) none but a norm
+of each head's queries and keys, and SmolLM3 leaves some layers without positions (Yang et al., "Rope to Nope", 2025).
+Attention sees the whole sequence: there is no sliding window. Parameters carry Hugging Face's names without the
+"model." prefix; model/decoder_hub.py reads and writes that layout. Values follow transformers'. Mixed precision is that
 of model/gpt2.py.
 
 Shapes in names: B sequences, T positions, D = hidden_size, H heads, J key-value heads, K = head_dim, L cached
@@ -21,10 +23,21 @@ from torch import Tensor, nn
 from model import layers
 from model.layers import Embedding, KVCache, Linear
 
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+# What rope_scaling holds beside rope_type: needed, and known.
+ROPE = {
+    "linear": (("factor",), ()),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
+    "yarn": (
+        ("factor", "original_max_position_embeddings"),
+        ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    ),
+}
+
 
 @dataclass(frozen=True)
-class Qwen3Config:
-    """The shape of a Qwen3, in the names of its config.json. Raises ValueError for a shape that cannot be built."""
+class DecoderConfig:
+    """The shape of a decoder, in the names of its config.json. Raises ValueError for a shape that cannot be built."""
 
     vocab_size: int
     hidden_size: int
@@ -39,22 +52,55 @@ class Qwen3Config:
     tie_word_embeddings: bool = False
     bos_token_id: int | None = None  # the token ids do not enter the function; they are kept for the export
     eos_token_id: int | list[int] | None = None
+    model_type: str = "qwen3"  # one of FAMILIES
+    attention_bias: bool = False  # on all four projections; Qwen2's three are its family's
+    mlp_bias: bool = False
+    rope_scaling: dict | None = None  # None is the default; rope_type and its numbers otherwise, see ROPE
+    no_rope_layers: list[int] | None = None  # SmolLM3: 0 for each layer without positions
 
     def __post_init__(self):
         layers.check_fields(self, "a positive integer", *(field.name for field in dataclasses.fields(self)[:8]))
         layers.check_fields(self, "a positive number", "rms_norm_eps", "rope_theta")
-        layers.check_fields(self, "true or false", "tie_word_embeddings")
+        layers.check_fields(self, "true or false", "tie_word_embeddings", "attention_bias", "mlp_bias")
+        if self.model_type not in FAMILIES:
+            raise ValueError(f"model_type={self.model_type!r}; expected one of {', '.join(FAMILIES)}")
         heads, shared = self.num_attention_heads, self.num_key_value_heads
         if heads % shared:
             wrong = f"num_attention_heads={heads} is not a multiple of num_key_value_heads={shared}"
             raise ValueError(f"{wrong}; query heads share the others evenly")
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim}: expected an even number, rotary positions turn pairs")
+        if self.no_rope_layers is not None and len(self.no_rope_layers) != self.num_hidden_layers:
+            raise ValueError(f"no_rope_layers={self.no_rope_layers}: expected {self.num_hidden_layers} of 0 and 1")
+        check_rope(self.rope_scaling)
 
     @property
     def block_size(self) -> int:
         """The longest sequence, under the name that GPT2Config gives it."""
         return self.max_position_embeddings
+
+    def rotates(self, layer: int) -> bool:
+        """Whether the layer's queries and keys know their positions."""
+        return self.no_rope_layers is None or bool(self.no_rope_layers[layer])
+
+
+def check_rope(rope: dict | None) -> None:
+    """Raises ValueError for a rope_scaling that is not one of ROPE, says too little or holds what is not known."""
+    if rope is None:
+        return
+    kind = rope.get("rope_type") if isinstance(rope, dict) else None
+    if kind not in ROPE:
+        raise ValueError(f"rope_scaling={rope!r} is not supported; expected rope_type default, {', '.join(ROPE)}")
+    needed, known = ROPE[kind]
+    if missing := [name for name in needed if name not in rope]:
+        raise ValueError(f"rope_scaling of rope_type {kind!r} does not say {', '.join(missing)}")
+    if unknown := sorted(set(rope) - {"rope_type", *needed, *known}):
+        raise ValueError(f"rope_scaling of rope_type {kind!r} holds {', '.join(unknown)}, which is not supported")
+    for name, value in rope.items():
+        if name not in ("rope_type", "truncate") and not (value is None and name in known):
+            layers.check_value(f"rope_scaling's {name}", value, "a positive number")
+    if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
+        raise ValueError(f"rope_scaling={rope!r}: expected a low_freq_factor below the high_freq_factor")
 
 
 class RMSNorm(nn.RMSNorm):
@@ -64,11 +110,50 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
-def rotary(positions_BT: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [B, T, 1, K/2] of position * theta^(-2i/K) (Su et al., "RoFormer", 2021), angles in fp32."""
-    steps = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions_BT.device) / head_dim
-    angles = positions_BT.float()[:, :, None, None] * (1.0 / theta**steps)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+def frequencies(config: DecoderConfig, device: torch.device) -> tuple[Tensor, float]:
+    """Radians per position of each pair of components, fp32 [K/2], and a factor of all cosines and sines.
+
+    theta^(-2i/K) (Su et al., "RoFormer", 2021), for longer texts than those of pre-training stretched by a factor:
+    linear divides all of them (Chen et al., "Position Interpolation", 2023); llama3 those that turn at most
+    low_freq_factor times in the old length, and none above high_freq_factor; yarn those below beta_slow turns and none
+    above beta_fast, and sharpens attention (Peng et al., "YaRN", 2023, sections 3.2 and 3.4)."""
+    K, rope = config.head_dim, config.rope_scaling or {}
+    pair = torch.arange(0, K, 2, dtype=torch.float32, device=device)
+    f, kind, stretch = 1.0 / config.rope_theta ** (pair / K), rope.get("rope_type"), rope.get("factor", 1.0)
+    if kind == "linear":
+        return f / stretch, 1.0
+    if kind == "llama3":
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        turns = rope["original_max_position_embeddings"] * f / (2 * math.pi)
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        return f * (kept + (1 - kept) / stretch), 1.0
+    if kind == "yarn":
+
+        def pair_of(turns: float) -> float:
+            """The pair, as a fraction, that turns so often in the old length."""
+            length = rope["original_max_position_embeddings"]
+            return K * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+
+        def sharper(weight: float) -> float:
+            return 0.1 * weight * math.log(stretch) + 1 if stretch > 1 else 1.0
+
+        first, last = pair_of(rope.get("beta_fast") or 32), pair_of(rope.get("beta_slow") or 1)
+        if rope.get("truncate", True):
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, K - 1)
+        stretched = ((pair / 2 - first) / ((last - first) or 1e-3)).clamp(0, 1)
+        one, all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
+        factor = sharper(one) / sharper(all_dim) if one and all_dim else sharper(1)
+        given = rope.get("attention_factor")
+        return f * (1 - stretched + stretched / stretch), factor if given is None else given
+    return f, 1.0
+
+
+def rotary(positions_BT: Tensor, config: DecoderConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [B, T, 1, K/2] of position * ``frequencies``, angles in fp32."""
+    per_position, factor = frequencies(config, positions_BT.device)
+    angles = positions_BT.float()[:, :, None, None] * per_position
+    return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
 
 
 def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -78,18 +163,26 @@ def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    def __init__(self, config: Qwen3Config):
+    def __init__(self, config: DecoderConfig, rotates: bool):
         super().__init__()
         D, K, H, J = config.hidden_size, config.head_dim, config.num_attention_heads, config.num_key_value_heads
-        self.head_dim = K
-        self.q_proj, self.k_proj, self.v_proj = Linear(D, H * K), Linear(D, J * K), Linear(D, J * K)
-        self.o_proj = Linear(H * K, D)
-        self.q_norm, self.k_norm = RMSNorm(K, config.rms_norm_eps), RMSNorm(K, config.rms_norm_eps)
+        self.head_dim, self.rotates = K, rotates
+        bias = config.attention_bias or config.model_type == "qwen2"
+        self.q_proj, self.k_proj, self.v_proj = (Linear(D, heads * K, bias) for heads in (H, J, J))
+        self.o_proj = Linear(H * K, D, config.attention_bias)
+        normed = config.model_type == "qwen3"
+        self.q_norm, self.k_norm = (RMSNorm(K, config.rms_norm_eps) if normed else None for _ in range(2))
+
+    def heads(self, x_BTD: Tensor, linear: nn.Module, norm: nn.Module | None, cos: Tensor, sin: Tensor) -> Tensor:
+        """Queries or keys [B, T, heads, K]: projected, normed and turned where this model does."""
+        x_BTHK = linear(x_BTD).view(*x_BTD.shape[:2], -1, self.head_dim)
+        x_BTHK = x_BTHK if norm is None else norm(x_BTHK)
+        return rotate(x_BTHK, cos, sin) if self.rotates else x_BTHK
 
     def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, slot: tuple | None) -> Tensor:
         B, T, _ = x_BTD.shape
-        q_BTHK = rotate(self.q_norm(self.q_proj(x_BTD).view(B, T, -1, self.head_dim)), cos, sin)
-        k_BTJK = rotate(self.k_norm(self.k_proj(x_BTD).view(B, T, -1, self.head_dim)), cos, sin)
+        q_BTHK = self.heads(x_BTD, self.q_proj, self.q_norm, cos, sin)
+        k_BTJK = self.heads(x_BTD, self.k_proj, self.k_norm, cos, sin)
         v_BTJK = self.v_proj(x_BTD).view(B, T, -1, self.head_dim)
         if slot is not None:
             k_cache, v_cache, where, rows_B = slot
@@ -110,20 +203,21 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, config: Qwen3Config):
+    def __init__(self, config: DecoderConfig):
         super().__init__()
         D, wide = config.hidden_size, config.intermediate_size
-        self.gate_proj, self.up_proj, self.down_proj = Linear(D, wide), Linear(D, wide), Linear(wide, D)
+        self.gate_proj, self.up_proj = Linear(D, wide, config.mlp_bias), Linear(D, wide, config.mlp_bias)
+        self.down_proj = Linear(wide, D, config.mlp_bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
 
 
 class Block(nn.Module):
-    def __init__(self, config: Qwen3Config):
+    def __init__(self, config: DecoderConfig, rotates: bool):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, rotates)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
@@ -132,15 +226,15 @@ class Block(nn.Module):
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
 
 
-class Qwen3(layers.Backbone):
-    """Qwen3 as a layers.Backbone: without a loss. Whoever puts dropout into a layer sets ``draws_random``."""
+class Decoder(layers.Backbone):
+    """A decoder as a layers.Backbone: without a loss. Whoever puts dropout into a layer sets ``draws_random``."""
 
     length_field = "max_position_embeddings"
 
-    def __init__(self, config: Qwen3Config, dtype: torch.dtype = torch.float32):
+    def __init__(self, config: DecoderConfig, dtype: torch.dtype = torch.float32):
         super().__init__(config, dtype)
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Block(config, config.rotates(i)) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
         if not self.embed_tokens.weight.is_meta:
@@ -201,7 +295,7 @@ class Qwen3(layers.Backbone):
                 positions_BT = index_T - (starts * index_T).cummax(dim=1).values
         if positions_BT is None:
             positions_BT = index_T[None]
-        cos, sin = rotary(positions_BT, self.config.head_dim, self.config.rope_theta, self.dtype)
+        cos, sin = rotary(positions_BT, self.config, self.dtype)
 
         x_BTD = self.embed_tokens(tokens_BT).to(self.dtype)
         for i, block in enumerate(self.layers):
