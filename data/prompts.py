@@ -13,6 +13,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from data import numbers, programs
+from data.chat import ChatTemplate, template_of
 from data.files import write_cached
 from data.gsm8k import text_target
 from data.packing import Example
@@ -22,6 +23,12 @@ from model.weights import first_line
 from runtime.folder import parse_json
 
 PROMPTS = ("chat", "plain")
+# Qwen's turns, for a model without a template; what its models that can think get, so that they do not.
+TURNS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+THOUGHT = "{% if add_generation_prompt %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
 # What follows the question, by prompt format and by what is asked for.
 _ASK = {
     ("chat", "text"): "\nReason step by step and end with a line '#### NUMBER'.",
@@ -38,10 +45,11 @@ log = logging.getLogger("scorecast")
 class Prompter:
     """Text to tokens and back. ``end`` is the token that ends an answer, ``eos_ids`` are all that do in decoding.
 
-    ``model`` is a folder, a hub id or a GGUF file. ``prompt`` "chat" writes the turns of Qwen's chat templates, with
-    Qwen3's empty thought in the prompt where the tokenizer knows it; "plain" is "Question: ... Answer: ...". ``format``
-    is "text" or "code". Raises ValueError for a tokenizer that is missing, broken, larger than the head, or
-    without the tokens that the format needs."""
+    ``model`` is a folder, a hub id or a GGUF file. ``prompt`` "chat" is the model's own chat template, without a
+    thought where it asks whether to think; for a model without a template Qwen's turns, with Qwen3's empty thought
+    where the tokenizer knows it. "plain" is "Question: ... Answer: ...". ``format`` is "text" or "code". Raises
+    ValueError for a tokenizer that is missing, broken, larger than the head, or without the tokens that the format
+    needs, and for a template that is broken."""
 
     def __init__(self, model: str, prompt: str = "chat", format: str = "text"):
         if (prompt, format) not in _ASK:
@@ -66,23 +74,46 @@ class Prompter:
         eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
         eos = [i for i in eos if i is not None]
         self.chat, self.ask, self.positions = prompt == "chat", _ASK[prompt, format], config.max_position_embeddings
-        names = ("<|im_start|>", "<|im_end|>", "<think>", "</think>")
-        start, end, think, thought = map(self.tokenizer.token_to_id, names)
-        if self.chat and None in (start, end):
-            raise ValueError(f"{model} has no tokens <|im_start|> and <|im_end|> for --prompt chat; use --prompt plain")
+        added = self.tokenizer.get_added_tokens_decoder()
+        self.special = {token.content: i for i, token in added.items()}
+        # Longest first, as one may begin another.
+        self.specials = re.compile("|".join(map(re.escape, sorted(self.special, key=len, reverse=True))) or r"(?!)")
+        self.template = template_of(files, model) if self.chat else None
+        if self.chat and self.template is None:
+            if not {"<|im_start|>", "<|im_end|>"} <= set(self.special):
+                what = "no chat template, and no tokens <|im_start|> and <|im_end|>"
+                raise ValueError(f"{model} has {what} for --prompt chat; use --prompt plain")
+            log.info(f"{model} has no chat template: --prompt chat writes the turns of Qwen's")
+            thinks = {"<think>", "</think>"} <= set(self.special)
+            self.template = ChatTemplate(TURNS + (THOUGHT if thinks else ""), {}, model)
         if not self.chat and not eos:
             raise ValueError(f"{model} names no eos_token_id, which ends an answer of --prompt plain; add it")
-        self.end = end if self.chat else eos[0]
+        self.end = self._end_of_turn(eos, model) if self.chat else eos[0]
         self.eos_ids = sorted({self.end, *eos})
-        # The turns around a question: what stands before its text, and all that follows it.
-        self.before = [start]
-        self.after = [end, *self.encode("\n"), start, *self.encode("assistant\n")] if self.chat else []
-        if self.chat and None not in (think, thought):
-            self.after += [think, *self.encode("\n\n"), thought, *self.encode("\n\n")]
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text. Special tokens that are written in it are characters like any others."""
         return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def _end_of_turn(self, eos: list[int], model: str) -> int:
+        """The token that the template writes after an answer: the first special one, or the model's eos_token_id."""
+        talk = [dict(role="user", content="Q"), dict(role="assistant", content="A")]
+        (text, written), *_ = reversed(self.template.pieces(talk, answer_next=False))
+        found = None if written else self.specials.search(text)
+        if not found and not eos:
+            raise ValueError(f"{model}: its chat template ends no answer, and it names no eos_token_id; add it")
+        return self.special[found[0]] if found else eos[0]
+
+    def _of_pieces(self, pieces: list[tuple[str, bool]]) -> list[int]:
+        """Special tokens where the template wrote them; what lies between is encoded as one text, as a model saw it."""
+        ids, text = [], ""
+        for piece, written in pieces:
+            at = 0
+            for found in () if written else self.specials.finditer(piece):
+                ids += [*self.encode(text + piece[at : found.start()]), self.special[found[0]]]
+                text, at = "", found.end()
+            text += piece[at:]
+        return ids + self.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
@@ -91,7 +122,8 @@ class Prompter:
         question = problem.question.strip()
         if not self.chat:
             return self.encode(f"Question: {question}{self.ask}")
-        return [*self.before, *self.encode(f"user\n{question}{self.ask}"), *self.after]
+        ask = [dict(role="user", content=question + self.ask)]
+        return self._of_pieces(self.template.pieces(ask, answer_next=True))
 
     def example(self, problem: Problem, target: str) -> Example:
         prompt = self.prompt(problem)
