@@ -120,7 +120,8 @@ def test_the_tiny_base_is_a_model_and_the_same_again(problems, tmp_path, capsys)
     assert losses[0] == losses[1] < 5.5  # log 320 = 5.77 at the start
     prompter = Prompter(str(tmp_path / "a"), "chat", "text")
     assert prompter.decode(prompter.encode("Ann has 3+4=<<3+4=7>>7")) == "Ann has 3+4=<<3+4=7>>7"
-    assert prompter.eos_ids == [0, 2] and prompter.thought
+    thought = prompter.tokenizer.decode(prompter.after, skip_special_tokens=False)
+    assert prompter.eos_ids == [0, 2] and thought.endswith("assistant\n<think>\n\n</think>\n\n")
 
 
 @pytest.mark.parametrize(
