@@ -97,7 +97,7 @@ class HeadPass:
         self.chunks = [slice(i, min(i + chunk, self.n)) for i in range(0, self.n, chunk)]
         self.weight = weight.detach().to(hidden.dtype)
         self.bias = None if bias is None else bias.detach().to(hidden.dtype)
-        self.buffer, self.can_fuse = None, True
+        self.buffer, self.can_fuse, self.form = None, True, None
 
     def rows_in_loss(self, tokens: int | None) -> tuple[Tensor | None, Tensor | None]:
         """(the numbers of the rows in the loss, whether ``tokens`` is how many there are), (None, None) where all rows
@@ -190,9 +190,11 @@ class HeadPass:
         with ``gradient`` the weighted gradient over the logits too."""
         self.fill_top(logits, rows)
         more = self.tail, self.link.softcap, self.predicted is not None
-        fused = self.can_fuse and fused_form(score, self.module, *more)
-        if fused:
-            self.fused(fused, logits, rows, losses, fishers, logits if gradient else None, self.weights)
+        if self.can_fuse and (form := fused_form(score, self.module, *more)):
+            if self.form is None:  # a knob on the device as it is now: the caller may refill it before backward
+                name, knob = form
+                self.form = name, knob.clone() if isinstance(knob, Tensor) else knob
+            self.fused(logits, rows, losses, fishers, logits if gradient else None, self.weights)
             return None
         self.forward(logits, rows, keep_w)
         numbers = self.index[rows] if self.index is not None else range(rows.start, rows.stop)
@@ -202,14 +204,16 @@ class HeadPass:
             fishers[rows] = self.in_loss(fisher_of(self.stats_of(rows), partials, self.order), rows)
         return partials.map(lambda g: self.weighted(g, rows))
 
-    def fused(self, form, logits, rows, losses, fishers, out, weights) -> None:
+    def fused(self, logits, rows, losses, fishers, out, weights) -> None:
         """The chunk by one kernel. The Fisher is written whether it is wanted or not."""
         if fishers is None:
             fishers = self.new_vector()
         vectors = dict(mask=self.mask, weights=weights, correct=self.correct, losses=losses, fisher=fishers)
         vectors = {name: None if x is None else x[rows] for name, x in vectors.items()}
         how = dict(order=self.order, link=self.link)
-        self.module.fused_score(*form, logits, self.targets[rows], stats=self.stats[:, rows], out=out, **vectors, **how)
+        self.module.fused_score(
+            *self.form, logits, self.targets[rows], stats=self.stats[:, rows], out=out, **vectors, **how
+        )
 
     def rows_of_buffer(self, rows: slice) -> Tensor:
         """Storage for the logits of a chunk, the same for every chunk."""
@@ -306,7 +310,7 @@ class HeadPass:
             for rows, partials in zip(self.chunks, kept, strict=True):
                 logits = self.logits(rows)
                 if partials is None:
-                    self.fused(score.fused, logits, rows, self.new_vector(), None, logits, scale)
+                    self.fused(logits, rows, self.new_vector(), None, logits, scale)
                 else:
                     self.gradient(logits, rows, partials.map(upstream[rows].mul))
                 self.accumulate(logits, rows, grads)

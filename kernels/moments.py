@@ -217,7 +217,8 @@ def token_fisher(moments: Moments, score: Callable[[Moments], Tensor]) -> Tensor
     Raises ValueError for a score that reads tail_log_p or the entropy with its gradient, which need sums beside the
     moments, and for one of another order than the moments."""
     order = order_of(score)
-    if (order is None) != (moments.order is None):
+    same = order == moments.order if isinstance(order, float) and isinstance(moments.order, float) else True
+    if not same or (order is None) != (moments.order is None):
         here, there = ("2" if x is None else str(float(x)) for x in (order, moments.order))
         raise ValueError(f"the score's order is {here} and the moments are of order {there}; ask for them with order=")
     _, partials = score_partials(moments, score)
@@ -261,9 +262,7 @@ def score_partials(moments: Moments, score: Callable[[Moments], Tensor], tokens=
         if loss.requires_grad:
             found = torch.autograd.grad(loss, list(leaves.values()), torch.ones_like(loss), allow_unused=True)
             grads |= zip(leaves, found, strict=True)
-    for name in (*WITHOUT_GRADIENT, *(("r2",) if moments.order is not None else ())):
-        if grads.pop(name, None) is not None:
-            raise ValueError(no_gradient(name))
+    check_gradients(grads, moments.order)
     check_limit(loss, moments, tokens)
     return loss.detach(), Partials(**{n: grads.get(n) for n in Partials._fields})
 
@@ -275,6 +274,13 @@ def check_limit(loss: Tensor, moments: Moments, tokens=None) -> None:
         if tokens is not None:
             row = "{}, token {}".format(*(int(x[row]) for x in tokens))
         raise ValueError(f"the score is NaN at row {row}, where p_y = 0; give it a limit there")
+
+
+def check_gradients(grads: dict[str, Tensor | None], order) -> None:
+    """Raises ValueError where one of ``grads``, by the names of moments, is of a moment that has none."""
+    for name in (*WITHOUT_GRADIENT, *(("r2",) if order is not None else ())):
+        if grads.get(name) is not None:
+            raise ValueError(no_gradient(name))
 
 
 def no_gradient(name: str) -> str:

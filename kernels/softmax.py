@@ -11,6 +11,7 @@ from .moments import (
     Partials,
     Stats,
     as_moments,
+    check_gradients,
     check_order,
     gradient_coefficients,
     make_link,
@@ -131,9 +132,7 @@ class _SoftmaxMoments(torch.autograd.Function):
         upstream = dict(zip(Stats._fields, upstream, strict=False))
         partials = Partials(*(upstream[name] for name in Partials._fields))
         order, link = ctx.how["order"], ctx.how["link"]
-        for name in (*WITHOUT_GRADIENT, *(("r2",) if order is not None else ())):
-            if upstream.get(name) is not None:
-                raise ValueError(no_gradient(name))
+        check_gradients(upstream, order)
         if all(g is None for g in partials):
             return (None,) * 7
         logits, targets, mask, stats = ctx.saved_tensors

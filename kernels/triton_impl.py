@@ -76,7 +76,7 @@ def fused_score(
 ) -> None:
     """The score ``name`` of triton_scores, with its ``knob``; that and ``order`` are numbers or 0-d fp32 tensors.
 
-    A softcap is for the other two kernels: score_kernel would spill. It takes a ``link`` that scales alone.
+    ``link`` scales alone: under a softcap score_kernel would spill, so that the other two kernels are for it.
 
     logits [N, V] and int64 targets [N]; ``mask`` [N] bool and ``weights`` [N] fp32, or None. Fills stats [17, N],
     correct, losses and fisher [N], 0 where ``mask`` is False, and ``out`` with the gradient of sum(weights * losses);
@@ -86,8 +86,9 @@ def fused_score(
     logits, result = _aligned(logits, out)
     arguments = _rows(logits, targets) | _results(stats, correct) | dict(loss_ptr=losses, fisher_ptr=fisher)
     arguments |= dict(SCORE=FUSED_SCORES[name], HAS_B=name in READS_MEAN, knob_ptr=knob)
-    arguments |= dict(mask_ptr=_bytes(mask), weights_ptr=weights, out_ptr=result, order_ptr=order)
-    arguments |= dict(link_scale=link.scale, softcap=link.softcap, LINK=_kind(link))
+    arguments |= dict(mask_ptr=_bytes(mask), weights_ptr=_one_a_row(weights), out_ptr=result, order_ptr=order)
+    assert not link.softcap, link
+    arguments |= dict(link_scale=link.scale, LINK=_kind(link))
     _run(score_kernel, logits, **arguments, **(shape or score_shape(vocab, logits.dtype)))
     _run(rest_kernel, logits, **arguments, **_shape(vocab, logits.dtype, "K", "PACKED"))
     if result is not out:
@@ -109,11 +110,11 @@ def _run(kernel, rows: Tensor, programs: int = 1, **arguments) -> None:
 
 
 def _rows(logits: Tensor, targets: Tensor) -> dict:
-    return dict(z_ptr=logits, z_stride=logits.stride(0), targets_ptr=targets, V=logits.shape[1])
+    return dict(z_ptr=logits, z_stride=logits.stride(0), targets_ptr=_one_a_row(targets), V=logits.shape[1])
 
 
 def _results(stats: Tensor, correct: Tensor) -> dict:
-    return dict(stats_ptr=stats, stats_stride=stats.stride(0), correct_ptr=_bytes(correct))
+    return dict(stats_ptr=stats, stats_stride=stats.stride(0), correct_ptr=correct.view(torch.uint8))
 
 
 def _scalar(value, like: Tensor) -> Tensor | None:
@@ -131,7 +132,12 @@ def _kind(link: Link) -> int:
 
 
 def _bytes(mask: Tensor | None) -> Tensor | None:
-    return None if mask is None else mask.view(torch.uint8)
+    return None if mask is None else _one_a_row(mask).view(torch.uint8)
+
+
+def _one_a_row(vector: Tensor | None) -> Tensor | None:
+    """[N] as the kernels read it, one after the other: an upstream gradient may be one number, expanded."""
+    return None if vector is None else vector.contiguous()
 
 
 def _aligned(logits: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor | None]:

@@ -104,7 +104,7 @@ def any_gradient(z, ref, scale, a, c, b, t, h, tail_limit, link, g, LINK: tl.con
     if t is not None:
         found += tl.where((p < tail_limit) & (z != float("-inf")), t, 0.0)
     if LINK == rows.CAPPED:
-        found *= rows.slope_of(z, link, LINK)
+        found *= rows.slope_of(z, link)
     return found
 
 
@@ -186,7 +186,6 @@ def scored(
     fisher_ptr,
     knob_ptr,
     keep,
-    given_z_y,
     z_y,
     found,
     link,
@@ -196,7 +195,7 @@ def scored(
     ORDER: tl.constexpr,
 ):
     """Stores Stats, loss and Fisher of a row. Returns ((a, c, b), target, ref): its gradient is ``gradient_of`` with
-    e = exp(z - ref), times the softcap's slope, and ``target`` at the target."""
+    e = exp(z - ref), and ``target`` at the target."""
     moments, ref, powers, _rest = rows.finish_row(to, keep, z_y, found, g, ORDER)
     log_p, r1, r2, r3, r4, mean_log_p, p_y, n, s, entropy = moments
     loss, g0, g1, gs, gm = SCORE(log_p, r1, s, mean_log_p, p_y, entropy, n, tl.load(knob_ptr))
@@ -210,8 +209,6 @@ def scored(
     tl.store(fisher_ptr, tl.where(keep, fisher + target * target, 0.0))
     if LINK:
         a, b, c, target = a * link[0], b * link[0], c * link[0], target * link[0]
-    if LINK == rows.CAPPED:
-        target *= rows.slope_of(given_z_y, link, LINK)
     return (a * powers[0], c * powers[1], b), target, ref
 
 
@@ -231,7 +228,6 @@ def score_kernel(
     fisher_ptr,
     order_ptr,
     link_scale,
-    softcap,
     V,
     SCORE: tl.constexpr,
     LINK: tl.constexpr,
@@ -250,7 +246,7 @@ def score_kernel(
     cache still has it. What is rare is left to rest_kernel, and said so in ``correct``."""
     DTYPE: tl.constexpr = z_ptr.dtype.element_ty
     ORDER: tl.constexpr = order_ptr is not None
-    link = link_scale, softcap
+    link = link_scale, 0.0  # no softcap here, see triton_impl.fused_score
     g = tl.load(order_ptr) if ORDER else 2.0
     row = tl.program_id(0).to(tl.int64)
     correct_ptr += row
@@ -280,16 +276,14 @@ def score_kernel(
     if MORE:
         lanes = rows.add_blocks(z_ptr, at, PIECES * R, lanes, link, g, K, R, W, PACKED, LINK, ORDER)
     top, sums = rows.over_lanes(lanes, g, ORDER)
-    given = tl.load(z_ptr + row * z_stride + y).to(tl.float32)
-    z_y = rows.linked(given, link, LINK, False)
+    z_y = rows.linked(tl.load(z_ptr + row * z_stride + y).to(tl.float32), link, LINK, False)
     if rows.needs_care(top, sums[5], z_y, LINK):
         tl.store(correct_ptr, LEFT)
         return
     to = stats_ptr + row, stats_stride, correct_ptr
     found = top, sums, V - 1.0, z_y <= top
-    results = loss_ptr + row, fisher_ptr + row
     rule, target, ref = scored(
-        to, results[0], results[1], knob_ptr, True, given, z_y, found, link, g, SCORE, LINK, ORDER
+        to, loss_ptr + row, fisher_ptr + row, knob_ptr, True, z_y, found, link, g, SCORE, LINK, ORDER
     )
     if out_ptr is not None:
         # Read back, so that the compiler holds the row as it was loaded and not its exponentials.
@@ -347,7 +341,6 @@ def rest_kernel(
     fisher_ptr,
     order_ptr,
     link_scale,
-    softcap,
     V,
     SCORE: tl.constexpr,
     LINK: tl.constexpr,
@@ -358,7 +351,7 @@ def rest_kernel(
     """What score_kernel has left, slowly and carefully: rows outside of the loss, which get 0 everywhere whatever they
     hold, and those that ``needs_care`` names."""
     ORDER: tl.constexpr = order_ptr is not None
-    link = link_scale, softcap
+    link = link_scale, 0.0  # no softcap here, see triton_impl.fused_score
     g = tl.load(order_ptr) if ORDER else 2.0
     row = tl.program_id(0).to(tl.int64)
     correct_ptr += row
@@ -368,13 +361,11 @@ def rest_kernel(
     at = rows.place(row, z_stride, V, y, W)
     lane = tl.arange(0, R)
     keep = tl.load(mask_ptr + row) != 0 if mask_ptr is not None else True
-    given = tl.load(z_ptr + row * z_stride + y).to(tl.float32)
-    z_y = rows.linked(given, link, LINK, False)
+    z_y = rows.linked(tl.load(z_ptr + row * z_stride + y).to(tl.float32), link, LINK, False)
     found = rows.careful_sums(z_ptr, at, V, y, z_y, keep, link, g, R, W, LINK, ORDER)
     to = stats_ptr + row, stats_stride, correct_ptr
-    results = loss_ptr + row, fisher_ptr + row
     rule, target, ref = scored(
-        to, results[0], results[1], knob_ptr, keep, given, z_y, found, link, g, SCORE, LINK, ORDER
+        to, loss_ptr + row, fisher_ptr + row, knob_ptr, keep, z_y, found, link, g, SCORE, LINK, ORDER
     )
     on = keep
     if out_ptr is not None:

@@ -53,13 +53,10 @@ def linked(z, link, LINK: tl.constexpr, FILLS: tl.constexpr):
 
 
 @triton.jit
-def slope_of(z, link, LINK: tl.constexpr):
-    """d linked / d (scale z): 1 - tanh^2 without cancellation, 1 without a softcap."""
-    slope = z * 0.0 + 1.0
-    if LINK == CAPPED:
-        u = tl.exp2(tl.abs(z * (link[0] / link[1])) * (-2.0 * LOG2E))
-        slope = 4.0 * u / ((1.0 + u) * (1.0 + u))
-    return slope
+def slope_of(z, link):
+    """d linked / d (scale z) under a softcap: 1 - tanh^2 without cancellation."""
+    u = tl.exp2(tl.abs(z * (link[0] / link[1])) * (-2.0 * LOG2E))
+    return 4.0 * u / ((1.0 + u) * (1.0 + u))
 
 
 @triton.jit
@@ -483,11 +480,8 @@ def gradient_of(x, rule, g, HAS_B: tl.constexpr, ORDER: tl.constexpr):
 
 @triton.jit
 def gradient_at(z, base, rule, link, g, HAS_B: tl.constexpr, LINK: tl.constexpr, ORDER: tl.constexpr):
-    """``gradient_of`` a logit as it was given, x relative to ``base``."""
-    found = gradient_of(tl.fma(linked(z, link, LINK, True), LOG2E, -base), rule, g, HAS_B, ORDER)
-    if LINK == CAPPED:
-        found *= slope_of(z, link, LINK)
-    return found
+    """``gradient_of`` a logit as it was given, without a softcap, x relative to ``base``."""
+    return gradient_of(tl.fma(linked(z, link, LINK, True), LOG2E, -base), rule, g, HAS_B, ORDER)
 
 
 @triton.jit

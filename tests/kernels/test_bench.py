@@ -358,7 +358,8 @@ def test_every_shape_of_the_score_kernel_gives_the_same_numbers(dtype):
     if torch.cuda.is_available():
         pytest.skip("the device tests cover it")
     v, knob = 2900, torch.tensor(0.4)
-    z, y = torch.randn(3, v).to(dtype), torch.tensor([0, v // 2, v - 1])
+    z = torch.randn(3, v, generator=torch.Generator().manual_seed(0)).to(dtype)
+    y = torch.tensor([0, v // 2, v - 1])
     shapes = [triton_impl.score_shape(v, dtype, warps=1, held=held) for held in (25, 9, 3, 0)]
     assert [s["MORE"] for s in shapes] == [False, dtype == torch.float32 or v > 9 * 256, True, True]
     assert [s["PIECES"] for s in shapes][1:] == [9, 3, 0]
@@ -370,7 +371,7 @@ def test_every_shape_of_the_score_kernel_gives_the_same_numbers(dtype):
         triton_impl.fused_score("dpsm", knob, z, y, None, None, **filled, shape=shape)
         results.append([loss, fisher, out, *stats[[0, 1, 2, 3, 5, 6, 8, 9, 10]]])
     for other in results[1:]:
-        torch.testing.assert_close(other[2], results[0][2], rtol=2**-7 if dtype == torch.bfloat16 else 2e-5, atol=1e-9)
+        torch.testing.assert_close(other[2], results[0][2], rtol=2**-8 if dtype == torch.bfloat16 else 2e-5, atol=1e-9)
         torch.testing.assert_close(other[:2] + other[3:], results[0][:2] + results[0][3:], rtol=2e-6, atol=1e-7)
 
 

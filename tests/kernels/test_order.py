@@ -137,8 +137,9 @@ def test_fisher_of_an_order_is_the_squared_norm_of_the_gradient(g):
         how = dict(scale=link[0], softcap=link[1], fisher=True)
         close(linear_score(logits, weight, targets, score, **how)[1].fisher, want, 1e-11, floor=1e-15)
         close(logits_score(logits, targets, score, **how)[1].fisher, want, 1e-11, floor=1e-15)
-    with pytest.raises(ValueError, match="ask for them with order="):
-        token_fisher(softmax_moments(logits, targets), score)
+    for other in (None, 2.5):
+        with pytest.raises(ValueError, match="ask for them with order="):
+            token_fisher(softmax_moments(logits, targets, order=other), score)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
