@@ -22,6 +22,7 @@ LEVELS = (
     {"races"},
     {Path(s).stem for s in SCRIPTS},
 )
+ABOUT = {"README.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "pyproject.toml", ".gitignore"}
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 
 
@@ -62,6 +63,11 @@ def test_every_file_has_its_place():
     assert {path.split("/")[0].removesuffix(".py") for path in files()} == set(LEVEL)
     top = {p.name for p in ROOT.glob("*.py")}
     assert top == set(SCRIPTS), "nothing else stands at the top level"
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    if not tracked:
+        pytest.skip("no git checkout: what else is tracked cannot be told")
+    rest = {path for path in tracked if "/" not in path} - top
+    assert rest <= ABOUT | {name for name in rest if name.startswith("requirements")}, rest - ABOUT
 
 
 def test_imports_point_down():

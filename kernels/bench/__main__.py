@@ -50,7 +50,9 @@ def parse(argv) -> argparse.Namespace:
     parser.add_argument("--json", metavar="FILE", help="likewise")
     parser.add_argument("--plot", metavar="FILE", help="step times as a PNG")
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--audit-2k", action="store_true", help="2,000 tokens through every score instead")
+    mode.add_argument(
+        "--audit-2k", action="store_true", help="one batch, 2,000 tokens without --n, through every score instead"
+    )
     mode.add_argument("--diagnostics", action="store_true", help="what entropy, accuracy and others cost, instead")
     mode.add_argument("--paths", action="store_true", help="ways to hold a row, and sizes of chunks, instead (GPU)")
     mode.add_argument("--claims", action="store_true", help="all shapes, then verdicts (GPU)")

@@ -1,7 +1,8 @@
 """What a step's figures cost: the loss alone, and with entropy, token accuracy, calibration and Fisher of its tokens.
 
 A step takes (hidden, weight, targets) and gives the mean loss and {figure: its value, a tensor on the device}. Figures
-are means over tokens; "calibration" is the sum of |confidence - accuracy| over 300 bins, in tokens, over all tokens.
+are means over tokens; "calibration" is the sum of |confidence - accuracy| over 300 bins, in tokens, over all tokens:
+ours from kernels.Calibration, as our scripts keep it, others' by the function here.
 Each provider gives what it has; what it is not made for is left out, not written for it.
 """
 
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..calibration import Calibration
 from ..head import linear_score
 from ..losses import ce, dpsm
 from . import timing
@@ -46,7 +48,13 @@ def _ours(score) -> dict[str, Callable]:
         loss, m = linear_score(h, w, y, score, fisher=which == ALL)
         if which == LOSS:
             return loss, {}
-        return loss, figures_of(m.entropy, m.correct, *((m.confidence, m.fisher) if which == ALL else ()))
+        figures = figures_of(m.entropy, m.correct)
+        if which == ALL:
+            kept = Calibration(h.device, BINS)
+            kept.update(m)
+            gap = (kept.confidence_sum - kept.correct_sum).abs().sum() / len(h)
+            figures |= dict(calibration=gap, fisher=m.fisher.mean())
+        return loss, figures
 
     return {which: partial(step, which=which) for which in (LOSS, SOME, ALL)}
 

@@ -274,15 +274,19 @@ def test_bench_writes_its_rows(tmp_path, monkeypatch, capsys):
     assert "linear_score DPSM, Fisher" in shown and "Liger CE" in shown and "needs CUDA" in shown
 
 
-def test_audit_of_2000_tokens(tmp_path, capsys):
+def test_audit_of_2000_tokens(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(timing, "measure_memory_apart", lambda *args: 1000)
     file, traces = tmp_path / "audit.csv", tmp_path / "traces"
     small = ["--v", "64", "--d", "8", "--repeats", "1", "--device", "cpu"]
     assert main(["--audit-2k", *small, "--csv", str(file), "--trace", str(traces)]) == 0
     with open(file) as opened:
         rows = {r["loss"]: r for r in csv.DictReader(opened)}
-    assert len(rows) == 2 + len(losses.LOSSES) == len(list(traces.iterdir()))
-    # Three products of 2000 x 64 x 8, whatever the score.
+    assert len(rows) == 3 + len(losses.LOSSES) == len(list(traces.iterdir()))
+    # Three products of 2000 x 64 x 8, whatever the score; of the rows in the loss alone.
+    ignoring = rows.pop("linear_score brier, 3 of 4 rows ignored")
     assert {int(r["flops"]) for r in rows.values()} == {3 * 2 * 2000 * 64 * 8}
+    assert int(ignoring["flops"]) == 3 * 2 * 500 * 64 * 8 and ignoring["peak_bytes"] == "1000"
+    assert main(["--audit-2k", "--n", "12", *small, "--csv", str(file)]) == 0 and "12 tokens" in capsys.readouterr().out
     assert main(["--nvtx", "--device", "cpu"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
