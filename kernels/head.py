@@ -5,10 +5,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .compiled import compilable, traced_linear_score
+from .compiled import traced_linear_score
 from .head_pass import HeadPass, scaled
 from .impl import check_reduction
-from .moments import Moments, check_order, make_link, order_of
+from .losses import ce
+from .moments import Moments, check_order, order_of
 from .softmax import GradientKnown
 from .topk import TopK, check_top, fill_top, new_top, topk_of
 
@@ -92,13 +93,8 @@ def linear_sequence_log_p(hidden: Tensor, weight: Tensor, targets: Tensor, **how
     if hidden.dim() != 3 or targets.shape != hidden.shape[:2]:
         shapes = f"{tuple(hidden.shape)} and {tuple(targets.shape)}"
         raise ValueError(f"hidden must be [B, T, D] and targets [B, T], got {shapes}")
-    each, moments = linear_score(hidden.flatten(0, 1), weight, targets.flatten(), _log_p, reduction="none", **how)
-    return each.view(targets.shape).sum(1), moments
-
-
-@compilable
-def _log_p(m: Moments) -> Tensor:
-    return m.log_p
+    nll, moments = linear_score(hidden.flatten(0, 1), weight, targets.flatten(), ce, reduction="none", **how)
+    return -nll.view(targets.shape).sum(1), moments
 
 
 def linear_moments(
@@ -154,10 +150,10 @@ def linear_topk(
     hidden [N, D], weight [V, D], bias [V] or None and ``chunk`` as in ``linear_score``, the others as in
     ``topk_log_probs``. For distillation from a teacher, or to read what a model expects."""
     targets = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)  # the head asks for some
-    head = HeadPass(hidden, weight, targets, bias=bias, ignore_index=-100, chunk=chunk, impl=impl)
-    link, module = make_link(scale, softcap), check_top(k, head.vocab, impl, head.module)
-    out = new_top(head.h, head.n, k)
+    how = dict(bias=bias, scale=scale, softcap=softcap, chunk=chunk, impl=impl)
+    head = HeadPass(hidden, weight, targets, ignore_index=-100, **how)
+    module, out = check_top(k, head.vocab, impl, head.module), new_top(head.h, head.n, k)
     with head.quiet():
         for rows in head.chunks:
-            fill_top(head.logits(rows), None, None, link, TopK(*(x[rows] for x in out)), module)
+            fill_top(head.logits(rows), None, None, head.link, TopK(*(x[rows] for x in out)), module)
     return out

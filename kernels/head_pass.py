@@ -248,7 +248,7 @@ class HeadPass:
     def fill_top(self, logits: Tensor, rows: slice) -> None:
         """The likeliest tokens of a chunk, where they are asked for, before anything is written over its logits."""
         if self.top is not None:
-            none = self.new_vector()[rows].zero_()
+            none = self.stats.new_zeros(len(logits))
             fill_top(logits, none, self.mask_of(rows), self.link, TopK(*(x[rows] for x in self.top)), self.top_module)
 
     def moments(self, rows: slice) -> Moments:

@@ -53,15 +53,17 @@ def softmax_moments(
     module = choose_impl(impl, logits)
     check_logits(logits, module)
     targets, valid, mask = check_targets(targets, len(logits), logits.shape[1], ignore_index, logits.device)
-    how = dict(tail=tail, order=check_order(order), link=make_link(scale, softcap))
+    order = check_order(order)
+    how = dict(tail=tail, order=order, link=make_link(scale, softcap))
     ids = torch.empty_like(targets) if predictions else None
     *values, correct = _SoftmaxMoments.apply(logits, targets, mask, how, ids, inplace_backward, module)
     more = dict(predicted=ids)
     if topk:
-        top = topk_log_probs(logits.detach(), topk, mask=mask, scale=scale, softcap=softcap, impl=impl)
+        how = dict(lse=Stats(*values).lse.detach(), mask=mask, scale=scale, softcap=softcap, impl=impl)
+        top = topk_log_probs(logits.detach(), topk, **how)
         more |= dict(top_ids=top.ids, top_log_p=_WithoutGradient.apply(logits, "top_log_p", top.log_p))
         more |= dict(top_entropy=_WithoutGradient.apply(logits, "top_entropy", top.entropy))
-    return as_moments(Stats(*values), correct, valid, logits.shape[1], tail, how["order"], **more)
+    return as_moments(Stats(*values), correct, valid, logits.shape[1], tail, order, **more)
 
 
 def with_own_rows(logits: Tensor) -> Tensor:

@@ -171,7 +171,7 @@ def gradient(
         target = torch.where(z_y == -torch.inf, 0.0, target * link.slope(z_y))
     if kept_w:  # p = r1 w
         if h is not None:
-            a, h = a + h * stats.r1.clamp_min(_W_FLOOR).log(), h * stats.r1
+            a, h = a + h * stats.r1.clamp_min(torch.finfo(dtype).tiny).log(), h * stats.r1
         a, c = a * stats.r1, None if c is None else c * stats.r1.pow(2 if order is None else order)
     a, c = (None if x is None else F.hardshrink(x, _FACTOR_FLOOR) for x in (a, c))
     a, c, b, t, h, target = (None if x is None else x[:, None] for x in (a, c, b, t, h, target))

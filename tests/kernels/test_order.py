@@ -143,6 +143,24 @@ def test_fisher_of_an_order_is_the_squared_norm_of_the_gradient(g):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_entropy_keeps_its_gradient_where_a_row_is_sure(impl):
+    """p_y from 1 - 1e-3 to 1 - 1e-13: each entry of the gradient to its own digits, from logits and from a head."""
+    logits = torch.tensor([[float(top), 0.0, 0.5, -1.0] for top in (8, 16, 24, 31)], device=DEVICE)
+    targets, weight = torch.zeros(4, dtype=torch.int64, device=DEVICE), torch.eye(4, device=DEVICE)
+    z = logits.double().requires_grad_()
+    p = z.softmax(-1)
+    (p * z.log_softmax(-1)).sum().backward()
+    off = z.grad[:, 1:]
+    for call in (
+        lambda leaf: logits_score(leaf, targets, lambda m: -m.entropy, reduction="sum", impl=impl),
+        lambda leaf: linear_score(leaf, weight, targets, lambda m: -m.entropy, reduction="sum", impl=impl),
+    ):
+        leaf = logits.clone().requires_grad_()
+        call(leaf)[0].backward()
+        torch.testing.assert_close(leaf.grad[:, 1:].double(), off, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_predicted_ids_and_the_first_of_a_tie(impl):
     logits, targets, _ = make(7, 70, ignored=(1,))
     logits[0, [5, 60]] = 30.0
