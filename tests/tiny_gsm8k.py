@@ -1,4 +1,4 @@
-"""Invented GSM8K problems and a tiny Qwen3 with its tokenizer."""
+"""Invented GSM8K problems, their files, and a tiny Qwen3 with its tokenizer."""
 
 import json
 import random
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from data.programs import Problem
 from data.prompts import THOUGHT, TURNS
 
 NAMES = "Ann Ben Cleo Dan Eve Finn Gus Hana".split()
@@ -24,6 +25,25 @@ def problem(seed: int) -> dict:
         answer += f"Then there are {total}*{c} = <<{total}*{c}={total * c}>>{total * c} {thing}.\n"
         total *= c
     return {"question": f"{question} How many {thing} does {name} have?", "answer": f"{answer}#### {total}"}
+
+
+def solved(answer: str, question: str = "How many?", name: str = "train/0") -> Problem:
+    return Problem(name, question, answer, answer.rpartition("####")[2].strip())
+
+
+def write_sums(folder: Path) -> Path:
+    """A set of six problems in the published form, each its own sum."""
+    for split in ("train", "test"):
+        rows = [
+            {"question": f"What is {i} and 10?", "answer": f"It is {i}+10=<<{i}+10={i + 10}>>{i + 10}.\n#### {i + 10}"}
+            for i in range(6)
+        ]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def json_rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def write_tokenizer(folder: Path, texts, size: int = 400) -> int:

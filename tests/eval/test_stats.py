@@ -154,3 +154,15 @@ def test_verdict_is_wrong_as_seldom_as_alpha_says():
     for answer in ("met", "not met"):
         # binomial: 4 sd of a rate of 0.1 in 4000 trials
         assert answers.count(answer) / trials == pytest.approx(0.1, abs=4 * math.sqrt(0.09 / trials))
+
+
+def test_mcnemar_matches_scipy():
+    for a, b in ((0, 0), (1, 0), (5, 5), (0, 10), (12, 25), (300, 380)):
+        p = mcnemar_exact(a, b)
+        assert p == mcnemar_exact(b, a) and (p == 1) == (abs(a - b) <= 1)
+    scipy_stats = pytest.importorskip("scipy.stats", reason="scipy is the reference here")
+    for a, b in ((1, 0), (0, 10), (12, 25), (300, 380), (2, 1000)):
+        # 1e-10 relative is what scipy's own binomial tail is good for.
+        assert mcnemar_exact(a, b) == pytest.approx(scipy_stats.binomtest(a, a + b).pvalue, rel=1e-10)
+    with pytest.raises(ValueError, match="expected counts"):
+        mcnemar_exact(-1, 3)
