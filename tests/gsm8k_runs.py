@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import eval.answers
 import finetune_gsm8k
 from runtime.folder import read_metrics
 
@@ -36,6 +37,19 @@ def sigterm_at(monkeypatch, step):
         return original(count, now, *args)
 
     monkeypatch.setattr(finetune_gsm8k, "batch_indices", kill_then)
+
+
+def sigterm_while_answering(monkeypatch):
+    """SIGTERM at the fourth step of decoding."""
+    original = eval.answers.decode
+
+    def signalled(*args, **kwargs):
+        for i, ended in enumerate(original(*args, **kwargs)):
+            if i == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield ended
+
+    monkeypatch.setattr(eval.answers, "decode", signalled)
 
 
 def refused(capsys, out, *flags) -> str:

@@ -3,14 +3,13 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from gsm8k_runs import outputs, refused, rows, sigterm_at, tune
+from gsm8k_runs import outputs, refused, rows, sigterm_at, sigterm_while_answering, tune
 from tiny_gsm8k import problem, write_model
 
 import finetune_gsm8k
@@ -132,18 +131,8 @@ def test_a_kill_while_generating_loses_a_batch_at_most(text_run, tmp_path, monke
 
 
 def test_a_signal_while_generating_ends_well(text_run, tmp_path, monkeypatch, capsys):
-    import eval.answers
-
     flags, whole = text_run
-    original = eval.answers.decode
-
-    def signalled(*args, **kwargs):
-        for i, ended in enumerate(original(*args, **kwargs)):
-            if i == 3:
-                os.kill(os.getpid(), signal.SIGTERM)
-            yield ended
-
-    monkeypatch.setattr(eval.answers, "decode", signalled)
+    sigterm_while_answering(monkeypatch)
     assert tune(flags, tmp_path / "cut") == 0
     monkeypatch.undo()
     assert "stopped while generating" in capsys.readouterr().out

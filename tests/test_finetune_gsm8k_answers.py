@@ -1,15 +1,12 @@
 """What finetune_gsm8k.py says of answers: their confidence before and after, best weights, epochs, and PEFT's table."""
 
 import json
-import os
-import signal
 
 import pytest
 import torch
-from gsm8k_runs import outputs, refused, rows, tune
+from gsm8k_runs import outputs, refused, rows, sigterm_while_answering, tune
 from safetensors.torch import load_file
 
-import eval.answers
 import finetune_gsm8k
 from eval import method_comparison
 from eval.report.build import build, write
@@ -50,16 +47,8 @@ def test_answers_before_are_the_bases(run, base, tmp_path):
 
 def test_a_signal_before_training_is_gone_on_from(run, base, tmp_path, monkeypatch, capsys):
     """SIGTERM while the base answers: nothing has been trained, and --resume ends as the whole run did."""
-    original = eval.answers.decode
-
-    def signalled(*args, **kwargs):
-        for i, ended in enumerate(original(*args, **kwargs)):
-            if i == 3:
-                os.kill(os.getpid(), signal.SIGTERM)
-            yield ended
-
     out, flags = tmp_path / "cut", ["--before", "--samples", "2", "--best-by", "pass@1"]
-    monkeypatch.setattr(eval.answers, "decode", signalled)
+    sigterm_while_answering(monkeypatch)
     assert tune(base, out, *flags) == 0
     monkeypatch.undo()
     assert "stopped while generating" in capsys.readouterr().out and not rows(out, "train")

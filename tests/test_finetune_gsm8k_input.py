@@ -42,6 +42,11 @@ from gsm8k_runs import refused, tune
         ("--schedule fot --loss brier --tail-smoothing 0.1", "leave gate out"),
         ("--schedule schedule-free --optimizer paged-adamw8bit", "an optimizer of its own"),
         ("--schedule never", "--schedule"),
+        ("--targets .*lm_head", "name no layer; nothing would train"),
+        ("--targets (", "is no regular expression"),
+        ("--lora-plus 0", "--lora-plus 0"),
+        ("--lora-init svd", "--lora-init"),
+        ("--lora-init pissa --rank 65", "PiSSA of rank 65 from a matrix (64, 64): expected at most 64"),
     ],
 )
 def test_bad_settings(base, tmp_path, capsys, flags, says):
