@@ -119,7 +119,8 @@ class RunFolder:
 
     def __init__(self, path: str | Path, world: World):
         self.path, self.world = Path(path), world
-        self._metrics = self._wandb = self._modules = None
+        self._metrics = self._wandb = None
+        self._place, self._looked_at, self._modules = "source", set(), 0
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -157,7 +158,7 @@ class RunFolder:
         if resume_step is None:
             self.path.mkdir(parents=True, exist_ok=True)
             write_json(self / "environment.json", environment(self.world.device))
-            self._keep_sources("source")
+            self._keep_sources()
             write_json(self / "flags.json", roles(type(cfg)))
             write_json(self / "config.json", config | {"script": script})  # last: a folder with a config is a run
         else:
@@ -176,32 +177,36 @@ class RunFolder:
             how = dict.fromkeys(("name", "id"), self.path.name)  # the same id when the run is resumed: it goes on there
             self._wandb = wandb.init(project=cfg.wandb, dir=str(self.path), config=config, resume="allow", **how)
         if resume_step is not None:
-            changed = self._keep_sources(f"source-{resume_step}", changed=True)
-            if changed:
-                print(f"{self.path}: goes on under other code than before: {changed}; kept in source-{resume_step}")
+            self._place = f"source-{resume_step}"
+            changed = self._keep_sources()
             self.log("event", resume_step, event="resumed", world_size=self.world.size, changed_code=changed or None)
 
-    def _keep_sources(self, place: str, changed: bool = False) -> str:
-        """Copies the modules that were imported and are not kept yet to the folder ``place``; with ``changed`` also
-        those that are not what is kept, whose names are given. While a run goes on an edited file is not what runs."""
+    def _keep_sources(self) -> str:
+        """Copies the modules imported since the last call that are not kept yet, or not as what they are now; says and
+        gives the names of the latter. One looked at before is left: a file edited since is not what runs."""
+        self._modules, new = len(sys.modules), [f for f in imported_sources() if f not in self._looked_at]
+        self._looked_at.update(new)
         kept = {p.relative_to(folder): p for folder in source_folders(self.path) for p in folder.rglob("*.py")}
         other = []
-        for source in imported_sources():
+        for source in new:
             name = source.relative_to(TREE)
-            differs = changed and name in kept and kept[name].read_bytes() != source.read_bytes()
+            differs = name in kept and kept[name].read_bytes() != source.read_bytes()
             other += [name.as_posix()] * differs
             if differs or name not in kept:
-                (self / place / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(source, self / place / name)
-        self._modules = len(sys.modules)
-        return ", ".join(other)
+                (self / self._place / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(source, self / self._place / name)
+        changed = ", ".join(other)
+        if changed:
+            print(f"{self.path}: goes on under other code than before: {changed}; kept in {self._place}")
+        return changed
 
     def log(self, kind: str, step: int, **values) -> None:
         """Appends one row to ``metrics.jsonl`` (rank 0), and to Weights & Biases where it is asked for."""
         if not self._metrics:
             return
-        if len(sys.modules) != self._modules:  # some are imported when they are needed, the Triton kernels for one
-            self._keep_sources("source")
+        # Some are imported when they are needed, the Triton kernels for one.
+        if len(sys.modules) != self._modules and (changed := self._keep_sources()):
+            self.log("event", step, event="other_code", changed_code=changed)
         row = _finite(values)
         self._metrics.write(json.dumps({"kind": kind, "step": step} | row) + "\n")
         if self._wandb and kind != "event":

@@ -131,6 +131,27 @@ def test_a_run_that_is_resumed_under_other_code_keeps_both_and_says_so(tree, tmp
     assert resumed(7)[-1]["changed_code"] is None and len(list((tmp_path / "run").glob("source-*"))) == 1
 
 
+def test_a_module_that_is_imported_late_in_a_resumed_run_is_compared_too(tree, tmp_path, monkeypatch, capsys):
+    root, imported = tree
+    cfg = Config(out=str(tmp_path / "run"))
+    imported.append("late.py")
+    start(tmp_path / "run", cfg).finish(0)
+    imported.remove("late.py")
+    (root / "late.py").write_text("hacked = True\n")
+    run = RunFolder(tmp_path / "run", World(0, 1, torch.device("cpu")))
+    run.start(replace(cfg, resume=True), "script.py", 3)
+    assert not list((tmp_path / "run").glob("source-*"))
+    imported.append("late.py")
+    monkeypatch.setitem(sys.modules, "late", folder)
+    (root / "a.py").write_text("edited = 'while the run goes on: not what runs'\n")
+    run.log("train", 4)
+    run.finish(0)
+    assert (run / "source-3/late.py").read_text() == "hacked = True\n" and not (run / "source-3/a.py").exists()
+    assert (run / "source/late.py").read_text() == "x = 'late'\n"
+    assert "other code than before: late.py" in capsys.readouterr().out
+    assert [row.get("changed_code") for row in run.rows("event")] == [None, "late.py"]
+
+
 def test_untracked_files_are_in_the_git_state(tmp_path, monkeypatch):
     def git(*args):
         subprocess.run(["git", *args], cwd=tmp_path, check=True, capture_output=True)
