@@ -208,7 +208,6 @@ def describe_difference(a: Sequence[Score], b: Sequence[Score], *, one_sample: b
 
 
 def main(arguments: list[str] | None = None) -> None:
-
     parser = Parser(usage=None, prog="python -m eval.gsm8k", description="Grade outputs for GSM8K.")
     parser.add_argument("outputs", nargs="+", help='one or two JSONL files of {"id", "output"}')
     parser.add_argument("--data", default="gsm8k", help="gsm8k, or a folder of train.jsonl and test.jsonl")

@@ -65,7 +65,7 @@ def outside(value, interval: str) -> str:
     if high < math.inf:
         return f"is outside {interval}"
     above = f"must be finite and above {low:g}" if interval[0] == "(" else f"must be at least {low:g}"
-    return "must be finite and not negative" if interval[:2] == "[0" else above
+    return "must be finite and not negative" if interval.startswith("[0,") else above
 
 
 class Parser(argparse.ArgumentParser):

@@ -39,6 +39,12 @@ def test_brier_is_the_sum_of_its_parts(answers):
     found = brier(answers)
     parts = found["brier_reliability"] - found["brier_resolution"] + found["brier_uncertainty"]
     assert found["brier"] == pytest.approx(parts + found["brier_within"], abs=1e-12)
+    # Within: of a bin the variance of the confidence, less twice its covariance with being right.
+    bins, within = calibration.bins_of(answers.confidence), 0.0
+    for i in range(10):
+        c, y = answers.confidence[bins == i], answers.right[bins == i]
+        within += ((c - c.mean()) ** 2 - 2 * (c - c.mean()) * (y - y.mean())).sum() / len(answers.right)
+    assert found["brier_within"] == pytest.approx(within, abs=1e-12)
     # Confidences that are the same within a bin leave nothing within it.
     coarse = brier(judged((calibration.bins_of(answers.confidence) + 0.5) / 10, answers.right))
     assert coarse["brier_within"] == pytest.approx(0, abs=1e-12) and coarse["brier_resolution"] > 0.01

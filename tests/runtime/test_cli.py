@@ -93,6 +93,11 @@ def test_intervals(interval):
     assert outside(low - 1, interval) and outside(float("nan"), interval)
 
 
+def test_a_lower_bound_is_named():
+    assert outside(0.2, "[0.5, inf)") == "must be at least 0.5"
+    assert outside(-1, "[0, inf)") == "must be finite and not negative"
+
+
 def test_roles_say_what_a_difference_means():
     found = roles(Config)
     assert found["steps"] == {"role": "setting", "only": {}} and found["knob"]["only"] == {"mode": ("beta",)}
