@@ -44,6 +44,7 @@ class Finished(NamedTuple):
     index: int  # of the request
     tokens: list[int]  # new tokens, inserted ones included, without the EOS
     reason: str  # "eos", "stop" or "length"
+    end: int | None = None  # the EOS, where that is the reason
 
 
 class _Row:
@@ -131,7 +132,7 @@ def decode(
             token = row.inserted.popleft() if row.inserted else token
             reason = row.take(token, eos, stop)
             if reason:
-                ended.append(Finished(row.index, row.new, reason))
+                ended.append(Finished(row.index, row.new, reason, token if reason == "eos" else None))
                 slots[b] = None
             elif insert is not None and not row.inserted:
                 row.inserted.extend(insert(row.new))

@@ -35,7 +35,7 @@ def test_confidence_is_in_the_summary_before_and_after(run):
     assert summary["before_answers_token_confidence"] < summary["answers_token_confidence"]  # it was a random model
     greedy = [v for v in outputs(run, "verdicts.jsonl") if not v["sample"]]
     assert all(set(v["confidence"]) == {"sequence", "token", "agreement"} for v in greedy)
-    assert all("tokens" not in row for row in outputs(run))
+    assert all("tokens" not in row for row in outputs(run)) and not list(run.rglob("*.part"))
 
 
 def test_answers_before_are_the_bases(run, base, tmp_path):

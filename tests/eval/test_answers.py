@@ -1,5 +1,8 @@
 """write_answers hands the calculator and the stop strings to decoding."""
 
+import json
+import time
+
 import pytest
 import torch
 
@@ -38,6 +41,34 @@ def test_the_calculator_and_the_stop_strings_reach_decoding(model, problems, tmp
     assert made.rows[0]["output"] == "Ann has 26+10 = <<26+10=36>>36 coins.\n#### 36" and made.reused == 0
 
 
+def test_the_eos_that_the_model_chose_is_kept_and_scoring_is_no_generation(model, problems, tmp_path, monkeypatch):
+    """Of two EOS the second ends the answer: its probability is the confidence's. A row of a run from before, which has
+    no tokens, is made again. The seconds of generation do not hold those of the confidence."""
+    import eval.answers
+    from data.gsm8k import load_gsm8k
+
+    prompter, scored = Prompter(str(model), "plain", "text"), []
+    prompter.eos_ids = [prompter.end, prompter.end + 1]
+
+    def slow(model, rows, *_):
+        scored.extend(dict(row) for row in rows)
+        time.sleep(0.3)
+        return [{"sequence": 0.5, "token": 0.5}]
+
+    def scripted(*_, **__):
+        yield [Finished(0, prompter.encode("#### 5"), "eos", prompter.eos_ids[1])]
+
+    monkeypatch.setattr(eval.answers, "sure", slow)
+    monkeypatch.setattr(eval.answers, "decode", scripted)
+    some, how = load_gsm8k(problems, "test")[:1], dict(max_new_tokens=60, batch=1, format="text", k=(1,))
+    row = {"id": some[0].id, "sample": 0, "output": "5", "ended": "eos"}
+    (tmp_path / "answers.0.part").write_text(json.dumps(row) + "\n")
+    found = eval.answers.examine(None, some, prompter, tmp_path, World(0, 1, torch.device("cpu")), **how)
+    assert scored[0]["output"] == "#### 5" and found["outputs_reused"] == 0
+    assert found["generate_seconds"] < 0.3 < found["eval_seconds"]
+    assert scored[0]["tokens"] == [*prompter.encode("#### 5"), prompter.eos_ids[1]]
+
+
 def test_confidence_is_the_probability_of_the_answers_tokens(model, problems):
     """Of answers of several lengths in packed rows: the product of each token's probability, one forward an answer."""
     from data.gsm8k import load_gsm8k
@@ -47,13 +78,17 @@ def test_confidence_is_the_probability_of_the_answers_tokens(model, problems):
     prompter, qwen = Prompter(str(model), "plain", "text"), load_decoder(model).eval()
     some = load_gsm8k(problems, "test")[:4]
     texts = ["Ann has 36.\n#### 36", "5", "It is 7 coins, and more. " * 10, ""]
-    rows = [
-        {"id": p.id, "tokens": prompter.encode(text), "ended": "length" if i == 2 else "eos"}
-        for i, (p, text) in enumerate(zip(some, texts, strict=True))
-    ]
+    ends = [
+        [prompter.end],
+        [prompter.end],
+        [],
+        [max(prompter.eos_ids) + 1],
+    ]  # the third was cut, the last is another EOS
+    answers = [prompter.encode(text) + end for text, end in zip(texts, ends, strict=True)]
+    rows = [{"id": p.id, "tokens": tokens} for p, tokens in zip(some, answers, strict=True)]
     found = sure(qwen, rows, some, prompter, World(0, 1, torch.device("cpu")), batch=2)
     for p, row, likely in zip(some, rows, found, strict=True):
-        prompt, answer = prompter.prompt(p), row["tokens"] + [prompter.end] * (row["ended"] == "eos")
+        prompt, answer = prompter.prompt(p), row["tokens"]
         tokens = torch.tensor([prompt + answer])
         with torch.no_grad():
             logits = qwen(tokens)[0] @ qwen.head_weight.t()

@@ -46,6 +46,8 @@ def test_continuous_batching_is_greedy_decoding_one_by_one(qwen):
     assert {reason for _, reason in expected.values()} == {"eos", "length"}
     for rows, refill in ((1, 1), (3, 1), (4, 3), (50, 1)):
         assert run(qwen, wanted, rows, eos_ids=eos, refill=refill) == expected
+    made = [one for ended in decode(qwen, wanted, 3, eos_ids=eos) for one in ended]
+    assert {(one.reason, one.end) for one in made} == {("length", None), ("eos", *eos)}
 
 
 def test_a_row_is_filled_again_at_once(qwen):
