@@ -16,6 +16,10 @@ Null, because we do not measure or know it: peft_branch, total_time, accelerator
 num_total_params, the validations' accuracy unless --best-by pass@1 measured it, memory by step, forgetting, hashes of
 commits, model_info, dataset_info.
 
+Their table (processing.load_df) REFUSES the row as it is: it reads total_time, accelerator_memory_max and
+accelerator_memory_reserved_avg and _99th as numbers, and refuses a null and a missing key alike. Put numbers of your
+own there; none are made up here.
+
 NOT COMPARABLE as it stands: theirs trains on MetaMathQA, 5,000 steps of 4, and answers with Llama-3.2-3B by a parser
 of its own. A run of ours on GSM8K's train split stands beside it as what it is; train_config says the data.
 """
@@ -25,6 +29,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from eval.answers import main_rule
 from runtime.cli import Parser, user_errors
 from runtime.folder import parse_json, read_metrics, write_json
 
@@ -38,13 +43,23 @@ def _read(path: Path):
 
 
 def row(run: Path) -> dict:
-    """The row of a run folder. Raises ValueError for a folder that is no finished run of finetune_gsm8k.py."""
+    """The row of a run folder. Raises ValueError for a folder that is no finished run of finetune_gsm8k.py, or one of
+    before its summary had what is read here."""
     config, summary, environment = (_read(run / f"{name}.json") for name in ("config", "summary", "environment"))
     if summary.get("script") != "finetune_gsm8k.py":
         raise ValueError(f"{run} is a run of {summary.get('script')}, expected one of finetune_gsm8k.py")
+    try:
+        return _row(run, config, summary, environment)
+    except KeyError as error:
+        raise ValueError(
+            f"{run} is a run of an older finetune_gsm8k.py, which kept no {error}; train it again"
+        ) from None
+
+
+def _row(run: Path, config: dict, summary: dict, environment: dict) -> dict:
     adapter = run / "adapter" / "adapter_model.safetensors"
     on_device = summary["peak_memory_of"] == "CUDA allocations"
-    rule = "code" if config["format"] == "code" else "strict"
+    rule = main_rule(config["format"])
     versions: Mapping = environment.get("packages") or {}
     return {
         "run_info": {

@@ -1,6 +1,7 @@
 """What finetune_gsm8k.py says of answers: their confidence before and after, best weights, epochs, and PEFT's table."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -105,7 +106,7 @@ def test_the_report_shows_confidence_and_epochs(run, tmp_path):
 
 
 def test_the_row_for_pefts_comparison(run, model):
-    """The keys of its results, what its table reads among them; what a CPU cannot say is null."""
+    """The keys of its results; of those that its table reads as numbers the ones said to be missing are null."""
     row = json.loads((run.parent / "row.json").read_text())
     summary = json.loads((run / "summary.json").read_text())
     assert set(row) == {"run_info", "train_info", "meta_info"}
@@ -116,7 +117,14 @@ def test_the_row_for_pefts_comparison(run, model):
     assert row["train_info"]["train_time"] == summary["train_seconds"] > 0 and row["train_info"]["status"] == "success"
     assert sum(m["train time"] for m in row["train_info"]["metrics"][:-1]) <= summary["train_seconds"] + 1e-9
     assert row["train_info"]["file_size"] == (run / "adapter" / "adapter_model.safetensors").stat().st_size
-    assert row["train_info"]["accelerator_memory_max"] is None
+    numbers = row["train_info"] | last | {"total_time": row["run_info"]["total_time"]}
+    memory = {f"accelerator_memory_{kind}" for kind in ("reserved_avg", "max", "reserved_99th")}
+    for name in memory | {"total_time"}:
+        assert (
+            numbers.pop(name) is None and name.removeprefix("accelerator_memory_reserved") in method_comparison.__doc__
+        )
+    read = "train_time", "file_size", "test accuracy", "train loss", "train samples", "train total tokens"
+    assert all(isinstance(numbers[name], int | float) for name in read)
     assert row["run_info"]["peft_config"]["peft_type"] == "LORA" and row["run_info"]["peft_config"]["r"] == 8
     assert row["run_info"]["train_config"]["model_id"] == str(model)
     packages = json.loads((run / "environment.json").read_text())["packages"]
@@ -133,6 +141,13 @@ def test_a_row_of_no_run_is_refused(run, tmp_path, capsys):
         err = capsys.readouterr().err
         assert end.value.code == 2 and says in err and err.count("\n") == 1
     method_comparison.main([str(run), str(tmp_path / "x.json")])
+    shutil.copytree(run, tmp_path / "old")
+    summary = json.loads((run / "summary.json").read_text())
+    (tmp_path / "old" / "summary.json").write_text(
+        json.dumps({k: v for k, v in summary.items() if "reported" not in k})
+    )
+    with pytest.raises(ValueError, match="old is a run of an older finetune_gsm8k.py, which kept no 'reported_step'"):
+        method_comparison.row(tmp_path / "old")
     assert (tmp_path / "x.json").read_text() == (run.parent / "row.json").read_text()
 
 
