@@ -63,7 +63,7 @@ class Config:
     # model
     model: str = opt(
         "Qwen/Qwen3-0.6B",
-        "a Llama, Mistral, Qwen2, Qwen3 or SmolLM3: a folder or a hub id",
+        "a Llama, Mistral, Qwen2, Qwen3 or SmolLM3: a folder, a hub id or a GGUF file",
         role="setting",
         group="model",
     )

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from eval.report.gsm8k import answer_table, paired_table
+from eval.report.gsm8k import answer_table, confidences, paired_table
 from eval.report.runs import group_arms, load_run
 from eval.report.terminal import main
 from races import peft_gsm8k as race_peft
@@ -41,6 +41,22 @@ def write_run(folder, schedule: str, seed: int, right: set[int], format: str = "
 
 def cells(rows) -> list[list[str]]:
     return [[cell.text for cell in row] for row in rows]
+
+
+def test_confidences_of_seeds_are_pooled_and_those_before_training_are_their_own(tmp_path):
+    """Two seeds of an arm together; before/ has its own verdicts, and a run without them is left out."""
+    for seed, confidence in ((1, 0.5), (2, 0.75)):
+        folder = write_run(tmp_path / f"{seed}", "cosine", seed, {0})
+        for place, sure, right in ((folder, confidence, True), (folder / "before", 0.25, False)):
+            place.mkdir(exist_ok=True)
+            row = {"id": "test/0", "sample": 0, "correct": {"strict": right}, "confidence": {"token": sure}}
+            (place / "verdicts.jsonl").write_text(json.dumps(row) + "\n")
+    write_run(tmp_path / "3", "fot", 1, {0})
+    arms, _ = group_arms([load_run(tmp_path / name) for name in "123"])
+    for when, sure, right in (("", [0.5, 0.75], True), ("before", [0.25, 0.25], False)):
+        ((arm, by),) = confidences(arms, when)
+        assert arm.config["schedule"] == "cosine" and list(by) == ["token"]
+        assert sorted(by["token"].confidence) == sure and by["token"].right.tolist() == [right, right]
 
 
 def test_arms_are_compared_by_problem(tmp_path):
