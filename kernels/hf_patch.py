@@ -25,6 +25,7 @@ FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 DIVISORS = ("logits_scaling",)
 CAP = "final_logit_softcapping"
 PROBE = 50.0  # the largest logit of the probe: far enough to see a cap
+WAY = "with trl use ScoreSFTTrainer, with Liger set use_liger_kernel=False, or remove() the patch"
 _keys = itertools.count()
 
 
@@ -47,11 +48,12 @@ def patch(model: nn.Module, loss: ProperScoreLoss | str | Callable = "dpsm", **k
     ``ignore_index`` are ignored. ``num_items_in_batch`` is the denominator of a mean; with reduction "none" the loss is
     shaped as the labels, that of the token after t at t. Router losses of mixtures of experts are added as ever.
     Without labels the model behaves as before. torch.compile leaves a patched model uncompiled; compile its backbone,
-    as in ``model.model.compile()``. trl's SFTTrainer goes past the model's loss: use ScoreSFTTrainer.
+    as in ``model.model.compile()``.
 
     Raises ValueError for a model whose loss cannot be had from its hidden states: without an output embedding, with
     one that is adapted or quantized, with another loss than next-token prediction, and (at the first call) with an
-    operation on its logits that is not known here."""
+    operation on its logits that is not known here. A call with labels is a ValueError too where another library has
+    since put a forward there that takes a loss of its own, as trl's trainers and Liger do."""
     base = base_model(model)
     loss = as_loss(loss, knobs)
     unpatch(base)
@@ -113,6 +115,11 @@ class Patch:
         vars(model).setdefault("_score_patches", {})[key] = self
         model.forward = MethodType(forward, model)
 
+        def check(self, args, kwargs, _):
+            self._score_patches[key]._check_call(args, kwargs)
+
+        self.checked, self.hook = 0, model.register_forward_hook(torch.compiler.disable(check), with_kwargs=True)
+
     @property
     def moments(self):
         """The detached Moments of the last call's tokens, flattened; None before it."""
@@ -121,12 +128,20 @@ class Patch:
     def remove(self) -> None:
         """The model's own forward again. Where another library has wrapped ours since, ours only hands through."""
         self.removed = True
+        self.hook.remove()
         if getattr(vars(self.model).get("forward"), "__func__", None) is self.function:
             del self.model._score_patches[self.key]
             if self.inner is None:
                 del self.model.forward
             else:
                 self.model.forward = self.inner
+
+    def _check_call(self, args, kwargs) -> None:
+        """After each call of the model, whatever stands in the place of its forward by then."""
+        given = dict(zip(self.names, args, strict=False)) | kwargs
+        if given.get("labels") is not None and self.calls == self.checked:
+            raise ValueError(f"{self.name}'s forward was replaced after the patch, and its loss is not ours; {WAY}")
+        self.checked = self.calls
 
     def __call__(self, model, args, kwargs):
         """The forward of the patched model."""
@@ -244,7 +259,7 @@ class Patch:
 
     def _hidden(self, seen) -> Tensor:
         if len(seen) != 1:
-            hint = "its loss cannot be taken from one set of hidden states"
+            hint = "its loss cannot be taken from one set of hidden states" if seen else WAY
             raise ValueError(
                 f"{self.name} called its output embedding {len(seen)} times in a forward, not once; {hint}"
             )
@@ -252,11 +267,12 @@ class Patch:
 
     @torch.no_grad()
     def _probe(self, hidden: Tensor, linear: nn.Linear, whole: bool) -> Tensor:
-        """[1, 1, D] zeros, whose logits are the bias; ``whole``: [1, 2, D], and a row with logits up to PROBE."""
-        zeros = hidden.new_zeros(1, 1, hidden.shape[-1])
+        """[1, 1, D] zeros, whose logits are the bias; ``whole``: [1, 2, D], and a row with logits up to PROBE. On the
+        head's device, as a model split over devices may end on another."""
+        zeros = torch.zeros(1, 1, hidden.shape[-1], dtype=hidden.dtype, device=linear.weight.device)
         if not whole:
             return zeros
-        row = torch.linspace(-1, 1, hidden.shape[-1], dtype=linear.weight.dtype, device=hidden.device)
+        row = torch.linspace(-1, 1, hidden.shape[-1], dtype=linear.weight.dtype, device=zeros.device)
         top = F.linear(row, linear.weight).float().abs().amax()
         return torch.cat([zeros, (row * (PROBE / top.clamp_min(1e-3))).to(hidden.dtype).view(1, 1, -1)], 1)
 

@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 
 from kernels import Calibration, ProperScoreLoss, alpha_at, linear_score, make_score
 from kernels import hf as ours
-from kernels.hf import patch
+from kernels.hf import patch, unpatch
 
 transformers = pytest.importorskip("transformers", reason="needs transformers (requirements-dev.txt)")
 pytest.importorskip("accelerate", reason="needs accelerate (requirements-dev.txt)")
@@ -332,6 +332,26 @@ def test_sft_evaluates_and_says_what_it_cannot(tmp_path, trl, tokenizer):
         trainer(loss_type="dft")
     with pytest.raises(ValueError, match="set router_aux_loss_coef=0.0"):
         trainer("mixtral")
+
+
+@pytest.mark.parametrize("order", ["before", "before lora", "after"])
+def test_trls_own_trainer_on_a_patched_model_is_an_error(tmp_path, trl, tokenizer, order):
+    """It would train on its own loss."""
+    model, how = tiny("llama"), {}
+    if order == "before lora":
+        peft = pytest.importorskip("peft", reason="needs peft (requirements-dev.txt)")
+        how["peft_config"] = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    if order != "after":
+        patch(model, "brier")
+    args = arguments(tmp_path, trl.SFTConfig, bf16=order == "before")  # accelerate wraps the forward for bf16
+    trainer = trl.SFTTrainer(model, args=args, train_dataset=texts(6), processing_class=tokenizer, **how)
+    if order == "after":
+        patch(model, "brier")
+    with pytest.raises(ValueError, match="with trl use ScoreSFTTrainer") as caught:
+        trainer.train()
+    assert "\n" not in str(caught.value)
+    unpatch(model)
+    trainer.train()
 
 
 # ------------------------------------------------------------------------------------------------

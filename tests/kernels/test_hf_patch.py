@@ -352,6 +352,34 @@ def test_an_unknown_change_of_the_logits_is_an_error(name, change):
         model(**batch())
 
 
+@pytest.mark.parametrize("wrapped", [False, True], ids=["alone", "lora"])
+def test_a_forward_that_takes_another_loss_past_the_patch_is_an_error(wrapped):
+    """As Liger's does, which looks at nothing of the forward that stood there."""
+    model, inputs = tiny("llama"), batch()
+    handle = patch(model, "brier")
+    outer = peft_model(model) if wrapped else model
+    outer(**inputs)
+    copied = copy.deepcopy(outer)
+    model.forward = type(model).forward.__get__(model)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="LlamaForCausalLM's forward was replaced after the patch, .*ScoreSFT"):
+            outer(**inputs)
+    assert outer(inputs["input_ids"]).loss is None
+    assert copied(**inputs).loss < 2
+    handle.remove()
+    assert outer(**inputs).logits is not None and not model._forward_hooks
+    unpatch(copied)
+    assert copied(**inputs).logits is not None
+
+
+def test_the_probe_is_where_the_head_is():
+    """The hidden states of a model that is split over devices may come from another."""
+    model = tiny("llama")
+    handle = patch(model)
+    for whole in (False, True):
+        assert handle._probe(torch.empty(2, 3, 16, device="meta"), model.lm_head, whole).device.type == "cpu"
+
+
 def test_a_head_that_computes_something_else_is_an_error():
     model = tiny("llama")
     model.lm_head = _Doubled(16, V, bias=False)
