@@ -235,10 +235,9 @@ def eaft(m: Moments) -> Tensor:
 
     For fine-tuning without forgetting: a token that is unlikely in a row that is sure counts little. Propriety is that
     of ``entropy_gated``. Raises ValueError for moments without ``top_entropy``."""
-    top = getattr(m, "top_entropy", None)
-    if top is None:
+    if m.top_entropy is None:
         raise ValueError("eaft needs Moments.top_entropy, the entropy of the 20 largest logits; or use entropy_gated")
-    return _weighted_ce(m, top.clamp_min(0) / math.log(20))
+    return _weighted_ce(m, m.top_entropy.clamp_min(0) / math.log(20))
 
 
 def mile(gamma: float) -> Callable[..., Tensor]:

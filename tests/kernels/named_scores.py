@@ -1,27 +1,13 @@
 """The scores that have a kernel, one that has none, and a small head to compute them on."""
 
 import torch
-from formulas import DEVICE
+from formulas import DEVICE, PLAIN, SCORES
 
 from kernels import losses
 
 ALPHA = torch.tensor(0.3, device=DEVICE)
-NAMED = {
-    "ce": losses.ce,
-    "brier": losses.brier,
-    "spherical": losses.spherical,
-    "dpsm": losses.dpsm(ALPHA),
-    "focal": losses.focal(1.5),
-    "smoothing": losses.smoothing(0.2),
-    "power": losses.power(2.0),
-    "gce": losses.gce(0.7),
-    "dft": losses.dft,
-    "deft": losses.deft,
-    "entropy_gated": losses.entropy_gated,
-    "mile": losses.mile(1.5),
-    "ce_above": losses.ce_above(0.1),
-    "ce_below": losses.ce_below(0.1),
-}
+# Of the formulas' scores one reads a tensor here, and one has a power that is no integer.
+NAMED = {name: SCORES[name] for name in PLAIN} | {"dpsm": losses.dpsm(ALPHA), "focal": losses.focal(1.5)}
 VECTORS = ("log_p", "r1", "r2", "mean_log_p", "r3", "r4", "entropy", "confidence", "support")
 
 
