@@ -14,6 +14,8 @@ import jinja2.ext
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from model.weights import tokenizer_config
+
 SECONDS = 5  # a template takes a millisecond; one that loops is stopped
 
 
@@ -66,21 +68,14 @@ _WAY = "use --prompt plain"
 
 
 def template_of(files: dict[str, bytes], where: str) -> ChatTemplate | None:
-    """The template among a model folder's ``files``, name -> content: chat_template.jinja, or chat_template in
-    tokenizer_config.json, of several the one named default. None where there is none. Raises ValueError for a
-    tokenizer_config.json that is no JSON, and as ``ChatTemplate``."""
-    try:
-        config = json.loads(files.get("tokenizer_config.json", b"{}"))
-    except ValueError:
-        raise ValueError(f"{where}: tokenizer_config.json is no JSON; copy the model's") from None
-    source = files["chat_template.jinja"].decode() if "chat_template.jinja" in files else config.get("chat_template")
-    if isinstance(source, list):
-        source = next((t["template"] for t in source if t.get("name") == "default"), None)
-    if not source:
+    """The template among a model folder's ``files``, name -> content; None where there is none. Raises ValueError as
+    ``tokenizer_config`` and ``ChatTemplate``."""
+    config = tokenizer_config(files, where)
+    if not config["chat_template"]:
         return None
     named = {name: config.get(name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
     tokens = {name: t["content"] if isinstance(t, dict) else t for name, t in named.items() if t}
-    return ChatTemplate(source, tokens, where)
+    return ChatTemplate(config["chat_template"], tokens, where)
 
 
 class _Generation(jinja2.ext.Extension):

@@ -96,13 +96,18 @@ class Prompter:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def _end_of_turn(self, eos: list[int], model: str) -> int:
-        """The token that the template writes after an answer: the first special one, or the model's eos_token_id."""
+        """The token that the template writes after an answer: the first special one. Without one the model's
+        eos_token_id, which is said."""
         talk = [dict(role="user", content="Q"), dict(role="assistant", content="A")]
         (text, written), *_ = reversed(self.template.pieces(talk, answer_next=False))
-        found = None if written else self.specials.search(text)
-        if not found and not eos:
+        text = "" if written else text
+        if found := self.specials.search(text):
+            return self.special[found[0]]
+        if not eos:
             raise ValueError(f"{model}: its chat template ends no answer, and it names no eos_token_id; add it")
-        return self.special[found[0]] if found else eos[0]
+        end = self.tokenizer.id_to_token(eos[0])
+        log.info(f"{model}: its chat template ends an answer with {text!r}, no special token; {end!r} ends it here")
+        return eos[0]
 
     def _of_pieces(self, pieces: list[tuple[str, bool]]) -> list[int]:
         """Special tokens where the template wrote them; what lies between is encoded as one text, as a model saw it."""

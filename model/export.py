@@ -24,9 +24,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("model", help="folder, hub id or GGUF file")
     parser.add_argument("out", type=Path, help="folder to write, or a file that ends in .gguf")
     parser.add_argument("--adapter", help="a PEFT adapter of that model, merged into it")
-    parser.add_argument("--dtype", default="bf16", choices=tuple(DTYPES), help="of a folder (default: %(default)s)")
-    parser.add_argument("--quantise", default="F16", choices=gguf_hub.WRITTEN, help="of GGUF (default: %(default)s)")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="of a folder (default: bf16)")
+    parser.add_argument("--quantise", choices=gguf_hub.WRITTEN, help="of a GGUF file (default: F16)")
     given = parser.parse_args(argv)
+    to_gguf = given.out.suffix == ".gguf"
+    if given.dtype if to_gguf else given.quantise:
+        unread, other = ("--dtype", "a GGUF file") if to_gguf else ("--quantise", "a folder")
+        parser.error(f"{unread} is not read where {given.out}, {other}, is written")
     with user_errors(), torch.no_grad():
         if given.out.exists() and (given.out.is_file() or any(given.out.iterdir())):
             raise ValueError(f"{given.out} exists and is not an empty folder; give another one")
@@ -34,11 +38,11 @@ def main(argv: list[str] | None = None) -> int:
         model = load_decoder(given.model)
         if given.adapter:
             load_adapter(model, given.adapter, given.model)
-        if given.out.suffix == ".gguf":
+        if to_gguf:
             tensors = ((name, plain_tensor(model, name, torch.float32)) for name in plain_parameters(config))
-            gguf_hub.save_gguf(given.out, config, tensors, files, given.quantise, Path(given.model).name)
+            gguf_hub.save_gguf(given.out, config, tensors, files, given.quantise or "F16", Path(given.model).name)
         else:
-            save_decoder(model, given.out, files, DTYPES[given.dtype])
+            save_decoder(model, given.out, files, DTYPES[given.dtype or "bf16"])
     print(f"wrote {given.out}")
     return 0
 

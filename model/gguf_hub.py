@@ -18,7 +18,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from torch import Tensor
 
 from model.decoder import DecoderConfig, frequencies
-from model.weights import first_line
+from model.weights import first_line, tokenizer_config
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")  # a Mistral is written as a llama
 QUANTISATIONS = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q6_K")
@@ -41,6 +41,8 @@ NAMES = {
 ROPE_FACTORS = "rope_freqs.weight"  # what llama3's rope_scaling divides each frequency by
 # Keys of an architecture that change the function and are not built; 0 is none.
 REFUSED = ("expert_count", "attention.sliding_window", "attention.clamp_kqv", "attention.max_alibi_bias", "logit_scale")
+REFUSED += tuple(f"rope.scaling.yarn_{name}" for name in ("ext_factor", "attn_factor", "beta_fast", "beta_slow"))
+REFUSED += ("rope.scaling.yarn_log_multiplier",)
 WRITTEN = ("F16", "Q8_0")  # what matrices are written as; vectors stay in F32
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # tokenizer.ggml.token_type
 
@@ -86,6 +88,8 @@ class GGUF:
         for key in REFUSED:
             if found := self.of_model(key, 0):
                 raise ValueError(f"{self.path}: {self.architecture}.{key}={found} is not supported")
+        if not self.of_model("attention.causal", True):
+            raise ValueError(f"{self.path}: {self.architecture}.attention.causal=False is not supported")
         self.held = {t.name: t for t in self.reader.tensors}
         if "token_embd.weight" not in self.held:
             raise ValueError(f"{self.path} holds no token_embd.weight")
@@ -137,12 +141,14 @@ class GGUF:
             raise ValueError(says if says.startswith(str(self.path)) else f"{self.path}: {says}") from None
 
     def _rope(self, theta: float, K: int) -> dict | None:
-        kind = self.of_model("rope.scaling.type", "none")
+        # As llama.cpp: a factor, under its old name too, without a type is linear.
+        factor = self.of_model("rope.scaling.factor", 0) or self.of_model("rope.scale_linear", 0)
+        kind = self.of_model("rope.scaling.type", "linear" if factor else "none")
         if ROPE_FACTORS in self.held:
             return self._llama3(theta, K)
         if kind == "none":
             return None
-        rope = dict(rope_type=kind, factor=self.of_model("rope.scaling.factor"))
+        rope = dict(rope_type=kind, factor=factor)
         if kind == "yarn":
             rope["original_max_position_embeddings"] = self.of_model("rope.scaling.original_context_length")
             if (sharper := self.of_model("rope.scaling.attn_factor", 1.0)) != 1:
@@ -294,6 +300,7 @@ def save_gguf(
     gguf = _package(path)
     tokens = _tokens(tokenizer_files, config.vocab_size, path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         writer = gguf.GGUFWriter(temporary, family)
         for key, value in _keys(config, family, name).items():
@@ -365,17 +372,19 @@ def _tokens(files: dict[str, bytes], size: int, path: Path) -> dict:
     else:
         ways = ", ".join(name for name in PRE if name != "default")
         raise ValueError(f"{path}: the tokenizer cuts text in none of the ways that are written as GGUF: {ways}")
+    vocab, more = content["model"]["vocab"], content.get("added_tokens", [])
+    if (held := max([*vocab.values(), *(added["id"] for added in more)]) + 1) > size:
+        raise ValueError(f"{path}: the tokenizer has {held} tokens, the model only {size}; take the model's own")
     tokens, kinds = [f"[PAD{i}]" for i in range(size)], [UNUSED] * size
-    for token, i in content["model"]["vocab"].items():
+    for token, i in vocab.items():
         tokens[i], kinds[i] = token, NORMAL
-    for added in content.get("added_tokens", []):
+    for added in more:
         tokens[added["id"]], kinds[added["id"]] = added["content"], CONTROL if added["special"] else USER_DEFINED
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in content["model"]["merges"]]
     values = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": pre, "tokenizer.ggml.tokens": tokens}
     values |= {"tokenizer.ggml.token_type": kinds, "tokenizer.ggml.merges": merges}
-    template = json.loads(files.get("tokenizer_config.json", b"{}")).get("chat_template")
-    template = files["chat_template.jinja"].decode() if "chat_template.jinja" in files else template
-    return values | ({"tokenizer.chat_template": template} if isinstance(template, str) else {})
+    template = tokenizer_config(files, path)["chat_template"]
+    return values | ({"tokenizer.chat_template": template} if template else {})
 
 
 def _cut(pre_tokenizer: dict | None) -> list[dict]:

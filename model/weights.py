@@ -61,6 +61,25 @@ def read_json(path: Path) -> dict:
     return content
 
 
+def tokenizer_config(files: Mapping[str, bytes], where: str | os.PathLike) -> dict:
+    """What tokenizer_config.json among a model's ``files`` (name -> content) says, and as "chat_template" the source of
+    the template, from whatever file: chat_template.jinja goes before, of several the one named default is taken, and
+    None is none. ``where`` names the model in errors. Raises ValueError for anything else."""
+    try:
+        config = json.loads(files.get("tokenizer_config.json", b"{}"))
+    except ValueError:
+        config = None
+    if not isinstance(config, dict):
+        raise ValueError(f"{where}: tokenizer_config.json is no JSON object; copy the model's")
+    source = files["chat_template.jinja"].decode() if "chat_template.jinja" in files else config.get("chat_template")
+    if isinstance(source, list):
+        named = (t for t in source if isinstance(t, dict) and t.get("name") == "default")
+        source = next(named, {}).get("template", source)
+    if source and not isinstance(source, str):
+        raise ValueError(f"{where}: chat_template of tokenizer_config.json is no text, and none is named 'default'")
+    return config | {"chat_template": source or None}
+
+
 def check_fields(path: Path, fields: dict, required: Iterable[str], allowed: Mapping[str, tuple]) -> None:
     """Raises ValueError for a ``required`` field that is missing and for an option that has no ``allowed`` value.
 

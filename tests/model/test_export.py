@@ -94,9 +94,10 @@ def test_the_tokenizer_and_its_template_come_along(tmp_path):
     from tokenizers import Tokenizer
 
     folder, text = write_model(tmp_path / "model"), "Ann's 345 plums?\n\n <|im_end|> <think> naïve"
-    (folder / "chat_template.jinja").write_text("{{ messages }}")
-    exported(folder, tmp_path / "out.gguf")
-    files = config_and_tokenizer(tmp_path / "out.gguf")[1]
+    several = [dict(name="tools", template="x"), dict(name="default", template="{{ messages }}")]
+    (folder / "tokenizer_config.json").write_text(json.dumps(dict(chat_template=several)))
+    exported(folder, tmp_path / "new" / "out.gguf")
+    files = config_and_tokenizer(tmp_path / "new" / "out.gguf")[1]
     before, after = Tokenizer.from_file(str(folder / "tokenizer.json")), Tokenizer.from_buffer(files["tokenizer.json"])
     assert before.encode(text).ids == after.encode(text).ids
     assert json.loads(files["tokenizer_config.json"])["chat_template"] == "{{ messages }}"
@@ -131,8 +132,15 @@ def test_what_cannot_be_written_is_one_line_and_nothing_is(tmp_path, capsys):
     refused(folder, "a smollm3 is not written as GGUF; expected one of llama, qwen2, qwen3")
     folder = write_model(tmp_path / "model", num_hidden_layers=1)
     refused(folder, "has no adapter_config.json", "--adapter", tmp_path / "smollm3")
+    refused(folder, "--dtype is not read where", "--dtype", "fp32")
+    with pytest.raises(SystemExit):
+        exported(folder, tmp_path / "merged", "--quantise", "Q8_0")
+    assert "--quantise is not read where" in capsys.readouterr().err and not (tmp_path / "merged").exists()
     path = folder / "tokenizer.json"
     content = json.loads(path.read_text())
+    one = content["added_tokens"][-1]
+    path.write_text(json.dumps(content | dict(added_tokens=[*content["added_tokens"], one | dict(id=407, content="x")])))
+    refused(folder, "the tokenizer has 408 tokens, the model only 400")
     path.write_text(json.dumps(content | dict(pre_tokenizer=dict(type="Whitespace"))))
     refused(folder, "the tokenizer cuts text in none of the ways that are written as GGUF: gpt-2, smollm")
     path.unlink()

@@ -78,7 +78,7 @@ def write(path, model, family, kind="F32", tokenizer=None, pre="gpt-2", rope=(),
     writer.add_rope_dimension_count(K)
     writer.add_vocab_size(c.vocab_size)
     for key, value in values.items():
-        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
+        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
         add(f"{family}.{key.replace('__', '.')}", value)
     if tokenizer is not None:
         vocab, special = json.loads(tokenizer), ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -162,15 +162,18 @@ def test_quantised_files_are_read_as_transformers_reads_them(tmp_path, family, k
         assert sum(isinstance(m, NF4Linear) for m in base.modules()) == 7
 
 
-@pytest.mark.parametrize("kind", ["linear", "yarn", "llama3"])
+@pytest.mark.parametrize("kind", ["linear", "no type", "old name", "yarn", "llama3"])
 def test_longer_contexts_are_those_of_transformers(tmp_path, kind):
+    says = dict(rope__scaling__type=kind, rope__scaling__factor=8.0)
+    if kind in ("no type", "old name"):  # as files of before 2024, and llama.cpp's reader still
+        kind, says = "linear", {"rope__scaling__factor" if kind == "no type" else "rope__scale_linear": 8.0}
     rope = dict(rope_type=kind, factor=8.0, rope_theta=1e4)
     if kind == "yarn":
         rope["original_max_position_embeddings"] = 16
     if kind == "llama3":
         rope |= dict(low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
     model = tiny("llama", rope_parameters=rope)
-    more, values = [], dict(rope__scaling__type=kind, rope__scaling__factor=8.0)
+    more, values = [], says
     if kind == "yarn":
         values["rope__scaling__original_context_length"] = 16
     if kind == "llama3":
@@ -251,6 +254,10 @@ def test_files_that_cannot_be_read_are_one_line(tmp_path, definition):
         says(f"blk.1.attn_v.weight is quantised as {told}; expected one of F32, F16")
     write(path, model, "llama", expert_count=8)
     says("llama.expert_count=8 is not supported")
+    write(path, model, "llama", attention__causal=False)
+    says("llama.attention.causal=False is not supported")
+    write(path, model, "llama", rope__scaling__type="yarn", rope__scaling__yarn_beta_fast=8.0)
+    says("llama.rope.scaling.yarn_beta_fast=8.0 is not supported")
     write(path, model, "llama", rope__scaling__type="longrope", rope__scaling__factor=2.0)
     says("rope_scaling=.*longrope.* is not supported")
     write(path, model, "llama", rope=[("rope_freqs.weight", torch.linspace(1, 2, 16))])
