@@ -139,7 +139,8 @@ def test_what_cannot_be_written_is_one_line_and_nothing_is(tmp_path, capsys):
     path = folder / "tokenizer.json"
     content = json.loads(path.read_text())
     one = content["added_tokens"][-1]
-    path.write_text(json.dumps(content | dict(added_tokens=[*content["added_tokens"], one | dict(id=407, content="x")])))
+    more = [*content["added_tokens"], one | dict(id=407, content="x")]
+    path.write_text(json.dumps(content | dict(added_tokens=more)))
     refused(folder, "the tokenizer has 408 tokens, the model only 400")
     path.write_text(json.dumps(content | dict(pre_tokenizer=dict(type="Whitespace"))))
     refused(folder, "the tokenizer cuts text in none of the ways that are written as GGUF: gpt-2, smollm")

@@ -78,8 +78,8 @@ def write(path, model, family, kind="F32", tokenizer=None, pre="gpt-2", rope=(),
     writer.add_rope_dimension_count(K)
     writer.add_vocab_size(c.vocab_size)
     for key, value in values.items():
-        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
-        add(f"{family}.{key.replace('__', '.')}", value)
+        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        add[type(value)](f"{family}.{key.replace('__', '.')}", value)
     if tokenizer is not None:
         vocab, special = json.loads(tokenizer), ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
         ids = vocab["model"]["vocab"] | {t["content"]: t["id"] for t in vocab["added_tokens"]}
