@@ -55,7 +55,7 @@ class Config:
     data: str = opt("gsm8k", "gsm8k, or a folder of train.jsonl and test.jsonl", role="setting", group="data")
     format: str = opt("text", "train on the solutions' words, or on programs made of them", FORMATS, role="setting")
     calculator: bool = opt(True, "text: keep the <<48/2=24>> annotations, and work them out while decoding")
-    prompt: str = opt("chat", "Qwen3's chat turns, or plain 'Question: ... Answer:'", PROMPTS)
+    prompt: str = opt("chat", "the model's chat template, 'Question: ... Answer:', or 8 solved ones first", PROMPTS)
     loss_on: str = opt("answer", "which tokens the loss is of", ("answer", "all"), role="setting")
     heldout: int = opt(256, "problems of train held out for validation", within="[1, inf)", role="setting")
     seq_len: int = opt(512, "tokens in a packed row; longer problems are left out", within="[1, inf)", role="setting")
@@ -175,11 +175,12 @@ def main(argv: list[str] | None = None) -> int:
             prompter = Prompter(cfg.model, cfg.prompt, cfg.format)
         problems, heldout = split_heldout(load_gsm8k(cfg.data, "train"), cfg.heldout)
         test = load_gsm8k(cfg.data, "test")[: cfg.eval_problems or None]
-        cache_length([Request(prompter.prompt(p), cfg.generate_tokens) for p in test], prompter.positions)
         with world.main_first():
             bar = world.main and sys.stderr.isatty()
             how = dict(annotations=cfg.calculator, cache=cfg.cache, progress=bar)
             made = make_targets(problems + heldout, cfg.format, **how)
+        prompter.show(problems, made)
+        cache_length([Request(prompter.prompt(p), cfg.generate_tokens) for p in test], prompter.positions)
         train = make_examples(problems, made, prompter, cfg.seq_len, "training")
         held = make_examples(heldout, made, prompter, cfg.seq_len, "held-out")
         heldout_rows = pack(held, cfg.seq_len, pad_id=prompter.end)

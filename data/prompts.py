@@ -15,26 +15,27 @@ from tokenizers import Tokenizer
 from data import numbers, programs
 from data.chat import ChatTemplate, template_of
 from data.files import write_cached
-from data.gsm8k import text_target
+from data.gsm8k import FORMATS, text_target
 from data.packing import Example
 from data.programs import Problem, code_targets, coverage_table
 from model.decoder_hub import config_and_tokenizer
 from model.weights import first_line
 from runtime.folder import parse_json
 
-PROMPTS = ("chat", "plain")
+PROMPTS = ("chat", "plain", "eight-shot")
+SHOTS = 8
 # Qwen's turns, for a model without a template; what its models that can think get, so that they do not.
 TURNS = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 THOUGHT = "{% if add_generation_prompt %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
-# What follows the question, by prompt format and by what is asked for.
+# What follows the question, by whether it is a chat and by what is asked for.
 _ASK = {
-    ("chat", "text"): "\nReason step by step and end with a line '#### NUMBER'.",
-    ("chat", "code"): "\nWrite a Python program that prints the answer.",
-    ("plain", "text"): "\nAnswer:",
-    ("plain", "code"): "\nProgram:",
+    (True, "text"): "\nReason step by step and end with a line '#### NUMBER'.",
+    (True, "code"): "\nWrite a Python program that prints the answer.",
+    (False, "text"): "\nAnswer:",
+    (False, "code"): "\nProgram:",
 }
 
 TOO_LARGE = 10**15  # a result that a calculator does not write out
@@ -47,13 +48,15 @@ class Prompter:
 
     ``model`` is a folder, a hub id or a GGUF file. ``prompt`` "chat" is the model's own chat template, without a
     thought where it asks whether to think; for a model without a template Qwen's turns, with Qwen3's empty thought
-    where the tokenizer knows it. "plain" is "Question: ... Answer: ...". ``format`` is "text" or "code". Raises
+    where the tokenizer knows it. "plain" is "Question: ... Answer: ...", as lm-evaluation-harness has it; "eight-shot"
+    has the solved problems of ``show`` in front, with a blank line between. ``format`` is "text" or "code". Raises
     ValueError for a tokenizer that is missing, broken, larger than the head, or without the tokens that the format
     needs, and for a template that is broken."""
 
     def __init__(self, model: str, prompt: str = "chat", format: str = "text"):
-        if (prompt, format) not in _ASK:
-            raise ValueError(f"prompt {prompt!r} and format {format!r}: expected one of {', '.join(map(str, _ASK))}")
+        if prompt not in PROMPTS or format not in FORMATS:
+            expected = f"expected one of {', '.join(PROMPTS)}, and of {', '.join(FORMATS)}"
+            raise ValueError(f"prompt {prompt!r} and format {format!r}: {expected}")
         config, files = config_and_tokenizer(model)
         if "tokenizer.json" not in files:
             raise ValueError(f"{model} has no tokenizer.json; copy the model's there")
@@ -73,7 +76,8 @@ class Prompter:
             raise ValueError(f"{model}: tokenizer.json has {size} tokens, {only}; copy the model's own")
         eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
         eos = [i for i in eos if i is not None]
-        self.chat, self.ask, self.positions = prompt == "chat", _ASK[prompt, format], config.max_position_embeddings
+        self.chat, self.shots, self.positions = prompt == "chat", prompt == "eight-shot", config.max_position_embeddings
+        self.ask, self.shown = _ASK[self.chat, format], []
         added = self.tokenizer.get_added_tokens_decoder()
         self.special = {token.content: i for i, token in added.items()}
         # Longest first, as one may begin another.
@@ -123,10 +127,25 @@ class Prompter:
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
 
+    def show(self, problems: Sequence[Problem], targets: dict[str, str]) -> None:
+        """Sets what "eight-shot" shows: the first of the training ``problems`` that have a target, id -> text. One more
+        than eight, because a problem is not shown to itself. Does nothing for the other formats. Raises ValueError for
+        fewer than nine."""
+        if self.shots:
+            solved = [(p.id, f"{self._asked(p)} {targets[p.id]}") for p in problems if p.id in targets]
+            if len(solved) <= SHOTS:
+                few = f"{len(solved)} of the training problems have a target"
+                raise ValueError(f"--prompt eight-shot needs {SHOTS + 1} of them, and {few}; use --prompt plain")
+            self.shown = solved[: SHOTS + 1]
+
+    def _asked(self, problem: Problem) -> str:
+        return f"Question: {problem.question.strip()}{self.ask}"
+
     def prompt(self, problem: Problem) -> list[int]:
         question = problem.question.strip()
         if not self.chat:
-            return self.encode(f"Question: {question}{self.ask}")
+            shown = [text for name, text in self.shown if name != problem.id][:SHOTS]
+            return self.encode("\n\n".join([*shown, self._asked(problem)]))
         ask = [dict(role="user", content=question + self.ask)]
         return self._of_pieces(self.template.pieces(ask, answer_next=True))
 

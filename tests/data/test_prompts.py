@@ -100,6 +100,25 @@ def with_template(model, folder, template, **entries):
     return folder
 
 
+@pytest.mark.parametrize("format, ask", [("text", "Answer:"), ("code", "Program:")])
+def test_eight_solved_problems_in_front(model, format, ask):
+    """The first eight with a target, none of them the problem itself, each as it would be asked and answered."""
+    problems = [Problem(f"train/{i}", f" How many are {i} and 1? ", "", str(i + 1)) for i in range(12)]
+    targets = {p.id: f"It is\n#### {p.gold}" for p in problems if p.id != "train/1"}
+    shots, plain = (Prompter(str(model), prompt, format) for prompt in ("eight-shot", "plain"))
+    for prompter in (shots, plain):
+        prompter.show(problems, targets)
+    for one, shown in ((problems[11], (0, 2, 3, 4, 5, 6, 7, 8)), (problems[3], (0, 2, 4, 5, 6, 7, 8, 9))):
+        front = "".join(f"Question: How many are {i} and 1?\n{ask} It is\n#### {i + 1}\n\n" for i in shown)
+        asked, example = plain.prompt(one), shots.example(one, targets[one.id])
+        assert shots.decode(shots.prompt(one)) == front + plain.decode(asked)
+        assert example.tokens[example.prompt :] == plain.example(one, targets[one.id]).tokens[len(asked) :]
+    with pytest.raises(ValueError, match="needs 9 of them, and 8 of the training problems have a target"):
+        shots.show(problems[:9], targets)
+    with pytest.raises(ValueError, match="expected one of chat, plain, eight-shot, and of text, code"):
+        Prompter(str(model), "five-shot")
+
+
 @pytest.mark.parametrize(
     "template", [TURNS, "{{ bos_token }}" + TURNS.replace("\\n' }}", "\\n\\nText: ' }}")], ids=["turns", "other"]
 )
