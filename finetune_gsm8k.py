@@ -178,12 +178,13 @@ def main(argv: list[str] | None = None) -> int:
         with world.main_first():
             bar = world.main and sys.stderr.isatty()
             how = dict(annotations=cfg.calculator, cache=cfg.cache, progress=bar)
-            made = make_targets(problems + heldout, cfg.format, **how)
+            made = make_targets(problems + heldout + test, cfg.format, **how)
         prompter.show(problems, made)
         cache_length([Request(prompter.prompt(p), cfg.generate_tokens) for p in test], prompter.positions)
         train = make_examples(problems, made, prompter, cfg.seq_len, "training")
         held = make_examples(heldout, made, prompter, cfg.seq_len, "held-out")
-        heldout_rows = pack(held, cfg.seq_len, pad_id=prompter.end)
+        tested = make_examples(test, made, prompter, cfg.seq_len, "test")
+        heldout_rows, test_rows = (pack(part, cfg.seq_len, pad_id=prompter.end) for part in (held, tested))
         data_hash = hashlib.sha256(json.dumps([train, held]).encode()).hexdigest()
         if checkpoint and checkpoint["data_hash"] != data_hash:
             raise ValueError(
@@ -258,10 +259,12 @@ def main(argv: list[str] | None = None) -> int:
     writing = dict(format=cfg.format, max_new_tokens=cfg.generate_tokens, batch=cfg.eval_batch)
     writing |= dict(stop=[s for s in cfg.stop.split("|") if s], calculator=cfg.format == "text" and cfg.calculator)
 
-    def examined(folder: Path) -> dict | None:
-        """Answers to the test problems, and what they are worth; None where a signal ended it."""
+    def examined(folder: Path) -> tuple[dict | None, dict]:
+        """The summary's entries of answers and of solutions, None where a signal ended it, and reliability."""
         stop = StopRequest()
         lora.set_segments(model, None)
+        sets = {"val": heldout_rows, "test": test_rows}
+        sure, bins = answers.solutions(model, sets, cfg.loss_on, cfg.micro_batch, world, impl=cfg.kernels)
         drawn = dict(samples=cfg.samples, temperature=cfg.temperature, seed=cfg.seed, k=ks(cfg))
         drawn |= {"stopping": lambda: bool(stop.signal)}
         with user_errors():
@@ -270,7 +273,7 @@ def main(argv: list[str] | None = None) -> int:
         stop.restore()
         if found is None and world.main:
             print(f"{stop.signal}: stopped while generating; the same command with --resume goes on from its answers")
-        return found
+        return found and found | sure, bins
 
     def held_right() -> dict:
         """pass@1 of the held-out problems, where that is what is best."""
@@ -281,7 +284,8 @@ def main(argv: list[str] | None = None) -> int:
 
     if cfg.before and not (run / "before" / "summary.json").exists():
         save()
-        if (found := examined(run / "before")) is None:
+        found, _ = examined(run / "before")
+        if found is None:
             return run.finish(0)
         run.write("before/summary", found)
 
@@ -373,14 +377,13 @@ def main(argv: list[str] | None = None) -> int:
             lora_hub.put_tensors(model, load_checkpoint(run / "best.pt")["model"])
         if world.main:
             lora_hub.save_adapter(model, run / "adapter", cfg.model)
-        graded = examined(run.path)
+        graded, bins = examined(run.path)
     if graded is None or not world.main:
         return run.finish(0)
     rows, vals = run.rows("train"), run.rows("val")
     reported = meter.best["step"] if cfg.report == "best" else meter.step
     last = next((row for row in vals if row["step"] == reported), {})
     before = json.loads((run / "before" / "summary.json").read_text()) if cfg.before else {}
-    keys = [m.key for m in metrics.shown(metrics.TOKENS, "final") if m.key in last]
     inside = sum(e.targets(cfg.loss_on) for e in train) / sum(e.length for e in train)
     summary = {
         "script": "finetune_gsm8k.py",
@@ -397,21 +400,14 @@ def main(argv: list[str] | None = None) -> int:
         "epochs": meter.step * epochs,
         "final_train_loss": rows[-1]["loss"] if rows else None,
         "final_heldout_loss": last.get("loss"),
-        **{f"{of}_{key}": last[key] for of in ("final_heldout", "val") for key in keys},
         "padding": statistics.fmean(r["padding"] for r in rows) if rows else None,
         **meter.summary(lora.lora_flops_per_token(model.config, model.lora, cfg.seq_len, inside), dtype),
         **{f"{cfg.schedule}_{k}": v for k, v in rule.counts.items()},
     }
-    run.summarise(summary)
+    run.summarise(summary, calibration=bins)
     if cfg.method_comparison:
         method_comparison.write(run.path, cfg.method_comparison)
-    passed = {way: graded[f"pass_at_1_{way}"] for way in ("strict", "flexible", "code")}
-    ways = ", ".join(f"{way} {100 * v:.2f} %" for way, v in passed.items() if v is not None)
-    print(
-        f"{out}: pass@1 {ways} on {len(test)} problems; held-out loss {last.get('loss', math.nan):.4f}; "
-        f"{summary['tokens_per_second'] or 0:,.0f} tokens/s in training, "
-        f"{graded['generated_tokens_per_second']:,.0f} in generation"
-    )
+    print(answers.describe(str(out), summary))
     print(f"compare answers: python -m eval.gsm8k {run / 'outputs.jsonl'} OTHER/outputs.jsonl --format {cfg.format}")
     return run.finish(0)
 

@@ -8,6 +8,7 @@ import hashlib
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from data.prompts import Prompter, calculate
 from eval import answer_calibration
 from eval.extraction import RULES, TEXT_RULES
 from eval.gsm8k import Sample, grade_code, grade_text, scores
+from eval.heldout import final_metrics
 from eval.rows import Parts, json_line, write_rows
 from kernels import linear_moments
 from model.decode import Request, decode
@@ -41,6 +43,15 @@ def forwards(model: Decoder, heldout: Rows, loss_on: str, rows: int, world: Worl
         part = heldout[begin : begin + rows]
         at, targets = (to_device(x, world.device) for x in part.seen(loss_on)[:2])
         yield hidden_at(model, part, at, world.device), targets
+
+
+def solutions(
+    model: Decoder, sets: dict[str, Rows], loss_on: str, rows: int, world: World, *, impl: str = "auto"
+) -> tuple[dict, dict]:
+    """`eval.heldout.final_metrics` of the reference solutions in each of ``sets``, name -> packed rows, which are read
+    ``rows`` at a time. Every rank must call it."""
+    made = {name: partial(forwards, model, part, loss_on, rows, world) for name, part in sets.items()}
+    return final_metrics(model, made, world, impl=impl)
 
 
 class SegmentFisher:
@@ -173,6 +184,17 @@ def examine(
         "outputs_reused": made.reused,
         "outputs_at_limit": sum(a["ended"] == "length" for a in made.rows) / len(made.rows),
     }
+
+
+def describe(name: str, summary: dict) -> str:
+    """The last line of a run, from its summary."""
+    s = summary
+    passed = {way: s[f"pass_at_1_{way}"] for way in ("strict", "flexible", "code")}
+    ways = ", ".join(f"{way} {100 * v:.2f} %" for way, v in passed.items() if v is not None)
+    test = "; test nll {test_nll:.4f}, ece {test_ece10:.4f}, brier {test_brier:.4f}; at temperature {temperature:.3f} "
+    test = (test + "nll {test_nll_t:.4f}, ece {test_ece10_t:.4f}").format(**s) if s["temperature"] else ""
+    speed = f"{s['tokens_per_second'] or 0:,.0f} tokens/s in training, {s['generated_tokens_per_second']:,.0f}"
+    return f"{name}: pass@1 {ways} on {s['eval_problems']} problems{test}; {speed} in generation"
 
 
 @torch.no_grad()

@@ -52,6 +52,11 @@ def test_run_folder_is_complete(text_run):
     assert not list(out.glob("*.part")) and not list(out.glob("*.tmp*"))
     greedy, sampled = outputs(out), outputs(out, "outputs_sampled.jsonl")
     assert [r["id"] for r in greedy] == [f"test/{i}" for i in range(6)] and len(sampled) == 12
+    last, bins = rows(out, "val")[-1], json.loads((out / "calibration.json").read_text())
+    for key in ("nll", "brier", "ece10"):  # the solutions, held out and test, before and after a temperature
+        assert summary[f"val_{key}"] == pytest.approx(last[key], rel=1e-5)
+        assert summary[f"test_{key}"] != pytest.approx(summary[f"val_{key}"], rel=1e-3)
+    assert summary["val_nll_t"] < summary["val_nll"] and sum(bins["test"]["scaled"]["count"]) == summary["test_tokens"]
     for r in rows(out, "train"):
         assert 0 <= r["padding"] < 1 and len(r["block_rms_answer"]) == len(r["block_rms_prompt"]) == 2
         assert 0 < r["fisher_answer"] <= 2 and 0 < r["fisher_prompt"] <= 2
