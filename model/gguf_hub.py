@@ -1,12 +1,11 @@
 """GGUF files read and written: llama.cpp's format of one file for weights, config, tokenizer and chat template.
 
-The package gguf reads the file and turns quantised blocks into numbers. Here stand the names of Hugging Face's layout,
-the order of rows, and the tokenizer. A file is checked before its first tensor is read; one that is written appears
-whole or not at all.
+The package gguf reads the file and turns quantised blocks into numbers. Here stand the names of Hugging Face's layout
+and the order of rows; the tokenizer is in `model.gguf_tokenizer`. A file is checked before its first tensor is read;
+one that is written appears whole or not at all.
 """
 
 import dataclasses
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -14,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
 from model.decoder import DecoderConfig, frequencies
-from model.weights import first_line, tokenizer_config
+from model.gguf_tokenizer import read_tokenizer, tokenizer_values
+from model.weights import first_line
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")  # a Mistral is written as a llama
 QUANTISATIONS = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q6_K")
@@ -44,26 +43,6 @@ REFUSED = ("expert_count", "attention.sliding_window", "attention.clamp_kqv", "a
 REFUSED += tuple(f"rope.scaling.yarn_{name}" for name in ("ext_factor", "attn_factor", "beta_fast", "beta_slow"))
 REFUSED += ("rope.scaling.yarn_log_multiplier",)
 WRITTEN = ("F16", "Q8_0")  # what matrices are written as; vectors stay in F32
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # tokenizer.ggml.token_type
-
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|"
-_WORDS += r"\s*[\r\n]+|\s+(?!\S)|\s+"
-
-
-def _split(digits: str):
-    """Words, then numbers of so many digits, then what is neither."""
-    split = pre_tokenizers.Split(Regex(_WORDS.format(digits)), "isolated")
-    return [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-
-
-# tokenizer.ggml.pre: how text is cut before pairs are joined.
-PRE = {
-    "default": lambda: [pre_tokenizers.ByteLevel(add_prefix_space=False)],
-    "gpt-2": lambda: [pre_tokenizers.ByteLevel(add_prefix_space=False)],
-    "smollm": lambda: [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
-    "qwen2": lambda: _split(""),
-    "llama-bpe": lambda: _split("{1,3}"),
-}
 
 
 def is_gguf(name: str | os.PathLike) -> bool:
@@ -188,41 +167,7 @@ class GGUF:
 
     def tokenizer_files(self) -> dict[str, bytes]:
         """tokenizer.json and tokenizer_config.json, the chat template in it. ValueError for a kind that is not read."""
-        kind, pre = self.value("tokenizer.ggml.model"), self.value("tokenizer.ggml.pre", "default")
-        if kind != "gpt2" or pre not in PRE:
-            known = f"expected 'gpt2' cut as one of {', '.join(PRE)}"
-            way_out = "put the weights into a folder with the model's own tokenizer.json"
-            raise ValueError(f"{self.path}: a tokenizer {kind!r} cut as {pre!r} is not read, {known}; {way_out}")
-        tokens, merges = self.value("tokenizer.ggml.tokens"), self.value("tokenizer.ggml.merges")
-        kinds = self.value("tokenizer.ggml.token_type") or [NORMAL] * len(tokens or ())
-        if not tokens or not merges or len(kinds) != len(tokens):
-            raise ValueError(f"{self.path} lacks the tokens, their types or the merges of its tokenizer")
-        vocab = {token: i for i, token in enumerate(tokens) if kinds[i] != UNUSED}
-        pairs = [tuple(pair.split(" ", 1)) for pair in merges]
-        try:
-            backend = Tokenizer(models.BPE(vocab, pairs, ignore_merges=pre == "llama-bpe"))
-        except Exception as error:  # the library raises plain Exception
-            raise ValueError(f"{self.path}: its tokens and merges make no tokenizer ({first_line(error)})") from None
-        if pre == "qwen2":
-            backend.normalizer = normalizers.NFC()
-        backend.pre_tokenizer, backend.decoder = pre_tokenizers.Sequence(PRE[pre]()), decoders.ByteLevel()
-        added = [(t, k == CONTROL) for t, k in zip(tokens, kinds, strict=True) if k in (CONTROL, USER_DEFINED)]
-        backend.add_tokens([AddedToken(t, special=special, normalized=False) for t, special in added])
-        named = {}
-        for name in ("bos", "eos", "unknown", "padding"):
-            i = self.value(f"tokenizer.ggml.{name}_token_id")
-            if i is not None and 0 <= i < len(tokens):
-                named[dict(unknown="unk", padding="pad").get(name, name) + "_token"] = tokens[i]
-        if self.value("tokenizer.ggml.add_bos_token", False) and "bos_token" in named:
-            bos = named["bos_token"]
-            ids = [(bos, backend.token_to_id(bos))]
-            backend.post_processor = processors.TemplateProcessing(single=[bos, "$A"], special_tokens=ids)
-        fields = dict(tokenizer_class="PreTrainedTokenizerFast", clean_up_tokenization_spaces=False) | named
-        fields["model_max_length"] = self.config.max_position_embeddings
-        if template := self.value("tokenizer.chat_template"):
-            fields["chat_template"] = template
-        config = json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
-        return {"tokenizer.json": backend.to_str().encode(), "tokenizer_config.json": config.encode()}
+        return read_tokenizer(self.value, str(self.path), self.config.max_position_embeddings)
 
 
 def _name(name: str) -> str:
@@ -298,16 +243,14 @@ def save_gguf(
     if kind not in WRITTEN:
         raise ValueError(f"quantisation {kind!r}: expected one of {', '.join(WRITTEN)}")
     gguf = _package(path)
-    tokens = _tokens(tokenizer_files, config.vocab_size, path)
+    tokens = tokenizer_values(tokenizer_files, config, path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         writer = gguf.GGUFWriter(temporary, family)
-        for key, value in _keys(config, family, name).items():
+        for key, value in (_keys(config, family, name) | tokens).items():
             add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
             (writer.add_array if isinstance(value, list) else add[type(value)])(key, value)
-        for key, value in tokens.items():
-            (writer.add_array if isinstance(value, list) else writer.add_string)(key, value)
         if config.rope_scaling is not None and config.rope_scaling["rope_type"] == "llama3":
             plain = dataclasses.replace(config, rope_scaling=None)
             stretched, unstretched = (frequencies(c, torch.device("cpu"))[0] for c in (config, plain))
@@ -357,37 +300,3 @@ def _keys(config: DecoderConfig, family: str, name: str) -> dict:
     ids = {"tokenizer.ggml.bos_token_id": c.bos_token_id, "tokenizer.ggml.eos_token_id": eos}
     named = {"general.name": name} if name else {}
     return named | {f"{family}.{k}": v for k, v in values.items()} | {k: v for k, v in ids.items() if v is not None}
-
-
-def _tokens(files: dict[str, bytes], size: int, path: Path) -> dict:
-    """The file's values of a tokenizer: a byte-level BPE that cuts text in one of PRE's ways."""
-    if "tokenizer.json" not in files:
-        raise ValueError(f"{path}: the model has no tokenizer.json, without which a GGUF file is of no use")
-    content = json.loads(files["tokenizer.json"])
-    cut, known = _cut(content.get("pre_tokenizer")), Tokenizer(models.BPE())
-    for pre, parts in PRE.items():
-        known.pre_tokenizer = pre_tokenizers.Sequence(parts())
-        if pre != "default" and _cut(json.loads(known.to_str())["pre_tokenizer"]) == cut:
-            break
-    else:
-        ways = ", ".join(name for name in PRE if name != "default")
-        raise ValueError(f"{path}: the tokenizer cuts text in none of the ways that are written as GGUF: {ways}")
-    vocab, more = content["model"]["vocab"], content.get("added_tokens", [])
-    if (held := max([*vocab.values(), *(added["id"] for added in more)]) + 1) > size:
-        raise ValueError(f"{path}: the tokenizer has {held} tokens, the model only {size}; take the model's own")
-    tokens, kinds = [f"[PAD{i}]" for i in range(size)], [UNUSED] * size
-    for token, i in vocab.items():
-        tokens[i], kinds[i] = token, NORMAL
-    for added in more:
-        tokens[added["id"]], kinds[added["id"]] = added["content"], CONTROL if added["special"] else USER_DEFINED
-    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in content["model"]["merges"]]
-    values = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": pre, "tokenizer.ggml.tokens": tokens}
-    values |= {"tokenizer.ggml.token_type": kinds, "tokenizer.ggml.merges": merges}
-    template = tokenizer_config(files, path)["chat_template"]
-    return values | ({"tokenizer.chat_template": template} if template else {})
-
-
-def _cut(pre_tokenizer: dict | None) -> list[dict]:
-    """What of a tokenizer.json decides where text is cut."""
-    parts = pre_tokenizer.get("pretokenizers", [pre_tokenizer]) if pre_tokenizer else []
-    return [{k: v for k, v in part.items() if k not in ("trim_offsets", "invert")} for part in parts]

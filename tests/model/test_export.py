@@ -1,6 +1,8 @@
 """model.export: merged folders in 16 bits and GGUF files, as transformers and our reader take them."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -101,6 +103,37 @@ def test_the_tokenizer_and_its_template_come_along(tmp_path):
     before, after = Tokenizer.from_file(str(folder / "tokenizer.json")), Tokenizer.from_buffer(files["tokenizer.json"])
     assert before.encode(text).ids == after.encode(text).ids
     assert json.loads(files["tokenizer_config.json"])["chat_template"] == "{{ messages }}"
+
+
+LLAMA_CPP = """
+import json, sys, xllamacpp
+p = xllamacpp.CommonParams()
+p.model.path, p.n_ctx, p.n_parallel, p.warmup, p.cpuparams.n_threads = sys.argv[1], 64, 1, False, 1
+ask = dict(prompt=sys.argv[2], max_tokens=12, temperature=0.0, top_k=1, ignore_eos=True, logprobs=1)
+print(json.dumps(xllamacpp.Server(p).handle_completions(ask)))
+"""
+
+
+@pytest.mark.parametrize("family, more", MODELS.values(), ids=MODELS)
+def test_llama_cpp_continues_a_text_as_we_do(tmp_path, family, more):
+    pytest.importorskip("xllamacpp", reason="needs xllamacpp (requirements-parity.txt)")
+    from tokenizers import Tokenizer
+
+    folder, out = write_model(tmp_path / "model", family, **more), tmp_path / "out.gguf"
+    exported(folder, out)
+    command = [sys.executable, "-c", LLAMA_CPP, str(out), "Ann's 345 plums"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-500:]
+    theirs = json.loads(done.stdout.splitlines()[-1])
+    tokenizer = Tokenizer.from_buffer(config_and_tokenizer(out)[1]["tokenizer.json"])
+    ids = tokenizer.encode("Ann's 345 plums").ids
+    model = load_decoder(out).eval()
+    for _ in range(12):
+        ids.append(int(logits_of(model, torch.tensor([ids]))[0, -1].argmax()))
+    assert theirs["usage"]["prompt_tokens"] == len(ids) - 12
+    # It tells nothing of a token that is the beginning of a character which does not go on.
+    found, ours = [token["id"] for token in theirs["choices"][0]["logprobs"]["content"]], iter(ids[-12:])
+    assert len(found) >= 9 and all(token in ours for token in found), (found, ids[-12:])
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
