@@ -2,6 +2,8 @@
 
     python -m races.peft_gsm8k --base nf4 --out runs/race-nf4                       # Qwen3-0.6B's shape, on a GPU
     python -m races.peft_gsm8k --base bf16 --batch 64 --seq-len 512 --out runs/race-bf16
+    python -m races.peft_gsm8k --model runs/smollm2 --base fp32 --batch 2 --seq-len 256 --prompts 16 --new-tokens 32 \\
+        --eval-batches 16 --rank 16 --device cpu --out runs/race-smollm2            # real weights, on a CPU
     python -m races.peft_gsm8k --shape mini --base fp32 --batch 4 --seq-len 128 --prompts 16 --new-tokens 32 \\
         --eval-batches 8,16 --device cpu --out runs/race-cpu
 
@@ -27,7 +29,7 @@ from kernels.bench.timing import time_once
 from kernels.losses import ce
 from model.decode import Request, decode
 from model.decoder import Decoder, DecoderConfig
-from model.decoder_hub import load_decoder, save_decoder
+from model.decoder_hub import config_and_tokenizer, load_decoder, save_decoder
 from model.lora import BASES, LoRAConfig, add_lora, load_base
 from races import common
 from runtime.cli import user_errors
@@ -80,6 +82,10 @@ def their_loss(folder: Path, base: str, rank: int, dtype: torch.dtype, device: t
     return model, loss
 
 
+def vocab_of(folder: Path) -> int:
+    return config_and_tokenizer(folder)[0].vocab_size
+
+
 def turn_row(batch: int, tokens: int, seconds: float, device: torch.device) -> dict:
     rate, peak = tokens / seconds, peak_memory(device)
     return {"batch": batch, "tokens_per_second": rate, "seconds": seconds, "peak_memory_bytes": peak}
@@ -92,9 +98,8 @@ def train_turn(args, side: str, world: World) -> dict:
     model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
-    vocab = SHAPES[args.shape].vocab_size
     generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(vocab, (args.batch, args.seq_len + 1), generator=generator).to(device)
+    tokens = torch.randint(vocab_of(args.model), (args.batch, args.seq_len + 1), generator=generator).to(device)
 
     def step(micro: int) -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -115,7 +120,7 @@ def prompts_of(args) -> list[list[int]]:
     generator = torch.Generator().manual_seed(2)
     least = max(1, args.prompt_tokens // 4)
     lengths = torch.randint(least, args.prompt_tokens + 1, (args.prompts,), generator=generator)
-    vocab = SHAPES[args.shape].vocab_size
+    vocab = vocab_of(args.model)
     return [torch.randint(1, vocab, (n,), generator=generator).tolist() for n in lengths.tolist()]
 
 
@@ -200,7 +205,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--out", type=Path, default=Path("runs/race-peft"))
-    parser.add_argument("--model", type=Path, help="folder of the weights (default: random ones in --out)")
+    parser.add_argument("--model", type=Path, help="folder of the weights (default: random ones of --shape in --out)")
     parser.add_argument("--turn", default="", help="PART:SIDE: that turn alone, in this process; its row as JSON")
     args = parser.parse_args(argv)
     with user_errors():
@@ -231,7 +236,12 @@ def main(argv: list[str] | None = None) -> int:
                         f"{row['batch']}, peak {row['peak_memory_bytes'] / 1e6:,.0f} MB",
                         flush=True,
                     )
-        same = {"shape": args.shape, "base": args.base, "rank": args.rank, "step_batch": args.batch}
+        same = {
+            "shape": args.model.name if args.model else args.shape,
+            "base": args.base,
+            "rank": args.rank,
+            "step_batch": args.batch,
+        }
         same |= {"seq_len": args.seq_len, "prompts": args.prompts, "new_tokens": args.new_tokens}
         common.write_csv(args.out / "race.csv", rows, same | common.here_and_now(world.device))
     for part in parts:
