@@ -6,10 +6,11 @@ from fractions import Fraction
 TOLERANCE = 1e-6  # relative above 1, absolute below: a program's rounding, far under what a wrong answer misses by
 MAX_DIGITS = 1000  # a number with more is no answer, and Python refuses to read one of more than 4300
 _CURRENCY = "$€£¥₹"
+# Blanks and digits are taken whole (*+), never given back and tried again: the text may be a model's, of any length.
 _AMOUNT = re.compile(
-    rf"(?P<sign>[-+−]?)\s*[{_CURRENCY}]?\s*(?P<inner>[-+−]?)\s*"
-    r"(?P<number>(?:\d[\d,_]*(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d{1,3})?)(?:\s*/\s*(?P<below>\d[\d,]*))?"
-    rf"\s*[{_CURRENCY}%°]?\s*(?P<unit>[^\W\d_][^\d=+*/<>]*)?"
+    rf"(?P<sign>[-+−]?)\s*+(?:[{_CURRENCY}]\s*+)?(?P<inner>[-+−]?)\s*+"
+    r"(?P<number>(?:\d[\d,_]*+(?:\.\d*+)?|\.\d++)(?:[eE][-+]?\d{1,3})?)(?:\s*+/\s*+(?P<below>\d[\d,]*+))?"
+    rf"\s*+(?:[{_CURRENCY}%°]\s*+)?(?P<unit>[^\W\d_][^\d=+*/<>]*+)?"
 )
 _NUMBER = re.compile(r"[-−]?\d[\d,_]*(?:\.\d+)?(?:[eE][-+]?\d{1,3})?|[-−]?\.\d+(?:[eE][-+]?\d{1,3})?")
 # A tuple or list as Python prints it, with a number in the first place.
@@ -33,15 +34,16 @@ def parse_number(text: str | None) -> Fraction | None:
 
 
 def plain(value: Fraction) -> str:
-    """A value as digits, a minus and a point alone, "1200", "-5", "0.75"; as a/b where no decimal is exact, "1/3"."""
+    """A value as digits, a minus and a point alone, "1200", "-5", "0.75"; as a/b where no decimal is exact, "1/3", or
+    where it would have more than 2 x MAX_DIGITS decimals."""
     numerator, denominator = value.as_integer_ratio()
-    rest = denominator
-    for prime in (2, 5):
+    rest, counts = denominator, {2: 0, 5: 0}
+    for prime in counts:
         while rest % prime == 0:
-            rest //= prime
-    if rest > 1:
+            rest, counts[prime] = rest // prime, counts[prime] + 1
+    digits = max(counts.values())  # 10**digits is a multiple of the denominator
+    if rest > 1 or digits > 2 * MAX_DIGITS:
         return f"{numerator}/{denominator}"
-    digits = denominator.bit_length()  # 10**digits is a multiple of the denominator
     whole, part = divmod(abs(numerator) * 10**digits // denominator, 10**digits)
     return ("-" if numerator < 0 else "") + f"{whole}.{part:0{digits}}".rstrip("0").rstrip(".")
 

@@ -30,12 +30,14 @@ from data.numbers import last_number, parse_number, same_number
 from sandbox.run import Limits, run_many
 
 ANNOTATION = re.compile(r"<<([^<>]*)>>")
-MAX_EXPONENT = 64
+# What a calculation may hold: GSM8K's longest annotation has 30 characters, its longest sentence 350, 9 annotations.
+MAX_EXPONENT, MAX_BITS, MAX_LENGTH, MAX_SENTENCE, MAX_STEPS = 64, 4096, 200, 1000, 100
+_OPERATION = re.compile(r"[^\s(][-+*/x]")
 _TOKEN = re.compile(r"\s*(?:(\d[\d,]*\.?\d*|\.\d+)|(\*\*|//|[-+*/()\[\]{}^xX×÷−–%]))")
 _AMOUNT = r"[$€£]?\d[\d,]*(?:\.\d+)?%?|[$€£]?\.\d+%?"
-# An equation in a sentence: at least one operation, then = and a number.
+# An equation in a sentence: at least one operation, then = and a number. Nothing is given back and tried again (*+).
 _EQUATION = re.compile(
-    rf"((?:[(]\s*)*(?:{_AMOUNT})(?:\s*[)])*(?:\s*(?:[-+*/x×÷−–]|[(]|[)])\s*[(]*\s*(?:{_AMOUNT})?)+)\s*=\s*({_AMOUNT})"
+    rf"((?:[(]\s*+)*+(?:{_AMOUNT})(?:\s*+[-+*/x×÷−–()]\s*+[(]*+\s*+(?:{_AMOUNT})?+)++)\s*+=\s*+({_AMOUNT})"
 )
 # What stands between its numbers: "per" units (5/day), compounds (12-inch), words; x alone is a sign.
 _WORDS = re.compile(r"(?<=[\d)%])\s*/\s*[A-Za-z]+|(?<=\d)-[A-Za-z]+|(?<![A-Za-z])(?![xX]\b)[A-Za-z][A-Za-z'’]*")
@@ -88,10 +90,17 @@ def _program(problem: Problem) -> str:
     steps: list[_Step] = []
     sentence, refused = "", ""
     for sentence in filter(str.strip, problem.solution.split("\n")):
-        annotations = [text for text in ANNOTATION.findall(sentence) if re.search(r"[^\s(][-+*/x].*=", text)]
+        annotations = [text for text in ANNOTATION.findall(sentence) if _OPERATION.search(text.rpartition("=")[0])]
         plain = ANNOTATION.sub("", sentence)
         lines.append(f"# {' '.join(plain.split())}")
-        for equation in annotations or map("=".join, _EQUATION.findall(_WORDS.sub(" ", plain))):
+        spelt = []
+        if not annotations and len(plain) > MAX_SENTENCE:
+            refused = refused or f"no step in a sentence of more than {MAX_SENTENCE} characters"
+        elif not annotations:
+            spelt = map("=".join, _EQUATION.findall(_WORDS.sub(" ", plain)))
+        for equation in annotations or spelt:
+            if len(steps) == MAX_STEPS:
+                raise Refused(f"more than {MAX_STEPS} steps")
             try:
                 if found := _step(equation, steps, asked):
                     steps.append(found[0])
@@ -135,7 +144,7 @@ def _step(equation: str, steps: list[_Step], asked: set) -> tuple[_Step, str] | 
 
 def work_out(expression: str) -> Fraction | None:
     """The exact value of what an annotation computes, "48/2" or "$1,200 x 20%"; None where it is no arithmetic, divides
-    by zero or has an exponent above MAX_EXPONENT."""
+    by zero, has an exponent above MAX_EXPONENT, more than MAX_LENGTH characters, or a value of more than MAX_BITS."""
     try:
         return _value("".join(_tokens(expression)), {})
     except Refused:
@@ -143,11 +152,13 @@ def work_out(expression: str) -> Fraction | None:
 
 
 def _tokens(expression: str) -> list[str]:
-    """Python tokens of an annotation's left side. Raises Refused for what is not arithmetic."""
-    expression = re.sub(r"[$€£]", "", expression)
+    """Python tokens of an annotation's left side. Raises Refused for what is not arithmetic, or too long."""
+    if len(expression) > MAX_LENGTH:
+        raise Refused(f"an annotation has more than {MAX_LENGTH} characters")
+    expression = re.sub(r"[$€£]", "", expression).rstrip()
     tokens: list[str] = []
     position = 0
-    while position < len(expression.rstrip()):
+    while position < len(expression):
         match = _TOKEN.match(expression, position)
         if not match:
             raise Refused("an annotation holds more than arithmetic")
@@ -212,16 +223,24 @@ def _rounded(text: str, value: Fraction | None, shown: str, stated: Fraction) ->
 
 
 def _value(text: str, names: dict[str, Fraction]) -> Fraction | None:
-    """Exact value over numbers and earlier steps; None where Python could not compute it either."""
+    """Exact value over numbers and earlier steps; None where Python could not compute it either, or not at once."""
     try:
         return _evaluate(ast.parse(text, mode="eval").body, names)
-    except (SyntaxError, ZeroDivisionError, OverflowError):
+    except (SyntaxError, ZeroDivisionError, OverflowError, RecursionError):
         return None
 
 
 def _evaluate(node: ast.expr, names: dict[str, Fraction]) -> Fraction:
+    """Raises SyntaxError for what is no arithmetic, OverflowError for a value that is too large."""
+    value = _apply(node, names)
+    if max(value.numerator.bit_length(), value.denominator.bit_length()) > MAX_BITS:
+        raise OverflowError("more than MAX_BITS")
+    return value
+
+
+def _apply(node: ast.expr, names: dict[str, Fraction]) -> Fraction:
     match node:
-        case ast.Constant(value=int() | float() as value):
+        case ast.Constant(value=int() | float() as value) if math.isfinite(value):
             return Fraction(str(value))
         case ast.Name(id=name):
             return names[name]

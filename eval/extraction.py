@@ -39,11 +39,12 @@ _REST = r"(?:[eE][-+]?[0-9]{1,3}(?![0-9A-Za-z]))?(?:/[0-9]+(?:,[0-9]{3})*)?"
 STRICT = re.compile(rf"#### (-?[.,]*[0-9][0-9.,]*{_REST})")
 # A match begins with its run of signs, not within: what a model repeats without end would cost quadratic time.
 FLEXIBLE = re.compile(rf"[-−]?(?<![$.,])[$.,]*+[0-9][$0-9.,]*{_REST}")
-_OPEN = re.compile(r"[ \t]*(`{3,}|~{3,})[ \t]*([^\s`]*)[^`]*")
+_OPEN = re.compile(r"[ \t]*+(`{3,}+|~{3,}+)[ \t]*+([^\s`]*+)[^`]*+")
 _PYTHON = re.compile(r"|\{?\.?py(thon)?[0-9.]*\}?", re.IGNORECASE)  # a block's language
 _NAMED = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox|boldsymbol|bm)\s*\{([^{}]*)\}")
 _FRACTION = re.compile(r"\\[dtc]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))")
-_NOTHING = re.compile(r"\\(?:left|right|displaystyle|[,!;: ])|\^\s*\{?\s*\\circ\s*\}?|~")
+_NOTHING = re.compile(r"\\(?:left|right|displaystyle|[,!;: ])|\^\s*+(?:\{\s*+)?\\circ\s*+\}?|~")
+MAX_NESTING = 20  # of LaTeX's braces around a number; one that is deeper is none
 _MIXED = re.compile(r"([-−]?)\s*(\d+)\s+(\d+)/(\d+)")
 
 
@@ -61,13 +62,14 @@ def extract_flexible(output: str) -> str | None:
 
 def extract_boxed(output: str) -> str | None:
     r"""What stands in the last ``\boxed{...}`` whose braces close, as it is written. None where there is none."""
-    for match in reversed([*re.finditer(r"\\(?:boxed|fbox)\s*\{", output)]):
-        depth = 1
-        for brace in re.finditer(r"(?<!\\)[{}]", output[match.end() :]):
-            depth += 1 if brace[0] == "{" else -1
-            if not depth:
-                return output[match.end() : match.end() + brace.start()].strip()
-    return None
+    begins = {match.end() for match in re.finditer(r"\\(?:boxed|fbox)\s*\{", output)}
+    opened, last = [], (0, 0)  # where what stands in the braces begins; the last box, and where it ends
+    for brace in re.finditer(r"(?<!\\)[{}]", output):
+        if brace[0] == "{":
+            opened.append(brace.end())
+        elif opened and (begin := opened.pop()) in begins:
+            last = max(last, (begin, brace.start()))
+    return output[slice(*last)].strip() if last[0] else None
 
 
 def read_match(text: str | None) -> Fraction | None:
@@ -78,9 +80,11 @@ def read_match(text: str | None) -> Fraction | None:
 def read_latex(text: str | None) -> Fraction | None:
     r"""The value of one number in LaTeX: ``1{,}200``, ``\frac{3}{4}``, ``2\frac12``, ``\$5``, ``18\text{ dollars}``,
     ``x = 5``. None for anything else."""
-    text, before = text or "", None
+    text, before, depth = text or "", None, 0
     while text != before:  # from the inside out
-        before = text
+        before, depth = text, depth + 1
+        if depth > MAX_NESTING:
+            return None
         text = _NAMED.sub(r" \1 ", text)
         text = _FRACTION.sub(lambda m: f" {m[1] or m[2] or ''}/{m[3] or m[4] or ''} ", text)
     text = _NOTHING.sub("", text.replace("{,}", ",").replace(r"\$", "$").replace(r"\%", "%"))
@@ -118,9 +122,10 @@ def programs_of(output: str) -> list[str]:
             if opened := _OPEN.fullmatch(line):
                 fence, label, code = opened[1], opened[2], []
             continue
-        end = re.search(rf"{fence[0]}{{{len(fence)},}}[ \t]*$", line)
-        if end:
-            code += [line[: end.start()]] * bool(line[: end.start()].strip())
+        ended = line.rstrip(" \t")
+        before = ended.rstrip(fence[0])
+        if len(ended) - len(before) >= len(fence):
+            code += [before] * bool(before.strip())
             close()
             fence = ""
         else:
