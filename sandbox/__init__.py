@@ -9,23 +9,25 @@ The second line prints which containment this machine allows: the strongest of t
   interpreter's files, read-only, an empty scratch folder in memory, /dev/null and its own processes: no other file, no
   other process, no network. When its process namespace ends, everything it started dies.
 - ``bubblewrap``: the same by the ``bwrap`` command, where only that may make namespaces. The scratch folder is on disk.
-- ``limits``: for machines without either, as most containers are. The limits below hold and the environment is clean.
-  Set-uid programs gain nothing. A system call filter refuses sockets, signals (to the program's own children too) and
-  looking into the memory of other processes. What outlives the deadline is found, setsid or not, and killed.
+- ``limits``: for machines without either, as most containers are. The program shares processes and files with others. A
+  system call filter refuses it sockets, signals (to its own children too), System V memory, namespaces and whatever
+  acts on other processes. Landlock (Linux 6.2 or newer) closes the files and the memory of others. Started by root,
+  programs have a user of their own, one for each jailer.
 
-NOT contained by ``limits``: the program can read every file that the user may read, /proc among them and so the
-environment of the user's other processes, and it can write wherever the user may write. Started as root, programs run
-as user 65534, who can reach little of this. A program that forks faster than it is killed can outlive its deadline.
-Where the kernel refuses the filter, the network and signals are open too, and the probe says so. Use this mode for
-models whose programs you would run by hand, or inside a container that holds nothing else.
+Mode limits is REFUSED where a program would run as root, because no other user may use the interpreter, and where the
+kernel takes no filter; the error names the ways out. What else a mode should contain and does not on this machine is
+named in ``Result.missing`` of every run and logged once. ``run_many(..., mode="unsafe-run-as-me")`` gives up the user of
+one's own, and says what that gives away; it is never chosen by itself. SECURITY.md has the table of what each mode
+contains and what it does not; the tests try each of its rows.
 
 In all modes CPU seconds, address space, the size of a file and the number of open files are limited FOR EACH PROCESS,
-so a program as a whole may use ``processes`` times as much. Root that cannot become user 65534 has no limit on
-processes; the probe says so. No mode contains faults of the kernel, or what a program can learn from timing.
+so a program as a whole may use ``processes`` times as much; an ordinary user's limit on processes in mode limits counts
+the user's other processes as they were at the start. No mode contains faults of the kernel, or what a program can learn
+from timing.
 
-A worker is a process, jailer.py, whose head says how it works. The caller (run.py) neither forks nor starts threads.
+A worker is a process, jailer.py with container.py and confine.py, whose heads say how it works. The caller (run.py) neither forks nor starts threads.
 """
 
-from .run import MODES, STATUSES, Limits, Probe, Result, probe, run_many, run_program
+from .run import MODES, STATUSES, UNSAFE, Limits, Probe, Result, probe, run_many, run_program
 
-__all__ = ["MODES", "STATUSES", "Limits", "Probe", "Result", "probe", "run_many", "run_program"]
+__all__ = ["MODES", "STATUSES", "UNSAFE", "Limits", "Probe", "Result", "probe", "run_many", "run_program"]

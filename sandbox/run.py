@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -19,10 +20,13 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 MODES = ("namespaces", "bubblewrap", "limits")  # the strongest first
+UNSAFE = "unsafe-run-as-me"  # only where it is asked for
 STATUSES = ("ok", "error", "memory", "timeout", "cpu", "output", "killed", "lost")
 JAILER = Path(__file__).with_name("jailer.py").resolve()
 GRACE = 20.0  # seconds past its deadline after which a jailer itself is given up
 BACKLOG = 4  # results per worker that may wait for an earlier one
+
+log = logging.getLogger("scorecast")
 
 
 @dataclass(frozen=True)
@@ -49,23 +53,25 @@ class Result(NamedTuple):
 
     ``status``: ok (exit code 0), error (another), memory (a MemoryError), timeout (the wall clock), cpu, output (too
     much of it), killed (by a signal, as in a crash), or lost: the sandbox could not run it, or was itself destroyed;
-    stderr says what is known."""
+    stderr says what is known. ``missing`` names the protections that this run was without, beside `namespaces`."""
 
     stdout: str
     stderr: str
     status: str
     code: int | None  # exit code, negative for a signal; None where there is none
     seconds: float
+    missing: tuple[str, ...] = ()
 
 
 class Probe(NamedTuple):
     mode: str
-    notes: dict  # what this machine withholds within the mode
+    notes: dict  # how the mode is had on this machine
+    missing: tuple[str, ...]  # the protections that each run is without, and what that leaves open
     refused: dict  # stronger mode -> why it cannot be had
 
 
 def run_program(code: str, stdin: str = "", limits: Limits | None = None, *, mode: str | None = None) -> Result:
-    """Runs one Python program. ``mode`` is one of MODES, None the strongest there is.
+    """Runs one Python program. ``mode`` is one of MODES, None the strongest there is, or UNSAFE.
 
     Starting a jailer costs some 60 ms: for many programs use `run_many`. Raises ValueError as `probe` does."""
     return next(run_many([code], 1, limits, stdin=stdin, mode=mode))
@@ -84,12 +90,13 @@ def run_many(
 
     ``programs`` may be a generator that makes them as it goes: a program is taken when a worker is free for it and
     fewer than 4 x workers results wait for an earlier one. ``progress`` is the title of a progress bar; empty: no bar.
-    Everything is killed when the iteration ends or is given up. Raises ValueError for workers below 1, for a program
+    Everything is killed when the iteration ends or is given up. What the mode does not contain here is logged once and
+    stands in every result. Raises ValueError for workers below 1, for a program
     that is not text, and as `probe` does."""
     if workers is not None and workers < 1:
         raise ValueError(f"workers={workers}, expected 1 or more")
-    if mode not in (None, *MODES):
-        raise ValueError(f"unknown mode {mode!r}, expected one of {', '.join(MODES)}")
+    if mode not in (None, *MODES, UNSAFE):
+        raise ValueError(f"unknown mode {mode!r}, expected one of {', '.join((*MODES, UNSAFE))}")
     workers = workers or len(os.sched_getaffinity(0))
     total = len(programs) if hasattr(programs, "__len__") else None
     workers = min(workers, total or workers)
@@ -109,6 +116,7 @@ def _run_many(programs, workers: int, limits: Limits, stdin: str, mode: str, bar
                     raise ValueError(f"a program is a {type(code).__name__}, expected its source text")
                 if not idle:
                     jailers.append(_Jailer(mode, limits.packages))
+                    _warn(mode, jailers[-1].missing)
                     idle.append(jailers[-1])
                 slots.append([])
                 running[jailer := idle.pop()] = slots[-1]
@@ -129,6 +137,12 @@ def _run_many(programs, workers: int, limits: Limits, stdin: str, mode: str, bar
         bar.close()
         for jailer in jailers:
             jailer.close()
+
+
+@functools.cache
+def _warn(mode: str, missing: tuple[str, ...]) -> None:
+    if missing:
+        log.warning(f"sandbox: programs run in mode {mode}, without {'; without '.join(missing)}")
 
 
 def _ready(running: Iterable["_Jailer"]) -> list["_Jailer"]:
@@ -159,6 +173,7 @@ class _Jailer:
         if "error" in self.hello:
             self.close()
             raise ValueError(f"no sandbox of mode {mode}: {self.hello['error']}")
+        self.missing = tuple(self.hello["missing"])
 
     def fileno(self) -> int:
         return self._process.stdout.fileno()
@@ -177,8 +192,8 @@ class _Jailer:
         if answer is None:
             self.alive = False
             why = "the program destroyed its sandbox, or something outside did"
-            return Result("", why, "lost", None, time.monotonic() - self._started)
-        return Result(*(answer[name] for name in Result._fields))
+            return Result("", why, "lost", None, time.monotonic() - self._started, self.missing)
+        return Result(**answer | {"missing": tuple(answer["missing"])})
 
     def _read(self) -> dict | None:
         """The next line; None where the jailer ended or does not answer."""
@@ -203,7 +218,8 @@ class _Jailer:
 def probe() -> Probe:
     """The strongest mode in which this machine runs a program, found by running one; once a process.
 
-    Raises ValueError where not even limits work (anything but Linux 5.3 or newer)."""
+    UNSAFE is not tried. Raises ValueError, one line, where not even limits work: programs would run as root, the kernel
+    takes no filter, or it is not Linux 5.3 or newer."""
     refused = {}
     for mode in MODES:
         try:
@@ -214,6 +230,7 @@ def probe() -> Probe:
             refused[mode] = str(error).removeprefix(f"no sandbox of mode {mode}: ")
             continue
         if result.stdout == "42\n":
-            return Probe(mode, jailer.hello, refused)
+            return Probe(mode, jailer.hello["notes"], jailer.missing, refused)
         refused[mode] = " ".join((result.stderr or result.status).split())[-200:]
-    raise ValueError(f"programs cannot be run apart on this machine: {refused}")
+    why = "; ".join(f"{mode}: {reason}" for mode, reason in refused.items())
+    raise ValueError(f"programs cannot be run apart on this machine. {why}")

@@ -22,7 +22,7 @@ LEVELS = (
     {"races"},
     {Path(s).stem for s in SCRIPTS},
 )
-ABOUT = {"README.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "pyproject.toml", ".gitignore"}
+ABOUT = {"README.md", "SECURITY.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "pyproject.toml", ".gitignore"}
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 
 
