@@ -37,7 +37,7 @@ from eval.rows import write_rows
 from eval.stats import bootstrap_interval, mcnemar_exact, paired
 from runtime.cli import Parser, user_errors
 from runtime.folder import parse_json
-from sandbox import Limits, run_many
+from sandbox import UNSAFE, Limits, run_many
 
 PACKAGES_MEMORY = 2 << 30  # bytes of address space of a program that imports packages: numpy maps more than it uses
 
@@ -127,8 +127,8 @@ def grade_code(samples: Iterable[Sample], golds: Mapping[str, str], **how) -> li
     is invalid, or prints no number, the program before it, and so on. The status is that of the program that counted,
     where none does that of the last.
 
-    ``samples`` may be a generator that still makes them: it is read as workers get free. ``how``: workers, limits and
-    progress, as `sandbox.run_many` takes them."""
+    ``samples`` may be a generator that still makes them: it is read as workers get free. ``how``: workers, limits,
+    progress and mode, as `sandbox.run_many` takes them."""
     source, taken = tee(samples)
     last = (programs_of(sample.output)[-1] for sample in source)
     if isinstance(samples, Sequence):
@@ -216,6 +216,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--k", type=int, nargs="+", default=[1], help="pass@k for several outputs an id (default: 1)")
     parser.add_argument("--workers", type=int, help="programs run at a time (default: one for each core)")
     parser.add_argument("--packages", action="store_true", help="programs may import installed packages, numpy for one")
+    unsafe = "run programs with your own rights where the sandbox refuses to; it says what that gives away"
+    parser.add_argument(f"--{UNSAFE}", action="store_true", help=unsafe)
     parser.add_argument("--out", type=Path, help="JSONL file to write: one verdict an output")
     given = parser.parse_args(arguments)
     with user_errors():
@@ -231,6 +233,7 @@ def main(arguments: list[str] | None = None) -> None:
             check_counts(files[path], given.k, name=path)
         limits = Limits(packages=True, memory_bytes=PACKAGES_MEMORY) if given.packages else Limits()
         how = dict(workers=given.workers, limits=limits, progress="running programs" if sys.stderr.isatty() else "")
+        how["mode"] = UNSAFE if given.unsafe_run_as_me else None
         grade = partial(grade_code, **how) if given.format == "code" else grade_text
         found, rows = [], []
         for path, samples in files.items():

@@ -16,16 +16,17 @@ The second line prints which containment this machine allows: the strongest of t
 
 Mode limits is REFUSED where a program would run as root, because no other user may use the interpreter, and where the
 kernel takes no filter; the error names the ways out. What else a mode should contain and does not on this machine is
-named in ``Result.missing`` of every run and logged once. ``run_many(..., mode="unsafe-run-as-me")`` gives up the user of
-one's own, and says what that gives away; it is never chosen by itself. SECURITY.md has the table of what each mode
-contains and what it does not; the tests try each of its rows.
+named in ``Result.missing`` of every run and logged once. ``mode="unsafe-run-as-me"`` gives up the user of one's own,
+says what that gives away, and is never chosen by itself. SECURITY.md has the table of what each mode contains and what
+it does not; the tests try each of its rows.
 
 In all modes CPU seconds, address space, the size of a file and the number of open files are limited FOR EACH PROCESS,
 so a program as a whole may use ``processes`` times as much; an ordinary user's limit on processes in mode limits counts
 the user's other processes as they were at the start. No mode contains faults of the kernel, or what a program can learn
 from timing.
 
-A worker is a process, jailer.py with container.py and confine.py, whose heads say how it works. The caller (run.py) neither forks nor starts threads.
+A worker is a process, jailer.py with container.py and confine.py, whose heads say how it works. The caller (run.py)
+neither forks nor starts threads.
 """
 
 from .run import MODES, STATUSES, UNSAFE, Limits, Probe, Result, probe, run_many, run_program

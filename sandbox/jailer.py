@@ -48,7 +48,8 @@ TRIAL = {"seconds": 10, "cpu_seconds": 5, "memory_bytes": 1 << 29, "processes": 
 TRIAL |= {"output_bytes": 1 << 16, "packages": False}
 WAYS_OUT = (
     "ways out: start as an ordinary user, with bubblewrap where there are no namespaces; an interpreter and packages "
-    f"that every user may read, such as a copy under /opt; or --{UNSAFE} (mode {UNSAFE!r}), which contains little"
+    f"that every user may read, such as a copy under /opt; or mode {UNSAFE!r}, eval.gsm8k's --{UNSAFE}, which gives "
+    "programs your own rights"
 )
 
 

@@ -11,7 +11,7 @@ from data.programs import MAX_BITS, Problem, to_program, work_out
 from data.prompts import calculate
 
 NUMBERS = "- + − $ € , . _ / % ° 1 55 1.5 .5 e5 E-3 ( [ ) ] dollars nan ="
-ANNOTATIONS = "<< >> = + - * / // ** x % ( ) [ { 1 9 64 2.5 .5 1,000 cows $ #### -(-( 9**64 1e"
+ANNOTATIONS = "<< >> <<2+3=5>> 2+3=5 (1+2)=3 = + - * / // ** x % ( ) [ { 1 9 64 2.5 .5 1,000 cows $ #### -(-( 9**64 1e"
 CALCULATIONS = {  # each was an error or had no end
     "a tower": "9" + "**64" * 20,
     "a tower in brackets": "(" * 20 + "9" + "**64)" * 20,
@@ -27,11 +27,18 @@ CALCULATIONS = {  # each was an error or had no end
 
 
 @fuzzed
-@given(texts(NUMBERS))
-def test_any_text_is_read_as_a_number_or_none(text):
+@given(texts(NUMBERS) | texts(ANNOTATIONS))
+def test_any_text_is_read(text):
     for parser in (parse_number, last_number):
         value = timely(parser, text)
         assert value is None or isinstance(value, Fraction) and timely(plain, value)
+    value = timely(work_out, text)
+    assert value is None or max(value.numerator.bit_length(), value.denominator.bit_length()) <= MAX_BITS
+    for written in (text, f"It is <<{text}="):
+        result = timely(calculate, written)
+        assert result == "" or result.endswith(">>") and len(result) < 30
+    made = timely(to_program, Problem("train/0", f"There are {text} of them.", f"{text}\n#### 5", "5"))
+    assert bool(made.program) != bool(made.reason)
 
 
 @pytest.mark.parametrize("text", ["-" + " " * 1000, "-" + " " * 1000 + "x", "5" + " " * 5000 + "=", "$ " * 5000])
@@ -43,32 +50,10 @@ def test_a_value_of_thousands_of_decimals_is_written_as_a_fraction():
     assert plain(Fraction(1, 2**5000)) == f"1/{2**5000}"
 
 
-@fuzzed
-@given(texts(ANNOTATIONS))
-def test_any_annotation_has_a_value_or_none(text):
-    value = timely(work_out, text)
-    assert value is None or max(value.numerator.bit_length(), value.denominator.bit_length()) <= MAX_BITS
-
-
-@fuzzed
-@given(texts(ANNOTATIONS))
-def test_the_calculator_answers_in_time(text):
-    for written in (text, f"It is <<{text}="):
-        result = timely(calculate, written)
-        assert result == "" or result.endswith(">>") and len(result) < 30
-
-
 @pytest.mark.parametrize("expression", CALCULATIONS.values(), ids=CALCULATIONS)
 def test_a_calculation_without_end_is_none(expression):
     assert timely(work_out, expression) is None
     assert timely(calculate, f"So <<{expression}=") == ""
-
-
-@fuzzed
-@given(texts(ANNOTATIONS + " <<2+3=5>> 2+3=5 (1+2)=3"))
-def test_any_solution_is_a_program_or_refused(text):
-    made = timely(to_program, Problem("train/0", "There are 10 of them.", f"{text}\n#### 5", "5"))
-    assert bool(made.program) != bool(made.reason)
 
 
 def test_a_solution_without_end_is_refused():

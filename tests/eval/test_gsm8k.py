@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from tiny_gsm8k import json_rows, write_sums
 
+import sandbox
 from eval.gsm8k import Sample, check_counts, grade_code, grade_text, main, pass_at_k, read_outputs, scores
 from sandbox import Limits
 
@@ -140,6 +141,14 @@ def test_command_line(folder, capsys):
     main([code, "--data", str(folder), "--format", "code", "--workers", "1"])
     out = capsys.readouterr().out
     assert "83.33 %" in out and "invalid program          1  error" in out
+
+
+def test_programs_run_with_ones_own_rights_only_where_asked(folder, capsys, caplog):
+    code = write_outputs(folder / "code.jsonl", {i: f"import os; print(10 + {i} + 0 * os.getuid())" for i in range(6)})
+    sandbox.run._warn.cache_clear()
+    main([code, "--data", str(folder), "--format", "code", "--workers", "1", "--unsafe-run-as-me"])
+    assert "100.00 %" in capsys.readouterr().out
+    assert "mode unsafe-run-as-me, without another user: programs may do what user" in caplog.text
 
 
 @pytest.mark.parametrize(
