@@ -31,7 +31,7 @@ from sandbox.run import Limits, run_many
 
 ANNOTATION = re.compile(r"<<([^<>]*)>>")
 # What a calculation may hold: GSM8K's longest annotation has 30 characters, its longest sentence 350, 9 annotations.
-MAX_EXPONENT, MAX_BITS, MAX_LENGTH, MAX_SENTENCE, MAX_STEPS = 64, 4096, 200, 1000, 100
+MAX_EXPONENT, MAX_BITS, MAX_LENGTH, MAX_SENTENCE, MAX_TRIED = 64, 4096, 100, 1000, 30
 _OPERATION = re.compile(r"[^\s(][-+*/x]")
 _TOKEN = re.compile(r"\s*(?:(\d[\d,]*\.?\d*|\.\d+)|(\*\*|//|[-+*/()\[\]{}^xX×÷−–%]))")
 _AMOUNT = r"[$€£]?\d[\d,]*(?:\.\d+)?%?|[$€£]?\.\d+%?"
@@ -85,10 +85,10 @@ def to_program(problem: Problem) -> Conversion:
 
 def _program(problem: Problem) -> str:
     gold = parse_number(problem.gold)
-    asked = {parse_number(number) for number in re.findall(r"\d[\d,]*(?:\.\d+)?|\.\d+", problem.question)}
+    asked = {parse_number(number) for number in set(re.findall(r"\d[\d,]*(?:\.\d+)?|\.\d+", problem.question))}
     lines: list[str] = []
     steps: list[_Step] = []
-    sentence, refused = "", ""
+    sentence, refused, tried = "", "", 0
     for sentence in filter(str.strip, problem.solution.split("\n")):
         annotations = [text for text in ANNOTATION.findall(sentence) if _OPERATION.search(text.rpartition("=")[0])]
         plain = ANNOTATION.sub("", sentence)
@@ -99,8 +99,9 @@ def _program(problem: Problem) -> str:
         elif not annotations:
             spelt = map("=".join, _EQUATION.findall(_WORDS.sub(" ", plain)))
         for equation in annotations or spelt:
-            if len(steps) == MAX_STEPS:
-                raise Refused(f"more than {MAX_STEPS} steps")
+            tried += 1
+            if tried > MAX_TRIED:
+                raise Refused(f"more than {MAX_TRIED} calculations")
             try:
                 if found := _step(equation, steps, asked):
                     steps.append(found[0])
@@ -135,11 +136,11 @@ def _step(equation: str, steps: list[_Step], asked: set) -> tuple[_Step, str] | 
         return None
     values, name = {step.name: step.value for step in steps}, f"step_{len(steps) + 1}"
     # The steps before may be unrounded where the sentence rounds: its own numbers are the fallback.
-    for candidate in ([_reuse(token, steps, asked) for token in tokens], tokens):
-        text = _spaced(candidate)
-        if found := _rounded(text, _value(text, values), parts[-1], stated):
+    for text in dict.fromkeys(map(_spaced, ([_reuse(token, steps, asked) for token in tokens], tokens))):
+        value = _value(text, values)
+        if found := _rounded(text, value, parts[-1], stated):
             return _Step(name, found[1], stated), f"{name} = {found[0]}"
-    raise Refused("an annotation is false" if work_out(parts[0]) is not None else "an annotation cannot be computed")
+    raise Refused("an annotation is false" if value is not None else "an annotation cannot be computed")
 
 
 def work_out(expression: str) -> Fraction | None:

@@ -30,9 +30,13 @@ def texts(pieces: str) -> st.SearchStrategy[str]:
 
 
 def timely(parser, *inputs):
-    """What the parser makes of the inputs, which it must do in time and without an error."""
-    started = time.thread_time()
-    found = parser(*inputs)
-    taken = time.thread_time() - started
-    assert taken < MOST, f"{parser.__name__} took {1000 * taken:.0f} ms"
-    return found
+    """What the parser makes of the inputs, which it must do in time, at the best of three tries, and without an error:
+    the clock runs on while other programs hold the processor's caches."""
+    taken = MOST
+    for _ in range(3):
+        started = time.thread_time()
+        found = parser(*inputs)
+        taken = min(taken, time.thread_time() - started)
+        if taken < MOST:
+            return found
+    raise AssertionError(f"{parser.__name__} took more than {1000 * MOST:.0f} ms three times")

@@ -61,6 +61,6 @@ def test_a_solution_without_end_is_refused():
         return timely(to_program, Problem("train/0", "", answer, "8")).reason
 
     assert reason("1+" + "(" * 5000 + "\n#### 8").startswith("no step in a sentence of more than 1000")
-    assert reason("<<2+3=5>>\n" * 150 + "#### 8") == "more than 100 steps"
-    assert reason(f"<<{'1+' * 300}1=301>>\n#### 8") == "an annotation has more than 200 characters"
+    assert reason("<<2+3=5>>\n" * 150 + "#### 8") == "more than 30 calculations"
+    assert reason(f"<<{'1+' * 300}1=301>>\n#### 8") == "an annotation has more than 100 characters"
     assert reason("1+" + "(" * 900 + "\n#### 8").startswith("no step: ")
