@@ -21,6 +21,7 @@ from sandbox import run as sandbox
 if why := why_not():
     pytest.skip(why, allow_module_level=True)
 
+BRIEF = Limits(seconds=0.5, cpu_seconds=1, memory_bytes=256 << 20)
 SHORT = Limits(seconds=1, cpu_seconds=1, memory_bytes=256 << 20)
 PATIENT = Limits(seconds=20, cpu_seconds=5, memory_bytes=256 << 20)
 LIBC = "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n"
@@ -271,16 +272,15 @@ def test_another_program_is_out_of_reach(column):
     assert [r.stdout.split()[0] for r in results] == ["refused" if contained else "DONE", "refused"]
 
 
-def test_fork_bomb(column):
+def test_fork_bomb(mode):
     """Without a pause, in sessions of their own where they can be; and a chain whose links live for a moment each."""
-    _, mode = column
     comm = f"bomb{os.getpid()}"
     leave = "    try: os.setsid()\n    except OSError: pass\n"
     bomb = "while True:\n    try:\n        if os.fork(): continue\n    except OSError: pass\n" + leave
     chain = "while True:\n    try:\n        if os.fork(): os._exit(0)\n    except OSError: continue\n" + leave
     chain = "if os.fork(): time.sleep(60)\n" + chain
     for code in (bomb, chain):
-        result = run_program(rename(comm) + code, limits=SHORT, mode=mode)
+        result = run_program(rename(comm) + code, limits=BRIEF, mode=mode)
         assert result.status in ("timeout", "cpu") and named(comm) == [], (code, result)
     counted = "n = 0\nfor i in range(50):\n    try:\n        if not os.fork(): time.sleep(9)\n        n += 1\n"
     counted += "    except OSError: break\nprint(n)"
@@ -290,8 +290,7 @@ def test_fork_bomb(column):
     assert result.status == "ok" and (int(result.stdout) < SHORT.processes or shared)
 
 
-def test_children_die_with_the_program(column):
-    _, mode = column
+def test_children_die_with_the_program(mode):
     comm = f"orphan{os.getpid()}"
     session = "    try: os.setsid()\n    except OSError: pass\n"
     code = (
@@ -321,9 +320,8 @@ def test_deep_folders_are_taken_away(column, name):
     assert set(Path(tempfile.gettempdir()).glob("sandbox-*")) == left
 
 
-def test_every_call_of_the_filter_is_refused(column):
+def test_every_call_of_the_filter_is_refused(mode):
     """With arguments that make it fail otherwise, so that only the filter's error is EPERM."""
-    _, mode = column
     machine = list(confine.MACHINES).index(os.uname().machine)
     refused = confine.calls(confine.EVERYWHERE + (confine.SHARED if mode == "limits" else ""))
     numbers = {name: pair[machine] for name, pair in refused.items() if pair[machine] is not None}
@@ -356,14 +354,12 @@ def test_nothing_outside_is_seen_or_touched(mode):
     assert everybody.status in ("ok", "error", "killed")
 
 
-def test_no_privileges(column):
-    _, mode = column
+def test_no_privileges(mode):
     code = "print([line.split()[1] for line in open('/proc/self/status') if line.startswith(('CapEff', 'NoNewPrivs'))])"
     assert run_program(code, mode=mode).stdout == "['0000000000000000', '1']\n"
 
 
-def test_signals_to_the_parent_change_nothing(column):
-    _, mode = column
+def test_signals_to_the_parent_change_nothing(mode):
     attack = "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)\nos.kill(os.getppid(), signal.SIGSTOP)\nprint(1)"
     results = list(run_many([attack, "print(2)", attack, "print(4)"], 1, PATIENT, mode=mode))
     assert [r.stdout for r in results[1::2]] == ["2\n", "4\n"]
