@@ -153,6 +153,8 @@ class _Jail:
         missing = list(self.missing)
         if folder:
             try:
+                if survivors:
+                    raise OSError("its processes live on")
                 _remove(folder)
             except OSError as error:
                 missing.append(f"a clean end: {folder} could not be taken away ({error})")
@@ -373,7 +375,7 @@ def _claim_user() -> tuple[int, socket.socket]:
 def _remove(folder: str) -> None:
     """Takes a folder away, however deep: what lies in a folder is moved to the top, so that no path is long.
 
-    Nothing of the program lives any more; it may have locked its own folders."""
+    Nothing of the program may live any more, or it could lead us elsewhere. It may have locked its own folders."""
     top = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     os.chmod(f"{folder}/scratch", 0o700)
     names, left = map(str, itertools.count()), ["scratch"]
