@@ -63,5 +63,5 @@ def last_number(text: str) -> Fraction | None:
 
 
 def same_number(a: Fraction | float, b: Fraction | float) -> bool:
-    """Equal to TOLERANCE, relative to ``b`` where that is above 1."""
-    return abs(a - b) <= TOLERANCE * max(1, abs(b))
+    """Equal to TOLERANCE, relative to ``b`` where that is above 1. Exact: a Fraction may be too large for a float."""
+    return abs(a - b) <= Fraction(TOLERANCE) * max(1, abs(b))

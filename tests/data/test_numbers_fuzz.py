@@ -6,7 +6,7 @@ import pytest
 from fuzz import fuzzed, texts, timely
 from hypothesis import given
 
-from data.numbers import last_number, parse_number, plain
+from data.numbers import last_number, parse_number, plain, same_number
 from data.programs import MAX_BITS, Problem, to_program, work_out
 from data.prompts import calculate
 
@@ -31,7 +31,9 @@ CALCULATIONS = {  # each was an error or had no end
 def test_any_text_is_read(text):
     for parser in (parse_number, last_number):
         value = timely(parser, text)
-        assert value is None or isinstance(value, Fraction) and timely(plain, value)
+        assert (
+            value is None or isinstance(value, Fraction) and timely(plain, value) and timely(same_number, value, value)
+        )
     value = timely(work_out, text)
     assert value is None or max(value.numerator.bit_length(), value.denominator.bit_length()) <= MAX_BITS
     for written in (text, f"It is <<{text}="):
@@ -44,6 +46,12 @@ def test_any_text_is_read(text):
 @pytest.mark.parametrize("text", ["-" + " " * 1000, "-" + " " * 1000 + "x", "5" + " " * 5000 + "=", "$ " * 5000])
 def test_blanks_are_read_once(text):
     assert timely(parse_number, text) is None
+
+
+def test_numbers_beyond_floats_are_compared():
+    assert same_number(Fraction(10**400 + 1), Fraction(10**400)) and not same_number(Fraction(1), Fraction(10**400))
+    made = to_program(Problem("train/0", "", "2+3=5" + "64" * 300 + "\n#### 5", "5"))
+    assert made.reason.startswith("no step")
 
 
 def test_a_value_of_thousands_of_decimals_is_written_as_a_fraction():
