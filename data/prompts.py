@@ -21,6 +21,7 @@ from data.programs import Problem, code_targets, coverage_table
 from model.decoder_hub import config_and_tokenizer
 from model.weights import first_line
 from runtime.folder import parse_json
+from sandbox.run import probe
 
 PROMPTS = ("chat", "plain", "eight-shot")
 SHOTS = 8
@@ -159,9 +160,11 @@ def make_targets(
     problems: list[Problem], format: str, *, annotations: bool = True, cache="cache", progress: bool = False
 ) -> dict[str, str]:
     """id -> the text to train on; a problem without one is left out, and the coverage is logged. Programs are kept in a
-    file under ``cache`` whose name changes with the problems and with the code that makes programs."""
+    file under ``cache`` whose name changes with the problems and with the code that makes programs. Raises ValueError
+    where programs cannot be run."""
     if format == "text":
         return {p.id: text_target(p, annotations=annotations) for p in problems}
+    probe()  # kept programs need no sandbox, answers will
     key = hashlib.sha256(b"".join(Path(module.__file__).read_bytes() for module in (programs, numbers)))
     for p in problems:
         key.update(f"{p.id}\0{p.question}\0{p.answer_text}\0".encode())

@@ -117,6 +117,10 @@ def test_programs_are_made_once(problems, tmp_path, monkeypatch):
     (kept,) = tmp_path.iterdir()
     monkeypatch.setattr("data.prompts.code_targets", None)  # it is not called again
     assert make_targets(problems, "code", cache=tmp_path) == first
+    with monkeypatch.context() as patch:  # no sandbox: found out before training, not by the answers
+        patch.setattr("data.prompts.probe", lambda: int("no sandbox"))
+        with pytest.raises(ValueError, match="no sandbox"):
+            make_targets(problems, "code", cache=tmp_path)
     kept.write_text("{")
     with pytest.raises(ValueError, match="is not JSON .*; delete it, it is made again"):
         make_targets(problems, "code", cache=tmp_path)
