@@ -243,7 +243,8 @@ def main(argv: list[str] | None = None) -> int:
         state |= meter.state_dict() | {"optimizer": optimizer.state_dict(), "fot": rule.state_dict(), "room": room}
         run.save("last.pt", state | {"alpha": alpha_of(meter.step)})
 
-    run.start(cfg, "finetune_gsm8k.py", meter.step if checkpoint else None)
+    with user_errors():
+        run.start(cfg, "finetune_gsm8k.py", checkpoint)
     if world.main:
         if meter.step < cfg.steps:
             answers.forget(run.path)

@@ -266,7 +266,8 @@ def main(argv: list[str] | None = None) -> int:
 
     places = [part for rank in range(world.size) for part in micro_batches(rank)]
     padding = summaries.padding_share(train, (batches.indices(i)[p] for i in range(batches.per_epoch) for p in places))
-    run.start(cfg, "finetune_seq2seq.py", meter.step if checkpoint else None)
+    with user_errors():
+        run.start(cfg, "finetune_seq2seq.py", checkpoint)
     if world.main:
         print("\n".join(split["label"] for split in about.values()))
         print(

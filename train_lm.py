@@ -195,7 +195,8 @@ def main(argv: list[str] | None = None) -> int:
         state |= meter.state_dict() | {"optimizer": moments, "fot": rule.state_dict(), "alpha": alpha_of(meter.step)}
         run.save("last.pt", state)
 
-    run.start(cfg, "train_lm.py", meter.step if checkpoint else None)
+    with user_errors():
+        run.start(cfg, "train_lm.py", checkpoint)
     if world.main:
         print(
             f"{out}: {cfg.model}, {parameters / 1e6:.1f} M parameters, loss {cfg.loss}, {dtype} on {world.size} x "

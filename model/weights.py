@@ -9,7 +9,6 @@ import math
 import os
 import pickle
 import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,8 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
+
+from runtime.staging import staged
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 # Prefixes of wrapped models' tensors: who adds them, and what is within.
@@ -233,26 +234,3 @@ def save_tensors(tensors: Iterable[tuple[str, Tensor]], path: Path) -> None:
     """One safetensors file of the tensors, each copied to the CPU as it comes."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors}
     safetensors.torch.save_file(contiguous, path, metadata={"format": "pt"})
-
-
-@contextmanager
-def staged(folder: Path, last: str):
-    """A temporary folder beside ``folder`` to write to. What it holds moves to ``folder`` when the block ends well.
-
-    A new ``folder`` appears whole or not at all. In one that exists each file is replaced whole, ``last`` after all
-    others. Raises ValueError where ``folder`` is a file."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file; expected the name of a folder to write to")
-    folder = folder.absolute()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.parent / f".{folder.name}.{os.getpid()}.tmp"
-    try:
-        temporary.mkdir()
-        yield temporary
-        if not folder.exists():
-            os.replace(temporary, folder)
-        else:
-            for path in sorted(temporary.iterdir(), key=lambda p: p.name == last):
-                os.replace(path, folder / path.name)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

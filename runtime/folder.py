@@ -3,40 +3,31 @@
 import contextlib
 import dataclasses
 import datetime
+import errno
+import importlib.util
 import json
 import os
-import pickle
 import platform
 import shutil
 import subprocess
 import sys
 import time
-import uuid
-import zipfile
 from importlib.metadata import distributions
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from runtime.checkpoint import load_checkpoint, save_checkpoint
 from runtime.cli import changeable, roles
 from runtime.machine import World, device_name
+from runtime.staging import LOCK, TEMPORARY, probe, release_lock, remove, staged, sweep, take_lock, write_bytes
 
 TREE = Path(__file__).resolve().parents[1]
+CHECKPOINTS = ("last.pt", "previous.pt", "best.pt")
+# What a run writes before its first step.
+BEGINNING = {LOCK, "environment.json", "source", "flags.json", "config.json", "metrics.jsonl", "wandb", "profile.json"}
 PACKAGES = ("torch", "triton", "numpy", "tiktoken", "tokenizers", "datasets", "safetensors")
-
-
-def write_bytes(path: Path, writer) -> None:
-    """Atomic: ``writer(file)`` fills a temporary file, which is flushed to disk and renamed to ``path``."""
-    tmp = path.with_name(f"{path.name}.tmp{uuid.uuid4().hex}")
-    try:
-        with open(tmp, "wb") as f:
-            writer(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(tmp, path)
-    finally:
-        tmp.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value) -> None:
@@ -58,13 +49,41 @@ def parse_json(text: str | bytes, where: str | Path, advice: str = ""):
         raise ValueError(f"{where}{line} is not JSON ({e.msg}){advice}") from None
     except UnicodeDecodeError:
         raise ValueError(f"{where} is not UTF-8{advice}") from None
+    except RecursionError:
+        raise ValueError(f"{where} is nested too deeply{advice}") from None
+
+
+def parse_object(text: str | bytes, where: str | Path, advice: str = "") -> dict:
+    """`parse_json` of what has to be an object."""
+    value = parse_json(text, where, advice)
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} holds no JSON object{advice}")
+    return value
 
 
 def read_metrics(path: Path, kind: str | None = None) -> list[dict]:
     """Rows of a ``metrics.jsonl``, of one kind if given. Raises ValueError naming a broken line."""
-    lines = enumerate(path.read_text().splitlines(), 1)
-    rows = [parse_json(line, f"{path} line {number}") for number, line in lines]
+    rows, broken = whole_rows(path)
+    if broken:
+        raise ValueError(
+            f"{path} line {broken[0]} is no row of metrics; --resume leaves such lines out and counts them"
+        )
     return [r for r in rows if kind is None or r["kind"] == kind]
+
+
+def whole_rows(path: Path) -> tuple[list[dict], list[int]]:
+    """The rows of a ``metrics.jsonl``, and the numbers of the lines that are none. ([], []) where there is no file."""
+    rows, broken = [], []
+    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else (), 1):
+        try:
+            row = parse_object(line, path)
+        except ValueError:
+            row = {}
+        if isinstance(row.get("step"), int) and isinstance(row.get("kind"), str):
+            rows.append(row)
+        else:
+            broken.append(number)
+    return rows, broken
 
 
 def environment(device: torch.device) -> dict:
@@ -109,7 +128,7 @@ def same_config(path: Path, old: dict, new: dict, free: tuple[str, ...], default
     diff = [k for k in new if k not in free and was.get(k) != new[k]]
     if diff:
         what = ", ".join(f"{k} was {was.get(k)!r}, now {new[k]!r}" for k in diff)
-        raise ValueError(f"--resume: {path} is of a different run ({what})")
+        raise ValueError(f"{path} is of a different run ({what})")
 
 
 class RunFolder:
@@ -121,6 +140,7 @@ class RunFolder:
         self.path, self.world = Path(path), world
         self._metrics = self._wandb = None
         self._place, self._looked_at, self._modules = "source", set(), 0
+        self._anew, self._rows = False, 0
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -128,58 +148,117 @@ class RunFolder:
     def enter(self, cfg) -> dict | None:
         """The checkpoint that a run of ``cfg`` goes on from (flags out, resume, resume_from); None for a new run.
 
-        Raises ValueError: not resuming and the folder is in use, resuming and there is no run, resuming with another
-        config, or from a file that is no whole checkpoint of a training."""
-        held = self / "config.json"
-        if not cfg.resume:
-            if self.path.is_file() or (self.path.is_dir() and any(self.path.iterdir())):
-                what = "already holds a run" if held.exists() else "exists and is not an empty folder"
-                raise ValueError(f"{self.path} {what}; give another --out, or --resume to go on with it")
+        A folder whose run ended before its first checkpoint begins anew, with --resume and without, where the config is
+        the same. Raises ValueError: not resuming and the folder is in use, resuming and there is no run, resuming with
+        another config, or from a file that is no whole checkpoint of a training, another process holds the folder, or
+        a package is missing; OSError where nothing can be written there."""
+        self._check_place(cfg)
+        found = self._found()
+        held, saved = self / "config.json", [name for name in CHECKPOINTS if name in found]
+        if "config.json" not in found:
+            if found - BEGINNING:
+                what = "has no config.json" if cfg.resume else "exists and is not an empty folder"
+                raise ValueError(f"{self.path} {what}; give another --out")
+            if cfg.resume and not found:
+                where = f"{self.path} (no config.json)"
+                raise ValueError(f"--resume: no run in {where}; check --out or start without --resume")
+            self._anew = bool(found)
+            self._hold()
             return None
-        if not held.exists():
-            raise ValueError(f"--resume: no run in {self.path} (no config.json); check --out or start without --resume")
-        old = parse_json(held.read_text(), held, "; the run cannot be resumed")
+        self._hold()
+        if saved and not cfg.resume:
+            raise ValueError(f"{self.path} already holds a run; give another --out, or --resume to go on with it")
         defaults = {f.name: f.default for f in dataclasses.fields(cfg)}
         now = dict(new=dataclasses.asdict(cfg), free=changeable(type(cfg)), defaults=defaults)
-        same_config(self.path, old, **now)
+        old = parse_object(held.read_bytes(), held, "; the run cannot be resumed")
+        try:
+            same_config(self.path, old, **now)
+        except ValueError as e:
+            raise e if cfg.resume else ValueError(f"{self.path} already holds a run: {e}; give another --out") from None
+        if not cfg.resume_from and not set(saved) & {"last.pt", "previous.pt"}:
+            validated = {row["step"] for row in whole_rows(self / "metrics.jsonl")[0] if row["kind"] == "val"}
+            if saved and len(validated) > 1:  # best.pt, from more than the moment between its first and last.pt
+                raise ValueError(f"{self.path} has lost last.pt and previous.pt; best.pt holds weights only")
+            self._anew = True
+            return None
         path = Path(cfg.resume_from or self / "last.pt")
         checkpoint = load_checkpoint(path)
         if "optimizer" not in checkpoint:
             raise ValueError(f"{path} holds weights only; resume from last.pt or previous.pt")
+        if not isinstance(checkpoint.get("config"), dict) or not isinstance(checkpoint.get("step"), int):
+            raise ValueError(f"{path} is no checkpoint of ours: it says neither config nor step")
         same_config(path, checkpoint["config"], **now)
         return checkpoint
 
-    def start(self, cfg, script: str, resume_step: int | None) -> None:
-        """Creates the folder of ``script``'s run, or, resuming, drops the metrics after ``resume_step``."""
+    def _found(self) -> set[str]:
+        """Names in the folder, without the lock and what a killed write left."""
+        names = {p.name for p in self.path.iterdir()} if self.path.is_dir() else set()
+        return {name for name in names - {LOCK} if not name.startswith(TEMPORARY)}
+
+    def _hold(self) -> None:
+        """The lock of a folder of ours that is there already. Raises ValueError where another process has it."""
+        if self.world.main and self.path.is_dir():
+            take_lock(self.path)
+
+    def _check_place(self, cfg) -> None:
+        """Raises ValueError and OSError where no run can be in the folder, or none be logged as asked for."""
+        if self.path.is_symlink() and not self.path.exists():
+            raise ValueError(f"{self.path} is a link to {self.path.readlink()}, which is not there; give another --out")
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"{self.path} exists and is not a folder; give another --out")
+        if self.world.main:
+            probe(self.path)
+        if cfg.wandb and importlib.util.find_spec("wandb") is None:
+            raise ValueError("--wandb needs the package wandb: pip install -r requirements-optional.txt")
+
+    def start(self, cfg, script: str, checkpoint: dict | None) -> None:
+        """Creates the folder of ``script``'s run, or, resuming, drops the metrics after the ``checkpoint``. What is
+        dropped otherwise is counted and said. Raises ValueError where another run has begun here since `enter`."""
         if not self.world.main:
             return
-        config = dataclasses.asdict(cfg)
-        metrics = self / "metrics.jsonl"
-        if resume_step is None:
-            self.path.mkdir(parents=True, exist_ok=True)
+        config, step = dataclasses.asdict(cfg), checkpoint and checkpoint["step"]
+        metrics, lost = self / "metrics.jsonl", 0
+        self.path.mkdir(parents=True, exist_ok=True)
+        take_lock(self.path)
+        if checkpoint is None and not self._anew and self._found():
+            raise ValueError(f"{self.path} already holds a run, which has begun since; give another --out")
+        sweep(self.path)
+        rows, broken = whole_rows(metrics)
+        if checkpoint is None:
+            if self._anew:
+                also = " and its best.pt" * (self / "best.pt").exists()
+                rows_of = f"the {len(rows)} rows{also}" if rows or also else "nothing"
+                why = "a run began here and left no checkpoint to go on from"
+                print(f"{self.path}: {why}: begins anew, drops {rows_of}")
+                for name in ("metrics.jsonl", "best.pt", "source"):
+                    remove(self / name)
             write_json(self / "environment.json", environment(self.world.device))
             self._keep_sources()
             write_json(self / "flags.json", roles(type(cfg)))
             write_json(self / "config.json", config | {"script": script})  # last: a folder with a config is a run
         else:
-            for stale in self.path.glob("*.tmp*"):  # of a killed write
-                stale.unlink()
             # A kill can leave a half-written last line; whatever is after the checkpoint is redone.
-            kept = []
-            with contextlib.suppress(json.JSONDecodeError):
-                for line in metrics.read_text().splitlines() if metrics.exists() else []:
-                    kept += [line + "\n"] if json.loads(line)["step"] <= resume_step else []
-            write_bytes(metrics, lambda f: f.write("".join(kept).encode()))
-        self._metrics = open(metrics, "a", buffering=1)  # noqa: SIM115 - closed by finish()
+            kept = [row for row in rows if row["step"] <= step]
+            last = len(rows) + len(broken)
+            lost = max(checkpoint.get("rows", len(kept) + len([n for n in broken if n < last])) - len(kept), 0)
+            write_bytes(metrics, lambda f: f.write("".join(json.dumps(row) + "\n" for row in kept).encode()))
+            lines = f" (broken lines {', '.join(map(str, broken[:5]))}{', ...' * (len(broken) > 5)})" if broken else ""
+            if lost:
+                print(f"{metrics}: {lost} of the {len(kept) + lost} rows up to step {step} are lost{lines}")
+            self._rows = len(kept)
+        self._metrics = open(metrics, "ab", buffering=0)  # noqa: SIM115 - closed by finish()
         if cfg.wandb:
             import wandb
 
             how = dict.fromkeys(("name", "id"), self.path.name)  # the same id when the run is resumed: it goes on there
-            self._wandb = wandb.init(project=cfg.wandb, dir=str(self.path), config=config, resume="allow", **how)
-        if resume_step is not None:
-            self._place = f"source-{resume_step}"
-            changed = self._keep_sources()
-            self.log("event", resume_step, event="resumed", world_size=self.world.size, changed_code=changed or None)
+            try:
+                self._wandb = wandb.init(project=cfg.wandb, dir=str(self.path), config=config, resume="allow", **how)
+            except Exception as e:  # no account, no network, its own errors
+                raise ValueError(f"--wandb {cfg.wandb}: {str(e).splitlines()[0]}; WANDB_MODE=offline needs none") from e
+        if checkpoint is not None:
+            self._place = f"source-{step}"
+            also = dict(world_size=self.world.size, changed_code=self._keep_sources() or None)
+            self.log("event", step, event="resumed", **also, **({"lost_rows": lost} if lost else {}))
 
     def _keep_sources(self) -> str:
         """Copies the modules imported since the last call that are not kept yet, or not as what they are now; says and
@@ -202,13 +281,16 @@ class RunFolder:
 
     def log(self, kind: str, step: int, **values) -> None:
         """Appends one row to ``metrics.jsonl`` (rank 0), and to Weights & Biases where it is asked for."""
-        if not self._metrics:
+        if self._metrics is None:
             return
         # Some are imported when they are needed, the Triton kernels for one.
         if len(sys.modules) != self._modules and (changed := self._keep_sources()):
             self.log("event", step, event="other_code", changed_code=changed)
         row = _finite(values)
-        self._metrics.write(json.dumps({"kind": kind, "step": step} | row) + "\n")
+        line = (json.dumps({"kind": kind, "step": step} | row) + "\n").encode()
+        if self._metrics.write(line) < len(line):
+            raise OSError(errno.ENOSPC, "a row of metrics was cut off; free some space", str(self / "metrics.jsonl"))
+        self._rows += 1
         if self._wandb and kind != "event":
             self._wandb.log({f"{kind}/{k}": v for k, v in row.items()}, step=step)
 
@@ -217,20 +299,21 @@ class RunFolder:
         return read_metrics(self / "metrics.jsonl", kind)
 
     def save(self, name: str, state: dict) -> None:
-        """Writes a checkpoint atomically (rank 0); ``last.pt`` keeps its predecessor as ``previous.pt``."""
+        """Writes a checkpoint atomically (rank 0), with the number of rows logged so far; ``last.pt`` keeps its
+        predecessor as ``previous.pt``."""
         if not self.world.main:
             return
         path = self / name
-        if name == "last.pt" and path.exists():
-            # A second name for the old file, not a move: there is a good last.pt at every moment.
-            link = self / "previous.pt.tmp"
-            link.unlink(missing_ok=True)
+        keep = self._keep_previous if name == "last.pt" and path.exists() else lambda: None
+        save_checkpoint(path, state | {"rows": self._rows}, before=keep)
+
+    def _keep_previous(self) -> None:
+        """A second name for last.pt, not a move: there is a good last.pt at every moment."""
+        with staged(self / "previous.pt") as link:
             try:
-                os.link(path, link)
+                os.link(self / "last.pt", link)
             except OSError:  # a file system without hard links
-                shutil.copyfile(path, link)
-            os.replace(link, self / "previous.pt")
-        write_bytes(path, lambda f: torch.save(state, f))
+                shutil.copyfile(self / "last.pt", link)
 
     def ended(self, ending: str | None, step: int, signal_name: str | None) -> int | None:
         """Logs why the loop ended (diverged, stopped, early_stop; None: at its last step). The exit code of a run that
@@ -259,7 +342,8 @@ class RunFolder:
 
     def finish(self, code: int) -> int:
         """Closes everything that a script opened; returns ``code``, the script's exit code."""
-        if self._metrics:
+        release_lock(self.path)
+        if self._metrics is not None:
             self._metrics.close()
         if self._wandb:
             self._wandb.finish(exit_code=code)
@@ -269,27 +353,3 @@ class RunFolder:
             # last collective when the interpreter ends aborts the process (26 of 80 short programs; none after this).
             time.sleep(0.1)
         return code
-
-
-def load_checkpoint(path: str | Path) -> dict:
-    """Reads a checkpoint written by ``RunFolder.save`` and verifies its checksums. Raises ValueError naming the file,
-    and an older good one beside it, when it is missing, truncated or corrupt."""
-    path, older = Path(path), Path(path).with_name("previous.pt")
-    hint = f"; an older good one is {older} (pass --resume-from {older})" if older != path and _intact(older) else ""
-    if not path.is_file():
-        raise ValueError(f"no checkpoint {path}{hint}")
-    if not _intact(path):
-        raise ValueError(f"checkpoint {path} is truncated or corrupt{hint}")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError) as e:
-        raise ValueError(f"{path} is no checkpoint of ours ({str(e).splitlines()[0]})") from e
-
-
-def _intact(path: Path) -> bool:
-    """Whether the zip that torch.save wrote is whole: directory present, every CRC-32 right."""
-    try:
-        with zipfile.ZipFile(path) as z:
-            return z.testzip() is None
-    except (zipfile.BadZipFile, OSError, EOFError):
-        return False

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -119,7 +120,7 @@ def test_a_run_that_is_resumed_under_other_code_keeps_both_and_says_so(tree, tmp
 
     def resumed(step: int) -> list[dict]:
         run = RunFolder(tmp_path / "run", World(0, 1, torch.device("cpu")))
-        run.start(replace(cfg, resume=True), "script.py", step)
+        run.start(replace(cfg, resume=True), "script.py", {"step": step})
         run.finish(0)
         return run.rows("event")
 
@@ -139,7 +140,7 @@ def test_a_module_that_is_imported_late_in_a_resumed_run_is_compared_too(tree, t
     imported.remove("late.py")
     (root / "late.py").write_text("hacked = True\n")
     run = RunFolder(tmp_path / "run", World(0, 1, torch.device("cpu")))
-    run.start(replace(cfg, resume=True), "script.py", 3)
+    run.start(replace(cfg, resume=True), "script.py", {"step": 3})
     assert not list((tmp_path / "run").glob("source-*"))
     imported.append("late.py")
     monkeypatch.setitem(sys.modules, "late", folder)
@@ -193,3 +194,148 @@ def test_settings_without_defaults_must_be_there():
     with pytest.raises(ValueError, match="b was None, now 2"):
         same_config(Path("x"), {"a": 1}, {"a": 1, "b": 2}, ())
     same_config(Path("x"), {"a": 1, "b": 1}, {"a": 1, "b": 2}, ("b",))
+
+
+def test_a_folder_whose_run_left_no_checkpoint_begins_anew(tmp_path, capsys):
+    """Whatever a kill before the first checkpoint leaves, the same command and --resume go on with."""
+    cfg = Config(out=str(tmp_path / "run"))
+    start(tmp_path / "run", cfg).finish(0)
+    for left in (
+        [],  # all that `start` writes
+        ["config.json", "metrics.jsonl"],
+        ["config.json", "flags.json", "metrics.jsonl", "environment.json"],
+    ):
+        for resume in (False, True):
+            for name in left:
+                (tmp_path / "run" / name).unlink(missing_ok=True)
+            (tmp_path / "run" / ".tmp-01").touch()
+            run = start(tmp_path / "run", replace(cfg, resume=resume))
+            run.log("train", 1)
+            run.finish(0)
+            assert "begins anew" in capsys.readouterr().out and [r["step"] for r in run.rows("train")] == [1]
+            assert not (run / ".tmp-01").exists() and (run / "source/runtime/folder.py").exists()
+    with pytest.raises(ValueError, match=r"already holds a run: .* \(lr was 0.001, now 0.5\); give another --out"):
+        run.enter(replace(cfg, lr=0.5))
+    # best.pt of the moment between the first best.pt and last.pt is replaced; of a longer run it is kept.
+    run = start(tmp_path / "run", cfg)
+    run.log("val", 5)
+    run.save("best.pt", {"step": 5})
+    run.finish(0)
+    capsys.readouterr()
+    start(tmp_path / "run", replace(cfg, resume=True)).log("val", 5)
+    assert "drops the 1 rows and its best.pt" in capsys.readouterr().out and not (run / "best.pt").exists()
+    run.save("best.pt", {"step": 5})
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "val", "step": 10}\n')
+    with pytest.raises(ValueError, match="has lost last.pt and previous.pt; best.pt holds weights only"):
+        run.enter(replace(cfg, resume=True))
+
+
+def test_a_place_that_cannot_hold_a_run_is_refused_before_anything_is_written(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    bad = {
+        "file": (ValueError, "is not a folder"),
+        "link": (ValueError, "is a link to .*gone, which is not there"),
+        "file/run": (OSError, "cannot be written"),
+        "x" * 256: (OSError, "too long"),
+    }
+    for name, (kind, says) in bad.items():
+        with pytest.raises(kind, match=says):
+            start(tmp_path / name)
+    with pytest.raises(ValueError, match="/dev/null exists and is not a folder"):
+        start(Path("/dev/null"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "link"]
+
+
+def test_a_missing_wandb_is_found_out_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="--wandb needs the package wandb"):
+        start(tmp_path / "run", Config(out=str(tmp_path / "run"), wandb="project"))
+    assert not list(tmp_path.iterdir())
+
+
+TRAINS = """
+import sys, time, torch
+from pathlib import Path
+from tests_config import Config
+from runtime.folder import RunFolder
+from runtime.machine import World
+cfg = Config(out=sys.argv[1])
+run = RunFolder(sys.argv[1], World(0, 1, torch.device("cpu")))
+run.enter(cfg)
+run.start(cfg, "script.py", None)
+print("started", flush=True)
+time.sleep(100)
+"""
+
+
+def test_a_second_run_in_a_folder_is_refused_while_the_first_one_lives(tmp_path):
+    """Before its first checkpoint and after; also one that looked at the folder before the first one made it."""
+    source = Path(__file__).read_text().split("\n\n\ndef start")[0]
+    (tmp_path / "tests_config.py").write_text(source.replace("Path(__file__).parents[2]", f"Path({str(ROOT)!r})"))
+    late = RunFolder(tmp_path / "run", World(0, 1, torch.device("cpu")))
+    cfg = Config(out=str(tmp_path / "run"))
+    assert late.enter(cfg) is None
+    env = os.environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    first = subprocess.Popen([sys.executable, "-c", TRAINS, tmp_path / "run"], env=env, stdout=subprocess.PIPE)
+    assert first.stdout.readline() == b"started\n"
+    for again in (cfg, replace(cfg, resume=True)):
+        with pytest.raises(ValueError, match=f"is in use by process {first.pid}"):
+            start(tmp_path / "run", again)
+    with pytest.raises(ValueError, match=f"is in use by process {first.pid}"):
+        late.start(cfg, "script.py", None)
+    first.kill()
+    first.wait()
+    first.stdout.close()
+    with pytest.raises(ValueError, match="already holds a run, which has begun since"):
+        late.start(cfg, "script.py", None)
+    start(tmp_path / "run", cfg).finish(0)
+
+
+@pytest.mark.parametrize("damage", ["first line", "zeros", "no object", "gone"])
+def test_rows_that_are_lost_are_counted_and_said(tmp_path, damage, capsys):
+    cfg = Config(out=str(tmp_path / "run"))
+    run = start(tmp_path / "run", cfg)
+    for step in range(1, 6):
+        run.log("train", step, loss=1.0)
+    run.save("last.pt", {"config": {"lr": cfg.lr}, "optimizer": {}, "step": 5})
+    run.log("train", 6, loss=1.0)  # after the checkpoint: it is made again
+    run.finish(0)
+    path = run / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    if damage == "gone":
+        path.unlink()
+    else:
+        lines[0] = {"first line": b'{"kind"\n', "zeros": bytes(30) + b"\n", "no object": b"[5]\n"}[damage]
+        path.write_bytes(b"".join(lines) + b'{"kind": "tr')  # a kill's last line is no loss
+        with pytest.raises(ValueError, match="line 1 is no row of metrics"):
+            read_metrics(path)
+    again = RunFolder(run.path, run.world)
+    again.start(replace(cfg, resume=True), "script.py", again.enter(replace(cfg, resume=True)))
+    again.finish(0)
+    lost = 5 if damage == "gone" else 1
+    assert f"{lost} of the 5 rows up to step 5 are lost" in capsys.readouterr().out
+    assert [r["step"] for r in again.rows("train")] == list(range(1 + lost, 6))
+    assert again.rows("event")[-1]["lost_rows"] == lost
+
+
+@pytest.mark.parametrize("held", [b"[1]", b"5", b'{"a": 1', b"\xff\xfe\x00", b"[" * 100_000], ids=str)
+def test_a_config_that_is_no_object_is_one_line(tmp_path, held):
+    cfg = Config(out=str(tmp_path / "run"), resume=True)
+    run = start(tmp_path / "run", replace(cfg, resume=False))
+    run.save("last.pt", {"config": {"lr": cfg.lr}, "optimizer": {}, "step": 5})
+    run.finish(0)
+    (run / "config.json").write_bytes(held)
+    with pytest.raises(ValueError, match="config.json.*the run cannot be resumed"):
+        run.enter(cfg)
+
+
+def test_a_checkpoint_of_something_else_is_one_line(tmp_path):
+    cfg = Config(out=str(tmp_path / "run"))
+    run = start(tmp_path / "run", cfg)
+    run.finish(0)
+    for state in ({"optimizer": {}}, {"optimizer": {}, "config": [1], "step": 1}, {"optimizer": {}, "config": {}}):
+        run.save("last.pt", state)
+        with pytest.raises(ValueError, match="is no checkpoint of ours"):
+            run.enter(replace(cfg, resume=True))
