@@ -30,12 +30,13 @@ from kernels import Calibration, linear_score
 from kernels.losses import alpha_at, make_score
 from model import lora, lora_hub
 from model.decode import Request, cache_length
-from runtime.cli import StopRequest, opt, parse_config, user_errors
+from runtime.cli import opt, parse_config, user_errors
 from runtime.flags import flag, knobs
-from runtime.folder import RunFolder, load_checkpoint
+from runtime.folder import RunFolder
 from runtime.machine import start_world, to_device
 from runtime.meter import Meter
 from runtime.optim import adamw, meeting, on_ranks, rule_of, take_step
+from runtime.process import command
 from schedules import SCHEDULE_FREE, averaged, rule_reads
 
 # For the gate alone one in so many of the prompt's targets will do: their head costs as much as the answer's.
@@ -159,6 +160,7 @@ def ks(cfg: Config) -> list[int]:
 # the experiment
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     cfg = parse_config(Config, argv, __doc__)
     with user_errors():
@@ -260,21 +262,15 @@ def main(argv: list[str] | None = None) -> int:
     writing = dict(format=cfg.format, max_new_tokens=cfg.generate_tokens, batch=cfg.eval_batch)
     writing |= dict(stop=[s for s in cfg.stop.split("|") if s], calculator=cfg.format == "text" and cfg.calculator)
 
-    def examined(folder: Path) -> tuple[dict | None, dict]:
-        """The summary's entries of answers and of solutions, None where a signal ended it, and reliability."""
-        stop = StopRequest()
+    def examined(folder: Path) -> tuple[dict, dict]:
+        """The summary's entries of answers and of solutions, and reliability. A signal loses the answers of a batch."""
         lora.set_segments(model, None)
         sets = {"val": heldout_rows, "test": test_rows}
         sure, bins = answers.solutions(model, sets, cfg.loss_on, cfg.micro_batch, world, impl=cfg.kernels)
         drawn = dict(samples=cfg.samples, temperature=cfg.temperature, seed=cfg.seed, k=ks(cfg))
-        drawn |= {"stopping": lambda: bool(stop.signal)}
         with user_errors():
             subject = (lora.merged(model) if cfg.merge else model).eval()
-            found = answers.examine(subject, test, prompter, folder, world, **writing, **drawn)
-        stop.restore()
-        if found is None and world.main:
-            print(f"{stop.signal}: stopped while generating; the same command with --resume goes on from its answers")
-        return found and found | sure, bins
+            return answers.examine(subject, test, prompter, folder, world, **writing, **drawn) | sure, bins
 
     def held_right() -> dict:
         """pass@1 of the held-out problems, where that is what is best."""
@@ -285,10 +281,7 @@ def main(argv: list[str] | None = None) -> int:
 
     if cfg.before and not (run / "before" / "summary.json").exists():
         save()
-        found, _ = examined(run / "before")
-        if found is None:
-            return run.finish(0)
-        run.write("before/summary", found)
+        run.write("before/summary", examined(run / "before")[0])
 
     # -- loop ----------------------------------------------------------------------------------
     share = cfg.batch // world.size  # of a step's problems, this rank's
@@ -375,11 +368,11 @@ def main(argv: list[str] | None = None) -> int:
     with user_errors(), averaged(optimizer):
         if cfg.report == "best":
             world.wait()
-            lora_hub.put_tensors(model, load_checkpoint(run / "best.pt")["model"])
+            lora_hub.put_tensors(model, run.load("best.pt")["model"])
         if world.main:
             lora_hub.save_adapter(model, run / "adapter", cfg.model)
         graded, bins = examined(run.path)
-    if graded is None or not world.main:
+    if not world.main:
         return run.finish(0)
     rows, vals = run.rows("train"), run.rows("val")
     reported = meter.best["step"] if cfg.report == "best" else meter.step

@@ -36,6 +36,7 @@ from runtime.folder import RunFolder
 from runtime.machine import start_world
 from runtime.meter import Meter
 from runtime.optim import adamw, meeting, on_ranks, restore_training_state, rule_of, take_step, training_state
+from runtime.process import command
 from schedules import averaged
 
 # ----------------------------------------------------------------------------------------------
@@ -185,6 +186,7 @@ def forwards(model: Seq2Seq, pairs, rows: int, world):
 # the experiment
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     cfg = parse_config(Config, argv, __doc__, complete=complete)
     with user_errors():

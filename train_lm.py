@@ -29,10 +29,11 @@ from model.gpt2 import GPT2, SIZES, GPT2Config, decay_groups, flops_per_token, p
 from model.gpt2_hub import load_hf
 from runtime.cli import opt, parse_config, user_errors
 from runtime.flags import flag, knobs
-from runtime.folder import RunFolder, load_checkpoint
+from runtime.folder import RunFolder
 from runtime.machine import start_world, to_device
 from runtime.meter import Meter
 from runtime.optim import adamw, meeting, on_ranks, restore_training_state, rule_of, take_step, training_state
+from runtime.process import command
 from schedules import SCHEDULE_FREE, averaged
 
 # ----------------------------------------------------------------------------------------------
@@ -132,6 +133,7 @@ def forwards(model: GPT2, windows: Windows, rows: int, world):
 # the experiment
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     cfg = parse_config(Config, argv, __doc__)
     with user_errors():
@@ -259,7 +261,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # -- evaluation: of the file that stays, on every rank ---------------------------------------
     world.wait()
-    kept = load_checkpoint(run / f"{cfg.report}.pt")
+    kept = run.load(f"{cfg.report}.pt")
     final = GPT2(shape, dtype)
     final.load_state_dict(kept["model"])
     final.to(device).eval()

@@ -7,7 +7,7 @@ The answers are made in one stream, kept as they end, and graded by every rule. 
 import hashlib
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -97,9 +97,8 @@ def write_answers(
     seed: int = 0,
     stop: Sequence[str] = (),
     calculator: bool = False,
-    stopping: Callable[[], bool] = lambda: False,
-) -> Answers | None:
-    """A greedy answer and ``samples`` random ones to each problem; None where ``stopping()`` ended it early.
+) -> Answers:
+    """A greedy answer and ``samples`` random ones to each problem.
 
     Each rank appends an answer to its part file in ``folder`` as it ends, so that a kill loses only the ``batch`` that
     are being written; a later call makes what is missing. Every sample has random numbers of its own, so it does not
@@ -137,27 +136,21 @@ def write_answers(
                 file.write(json_line(row | {"tokens": one.tokens + [one.end] * (one.reason == "eos")}))
                 tokens += len(one.tokens)
                 bar.update()
-            if stopping():
-                break
-    totals = world.all_reduce(torch.tensor([tokens, int(stopping())], device=world.device)).tolist()
-    if totals[1]:
-        return None
+    total = int(world.all_reduce(torch.tensor(tokens, device=world.device)))
     made = _by_sample(parts.read())
-    return Answers([made[w] for w in wanted], totals[0], sum(w in done for w in wanted))
+    return Answers([made[w] for w in wanted], total, sum(w in done for w in wanted))
 
 
 def examine(
     model: Decoder, problems, prompter, folder: Path, world: World, *, format: str, k: Sequence[int], **how
-) -> dict | None:
-    """Summary entries of the model's answers. None where the generation was stopped early; empty on other ranks.
+) -> dict:
+    """Summary entries of the model's answers; empty on other ranks than 0.
 
     ``how`` are the arguments of `write_answers`; ``format`` says how to grade. Rank 0 writes ``folder``/outputs.jsonl,
     outputs_sampled.jsonl and verdicts.jsonl."""
     began = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
     made = write_answers(model, problems, prompter, folder, world, **how)
-    if made is None:
-        return None
     seconds = time.perf_counter() - began
     first = [row for row in made.rows if not row["sample"]]
     confidence = sure(model, first, problems, prompter, world, how["batch"])

@@ -14,11 +14,12 @@ finished are left alone and cells that were interrupted go on, so the same comma
 import dataclasses
 import importlib
 import itertools
-import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 from collections import defaultdict
@@ -28,6 +29,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from runtime.cli import Parser, flag_name, parse_config, parser_of, user_errors
+from runtime.process import code_of, command, end_with_parent, handled
 
 
 class Job(NamedTuple):
@@ -104,7 +106,7 @@ def arguments(flags: dict) -> list[str]:
     return out
 
 
-def command(script: str, folder: Path, flags: dict, ranks: int) -> list[str]:
+def command_line(script: str, folder: Path, flags: dict, ranks: int) -> list[str]:
     """The command line of one cell; it resumes where the folder already holds an unfinished run."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
     resume = ["--resume"] * any((folder / f).exists() for f in ("last.pt", "previous.pt"))
@@ -112,17 +114,26 @@ def command(script: str, folder: Path, flags: dict, ranks: int) -> list[str]:
 
 
 def in_turn(commands: dict[Path, list[str]]) -> int:
-    """Runs what has not finished, one after the other. Returns 0, or the exit code of the run that failed."""
-    child = None
-    signal.signal(signal.SIGINT, lambda *_: None)  # the terminal sends it to the run as well, which saves
-    signal.signal(signal.SIGTERM, lambda *_: child and child.send_signal(signal.SIGTERM))
+    """Runs what has not finished, one after the other. Returns 0, or the exit code of the run that failed or that a
+    signal has stopped. A run ends with this process, however it ends."""
+    child, stopped = None, []
+
+    def stop(number, _):
+        stopped.append(signal.Signals(number).name)
+        if child and number == signal.SIGTERM:  # a terminal sends the others to the run as well
+            child.send_signal(number)
+
+    handled(stop)
     for i, (folder, line) in enumerate(commands.items(), 1):
         done = (folder / "summary.json").exists()
         print(f"[{i}/{len(commands)}] {f'{folder} has finished already' if done else ' '.join(line)}", flush=True)
         if done:
             continue
-        child = subprocess.Popen(line, env=os.environ | {"PYTHONUNBUFFERED": "1"})
-        code = child.wait()
+        if stopped:
+            print("stopped between two runs; the same command goes on from here", file=sys.stderr)
+            return code_of(stopped[0])
+        child = subprocess.Popen(line, env=os.environ | {"PYTHONUNBUFFERED": "1"}, preexec_fn=end_with_parent)
+        code = as_shells_say(child.wait())
         if code or not (folder / "summary.json").exists():
             print(f"{folder} has not finished (exit code {code}); the same command goes on from here", file=sys.stderr)
             return code or 1
@@ -133,7 +144,7 @@ def side_by_side(script: str, commands: dict[Path, list[str]], jobs: int) -> int
     """Runs what has not finished, ``jobs`` at a time, the output of each in FOLDER.log.
 
     Returns 0, or the exit code of the first run that failed. Those beside it go on to their end, and no new one begins.
-    SIGINT and SIGTERM make all of them save and stop."""
+    SIGINT, SIGTERM and SIGHUP make all of them save and stop, and so does the end of this process."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // jobs, 1)))
     context = multiprocessing.get_context("forkserver")  # imports once: a small run takes little longer than that
     context.set_forkserver_preload([Path(script).stem])
@@ -142,12 +153,11 @@ def side_by_side(script: str, commands: dict[Path, list[str]], jobs: int) -> int
     running, failed, stopped = {}, 0, []
 
     def stop(number, _):
-        stopped.append(number)
-        for process in running.values() if number == signal.SIGTERM else ():  # a terminal's SIGINT goes to them as well
+        stopped.append(signal.Signals(number).name)
+        for process in running.values() if number == signal.SIGTERM else ():  # a terminal's go to them as well
             process.terminate()
 
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
+    handled(stop)
     while running or (wanted and not failed and not stopped):
         while wanted and len(running) < jobs and not failed and not stopped:
             folder = wanted.pop(0)
@@ -157,19 +167,32 @@ def side_by_side(script: str, commands: dict[Path, list[str]], jobs: int) -> int
         time.sleep(0.05)
         for folder, process in [(f, p) for f, p in running.items() if p.exitcode is not None]:
             del running[folder]
-            if process.exitcode or not (folder / "summary.json").exists():
-                says = f"{folder} has not finished (exit code {process.exitcode}), see {folder}.log"
+            code = as_shells_say(process.exitcode)
+            if code or not (folder / "summary.json").exists():
+                says = f"{folder} has not finished (exit code {code}), see {folder}.log"
                 bar.write(f"{says}; the same command goes on from here", file=sys.stderr)
-                failed = failed or process.exitcode or 1
+                failed = failed or code or 1
             else:
                 bar.update()
                 bar.set_postfix_str(folder.name)
     bar.close()
-    return failed or bool(stopped)
+    return failed or (code_of(stopped[0]) if stopped else 0)
+
+
+def as_shells_say(code: int) -> int:
+    """128 + the number of the signal that ended a child, which Python gives as a negative one; else its exit code."""
+    return 128 - code if code < 0 else code
+
+
+def end_with_campaign() -> None:
+    """SIGTERM to this process when the campaign dies; its parent, the forkserver, would live on."""
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def run_cell(line: list[str], log: str) -> None:
     """One run, a script and its flags, in a process of its own, its output in the file ``log``."""
+    threading.Thread(target=end_with_campaign, daemon=True).start()
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -177,6 +200,7 @@ def run_cell(line: list[str], log: str) -> None:
     sys.exit(importlib.import_module(Path(line[0]).stem).main(line[1:]))
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="python -m eval.campaign", usage="%(prog)s RECIPE [flags]", description=__doc__)
     add = parser.add_argument
@@ -201,7 +225,9 @@ def main(argv: list[str] | None = None) -> int:
         except ValueError as e:
             raise ValueError(f"{args.recipe}: {e}") from e
     root = args.out or Path(recipe["out"])
-    commands = {root / c.name: command(recipe["script"], root / c.name, c.shared | c.own, args.nproc) for c in todo}
+    commands = {
+        root / c.name: command_line(recipe["script"], root / c.name, c.shared | c.own, args.nproc) for c in todo
+    }
     if says:
         print(says, file=sys.stderr, flush=True)
     if args.dry_run:

@@ -15,7 +15,6 @@ import difflib
 import math
 import os
 import shutil
-import signal
 import sys
 import typing
 from functools import partial
@@ -154,23 +153,7 @@ def user_errors():
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(e).split())}", file=sys.stderr, flush=True)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as e:
+        if type(e) is not KeyboardInterrupt:
+            raise  # of `runtime.process.command`
         sys.exit(130)
-
-
-class StopRequest:
-    """Ctrl-C or SIGTERM asks the loop to save and stop; a second Ctrl-C stops at once."""
-
-    def __init__(self):
-        self.signal: str | None = None
-        self._old = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def _handle(self, number, frame):
-        if self.signal and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal = signal.Signals(number).name
-
-    def restore(self):
-        """Gives the signals back to whoever had them."""
-        for number, old in self._old.items():
-            signal.signal(number, old)

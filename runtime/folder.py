@@ -21,6 +21,7 @@ import torch.distributed as dist
 from runtime.checkpoint import load_checkpoint, save_checkpoint
 from runtime.cli import changeable, roles
 from runtime.machine import World, device_name
+from runtime.process import code_of
 from runtime.staging import LOCK, TEMPORARY, probe, release_lock, remove, staged, sweep, take_lock, write_bytes
 
 TREE = Path(__file__).resolve().parents[1]
@@ -298,6 +299,10 @@ class RunFolder:
         """The rows of one kind so far."""
         return read_metrics(self / "metrics.jsonl", kind)
 
+    def load(self, name: str) -> dict:
+        """The checkpoint of that name, see `load_checkpoint`."""
+        return load_checkpoint(self / name)
+
     def save(self, name: str, state: dict) -> None:
         """Writes a checkpoint atomically (rank 0), with the number of rows logged so far; ``last.pt`` keeps its
         predecessor as ``previous.pt``."""
@@ -326,7 +331,7 @@ class RunFolder:
             print(f"{self.path}: {what}. {good or 'No checkpoint had been written; lower --lr'}", file=sys.stderr)
         if ending == "stopped" and self.world.main:
             print(f"{signal_name}: saved {self / 'last.pt'} at step {step}; the same command with --resume goes on")
-        return {"diverged": 1, "stopped": 0}.get(ending)
+        return code_of(signal_name) if ending == "stopped" else {"diverged": 1}.get(ending)
 
     def write(self, name: str, content) -> None:
         """NAME.json, by rank 0."""

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from runtime.process import end_with_parent
 from schedules import ADAPTIVE, parse_parts
 
 
@@ -85,6 +86,8 @@ def start_world(device: str = "auto") -> World:
         torch.set_float32_matmul_precision("high")
     else:
         keep_freed_memory()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()  # of torchrun, which may be killed
     if "RANK" in os.environ and not dist.is_initialized():
         # NCCL for tensors on the GPU, gloo for the Python objects that checkpoints gather.
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")

@@ -5,19 +5,23 @@ whether there is something to do (`Meter.due`), and reads (`Meter.row`): the one
 """
 
 import math
+import signal
 import statistics
 import sys
 import time
 from itertools import pairwise
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from runtime.cli import StopRequest
 from runtime.machine import EnergyMeter, device_name, peak_flops, peak_memory, rng_states, set_rng_states
+from runtime.process import Stopped, StopRequest
 
 # A run ends after so many steps running without a finite loss.
 HOPELESS = 3
+# Ranks agree whether to stop at log lines, and at least every so many seconds: torchrun kills 30 s after its SIGTERM.
+AGREE_SECONDS = 5.0
 # A checkpoint's entry -> the Meter's attribute.
 SAVED = {"step": "step", "tokens_seen": "tokens", "train_seconds": "seconds"}
 SAVED |= {name: name for name in ("joules", "best", "stale")}
@@ -101,6 +105,7 @@ class Meter:
         self.bar = tqdm(desc=self.run.path.name, disable=not self.world.main, **how)
         self.stop = StopRequest()
         self._clocked = self.tokens
+        self._agreed, self._agree_at = (self.step, time.perf_counter()), self.step + 1
         self.go_on()
 
     def go_on(self) -> None:
@@ -130,14 +135,25 @@ class Meter:
         self.bar.update()
 
     def due(self) -> bool:
-        """Whether a log line, a validation or a stop is due after this step. Ranks see a signal at different moments:
-        several of them agree at log lines."""
+        """Whether a log line, a validation or a stop is due after this step. Ranks see a signal at different moments,
+        or one of them alone: several of them agree at log lines and every few seconds."""
         self.at_eval = self.step % self.eval_every == 0 or self.step == self.steps
         self.at_log = self.step % self.log_every == 0 or self.at_eval
         self.stopping = bool(self.stop.signal)
         if self.world.size > 1:
-            self.stopping = self.at_log and self.world.any(self.stopping)
+            self.stopping = (self.at_log or self.step >= self._agree_at) and self._agree()
         return self.at_log or self.stopping
+
+    def _agree(self) -> bool:
+        """Whether a signal has reached a rank, and then all of them know its name. Says when to ask next, by the time
+        that a step takes the slowest rank."""
+        (step, clock), now = self._agreed, time.perf_counter()
+        mine = [signal.Signals[self.stop.signal].value if self.stop.signal else 0, (now - clock) / (self.step - step)]
+        found = torch.tensor(mine, dtype=torch.float64, device=self.world.device)
+        number, seconds = self.world.all_reduce(found, dist.ReduceOp.MAX).tolist()
+        self._agreed, self._agree_at = (self.step, now), self.step + max(int(AGREE_SECONDS / seconds), 1)
+        self.stop.signal = signal.Signals(int(number)).name if number else None
+        return bool(number)
 
     def row(self, says: str = "", **shown: float) -> dict | None:
         """What a log line holds, over the steps since the last one; None where none is due, or no step was finite.
@@ -205,12 +221,15 @@ class Meter:
         self.run.log(kind, self.step, tokens=self.tokens, train_seconds=self.seconds, **values)
 
     def end(self) -> int | None:
-        """After the loop: the exit code of a run that ends with it (1 diverged, 0 stopped), None where the final
-        evaluation follows."""
+        """After the loop: the exit code of a run that ends with it (1 diverged, 128 + the signal's number), None where
+        the final evaluation follows. That one a signal ends by an exception."""
         self.bar.close()
         self.stop.restore()
         self.memory = peak_memory(self.world.device)
-        return self.run.ended(self.ending, self.step, self.stop.signal)
+        code = self.run.ended(self.ending, self.step, self.stop.signal)
+        if code is None and self.stop.signal:
+            raise Stopped(self.stop.signal)  # it came after the last step
+        return code
 
     def summary(self, flops_per_token: float, dtype: torch.dtype) -> dict:
         """Entries of summary.json that every script has. Speed is the median over log windows; the first pays for

@@ -27,7 +27,7 @@ OPTIONS = [
 def cut_and_resumed(base, folder, monkeypatch, *more):
     """A run that SIGTERM stops after 4 steps, and its end."""
     sigterm_at(monkeypatch, 3)
-    assert tune(base, folder, *more) == 0
+    assert tune(base, folder, *more) == 143
     monkeypatch.undo()
     assert tune(base, folder, *more, "--resume") == 0
     return rows(folder, "val")
@@ -65,7 +65,7 @@ def test_a_run_folder_of_before_these_options_goes_on(base, tmp_path, monkeypatc
     more = ["--eval-problems", "1"]
     assert tune(base, tmp_path / "whole", *more) == 0
     sigterm_at(monkeypatch, 3)
-    assert tune(base, tmp_path / "cut", *more) == 0
+    assert tune(base, tmp_path / "cut", *more) == 143
     monkeypatch.undo()
     make_old(tmp_path / "cut")
     assert tune(base, tmp_path / "cut", *more, "--resume", "--resume-from", tmp_path / "cut" / "old.pt") == 0

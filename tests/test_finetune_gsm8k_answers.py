@@ -50,9 +50,11 @@ def test_a_signal_before_training_is_gone_on_from(run, base, tmp_path, monkeypat
     """SIGTERM while the base answers: nothing has been trained, and --resume ends as the whole run did."""
     out, flags = tmp_path / "cut", ["--before", "--samples", "2", "--best-by", "pass@1"]
     sigterm_while_answering(monkeypatch)
-    assert tune(base, out, *flags) == 0
+    assert tune(base, out, *flags) == 143
     monkeypatch.undo()
-    assert "stopped while generating" in capsys.readouterr().out and not rows(out, "train")
+    assert "SIGTERM: stopped; the same command with --resume goes on" in capsys.readouterr().err and not rows(
+        out, "train"
+    )
     assert tune(base, out, *flags, "--resume") == 0
     assert rows(out, "val") == rows(run, "val")
     for name in ("before/outputs.jsonl", "outputs.jsonl", "before/verdicts.jsonl"):

@@ -71,7 +71,7 @@ def test_rules_resume_exactly(base, fot_run, tmp_path, monkeypatch, rule, stop_a
         whole = tmp_path / "whole"
         assert tune(flags, whole) == 0
     sigterm_at(monkeypatch, stop_at - 1)
-    assert tune(flags, tmp_path / "cut") == 0
+    assert tune(flags, tmp_path / "cut") == 143
     monkeypatch.undo()
     assert load_checkpoint(tmp_path / "cut" / "last.pt")["step"] == stop_at
     assert tune(flags, tmp_path / "cut", "--resume") == 0

@@ -226,7 +226,7 @@ def test_a_stopped_run_resumes_exactly(dpsm_flags, dpsm_run, tmp_path, monkeypat
 
     with monkeypatch.context() as m:
         m.setattr(Bucketed, "indices", stop_after_5)
-        assert train(dpsm_flags, tmp_path / "run") == 0
+        assert train(dpsm_flags, tmp_path / "run") == 143
     assert "--resume" in capsys.readouterr().out
     assert not (tmp_path / "run" / "summary.json").exists()
     assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 5
@@ -273,7 +273,7 @@ def test_rules_that_measure_resume_exactly(rule, base, tmp_path, monkeypatch):
 
     with monkeypatch.context() as m:
         m.setattr(Bucketed, "indices", stop_after_10)
-        assert train(flags, tmp_path / "run") == 0
+        assert train(flags, tmp_path / "run") == 143
     assert train(flags, tmp_path / "run", "--resume") == 0
     same_run(tmp_path / "whole", tmp_path / "run")
     decisions, nll = rows(tmp_path / "whole", "fot"), [r["nll"] for r in rows(tmp_path / "whole", "val")]

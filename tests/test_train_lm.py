@@ -176,7 +176,7 @@ def test_a_stopped_run_resumes_exactly(dpsm_run, tmp_path, monkeypatch, capsys):
 
     with monkeypatch.context() as m:
         m.setattr(Windows, "batch_indices", stop_after_7)
-        assert train(flags, tmp_path / "run") == 0
+        assert train(flags, tmp_path / "run") == 143  # 128 + SIGTERM
     assert "--resume" in capsys.readouterr().out
     assert not (tmp_path / "run" / "summary.json").exists()
     assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 7

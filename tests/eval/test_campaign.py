@@ -1,10 +1,12 @@
 """Recipes: their grids, the flags that each cell reads, and runs one after the other or side by side."""
 
+import os
 import shlex
 import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -168,7 +170,7 @@ def test_runs_one_after_the_other_go_on_and_stop_at_a_failure(toy, capfd, monkey
 
 def test_an_unfinished_run_is_resumed(tmp_path):
     (tmp_path / "last.pt").touch()
-    line = campaign.command("train_lm.py", tmp_path, {"fast": False, "lr_warmup": 0.1, "seed": 2}, 4)
+    line = campaign.command_line("train_lm.py", tmp_path, {"fast": False, "lr_warmup": 0.1, "seed": 2}, 4)
     assert line[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
     assert line[6:] == f"train_lm.py --out {tmp_path} --no-fast --lr-warmup 0.1 --seed 2 --resume".split()
 
@@ -201,3 +203,68 @@ def test_recipes_run_side_by_side_go_on_and_say_what_failed(corpus, tmp_path, mo
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+SLOW = """
+    def main(argv=None):
+        cfg = parse_config(Config, argv, complete=complete)
+        folder = Path(cfg.out)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "began").write_text(f"{os.getpid()}")
+
+        def saves(number, frame):
+            (folder / "saved").touch()
+            sys.exit(143)
+
+        signal.signal(signal.SIGTERM, saves)
+        time.sleep(100)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_the_runs_of_a_campaign_that_is_killed_save_and_end(toy, jobs):
+    """kill -9 of the campaign is SIGTERM to its runs: none is left to train beside the next start."""
+    head, tail = textwrap.dedent(SCRIPT).split("def main", 1)
+    head = head.replace("import dataclasses, json, sys", "import dataclasses, json, os, signal, sys, time")
+    Path("toy.py").write_text(head + textwrap.dedent(SLOW) + tail[tail.index('\nif __name__ == "__main__"') :])
+    Path("r.toml").write_text('script = "toy.py"\nout = "runs"\n[grid]\nseed = [1, 2]\n')
+    env = os.environ | {"PYTHONPATH": f"{ROOT}:{Path.cwd()}", "OMP_NUM_THREADS": "1"}
+    line = [sys.executable, "-m", "eval.campaign", "r.toml", "--jobs", jobs]
+    killed = subprocess.Popen(line, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    folders = [Path(f"runs/seed{seed}") for seed in range(1, 1 + int(jobs))]
+    wait_for(lambda: all((f / "began").exists() and (f / "began").read_text() for f in folders))
+    time.sleep(0.2)  # until their handler stands
+    killed.kill()
+    killed.wait()
+    wait_for(lambda: all((f / "saved").exists() for f in folders))
+    wait_for(lambda: not any(Path(f"/proc/{(f / 'began').read_text()}").exists() for f in folders))
+
+
+def wait_for(there, seconds: float = 30) -> None:
+    ends = time.monotonic() + seconds
+    while not there():
+        assert time.monotonic() < ends
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_a_campaign_that_is_stopped_ends_with_the_signals_code(toy, jobs, monkeypatch, capfd):
+    """SIGTERM while the first run works: no second one begins, and the code is 128 + 15."""
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{Path.cwd()}")
+    Path("toy.py").write_text(
+        Path("toy.py")
+        .read_text()
+        .replace(
+            "Path(cfg.out).mkdir",
+            "import os, signal, time\n    os.kill(os.getppid(), "
+            "signal.SIGTERM) if cfg.steps == 1 else None\n    time.sleep(1)\n    Path(cfg.out).mkdir",
+        )
+    )
+    Path("r.toml").write_text('script = "toy.py"\nout = "runs"\n[flags]\nsteps = 1\n[grid]\nseed = [1, 2, 3]\n')
+    if jobs == "2":  # there the parent is the forkserver: the signal is sent from here
+        monkeypatch.setattr(campaign.time, "sleep", lambda s: os.kill(os.getpid(), signal.SIGTERM))
+        Path("toy.py").write_text(Path("toy.py").read_text().replace("if cfg.steps == 1", "if False"))
+    assert campaign.main(["r.toml", "--jobs", jobs]) == 143
+    assert not Path("runs/seed3/summary.json").exists()
+    assert "the same command goes on from here" in capfd.readouterr().err

@@ -12,6 +12,7 @@ from kernels import Calibration, softmax_moments
 from runtime.folder import RunFolder
 from runtime.machine import World
 from runtime.meter import DivergenceWatch, Meter
+from runtime.process import Stopped
 
 CPU = torch.device("cpu")
 
@@ -138,3 +139,45 @@ def test_state_goes_on_where_it_was(tmp_path):
         rows.append({k: v for k, v in row.items() if k != "tokens_per_second"})
         m.end()
     assert rows[0] == rows[1] and json.dumps(rows[0])
+
+
+class Ranks:
+    """A world of two ranks whose other one has ``signal`` and takes ``seconds`` for a step."""
+
+    rank, size, device, main = 0, 2, CPU, True
+
+    def __init__(self):
+        self.signal, self.seconds, self.asked = 0, 0.5, 0
+
+    def all_reduce(self, x, op=None):
+        if x.numel() == 2 and op is not None:
+            self.asked += 1
+            x = torch.maximum(x, torch.tensor([self.signal, self.seconds], dtype=x.dtype))
+        return x
+
+
+def test_ranks_agree_to_stop_between_log_lines_and_know_the_signal(tmp_path):
+    """A signal that has reached another rank alone stops this one within seconds, however far the next line is."""
+    meter, world = new_meter(tmp_path, log_every=1000, eval_every=1000, steps=1000), Ranks()
+    meter.world = meter.run.world = world
+    meter.start()
+    asked = []
+    for _ in range(25):
+        meter.step += 1
+        assert not meter.due()
+        asked.append(world.asked)
+    assert asked[0] == 1 and asked[-1] == 3  # after a step, and then every 5 s of the slower rank's 0.5 s a step
+    world.signal = 15
+    while not meter.due():
+        meter.step += 1
+    assert meter.stopping and meter.stop.signal == "SIGTERM" and meter.step <= 35
+    meter.row(alpha=0, lr=0)
+    assert meter.ending == "stopped" and meter.end() == 143
+
+
+def test_a_signal_after_the_last_step_is_not_lost(tmp_path):
+    meter = new_meter(tmp_path)
+    meter.start()
+    meter.stop.signal = "SIGINT"
+    with pytest.raises(Stopped, match="SIGINT"):
+        meter.end()
