@@ -344,12 +344,15 @@ def main(argv: list[str] | None = None) -> int:
         if world.main:
             print(f"{out}: no validation had a finite NLL, so there are no best weights; lower --lr", file=sys.stderr)
         return run.finish(1)
-    final, _, kept = measure.load_finetuned(out, f"{cfg.report}.pt", device)
+    with user_errors():
+        final, _, kept = measure.load_finetuned(out, f"{cfg.report}.pt", device)
     made = {
         name: (lambda pairs=pairs: forwards(final, pairs, cfg.micro_batch, world)) if pairs else None
         for name, pairs in sets.items()
     }
-    entries, bins = final_metrics(final, made, world, impl=cfg.kernels)
+    counts = {name: -(-len(pairs) // (cfg.micro_batch * world.size)) for name, pairs in sets.items() if pairs}
+    how = dict(pieces=run.pieces(f"{cfg.report} {kept['step']}"), counts=counts, impl=cfg.kernels)
+    entries, bins = final_metrics(final, made, world, **how)
     written = {}  # of weights that yield inf or nan there is nothing to read
     if entries["temperature"]:
         written = measure.summarise(final, sets, options, out, world, key=kept["step"], batch=cfg.generate_batch)

@@ -261,13 +261,16 @@ def main(argv: list[str] | None = None) -> int:
 
     # -- evaluation: of the file that stays, on every rank ---------------------------------------
     world.wait()
-    kept = run.load(f"{cfg.report}.pt")
+    with user_errors():
+        kept = run.load(f"{cfg.report}.pt")
     final = GPT2(shape, dtype)
     final.load_state_dict(kept["model"])
     final.to(device).eval()
     made = {name: (lambda w=w: forwards(final, w, cfg.micro_batch, world)) if w else None for name, w in sets.items()}
     sizes = {name: w.bytes for name, w in sets.items() if w}
-    entries, bins = final_metrics(final, made, world, sizes=sizes, impl=cfg.kernels)
+    counts = {name: math.ceil(len(w) / (cfg.micro_batch * world.size)) for name, w in sets.items() if w}
+    how = dict(pieces=run.pieces(f"{cfg.report} {kept['step']}"), sizes=sizes, counts=counts, impl=cfg.kernels)
+    entries, bins = final_metrics(final, made, world, **how)
     if not world.main:
         return run.finish(0)
     samples = write_samples(final, corpus.tokenizer, sets["val"], cfg) if entries["temperature"] else []

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from eval import metrics
 from eval.calibration import fit_temperature, temperature_sums
@@ -37,17 +38,21 @@ def evaluate(
     tail: float = 0.0,
     keep: list | None = None,
     impl: str = "auto",
+    says: str = "",
+    count: int | None = None,
 ) -> Heldout:
     """Calibration of ``model`` on every target that is not -100.
 
     ``model``: with head_weight [V, D] and, where it has one, head_bias [V]. ``world``: runtime.machine.World.
     ``scale``: 1 / temperature, for a second calibration. ``score``: a loss of the Moments, with ``tail`` as
-    `kernels.linear_score` has it, whose mean is given as well. ``keep`` collects hidden and targets of this rank."""
+    `kernels.linear_score` has it, whose mean is given as well. ``keep`` collects hidden and targets of this rank.
+    ``says``: what a bar is of, with ``count`` forwards; without it there is none."""
     was_training = model.training
     model.eval()
     raw, scaled = Calibration(world.device), Calibration(world.device) if scale else None
     total = torch.zeros(2, dtype=torch.float64, device=world.device)  # of the score, and targets
-    for hidden, y in forwards:
+    how = dict(desc=says, total=count, unit="batch", leave=False, dynamic_ncols=True)
+    for hidden, y in tqdm(forwards, disable=not (says and world.main), **how):
         # The head is read after the forward, which is when FSDP has gathered it.
         head = dict(weight=model.head_weight, targets=y, bias=getattr(model, "head_bias", None), impl=impl)
         if score is None:
@@ -85,27 +90,50 @@ def fitted(model, kept: list[tuple[Tensor, Tensor]], world):
 
 
 def final_metrics(
-    model, sets: dict[str, Callable[[], Forwards] | None], world, *, sizes: dict | None = None, impl: str = "auto"
+    model,
+    sets: dict[str, Callable[[], Forwards] | None],
+    world,
+    *,
+    pieces,
+    sizes: dict | None = None,
+    counts: dict | None = None,
+    impl: str = "auto",
 ) -> tuple[dict, dict]:
     """Temperature on ``sets["val"]``, then every set before and after it: (entries of summary.json, reliability bins).
 
-    ``sets``: name -> what makes its forwards. ``sizes``: name -> bytes of its text, for bits per byte. A set that is
-    None has its entries, which are None; so has a temperature where the weights yield nan or inf."""
-    kept: list = []
-    finite = math.isfinite(evaluate(model, sets["val"](), world, keep=kept, impl=impl).raw.compute()["nll"])
-    fit = fitted(model, kept, world) if finite else None
-    kept.clear()
-    entries = {"temperature": fit and fit.temperature, "temperature_at_bound": fit and fit.at_bound}
-    keys, bins = [], {}
+    ``sets``: name -> what makes its forwards. ``pieces``: runtime.folder.Pieces, which keeps what is done, so that a
+    later call makes the rest. ``sizes``: name -> bytes of its text, for bits per byte. ``counts``: name -> forwards,
+    for the bar. A set that is None has its entries, which are None; so has a temperature where the weights yield nan or
+    inf."""
+    counts = counts or {}
+
+    def fit_on_val() -> dict:
+        kept: list = []
+        bar = dict(says="temperature", count=counts.get("val"))
+        finite = math.isfinite(evaluate(model, sets["val"](), world, keep=kept, impl=impl, **bar).raw.compute()["nll"])
+        fit = fitted(model, kept, world) if finite else None
+        return {"temperature": fit and fit.temperature, "temperature_at_bound": fit and fit.at_bound}
+
+    entries = pieces.get("temperature", fit_on_val)
+    scale = entries["temperature"] and 1 / entries["temperature"]
+
+    def measured(name: str) -> dict:
+        bar = dict(says=name, count=counts.get(name))
+        found = evaluate(model, sets[name](), world, scale=scale, impl=impl, **bar)
+        size = (sizes or {}).get(name)
+        before, after = metrics.measure(found.raw, size=size), {}
+        if found.scaled:
+            after = metrics.measure(found.scaled, size=size)
+        bins = {"raw": found.raw.bins(300), "scaled": found.scaled and found.scaled.bins(300)}
+        return {"before": before, "after": after, "bins": bins}
+
+    entries, keys, bins = dict(entries), [], {}
     for name, forwards in sets.items():
         if forwards is None:
             entries |= {f"{name}_{key}{suffix}": None for key in keys for suffix in ("", "_t")}
             continue
-        found = evaluate(model, forwards(), world, scale=fit and 1 / fit.temperature, impl=impl)
-        bins[name] = {"raw": found.raw.bins(300), "scaled": found.scaled and found.scaled.bins(300)}
-        size = (sizes or {}).get(name)
-        before = metrics.measure(found.raw, size=size)
-        after = metrics.measure(found.scaled, size=size) if found.scaled else {}
+        found = pieces.get(name, lambda name=name: measured(name))
+        before, after, bins[name] = found["before"], found["after"], found["bins"]
         keys = [m.key for m in metrics.shown(metrics.TOKENS, "final") if m.key in before]
         entries |= {f"{name}_{key}": before[key] for key in keys} | {f"{name}_{key}_t": after.get(key) for key in keys}
         entries[f"{name}_tokens"] = before["eval_tokens"]

@@ -132,6 +132,28 @@ def same_config(path: Path, old: dict, new: dict, free: tuple[str, ...], default
         raise ValueError(f"{path} is of a different run ({what})")
 
 
+class Pieces:
+    """What a long piece of work has done, kept in ``path`` under ``key``: by rank 0, for every rank.
+
+    A file of another key, say of other weights, is not read. Every rank must make each call."""
+
+    def __init__(self, path: Path, key: str, world: World):
+        self.path, self.key, self.world, self.done = path, key, world, {}
+        world.wait()
+        with contextlib.suppress(ValueError):  # a damaged file is as none: it is made again
+            found = parse_object(path.read_bytes(), path) if path.is_file() else {}
+            self.done = found["done"] if found.get("key") == key and isinstance(found.get("done"), dict) else {}
+
+    def get(self, name: str, make):
+        """``make()``, or what an earlier call has kept of it: numbers, lists and dicts of strings."""
+        if name not in self.done:
+            self.done[name] = make()
+            content = json.dumps({"key": self.key, "done": self.done})  # with nan and inf as they are
+            if self.world.main:
+                write_bytes(self.path, lambda file: file.write(content.encode()))
+        return self.done[name]
+
+
 class RunFolder:
     """``runs/NAME``: config, flags, environment, source, metrics, summary and checkpoints of one run.
 
@@ -338,10 +360,15 @@ class RunFolder:
         if self.world.main:
             write_json(self / f"{name}.json", content)
 
+    def pieces(self, key: str) -> Pieces:
+        """Of the final evaluation of the weights ``key``. They go when the summary is written."""
+        return Pieces(self / "evaluation.json", key, self.world)
+
     def summarise(self, summary: dict, **files) -> None:
         """Writes ``files``, name -> content of NAME.json, and, last, summary.json: then the run has finished."""
         for name, content in (files | {"summary": summary}).items():
             self.write(name, content)
+        remove(self / "evaluation.json")
         if self._wandb:
             self._wandb.summary.update(summary)
 

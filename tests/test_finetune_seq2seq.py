@@ -29,7 +29,7 @@ from model.seq2seq import Seq2Seq, bart_config, pegasus_config, training_flops
 from model.seq2seq_hub import save_seq2seq
 from recipes.presets import PRESETS, preset_values
 from runtime.cli import parse_config
-from runtime.folder import load_checkpoint, read_metrics
+from runtime.folder import Pieces, load_checkpoint, read_metrics
 from runtime.machine import World, start_world
 from runtime.optim import rule_of
 from schedules.gradient_stats import GradientStats
@@ -469,7 +469,8 @@ def test_a_fixed_bias_of_the_logits_counts(base, dpsm_run, sums, tmp_path):
     expected = F.cross_entropy(hidden @ model.head_weight.t() + bias, y).item()
     assert got == pytest.approx(expected, rel=1e-5)  # fp32
     assert got != pytest.approx(F.cross_entropy(hidden @ model.head_weight.t(), y).item(), rel=1e-2)
-    entries, _ = final_metrics(model, dict(val=forwards, test=None, ood=None), world)
+    pieces = Pieces(tmp_path / "evaluation.json", "last 12", world)
+    entries, _ = final_metrics(model, dict(val=forwards, test=None, ood=None), world, pieces=pieces)
     assert entries["val_nll"] == pytest.approx(expected, rel=1e-5) and entries["val_nll_t"] < entries["val_nll"]
 
 

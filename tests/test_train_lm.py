@@ -184,6 +184,31 @@ def test_a_stopped_run_resumes_exactly(dpsm_run, tmp_path, monkeypatch, capsys):
     same_run(whole, tmp_path / "run")
 
 
+def test_a_signal_in_the_final_evaluation_keeps_what_is_done(dpsm_run, tmp_path, monkeypatch, capsys):
+    """Ctrl-C in the test set: one line, and --resume measures that set alone, to the numbers of the whole run."""
+    flags, whole = dpsm_run
+    original, began = train_lm.forwards, []
+
+    def stopped(model, windows, *args):
+        began.append(windows)
+        if stops and windows is not began[0]:  # the validation set
+            os.kill(os.getpid(), signal.SIGINT)
+        yield from original(model, windows, *args)
+
+    monkeypatch.setattr(train_lm, "forwards", stopped)
+    out, stops = tmp_path / "run", True
+    assert train(flags, out) == 130
+    said = capsys.readouterr().err
+    assert "SIGINT: stopped; the same command with --resume goes on" in said and "Traceback" not in said
+    assert (out / "evaluation.json").exists() and not (out / "summary.json").exists()
+    began.clear()
+    stops = False
+    assert train(flags, out, "--resume") == 0
+    assert len(began) == 1 and not (out / "evaluation.json").exists()
+    same_run(whole, out)
+    assert json.loads((whole / "calibration.json").read_text()) == json.loads((out / "calibration.json").read_text())
+
+
 KILLED = """
 import io, os, sys, torch, train_lm
 real, calls = torch.save, 0
