@@ -354,7 +354,7 @@ def main(argv: list[str] | None = None) -> int:
                 right = held_right()
             numbers = {"loss": found.loss, "epoch": meter.step * epochs} | metrics.measure(found.raw) | right
             best = meter.judge(numbers, next(iter(right), "nll"))
-        if meter.saves:
+        if meter.saves(model):
             save(best)
         meter.go_on()
     if (code := meter.end()) is not None:

@@ -332,7 +332,7 @@ def main(argv: list[str] | None = None) -> int:
             with averaged(optimizer):
                 found = evaluate(model, forwards(model, sets["val"], cfg.micro_batch, world), world, impl=cfg.kernels)
             best = meter.judge(metrics.measure(found.raw))
-        if meter.saves:
+        if meter.saves(model):
             save(best)
         meter.go_on()
     if (code := meter.end()) is not None:

@@ -25,6 +25,11 @@ from runtime.process import code_of
 from runtime.staging import LOCK, TEMPORARY, probe, release_lock, remove, staged, sweep, take_lock, write_bytes
 
 TREE = Path(__file__).resolve().parents[1]
+# Endings of a run that failed, and what to say.
+FAILED = {
+    "diverged": "the loss was not finite in three steps running",
+    "not_finite": "the weights or their validation are not finite and were not saved",
+}
 CHECKPOINTS = ("last.pt", "previous.pt", "best.pt")
 # What a run writes before its first step.
 BEGINNING = {LOCK, "environment.json", "source", "flags.json", "config.json", "metrics.jsonl", "wandb", "profile.json"}
@@ -347,13 +352,13 @@ class RunFolder:
         ends with it, after a line on rank 0 that says how to go on; None where the final evaluation follows."""
         if ending:
             self.log("event", step, event=ending, signal=signal_name)
-        if ending == "diverged" and self.world.main:
+        if ending in FAILED and self.world.main:
             good = next((f"Last good checkpoint: {p}" for p in (self / "last.pt", self / "best.pt") if p.exists()), "")
-            what = f"the loss was not finite in three steps running; stopped at step {step}"
-            print(f"{self.path}: {what}. {good or 'No checkpoint had been written; lower --lr'}", file=sys.stderr)
+            good = good or "No checkpoint had been written; lower --lr"
+            print(f"{self.path}: {FAILED[ending]}; stopped at step {step}. {good}", file=sys.stderr)
         if ending == "stopped" and self.world.main:
             print(f"{signal_name}: saved {self / 'last.pt'} at step {step}; the same command with --resume goes on")
-        return code_of(signal_name) if ending == "stopped" else {"diverged": 1}.get(ending)
+        return code_of(signal_name) if ending == "stopped" else 1 if ending in FAILED else None
 
     def write(self, name: str, content) -> None:
         """NAME.json, by rank 0."""

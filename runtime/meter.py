@@ -72,7 +72,7 @@ class Meter:
         self.watch = DivergenceWatch(device)
         self.loss = torch.zeros((), device=device)  # of the step that is being computed
         self.ending: str | None = None  # why the loop ends before its last step
-        self.stopping = self.at_log = self.at_eval = False
+        self.stopping = self.at_log = self.at_eval = self.sound = False
         self._energy = EnergyMeter(device)
 
     def state_dict(self) -> dict:
@@ -201,7 +201,7 @@ class Meter:
             line = ["loss"] * ("loss" in numbers) + [m.key for m in self.table.shown(self.table.TOKENS, "line")]
             text = ", ".join(f"{key} {numbers[key]:.4f}" for key in line)
             self.bar.write(f"step {self.step}: validation {text}", file=sys.stderr)
-        self.stale += 1
+        self.stale, self.sound = self.stale + 1, math.isfinite(numbers["nll"])
         value = numbers[by] if by == "nll" else -numbers[by]
         if best := value < self.best.get("value", self.best["nll"]):
             self.best, self.stale = {"step": self.step, "nll": numbers["nll"]}, 0
@@ -210,11 +210,26 @@ class Meter:
             self.ending = self.ending or "early_stop"
         return best
 
-    @property
-    def saves(self) -> bool:
-        """Whether a checkpoint is due. A step whose loss was not finite changed nothing, but weights that yield one are
-        no good place to go on from."""
-        return (self.at_eval or self.stopping) and self.health["streak"] == 0
+    def saves(self, model) -> bool:
+        """Whether a checkpoint is due, and these weights are a good place to go on from: all of them finite, and the
+        NLL of their validation where there was one. Every rank must call it.
+
+        Weights that are not finite end the run, and so do those of the last step, or of a stop, that are not saved. A
+        step whose loss was not finite has changed nothing, and does not keep its weights from being saved."""
+        if not (self.at_eval or self.stopping):
+            return False
+        parts = (getattr(p, "to_local", lambda p=p: p)() for p in model.parameters() if p.requires_grad)
+        finite = torch.stack([torch.isfinite(p.detach()).all() for p in parts])
+        broken = bool(self.world.all_reduce((~finite.all()).int()))
+        if not broken and (self.sound or not self.at_eval):
+            return True
+        if broken or self.stopping or self.step == self.steps:
+            self.ending = "not_finite"
+        elif self.world.main:
+            why = "the validation's NLL is not finite, but the weights are; goes on"
+            self.bar.write(f"step {self.step}: no checkpoint: {why}", file=sys.stderr)
+        self.log("event", event="not_saved")
+        return False
 
     def log(self, kind: str, **values) -> None:
         """A row of metrics.jsonl, with the step, the tokens and the training seconds so far."""

@@ -483,6 +483,36 @@ def test_ranks_must_divide_the_batch(base, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_weights_that_turn_non_finite_are_not_saved(base, tmp_path, monkeypatch, capsys):
+    """In the step of a validation, after its finite loss; the checkpoint of before stays, and its name is said."""
+    original, steps = train_lm.take_step, iter(range(1, 100))
+
+    def broken(optimizer, parameters, *args):
+        parameters = list(parameters)
+        norm = original(optimizer, parameters, *args)
+        if next(steps) == 8:
+            parameters[3].data[0] = math.nan
+        return norm
+
+    monkeypatch.setattr(train_lm, "take_step", broken)
+    assert train(base, tmp_path / "run") == 1
+    assert re.search(r"not finite and were not saved; stopped at step 8. Last good.*last\.pt", capsys.readouterr().err)
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 4
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_steps_that_are_skipped_at_every_validation_leave_a_run_whole(base, tmp_path, monkeypatch):
+    original = train_lm.make_score
+
+    def make_score(*args, **kwargs):
+        score, calls = original(*args, **kwargs), iter(range(1, 1000))
+        return lambda m: score(m) * (math.nan if next(calls) % 4 == 0 else 1)
+
+    monkeypatch.setattr(train_lm, "make_score", make_score)
+    assert train(base, tmp_path / "run") == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["skipped_steps"] == 3
+
+
 def test_non_finite_loss_skips_then_stops(base, tmp_path, capsys):
     """One bad step is skipped and counted; three in a row end the run and name the last good checkpoint."""
     out = tmp_path / "run"

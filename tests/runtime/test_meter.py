@@ -103,19 +103,42 @@ def test_best_stale_and_patience(tmp_path, capsys):
     assert "step 8: validation ppl 1.0000, nll 5.5000, ece10 0.1000, brier 0.5000" in capsys.readouterr().err
 
 
-def test_no_checkpoint_after_a_step_that_is_not_finite(meter):
+@pytest.mark.parametrize(
+    ("last_loss", "nll", "weight", "saved", "ending"),
+    [
+        (1.0, 2.0, 1.0, True, None),
+        (math.nan, 2.0, 1.0, True, None),  # the step was skipped: its weights are those of before
+        (1.0, math.nan, 1.0, False, None),  # may go on to better ones
+        (1.0, 2.0, math.inf, False, "not_finite"),
+        (1.0, 2.0, math.nan, False, "not_finite"),
+    ],
+)
+def test_weights_are_saved_where_they_and_their_validation_are_finite(
+    meter, last_loss, nll, weight, saved, ending, capsys
+):
+    model = torch.nn.Linear(3, 3)
+    model.frozen = torch.nn.Parameter(torch.zeros(2, dtype=torch.uint8), requires_grad=False)  # as NF4's
+    with torch.no_grad():
+        model.weight[1, 1] = weight
     for i in range(6):
-        step(meter, loss=math.nan if i == 5 else 1.0)
+        step(meter, loss=last_loss if i == 5 else 1.0)
     assert meter.due() and meter.at_eval
     meter.row(alpha=0, lr=0)
-    assert not meter.saves
+    meter.judge({"nll": nll, "ppl": 1.0, "ece10": 0.1, "brier": 0.5})
+    assert meter.saves(model) is saved and meter.ending == ending
+    assert ("step 6: no checkpoint" in capsys.readouterr().err) is (not saved and ending is None)
+    if not saved:  # those of the last step are what the final evaluation is of: there are none
+        meter.step = meter.steps
+        assert not meter.saves(model) and meter.ending == "not_finite"
+        assert meter.run.ended(meter.ending, 12, None) == 1
+        assert "not finite and were not saved; stopped at step 12. No checkpoint" in capsys.readouterr().err
 
 
 def test_a_signal_stops_at_the_next_step(meter):
     step(meter)
     meter.stop.signal = "SIGTERM"
     assert meter.due() and meter.stopping and meter.row(alpha=0, lr=0) is None  # no line is due, and the window goes on
-    assert meter.ending == "stopped" and meter.saves and meter.sums[0] == 1
+    assert meter.ending == "stopped" and meter.saves(torch.nn.Linear(1, 1)) and meter.sums[0] == 1
 
 
 def test_state_goes_on_where_it_was(tmp_path):
