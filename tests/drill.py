@@ -1,0 +1,459 @@
+"""Drills: runs that are killed, stopped, starved of room or of a terminal, and what is lost by it.
+
+    python -m tests.drill                       # 100 kills and all else; tens of minutes on two cores
+    python -m tests.drill --kills 10 --only kill,lock
+    python -m tests.drill --table table.md      # the table as a file too
+
+Tiny runs of the three scripts, in child processes of this one. A run counts as lost where the same command with
+--resume does not end it, or ends it with other metrics, weights or answers than the run that nobody disturbed, bit for
+bit. Children are the drill's own; nothing else is signalled.
+"""
+
+import argparse
+import functools
+import importlib
+import json
+import multiprocessing
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # one process starts as a module, its children from another folder
+
+import torch  # noqa: E402
+from number_words import words  # noqa: E402
+from tiny_gsm8k import problem, write_model  # noqa: E402
+
+import finetune_gsm8k  # noqa: E402, F401 - for the children
+import finetune_seq2seq  # noqa: E402, F401
+import train_lm  # noqa: E402, F401
+from model import lora, lora_hub  # noqa: E402
+from runtime.folder import load_checkpoint, read_metrics  # noqa: E402
+
+CLOCK = re.compile("seconds|per_second|ms_per_step|peak_memory|reused")
+LIMIT = 120  # seconds after which a child is stuck
+
+
+# -- tiny runs -----------------------------------------------------------------------------------
+
+
+def write_data(place: Path) -> dict[str, list[str]]:
+    """script -> flags of a run of a second or two, with its data under ``place``."""
+    text, sums, problems = (place / name for name in ("text", "sums", "problems"))
+    for folder in (text, sums, problems):
+        folder.mkdir(parents=True)
+    for split, first, count in (("train", 3, 120), ("val", 1003, 20), ("test", 2003, 20)):
+        lines = (
+            f"{words(i)} times {words(i + 7)} is {words(i * (i + 7) % 10**6)}.\n" for i in range(first, first + count)
+        )
+        (text / f"{split}.txt").write_text("".join(lines))
+    for split, first, count in (("train", 3, 24), ("validation", 1003, 4), ("test", 2003, 4)):
+        rows = []
+        for i in range(first, first + count):
+            parts = [f"{words(i + k)} and {words(k + 2)} make {words(i + 2 * k + 2)}." for k in range(6 + i % 3)]
+            rows.append({"id": f"{i}", "article": " ".join(parts), "highlights": "\n".join(parts[:2])})
+        (sums / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for split, first, count in (("train", 0, 40), ("test", 1000, 4)):
+        (problems / f"{split}.jsonl").write_text("".join(json.dumps(problem(first + i)) + "\n" for i in range(count)))
+    held = [json.loads(line) for line in (problems / "train.jsonl").read_text().splitlines()]
+    model = write_model(place / "model", [row["question"] + row["answer"] for row in held])
+    shared = f"--cache {place / 'cache'} --batch 4 --log-every 2 --eval-every 3 --steps 12 --device cpu --loss dpsm"
+    text_flags = f"--data {text} --tokenizer bpe:320 --model pico --seq-len 32 --dropout 0.1 --sample-tokens 4"
+    sums_flags = f"--data {sums} --size bart-tiny --random-start --tokenizer bpe:300 --preset none --min-words 20 "
+    sums_flags += "--max-source 96 --max-target 48 --max-new-tokens 6 --beams 2 --generate-batch 2 --dropout 0.1"
+    gsm8k_flags = f"--data {problems} --model {model} --base fp32 --rank 4 --seq-len 192 --heldout 8 --eval-batch 2 "
+    gsm8k_flags += "--generate-tokens 8 --lora-dropout 0.1"
+    return {
+        "train_lm": [*text_flags.split(), *shared.split()],
+        "finetune_seq2seq": [*sums_flags.split(), *shared.split()],
+        "finetune_gsm8k": [*gsm8k_flags.split(), *shared.split()],
+    }
+
+
+def nothing() -> None:
+    """Before a child: nothing."""
+
+
+def no_readers() -> None:
+    """Before a child: stdout is a pipe that nobody reads, stderr a full device."""
+    read, write = os.pipe()
+    os.close(read)
+    os.dup2(write, 1)
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
+
+
+def no_room(size: int) -> None:
+    """Before a child: no file may grow beyond ``size`` bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def load_model(place: str):
+    return lora.load_base(place, "fp32", torch.float32, torch.device("cpu"))
+
+
+def save_again(argv: list[str]) -> None:
+    """Saves an adapter to the folder argv[0] for the model argv[1], for ever."""
+    model = load_model(argv[1])
+    lora.add_lora(model, lora.LoRAConfig(4, 8.0))
+    while True:
+        lora_hub.save_adapter(model, *argv)
+
+
+def child(module: str, argv: list[str], log: str, before: Callable) -> None:
+    """``main(argv)`` of a module, or of this one's `save_again`, its output in ``log``, after ``before()``."""
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    torch.set_num_threads(1)
+    sys.argv = [module + ".py", *argv]
+    before()
+    sys.exit((save_again if module == "save_again" else importlib.import_module(module).main)(argv))
+
+
+def start(module: str, argv: list[str], log: Path, before: Callable = nothing):
+    """That child, as a process: a fork of a server that has imported the scripts, which takes no time."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["drill"])
+    process = context.Process(target=child, args=(module, argv, str(log), before))
+    process.start()
+    return process
+
+
+def end(process, seconds: float = LIMIT) -> int:
+    """The exit code of a child, negative where a signal ended it. A stuck one is killed and has -99."""
+    process.join(seconds)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+        return -99
+    return process.exitcode
+
+
+def content(run: Path) -> dict:
+    """All of a finished run that must not depend on what happened to it."""
+    found = {}
+    for kind in ("train", "val"):
+        rows = read_metrics(run / "metrics.jsonl", kind)
+        found[kind] = [{k: v for k, v in row.items() if not CLOCK.search(k)} for row in rows]
+    summary = json.loads((run / "summary.json").read_text())
+    found["summary"] = {k: v for k, v in summary.items() if not CLOCK.search(k)}
+    found["texts"] = {p.name: p.read_text() for p in [*run.glob("outputs*.jsonl"), *run.glob("predictions*.jsonl")]}
+    return found | {"weights": load_checkpoint(run / "last.pt")["model"]}
+
+
+def differs(run: Path, whole: dict) -> str:
+    """What of a finished run is not as in ``whole``, "" where nothing is."""
+    try:
+        found = content(run)
+    except (OSError, ValueError) as e:
+        return f"cannot be read: {e}"
+    for part in ("train", "val", "summary", "texts"):
+        if found[part] != whole[part]:
+            return f"{part} differs"
+    same = all(torch.equal(found["weights"][k], w) for k, w in whole["weights"].items())
+    left = [p.name for p in run.rglob("*") if ".tmp" in p.name or p.suffix == ".part" or p.name == "evaluation.json"]
+    return f"left {left[0]}" if left else "" if same else "weights differ"
+
+
+class Drill:
+    """What every drill needs: tiny runs, the undisturbed ones, how long they take, and a source of moments."""
+
+    def __init__(self, place: Path, seed: int, scripts: tuple[str, ...]):
+        self.place, self.random, self.count = place, random.Random(seed), 0
+        self.runs = {name: run for name, run in write_data(place / "data").items() if name in scripts}
+        self.whole, self.seconds = {}, {}
+        for name, flags in self.runs.items():
+            for turn in ("first", "whole"):  # the first one fills the caches
+                out, clock = place / f"{turn}-{name}", time.monotonic()
+                code = end(start(name, [*flags, "--out", str(out)], Path(f"{out}.log")))
+                assert code == 0, Path(f"{out}.log").read_text()[-2000:]
+                self.seconds[name] = time.monotonic() - clock
+            self.whole[name] = content(out)
+
+    def folder(self, name: str = "run") -> Path:
+        self.count += 1
+        (self.place / f"{self.count}").mkdir()
+        return self.place / f"{self.count}" / name
+
+    def wait(self, name: str) -> None:
+        """A random part of the time that the undisturbed run takes."""
+        time.sleep(self.random.uniform(0, 1) * self.seconds[name])
+
+    def begin(self, name: str, out: Path, before: Callable = nothing, *more: str):
+        return start(name, [*self.runs[name], "--out", str(out), *more], Path(f"{out.parent}/log"), before)
+
+    def goes_on(self, name: str, out: Path) -> str:
+        """The same command, with --resume where a run has begun; what is lost, "" for nothing."""
+        more = ["--resume"] if (out / "config.json").exists() else []
+        if code := end(self.begin(name, out, nothing, *more)):
+            return f"--resume ends with {code}: {last_line(out)}"
+        return differs(out, self.whole[name])
+
+    def one_line(self, out: Path) -> str:
+        """What is wrong with the output of a child that had to fail in one line."""
+        text = (out.parent / "log").read_text(errors="replace")
+        if "Traceback" in text or "Exception ignored" in text:
+            return f"a traceback: {last_line(out)}"
+        return "" if len(re.findall(r"\berror: ", text)) == 1 else f"not one line of error: {last_line(out)}"
+
+
+def last_line(out: Path) -> str:
+    lines = (out.parent / "log").read_text(errors="replace").strip().splitlines()
+    return lines[-1][-300:] if lines else "no output"
+
+
+# -- drills: each gives what was lost, "" for nothing, once a trial --------------------------------
+
+
+def kill(drill: Drill, name: str) -> str:
+    """kill -9 at a random moment."""
+    out = drill.folder()
+    process = drill.begin(name, out)
+    drill.wait(name)
+    process.kill()
+    end(process)
+    return drill.goes_on(name, out)
+
+
+def stop(drill: Drill, name: str, number: int) -> str:
+    """A signal at a random moment: 128 + its number, or 0 where the run was done."""
+    out = drill.folder()
+    process = drill.begin(name, out)
+    drill.wait(name)
+    os.kill(process.pid, number)
+    code = end(process)
+    if code not in (0, -number, 128 + number):  # negative: before the command began
+        return f"exit code {code}: {last_line(out)}"
+    if "Traceback" in (out.parent / "log").read_text():
+        return f"a traceback: {last_line(out)}"
+    return drill.goes_on(name, out)
+
+
+def silent(drill: Drill, name: str) -> str:
+    """stdout is a pipe that nobody reads, stderr a full device: nothing happens to the run."""
+    out = drill.folder()
+
+    code = end(drill.begin(name, out, no_readers))
+    return f"exit code {code}" if code else differs(out, drill.whole[name])
+
+
+def full(drill: Drill, name: str) -> str:
+    """No file may grow beyond a random size (RLIMIT_FSIZE): one line; with room again it goes on."""
+    out, largest = drill.folder(), max(p.stat().st_size for p in (drill.place / f"whole-{name}").glob("*.pt"))
+    size = int(drill.random.uniform(0.01, 0.99) * largest)
+    code = end(drill.begin(name, out, functools.partial(no_room, size)))
+    wrong = f"exit code {code}" if code not in (1, 2) else drill.one_line(out)
+    return wrong or drill.goes_on(name, out)
+
+
+def vanish(drill: Drill, name: str) -> str:
+    """The folder goes away at a random moment: one line, or nothing where the run was done."""
+    out = drill.folder()
+    process = drill.begin(name, out)
+    drill.wait(name)
+    shutil.rmtree(out, ignore_errors=True)
+    code = end(process)
+    return f"exit code {code}" if code not in (0, 1, 2) else drill.one_line(out) if code else ""
+
+
+def closed(drill: Drill, name: str) -> str:
+    """Places where no run can be: one line before anything else, exit code 2."""
+    out = drill.folder()
+    (out.parent / "link").symlink_to(out.parent / "gone")
+    for place in (
+        Path("/dev/null"),
+        Path("/dev/null/run"),
+        Path("/proc/run"),
+        out.parent / "link",
+        out.parent / ("x" * 256),
+    ):
+        (out.parent / "log").unlink(missing_ok=True)
+        code = end(start(name, [*drill.runs[name], "--out", str(place)], out.parent / "log"))
+        if wrong := f"exit code {code}" if code != 2 else drill.one_line(out):
+            return f"{place}: {wrong}"
+    return ""
+
+
+def two(drill: Drill, name: str) -> str:
+    """Two processes with one --out at the same time: one of them trains, the other says so in a line."""
+    out = drill.folder()
+    first = drill.begin(name, out)
+    drill.wait(name) if drill.random.random() < 0.5 else None
+    second = drill.begin(name, out)
+    codes = sorted([end(first), end(second)])
+    return f"exit codes {codes}" if codes != [0, 2] else drill.one_line(out) or differs(out, drill.whole[name])
+
+
+def names(drill: Drill, name: str) -> str:
+    """Blanks, umlauts and 250 characters in the name of the folder, with a kill."""
+    out = drill.folder("ü ß  " + "n" * 243)
+    process = drill.begin(name, out)
+    drill.wait(name)
+    process.kill()
+    end(process)
+    return drill.goes_on(name, out)
+
+
+def adapter(drill: Drill) -> str:
+    """kill -9 while an adapter is saved again and again: what is there can be loaded, or nothing is."""
+    folder, flags = drill.folder("adapter"), drill.runs["finetune_gsm8k"]
+    place = flags[flags.index("--model") + 1]
+    process = start("save_again", [str(folder), place], folder.parent / "log")
+    time.sleep(drill.random.uniform(0, 1))
+    process.kill()
+    end(process)
+    model = load_model(place)
+    if folder.exists():
+        lora_hub.load_adapter(model, folder, place)
+    else:
+        lora.add_lora(model, lora.LoRAConfig(4, 8.0))
+    lora_hub.save_adapter(model, folder, place)
+    return "" if {p.name for p in folder.iterdir()} == {lora_hub.ADAPTER, lora_hub.ADAPTER_CONFIG} else "is not whole"
+
+
+def grid(drill: Drill, jobs: int) -> str:
+    """kill -9 of a campaign: its runs save and end, and the same command ends them as if nothing had been."""
+    out, name = drill.folder("runs"), "train_lm"
+    flags = drill.runs[name]
+    lines = "\n".join(
+        f"{f[2:].replace('-', '_')} = {json.dumps(v)}" for f, v in zip(flags[::2], flags[1::2], strict=True)
+    )
+    recipe = out.parent / "r.toml"
+    recipe.write_text(f'script = "train_lm.py"\nout = "{out}"\n[flags]\n{lines}\n[grid]\nseed = [1, 2]\n')
+    line, env = (
+        [sys.executable, "-m", "eval.campaign", str(recipe), "--jobs", str(jobs)],
+        os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    with open(out.parent / "log", "w") as log:
+        how = dict(cwd=ROOT, env=env, stdout=log, stderr=log)
+        killed = subprocess.Popen(line, **how)
+        time.sleep(drill.random.uniform(0.2, 1) * (2 * drill.seconds[name] + 15))
+        killed.kill()
+        killed.wait()
+        if code := subprocess.run(line, **how, timeout=LIMIT).returncode:
+            return f"the same command ends with {code}: {last_line(out)}"
+    return differs(out / "seed1", drill.whole[name])
+
+
+def ranks(drill: Drill, how: str) -> str:
+    """Two ranks under torchrun: one gets SIGTERM alone, one is killed, or torchrun is. Nothing is left running, and
+    one process goes on to a run of all steps."""
+    out, flags = drill.folder(), drill.runs["train_lm"]
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_lm.py", *flags]
+    line += ["--out", str(out), "--steps", "2000", "--log-every", "2000", "--eval-every", "20"]
+    with open(out.parent / "log", "w") as log:
+        torchrun = subprocess.Popen(line, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log)
+    until = time.monotonic() + LIMIT
+    while not (out / "last.pt").exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    children = sorted(
+        int(pid) for pid in Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
+    )
+    time.sleep(drill.random.uniform(0, 2))
+    step = load_checkpoint(out / "last.pt")["step"]
+    os.kill(
+        torchrun.pid if how == "torchrun -9" else children[1], signal.SIGTERM if how == "SIGTERM" else signal.SIGKILL
+    )
+    torchrun.wait(LIMIT)
+    while left := [pid for pid in children if Path(f"/proc/{pid}").exists()]:
+        if time.monotonic() > until:
+            return f"{len(left)} ranks live on"
+        time.sleep(0.1)
+    saved = load_checkpoint(out / "last.pt")["step"]
+    if saved < step or (how != "-9" and saved % 20 == 0 and saved == step):
+        return f"saved at {saved}, after {step}"
+    return ""
+
+
+def planned(kills: int, rest: int, scripts: tuple[str, ...], campaigns: int) -> Iterator[tuple[str, str, Callable]]:
+    """(kind, name, drill), once for each trial."""
+    share = {"train_lm": 0.4, "finetune_seq2seq": 0.2, "finetune_gsm8k": 0.2}
+    for name in scripts:
+        for _ in range(round(kills * share[name])):
+            yield "kill", f"kill -9, {name}", lambda d, n=name: kill(d, n)
+    if "finetune_gsm8k" in scripts:
+        for _ in range(kills - round(0.8 * kills) - campaigns):
+            yield "kill", "kill -9 while an adapter is saved", adapter
+    for trial in range(campaigns):
+        jobs = 1 + trial % 2
+        yield "kill", f"kill -9 of a campaign, --jobs {jobs}", lambda d, j=jobs: grid(d, j)
+    for trial in range(rest):
+        name = scripts[trial % len(scripts)]
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            yield "signal", number.name, lambda d, n=name, s=number: stop(d, n, s)
+        yield "stream", "stdout closed, stderr full", lambda d, n=name: silent(d, n)
+        yield "disk", "no room (RLIMIT_FSIZE)", lambda d, n=name: full(d, n)
+        yield "disk", "the folder vanishes", lambda d, n=name: vanish(d, n)
+        yield "lock", "two processes, one --out", lambda d, n=name: two(d, n)
+        yield "name", "250 characters, blanks, umlauts, kill -9", lambda d, n=name: names(d, n)
+    for name in scripts if rest else ():
+        yield "place", "places that cannot be written", lambda d, n=name: closed(d, n)
+    for how in ("SIGTERM", "-9", "torchrun -9") if campaigns else ():
+        yield "ranks", f"2 ranks: {how}", lambda d, h=how: ranks(d, h)
+
+
+def drills(kills: int, rest: int, scripts, campaigns: int, seed: int, only: set[str], place: Path) -> dict[str, list]:
+    """name -> [tried, what was lost each time]."""
+    torch.set_num_threads(1)
+    drill, table = Drill(place, seed, scripts), {}
+    for kind, name, run in planned(kills, rest, scripts, campaigns):
+        if only and kind not in only:
+            continue
+        row = table.setdefault(name, [0, []])
+        row[0] += 1
+        try:
+            lost = run(drill)
+        except (OSError, ValueError, subprocess.SubprocessError) as e:
+            lost = f"{type(e).__name__}: {e}"
+        if lost:
+            row[1].append(lost)
+            print(f"{name}: {lost} (in {place / str(drill.count)})", file=sys.stderr, flush=True)
+        else:
+            shutil.rmtree(place / str(drill.count), ignore_errors=True)
+    return table
+
+
+def as_table(table: dict[str, list]) -> str:
+    lines = ["| drill | tried | lost |", "|---|---|---|"]
+    lines += [f"| {name} | {tried} | {len(lost)} |" for name, (tried, lost) in table.items()]
+    return "\n".join(
+        [*lines, f"| all | {sum(t for t, _ in table.values())} | {sum(len(x) for _, x in table.values())} |"]
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.drill", description=__doc__.split("\n")[0])
+    parser.add_argument("--kills", type=int, default=100, help="kill -9 in all (default: %(default)s)")
+    parser.add_argument("--rest", type=int, default=6, help="trials of each other drill (default: %(default)s)")
+    parser.add_argument("--campaigns", type=int, default=8, help="of the kills, those of a campaign (default: 8)")
+    parser.add_argument(
+        "--only", default="", help="kinds, by commas: kill, signal, stream, disk, lock, name, place, ranks"
+    )
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--table", type=Path, help="file for the table")
+    args = parser.parse_args(argv)
+    place, scripts = Path(tempfile.mkdtemp(prefix="drill-")), ("train_lm", "finetune_seq2seq", "finetune_gsm8k")
+    only = set(args.only.split(",")) - {""}
+    table = drills(args.kills, args.rest, scripts, args.campaigns, args.seed, only, place)
+    text = as_table(table)
+    print(text)
+    if args.table:
+        args.table.write_text(text + "\n")
+    lost = sum(len(lost) for _, lost in table.values())
+    if not lost:
+        shutil.rmtree(place)
+    return min(lost, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
