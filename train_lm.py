@@ -26,7 +26,7 @@ from kernels import Calibration, linear_score
 from kernels.losses import alpha_at, make_score
 from model.generate import sample
 from model.gpt2 import GPT2, SIZES, GPT2Config, decay_groups, flops_per_token, parameter_count
-from model.gpt2_hub import load_hf
+from model.gpt2_hub import load_start
 from runtime.cli import opt, parse_config, user_errors
 from runtime.flags import flag, knobs
 from runtime.folder import RunFolder
@@ -56,7 +56,7 @@ class Config:
     label_noise_steps: float = opt(1.0, "share of the steps in which it happens", within="[0, 1]", role="setting")
     # model
     model: str = opt("gpt2", "model size", tuple(SIZES), role="setting", group="model")
-    init_from: str = opt("", "a Hugging Face GPT-2 of the size --model: a folder or a hub id", role="setting")
+    init_from: str = opt("", "a GPT-2 of the size --model: a run of ours, a folder or a hub id", role="setting")
     dropout: float = opt(0.0, "dropout on embeddings, attention and residuals", within="[0, 1)")
     # loss
     loss: str = flag("loss")
@@ -156,7 +156,8 @@ def main(argv: list[str] | None = None) -> int:
 
         # -- model: parameters in fp32, activations in dtype -----------------------------------
         torch.manual_seed(cfg.seed)
-        model = make_model(cfg, corpus.tokenizer.vocab_size, dtype, checkpoint)
+        model = make_model(cfg, corpus, dtype, checkpoint)
+        check_samples(cfg, corpus.tokenizer)  # found out now, not after the training
     shape, parameters = model.config, parameter_count(model)
     model.to(device).checkpoint_activations = cfg.checkpoint_activations
     if cfg.compile or (cfg.compile is None and device.type == "cuda"):
@@ -299,15 +300,18 @@ def main(argv: list[str] | None = None) -> int:
     return run.finish(0)
 
 
-def make_model(cfg: Config, vocab_size: int, dtype: torch.dtype, checkpoint: dict | None) -> GPT2:
+def make_model(cfg: Config, corpus, dtype: torch.dtype, checkpoint: dict | None) -> GPT2:
     """The model of the checkpoint, of --init-from, or of the size --model, without the checkpoint's weights. Raises
-    ValueError where --init-from is not of that size, or the tokenizer does not fit."""
-    size = SIZES[cfg.model]
+    ValueError where --init-from is not of that size, or has another tokenizer."""
+    size, vocab_size = SIZES[cfg.model], corpus.tokenizer.vocab_size
     if checkpoint:
         model = GPT2(GPT2Config(**checkpoint["model_config"]), dtype)
     elif cfg.init_from:
-        model = load_hf(cfg.init_from, dtype=dtype, dropout=cfg.dropout)
-        has, start = model.config, cfg.init_from
+        model, files = load_start(cfg.init_from, dtype, cfg.dropout)
+        has, start, ours = model.config, cfg.init_from, corpus.tokenizer
+        text = ours.decode(corpus.val.tokens[:1000])
+        if files and corpus.tokenizer.from_files(files, start).encode(text) != ours.encode(text):
+            raise ValueError(f"--tokenizer {cfg.tokenizer} is not that of --init-from {start}: the tokens differ")
         if any(getattr(has, k) != v for k, v in size.items()):
             shape = f"{has.n_layer} layers, {has.n_head} heads, width {has.n_embd}"
             raise ValueError(f"--init-from {start} has {shape}: not --model {cfg.model}")
@@ -315,12 +319,27 @@ def make_model(cfg: Config, vocab_size: int, dtype: torch.dtype, checkpoint: dic
             raise ValueError(f"--seq-len {cfg.seq_len} is longer than the {has.block_size} positions of {start}")
     else:
         model = GPT2(GPT2Config(vocab_size=vocab_size, block_size=cfg.seq_len, dropout=cfg.dropout, **size), dtype)
-    if vocab_size > model.config.vocab_size:
+    if vocab_size != model.config.vocab_size:
         raise ValueError(
-            f"the tokenizer has {vocab_size} tokens, the model only {model.config.vocab_size}; use the tokenizer that "
-            "the model was trained with"
+            f"the tokenizer has {vocab_size} tokens, the model {model.config.vocab_size}; use the tokenizer that the "
+            "model was trained with"
         )
     return model
+
+
+def check_samples(cfg: Config, tokenizer) -> None:
+    """Raises ValueError for a prompt that has no tokens, and for a tokenizer with ids that are no token's."""
+    try:
+        empty = cfg.prompt and not tokenizer.encode(cfg.prompt)
+    except (UnicodeError, TypeError):
+        empty = True  # bytes of the command line that are no text
+    if empty:
+        raise ValueError(f"--prompt {cfg.prompt!r} has no tokens")
+    try:
+        tokenizer.decode(range(tokenizer.vocab_size))
+    except KeyError as error:
+        gap = f"not all ids below {tokenizer.vocab_size} are tokens of it ({error.args[0]})"
+        raise ValueError(f"--tokenizer {cfg.tokenizer}: {gap}; number them without gaps") from None
 
 
 def write_samples(model: GPT2, tokenizer, windows: Windows, cfg: Config) -> list[dict]:

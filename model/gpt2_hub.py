@@ -19,6 +19,7 @@ from torch import Tensor
 
 from model import weights
 from model.gpt2 import GPT2, GPT2Config
+from runtime.checkpoint import load_checkpoint
 
 # Our fields beside Hugging Face's.
 HF_FIELDS = dict(vocab_size="vocab_size", block_size="n_positions", n_layer="n_layer", n_head="n_head", n_embd="n_embd")
@@ -36,6 +37,7 @@ FIXED = dict(
 
 # Causal masks that older versions of transformers saved beside the weights.
 MASKS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
+TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")
 TRANSPOSED = re.compile(r"h\.\d+\.(attn|mlp)\.c_proj\.weight")
 
 
@@ -77,6 +79,28 @@ def load_hf(folder_or_hub_id: str | os.PathLike, dtype: torch.dtype = torch.floa
     copies = {name: t.float().clone(memory_format=torch.contiguous_format) for name, t in _transposed(tensors).items()}
     model.load_state_dict(copies, assign=True)
     return model
+
+
+def load_start(
+    start: str | os.PathLike, dtype: torch.dtype = torch.float32, dropout: float = 0.0
+) -> tuple[GPT2, dict[str, bytes]]:
+    """A GPT2 to start a training from, and its tokenizer's files, {} where there are none.
+
+    ``start``: a run of ours (its folder, of which best.pt is taken, or one of its checkpoints), else as in `load_hf`.
+    Raises ValueError for what is no GPT-2."""
+    path = Path(start)
+    path = path / "best.pt" if (path / "best.pt").is_file() else path
+    if not path.is_file():
+        model, folder = load_hf(start, dtype, dropout), weights.folder_of(start)
+        return model, {name: (folder / name).read_bytes() for name in TOKENIZER if (folder / name).is_file()}
+    kept = load_checkpoint(path)
+    try:
+        model = GPT2(GPT2Config(**kept["model_config"] | {"dropout": dropout}), dtype)
+        weights.check_shapes(kept["model"], model.state_dict(), f"{path} does not hold the GPT-2 of its config")
+        model.load_state_dict(kept["model"])
+        return model, kept["tokenizer"]["files"]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no checkpoint of a GPT-2 of ours ({type(error).__name__}: {error})") from None
 
 
 def _read_config(path: Path, dropout: float) -> GPT2Config:

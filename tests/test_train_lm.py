@@ -467,14 +467,40 @@ def test_changed_text_is_noticed(base, corpus, tmp_path, capsys):
     fails(capsys, "not the text that .* was trained on", flags, tmp_path / "run", "--resume")
 
 
+def test_a_run_of_ours_is_a_start(base, dpsm_run, tmp_path, capsys):
+    """Its folder or a checkpoint gives its weights; another tokenizer is refused before anything is trained."""
+    kept = load_checkpoint(dpsm_run[1] / "best.pt")["model"]
+    for start in (dpsm_run[1], dpsm_run[1] / "best.pt"):
+        out = tmp_path / f"from-{start.name}"
+        assert train(base, out, "--init-from", start, "--steps", 1, "--lr", 0) == 0
+        assert all(torch.equal(w, kept[name]) for name, w in weights(out).items())
+    for size in ("bpe:319", "bpe:400"):
+        flags = [size if f == "bpe:320" else f for f in base]
+        says = rf"--tokenizer {size} is not that of --init-from .*: the tokens differ"
+        fails(capsys, says, flags, tmp_path / "run", "--init-from", dpsm_run[1])
+    torch.save({"model": {}}, tmp_path / "other.pt")
+    fails(capsys, "is no checkpoint of a GPT-2 of ours", base, tmp_path / "run", "--init-from", tmp_path / "other.pt")
+
+
+def test_what_the_samples_cannot_use_is_found_out_before_training(base, tmp_path, capsys):
+    fails(capsys, r"--prompt '\\udcff' has no tokens", base, tmp_path / "run", "--prompt", "\udcff")
+    files = {"vocab.json": {}, "merges.txt": "#version: 0.2\n"}
+    from data.tokenizer import _byte_characters
+
+    files["vocab.json"] = {c: i for i, c in enumerate(_byte_characters())} | {"<|endoftext|>": 300}
+    (tmp_path / "gap").mkdir()
+    (tmp_path / "gap" / "vocab.json").write_text(json.dumps(files["vocab.json"]))
+    (tmp_path / "gap" / "merges.txt").write_text(files["merges.txt"])
+    flags = [str(tmp_path / "gap") if f == "bpe:320" else f for f in base]
+    fails(capsys, r"not all ids below 301 are tokens of it .*without gaps", flags, tmp_path / "run")
+
+
 def test_tokenizer_larger_than_the_model(base, dpsm_run, tmp_path, capsys):
     from model import gpt2_hub as hub
 
     hub.main([str(dpsm_run[1] / "best.pt"), str(tmp_path / "hf")])
     flags = ["bpe:400" if f == "bpe:320" else f for f in base]
-    fails(
-        capsys, r"tokenizer has \d+ tokens, the model only 320", flags, tmp_path / "run", "--init-from", tmp_path / "hf"
-    )
+    fails(capsys, "bpe:400 is not that of --init-from", flags, tmp_path / "run", "--init-from", tmp_path / "hf")
 
 
 def test_ranks_must_divide_the_batch(base, tmp_path):
