@@ -6,6 +6,7 @@ import datetime
 import errno
 import importlib.util
 import json
+import math
 import os
 import platform
 import shutil
@@ -21,6 +22,7 @@ import torch.distributed as dist
 from runtime.checkpoint import load_checkpoint, save_checkpoint
 from runtime.cli import changeable, roles
 from runtime.machine import World, device_name
+from runtime.optim import plans_no_end
 from runtime.process import code_of
 from runtime.staging import LOCK, TEMPORARY, probe, release_lock, remove, staged, sweep, take_lock, write_bytes
 
@@ -199,8 +201,10 @@ class RunFolder:
         defaults = {f.name: f.default for f in dataclasses.fields(cfg)}
         now = dict(new=dataclasses.asdict(cfg), free=changeable(type(cfg)), defaults=defaults)
         old = parse_object(held.read_bytes(), held, "; the run cannot be resumed")
+        more = cfg.resume and old.get("steps", math.inf) < getattr(cfg, "steps", 0)  # more steps than it was to have
+        longer = {"free": (*now["free"], "steps")} if more else {}
         try:
-            same_config(self.path, old, **now)
+            same_config(self.path, old, **now | longer)
         except ValueError as e:
             raise e if cfg.resume else ValueError(f"{self.path} already holds a run: {e}; give another --out") from None
         if not cfg.resume_from and not set(saved) & {"last.pt", "previous.pt"}:
@@ -215,8 +219,17 @@ class RunFolder:
             raise ValueError(f"{path} holds weights only; resume from last.pt or previous.pt")
         if not isinstance(checkpoint.get("config"), dict) or not isinstance(checkpoint.get("step"), int):
             raise ValueError(f"{path} is no checkpoint of ours: it says neither config nor step")
-        same_config(path, checkpoint["config"], **now)
+        self._check_longer(cfg, old, checkpoint)
+        same_config(path, checkpoint["config"], **now | longer)
         return checkpoint
+
+    def _check_longer(self, cfg, old: dict, checkpoint: dict) -> None:
+        """Raises ValueError where the run of ``old`` cannot become one of more steps."""
+        before, step = old.get("steps"), checkpoint["step"]
+        if before is not None and cfg.steps != before and not plans_no_end(cfg, step, before, cfg.steps):
+            way = "start a run from its weights (train_lm.py --init-from, finetune_gsm8k.py --adapter)"
+            can = "only a run with --schedule constant, its warm-up and ramp behind it, can get more"
+            raise ValueError(f"--steps was {before}, now {cfg.steps}: {can}; {way}")
 
     def _found(self) -> set[str]:
         """Names in the folder, without the lock and what a killed write left."""
@@ -274,6 +287,11 @@ class RunFolder:
             if lost:
                 print(f"{metrics}: {lost} of the {len(kept) + lost} rows up to step {step} are lost{lines}")
             self._rows = len(kept)
+            held = parse_object((self / "config.json").read_bytes(), self / "config.json")
+            if held.get("steps") != config.get("steps"):  # the run has become longer
+                print(f"{self.path}: --steps was {held['steps']}, is {config['steps']} from here on")
+                remove(self / "summary.json")
+                write_json(self / "config.json", held | {"steps": config["steps"]})
         self._metrics = open(metrics, "ab", buffering=0)  # noqa: SIM115 - closed by finish()
         if cfg.wandb:
             import wandb

@@ -30,6 +30,15 @@ def rule_of(cfg, optimizer, world: World, **more):
     return make_rule(cfg.schedule, optimizer, cfg.steps, **how | more, ranks=world.size, reduce=world.all_reduce)
 
 
+def plans_no_end(cfg, step: int, *totals: int) -> bool:
+    """Whether what a run of ``cfg`` has done up to ``step``, and does from there on, is the same for each of these
+    ``totals`` of steps: a constant learning rate, and warm-up, ramp and label noise behind it."""
+    ramped = cfg.loss == "dpsm" and cfg.alpha_schedule != "fixed"
+    until = max(cfg.lr_warmup, cfg.alpha_start + cfg.warmup if ramped else 0)
+    noisy = getattr(cfg, "label_noise", 0) and getattr(cfg, "label_noise_steps", 1) < 1
+    return cfg.schedule == "constant" and not noisy and all(step >= until * total for total in totals)
+
+
 def take_step(optimizer, parameters, clip: float, loss: Tensor) -> Tensor:
     """Clips the gradient to the norm ``clip`` (0 is off), steps, and drops the gradient. Returns its norm, 0-d.
 

@@ -282,6 +282,25 @@ def test_a_checkpoint_can_be_continued_on_other_ranks(base, tmp_path):
     close(tmp_path / "one", tmp_path / "to_fsdp")
 
 
+def test_a_run_of_a_constant_learning_rate_can_get_more_steps(base, tmp_path, capsys):
+    """To the metrics and weights of a run that was to have them from the start; any other schedule says why not."""
+    flags = [*base, "--schedule", "constant", "--lr-warmup", "0"]
+    assert train(flags, tmp_path / "long", "--steps", 16) == 0
+    assert train(flags, tmp_path / "run") == 0
+    assert train(flags, tmp_path / "run", "--steps", 16, "--resume") == 0
+    assert "--steps was 12, is 16 from here on" in capsys.readouterr().out
+    assert [r["loss"] for r in rows(tmp_path / "run", "train")] == [r["loss"] for r in rows(tmp_path / "long", "train")]
+    assert all(torch.equal(w, weights(tmp_path / "long")[name]) for name, w in weights(tmp_path / "run").items())
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["steps"] == 16
+    fails(capsys, r"steps was 16, now 12", flags, tmp_path / "run", "--resume")
+    dpsm = [*flags, "--loss", "dpsm", "--warmup", "1"]
+    for more in (base, dpsm):
+        assert train(more, tmp_path / "planned") == 0
+        says = "--steps was 12, now 24: only a run with --schedule constant, .*--init-from"
+        fails(capsys, says, more, tmp_path / "planned", "--steps", 24, "--resume")
+        shutil.rmtree(tmp_path / "planned")
+
+
 def test_activation_checkpointing_changes_nothing(base, tmp_path):
     assert train(base, tmp_path / "plain") == 0
     assert train(base, tmp_path / "recomputed", "--checkpoint-activations") == 0

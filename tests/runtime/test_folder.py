@@ -320,7 +320,7 @@ def test_rows_that_are_lost_are_counted_and_said(tmp_path, damage, capsys):
     assert again.rows("event")[-1]["lost_rows"] == lost
 
 
-@pytest.mark.parametrize("held", [b"[1]", b"5", b'{"a": 1', b"\xff\xfe\x00", b"[" * 100_000], ids=str)
+@pytest.mark.parametrize("held", [b"[1]", b"5", b'{"a": 1', b"\xff\xfe\x00", b"[" * 100_000], ids=lambda b: repr(b[:5]))
 def test_a_config_that_is_no_object_is_one_line(tmp_path, held):
     cfg = Config(out=str(tmp_path / "run"), resume=True)
     run = start(tmp_path / "run", replace(cfg, resume=False))
