@@ -17,6 +17,7 @@ from torch import Tensor
 
 from runtime.machine import EnergyMeter, device_name, peak_flops, peak_memory, rng_states, set_rng_states
 from runtime.process import Stopped, StopRequest
+from runtime.pulse import Pulse
 
 # A run ends after so many steps running without a finite loss.
 HOPELESS = 3
@@ -73,7 +74,7 @@ class Meter:
         self.loss = torch.zeros((), device=device)  # of the step that is being computed
         self.ending: str | None = None  # why the loop ends before its last step
         self.stopping = self.at_log = self.at_eval = self.sound = False
-        self._energy = EnergyMeter(device)
+        self._energy, self.pulse = EnergyMeter(device), None
 
     def state_dict(self) -> dict:
         """Entries of a checkpoint, on the CPU, of all ranks together. Every rank must call it."""
@@ -98,12 +99,15 @@ class Meter:
             self.ending = "early_stop"
 
     def start(self) -> None:
-        """Right before the loop: signals ask it to stop from here on, the bar stands, the clock runs."""
+        """Right before the loop: signals ask it to stop, ranks watch each other, the bar stands, the clock runs."""
         from tqdm import tqdm
 
         how = dict(total=self.steps, initial=self.step, unit="step", dynamic_ncols=True)
         self.bar = tqdm(desc=self.run.path.name, disable=not self.world.main, **how)
         self.stop = StopRequest()
+        if dist.is_initialized():
+            self.pulse = Pulse(self.world.rank, self.world.size, dist.distributed_c10d._get_default_store())
+            self.pulse.start()
         self._clocked = self.tokens
         self._agreed, self._agree_at = (self.step, time.perf_counter()), self.step + 1
         self.go_on()
@@ -240,6 +244,8 @@ class Meter:
         the final evaluation follows. That one a signal ends by an exception."""
         self.bar.close()
         self.stop.restore()
+        if self.pulse:
+            self.pulse.stop()
         self.memory = peak_memory(self.world.device)
         code = self.run.ended(self.ending, self.step, self.stop.signal)
         if code is None and self.stop.signal:

@@ -42,6 +42,8 @@ from model import lora, lora_hub  # noqa: E402
 from runtime.folder import load_checkpoint, read_metrics  # noqa: E402
 
 CLOCK = re.compile("seconds|per_second|ms_per_step|peak_memory|reused")
+# What a tiny run imports, most of its time otherwise.
+PRELOAD = ["train_lm", "finetune_seq2seq", "finetune_gsm8k", "torch.distributed.checkpoint.state_dict", "torch._dynamo"]
 LIMIT = 240  # seconds after which a child is stuck
 
 
@@ -124,7 +126,7 @@ def child(module: str, argv: list[str], log: str, before: Callable) -> None:
 def start(module: str, argv: list[str], log: Path, before: Callable = nothing):
     """That child, as a process: a fork of a server that has imported the scripts, which takes no time."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.drill"])
+    context.set_forkserver_preload(PRELOAD)
     log.touch()
     process = context.Process(target=child, args=(module, argv, str(log), before))
     with contextlib.chdir(ROOT):  # where the server finds what it imports
