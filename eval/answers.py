@@ -46,12 +46,13 @@ def forwards(model: Decoder, heldout: Rows, loss_on: str, rows: int, world: Worl
 
 
 def solutions(
-    model: Decoder, sets: dict[str, Rows], loss_on: str, rows: int, world: World, *, impl: str = "auto"
+    model: Decoder, sets: dict[str, Rows], loss_on: str, rows: int, world: World, *, pieces, impl: str = "auto"
 ) -> tuple[dict, dict]:
     """`eval.heldout.final_metrics` of the reference solutions in each of ``sets``, name -> packed rows, which are read
-    ``rows`` at a time. Every rank must call it."""
+    ``rows`` at a time; ``pieces`` keeps what is done. Every rank must call it."""
     made = {name: partial(forwards, model, part, loss_on, rows, world) for name, part in sets.items()}
-    return final_metrics(model, made, world, impl=impl)
+    counts = {name: -(-len(part) // (rows * world.size)) for name, part in sets.items()}
+    return final_metrics(model, made, world, pieces=pieces, counts=counts, impl=impl)
 
 
 class SegmentFisher:

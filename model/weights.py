@@ -233,4 +233,10 @@ def write_json(content: dict, path: Path) -> None:
 def save_tensors(tensors: Iterable[tuple[str, Tensor]], path: Path) -> None:
     """One safetensors file of the tensors, each copied to the CPU as it comes."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors}
-    safetensors.torch.save_file(contiguous, path, metadata={"format": "pt"})
+    try:
+        safetensors.torch.save_file(contiguous, path, metadata={"format": "pt"})
+    except safetensors.SafetensorError as error:  # of a full disk too, which `staged` says what to do about
+        number = re.search(r"os error (\d+)", str(error))
+        if not number:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from None

@@ -7,7 +7,9 @@ import signal
 import pytest
 import torch
 
+from model.weights import save_tensors
 from runtime.checkpoint import load_checkpoint, save_checkpoint
+from runtime.staging import staged
 
 STATE = {"model": {"w": torch.arange(40.0)}, "names": ["a", "b"], "step": 3}
 
@@ -86,3 +88,18 @@ def test_a_full_disk_is_an_error_of_the_disk_and_leaves_the_old_file(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
         signal.signal(signal.SIGXFSZ, handler)
     assert load_checkpoint(path)["step"] == 3 and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_in_a_folder_of_tensors_is_the_same_error(tmp_path):
+    """safetensors has an error of its own for it."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, old[1]))
+    try:
+        with (
+            pytest.raises(OSError, match=r"cannot be written \(File too large\); raise the limit.*/adapter'"),
+            staged(tmp_path / "adapter", last="config") as temporary,
+        ):
+            save_tensors([("a", torch.zeros(100_000))], temporary / "x.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert not list(tmp_path.iterdir())
