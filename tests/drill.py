@@ -234,7 +234,8 @@ def stop(drill: Drill, name: str, number: int) -> str:
     out = drill.folder()
     process = drill.begin(name, out)
     drill.wait(name)
-    os.kill(process.pid, number)
+    with contextlib.suppress(ProcessLookupError):  # it is done
+        os.kill(process.pid, number)
     code = end(process)
     if code not in (0, -number, 128 + number):  # negative: before the command began
         return f"exit code {code}: {last_line(out)}"
