@@ -20,8 +20,8 @@ from data.packing import Example
 from data.programs import Problem, code_targets, coverage_table
 from model.decoder_hub import config_and_tokenizer
 from model.weights import first_line
-from runtime.folder import parse_json
 from sandbox.run import probe
+from schedules.textlines import read_bytes, read_json
 
 PROMPTS = ("chat", "plain", "eight-shot")
 SHOTS = 8
@@ -165,14 +165,14 @@ def make_targets(
     if format == "text":
         return {p.id: text_target(p, annotations=annotations) for p in problems}
     probe()  # kept programs need no sandbox, answers will
-    key = hashlib.sha256(b"".join(Path(module.__file__).read_bytes() for module in (programs, numbers)))
+    key = hashlib.sha256(b"".join(read_bytes(module.__file__) for module in (programs, numbers)))
     for p in problems:
         key.update(f"{p.id}\0{p.question}\0{p.answer_text}\0".encode())
     path = Path(cache) / f"gsm8k-programs-{key.hexdigest()[:16]}.json"
     if not path.is_file():
         made = dict(zip(("programs", "refused"), code_targets(problems, progress=progress), strict=True))
         write_cached(path, lambda file: file.write((json.dumps(made, indent=1) + "\n").encode()))
-    held = parse_json(path.read_text(), path, "; delete it, it is made again")
+    held = read_json(path, dict, advice="delete it, it is made again")
     log.info(coverage_table(len(problems), held["refused"]))
     return held["programs"]
 

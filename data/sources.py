@@ -8,7 +8,6 @@ A new named set is one entry in TEXT_SETS, at the end of this file.
 
 import hashlib
 import itertools
-import json
 import os
 import re
 import sysconfig
@@ -19,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data.files import lm_data, load_hub, read_lines, read_text
+from data.files import lm_data, load_hub
+from schedules.textlines import fault, read_lines, read_rows, read_text
 
 TEXT_SPLITS = ("train", "val", "test")
 WIKITEXT_FOLDERS = ("wikitext-2", "wikitext-103")
@@ -123,7 +123,7 @@ def _open_wikitext_folder(name: str, folder: Path, splits: tuple[str, ...]) -> S
                     digest = hashlib.file_digest(file, "sha256").hexdigest()
             except OSError as error:
                 raise ValueError(f"cannot read {path} ({error.strerror})") from None
-            found[split] = Split(lambda path=path: articles(read_lines(path)), digest, path.stat().st_size)
+            found[split] = Split(lambda path=path: articles(read_lines(path, ends=True)), digest, path.stat().st_size)
         elif split != "test":
             prefix = " (train_prefix.txt is a sample of it, not the split)" if split == "train" else ""
             raise ValueError(
@@ -239,14 +239,10 @@ def _documents(folder: Path, files: list[str]) -> Iterator[tuple[str, str]]:
             if (text := read_text(file)).strip():
                 yield identity, text
             continue
-        for number, line in enumerate(read_lines(file), 1):
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line)["text"]
-                text.encode()  # half a surrogate pair, "\\ud83d", is valid JSON and no text
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise ValueError(f'{file}, line {number}: expected {{"text": "..."}} in valid UTF-8') from None
+        for number, row in read_rows(file, nan=True):
+            text = row.get("text") if isinstance(row, dict) else None
+            if not isinstance(text, str):
+                raise fault(file, number, 'no object with "text"')
             if text.strip():
                 yield f"{identity}#{number}", text
 

@@ -4,7 +4,6 @@ A batch, its order and its noise are pure functions of (seed, step), as in data/
 the same batches on any number of ranks. A new named set is one entry in SUMMARY_SETS.
 """
 
-import csv
 import dataclasses
 import hashlib
 import json
@@ -24,10 +23,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from data.cache import cached_tokens
-from data.files import lm_data, load_hub, read_lines, read_rows
+from data.files import lm_data, load_hub
 from data.tokenizer import TOKENIZER_FILES, Tokenizer, byte_level, load_tokenizer, merges_of, read_files
 from data.windows import IGNORE_INDEX, permutation, random_uint64
 from model.weights import first_line, folder_of
+from schedules.textlines import parse_json, read_csv, read_rows
 
 STEMS = {"train": ("train",), "validation": ("validation", "val", "valid", "dev"), "test": ("test",)}  # of its files
 SUMMARY_SPLITS = tuple(STEMS)
@@ -103,7 +103,7 @@ def load_summaries(
             loaded = load_hub(name, way_out, published.repository, published.configuration, split=split)
             origin, rows = f"the hub's {published.repository}", enumerate(loaded, 1)
         elif path := _split_file(folder, split):
-            origin, rows = str(path), _file_rows(path)
+            origin, rows = str(path), read_csv(path) if path.suffix == ".csv" else read_rows(path, nan=True)
         else:
             continue
         pairs, removed = _pairs(rows, split, origin, min_words)
@@ -127,7 +127,7 @@ def _pairs(rows, split: str, origin: str, min_words: int) -> tuple[list[Pair], d
     """The pairs of numbered rows, and how many rows were left out and why."""
     pairs, removed = [], {"empty": 0, "short": 0}
     for i, (line, row) in enumerate(rows):
-        article, summary = (_text(row, names, f"{origin} line {line}") for names in (ARTICLE, SUMMARY))
+        article, summary = (_text(row, names, f"{origin}, line {line}") for names in (ARTICLE, SUMMARY))
         if not article or not summary:
             removed["empty"] += 1
         elif len(article.split()) < min_words:
@@ -154,19 +154,6 @@ def _text(row, names: tuple[str, ...], where: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{where}: {column} is {type(value).__name__}, expected text or a list of texts")
     return value.strip()
-
-
-def _file_rows(path: Path) -> Iterable[tuple[int, dict]]:
-    if path.suffix != ".csv":
-        yield from read_rows(path)
-        return
-    csv.field_size_limit(2**31 - 1)
-    reader = csv.DictReader(read_lines(path), strict=True)
-    try:
-        for row in reader:
-            yield reader.line_num, row
-    except csv.Error as error:
-        raise ValueError(f"{path} line {reader.line_num} is not CSV ({error})") from None
 
 
 def load_texts(data: str, eval_data: str = "", *, folded: bool, min_words: int) -> dict[str, Summaries | None]:
@@ -279,7 +266,7 @@ def _with_definition(files: dict[str, bytes], folder: Path, eos_id: int | None) 
     that of the merges."""
     try:
         if "tokenizer.json" not in files:
-            vocab = json.loads(files["vocab.json"])
+            vocab = parse_json(files["vocab.json"], "vocab.json")
             if eos_id is None and not set(SPECIALS) <= set(vocab):
                 return files  # GPT-2's kind
             backend = byte_level(vocab=vocab, merges=merges_of(files["merges.txt"]))
@@ -289,7 +276,7 @@ def _with_definition(files: dict[str, bytes], folder: Path, eos_id: int | None) 
         known = _vocabulary(files)
         eos_id = known.get("</s>") if eos_id is None else eos_id
         eos = next((token for token, i in known.items() if i == eos_id), None)
-        settings = json.loads(files.get("tokenizer_config.json", b"{}"))
+        settings = parse_json(files.get("tokenizer_config.json", b"{}"), "tokenizer_config.json")
     except Exception as error:  # tokenizers raises bare Exception
         reason = first_line(error)[:100]
         raise ValueError(f"the tokenizer files in {folder} are damaged or of another kind ({reason})") from None

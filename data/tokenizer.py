@@ -21,9 +21,9 @@ import tiktoken.load
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from data.files import lm_data, read_bytes, write_cached
+from data.files import lm_data, write_cached
 from model.weights import first_line
-from runtime.folder import parse_json
+from schedules.textlines import decoded, parse_json, read_bytes
 
 EOS = "<|endoftext|>"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -149,7 +149,7 @@ def read_files(folder: Path) -> dict[str, bytes]:
 
 def merges_of(merges_txt: bytes) -> list[tuple[str, ...]]:
     """The pairs that merges.txt joins, in order."""
-    lines = merges_txt.decode().split("\n")
+    lines = decoded(merges_txt, "merges.txt").replace("\r\n", "\n").split("\n")
     return [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
 
 

@@ -22,6 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
+from schedules.textlines import parse_json, read_bytes, read_lines, read_text
+
 NEIGHBOURS = "counterfitted_neighbors.json"
 STOP_WORDS = "stopwords_textfooler.txt"
 ANTONYMS = ("counter_fitting_constraints/ppdb_antonyms.txt", "counter_fitting_constraints/wordnet_antonyms.txt")
@@ -92,7 +94,7 @@ def load_lists(words=None, stop_words=None, antonyms: Iterable = (), synonyms: I
     opposite, alike = (frozenset(pair for path in paths for pair in _rows(path, 2)) for paths in (antonyms, synonyms))
     lists = WordLists(near, stopped, opposite, alike if synonyms else None)
     files = [words, *stop, *antonyms, *synonyms]
-    return lists, {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return lists, {path.name: hashlib.sha256(read_bytes(path)).hexdigest() for path in files}
 
 
 def read_neighbours(path: str | os.PathLike) -> "Mapping[str, Sequence[str]] | Vectors":
@@ -107,25 +109,22 @@ def read_neighbours(path: str | os.PathLike) -> "Mapping[str, Sequence[str]] | V
     for number, line in lines:
         word, *near = line.lower().split()
         if not near:
-            raise ValueError(f"{path} line {number}: {_short(line)}; expected a word and its neighbours")
+            raise ValueError(f"{path}, line {number}: {_short(line)}; expected a word and its neighbours")
         if word in found:
-            raise ValueError(f"{path} line {number}: {word!r} is there twice; expected one line a word")
+            raise ValueError(f"{path}, line {number}: {word!r} is there twice; expected one line a word")
         found[word] = near
     return found
 
 
 def _neighbours_json(path) -> dict[str, list[str]]:
-    text = _read(path)
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} line {error.lineno} column {error.colno}: not JSON ({error.msg})") from None
+    text = read_text(path)
+    content = parse_json(text, path)
     if not isinstance(content, dict) or not content:
-        raise ValueError(f"{path} line 1: expected an object of words with their lists of neighbours")
+        raise ValueError(f"{path}, line 1: expected an object of words with their lists of neighbours")
     for word, near in content.items():
         if not isinstance(near, list) or not all(isinstance(n, str) for n in near):
             line = text.count("\n", 0, max(0, text.find(json.dumps(word, ensure_ascii=False)))) + 1
-            raise ValueError(f"{path} line {line}: the neighbours of {_short(word)} are no list of words")
+            raise ValueError(f"{path}, line {line}: the neighbours of {_short(word)} are no list of words")
     return {word.lower(): near for word, near in content.items()}
 
 
@@ -134,10 +133,10 @@ def _vectors(path, lines: list[tuple[int, str]], width: int) -> Vectors:
     for row, (number, line) in zip(rows_ND, lines, strict=True):
         values = _numbers(line)
         if values is None or len(values) != width:
-            raise ValueError(f"{path} line {number}: expected a word and {width} numbers")
+            raise ValueError(f"{path}, line {number}: expected a word and {width} numbers")
         row[:] = values
         if not np.isfinite(row).all():
-            raise ValueError(f"{path} line {number}: the vector of {line.split()[0]!r} is not finite")
+            raise ValueError(f"{path}, line {number}: the vector of {line.split()[0]!r} is not finite")
     return Vectors([line.split()[0].lower() for _, line in lines], rows_ND)
 
 
@@ -156,26 +155,16 @@ def _rows(path, width: int) -> list[tuple[str, ...]]:
         rows.append(tuple(line.lower().split()))
         if len(rows[-1]) != width:
             expected = "one word" if width == 1 else "two words"
-            raise ValueError(f"{path} line {number}: {_short(line)}; expected {expected} a line")
+            raise ValueError(f"{path}, line {number}: {_short(line)}; expected {expected} a line")
     return rows
 
 
 def _lines(path) -> list[tuple[int, str]]:
     """Numbered lines that hold something."""
-    found = [(n, line) for n, line in enumerate(_read(path).split("\n"), 1) if line.strip()]
+    found = [(n, line) for n, line in enumerate(read_lines(path), 1) if line.strip()]
     if not found:
         raise ValueError(f"{path} is empty; expected a word list")
     return found
-
-
-def _read(path) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise ValueError(f"cannot read the word list {path} ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path} line {line}: not UTF-8 text") from None
 
 
 def _short(text: str) -> str:

@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.files import read_rows
+from schedules.textlines import read_rows
 
 KINDS = ("sequence", "token", "agreement")
 BINS = 10
@@ -151,6 +151,6 @@ def read_confidences(path: Path) -> dict[str, Judged]:
     """kind -> the greedy answers of a verdicts.jsonl, by its main rule; {} where there is none, or no confidence in it.
     Raises ValueError naming a broken file."""
     try:
-        return by_kind([row for _, row in read_rows(path)]) if path.exists() else {}
+        return by_kind([row for _, row in read_rows(path, nan=True)]) if path.exists() else {}
     except (AttributeError, KeyError, TypeError):
         raise ValueError(f"{path} is no file of verdicts; expected id, correct and confidence") from None

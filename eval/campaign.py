@@ -21,7 +21,6 @@ import subprocess
 import sys
 import threading
 import time
-import tomllib
 from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +29,7 @@ from tqdm import tqdm
 
 from runtime.cli import Parser, flag_name, parse_config, parser_of, user_errors
 from runtime.process import code_of, command, end_with_parent, handled
+from schedules.textlines import read_toml
 
 
 class Job(NamedTuple):
@@ -41,10 +41,7 @@ class Job(NamedTuple):
 
 
 def read_recipe(path: Path) -> dict:
-    try:
-        recipe = tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as e:
-        raise ValueError(f"{path} is not TOML: {e}") from e
+    recipe = read_toml(path)
     unknown = set(recipe) - {"title", "script", "out", "flags", "grid", "arm"}
     if unknown or not {"script", "out"} <= set(recipe):
         raise ValueError(f"{path} needs script and out, and knows flags, grid, arm and title; check {sorted(unknown)}")

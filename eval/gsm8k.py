@@ -30,14 +30,14 @@ from operator import gt, lt
 from pathlib import Path
 from typing import NamedTuple
 
-from data.gsm8k import FORMATS, HALF, load_gsm8k
+from data.gsm8k import FORMATS, load_gsm8k
 from data.numbers import last_number, parse_number, same_number
 from eval.extraction import TEXT_RULES, programs_of
 from eval.rows import write_rows
 from eval.stats import bootstrap_interval, mcnemar_exact, paired
 from runtime.cli import Parser, user_errors
-from runtime.folder import parse_json
 from sandbox import UNSAFE, Limits, run_many
+from schedules.textlines import read_rows
 
 PACKAGES_MEMORY = 2 << 30  # bytes of address space of a program that imports packages: numpy maps more than it uses
 
@@ -73,23 +73,14 @@ class Score(NamedTuple):
 def read_outputs(path: str | Path, ids: Sequence[str]) -> list[Sample]:
     """A file of {"id", "output"} lines for the problems ``ids``. Raises ValueError, with the line, for a bad one."""
     known, split = set(ids), ids[0].partition("/")[0]
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {path} ({getattr(error, 'strerror', None) or 'not UTF-8'})") from None
     samples = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        row = parse_json(line, f"{path} line {number}")
+    for number, row in read_rows(path, nan=True):
         if not isinstance(row, dict) or "id" not in row or not isinstance(row.get("output"), str):
-            raise ValueError(f"{path} line {number}: expected an object with id and a text output")
-        if HALF.search(row["output"]):
-            raise ValueError(f"{path} line {number}: half a surrogate pair, which is valid JSON and no text")
+            raise ValueError(f"{path}, line {number}: expected an object with id and a text output")
         name = f"{split}/{row['id']}" if re.fullmatch(r"\d+", str(row["id"])) else str(row["id"])
         if name not in known:
             expected = f"{ids[0]} to {ids[-1]} or the number alone"
-            raise ValueError(f"{path} line {number}: unknown id {row['id']!r}, expected {expected}")
+            raise ValueError(f"{path}, line {number}: unknown id {row['id']!r}, expected {expected}")
         samples.append(Sample(name, row["output"]))
     if not samples:
         raise ValueError(f"{path} holds no outputs")

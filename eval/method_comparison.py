@@ -31,7 +31,8 @@ from pathlib import Path
 
 from eval.answers import main_rule
 from runtime.cli import Parser, user_errors
-from runtime.folder import parse_json, read_metrics, write_json
+from runtime.folder import read_metrics, write_json
+from schedules.textlines import read_json
 
 PACKAGES = ("transformers", "peft", "datasets", "bitsandbytes", "torch")
 
@@ -39,7 +40,7 @@ PACKAGES = ("transformers", "peft", "datasets", "bitsandbytes", "torch")
 def _read(path: Path):
     if not path.is_file():
         raise ValueError(f"{path} is missing; give the folder of a finished run of finetune_gsm8k.py")
-    return parse_json(path.read_text(encoding="utf-8"), path)
+    return read_json(path, dict)
 
 
 def row(run: Path) -> dict:

@@ -7,6 +7,7 @@ from typing import TextIO
 
 from runtime.folder import write_bytes
 from runtime.machine import World
+from schedules.textlines import fault, read_rows
 
 
 def json_line(row: dict) -> str:
@@ -21,11 +22,10 @@ def write_rows(path: Path, rows: Iterable[dict]) -> None:
 def whole_rows(path: Path) -> list[dict]:
     """The rows of a file, without the line that a kill left half-written at its end. None where there is no file."""
     rows = []
-    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else ():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    for number, row in read_rows(path, half=[], nan=True) if path.exists() else ():
+        if not isinstance(row, dict):
+            raise fault(path, number, "no row of ours", "remove the file, it is made again")
+        rows.append(row)
     return rows
 
 

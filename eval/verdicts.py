@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from data.files import read_rows
 from eval.extraction import RULES
 from eval.stats import mcnemar_exact
 from runtime.cli import Parser, user_errors
+from schedules.textlines import read_rows
 
 
 class Difference(NamedTuple):
@@ -37,14 +37,14 @@ def read_verdicts(path: str | Path) -> dict[str, dict[str, bool]]:
     """rule -> id -> whether the greedy answer is right. Raises ValueError, with the line, for what is no verdict, and
     for two on one problem."""
     found: dict[str, dict[str, bool]] = {}
-    for number, row in read_rows(Path(path)):
+    for number, row in read_rows(path, nan=True):
         correct = row.get("correct") if isinstance(row, dict) else None
         if not isinstance(correct, dict) or "id" not in row:
-            raise ValueError(f"{path} line {number} is no verdict; expected id and correct by rule")
+            raise ValueError(f"{path}, line {number} is no verdict; expected id and correct by rule")
         for rule, right in {} if row.get("sample") else correct.items():
             by_id = found.setdefault(rule, {})
             if row["id"] in by_id:
-                raise ValueError(f"{path} line {number}: a second verdict on {row['id']}; give a file of one an id")
+                raise ValueError(f"{path}, line {number}: a second verdict on {row['id']}; give a file of one an id")
             by_id[row["id"]] = bool(right)
     return found
 

@@ -12,6 +12,7 @@ from model import weights
 from model.decoder import FAMILIES, Decoder, DecoderConfig
 from model.gguf_hub import GGUF, is_gguf
 from model.layers import Linear
+from schedules.textlines import read_bytes
 
 # Options that change the function and are not built, and their allowed values, as weights.check_fields takes them: of
 # all families, and of some. The rotary fields, layer_types and Mistral's window are checked apart. Dropout is not read:
@@ -190,7 +191,7 @@ def config_and_tokenizer(folder_or_hub_id: str | os.PathLike) -> tuple[DecoderCo
         return file.config, file.tokenizer_files()
     config = read_config(weights.folder_of(folder_or_hub_id) / weights.CONFIG)
     folder = weights.folder_of(folder_or_hub_id, TOKENIZER)
-    return config, {name: (folder / name).read_bytes() for name in TOKENIZER if (folder / name).is_file()}
+    return config, {name: read_bytes(folder / name) for name in TOKENIZER if (folder / name).is_file()}
 
 
 def plain_tensor(model: Decoder, name: str, dtype: torch.dtype) -> Tensor:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from runtime.staging import staged
+from schedules import textlines
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 # Prefixes of wrapped models' tensors: who adds them, and what is within.
@@ -51,28 +52,22 @@ def folder_of(folder_or_hub_id: str | os.PathLike, files: tuple[str, ...] = MODE
 
 def read_json(path: Path) -> dict:
     """The object in a JSON file. Raises ValueError for a file that is missing or holds anything else."""
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{path.parent} has no {path.name}; expected a folder in Hugging Face's layout") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return content
+    if not path.exists():
+        raise ValueError(f"{path.parent} has no {path.name}; expected a folder in Hugging Face's layout")
+    return textlines.read_json(path, dict, advice="copy the model's again")
 
 
 def tokenizer_config(files: Mapping[str, bytes], where: str | os.PathLike) -> dict:
     """What tokenizer_config.json among a model's ``files`` (name -> content) says, and as "chat_template" the source of
     the template, from whatever file: chat_template.jinja goes before, of several the one named default is taken, and
     None is none. ``where`` names the model in errors. Raises ValueError for anything else."""
-    try:
-        config = json.loads(files.get("tokenizer_config.json", b"{}"))
-    except ValueError:
-        config = None
+    name = f"{where}: tokenizer_config.json"
+    config = textlines.parse_json(files.get("tokenizer_config.json", b"{}"), name, advice="copy the model's")
     if not isinstance(config, dict):
-        raise ValueError(f"{where}: tokenizer_config.json is no JSON object; copy the model's")
-    source = files["chat_template.jinja"].decode() if "chat_template.jinja" in files else config.get("chat_template")
+        raise ValueError(f"{name} is no JSON object; copy the model's")
+    source = config.get("chat_template")
+    if "chat_template.jinja" in files:
+        source = textlines.decoded(files["chat_template.jinja"], f"{where}: chat_template.jinja")
     if isinstance(source, list):
         named = (t for t in source if isinstance(t, dict) and t.get("name") == "default")
         source = next(named, {}).get("template", source)

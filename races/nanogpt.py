@@ -10,7 +10,6 @@ times are those it prints; ours come from metrics.jsonl by way of summary.json. 
 torch.compile.
 """
 
-import json
 import pickle
 import re
 import statistics
@@ -26,6 +25,7 @@ from model.gpt2 import SIZES
 from races.common import check_new, command, output_of, race_parser
 from runtime.cli import user_errors
 from runtime.folder import environment, write_json
+from schedules.textlines import read_json
 
 WINDOW = 10  # steps of a log line of train_lm.py
 TRAIN_TOKENS = 2_000_000
@@ -53,7 +53,7 @@ def our_ms(loss: str, folder: Path, args) -> float:
     same = {name: getattr(args, name) for name in ("data", "tokenizer", "model", "seq_len", "batch", "steps")}
     same |= dict(device=args.device, cache=args.cache, eval_every=args.steps, lr=1e-3, sample_tokens=1)
     output_of(command("train_lm.py", out=folder, loss=loss, **same), "train_lm.py did not run")
-    return json.loads((folder / "summary.json").read_text())["ms_per_step_median"]
+    return read_json(folder / "summary.json")["ms_per_step_median"]
 
 
 def write_text(args) -> Path:

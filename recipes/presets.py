@@ -1,7 +1,8 @@
 """Published recipes for summarisation, recipes/papers/*.toml, as flags of finetune_seq2seq.py."""
 
-import tomllib
 from pathlib import Path
+
+from schedules.textlines import read_toml
 
 PAPERS = Path(__file__).with_name("papers")
 PRESETS = tuple(sorted(path.stem for path in PAPERS.glob("*.toml")))
@@ -12,7 +13,7 @@ def preset_values(preset: str, data: str, loss: str = "ce") -> dict:
     other loss. Raises ValueError for an unknown preset."""
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}; expected one of {', '.join(PRESETS)}")
-    values = tomllib.loads((PAPERS / f"{preset}.toml").read_text(encoding="utf-8"))
+    values = read_toml(PAPERS / f"{preset}.toml")
     xsum = values.pop("xsum")  # where the published recipe for XSum is another one
     values |= xsum if Path(data).name == "xsum" else {}
     values["lr_warmup"] = values.pop("warmup_steps") / values["steps"]

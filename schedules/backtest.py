@@ -13,7 +13,6 @@ import csv
 import fnmatch
 import io
 import itertools
-import json
 import math
 import os
 from collections import defaultdict, namedtuple
@@ -26,6 +25,7 @@ import numpy as np
 from .forecast import Forecast, Forecaster, Prior, literal_forecast
 from .rules import lr_factor
 from .style import INK, PALETTE, png, styled, thousands
+from .textlines import read_csv, read_json, read_rows
 
 FRACTIONS = (0.1, 0.25, 0.5, 0.75)
 SHIPPED = Prior()
@@ -75,7 +75,7 @@ def read_curve(path: str | Path, *, loss: str | None = None, family: str = "", p
     arguments of `lr_factor` ("schedule" for its name), for a file without learning rates. Raises ValueError with the
     line number for a line that cannot be read and for steps that do not increase."""
     path = Path(path)
-    rows = list(_csv_rows(path) if path.suffix == ".csv" else _jsonl_rows(path))
+    rows = list(read_csv(path) if path.suffix == ".csv" else _jsonl_rows(path))
     names = {name: None for _, row in rows for name in row}
     losses = (*LOSS_NAMES, *(n for n in names if n.endswith("CrossEntropyLoss")))
     wanted = (STEP_NAMES, (loss,) if loss else losses, LR_NAMES)
@@ -109,22 +109,11 @@ def read_curve(path: str | Path, *, loss: str | None = None, family: str = "", p
     return Curve(path.stem, family, steps, losses, lrs[0] if lrs else None)
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[int, dict]]:
-    with open(path, newline="", encoding="utf-8") as file:
-        reader = csv.reader(file)
-        header = next(reader, [])
-        for values in reader:
-            if len(values) != len(header):
-                raise ValueError(f"{path}, line {reader.line_num}: {len(values)} values, expected {len(header)}")
-            yield reader.line_num, dict(zip(header, values, strict=True))
-
-
 def _jsonl_rows(path: Path) -> Iterator[tuple[int, dict]]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            yield number, dict(json.loads(line).items())
-        except (ValueError, AttributeError):
-            raise ValueError(f"{path}, line {number}: {line[:40]!r} is not a JSON object") from None
+    for number, row in read_rows(path, nan=True):
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number}: {str(row)[:40]!r} is not a JSON object")
+        yield number, row
 
 
 def _number(where: str, name: str, value) -> float:
@@ -389,10 +378,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def _read_plans(path: str) -> dict:
-    try:
-        plans = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise ValueError(f"{path}: not JSON ({e})") from None
+    plans = read_json(path)
     if not isinstance(plans, dict) or not all(isinstance(plan, dict) for plan in plans.values()):
         raise ValueError(f'{path}: expected an object such as {{"*run1*": {{"schedule": "wsd", "decay": 0.2}}}}')
     return plans

@@ -44,13 +44,14 @@ def read_bytes(path: _PATH) -> bytes:
 
 def read_text(path: _PATH) -> str:
     """The whole text without its byte order mark, the line ends as they are."""
-    return decoded(read_bytes(path).removeprefix(BOM), path)
+    return decoded(read_bytes(path), path)
 
 
 def decoded(raw: bytes, where: _PATH, line: int | None = 1) -> str:
-    """UTF-8 ``raw`` as text. ``line``: that of its first byte, None where ``where`` says the place already."""
+    """UTF-8 ``raw`` as text, without a file's byte order mark. ``line``: that of its first byte, None where ``where``
+    says the place already."""
     try:
-        return raw.decode()
+        return (raw if line and line > 1 else raw.removeprefix(BOM)).decode()
     except UnicodeDecodeError as error:
         what = "UTF-16" if raw.startswith((b"\xff\xfe", b"\xfe\xff")) else f"the byte 0x{error.object[error.start]:02x}"
         line = line and line + error.object.count(b"\n", 0, error.start)
@@ -113,7 +114,7 @@ def read_rows(
     """(line from 1, value) of a file with one JSON value a line. ``half`` gets the number of a last line that has no
     end and is not whole; without it that is an error as elsewhere."""
     for number, raw in _numbered(path):
-        if raw.strip():
+        if raw.removeprefix(BOM).strip():
             try:
                 value = parse_json(raw.rstrip(b"\r\n"), path, number, nan=nan, advice=advice)
             except ValueError:
@@ -172,8 +173,7 @@ def read_toml(path: _PATH) -> dict:
 
 
 def _numbered(path: _PATH) -> Iterator[tuple[int, bytes]]:
-    """The lines with their ends, without the byte order mark of the first."""
-    return ((n, raw if n > 1 else raw.removeprefix(BOM)) for n, raw in enumerate(_raw(path, iter), 1))
+    return enumerate(_raw(path, iter), 1)
 
 
 def _raw(path: _PATH, parts: Callable) -> Iterator[bytes]:

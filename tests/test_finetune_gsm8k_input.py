@@ -94,9 +94,9 @@ def test_plain_prompts_need_an_end(base, model, tmp_path, capsys):
 @pytest.mark.parametrize(
     "line, says",
     [
-        ('{"question": "How many?"}', "train.jsonl line 3 has no text in field 'answer'"),
-        ('{"question": "How', "train.jsonl line 3 is not JSON"),
-        ('{"question": "How many?", "answer": "Three."}', "train.jsonl line 3: its answer does not end in"),
+        ('{"question": "How many?"}', "train.jsonl, line 3 has no text in field 'answer'"),
+        ('{"question": "How', "train.jsonl, line 3: not JSON"),
+        ('{"question": "How many?", "answer": "Three."}', "train.jsonl, line 3: its answer does not end in"),
     ],
 )
 def test_bad_problems(base, problems, tmp_path, capsys, line, says):

@@ -164,3 +164,45 @@ def test_nothing_is_written_twice():
             if other != path:
                 found.append(f"{other} and {path}: {stretch[0]}")
     assert not found, found
+
+
+# Beside schedules/textlines.py, what reads a file or JSON, and why it may.
+READERS_OF_THEIR_OWN = {
+    "sandbox/jailer.py": "stands alone; reads /proc, and the lines of its own parent",
+    "sandbox/run.py": "stands alone; reads the lines of its own jailer",
+    "kernels/bench/rows.py": "kernels/ imports nothing else of ours; reads /proc and a CSV that the bench wrote",
+    "kernels/bench/timing.py": "kernels/ imports nothing else of ours; reads /proc",
+    "runtime/folder.py": "copies values and modules that are ours: what others may have touched goes through textlines",
+    "model/gguf_hub.py": "json.loads of what the tokenizers package made",
+    "data/cache.py": "the binary header of a token cache",
+    "data/sources.py": "the bytes of WikiText's files, for their hash",
+    "eval/attack/run.py": "the bytes of weights, for their hash; a copy of a value",
+    "recipes/smollm2.py": "the bytes of a wheel, for their hash",
+    "finetune_gsm8k.py": "the summary that this very run has written before",
+    "races/peft_gsm8k.py": "json.loads of what its own child printed",
+}
+
+
+def test_text_files_are_read_in_one_place():
+    """No open() for reading, read_text, read_bytes, json.load(s), csv.reader or tomllib but in schedules/textlines.py
+    and, for a reason, in the files above."""
+    found = {}
+    for path, tree in files().items():
+        for call in (n for n in ast.walk(tree) if isinstance(n, ast.Call)):
+            if reads(call) and path != "schedules/textlines.py":
+                found.setdefault(path, []).append(f"{path}:{call.lineno} {ast.unparse(call.func)}")
+    assert not (others := {p: at for p, at in found.items() if p not in READERS_OF_THEIR_OWN}), others
+    assert found.keys() == READERS_OF_THEIR_OWN.keys(), "no longer needed"
+
+
+def reads(call: ast.Call) -> bool:
+    name = ast.unparse(call.func)
+    if name == "open" or (name.endswith(".open") and not name.startswith("os.")):
+        place = 1 if name == "open" else 0
+        modes = [a for a in call.args[place : place + 1]] + [k.value for k in call.keywords if k.arg == "mode"]
+        return not any(isinstance(m, ast.Constant) and str(m.value)[:1] in ("w", "a", "x") for m in modes)
+    own = name.startswith(("textlines.", "read_"))
+    return not own and (
+        name.endswith((".read_text", ".read_bytes", "csv.reader", "csv.DictReader"))
+        or name in ("json.loads", "json.load", "tomllib.loads", "tomllib.load", "np.loadtxt", "np.genfromtxt")
+    )

@@ -45,8 +45,9 @@ from model.generate import generate
 from model.seq2seq_hub import load_seq2seq
 from recipes.presets import preset_values
 from runtime.cli import Parser, user_errors
-from runtime.folder import environment, parse_json, same_config, write_json
+from runtime.folder import environment, same_config, write_json
 from runtime.machine import start_world
+from schedules.textlines import fault, read_json, read_rows
 
 ROWS_FILE, RESULT_FILE = "attack.jsonl", "attack.json"
 KEPT = ("changed", "queries", "loss_before", "loss_after", "words", "stop")  # of an Attack, in attack.jsonl
@@ -179,12 +180,11 @@ def attack_all(
 
 def finished_rows(path: Path, pairs, group: int) -> list[dict]:
     """The rows of the whole groups in ``path``. Its last line may be half-written; its last group is done again."""
-    rows = []
-    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
-    for number, line in enumerate(lines[:-1], 1):  # without a line that no newline ends
-        rows.append(parse_json(line, f"{path} line {number}", "; attack anew into another --out"))
-        if number > len(pairs) or rows[-1].get("id") != pairs[number - 1].id:
-            raise ValueError(f"{path} line {number} is of another article than asked for; attack into another --out")
+    rows, anew = [], "attack anew into another --out"
+    for number, row in read_rows(path, half=[], nan=True, advice=anew) if path.exists() else ():
+        rows.append(row)
+        if len(rows) > len(pairs) or not isinstance(row, dict) or row.get("id") != pairs[len(rows) - 1].id:
+            raise fault(path, number, "of another article than asked for", anew)
     return rows if len(rows) == len(pairs) else rows[: len(rows) // group * group]
 
 
@@ -293,10 +293,7 @@ def _config_of(run: Path) -> dict:
     path = run / "config.json"
     if not path.is_file():
         raise ValueError(f"{run} has no config.json; expected a run of finetune_seq2seq.py, or a model's folder")
-    content = parse_json(path.read_text(), path)
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected an object of settings")
-    return content
+    return read_json(path, dict)
 
 
 def chosen(pairs: list, count: int, seed: int) -> list:
@@ -314,10 +311,10 @@ def prepare_out(out: Path, config: dict, resume: bool, may_change: tuple[str, ..
         return
     if not result.is_file():
         raise ValueError(f"--resume: no attack in {out} (no {RESULT_FILE}); check --out or start without --resume")
-    try:
-        old = json.loads(result.read_text())["config"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        raise ValueError(f"{result} is damaged; attack anew into another --out") from None
+    anew = "attack anew into another --out"
+    old = read_json(result, dict, advice=anew).get("config")
+    if not isinstance(old, dict):
+        raise ValueError(f"{result} is damaged, it has no config; {anew}")
     same_config(out, old, config, may_change)
 
 

@@ -5,12 +5,12 @@ Every criterion compares arms over the seeds that both finished. The verdict ove
 
 import itertools
 import math
-import tomllib
 from pathlib import Path
 from typing import NamedTuple
 
 from eval.report.runs import Arm, Run, reference, system_differences
 from eval.stats import summarize, verdict
+from schedules.textlines import read_toml
 
 QUALITY = 0.95  # criterion 4: CE's last PPL is this share of the level that is timed
 
@@ -30,7 +30,7 @@ class Criterion(NamedTuple):
     claim: bool = True  # False: for information
 
 
-_ROWS = tomllib.loads(Path(__file__).with_name("claims.toml").read_text(encoding="utf-8"))["criterion"]
+_ROWS = read_toml(Path(__file__).with_name("claims.toml"))["criterion"]
 CRITERIA = tuple(Criterion(**row | {"keys": tuple(row["keys"])}) for row in _ROWS)
 
 

@@ -5,12 +5,14 @@ import re
 from html import escape
 from pathlib import Path
 
+from schedules.textlines import read_text
+
 TAGS = {"h": "h2", "h3": "h3", "p": "p", "code": "pre"}
 
 
 def to_html(report) -> str:
     """One file: styles inside, pictures as data, no script and nothing fetched."""
-    title, css = escape(report.title), Path(__file__).with_name("page.css").read_text(encoding="utf-8")
+    title, css = escape(report.title), read_text(Path(__file__).with_name("page.css"))
     body = "\n".join(html_block(block, report.figures, lede=i == 0) for i, block in enumerate(report.blocks))
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'
     return (

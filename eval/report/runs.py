@@ -17,7 +17,7 @@ from eval.stats import summarize
 from kernels import Calibration
 from kernels.losses import LOSSES
 from runtime.cli import ROLES
-from runtime.folder import parse_json
+from schedules import textlines
 
 
 @dataclass
@@ -86,25 +86,19 @@ def read_json(path: Path, kind: type):
     """The file's value, or an empty ``kind`` where there is no file. Raises ValueError naming a broken one."""
     if not path.exists():
         return kind()
-    value = parse_json(path.read_text(encoding="utf-8", errors="replace"), path)
-    if not isinstance(value, kind):
-        raise ValueError(f"{path} holds a {type(value).__name__}, expected a {kind.__name__}")
-    return value
+    return textlines.read_json(path, kind)
 
 
 def read_rows(path: Path, unfinished: bool) -> dict[str, list[dict]]:
     """Rows of a metrics.jsonl by kind. Raises ValueError naming the file and the line that is broken.
 
-    An ``unfinished`` run may have been killed while it wrote: a last line without its newline is dropped. A row at a
-    step that its kind has passed means that the run went back to a checkpoint: it replaces what came after that."""
+    An ``unfinished`` run may have been killed while it wrote: a half-written last line is dropped. A row at a step that
+    its kind has passed means that the run went back to a checkpoint: it replaces what came after that."""
     rows = {kind: [] for kind in ("train", "val", "event", "fot")}
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else [""]
-    if unfinished or not lines[-1]:
-        lines.pop()
-    for n, line in enumerate(lines, 1):
-        row = parse_json(line, f"{path} line {n}", "; repair or remove that line")
+    half = [] if unfinished else None
+    for n, row in textlines.read_rows(path, half=half, advice="repair or remove that line") if path.exists() else ():
         if not isinstance(row, dict) or not isinstance(row.get("kind"), str) or not isinstance(row.get("step"), int):
-            raise ValueError(f"{path} line {n} is not a row, expected an object with kind and an integer step")
+            raise ValueError(f"{path}, line {n}: no row, expected an object with kind and an integer step")
         kept = rows.setdefault(row["kind"], [])
         while row["kind"] != "event" and kept and kept[-1]["step"] >= row["step"]:
             kept.pop()
@@ -135,9 +129,9 @@ def read_summaries(folder: Path, count: int = 3) -> list[dict]:
     """The first generated summaries of a run, with the references as prompts; none where it generated none."""
     for path in (p for split in ("test", "val") if (p := folder / f"predictions-{split}.jsonl").is_file()):
         try:
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:count] if line]
+            rows = [row for _, row in itertools.islice(textlines.read_rows(path, nan=True), count)]
             return [{"prompt": f"reference: {row['reference']}", "text": row["prediction"]} for row in rows]
-        except (json.JSONDecodeError, TypeError, KeyError) as e:
+        except (TypeError, KeyError) as e:
             raise ValueError(f"{path} holds no summaries ({e}); remove it, or let the run write it again") from e
     return []
 

@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 from runtime.folder import source_folders
+from schedules import textlines
 
 DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -21,7 +22,7 @@ def read_sources(run: Path) -> dict[str, int]:
     files = [
         (f.relative_to(folder).as_posix(), f) for folder in source_folders(run) for f in sorted(folder.rglob("*.py"))
     ]
-    return {name: meaning(f.read_text("utf-8", "replace")) for name, f in files}
+    return {name: meaning(textlines.read_text(f)) for name, f in files}
 
 
 @functools.lru_cache(maxsize=4096)

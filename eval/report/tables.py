@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import tomllib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,8 +10,9 @@ from eval.metrics import Metric
 from eval.report.claims import Verdict
 from eval.report.runs import Arm, reference, setting_differences, system_differences
 from eval.stats import holm, paired, summarize
+from schedules.textlines import read_toml
 
-_TEXTS = tomllib.loads(Path(__file__).with_name("notes.toml").read_text(encoding="utf-8"))
+_TEXTS = read_toml(Path(__file__).with_name("notes.toml"))
 NOTES = {name: text.replace("\n", " ") for name, text in _TEXTS.items()}  # what stands under tables and figures
 
 ARROWS = {"lower": "\u00a0↓", "higher": "\u00a0↑", "": ""}

@@ -51,8 +51,12 @@ def test_the_template_of_a_folder():
     ):
         (first, by), *_ = template_of(files, "m").pieces(ask, answer_next=True)
         assert first == "<s><|header|>user<|end|>\n\n" and not by
-    for content in (b"{", b"[]"):
-        with pytest.raises(ValueError, match="m: tokenizer_config.json is no JSON object"):
+    for content, said in (
+        (b"{", ", line 1: not JSON"),
+        (b"[]", " is no JSON object"),
+        (b"\xff", ", line 1: not UTF-8"),
+    ):
+        with pytest.raises(ValueError, match=f"m: tokenizer_config.json{said}.*; "):
             template_of({"tokenizer_config.json": content}, "m")
     for template in (several[:1], {"default": "x"}, ["x"]):
         with pytest.raises(ValueError, match="m: chat_template .* is no text, and none is named 'default'"):

@@ -29,8 +29,7 @@ def test_folder(folder):
         ('{"question": 5, "answer": "#### 5"}', "line 3 has no text in field 'question'"),
         ('{"question": "a", "answer": "so 5"}', "line 3: its answer does not end in a line '#### NUMBER'"),
         ('{"question": "a", "answer": "#### many"}', "line 3: its answer does not end"),
-        ('{"question": "a"', "line 3 is not JSON"),
-        ("", "line 3 is not JSON"),
+        ('{"question": "a"', "line 3: not JSON"),
         ("[1]", "line 3 is not an object"),
     ],
 )
@@ -69,11 +68,11 @@ def test_half_a_character_is_named_by_its_line(folder):
     for field in ("question", "answer"):
         row = {"question": "a", "answer": "#### 5"} | {field: "\ud83d #### 5"}
         (folder / "train.jsonl").write_text('{"question": "a", "answer": "#### 5"}\n' + json.dumps(row) + "\n")
-        with pytest.raises(ValueError, match=f"train.jsonl line 2: its {field} holds half a surrogate pair"):
+        with pytest.raises(ValueError, match="train.jsonl, line 2: half a surrogate pair"):
             load_gsm8k(folder, "train")
     path = folder / "outputs.jsonl"
     path.write_text(json.dumps({"id": "test/0", "output": "5 \ud83d"}) + "\n")
-    with pytest.raises(ValueError, match="outputs.jsonl line 1: half a surrogate pair"):
+    with pytest.raises(ValueError, match="outputs.jsonl, line 1: half a surrogate pair"):
         read_outputs(path, ["test/0"])
 
 

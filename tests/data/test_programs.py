@@ -122,7 +122,7 @@ def test_programs_are_made_once(problems, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="no sandbox"):
             make_targets(problems, "code", cache=tmp_path)
     kept.write_text("{")
-    with pytest.raises(ValueError, match="is not JSON .*; delete it, it is made again"):
+    with pytest.raises(ValueError, match="line 1: not JSON .*; delete it, it is made again"):
         make_targets(problems, "code", cache=tmp_path)
 
 

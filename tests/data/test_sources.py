@@ -37,7 +37,7 @@ def test_wikitext_from_a_local_folder(tmp_path, monkeypatch, bpe):
     fill(folder, {"train.txt": " a <unk> b \n"})
     assert "<unk>" in open_source("wikitext2").origin
     fill(folder, {"train.txt": b"caf\xe9 \n"})
-    message(lambda: texts(open_source("wikitext2"), "train"), "train.txt is not UTF-8", "line 1")
+    message(lambda: texts(open_source("wikitext2"), "train"), "train.txt, line 1: not UTF-8")
 
 
 def test_wikitext_from_the_hub(tmp_path, monkeypatch, no_lm_data, bpe):
@@ -205,10 +205,13 @@ def test_source_errors(tmp_path, monkeypatch, no_lm_data):
     message(lambda: open_source(str(fill(tmp_path / "a", {"x.bin": "x"}))), "holds no text", ".jsonl")
     message(lambda: open_source(str(tmp_path / "a" / "x.bin")), "is a file")
     message(lambda: open_source(str(fill(tmp_path / "b", {"x.txt": "", "y.txt": " \n"}))), "holds no text")
-    message(lambda: open_source(str(fill(tmp_path / "c", {"x.txt": b"ok\xff"}))), "x.txt is not UTF-8", "byte 2")
-    for i, line in enumerate(['{"txt": "a"}', "nonsense", '["a"]', '{"text": 3}', '{"text": "\\ud83d"}']):
+    message(
+        lambda: open_source(str(fill(tmp_path / "c", {"x.txt": b"ok\xff"}))), "x.txt, line 1: not UTF-8", "byte 0xff"
+    )
+    lines = {'{"txt": "a"}': '"text"', "nonsense": "not JSON", '["a"]': '"text"', '{"text": 3}': '"text"'}
+    for i, (line, said) in enumerate((lines | {'{"text": "\\ud83d"}': "half a surrogate pair"}).items()):
         folder = fill(tmp_path / f"j{i}", {"x.jsonl": '{"text": "fine"}\n' + line})
-        message(lambda folder=folder: open_source(str(folder)), "x.jsonl, line 2", '"text"')
+        message(lambda folder=folder: open_source(str(folder)), "x.jsonl, line 2", said)
     folder = fill(tmp_path / "l", {"x.txt": "x"})
     (folder / "gone.txt").symlink_to(tmp_path / "nowhere")
     message(lambda: open_source(str(folder)), "cannot read", "gone.txt")

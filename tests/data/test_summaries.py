@@ -106,7 +106,7 @@ def test_a_part_of_a_published_set_says_so(tmp_path, monkeypatch):
     [
         ('{"text": "a", "highlights": "b"}', r"line 1 has no column article or document or source.*text, highlights"),
         ('{"article": "a"}', r"no column highlights or summary or target"),
-        ('{"article": "a", "highlights": "b"', r"line 1 is not JSON"),
+        ('{"article": "a", "highlights": "b"', r"line 1: not JSON"),
         ('["a", "b"]', r"is not an object"),
         ('{"article": 3, "highlights": "b"}', r"article is int"),
         ('{"article": "too short", "highlights": "b"}', r"all 1 rows were left out"),

@@ -66,10 +66,10 @@ def test_an_interrupted_attack_goes_on_to_the_same_file(tmp_path, half_a_line):
 
 def test_resume_refuses_rows_of_other_articles(tmp_path):
     attack_all(tmp_path, ARTICLES, 3, toy_rows, resume=False)
-    with pytest.raises(ValueError, match="line 1 is of another article"):
+    with pytest.raises(ValueError, match="line 1: of another article"):
         attack_all(tmp_path, ARTICLES[1:], 3, toy_rows, resume=True)
     (tmp_path / "attack.jsonl").write_text("{}}\n")
-    with pytest.raises(ValueError, match="line 1 is not JSON"):
+    with pytest.raises(ValueError, match="line 1: not JSON"):
         attack_all(tmp_path, ARTICLES, 3, toy_rows, resume=True)
 
 
@@ -289,7 +289,7 @@ def test_a_broken_list_exits_with_its_line(tiny, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         run_main(tiny, tmp_path / "out", "--words", str(tmp_path / "near.txt"), "--stop-words", "none")
     error = capsys.readouterr().err.strip().splitlines()
-    assert stop.value.code == 2 and len(error) == 1 and "near.txt line 2: 'film'; expected" in error[0]
+    assert stop.value.code == 2 and len(error) == 1 and "near.txt, line 2: 'film'; expected" in error[0]
 
 
 def test_an_attack_without_a_goal_can_be_resumed(tiny, tmp_path, capsys):

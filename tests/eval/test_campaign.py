@@ -121,7 +121,7 @@ def test_a_cells_own_flag_is_passed_as_it_is_and_refused_where_nothing_reads_it(
 @pytest.mark.parametrize(
     ("recipe", "says"),
     [
-        ("grid = [", "r.toml is not TOML"),
+        ("grid = [", "r.toml: not TOML"),
         ('out = "x"', "r.toml needs script and out"),
         ('script = "toy.py"\nout = "x"\nflag = 3', "check ['flag']"),
         ('script = "no.py"\nout = "x"', "r.toml: script 'no.py' is not a script"),

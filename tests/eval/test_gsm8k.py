@@ -90,7 +90,7 @@ def test_scores_count_missing_problems_as_wrong():
 @pytest.mark.parametrize(
     "line, error",
     [
-        ('{"id": "test/0"', "line 2 is not JSON"),
+        ('{"id": "test/0"', "line 2: not JSON"),
         ('{"id": "test/0"}', "line 2: expected an object with id and a text output"),
         ('{"output": "5"}', "line 2: expected an object with id"),
         ('{"id": 0, "output": 5}', "line 2: expected an object with id and a text output"),

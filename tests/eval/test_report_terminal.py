@@ -62,28 +62,28 @@ def break_line(run):
     lines = (run / "metrics.jsonl").read_text().splitlines()
     lines[3] = lines[3][:20]
     (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    return "metrics.jsonl line 4 is not JSON"
+    return "metrics.jsonl, line 4: not JSON"
 
 
 def break_last_line_of_a_finished_run(run):
     with open(run / "metrics.jsonl", "a") as f:
         f.write('{"kind": "val"')
-    return "metrics.jsonl line 21 is not JSON"
+    return "metrics.jsonl, line 21: not JSON"
 
 
 def break_row(run):
     (run / "metrics.jsonl").write_text('{"kind": "val", "step": 1}\n{"step": 2}\n')
-    return "metrics.jsonl line 2 is not a row"
+    return "metrics.jsonl, line 2: no row"
 
 
 def break_summary(run):
     (run / "summary.json").write_text('{\n "val_ppl": 3,\n}')
-    return "summary.json line 3 is not JSON"
+    return "summary.json, line 3: not JSON"
 
 
 def break_samples(run):
     (run / "samples.json").write_text("{}")
-    return "samples.json holds a dict, expected a list"
+    return "samples.json: holds an object, expected a list"
 
 
 def break_calibration(run):

@@ -52,7 +52,7 @@ def test_samples_are_left_out(tmp_path):
         ('{"id": "test/1", "correct": true}', "line 2 is no verdict"),
         ('{"correct": {"strict": true}}', "line 2 is no verdict"),
         ("[]", "line 2 is no verdict"),
-        ("{", "line 2 is not JSON"),
+        ("{", "line 2: not JSON"),
     ],
 )
 def test_a_broken_file_is_one_line(tmp_path, capsys, line, says):

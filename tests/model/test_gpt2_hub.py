@@ -166,7 +166,7 @@ def test_damaged_or_missing_files(saved):
     with pytest.raises(ValueError, match="weight_map"):
         load_hf(saved)
     (saved / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="config.json cannot be read as JSON"):
+    with pytest.raises(ValueError, match="config.json, line 1: not JSON"):
         load_hf(saved)
     (saved / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="model_type=None"):

@@ -340,7 +340,7 @@ def test_backtest_command(tmp_path, capsys):
     "name, text, says",
     [
         ("a.csv", "step,loss\n1,2\n2,x\n", "line 3: loss is 'x', expected a number"),
-        ("a.csv", "step,loss\n1,2\n2\n", "line 3: 1 values, expected 2"),
+        ("a.csv", "step,loss\n1,2\n2\n", "line 3: 1 values, expected the 2 of the header"),
         ("a.csv", "step,loss\n1,2\n3,2\n2,2\n", "line 4: step 2 after step 3"),
         ("a.csv", "step,loss\n1,2\n1,2\n", "line 3: step 1 after step 1"),
         ("a.csv", "step,loss,lr\n1,2,-1\n", "line 2: learning rate -1.0"),
