@@ -25,6 +25,7 @@ from runtime.machine import World, device_name
 from runtime.optim import plans_no_end
 from runtime.process import code_of
 from runtime.staging import LOCK, TEMPORARY, probe, release_lock, remove, staged, sweep, take_lock, write_bytes
+from schedules import textlines
 
 TREE = Path(__file__).resolve().parents[1]
 # Endings of a run that failed, and what to say.
@@ -50,15 +51,8 @@ def _finite(value):
 
 def parse_json(text: str | bytes, where: str | Path, advice: str = ""):
     """The value of ``text``. Raises ValueError that says ``where`` it stands, and what to do."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as e:
-        line = f" line {e.lineno}" if isinstance(where, Path) else ""
-        raise ValueError(f"{where}{line} is not JSON ({e.msg}){advice}") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{where} is not UTF-8{advice}") from None
-    except RecursionError:
-        raise ValueError(f"{where} is nested too deeply{advice}") from None
+    line = 1 if isinstance(where, Path) else None
+    return textlines.parse_json(text, where, line, **{"advice": advice.removeprefix("; ")} if advice else {})
 
 
 def parse_object(text: str | bytes, where: str | Path, advice: str = "") -> dict:
