@@ -272,6 +272,8 @@ def main(argv: list[str] | None = None) -> int:
     counts = {name: math.ceil(len(w) / (cfg.micro_batch * world.size)) for name, w in sets.items() if w}
     how = dict(pieces=run.pieces(f"{cfg.report} {kept['step']}"), sizes=sizes, counts=counts, impl=cfg.kernels)
     entries, bins = final_metrics(final, made, world, **how)
+    entries, bins = final_metrics(final, made, world, sizes=sizes, impl=cfg.kernels)
+    entries |= {f"{name}_losses": t.losses for name, t in tokens.items() if t}  # of the text in tokenising
     if not world.main:
         return run.finish(0)
     samples = write_samples(final, corpus.tokenizer, sets["val"], cfg) if entries["temperature"] else []
@@ -294,6 +296,7 @@ def main(argv: list[str] | None = None) -> int:
     run.summarise(summary, calibration=bins, samples=samples)
     text = "{val_ppl:.3f}, nll {val_nll:.4f}, ece {val_ece10:.4f}, brier {val_brier:.4f}"
     text += "; at temperature {temperature:.3f} nll {val_nll_t:.4f}, ece {val_ece10_t:.4f}" if samples else ""
+    text += "; {val_losses}" if entries["val_losses"] else ""
     rate = summary["tokens_per_second"] or 0
     print(f"{out}: validation ppl {text.format(**entries)}; {rate:,.0f} tokens/s")
     print(f"compare runs with: python -m eval.report {out} ... --out DIR")

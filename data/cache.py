@@ -2,8 +2,9 @@
 
 The header is little-endian: magic (8 bytes), version u32, bytes a token u32, tokens u64, documents u64, text bytes u64,
 vocabulary u32, end-of-text id u32, SHA-256 of the tokenizer's definition, SHA-256 of the source, CRC-32 of the payload
-u32, 8 zero bytes, CRC-32 of the header so far u32. Tokens are uint16 where the vocabulary has at most 65,536 entries,
-else uint32. Opening verifies all of it, the payload too, at about 1 GB/s. A file that fails is an error.
+u32, unknown tokens u32, lost characters u32, CRC-32 of the header so far u32. Tokens are uint16 where the vocabulary
+has at most 65,536 entries, else uint32. Opening verifies all of it, the payload too, at about 1 GB/s. A file that fails
+is an error.
 """
 
 import hashlib
@@ -12,6 +13,7 @@ import os
 import re
 import struct
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +27,7 @@ log = logging.getLogger("scorecast")
 
 MAGIC = b"SCORETOK"
 VERSION = 1
-HEADER = struct.Struct("<8sIIQQQII32s32sI8x")  # the header's own CRC-32 follows
+HEADER = struct.Struct("<8sIIQQQII32s32sIII")  # the header's own CRC-32 follows
 HEADER_BYTES = HEADER.size + 4
 
 
@@ -42,6 +44,21 @@ class TokenSet:
     path: Path
     hash: str  # SHA-256 hex over the source's hash, the tokenizer's and the tokens' CRC
     tokenizer_hash: str
+    unknown: int = 0  # tokens that stand for text without a token
+    lost: int = 0  # characters that no token holds, white space aside
+
+    @property
+    def text_bytes(self) -> int | None:
+        """``bytes``; None where tokens are not all of the text, so that bits per byte would be those of another."""
+        return None if self.unknown or self.lost else self.bytes
+
+    @property
+    def losses(self) -> str:
+        """What of the text is not in the tokens, for people; empty where all is."""
+        if not (self.unknown or self.lost):
+            return ""
+        share = f"{100 * self.unknown / len(self.tokens):.2f} %"
+        return f"{self.unknown:,} tokens ({share}) are unknown ones, {self.lost:,} characters lost"
 
 
 def write_tokens(
@@ -55,10 +72,13 @@ def write_tokens(
 
     def write(file) -> None:
         tokens = count = size = crc = 0
+        unknown = lost = 0
+        waiting = deque()  # texts whose tokens are still to come, of a tokenizer that may lose some of them
 
         def counted() -> Iterator[str]:
             nonlocal count, size
             for text in documents:
+                waiting.extend([] if tokenizer.whole else [text])
                 length = len(text.encode())
                 count += 1
                 size += length
@@ -68,6 +88,9 @@ def write_tokens(
         file.write(bytes(HEADER_BYTES))
         with tqdm(total=total_bytes, desc=title, unit="B", unit_scale=True, delay=2.0, leave=False) as bar:
             for ids in tokenizer.encode_documents(counted()):
+                if waiting:
+                    one = tokenizer.lost(waiting.popleft(), ids)
+                    unknown, lost = unknown + one[0], lost + one[1]
                 payload = np.append(ids, tokenizer.eos_id).astype(dtype).tobytes()
                 tokens += len(ids) + 1
                 crc = zlib.crc32(payload, crc)
@@ -76,7 +99,8 @@ def write_tokens(
             raise ValueError(f"{title}: no text, so no tokens")
         about = tokens, count, size, tokenizer.vocab_size, tokenizer.eos_id
         hashes = bytes.fromhex(tokenizer.hash), bytes.fromhex(source_hash)
-        header = HEADER.pack(MAGIC, VERSION, dtype.itemsize, *about, *hashes, crc)
+        gone = (min(n, 2**32 - 1) for n in (unknown, lost))
+        header = HEADER.pack(MAGIC, VERSION, dtype.itemsize, *about, *hashes, crc, *gone)
         file.seek(0)
         file.write(header + struct.pack("<I", zlib.crc32(header)))
 
@@ -103,7 +127,7 @@ def open_tokens(
     check(len(raw) == HEADER_BYTES, f"is cut short ({size} bytes)")
     check(raw[:8] == MAGIC, f"is not a token cache (it begins with {raw[:8]!r})")
     check(zlib.crc32(raw[: HEADER.size]) == struct.unpack("<I", raw[HEADER.size :])[0], "has a damaged header")
-    version, itemsize, count, *about, tokenizer_sha, source_sha, payload_crc = HEADER.unpack(raw[: HEADER.size])[1:]
+    _, version, itemsize, count, *about, tokenizer_sha, source_sha, payload_crc, unknown, lost = HEADER.unpack(raw[:-4])
     check(version == VERSION, f"has version {version}, this code reads {VERSION}")
     check(tokenizer_hash in (None, tokenizer_sha.hex()), "was made with another tokenizer")
     check(source_hash in (None, source_sha.hex()), "was made from other text")
@@ -114,7 +138,7 @@ def open_tokens(
     digest = hashlib.sha256(source_sha + tokenizer_sha + struct.pack("<QI", count, payload_crc)).hexdigest()
     documents, text_bytes, vocab_size, eos_id = about
     named = dict(name=name or path.stem, path=path, hash=digest, tokenizer_hash=tokenizer_sha.hex())
-    return TokenSet(tokens, documents, text_bytes, vocab_size, eos_id, **named)
+    return TokenSet(tokens, documents, text_bytes, vocab_size, eos_id, **named, unknown=unknown, lost=lost)
 
 
 def cached_tokens(
@@ -124,9 +148,14 @@ def cached_tokens(
 
     The file's name holds both hashes, so that a change of the text or of the tokenizer makes a new file."""
     kind = re.sub(r"[^\w.-]+", "", tokenizer.name)[-40:]
-    path = Path(cache) / f"{name}-{split}-{source_hash[:12]}-{kind}-{tokenizer.hash[:12]}.tokens"
+    counted = "" if tokenizer.whole else "-counted"  # older files do not say what was lost
+    path = Path(cache) / f"{name}-{split}-{source_hash[:12]}-{kind}-{tokenizer.hash[:12]}{counted}.tokens"
     title = f"{name} {split}"
     if not path.exists():
         log.info("tokenising %s with %s into %s", title, tokenizer.name, path)
         write_tokens(path, text(), tokenizer, source_hash, title=title, **writing)
-    return open_tokens(path, name=title, tokenizer_hash=tokenizer.hash, source_hash=source_hash)
+    found = open_tokens(path, name=title, tokenizer_hash=tokenizer.hash, source_hash=source_hash)
+    if found.losses:
+        of = f"perplexity is that of what {tokenizer.name} keeps of the text, and there are no bits per byte"
+        log.warning("%s: %s; %s", title, found.losses, of)
+    return found

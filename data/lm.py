@@ -86,6 +86,8 @@ def main(arguments: list[str] | None = None) -> None:
     for s in sets:
         ratio = s.bytes / (len(s.tokens) - s.documents)
         print(f"{s.name:24}{s.documents:12,}{len(s.tokens):16,}{s.bytes:16,}{ratio:13.3f}  {s.path}")
+        if s.losses:
+            print(f"{'':24}{s.losses}")
 
 
 if __name__ == "__main__":

@@ -10,16 +10,14 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from tokenizers import Tokenizer
-
 from data import numbers, programs
 from data.chat import ChatTemplate, template_of
 from data.files import write_cached
 from data.gsm8k import FORMATS, text_target
 from data.packing import Example
 from data.programs import Problem, code_targets, coverage_table
+from data.tokenizer import Definition
 from model.decoder_hub import config_and_tokenizer
-from model.weights import first_line
 from sandbox.run import probe
 from schedules.textlines import read_bytes, read_json
 
@@ -61,26 +59,16 @@ class Prompter:
         config, files = config_and_tokenizer(model)
         if "tokenizer.json" not in files:
             raise ValueError(f"{model} has no tokenizer.json; copy the model's there")
-        try:
-            self.tokenizer = Tokenizer.from_buffer(files["tokenizer.json"])
-        except Exception as error:  # the library raises plain Exception for what it cannot read
-            raise ValueError(
-                f"{model}: tokenizer.json is no tokenizer ({first_line(error)}); copy the model's"
-            ) from None
-        # What another program's last call left in the file would cut or pad every text.
-        self.tokenizer.no_truncation()
-        self.tokenizer.no_padding()
-        self.tokenizer.encode_special_tokens = True  # special tokens in a TEXT are ordinary characters
-        size = max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-        if size > config.vocab_size:
-            only = f"the model only {config.vocab_size}"
-            raise ValueError(f"{model}: tokenizer.json has {size} tokens, {only}; copy the model's own")
+        self.definition = Definition(files["tokenizer.json"], model)
+        self.tokenizer = self.definition.backend
+        if self.definition.size > config.vocab_size:
+            sizes = f"has {self.definition.size} tokens, the model only {config.vocab_size}"
+            raise ValueError(f"{model}: tokenizer.json {sizes}; copy the model's own")
         eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
         eos = [i for i in eos if i is not None]
         self.chat, self.shots, self.positions = prompt == "chat", prompt == "eight-shot", config.max_position_embeddings
         self.ask, self.shown = _ASK[self.chat, format], []
-        added = self.tokenizer.get_added_tokens_decoder()
-        self.special = {token.content: i for i, token in added.items()}
+        self.special = self.definition.added
         # Longest first, as one may begin another.
         self.specials = re.compile("|".join(map(re.escape, sorted(self.special, key=len, reverse=True))) or r"(?!)")
         self.template = template_of(files, model) if self.chat else None
@@ -98,7 +86,7 @@ class Prompter:
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text. Special tokens that are written in it are characters like any others."""
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        return self.definition.encode([text])[0]
 
     def _end_of_turn(self, eos: list[int], model: str) -> int:
         """The token that the template writes after an answer: the first special one. Without one the model's
@@ -126,7 +114,7 @@ class Prompter:
         return ids + self.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        return self.definition.decode(ids, special=False)
 
     def show(self, problems: Sequence[Problem], targets: dict[str, str]) -> None:
         """Sets what "eight-shot" shows: the first of the training ``problems`` that have a target, id -> text. One more
@@ -183,6 +171,11 @@ def make_examples(
     """Examples that fit ``seq_len``. Longer ones are left out whole, because a truncated answer teaches to stop early,
     and their number is logged. Raises ValueError where none is left."""
     made = [prompter.example(p, targets[p.id]) for p in problems if p.id in targets]
+    losses = [prompter.definition.lost(p.question + targets[p.id]) for p in problems if p.id in targets]
+    if any(map(any, losses)):
+        unknown, lost = map(sum, zip(*losses, strict=True))
+        what = f"{unknown:,} tokens are unknown ones, {lost:,} characters lost"
+        log.warning(f"{name}: {what}: the tokenizer has none for them, and the model reads other texts")
     fits = [e for e in made if e.length <= seq_len]
     full = sum(e.prompt >= seq_len for e in made)
     if not fits:

@@ -18,13 +18,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import AddedToken
-from tokenizers import Tokenizer as Backend
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from data.cache import cached_tokens
 from data.files import lm_data, load_hub
-from data.tokenizer import TOKENIZER_FILES, Tokenizer, byte_level, load_tokenizer, merges_of, read_files
+from data.tokenizer import TOKENIZER_FILES, Definition, Tokenizer, byte_level, load_tokenizer, merges_of, read_files
 from data.windows import IGNORE_INDEX, permutation, random_uint64
 from model.weights import first_line, folder_of
 from schedules.textlines import parse_json, read_csv, read_rows
@@ -255,8 +254,7 @@ def tokenizer_of_model(folder_or_hub_id: str, config) -> SummaryTokenizer:
 
 def _vocabulary(files: dict[str, bytes]) -> dict[str, int]:
     """Token -> id of the tokenizer.json in ``files``; nothing without one."""
-    definition = files.get("tokenizer.json")
-    return Backend.from_buffer(definition).get_vocab(with_added_tokens=True) if definition else {}
+    return Definition(files["tokenizer.json"], "tokenizer").vocab if "tokenizer.json" in files else {}
 
 
 def _with_definition(files: dict[str, bytes], folder: Path, eos_id: int | None) -> dict[str, bytes]:

@@ -1,7 +1,8 @@
 """Tokenizers by a spec string: ``gpt2``, ``bpe:N`` (trained on the corpus), or a folder.
 
-tiktoken does the work of GPT-2's kind (vocab.json and merges.txt), ``tokenizers`` that of a tokenizer.json. A literal
-<|endoftext|> in a text is encoded as its characters, never as the token that ends a document.
+tiktoken does the work of GPT-2's kind (vocab.json and merges.txt), ``tokenizers`` that of a tokenizer.json, which is
+loaded here alone, by `Definition`. A literal <|endoftext|> in a text is encoded as its characters, never as the token
+that ends a document.
 """
 
 import hashlib
@@ -10,16 +11,18 @@ import json
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import tiktoken
 import tiktoken.load
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from data.files import lm_data, write_cached
 from model.weights import first_line
@@ -36,11 +39,18 @@ GPT2_FILES = (
 )
 # GPT-2's pre-tokenisation. Possessive where backtracking cannot help: less stack on long runs of one kind.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-# Between a newline and the visible character after it, where the newline follows a visible character too, GPT-2's
-# pattern always ends a match: a long document cut there has the same tokens, in less memory and in parallel.
-_CUT = re.compile(r"\S\n(?=\S)")
+# After a newline and before a space, each between two visible characters, GPT-2's pattern always ends a match: a long
+# document cut there has the same tokens, in less memory and in parallel. Where there is neither it is cut by position.
+_CUTS = re.compile(r"\S\n(?=\S)"), re.compile(r"\S(?= \S)")
 PIECE_CHARACTERS = 1 << 18
 BATCH_CHARACTERS = 1 << 22
+LONGEST = 1 << 24  # characters that a tokenizer of another pattern gets at once
+# Added tokens that are no special ones and yet control a model: <think>, <tool_call>, [INST].
+CONTROL = re.compile(r"<[^\s<>]+>|\[/?[A-Z_]+\]")
+# A text with each byte that UTF-8 has; Unicode's normal form NFC, which tokenizers may make, leaves it as it is.
+_LEADS = [(b & 31) << 6 | 16 for b in range(0xC4, 0xE0)] + [max(0x800, (b & 15) << 12 | 16) for b in range(0xE0, 0xF0)]
+_LEADS += [max(0x10000, (b & 7) << 18 | 16) for b in range(0xF0, 0xF5)]
+EVERY_BYTE = "".join(map(chr, range(256))) + " " + " ".join(map(chr, _LEADS))
 
 log = logging.getLogger("scorecast")
 
@@ -57,6 +67,8 @@ class Tokenizer:
     _encode: Callable[[list[str]], list] = field(repr=False)
     _decode: Callable[[list[int]], str] = field(repr=False)
     _can_cut: bool = field(repr=False)
+    unknown_id: int | None = None  # stands for what has no token
+    whole: bool = True  # whether every text comes back from its tokens
 
     @classmethod
     def from_files(cls, files: dict[str, bytes], name: str = "") -> "Tokenizer":
@@ -79,7 +91,7 @@ class Tokenizer:
         else:
             found = ", ".join(sorted(files)) or "nothing"
             raise ValueError(f"{label}: expected tokenizer.json, or vocab.json and merges.txt; found {found}")
-        vocab_size, eos_id, *calls = through(files, eos, label)
+        vocab_size, eos_id, *calls = through(files, eos, label)  # the fields from _encode on
         digest = hashlib.sha256(eos_id.to_bytes(4, "little"))
         for part in defining:
             digest.update(part.encode() + len(files[part]).to_bytes(8, "little") + files[part])
@@ -106,6 +118,10 @@ class Tokenizer:
                 if ends:
                     yield np.concatenate(waiting)
                     waiting.clear()
+
+    def lost(self, text: str, ids: np.ndarray) -> tuple[int, int]:
+        """(unknown tokens among the ``ids`` of ``text``, characters of it that are in no token), white space aside."""
+        return (0, 0) if self.whole else _lost(text, ids, self.unknown_id, self._decode)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ``ids``; bytes that are not UTF-8 become U+FFFD. Raises ValueError for an id out of range."""
@@ -245,35 +261,105 @@ def _byte_characters() -> list[str]:
     return [chr(b) if b in printable else chr(next(others)) for b in range(256)]
 
 
+class Definition:
+    """A tokenizer.json, called ``label`` in errors, for texts that people wrote.
+
+    What another program's last call left in it, truncation and padding, is taken off. ``control`` are the added tokens
+    that steer a model, token -> id: the special ones and those that look it, such as <think>. In a text they are
+    characters like any others. Raises ValueError, one line, for what the library does not load."""
+
+    def __init__(self, raw: bytes, label: str):
+        self.label = label
+        self.parsed = _json(raw, f"{label}: tokenizer.json")
+        with self._one_line("cannot be loaded"):
+            self.backend = Backend.from_buffer(raw)
+            self.backend.no_padding()
+            self.backend.no_truncation()
+            self.backend.encode_special_tokens = True
+            added = self.backend.get_added_tokens_decoder()
+            self.added = {token.content: i for i, token in added.items()}
+            self.special = {i for i, token in added.items() if token.special}
+            steer = {i: t.content for i, t in added.items() if t.special or CONTROL.fullmatch(t.content)}
+            more = [AddedToken(token, normalized=False) for i, token in steer.items() if i not in self.special]
+            self.backend.add_special_tokens(more)
+            self.vocab = self.backend.get_vocab(with_added_tokens=True)
+        model = self.parsed.get("model") or {}
+        self.unknown_id = model.get("unk_id", self.vocab.get(model.get("unk_token")))
+        self.control = {token: i for i, token in steer.items() if i != self.unknown_id}
+        self._control_ids = frozenset(self.control.values())
+        self._control = re.compile("|".join(map(re.escape, sorted(self.control, key=len, reverse=True))) or r"(?!)")
+        ids = np.asarray(self.encode([EVERY_BYTE])[0], np.int64)
+        self.whole = self.unknown_id not in ids and self.decode(ids.tolist()).removeprefix(" ") == EVERY_BYTE
+
+    @property
+    def size(self) -> int:
+        """The highest id + 1."""
+        return max(self.vocab.values(), default=-1) + 1
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """The ids of each text, without any that controls a model."""
+        with self._one_line("cannot tokenise the text"):
+            found = [one.ids for one in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        return [
+            ids if self._control_ids.isdisjoint(ids) else self._apart(text)
+            for text, ids in zip(texts, found, strict=True)
+        ]
+
+    def _apart(self, text: str) -> list[int]:
+        """The ids of a text in which the model itself, as a Unigram may, takes a control token for a word: each is cut
+        after its first character."""
+        cuts = [0, *(found.start() + 1 for found in self._control.finditer(text)), len(text)]
+        ids = []
+        for start, end in itertools.pairwise(cuts):
+            ids += self.backend.encode(text[start:end], add_special_tokens=False).ids
+        return [i for i in ids if i not in self._control_ids]
+
+    def lost(self, text: str) -> tuple[int, int]:
+        """What `Tokenizer.lost` gives."""
+        return (0, 0) if self.whole else _lost(text, self.encode([text])[0], self.unknown_id, self.decode)
+
+    def decode(self, ids: Iterable[int], *, special: bool = True) -> str:
+        """The text of ``ids``, with the special tokens or without."""
+        ids = [i for i in ids if special or i not in self.special]
+        with self._one_line("cannot decode"):
+            return self.backend.decode(ids, skip_special_tokens=False)
+
+    @contextmanager
+    def _one_line(self, what: str):
+        """The library's bare Exception, and the panics of its Rust, as a ValueError."""
+        try:
+            yield
+        except BaseException as error:
+            if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+                raise ValueError(f"{self.label}: tokenizer.json {what} ({first_line(error)[:100]})") from None
+            raise
+
+
 def _through_tokenizers(files: dict[str, bytes], eos: str, label: str) -> tuple:
-    """(vocab_size, eos_id, encode, decode, can_cut) of tokenizer.json."""
-    parsed = _json(files["tokenizer.json"], f"{label}: tokenizer.json")
-    try:
-        backend = Backend.from_buffer(files["tokenizer.json"])
-    except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"{label}: tokenizer.json cannot be loaded ({str(error)[:100]})") from None
-    eos_id = backend.token_to_id(eos)
+    """(vocab_size, eos_id, encode, decode, can_cut, unknown_id, whole) of tokenizer.json."""
+    definition = Definition(files["tokenizer.json"], label)
+    eos_id = definition.vocab.get(eos)
     if eos_id is None:
         raise ValueError(f"{label}: it has no {eos}; name its eos_token in {TOKENIZER_CONFIG} beside it")
-    backend.no_padding()
-    backend.no_truncation()
-    backend.encode_special_tokens = True  # special tokens in TEXT are ordinary characters
-
-    def encode(texts: list[str]) -> list[list[int]]:
-        return [one.ids for one in backend.encode_batch_fast(texts, add_special_tokens=False)]
-
-    before = parsed.get("pre_tokenizer") or {}
+    before = definition.parsed.get("pre_tokenizer") or {}
     plain = before.get("type") == "ByteLevel" and not before.get("add_prefix_space") and before.get("use_regex", True)
-    can_cut = bool(plain and parsed.get("normalizer") is None)
-    size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
-    return size, eos_id, encode, lambda ids: backend.decode(ids, skip_special_tokens=False), can_cut
+    can_cut = bool(plain and definition.parsed.get("normalizer") is None)
+    calls = definition.encode, definition.decode, can_cut, definition.unknown_id, definition.whole
+    return definition.size, eos_id, *calls
+
+
+def _lost(text: str, ids: Iterable[int], unknown_id: int | None, decode: Callable) -> tuple[int, int]:
+    """How many of ``ids`` are unknown, and how many characters the text of the others has not, or not as often."""
+    known = [int(i) for i in ids if i != unknown_id]
+    gone = Counter("".join(text.split())) - Counter("".join(decode(known).split()))
+    return len(ids) - len(known), sum(gone.values())
 
 
 def _batches(documents: Iterable[str], cut: bool) -> Iterator[list[tuple[str, bool]]]:
     """The documents, or their pieces, in lists of some BATCH_CHARACTERS; each with whether its document ends there."""
     batch, size = [], 0
     for document in documents:
-        for piece in _pieces(document) if cut else [(document, True)]:
+        for piece in _pieces(document, PIECE_CHARACTERS if cut else LONGEST):
             batch.append(piece)
             size += len(piece[0])
             if size >= BATCH_CHARACTERS:
@@ -282,12 +368,15 @@ def _batches(documents: Iterable[str], cut: bool) -> Iterator[list[tuple[str, bo
     yield batch
 
 
-def _pieces(text: str) -> Iterator[tuple[str, bool]]:
-    """``text`` in pieces of some PIECE_CHARACTERS, each with whether it is the last."""
+def _pieces(text: str, size: int) -> Iterator[tuple[str, bool]]:
+    """``text`` in pieces of ``size`` to three times as many characters, each with whether it is the last."""
     start = 0
-    while len(text) - start > 2 * PIECE_CHARACTERS and (cut := _CUT.search(text, start + PIECE_CHARACTERS)):
-        yield text[start : cut.end()], False
-        start = cut.end()
+    while len(text) - start > 3 * size:
+        begin, reach = start + size, start + 3 * size
+        found = (cut.search(text, begin, reach) for cut in _CUTS)
+        end = next((cut.end() for cut in found if cut), reach)
+        yield text[start:end], False
+        start = end
     yield (text[start:] if start else text), True
 
 

@@ -62,7 +62,7 @@ class Windows:
         if length > len(self._data):
             longer = f"longer than {tokens.name or 'the data'}, which has {len(self._data)}"
             raise ValueError(f"a sequence of {length} tokens is {longer}; take a shorter one")
-        self.length, self.eos_id, self.bytes = length, tokens.eos_id, tokens.bytes
+        self.length, self.eos_id, self.bytes = length, tokens.eos_id, tokens.text_bytes
 
     def __len__(self) -> int:
         return -(-len(self._data) // self.length)

@@ -63,7 +63,7 @@ def edit_config(folder: Path, **fields):
     [
         (lambda f: edit_config(f, model_type="gemma"), "model_type='gemma'; expected one of llama"),
         (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer.json"),
-        (lambda f: (f / "tokenizer.json").write_text("{"), "is no tokenizer"),
+        (lambda f: (f / "tokenizer.json").write_text("{"), "tokenizer.json, line 1: not JSON"),
         (lambda f: edit_config(f, vocab_size=100), "the model only 100"),
         (lambda f: (f / "config.json").unlink(), "has no config.json"),
         (lambda f: (f / "tokenizer_config.json").write_text('{"chat_template": "{% for"}'), "template is no Jinja"),

@@ -31,7 +31,7 @@ def test_cache_round_trip(bpe, tmp_path):
 @pytest.mark.parametrize("vocab_size, dtype", [(65536, np.uint16), (65537, np.uint32)])
 def test_cache_dtype_holds_every_id(vocab_size, dtype, tmp_path):
     last = vocab_size - 1
-    fake = types.SimpleNamespace(vocab_size=vocab_size, eos_id=0, hash=SOURCE)
+    fake = types.SimpleNamespace(vocab_size=vocab_size, eos_id=0, hash=SOURCE, whole=True)
     fake.encode_documents = lambda documents: (np.array([len(d), last], np.uint32) for d in documents)
     write_tokens(tmp_path / "x", ["a", "bc"], fake, SOURCE)
     tokens = open_tokens(tmp_path / "x").tokens

@@ -56,15 +56,16 @@ def test_long_documents_are_cut_without_changing_tokens(bpe, tmp_path, monkeypat
     import data.tokenizer as module
 
     documents = ["\n".join(topics(10)), "".join(HARD) * 20, "a\nb\n\nc \nd\n 'll\n'll\r\n\ne" * 50, ""]
+    documents += [" ".join(topics(4)).replace("\n", " "), "it's  2 -- x 'll\t" * 40]  # no line ends: cut at blanks
     tiktoken = load_tokenizer(str(gpt2_style(tmp_path / "g")))
     for tokenizer in (bpe, tiktoken):
         whole = [ids.tolist() for ids in tokenizer.encode_documents(documents)]
-        monkeypatch.setattr(module, "PIECE_CHARACTERS", 7)
+        monkeypatch.setattr(module, "PIECE_CHARACTERS", 40)
         monkeypatch.setattr(module, "BATCH_CHARACTERS", 50)
-        assert len(list(module._pieces(documents[0]))) > 200  # it is in fact cut
+        assert min(len(list(module._pieces(documents[i], 40))) for i in (0, 4)) > 100  # they are in fact cut
         cut = [ids.tolist() for ids in tokenizer.encode_documents(documents)]
         monkeypatch.undo()
-        assert cut == whole and len(whole) == len(documents) and whole[-1] == []
+        assert cut == whole and len(whole) == len(documents) and whole[3] == []
 
 
 @needs_lm_data

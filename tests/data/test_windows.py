@@ -13,7 +13,7 @@ from data.windows import IGNORE_INDEX, Windows, flip_labels
 def token_set(n: int, eos: int = 0):
     """Tokens 1..n-1 and the end-of-text token last, so that every target is recognisable."""
     tokens = np.concatenate([np.arange(1, n), [eos]]).astype(np.uint16)
-    return types.SimpleNamespace(tokens=tokens, eos_id=eos, name="toy", bytes=3 * n)
+    return types.SimpleNamespace(tokens=tokens, eos_id=eos, name="toy", text_bytes=3 * n)
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ def token_set(n: int, eos: int = 0):
 def test_windows_cover_each_token_once_as_a_target(n, length):
     data = token_set(n)
     windows = Windows(data, length)
-    assert len(windows) == -(-n // length) and windows.bytes == data.bytes
+    assert len(windows) == -(-n // length) and windows.bytes == data.text_bytes
     x, y = windows.get(range(len(windows)))
     assert x.dtype == y.dtype == torch.int64 and x.shape == y.shape == (len(windows), length)
     assert x.is_contiguous() and y.is_contiguous()
