@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .chunks import cuda_chunk, products_widen, row_stride
-from .impl import check_logits, check_targets, choose_impl, fused_form, with_class_weights
+from .impl import brought, check_logits, check_targets, choose_impl, fused_form, with_class_weights
 from .moments import (
     Moments,
     Partials,
@@ -69,7 +69,7 @@ class HeadPass:
             hidden = hidden.to(torch.get_autocast_dtype(device.type))
         self.module = choose_impl(impl, hidden)
         self.hidden, self.vocab, self.tail = hidden, vocab or len(weight), tail
-        self.order, self.link = order, make_link(scale, softcap)
+        self.order, self.link = brought(order, hidden.device), make_link(scale, softcap)
         self.grad_dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         check_logits(hidden.new_empty(0, self.vocab), self.module)
         self.targets, self.valid, self.mask = check_targets(targets, len(hidden), self.vocab, ignore_index, device)
@@ -159,7 +159,7 @@ class HeadPass:
             total = losses.sum()
             if reduction == "mean":
                 # A copy, as the caller may refill its tensor before backward.
-                denominator = self.count() if denominator is None else denominator.clone()
+                denominator = self.count() if denominator is None else brought(denominator, total.device).clone()
                 total = total / denominator
             grads[0] = self.of_all_rows(grads[0])
         return total, moments, grads, denominator
@@ -190,7 +190,7 @@ class HeadPass:
         with ``gradient`` the weighted gradient over the logits too."""
         self.fill_top(logits, rows)
         more = self.tail, self.link.softcap, self.predicted is not None
-        if self.can_fuse and (form := fused_form(score, self.module, *more)):
+        if self.can_fuse and (form := fused_form(score, self.module, logits.device, *more)):
             if self.form is None:  # a knob on the device as it is now: the caller may refill it before backward
                 name, knob = form
                 self.form = name, knob.clone() if isinstance(knob, Tensor) else knob

@@ -302,12 +302,14 @@ class Patch:
                 f"{self.name}: {shapes} do not go together; leave logits_to_keep out where there are labels"
             )
         hidden, targets = hidden.to(weight.device), targets.to(weight.device)
-        if loss.alpha.device != weight.device:
-            loss.to(weight.device)
+        if hidden.requires_grad and torch.is_grad_enabled():
+            loss.check_step()
         if items is not None:
             items = torch.as_tensor(items, device=weight.device).float().reshape(())
+            items = torch.where(items == 0, 1.0, items)
         how = dict(ignore_index=loss.ignore_index, reduction=loss.reduction, tail=loss.tail, impl=loss.impl)
         how |= dict(scale=self.scale * loss.scale, softcap=self._softcap(), class_weights=loss.class_weights)
         rows = hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1)
-        value, loss.moments = linear_score(*rows, loss.score(), bias=self._bias(linear), denominator=items, **how)
+        how |= dict(bias=self._bias(linear), denominator=items)
+        value, loss.moments = linear_score(*rows, loss.score(weight.device), **how)
         return value.view_as(targets) if loss.reduction == "none" else value

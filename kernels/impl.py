@@ -44,11 +44,17 @@ def _automatic(device_type: str, cuda_float64: bool) -> str:
     return name
 
 
-def fused_form(score, module: ModuleType, *more) -> tuple[str, Tensor | float] | None:
-    """(name, knob) of a named score that ``module`` has as one kernel; None for any other score, and where something of
-    ``more`` is asked for, which that kernel does not give."""
+def brought(value, device: torch.device):
+    """A number as it is, a 0-d tensor of the caller's on ``device``: a kernel cannot read another memory."""
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def fused_form(score, module: ModuleType, device: torch.device, *more) -> tuple[str, Tensor | float] | None:
+    """(name, knob on ``device``) of a named score that ``module`` has as one kernel; None for any other score, and
+    where something of ``more`` is asked for, which that kernel does not give."""
     form = getattr(score, "fused", None)
-    return form if form and not any(more) and form[0] in getattr(module, "FUSED_SCORES", ()) else None
+    fits = form and not any(more) and form[0] in getattr(module, "FUSED_SCORES", ())
+    return (form[0], brought(form[1], device)) if fits else None
 
 
 def with_class_weights(weights: Tensor | None, class_weights: Tensor | None, targets: Tensor, vocab: int):
@@ -57,7 +63,7 @@ def with_class_weights(weights: Tensor | None, class_weights: Tensor | None, tar
         return weights
     if class_weights.shape != (vocab,):
         raise ValueError(f"class_weights must be [V], one a token id, {vocab}; got {tuple(class_weights.shape)}")
-    of_targets = class_weights.detach()[targets]
+    of_targets = class_weights.detach().to(targets.device)[targets]
     return of_targets if weights is None else weights.detach() * of_targets
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .impl import check_logits, check_reduction, check_targets, choose_impl, fused_form, with_class_weights
+from .impl import brought, check_logits, check_reduction, check_targets, choose_impl, fused_form, with_class_weights
 from .moments import Moments, Partials, Stats, as_moments, check_limit, make_link, new_stats, order_of, token_fisher
 from .softmax import GradientKnown, empty_twin, softmax_moments, with_own_rows
 from .topk import topk_of
@@ -41,7 +41,8 @@ def logits_score(
     check_reduction(reduction, denominator, weights, logits)
     module = choose_impl(impl, logits)
     valid = targets != ignore_index
-    order, link, topk = order_of(score), make_link(scale, softcap), topk_of(score, topk, logits.shape[-1])
+    order, denominator = (brought(given, logits.device) for given in (order_of(score), denominator))
+    link, topk = make_link(scale, softcap), topk_of(score, topk, logits.shape[-1])
     if class_weights is not None:
         check_logits(logits, module)
         known, *_ = check_targets(targets, len(logits), logits.shape[1], ignore_index, logits.device)
@@ -51,7 +52,7 @@ def logits_score(
         denominator = factor.sum()
         denominator = torch.where(denominator == 0, 1.0, denominator)
     grad = torch.is_grad_enabled() and logits.requires_grad
-    fused = fused_form(score, module, tail, softcap, predictions, topk)
+    fused = fused_form(score, module, logits.device, tail, softcap, predictions, topk)
     if fused and grad and reduction != "none" and not torch.compiler.is_compiling():
         share = factor if denominator is None else factor / denominator
         how = dict(order=order, link=link)

@@ -20,6 +20,7 @@ and only that of the Shannon entropy is softmax, of which the moments are. Entma
 """
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -386,20 +387,22 @@ class ProperScoreLoss(nn.Module):
         Trainer(..., compute_loss_func=loss_fn.trainer_loss)  # causal=False for encoder-decoders
 
     ``score`` is a name of LOSSES with its ``knobs`` as in ``make_score``, or any function of the Moments. DPSM's alpha
-    is a buffer, saved with the module. ``set_step(step, total)`` before each optimizer step moves it along the ramp of
-    ``alpha_at`` (warmup, schedule, alpha_max, start). ``scale``, ``softcap`` and ``class_weights`` [V], a buffer, are
-    as in ``linear_score``. ``causal``: ``trainer_loss`` shifts the labels by one token, as decoder-only models need it.
-    Raises ValueError for an unknown name or knob, or a knob out of place."""
+    is a buffer, saved with the module: the number ``alpha``, by default 1, until ``set_step(step, total)``, before each
+    optimizer step, moves it along the ramp of ``alpha_at`` (warmup, schedule, alpha_max, start; None is its default).
+    ``trainer_loss`` takes the step from the Trainer, unless ``alpha`` is given or ``set_step`` was called. ``scale``,
+    ``softcap`` and ``class_weights`` [V], a buffer, are as in ``linear_score``. ``causal``: ``trainer_loss`` shifts the
+    labels by one token, as decoder-only models need it. Raises ValueError for an unknown name or knob, a knob out of
+    place, and, when it is to train, for a ramp that was asked for and a step that nobody told."""
 
     def __init__(
         self,
         score: str | Callable[..., Tensor] = "dpsm",
         *,
-        alpha: float = 1.0,
-        warmup: float = 0.1,
-        schedule: str = "linear",
-        alpha_max: float = 1.0,
-        start: float = 0.0,
+        alpha: float | None = None,
+        warmup: float | None = None,
+        schedule: str | None = None,
+        alpha_max: float | None = None,
+        start: float | None = None,
         ignore_index: int = -100,
         reduction: str = "mean",
         causal: bool = True,
@@ -415,19 +418,24 @@ class ProperScoreLoss(nn.Module):
         self.tail = knobs.get("tail") or 0.0
         if self.tail and not isinstance(score, str):
             raise ValueError("tail is for a named score; build yours with losses.tail_smoothed")
-        self.register_buffer("alpha", torch.tensor(float(alpha)))
+        self.register_buffer("alpha", torch.tensor(1.0 if alpha is None else float(alpha)))
         self.register_buffer("class_weights", class_weights, persistent=False)
         self.scale, self.softcap = make_link(scale, softcap).scale, softcap
         self.given, self.knobs, self.built = score, knobs, (None, None)
         self.score()  # a wrong name fails here
-        self.ramp = dict(warmup=warmup, schedule=schedule, alpha_max=alpha_max, start=start)
+        ramp = dict(warmup=warmup, schedule=schedule, alpha_max=alpha_max, start=start)
+        self.ramp = {name: value for name, value in ramp.items() if value is not None}
+        self.told = self.known = False  # whether set_step was called; whether alpha is that of a step
+        self.follows = alpha is None and isinstance(score, str) and "alpha" in knobs_of(score)
         self.ignore_index, self.reduction, self.causal, self.impl = ignore_index, reduction, causal, impl
         self.moments: Moments | None = None  # of the last call, for diagnostics
 
-    def score(self) -> Callable[..., Tensor]:
-        """The function of the Moments, reading this module's alpha."""
+    def score(self, device: torch.device | None = None) -> Callable[..., Tensor]:
+        """The function of the Moments, reading this module's alpha; on another ``device`` as it is now."""
         if not isinstance(self.given, str):
             return self.given
+        if device is not None and device != self.alpha.device:
+            return make_score(self.given, alpha=self.alpha.to(device), **self.knobs)
         if self.built[0] != id(self.alpha):  # .to() and copy.deepcopy give the module another tensor
             self.built = id(self.alpha), make_score(self.given, alpha=self.alpha, **self.knobs)
         return self.built[1]
@@ -439,26 +447,58 @@ class ProperScoreLoss(nn.Module):
         """Sets alpha for optimizer step ``step`` (0-based) of ``total``, and returns it."""
         value = alpha_at(step, total, **self.ramp)
         self.alpha.fill_(value)
+        self.told = self.known = True
         return value
+
+    def check_step(self) -> None:
+        """Raises ValueError where alpha is to follow a ramp and no step was told: it would stay at the ramp's end."""
+        if self.follows and self.ramp and not self.known:
+            asked = ", ".join(f"{name}={value!r}" for name, value in self.ramp.items())
+            raise ValueError(
+                f"{asked}: alpha's step is not known; call set_step(step, total) before each optimizer step"
+            )
 
     def forward(self, logits: Tensor, targets: Tensor, denominator: Tensor | None = None) -> Tensor:
         """logits [..., V], targets [...]: the loss, 0-d, or [...] with reduction "none"."""
+        if logits.requires_grad and torch.is_grad_enabled():
+            self.check_step()
         rows = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
         how = dict(ignore_index=self.ignore_index, reduction=self.reduction, tail=self.tail, impl=self.impl)
         how |= dict(scale=self.scale, softcap=self.softcap, class_weights=self.class_weights)
-        loss, self.moments = logits_score(*rows, self.score(), denominator=denominator, **how)
+        loss, self.moments = logits_score(*rows, self.score(logits.device), denominator=denominator, **how)
         return loss.view_as(targets) if self.reduction == "none" else loss
 
     def trainer_loss(self, outputs, labels: Tensor, num_items_in_batch=None) -> Tensor:
         """For ``transformers.Trainer(compute_loss_func=...)``: outputs with ``logits`` [B, T, V], labels [B, T].
 
-        The sum is divided by ``num_items_in_batch``, the tokens in the loss of a whole optimizer step. The Trainer
-        counts labels before the shift: mask the first label of each row, which predicts nothing."""
+        The sum is divided by ``num_items_in_batch``, the tokens in the loss of a whole optimizer step (0: the loss is
+        0). The Trainer counts labels before the shift: mask the first label of each row, which predicts nothing. Alpha
+        is that of the calling Trainer's ``state``; raises ValueError where no caller has one and none was told."""
         if self.reduction != "mean":
             raise ValueError(f"trainer_loss divides by the number of tokens; got reduction={self.reduction!r}")
+        if self.follows and not self.told:
+            state = _state_of_caller()
+            if state is None:
+                what = "no transformers.Trainer calls trainer_loss, so alpha's step is not known"
+                raise ValueError(f"{what}; call set_step(step, total) before each optimizer step, or give alpha")
+            if state.max_steps > 0:  # 0 where a Trainer only evaluates
+                self.alpha.fill_(alpha_at(state.global_step, state.max_steps, **self.ramp))
+                self.known = True
         logits = outputs["logits"] if isinstance(outputs, dict) else outputs.logits
         if self.causal:
             labels = nn.functional.pad(labels[..., 1:], (0, 1), value=self.ignore_index)
         if num_items_in_batch is not None:
             num_items_in_batch = torch.as_tensor(num_items_in_batch, device=logits.device).float()
+            num_items_in_batch = torch.where(num_items_in_batch == 0, 1.0, num_items_in_batch)
         return self(logits, labels.to(logits.device), num_items_in_batch)
+
+
+def _state_of_caller():
+    """The ``state`` of the transformers.Trainer among the callers, who hands a loss no more than outputs and labels."""
+    frame = sys._getframe(1)
+    while frame:
+        state = getattr(frame.f_locals.get("self"), "state", None)
+        if hasattr(state, "global_step") and hasattr(state, "max_steps"):
+            return state
+        frame = frame.f_back
+    return None

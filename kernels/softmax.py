@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .impl import check_logits, check_targets, choose_impl
+from .impl import brought, check_logits, check_targets, choose_impl
 from .moments import (
     WITHOUT_GRADIENT,
     Moments,
@@ -53,7 +53,7 @@ def softmax_moments(
     module = choose_impl(impl, logits)
     check_logits(logits, module)
     targets, valid, mask = check_targets(targets, len(logits), logits.shape[1], ignore_index, logits.device)
-    order = check_order(order)
+    order = brought(check_order(order), logits.device)
     how = dict(tail=tail, order=order, link=make_link(scale, softcap))
     ids = torch.empty_like(targets) if predictions else None
     *values, correct = _SoftmaxMoments.apply(logits, targets, mask, how, ids, inplace_backward, module)

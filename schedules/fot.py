@@ -46,6 +46,8 @@ from .forecast import Forecast, Forecaster, literal_forecast
 from .gradient_stats import STATISTICS, GradientStats
 from .rules import ADAPTIVE, bacon_factor, lr_factor, passed, snac_factor
 
+log = logging.getLogger("scorecast")
+
 PARTS = ("envelope", "noise", "forecast", "gate", "blocks")
 AIM, RANGE, DOUBLING = 2.0, 4.0, 40.0  # of m: its aim in eta_opt, its bounds, and the fewest steps to double in
 HOLDS, PLAN_EVERY = (0.0, 0.25, 0.5, 0.75), 2  # shares of the steps to come; decisions from plan to plan
@@ -164,7 +166,6 @@ class FoT(LRScheduler):
         self.rule, self.parts, self.total, self.warmup = rule, parse_parts(parts), total, float(warmup)
         self.every, self.beta, self.same_units = every, float(beta), bool(same_units)
         self.ranks, self.reduce, self.block_rms = ranks, reduce or (lambda x: x), block_rms
-        log = logging.getLogger("scorecast")
         if every >= total:
             log.warning("fot: W = %d is not shorter than the run of %d steps: nothing will be decided", every, total)
         self.reads = rule_reads(rule, self.parts)
@@ -234,11 +235,26 @@ class FoT(LRScheduler):
     def watch(self, model: torch.nn.Module):
         """Observes the loss of each training forward of ``model``, for a loop such as transformers.Trainer's.
 
-        Where the Trainer divides by the batch's tokens itself, the forwards' parts are added up. Returns the hook."""
+        A model that is given labels has its loss first in a tuple, or as ``loss``. Where the Trainer divides by the
+        batch's tokens itself, the forwards' parts are added up. Under compute_loss_func, or label smoothing, the model
+        computes no loss: watch the loss module then, ``fot.watch(loss_fn)`` with a kernels.ProperScoreLoss, whose NLL
+        is observed. Where a training forward shows no loss one line says so. Returns the hook."""
+        seen = []
 
         def hook(module, args, kwargs, output):
-            loss = output.get("loss") if hasattr(output, "get") else getattr(output, "loss", None)
-            if not module.training or loss is None:
+            if (moments := getattr(module, "moments", None)) is not None:
+                if torch.is_grad_enabled():
+                    self.observe(-torch.where(moments.valid, moments.log_p, 0).sum(), moments.valid.sum())
+                return
+            if not module.training:
+                return
+            first = output[0] if isinstance(output, tuple) and kwargs.get("labels") is not None else None
+            loss = output.get("loss") if hasattr(output, "get") else getattr(output, "loss", first)
+            if not isinstance(loss, Tensor) or (loss is first and loss.numel() != 1):
+                if not seen:
+                    what = "a training forward shows no loss (compute_loss_func, label smoothing?)"
+                    log.warning("fot: %s: nothing is observed; watch the loss module, fot.watch(loss_fn)", what)
+                    seen.append(what)
                 return
             count = kwargs.get("num_items_in_batch")
             if count is None:
