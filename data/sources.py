@@ -8,6 +8,7 @@ A new named set is one entry in TEXT_SETS, at the end of this file.
 
 import hashlib
 import itertools
+import logging
 import os
 import re
 import sysconfig
@@ -20,6 +21,8 @@ import numpy as np
 
 from data.files import lm_data, load_hub
 from schedules.textlines import fault, read_lines, read_rows, read_text
+
+log = logging.getLogger("scorecast")
 
 TEXT_SPLITS = ("train", "val", "test")
 WIKITEXT_FOLDERS = ("wikitext-2", "wikitext-103")
@@ -57,11 +60,11 @@ def open_source(name_or_folder: str, splits: Iterable[str] = TEXT_SPLITS) -> Sou
 
     A name in TEXT_SETS is that set; a set of the hub is read from its folder in $LM_DATA where there is one. WikiText's
     documents are articles, wherever it is read. A folder gives every .txt, .md, .py (a document each) and .jsonl (a
-    document a line, field "text"), recursively in the order of the paths, hidden ones aside. Files or folders at its
-    top that are named train, val or test (shards such as train-00001 too) are the splits, and others are not read.
-    Without such, documents are split 90/5/5 by the hash of path and line, and where there are only one or two, each is
-    cut by position at line ends. Raises ValueError, one line, for an unknown name, a split that is not there, and text
-    that cannot be read."""
+    document a line, field "text"), packed as .gz too, recursively in the order of the paths, hidden ones aside. Files
+    or folders at its top that are named train, val or test (shards such as train-00001 too) are the splits, and others
+    are not read. Without such, documents are split 90/5/5 by the hash of path and line, and where there are only one or
+    two, each is cut by position at line ends. What is not read is named in the log. Raises ValueError, one line, for an
+    unknown name, a split that is not there, and text that cannot be read."""
     splits = tuple(splits)
     for split in splits:
         if split not in TEXT_SPLITS:
@@ -191,6 +194,8 @@ def _open_folder(name: str, folder: Path, splits: tuple[str, ...]) -> Source:
                 + (f" ({Path(like[0]).name} is not one)" if like else "")
                 + f"; add {split}.txt, or take the names away to have the documents split by hash"
             )
+    if unnamed := [f for f in files if _split_of(f) is None]:
+        _not_read(folder, unnamed, len(files))
     found = {split: _whole(partial(_documents, folder, named[split])) for split in splits if named[split]}
     return Source(name, str(folder), found)
 
@@ -210,24 +215,50 @@ def _file_name(folder: Path) -> str:
 
 def _text_files(folder: Path, suffixes=SUFFIXES, skips: Iterable[str] = (), hidden=(".",)) -> list[str]:
     """Paths below ``folder``, recursively and in order, but those that are, or are in folders called, one of ``skips``
-    and those with a name that begins like one of ``hidden``."""
+    and those with a name that begins like one of ``hidden``.
+
+    Suffixes are of any case, and .gz after them is unpacked. Links to folders are followed, after all that lies in
+    ``folder`` itself; a folder that is reached twice is read once. What else is there is named in the log."""
 
     def fail(error: OSError):
         raise ValueError(f"cannot read {error.filename} ({error.strerror})")
 
-    files = []
-    for base, folders, names in os.walk(folder, onerror=fail):
-        folders[:] = [d for d in folders if d not in skips and not d.startswith(hidden)]
-        shown = (Path(base, n) for n in names if n.endswith(suffixes) and not n.startswith(hidden))
-        files += [file.relative_to(folder).as_posix() for file in shown]
+    files, others, tops, seen = [], [], [folder], set()
+    while tops:
+        for base, folders, names in os.walk(tops.pop(0), onerror=fail):
+            here = Path(base)
+            if (real := os.path.realpath(base)) in seen:
+                others.append(here.relative_to(folder).as_posix() + "/ (read already)")
+                folders.clear()
+                continue
+            seen.add(real)
+            shown = [d for d in sorted(folders) if d not in skips and not d.startswith(hidden)]
+            tops += [here / d for d in shown if os.path.islink(here / d)]
+            folders[:] = [d for d in shown if not os.path.islink(here / d)]
+            for name in (n for n in names if not n.startswith(hidden)):
+                kept = files if _suffix(name) in suffixes else others
+                kept.append((here / name).relative_to(folder).as_posix())
     if not files:
         raise ValueError(f"{folder} holds no text: no {', '.join(suffixes)} file")
+    if suffixes == SUFFIXES and others:
+        _not_read(folder, others, len(others) + len(files))
     return sorted(set(files).difference(skips))
+
+
+def _not_read(folder: Path, names: list[str], of: int) -> None:
+    some = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
+    log.warning("%s: %d of %d files are not read: %s", folder, len(names), of, some)
+
+
+def _suffix(name: str) -> str:
+    """Of a file's name, in lower case and before .gz."""
+    return Path(name.lower().removesuffix(".gz")).suffix
 
 
 def _split_of(file: str) -> str | None:
     top, _, inside = file.partition("/")
-    match = _SPLIT_NAME.fullmatch(top if inside else Path(top).stem)
+    stem = Path(top.lower().removesuffix(".gz")).stem
+    match = _SPLIT_NAME.fullmatch(top if inside else stem)
     return match[1].lower() if match else None
 
 
@@ -235,7 +266,7 @@ def _documents(folder: Path, files: list[str]) -> Iterator[tuple[str, str]]:
     """(identity, text): the path relative to ``folder``, and the line in a .jsonl."""
     for identity in files:
         file = folder / identity
-        if file.suffix != ".jsonl":
+        if _suffix(identity) != ".jsonl":
             if (text := read_text(file)).strip():
                 yield identity, text
             continue
@@ -298,9 +329,19 @@ def _hash_split(
 
 
 def _cut_by_position(_: str, text: str) -> dict[str, str]:
-    first = text.find("\n", int(len(text) * VAL_FROM)) + 1 or len(text)
-    second = text.find("\n", max(first, int(len(text) * TEST_FROM))) + 1 or len(text)
-    return {"train": text[:first], "val": text[first:second], "test": text[second:]}
+    """At line ends; where these leave a part without text, as in one long line, at blanks, else anywhere."""
+    for mark in ("\n", " ", ""):
+
+        def end(share: float, least: int = 0, mark=mark) -> int:
+            at = max(least, int(len(text) * share))
+            return at if not mark else text.find(mark, at) + 1 or len(text)
+
+        first = end(VAL_FROM)
+        second = end(TEST_FROM, first)
+        parts = {"train": text[:first], "val": text[first:second], "test": text[second:]}
+        if all(part.strip() for part in parts.values()):
+            break
+    return parts
 
 
 _wikitext = partial(open_hub, repository="Salesforce/wikitext", documents=hub_articles)

@@ -1,6 +1,8 @@
 """Sources of text: WikiText, the hub, pydoc and folders, how they are split, and bad ones."""
 
+import gzip
 import json
+import logging
 from functools import partial
 from pathlib import Path
 
@@ -223,3 +225,67 @@ def test_source_errors(tmp_path, monkeypatch, no_lm_data):
 
     monkeypatch.setattr(sources.os, "walk", refuse)
     message(lambda: open_source(str(folder.parent / "l")), "cannot read", "Permission denied")
+
+
+ROW = '{"text": "two"}\n'
+
+
+@pytest.mark.parametrize(
+    "name", ["b.txt", "b.TXT", "b.Md", "b.PY", "b.txt.gz", "b.TXT.GZ", "b.jsonl", "b.JSONL", "b.jsonl.gz"]
+)
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_every_spelling_of_a_suffix_is_read(tmp_path, name, mark):
+    content = mark + (ROW if "jsonl" in name.lower() else "two").encode()
+    content = gzip.compress(content) if name.lower().endswith(".gz") else content
+    folder = fill(tmp_path, {"a.txt": "one", name: content})
+    assert texts(open_all(str(folder)), "all") == ["one", "two"]
+    packed = fill(tmp_path / "split", {f"train{name[1:]}": content, "VAL.TXT": "v"})
+    assert texts(open_source(str(packed)), "train") == ["two"]
+
+
+def test_what_is_not_read_is_named_and_counted(tmp_path, caplog):
+    folder = fill(
+        tmp_path / "c", {"a.txt": "one", "b.pdf": "x", "deep/c.csv": "x", "d.parquet": "x", "e": "x", ".f": "x"}
+    )
+    with caplog.at_level(logging.WARNING, "scorecast"):
+        assert texts(open_all(str(folder)), "all") == ["one"]
+    assert "4 of 5 files are not read: b.pdf, d.parquet, deep/c.csv, ..." in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "scorecast"):
+        open_all(str(fill(tmp_path / "all", {"a.txt": "one"})))
+        open_source("pydoc", ("test",))
+    assert not caplog.text
+    with caplog.at_level(logging.WARNING, "scorecast"):
+        open_source(str(fill(tmp_path / "named", {"train.txt": "t", "val.txt": "v", "README.md": "r"})))
+    assert "1 of 3 files are not read: README.md" in caplog.text
+
+
+def test_links_are_followed_and_loops_end(tmp_path, caplog):
+    disk = fill(tmp_path / "disk", {"x.txt": "x", "deep/y.txt": "y"})
+    folder = fill(tmp_path / "corpus", {"a.txt": "a", "z/b.txt": "b"})
+    (folder / "big").symlink_to(disk)
+    (disk / "deep" / "up").symlink_to(folder)  # a loop
+    (folder / "0").symlink_to(folder / "z")  # what lies in the folder itself keeps its own name
+    with caplog.at_level(logging.WARNING, "scorecast"):
+        assert sources._text_files(folder) == ["a.txt", "big/deep/y.txt", "big/x.txt", "z/b.txt"]
+    assert "0/ (read already)" in caplog.text and "big/deep/up/ (read already)" in caplog.text
+    assert sorted(texts(open_all(str(folder)), "all")) == ["a", "b", "x", "y"]
+    (folder / "gone").symlink_to(tmp_path / "unmounted")
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "scorecast"):
+        open_all(str(folder))
+    assert "gone" in caplog.text
+
+
+@pytest.mark.parametrize("unit", ["word ", "x", "long line of its own kind, "])
+def test_one_long_line_is_cut_by_position(tmp_path, unit):
+    text = unit * (100_000 // len(unit))
+    source = open_source(str(fill(tmp_path, {"one.txt": text})))
+    split = [texts(source, name)[0] for name in ("train", "val", "test")]
+    assert "".join(split) == text and [round(len(part) / len(text), 2) for part in split] == [0.9, 0.05, 0.05]
+
+
+def test_a_text_is_kept_but_for_its_mark(tmp_path):
+    text = "one\r\ntwo\0three\u2028\ufeff\r"
+    folder = fill(tmp_path, {"train.txt": b"\xef\xbb\xbf" + text.encode(), "val.txt": "v"})
+    assert texts(open_source(str(folder)), "train") == [text]
