@@ -24,6 +24,7 @@ from data import summaries
 from eval import metrics
 from eval import seq2seq as measure
 from eval.heldout import evaluate, final_metrics
+from eval.summaries import ROUGE_WORDS
 from kernels import Calibration, linear_score
 from kernels.losses import LOSSES, alpha_at, brier, make_score, smoothing
 from model.gpt2 import decay_groups, parameter_count
@@ -117,6 +118,7 @@ class Config:
     no_repeat_ngram: int | None = opt(None, "no n-gram of this size twice; 0 is off", within="[0, inf)", role="setting")
     early_stopping: bool | None = opt(None, "end a search at --beams finished hypotheses", role="setting")
     generate_batch: int = opt(16, "articles that a rank summarises at a time", within="[1, inf)", role="where")
+    rouge_words: str = opt("ascii", "words that ROUGE reads; papers: ascii", ROUGE_WORDS, role="setting")
     bertscore: str = opt("", "BERTScore with this model: a name bert-score knows, or FOLDER:LAYER", role="where")
     profile: int = opt(0, "time so many steps instead of training", within="[0, inf)", role="bookkeeping")
     # system
@@ -360,7 +362,8 @@ def main(argv: list[str] | None = None) -> int:
         return run.finish(0)
     for split, (rows, speed) in written.items():
         with user_errors():  # the summaries are on the disk; --resume takes another --bertscore
-            found = measure.generation_metrics(rows, speed, bertscore=cfg.bertscore, device=device.type)
+            how = dict(bertscore=cfg.bertscore, device=device.type, words=cfg.rouge_words)
+            found = measure.generation_metrics(rows, speed, **how)
         entries |= {f"{split}_{k}": v for k, v in found.items()}
     summary = {
         "script": "finetune_seq2seq.py",

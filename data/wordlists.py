@@ -8,14 +8,17 @@
     counter_fitting_constraints/wordnet_antonyms.txt
 
 or a file of neighbours with the others beside it: JSON as above; text lines "word neighbour neighbour ...", nearest
-first; or vectors, "word x1 x2 ...", as counter-fitted-vectors.txt has them, whose neighbours are then computed.
+first; or vectors, "word x1 x2 ...", as counter-fitted-vectors.txt, GloVe, word2vec and fastText have them, whose
+neighbours are then computed.
 A broken line is a ValueError with its number.
 """
 
 import functools
 import hashlib
+import itertools
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,17 +96,33 @@ def load_lists(words=None, stop_words=None, antonyms: Iterable = (), synonyms: I
     stopped = frozenset(word for path in stop for (word,) in _rows(path, 1))
     opposite, alike = (frozenset(pair for path in paths for pair in _rows(path, 2)) for paths in (antonyms, synonyms))
     lists = WordLists(near, stopped, opposite, alike if synonyms else None)
+    if not isinstance(near, Vectors) and not any(map(lists.candidates, near)):
+        raise ValueError(
+            f"{words} gives no word another to stand for it: its neighbours are no words, or left out by "
+            "stop words, antonyms or synonyms"
+        )
     files = [words, *stop, *antonyms, *synonyms]
     return lists, {path.name: hashlib.sha256(read_bytes(path)).hexdigest() for path in files}
 
 
 def read_neighbours(path: str | os.PathLike) -> "Mapping[str, Sequence[str]] | Vectors":
-    """Neighbours from a .json file, else from lines of words or of vectors (told apart by the first line)."""
-    if Path(path).suffix == ".json":
+    """Neighbours from a .json file, else from lines of words or of vectors, which end in numbers.
+
+    A line of two numbers at the head, COUNT WIDTH as word2vec's and fastText's files have it, is checked and passed
+    over, as are lines of comment ("# ...") there. A word of vectors may hold blanks, as GloVe's ". . ." does."""
+    if Path(path).suffix.lower() == ".json":
         return _neighbours_json(path)
     lines = _lines(path)
-    width = len(_numbers(lines[0][1]) or ())
-    if width > 1:
+    counted = _header(lines[0][1])
+    if counted:
+        lines = lines[1:]
+    while len(lines) > 1 and lines[0][1].startswith("#") and not _width(lines[0][1]):
+        lines = lines[1:]
+    width = Counter(_width(line) for _, line in lines[:100]).most_common(1)[0][0] if lines else 0
+    if counted and (len(lines), width) != counted:
+        found = f"{len(lines)} words of {width} numbers"
+        raise ValueError(f"{path}, line 1: it counts {counted[0]} words of {counted[1]} numbers, there are {found}")
+    if width:
         return _vectors(path, lines, width)
     found: dict[str, list[str]] = {}
     for number, line in lines:
@@ -114,6 +133,24 @@ def read_neighbours(path: str | os.PathLike) -> "Mapping[str, Sequence[str]] | V
             raise ValueError(f"{path}, line {number}: {word!r} is there twice; expected one line a word")
         found[word] = near
     return found
+
+
+def _header(line: str) -> tuple[int, int] | None:
+    """COUNT WIDTH."""
+    parts = line.split()
+    return (int(parts[0]), int(parts[1])) if len(parts) == 2 and all(map(str.isdecimal, parts)) else None
+
+
+def _width(line: str) -> int:
+    """How many numbers the line ends in, its first word aside."""
+    return sum(1 for _ in itertools.takewhile(_is_number, reversed(line.split()[1:])))
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return float(text) is not None
+    except ValueError:
+        return False
 
 
 def _neighbours_json(path) -> dict[str, list[str]]:
@@ -129,23 +166,16 @@ def _neighbours_json(path) -> dict[str, list[str]]:
 
 
 def _vectors(path, lines: list[tuple[int, str]], width: int) -> Vectors:
-    rows_ND = np.empty((len(lines), width), np.float32)
+    rows_ND, words = np.empty((len(lines), width), np.float32), []
     for row, (number, line) in zip(rows_ND, lines, strict=True):
-        values = _numbers(line)
-        if values is None or len(values) != width:
+        parts = line.split()
+        if _width(line) != width:
             raise ValueError(f"{path}, line {number}: expected a word and {width} numbers")
-        row[:] = values
+        row[:] = [float(v) for v in parts[-width:]]
+        words.append(" ".join(parts[:-width]).lower())
         if not np.isfinite(row).all():
-            raise ValueError(f"{path}, line {number}: the vector of {line.split()[0]!r} is not finite")
-    return Vectors([line.split()[0].lower() for _, line in lines], rows_ND)
-
-
-def _numbers(line: str) -> list[float] | None:
-    """What follows the first word of a line; None where that is not numbers."""
-    try:
-        return [float(v) for v in line.split()[1:]]
-    except ValueError:
-        return None
+            raise ValueError(f"{path}, line {number}: the vector of {words[-1]!r} is not finite")
+    return Vectors(words, rows_ND)
 
 
 def _rows(path, width: int) -> list[tuple[str, ...]]:

@@ -74,6 +74,7 @@ COST = (
 SUMMARIES = (
     *(Metric(f"rouge{n}", f"ROUGE-{n}", "F1, %", "higher", 1, 2, "table delta grid") for n in ("1", "2", "L", "Lsum")),
     *(Metric(f"files2rouge_{n}", f"R{n}", "as files2rouge", "higher", digits=2) for n in "12L"),
+    Metric("rouge_unmeasured", "no words", "references, as ROUGE reads", "lower", digits=0),
     Metric("bertscore_f1", "BERTScore", "F1, %", "higher", 100, 2),
     Metric("distinct_1", "Distinct-1", "words / all", "", digits=3),
     Metric("distinct_2", "Distinct-2", "pairs / all", "", digits=3),

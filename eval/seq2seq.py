@@ -59,12 +59,14 @@ def forward(model, source: Tensor, mask: Tensor | None, labels: Tensor, device: 
     return model(source, mask, shift(labels)).flatten(0, 1), labels.flatten()
 
 
-def generation_metrics(rows: list[dict], speed: float | None, *, bertscore: str = "", device: str = "cpu") -> dict:
-    """All of eval.summaries about ``rows`` (of write_predictions), BERTScore where ``bertscore`` names a model, the
-    share of searches that ended before the limit, and tokens a summary. Raises ValueError for a model that cannot be
-    loaded."""
+def generation_metrics(
+    rows: list[dict], speed: float | None, *, bertscore: str = "", device: str = "cpu", words: str = "ascii"
+) -> dict:
+    """All of eval.summaries about ``rows`` (of write_predictions), ROUGE of ``words``, BERTScore where ``bertscore``
+    names a model, the share of searches that ended before the limit, and tokens a summary. Raises ValueError for a
+    model that cannot be loaded."""
     texts = [[row[name] for row in rows] for name in ("prediction", "reference")]
-    out = summary_metrics(*texts)
+    out = summary_metrics(*texts, words=words)
     out |= {"ended": statistics.fmean(r["ended"] for r in rows), "generate_tokens_per_second": speed}
     out["summary_tokens"] = statistics.fmean(r["tokens"] for r in rows)
     return out | (bert_score(*texts, bertscore, device=device) if bertscore else {})
@@ -99,7 +101,8 @@ def describe(name: str, summary: dict) -> list[str]:
         notes += [of["partial"]] if of["partial"] else []
         notes += [f"the first {count}"] if s["examples_limit"].get(split) == count else []
         notes = "; ".join(notes)
-        scores = ", ".join(f"{k} {s[f'{split}_{k}']:.2f}" for k in ROUGE)
+        rouge = {k: s[f"{split}_{k}"] for k in ROUGE}
+        scores = ", ".join(f"{k} {'not measured' if v is None else f'{v:.2f}'}" for k, v in rouge.items())
         out.append(
             f"{of['set']} {split}{f' ({notes})' if notes else ''}, {count} summaries: {scores}, "
             f"{100 * s[f'{split}_ended']:.0f} % ended, {s[f'{split}_generate_tokens_per_second'] or 0:,.0f} tokens/s"

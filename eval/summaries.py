@@ -4,9 +4,14 @@ ROUGE is rouge-score's F1 with Porter stemming, in percent, as papers print it. 
 `sentences` makes. There are two ROUGE-L: `rougeL` takes a summary as one sequence; `rougeLsum` takes the union over
 sentences (Lin, 2004, section 3.2) and is the "RL" of CNN/DailyMail's tables. BART's published numbers follow another
 convention, files2rouge's; those scores stand beside.
+
+rouge-score and files2rouge read words of a-z and 0-9 alone. A reference in which they find no word is unmeasured, None
+and counted, and so is the share of the references' letters that they pass over. ``words="unicode"`` reads any script,
+and one without blanks letter by letter; such figures compare with none of a paper's.
 """
 
 import contextlib
+import logging
 import math
 import re
 import statistics
@@ -20,17 +25,22 @@ from tqdm import tqdm
 from data.summaries import TokenPairs, collate, in_order
 from eval.rows import Parts, json_line, whole_rows, write_rows
 from eval.stats import bootstrap_interval
-from eval.text import distinct_n
+from eval.text import distinct_n, unicode_words
 from model.beam import Decoding
 from model.generate import generate
 from model.seq2seq import Seq2Seq
 from runtime.machine import World
 
+log = logging.getLogger("scorecast")
+
 ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 FILES2ROUGE = {"files2rouge_1": "rouge1", "files2rouge_2": "rouge2", "files2rouge_L": "rougeLsum"}  # as rouge-score's
 
-# An end of a sentence: . ! or ?, closing quotes or brackets, blanks, then a capital, a digit or an opening quote.
-_END = re.compile(r"([.!?][\"'”’)\]]*)\s+(?=[\"'“‘(\[]?[A-Z0-9])")
+ROUGE_WORDS = ("ascii", "unicode")
+
+# An end of a sentence: . ! or ?, closing quotes or brackets, blanks, then a capital, a digit or an opening quote; or a
+# full stop of a script without capitals.
+_END = re.compile(r"([.!?][\"'”’)\]]*)\s+(?=[\"'“‘(\[]?[A-Z0-9])|([。！？।॥۔؟][\"'”’)\]」』]*)\s*(?=\S)")
 _ABBREVIATION = re.compile(
     r"(?:\b(?:Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|Gen|Col|Sgt|Lt|Capt|Rep|Sen|Gov|Rev|No|Inc|Ltd|Co|vs|etc|al|e\.g|i\.e)"
     r"|(?<![A-Za-z])[A-Z](?:\.[A-Z])*)\.$"
@@ -39,14 +49,16 @@ _ABBREVIATION = re.compile(
 
 def sentences(text: str) -> list[str]:
     """The sentences of a summary, none blank: its lines where it has several, as CNN/DailyMail's references do. One
-    line is split by rule at . ! ? before a capital; the rule knows titles, initials and the usual abbreviations."""
+    line is split by rule at . ! ? before a capital, and at the full stops of scripts without capitals; the rule knows
+    titles, initials and the usual abbreviations."""
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     if len(lines) != 1:
         return lines
     out, start, line = [], 0, lines[0]
     for end in _END.finditer(line):
-        if not _ABBREVIATION.search(line[start : end.end(1)]):
-            out.append(line[start : end.end(1)])
+        last = end.end(end.lastindex)
+        if not _ABBREVIATION.search(line[start:last]):
+            out.append(line[start:last])
             start = end.end()
     return [*out, line[start:]]
 
@@ -61,20 +73,29 @@ def _needs(what: str, package: str):
 
 
 @_needs("ROUGE", "rouge-score==0.1.2")
-def rouge_scores(predictions: Sequence[str], references: Sequence[str]) -> dict[str, list[float]]:
+def rouge_scores(
+    predictions: Sequence[str], references: Sequence[str], *, words: str = "ascii"
+) -> dict[str, list[float | None]]:
     """F1 in percent of each pair, for every name in ROUGE, as rouge-score computes it from newline-split sentences
-    with ``use_stemmer=True``. A prediction without a word scores 0.
+    with ``use_stemmer=True``. A prediction without a word scores 0; a reference that is not empty and in which no word
+    is found gives None. ``words``: one of ROUGE_WORDS; "unicode" stems nothing.
 
     Raises ValueError where the numbers of texts differ, where there is none, and where the package is missing."""
     from rouge_score.tokenizers import DefaultTokenizer
 
+    if words not in ROUGE_WORDS:
+        raise ValueError(f"words={words!r}: expected one of {', '.join(ROUGE_WORDS)}")
+
+    class Unicode:
+        tokenize = staticmethod(unicode_words)
+
     # Without a tokenizer the scorer makes this same one, and a log line that gives the root logger a handler.
-    tokenizer = DefaultTokenizer(use_stemmer=True)
+    tokenizer = Unicode() if words == "unicode" else DefaultTokenizer(use_stemmer=True)
     return _f1(predictions, references, {name: name for name in ROUGE}, tokenizer, lambda t: "\n".join(sentences(t)))
 
 
 @_needs("ROUGE", "rouge-score==0.1.2")
-def files2rouge_scores(predictions: Sequence[str], references: Sequence[str]) -> dict[str, list[float]]:
+def files2rouge_scores(predictions: Sequence[str], references: Sequence[str]) -> dict[str, list[float | None]]:
     """F1 in percent of each pair in the convention of BART's published numbers: files2rouge_1, _2 and _L.
 
     fairseq's README tokenises both sides with Stanford's PTBTokenizer and calls files2rouge. That starts a line behind
@@ -82,7 +103,7 @@ def files2rouge_scores(predictions: Sequence[str], references: Sequence[str]) ->
     in `rouge_scores`, brackets are words (-LRB-), contractions come apart (do n't), sentences end at full stops only,
     and the stemmer is Porter's own, not NLTK's. Unlike in the Perl script, NLTK's Treebank rules stand for Stanford's,
     irregular forms are not looked up in WordNet's exceptions (went: go), and an empty prediction scores 0, where
-    files2rouge stops. Raises as `rouge_scores`."""
+    files2rouge stops. None and errors as in `rouge_scores`."""
     from nltk.stem.porter import PorterStemmer
     from nltk.tokenize.treebank import TreebankWordTokenizer
 
@@ -100,28 +121,46 @@ def files2rouge_scores(predictions: Sequence[str], references: Sequence[str]) ->
     return _f1(predictions, references, FILES2ROUGE, Stemmed(), lines)
 
 
-def _f1(predictions, references, names: dict, tokenizer, lines: Callable[[str], str]) -> dict[str, list[float]]:
+def _f1(predictions, references, names: dict, tokenizer, lines: Callable[[str], str]) -> dict[str, list[float | None]]:
     """F1 in percent of each pair. ``names``: our name of a score -> rouge-score's; ``lines`` makes a text's lines."""
     from rouge_score.rouge_scorer import RougeScorer
 
     _check_pairs(predictions, references)
     scorer = RougeScorer([*names.values()], tokenizer=tokenizer)
-    scores = [scorer.score(lines(r), lines(p)) for p, r in zip(predictions, references, strict=True)]
-    return {ours: [100 * score[theirs].fmeasure for score in scores] for ours, theirs in names.items()}
+    pairs = [(lines(r), lines(p)) for p, r in zip(predictions, references, strict=True)]
+    scores = [None if r.strip() and not tokenizer.tokenize(r) else scorer.score(r, p) for r, p in pairs]
+    return {ours: [s and 100 * s[theirs].fmeasure for s in scores] for ours, theirs in names.items()}
 
 
-def rouge(predictions: Sequence[str], references: Sequence[str], *, resamples: int = 1000) -> dict[str, float]:
-    """`intervals` of `rouge_scores`."""
-    return intervals(rouge_scores(predictions, references), resamples)
+def rouge(
+    predictions: Sequence[str], references: Sequence[str], *, resamples: int = 1000, words: str = "ascii"
+) -> dict[str, float | None]:
+    """`intervals` of `rouge_scores`, how many pairs are unmeasured, and the share of the references' letters and digits
+    that are in no word; a line in the log where there are any."""
+    scores = rouge_scores(predictions, references, words=words)
+    letters = [c for text in references for c in text if c.isalnum()]
+    passed = 0 if words == "unicode" else sum(not c.isascii() for c in letters)
+    unmeasured, unread = scores["rouge1"].count(None), passed / max(len(letters), 1)
+    if passed:
+        what = f"{100 * unread:.1f} % of the references' letters are in no word, {unmeasured:,} of {len(references):,}"
+        log.warning("ROUGE reads a-z and 0-9: %s have no word at all and are left out; --rouge-words unicode", what)
+    return intervals(scores, resamples) | {"rouge_unmeasured": unmeasured, "rouge_unread": unread}
 
 
-def intervals(scores: Mapping[str, Sequence[float]], resamples: int = 10_000) -> dict[str, float | None]:
-    """The mean of each score and its 95 % bootstrap interval: rouge1, rouge1_low, rouge1_high and so on. Both ends are
-    None for a single value."""
+def mean_of(values: Iterable[float | None]) -> float | None:
+    """Of those that were measured; None where none was."""
+    found = [v for v in values if v is not None]
+    return math.fsum(found) / len(found) if found else None
+
+
+def intervals(scores: Mapping[str, Sequence[float | None]], resamples: int = 10_000) -> dict[str, float | None]:
+    """The mean of each score and its 95 % bootstrap interval, over what was measured: rouge1, rouge1_low, rouge1_high
+    and so on. Both ends are None for a single value."""
     out = {}
     for name, values in scores.items():
-        low, high = bootstrap_interval(values, resamples=resamples) if len(values) > 1 else (None, None)
-        out |= {name: math.fsum(values) / len(values), f"{name}_low": low, f"{name}_high": high}
+        found = [v for v in values if v is not None]
+        low, high = bootstrap_interval(found, resamples=resamples) if len(found) > 1 else (None, None)
+        out |= {name: mean_of(found), f"{name}_low": low, f"{name}_high": high}
     return out
 
 
@@ -141,10 +180,13 @@ def lengths(predictions: Sequence[str], references: Sequence[str]) -> dict[str, 
     }
 
 
-def summary_metrics(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+def summary_metrics(
+    predictions: Sequence[str], references: Sequence[str], *, words: str = "ascii"
+) -> dict[str, float | None]:
     """All of the above for one set of pairs, as means, and distinct_1 and distinct_2 of predictions and references."""
-    out = {"examples": len(predictions)} | rouge(predictions, references) | lengths(predictions, references)
-    out |= {k: math.fsum(v) / len(v) for k, v in files2rouge_scores(predictions, references).items()}
+    out = {"examples": len(predictions)} | rouge(predictions, references, words=words)
+    out |= lengths(predictions, references)
+    out |= {k: mean_of(v) for k, v in files2rouge_scores(predictions, references).items()}
     for n in (1, 2):
         out[f"distinct_{n}"] = distinct_n(predictions, n)
         out[f"reference_distinct_{n}"] = distinct_n(references, n)

@@ -1,7 +1,28 @@
 """Measures of generated text."""
 
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable
+
+# Scripts that put no blanks between words, as unicodedata begins their characters' names.
+WITHOUT_BLANKS = ("CJK ", "HIRAGANA ", "KATAKANA ", "THAI ", "LAO ", "MYANMAR ", "KHMER ", "TIBETAN ")
+
+
+def unicode_words(text: str) -> list[str]:
+    """The words of a text in any script, without case: runs of letters, marks and digits. Of a script without blanks
+    each letter is a word, with the marks on it."""
+    words, open_ = [], False  # whether the last word may go on
+    for c in unicodedata.normalize("NFC", text).casefold():
+        kind = unicodedata.category(c)[0]
+        alone = kind == "L" and unicodedata.name(c, "").startswith(WITHOUT_BLANKS)
+        if kind not in "LMN":
+            open_ = False
+        elif words and (kind == "M" or (open_ and not alone)):
+            words[-1] += c
+        else:
+            words.append(c)
+            open_ = not alone
+    return words
 
 
 def distinct_n(texts: Iterable[str], n: int) -> float | None:

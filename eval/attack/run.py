@@ -36,7 +36,7 @@ from data.summaries import load_summaries, tokenizer_of_model
 from data.windows import IGNORE_INDEX
 from data.wordlists import WordLists, load_lists
 from eval.attack.textfooler import AttackOptions, attack_group
-from eval.attack.words import POS, SameClass, part_of_speech
+from eval.attack.words import POS, SameClass, Words, part_of_speech
 from eval.rows import json_line, write_rows
 from eval.seq2seq import decoding, forward, load_finetuned
 from eval.summaries import ROUGE, intervals, rouge_scores
@@ -204,7 +204,9 @@ def figures(rows: list[dict], references: Sequence[str], goal: float) -> dict:
     values = by_article(rows)
     mean = {name: statistics.fmean(each) for name, each in values.items()}
     before, after = (rouge_scores([row[f"summary_{when}"] for row in rows], references) for when in ("before", "after"))
-    drops = {name: [a - b for a, b in zip(before[name], after[name], strict=True)] for name in ROUGE}
+    drops = {
+        name: [None if a is None else a - b for a, b in zip(before[name], after[name], strict=True)] for name in ROUGE
+    }
     return {
         "articles": len(rows),
         "success_rate": mean["goal"] if math.isfinite(goal) else None,
@@ -214,6 +216,7 @@ def figures(rows: list[dict], references: Sequence[str], goal: float) -> dict:
         **intervals({"loss_rise": values["rise"]}),
         "stopped_by": dict(Counter(row["stop"] for row in rows)),
         **{name: mean[name] for name in ("loss_before", "loss_after", "words", "changed")},
+        "rouge_unmeasured": before["rouge1"].count(None),  # references in which it finds no word
         "rouge_before": intervals(before, resamples=1000),
         "rouge_after": intervals(after, resamples=1000),
         "rouge_drop": intervals(drops),
@@ -255,6 +258,8 @@ def summary_lines(content: dict) -> list[str]:
     f, before, after = content["figures"], content["calibration_before"], content["calibration_after"]
 
     def line(name, a, b, form=".4f"):
+        if a is None:
+            return f"  {name:22}{'not measured':>30}"
         return f"  {name:22}{a:>10{form}}{b:>10{form}}{b - a:>+10{form}}"
 
     lines = ["", f"  {'':22}{'before':>10}{'after':>10}{'change':>10}"]
@@ -300,6 +305,14 @@ def chosen(pairs: list, count: int, seed: int) -> list:
     """``count`` of the pairs, drawn by ``seed``, in their order; all of them where there are no more."""
     drawn = random.Random(seed).sample(range(len(pairs)), min(count, len(pairs)))
     return [pairs[i] for i in sorted(drawn)]
+
+
+def check_candidates(pairs: list, lists: WordLists) -> None:
+    """Raises ValueError where no word of the articles has another to stand for it: nothing would be attacked."""
+    words = {core for pair in pairs for core in Words(pair.article).cores if core}
+    if not any(map(lists.candidates, sorted(words))):
+        what = f"no word of the {len(pairs):,} articles has another to stand for it"
+        raise ValueError(f"{what}; give --words of the articles' language, or fewer --antonyms and --synonyms")
 
 
 def prepare_out(out: Path, config: dict, resume: bool, may_change: tuple[str, ...] = ()) -> None:
@@ -369,6 +382,7 @@ def main(arguments: list[str] | None = None) -> None:
         config["goal"] = given.goal if math.isfinite(given.goal) else None  # JSON has no inf
         config = json.loads(json.dumps(config, default=str))  # as a resumed attack will read it
         prepare_out(given.out, config, given.resume, may_change)
+        check_candidates(pairs, lists)
         given.out.mkdir(parents=True, exist_ok=True)
         content = {"state": "running", "config": config, "environment": environment(device)}
         content["differences"] = differences(options, pos, sources)

@@ -79,3 +79,53 @@ def test_the_real_lists():
         load_lists(synonyms=[folder / "counter_fitting_constraints" / "SimLex-999.txt"])
     synonyms = folder / "counter_fitting_constraints" / "ppdb_synonyms.txt"
     assert 0 < len(load_lists(synonyms=[synonyms])[0].candidates("movie")) < len(lists.candidates("movie"))
+
+
+VECTORS = {"good": [0.1, 0.2, 0.3], "fine": [0.1, 0.2, 0.29], "bad": [-0.1, 0.5, 0.1]}
+
+
+def lines_of(vectors: dict, end="\n") -> str:
+    return "".join(f"{word} {' '.join(map(str, x))}{end}" for word, x in vectors.items())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        lines_of(VECTORS),
+        "3 3\n" + lines_of(VECTORS),  # word2vec
+        "3 3\n" + lines_of(VECTORS, " \n"),  # fastText
+        "\ufeff3 3\r\n" + lines_of(VECTORS, "\r\n"),
+        "# vectors of somebody's, made in May\n# 3 words\n" + lines_of(VECTORS),
+        lines_of({". . .": [0.9, -0.4, 0.1], "#": [0.5, -0.2, 0.1], "1900": [-0.1, -0.2, -0.9]} | VECTORS),  # GloVe
+        lines_of({"3": [3, 3, 3.5]} | VECTORS),  # a number is a word too
+    ],
+)
+def test_every_form_of_vectors(tmp_path, text):
+    (tmp_path / "v.txt").write_text(text, encoding="utf-8", newline="")
+    lists, _ = load_lists(tmp_path / "v.txt", "none")
+    assert lists.candidates("good") == ["fine"] and lists.candidates("bad") == []
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("4 3\n" + lines_of(VECTORS), "line 1: it counts 4 words of 3 numbers, there are 3 words of 3 numbers"),
+        ("3 2\n" + lines_of(VECTORS), "line 1: it counts 3 words of 2 numbers"),
+        (lines_of(VECTORS | {"short": [0.1, 0.2]}), "line 4: expected a word and 3 numbers"),
+        (lines_of(VECTORS | {"long": [0.1] * 4}), "line 4: expected a word and 3 numbers"),
+        (lines_of(VECTORS | {"endless": [0.1, 0.2, float("inf")]}), "line 4: the vector of 'endless' is not finite"),
+        ("old 1900 1901\nnew 2000\n", "line 2: expected a word and 2 numbers"),
+        ("old old OLD\nnew new\n", "gives no word another"),
+        ("old on-line\nnew 2nd\n", "gives no word another"),
+    ],
+)
+def test_vectors_and_neighbours_that_are_none(tmp_path, text, said):
+    (tmp_path / "v.txt").write_text(text)
+    with pytest.raises(ValueError, match=said) as error:
+        load_lists(tmp_path / "v.txt", "none")
+    assert "v.txt" in str(error.value)
+
+
+def test_a_vector_of_one_number(tmp_path):
+    (tmp_path / "v.txt").write_text("up 0.5\nhigh 2\ndown -1\n")
+    assert load_lists(tmp_path / "v.txt", "none")[0].candidates("up") == ["high"]
