@@ -137,6 +137,7 @@ def export(checkpoint: str | os.PathLike, folder: str | os.PathLike) -> None:
         raise ValueError(f"{checkpoint}: 'model' must hold GPT2's state_dict, names and tensors")
     if not isinstance(tokenizer, dict):
         raise ValueError(f"{checkpoint}: 'tokenizer' must hold a dict of 'files' and 'eos_id'")
+    state = weights.plain_names(state, checkpoint)
     with torch.device("meta"):
         model = GPT2(config)
     says = f"{checkpoint} does not hold the GPT-2 of its config"

@@ -1,6 +1,7 @@
 """LoRA adapters in PEFT's format: adapter_config.json and safetensors in one folder."""
 
 import dataclasses
+import logging
 import math
 import os
 from pathlib import Path
@@ -11,6 +12,8 @@ from torch import Tensor
 from model import weights
 from model.decoder import Decoder
 from model.lora import TARGETS, LoRAConfig, adapted, add_lora, check_plain, targeted
+
+log = logging.getLogger("scorecast")
 
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -113,20 +116,22 @@ def read_adapter_config(folder: str | os.PathLike) -> tuple[LoRAConfig, str | No
 def load_adapter(model: Decoder, folder: str | os.PathLike, base_model: str | None = None) -> None:
     """Adds a PEFT adapter, ours or PEFT's own, to ``model``; it is trainable.
 
-    The last component of ``base_model``, where ``model`` was loaded from, has to be that of the base which the adapter
-    names, so that a local copy of a hub model passes; None is not checked. Raises ValueError, before the model is
-    changed, for another base, for tensors that do not fit it, and as read_adapter_config does."""
+    ``base_model`` is where ``model`` was loaded from. One base has many names (on the hub, of a snapshot, of a copy in
+    four bits), and many bases have one: the tensors' shapes decide, and a base of another name is a line in the log.
+    Raises ValueError, before the model is changed, for tensors that do not fit it, and as read_adapter_config does."""
     check_plain(model)
     folder = Path(folder)
     config, trained_on = read_adapter_config(folder)
-    if base_model is not None and trained_on and Path(base_model).name != Path(trained_on).name:
-        reason = f"is an adapter of {trained_on!r}, not of {str(base_model)!r}"
-        raise ValueError(f"{folder} {reason}; load it on its own base")
     expected: dict[str, tuple] = {}
     for path, _, base in targeted(model, config):
         (n_out, n_in), r = base.shape, config.rank(path)
         expected |= {_peft_name(path, "lora_A"): (r, n_in), _peft_name(path, "lora_B"): (n_out, r)}
-    weights.check_shapes(weights.read_shapes([folder / ADAPTER]), expected, f"{folder} is no adapter of this base")
+    other = base_model is not None and trained_on and str(trained_on).rstrip("/") != str(base_model).rstrip("/")
+    says = f"{folder} is no adapter of this base" + (f" (it names {trained_on!r})" if trained_on else "")
+    weights.check_shapes(weights.read_shapes([folder / ADAPTER]), expected, says)
+    if other:
+        names = f"was trained on {trained_on!r} and is loaded on {str(base_model)!r}"
+        log.warning("%s %s: the shapes fit; make sure that it is the same model", folder, names)
     add_lora(model, config)
     tensors = adapter_tensors(model)
     with torch.no_grad():

@@ -102,7 +102,7 @@ def _weights(folder: Path, name: str | os.PathLike) -> dict[str, Tensor]:
         content = weights.load_pickled(path, "is damaged, or more than plain tensors")
         if not weights.holds_tensors(content):
             raise ValueError(f"{path}: expected names and tensors")
-        tensors |= content
+        tensors |= weights.plain_names(content, path)
     return tensors
 
 

@@ -9,6 +9,8 @@ import math
 import os
 import pickle
 import re
+import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,8 +24,9 @@ from runtime.staging import staged
 from schedules import textlines
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
-# Prefixes of wrapped models' tensors: who adds them, and what is within.
-WRAPPERS = {"_orig_mod.": ("torch.compile", "model._orig_mod"), "module.": ("DDP", "model.module")}
+# What wraps a model puts this into its tensors' names: torch.compile, FSDP and activation checkpointing anywhere,
+# DataParallel and DDP in front.
+WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^(?:module\.)+")
 MODEL_FILES = (CONFIG, WEIGHTS, INDEX, "model-*.safetensors")
 
 
@@ -115,25 +118,41 @@ def _opened(path: Path):
         raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
 
 
+def plain_name(name: str) -> str:
+    """A tensor's name without what wraps the model that saved it."""
+    while (plain := WRAPPERS.sub("", name)) != name:
+        name = plain
+    return name
+
+
+def plain_names(tensors: Mapping, where: str | os.PathLike) -> dict:
+    """The same under `plain_name`. Raises ValueError where two become one."""
+    out = {plain_name(name): tensor for name, tensor in tensors.items()}
+    if len(out) < len(tensors):
+        twice = next(n for n, count in Counter(map(plain_name, tensors)).items() if count > 1)
+        raise ValueError(f"{where} holds {twice} with and without a wrapper's prefix; remove one")
+    return out
+
+
 def read_shapes(paths: list[Path]) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor in the files, from their headers alone. Raises ValueError for a damaged file, a
-    truncated one included, and for a tensor that two files hold."""
+    """The shape of every tensor in the files, by `plain_name`, from their headers alone. Raises ValueError for a
+    damaged file, a truncated one included, and for a tensor that is there twice."""
     shapes: dict[str, tuple[int, ...]] = {}
     for path in paths:
         with _opened(path) as file:
-            for name in file.keys():
-                if name in shapes:
-                    raise ValueError(f"{path} holds {name}, and so does another file of {path.parent}; remove one")
-                shapes[name] = tuple(file.get_slice(name).get_shape())
+            found = plain_names({name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}, path)
+        if twice := next((name for name in found if name in shapes), None):
+            raise ValueError(f"{path} holds {twice}, and so does another file of {path.parent}; remove one")
+        shapes |= found
     return shapes
 
 
 def read_tensors(paths: list[Path]) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor, one after another. A tensor is a view of the mapped file: copy what is to be kept."""
+    """`plain_name` and tensor, one after another. A tensor is a view of the mapped file: copy what is to be kept."""
     for path in paths:
         with _opened(path) as file:
             for name in file.keys():
-                yield name, file.get_tensor(name)
+                yield plain_name(name), file.get_tensor(name)
 
 
 def load_pickled(path: str | os.PathLike, says: str, **how):
@@ -152,10 +171,6 @@ def check_shapes(found: Mapping[str, Tensor | tuple], expected: Mapping[str, Ten
     """Raises ValueError: ``says``, then the tensors that are missing, unexpected or misshapen, three of a kind. Either
     side gives each tensor itself or its shape."""
     found, expected = ({n: tuple(getattr(t, "shape", t)) for n, t in side.items()} for side in (found, expected))
-    for prefix, (wrapper, inner) in WRAPPERS.items():
-        if wrapped := [n for n in found if n.startswith(prefix) and n not in expected]:
-            way_out = f"save {inner}'s state_dict instead, or rename the tensors without {prefix!r}"
-            raise ValueError(f"{says}: {wrapped[0]} has the prefix {prefix!r} of {wrapper}; {way_out}")
     wrong = {
         "missing ": [n for n in expected if n not in found],
         "unexpected ": [n for n in found if n not in expected],

@@ -474,15 +474,6 @@ def test_files_that_are_damaged_or_do_not_fit_are_one_line(tmp_path):
         load_decoder(tmp_path / "nothing here")
 
 
-@pytest.mark.parametrize("prefix, says", [("_orig_mod.", "of torch.compile"), ("module.", "of DDP")])
-def test_a_wrapper_s_prefix_is_named_with_the_way_out(tmp_path, tied, prefix, says):
-    (tmp_path / "config.json").write_bytes((tied[0] / "config.json").read_bytes())
-    tensors = load_file(tied[0] / "model.safetensors")
-    save_file({prefix + name: t for name, t in tensors.items()}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=f"{says}; save model.*state_dict instead, or rename the tensors without"):
-        load_decoder(tmp_path)
-
-
 def test_a_folder_without_a_config_is_one_line(tmp_path, tied):
     (tmp_path / "model.safetensors").write_bytes((tied[0] / "model.safetensors").read_bytes())
     with pytest.raises(ValueError, match="has no config.json; expected a folder in Hugging Face's layout"):

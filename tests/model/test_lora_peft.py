@@ -132,7 +132,10 @@ def test_dropout_is_pefts_down_to_the_draws(folder, tmp_path):
         (dict(target_modules=".*q_proj", layers_to_transform=[0]), "with a regex as targets"),
         (dict(target_modules=[]), r"target_modules=\[\]: expected names, a regex or 'all-linear'"),
         (dict(target_modules=None), "does not say target_modules"),
-        (dict(base_model_name_or_path="Qwen/Qwen3-4B"), "is an adapter of 'Qwen/Qwen3-4B', not of"),
+        (
+            dict(base_model_name_or_path="Qwen/Qwen3-4B", r=8),
+            r"is no adapter of this base \(it names 'Qwen/Qwen3-4B'\)",
+        ),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_one_line_and_changes_nothing(folder, tmp_path, change, says):
