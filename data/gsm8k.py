@@ -24,6 +24,7 @@ from schedules.textlines import read_rows
 PUBLISHED_ROWS = {"train": 7473, "test": 1319}
 FORMATS = ("text", "code")
 GOLD = re.compile(r"####\s*(.*)")
+LARGEST = 10**30  # of a gold answer; floats end at 10**308, and an exponent is soon mistyped
 PLAIN = re.compile(r"-?[0-9]+(\.[0-9]+)?")
 
 
@@ -64,7 +65,7 @@ def _problem(row: dict, name: str, where: str) -> Problem:
             raise ValueError(f"{where} has no text in field {field!r}")
     found = GOLD.findall(row["answer"])
     value = parse_number(found[-1]) if found else None
-    if value is None:
+    if value is None or abs(value) >= LARGEST:
         raise ValueError(f"{where}: its answer does not end in a line '#### NUMBER'")
     gold = found[-1].strip().replace(",", "")
     return Problem(name, row["question"], row["answer"], gold if PLAIN.fullmatch(gold) else plain(value))

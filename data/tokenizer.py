@@ -26,7 +26,7 @@ from tokenizers import Tokenizer as Backend
 
 from data.files import lm_data, write_cached
 from model.weights import first_line
-from schedules.textlines import decoded, parse_json, read_bytes
+from schedules.textlines import BOM, decoded, parse_json, read_bytes
 
 EOS = "<|endoftext|>"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -272,7 +272,7 @@ class Definition:
         self.label = label
         self.parsed = _json(raw, f"{label}: tokenizer.json")
         with self._one_line("cannot be loaded"):
-            self.backend = Backend.from_buffer(raw)
+            self.backend = Backend.from_buffer(raw.removeprefix(BOM))
             self.backend.no_padding()
             self.backend.no_truncation()
             self.backend.encode_special_tokens = True

@@ -1,11 +1,13 @@
 """GSM8K's problems: reading, what of them is held out, and their targets in words."""
 
+import itertools
 import json
 
 import pytest
 from tiny_gsm8k import json_rows, solved, write_sums
 
 from data.gsm8k import load_gsm8k, main, split_heldout, text_target
+from data.numbers import parse_number
 from eval.gsm8k import Sample, grade_text, read_outputs
 
 
@@ -133,3 +135,37 @@ def test_data_command_line(folder, capsys):
     assert rows[1]["target"] == "# It is 1+10=11.\nstep_1 = 1 + 10\nprint(step_1)\n" and rows[1]["gold"] == "11"
     main(["--data", str(folder), "--format", "text", "--no-annotations", "--out", str(out)])
     assert json_rows(out)[1]["target"] == "It is 1+10=11.\n#### 11"
+
+
+SIGNS = ["", "-", "+", "−", "–", "－", "- ", "−$", "$-", "-$"]
+CURRENCIES = ["", "$", "€", "$ "]
+DIGITS = ["18", "1,200", "1200.50", ".5", "5.", "007", "3/4", "2/3", "1e3", "1E-2", "１８", "1 200", "1_000", "½", "٣"]
+DIGITS += ["\\frac{3}{4}", "1.200,50", "99999999999999999999", "1e400", "1/0", "2 1/2", "3:4", "1" * 2000, "inf", "nan"]
+ENDS = ["", " dollars", "%", ".", "!", "**"]
+
+
+def test_every_gold_answer_agrees_with_its_target_or_is_refused_with_its_line(tmp_path):
+    """What loads, the target that is made of it and the strict rule agree, for every form that parse_number takes."""
+    path, loaded = tmp_path / "train.jsonl", 0
+    for written in map("".join, itertools.product(SIGNS, CURRENCIES, DIGITS, ENDS)):
+        path.write_text(json.dumps({"question": "How much?", "answer": f"It is that.\n#### {written}"}) + "\n")
+        try:
+            (p,) = load_gsm8k(tmp_path, "train")
+        except ValueError as error:
+            assert f"{path}, line 1: its answer does not end in a line '#### NUMBER'" in str(error)
+            continue
+        loaded += 1
+        (verdict,) = grade_text([Sample(p.id, text_target(p))], {p.id: p.gold})
+        assert verdict.correct["strict"] and verdict.correct["flexible"], written
+        assert parse_number(p.gold) == parse_number(written)
+    assert loaded > 1000
+
+
+def test_blank_lines_are_no_problems_and_lines_are_those_of_the_file(folder):
+    lines = (folder / "train.jsonl").read_text().split("\n")
+    plain = load_gsm8k(folder, "train")
+    (folder / "train.jsonl").write_bytes(b"\xef\xbb\xbf" + "\r\n\r\n".join(lines).encode())
+    assert load_gsm8k(folder, "train") == plain
+    (folder / "train.jsonl").write_text("\n\n" + lines[0] + "\n\n{}\n")
+    with pytest.raises(ValueError, match="train.jsonl, line 5 has no text in field 'question'"):
+        load_gsm8k(folder, "train")
