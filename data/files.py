@@ -15,6 +15,17 @@ def lm_data(name: str) -> Path | None:
     return Path(root) / name if root and (Path(root) / name).is_dir() else None
 
 
+def one_file(folder: Path, stems: tuple[str, ...], suffixes: tuple[str, ...]) -> Path | None:
+    """The file in ``folder`` that is called one of ``stems`` with one of ``suffixes``, in any case and packed as .gz or
+    not; None where there is none. Raises ValueError for two."""
+    names = {stem + suffix for stem in stems for suffix in suffixes}
+    files = folder.iterdir() if folder.is_dir() else ()
+    have = sorted(p for p in files if p.name.lower().removesuffix(".gz") in names and p.is_file())
+    if len(have) > 1:
+        raise ValueError(f"{folder} has both {have[0].name} and {have[1].name} for {stems[0]}; remove one of them")
+    return have[0] if have else None
+
+
 def load_hub(name: str, way_out: str, *arguments, **options):
     """datasets.load_dataset. ``name`` and ``way_out`` are the error's."""
     try:

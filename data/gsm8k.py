@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from data.files import lm_data, load_hub
+from data.files import lm_data, load_hub, one_file
 from data.numbers import parse_number, plain
 from data.programs import ANNOTATION, Problem, code_targets, coverage_table
 from runtime.cli import Parser, user_errors
@@ -31,10 +31,10 @@ PLAIN = re.compile(r"-?[0-9]+(\.[0-9]+)?")
 def load_gsm8k(source: str | Path = "gsm8k", split: str = "train") -> list[Problem]:
     """The problems of a split, "train" or "test", in the published order.
 
-    ``source`` is a folder of train.jsonl and test.jsonl with fields question and answer, or "gsm8k": that is
-    $LM_DATA/gsm8k where it is a folder, else the hub's openai/gsm8k (main). "gsm8k", and any folder of that name, must
-    be the full set. Raises ValueError, one line, for a split that is not there, a wrong number of rows, and a broken
-    row, with its line."""
+    ``source`` is a folder of train.jsonl and test.jsonl, or .jsonl.gz, with fields question and answer, or "gsm8k":
+    that is $LM_DATA/gsm8k where it is a folder, else the hub's openai/gsm8k (main). "gsm8k", and any folder of that
+    name, must be the full set. Raises ValueError, one line, for a split that is not there, a wrong number of rows, and
+    a broken row, with its line."""
     if split not in PUBLISHED_ROWS:
         raise ValueError(f"unknown split {split!r}, expected one of {', '.join(PUBLISHED_ROWS)}")
     named = str(source) == "gsm8k"
@@ -44,9 +44,10 @@ def load_gsm8k(source: str | Path = "gsm8k", split: str = "train") -> list[Probl
         loaded = load_hub("gsm8k", way_out, "openai/gsm8k", "main", split=split)
         origin, rows = "the hub's openai/gsm8k", enumerate(loaded, 1)
     else:
-        path = folder / f"{split}.jsonl"
-        if not path.is_file():
-            raise ValueError(f"cannot read {path}; expected a folder with train.jsonl and test.jsonl")
+        path = one_file(folder, (split,), (".jsonl",))
+        if path is None:
+            here = folder / f"{split}.jsonl"
+            raise ValueError(f"cannot read {here}; expected a folder with train.jsonl and test.jsonl")
         origin, rows = str(path), read_rows(path, nan=True)
     problems = [_problem(row, f"{split}/{i}", f"{origin}, line {line}") for i, (line, row) in enumerate(rows)]
     if not problems:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from data.cache import cached_tokens
-from data.files import lm_data, load_hub
+from data.files import lm_data, load_hub, one_file
 from data.tokenizer import TOKENIZER_FILES, Definition, Tokenizer, byte_level, load_tokenizer, merges_of, read_files
 from data.windows import IGNORE_INDEX, permutation, random_uint64
 from model.weights import first_line, folder_of
@@ -81,11 +81,11 @@ def load_summaries(
     """The asked-for splits of a set, each None where the set has no such split.
 
     A name in SUMMARY_SETS is $LM_DATA/NAME where that is a folder, else the hub's set through ``datasets``. Another is
-    a folder, or one in $LM_DATA. A folder has {train,validation,test}.jsonl or .csv with article (or document, source)
-    and highlights (or summary, target) a row. Lists of sentences are joined; of several summaries the first counts.
-    Rows without article or summary, or with an article of fewer than ``min_words`` words, are left out and counted.
-    Raises ValueError, one line, for a set that cannot be had, a broken row or a missing column (with its line), and a
-    split left empty."""
+    a folder, or one in $LM_DATA. A folder has {train,validation,test}.jsonl, .csv or .tsv, or these as .gz, with
+    article (or document, source) and highlights (or summary, target) a row. Lists of sentences are joined; of several
+    summaries the first counts. Rows without article or summary, or with an article of fewer than ``min_words`` words,
+    are left out and counted. Raises ValueError, one line, for a set that cannot be had, a broken row or a missing
+    column (with its line), and a split left empty."""
     name = str(name_or_folder)
     here = name not in SUMMARY_SETS and Path(name).is_dir()
     folder = Path(name) if here else lm_data(name) or Path(name)
@@ -101,8 +101,9 @@ def load_summaries(
             way_out = f"put {split}.jsonl into $LM_DATA/{name}"
             loaded = load_hub(name, way_out, published.repository, published.configuration, split=split)
             origin, rows = f"the hub's {published.repository}", enumerate(loaded, 1)
-        elif path := _split_file(folder, split):
-            origin, rows = str(path), read_csv(path) if path.suffix == ".csv" else read_rows(path, nan=True)
+        elif path := one_file(folder, STEMS[split], (".jsonl", ".csv", ".tsv")):
+            table = path.name.lower().removesuffix(".gz").endswith((".csv", ".tsv"))
+            origin, rows = str(path), read_csv(path) if table else read_rows(path, nan=True)
         else:
             continue
         pairs, removed = _pairs(rows, split, origin, min_words)
@@ -113,13 +114,6 @@ def load_summaries(
     if not any(out.values()):
         raise ValueError(f"{folder} has none of {', '.join(f'{s}.jsonl' for s in out)} (or .csv); expected one")
     return out
-
-
-def _split_file(folder: Path, split: str) -> Path | None:
-    have = [p for stem in STEMS[split] for p in (folder / f"{stem}.jsonl", folder / f"{stem}.csv") if p.is_file()]
-    if len(have) > 1:
-        raise ValueError(f"{folder} has both {have[0].name} and {have[1].name} for {split}; remove one of them")
-    return have[0] if have else None
 
 
 def _pairs(rows, split: str, origin: str, min_words: int) -> tuple[list[Pair], dict[str, int]]:

@@ -73,7 +73,7 @@ class Vectors:
 
 
 def load_lists(words=None, stop_words=None, antonyms: Iterable = (), synonyms: Iterable = ()):
-    """WordLists, and {name: SHA-256} of the files that were read.
+    """WordLists, and {name: SHA-256} of the files that were read; of two files with one name it is the path.
 
     ``words``: a folder, a file of neighbours, or None for $LM_DATA/textfooler. ``stop_words``: a file, None for the
     folder's, or "none". ``antonyms``, files as ``synonyms``, replace the folder's. Raises ValueError, with file and
@@ -102,7 +102,9 @@ def load_lists(words=None, stop_words=None, antonyms: Iterable = (), synonyms: I
             "stop words, antonyms or synonyms"
         )
     files = [words, *stop, *antonyms, *synonyms]
-    return lists, {path.name: hashlib.sha256(read_bytes(path)).hexdigest() for path in files}
+    names = Counter(path.name for path in files)
+    called = {path: path.name if names[path.name] == 1 else str(path) for path in files}
+    return lists, {called[path]: hashlib.sha256(read_bytes(path)).hexdigest() for path in files}
 
 
 def read_neighbours(path: str | os.PathLike) -> "Mapping[str, Sequence[str]] | Vectors":

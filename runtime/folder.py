@@ -49,6 +49,16 @@ def _finite(value):
     return json.loads(json.dumps(value), parse_constant=lambda name: None)
 
 
+def wandb_id(run: Path, *, resumed: bool) -> str:
+    """The id of ``run`` at Weights & Biases, under which a resumed run goes on there: drawn once and kept in the
+    folder, as two folders may have one name. A run of before, which kept none, has its folder's name."""
+    kept = run / "wandb" / "id.txt"
+    if not resumed:
+        kept.parent.mkdir(exist_ok=True)
+        write_bytes(kept, lambda file: file.write(uuid.uuid4().hex[:16].encode()))
+    return textlines.read_text(kept) if kept.exists() else run.name
+
+
 def parse_json(text: str | bytes, where: str | Path, advice: str = ""):
     """The value of ``text``. Raises ValueError that says ``where`` it stands, and what to do."""
     line = 1 if isinstance(where, Path) else None
@@ -290,7 +300,7 @@ class RunFolder:
         if cfg.wandb:
             import wandb
 
-            how = dict.fromkeys(("name", "id"), self.path.name)  # the same id when the run is resumed: it goes on there
+            how = dict(name=self.path.name, id=wandb_id(self.path, resumed=checkpoint is not None))
             try:
                 self._wandb = wandb.init(project=cfg.wandb, dir=str(self.path), config=config, resume="allow", **how)
             except Exception as e:  # no account, no network, its own errors

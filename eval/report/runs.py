@@ -6,6 +6,7 @@ What a flag's difference means is its role, a key of `runtime.cli.ROLES`. Each r
 
 import itertools
 import json
+import logging
 import math
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ from kernels import Calibration
 from kernels.losses import LOSSES
 from runtime.cli import ROLES
 from schedules import textlines
+
+log = logging.getLogger("scorecast")
 
 
 @dataclass
@@ -96,13 +99,16 @@ def read_rows(path: Path, unfinished: bool) -> dict[str, list[dict]]:
     its kind has passed means that the run went back to a checkpoint: it replaces what came after that."""
     rows = {kind: [] for kind in ("train", "val", "event", "fot")}
     half = [] if unfinished else None
-    for n, row in textlines.read_rows(path, half=half, advice="repair or remove that line") if path.exists() else ():
+    found = textlines.read_rows(path, half=half, advice="repair or remove that line") if path.exists() else ()
+    for n, row in found:
         if not isinstance(row, dict) or not isinstance(row.get("kind"), str) or not isinstance(row.get("step"), int):
             raise ValueError(f"{path}, line {n}: no row, expected an object with kind and an integer step")
         kept = rows.setdefault(row["kind"], [])
         while row["kind"] != "event" and kept and kept[-1]["step"] >= row["step"]:
             kept.pop()
         kept.append(row)
+    if half:
+        log.warning("%s: line %d is half-written, as a kill leaves it; left out", path, half[0])
     return rows
 
 

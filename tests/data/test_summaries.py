@@ -1,7 +1,9 @@
 """Summaries as data (reading, tokens, buckets, noise, folds) and as results (ROUGE, lengths, files of predictions)."""
 
 import csv
+import gzip
 import importlib.util
+import io
 import json
 import os
 import random
@@ -126,7 +128,7 @@ def test_a_set_that_is_not_there(tmp_path, monkeypatch):
         load_summaries(tmp_path, ("train",))
     write(tmp_path, "dev", [dict(article=article(1), summary="a")])
     write(tmp_path, "validation", [dict(article=article(1), summary="a")])
-    with pytest.raises(ValueError, match="both validation.jsonl and dev.jsonl"):
+    with pytest.raises(ValueError, match="both dev.jsonl and validation.jsonl"):
         load_summaries(tmp_path)
 
 
@@ -542,3 +544,20 @@ def test_gpt2s_vocabulary_gets_three_more_tokens(tmp_path):
         ours = tokenizer_for_training(spec, made, tmp_path, bos=True)
         assert (ours.bos_id, ours.pad_id, ours.eos_id) == (50257, 50258, 50259) and ours.vocab_size == 50260
         assert ours.decode(ours.wrap(ours.base.encode("Hello, world"), 9)) == "Hello, world"
+
+
+def test_tables_of_every_spelling(tmp_path):
+    row = ("a", "word " * 60, "Two lines\nof a summary.")
+    spelled = {"test.csv": ",", "TEST.CSV": ",", "test.tsv": "\t", "test.csv.gz": ",", "Test.TSV.gz": "\t"}
+    for name, mark in spelled.items():
+        text = io.StringIO()
+        csv.writer(text, delimiter=mark, lineterminator="\r\n").writerows([("id", "article", "highlights"), row])
+        content = b"\xef\xbb\xbf" + text.getvalue().encode()
+        path = tmp_path / name / name
+        path.parent.mkdir()
+        path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+        (pair,) = load_summaries(path.parent, ("test",))["test"].pairs
+        assert (pair.id, pair.article, pair.summary) == (row[0], row[1].strip(), row[2])
+    (tmp_path / "test.csv" / "test.jsonl.gz").write_bytes(gzip.compress(b"{}"))
+    with pytest.raises(ValueError, match="has both test.csv and test.jsonl.gz for test; remove one"):
+        load_summaries(tmp_path / "test.csv", ("test",))

@@ -38,11 +38,12 @@ def test_the_command_prints_a_table_that_fits(tmp_path):
     assert "1 more DPSM arms in the report" in lines
 
 
-def test_unfinished_runs_alone_make_a_report_of_curves(tmp_path, capsys):
+def test_unfinished_runs_alone_make_a_report_of_curves(tmp_path, capsys, caplog):
     folder = write_run(tmp_path / "run", config={"loss": "dpsm"}, curve=falling(30)[:3])
     with open(folder / "metrics.jsonl", "a") as f:
         f.write('{"kind": "train", "step": 400, "lo')  # killed while it wrote
     assert terminal.main([str(folder), "--out", str(tmp_path / "out")]) == 0
+    assert "is half-written, as a kill leaves it; left out" in caplog.text
     assert "no final numbers yet" in (tmp_path / "out/report.md").read_text()
     assert (tmp_path / "out/curves.png").exists()
     assert "missing: no finished run with --loss dpsm" in capsys.readouterr().out

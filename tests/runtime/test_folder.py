@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -339,3 +340,20 @@ def test_a_checkpoint_of_something_else_is_one_line(tmp_path):
         run.save("last.pt", state)
         with pytest.raises(ValueError, match="is no checkpoint of ours"):
             run.enter(replace(cfg, resume=True))
+
+
+def test_a_run_has_an_id_of_its_own_at_wandb(tmp_path, monkeypatch):
+    """Of two folders with one name, and of one that W&B would refuse; a resumed run has the same, one of before its
+    folder's name."""
+    inits = []
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **given: inits.append(given)))
+    folders = [tmp_path / name for name in ("a/dpsm-seed1", "b/dpsm-seed1", "lr=3e-4: a #1?/100%")]
+    for path in (*folders, *folders):
+        run = RunFolder(path, World(0, 1, torch.device("cpu")))
+        run.start(Config(out=str(path), wandb="p"), "s.py", 0 if (path / "config.json").exists() else None)
+    ids = [given["id"] for given in inits]
+    assert len(set(ids[:3])) == 3 and ids[:3] == ids[3:] and all(i.isalnum() for i in ids)
+    assert [given["name"] for given in inits[:3]] == [path.name for path in folders]
+    (folders[0] / "wandb" / "id.txt").unlink()
+    RunFolder(folders[0], World(0, 1, torch.device("cpu"))).start(Config(out="", wandb="p"), "s.py", 0)
+    assert inits[-1]["id"] == "dpsm-seed1"
