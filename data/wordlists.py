@@ -58,8 +58,8 @@ class Vectors:
 
     def __init__(self, words: list[str], vectors_ND: np.ndarray):
         self.words, self.index = words, {word: i for i, word in enumerate(words)}
-        norms = np.linalg.norm(vectors_ND, axis=1, keepdims=True)
-        self.vectors_ND = vectors_ND / np.maximum(norms, 1e-12)  # a zero vector is near nothing
+        norms = np.linalg.norm(vectors_ND.astype(np.float64), axis=1, keepdims=True)
+        self.vectors_ND = (vectors_ND / np.maximum(norms, 1e-12)).astype(np.float32)  # a zero vector is near nothing
         self._near = functools.cache(self._neighbours)
 
     def get(self, word: str, default: Sequence[str] = ()) -> Sequence[str]:
@@ -173,7 +173,8 @@ def _vectors(path, lines: list[tuple[int, str]], width: int) -> Vectors:
         parts = line.split()
         if _width(line) != width:
             raise ValueError(f"{path}, line {number}: expected a word and {width} numbers")
-        row[:] = [float(v) for v in parts[-width:]]
+        with np.errstate(over="ignore"):  # of fp32: it is not finite then
+            row[:] = [float(v) for v in parts[-width:]]
         words.append(" ".join(parts[:-width]).lower())
         if not np.isfinite(row).all():
             raise ValueError(f"{path}, line {number}: the vector of {words[-1]!r} is not finite")
