@@ -13,6 +13,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from model.decoder import DecoderConfig
 from model.weights import first_line, tokenizer_config
+from schedules.textlines import parse_json
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # tokenizer.ggml.token_type
 BLANK = "\u2581"
@@ -105,7 +106,7 @@ def tokenizer_values(files: dict[str, bytes], config: DecoderConfig, path: str |
     naming the file ``path`` that was to be written, for a tokenizer that the format has no name for."""
     if "tokenizer.json" not in files:
         raise ValueError(f"{path}: the model has no tokenizer.json, without which a GGUF file is of no use")
-    content, size = json.loads(files["tokenizer.json"]), config.vocab_size
+    content, size = parse_json(files["tokenizer.json"], f"{path}: tokenizer.json"), config.vocab_size
     vocab, more = content["model"]["vocab"], content.get("added_tokens", [])
     if content["model"]["type"] != "BPE":
         raise ValueError(f"{path}: a tokenizer of type {content['model']['type']} is not written as GGUF, BPE alone")

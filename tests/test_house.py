@@ -173,7 +173,7 @@ READERS_OF_THEIR_OWN = {
     "kernels/bench/rows.py": "kernels/ imports nothing else of ours; reads /proc and a CSV that the bench wrote",
     "kernels/bench/timing.py": "kernels/ imports nothing else of ours; reads /proc",
     "runtime/folder.py": "copies values and modules that are ours: what others may have touched goes through textlines",
-    "model/gguf_hub.py": "json.loads of what the tokenizers package made",
+    "model/gguf_tokenizer.py": "json.loads of what the tokenizers package made",
     "data/cache.py": "the binary header of a token cache",
     "data/sources.py": "the bytes of WikiText's files, for their hash",
     "eval/attack/run.py": "the bytes of weights, for their hash; a copy of a value",
