@@ -292,6 +292,15 @@ def test_a_broken_list_exits_with_its_line(tiny, tmp_path, capsys):
     assert stop.value.code == 2 and len(error) == 1 and "near.txt, line 2: 'film'; expected" in error[0]
 
 
+def test_an_attack_that_could_exchange_no_word_is_an_error(tiny, tmp_path, capsys):
+    (tmp_path / "near.txt").write_text("привет добрый\n", encoding="utf-8")
+    with pytest.raises(SystemExit) as stop:
+        run_main(tiny, tmp_path / "out", "--words", str(tmp_path / "near.txt"), "--stop-words", "none")
+    error = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and "articles has another to stand for it; give --words of" in error[-1]
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_attack_without_a_goal_can_be_resumed(tiny, tmp_path, capsys):
     run_main(tiny, tmp_path / "a", "--articles", "2", "--goal", "inf", "--queries", "6")
     assert "no goal" in capsys.readouterr().out
