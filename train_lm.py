@@ -272,7 +272,6 @@ def main(argv: list[str] | None = None) -> int:
     counts = {name: math.ceil(len(w) / (cfg.micro_batch * world.size)) for name, w in sets.items() if w}
     how = dict(pieces=run.pieces(f"{cfg.report} {kept['step']}"), sizes=sizes, counts=counts, impl=cfg.kernels)
     entries, bins = final_metrics(final, made, world, **how)
-    entries, bins = final_metrics(final, made, world, sizes=sizes, impl=cfg.kernels)
     entries |= {f"{name}_losses": t.losses for name, t in tokens.items() if t}  # of the text in tokenising
     if not world.main:
         return run.finish(0)

@@ -20,6 +20,7 @@ from torch import Tensor
 from model import weights
 from model.gpt2 import GPT2, GPT2Config
 from runtime.checkpoint import load_checkpoint
+from schedules.textlines import read_bytes
 
 # Our fields beside Hugging Face's.
 HF_FIELDS = dict(vocab_size="vocab_size", block_size="n_positions", n_layer="n_layer", n_head="n_head", n_embd="n_embd")
@@ -92,7 +93,7 @@ def load_start(
     path = path / "best.pt" if (path / "best.pt").is_file() else path
     if not path.is_file():
         model, folder = load_hf(start, dtype, dropout), weights.folder_of(start)
-        return model, {name: (folder / name).read_bytes() for name in TOKENIZER if (folder / name).is_file()}
+        return model, {name: read_bytes(folder / name) for name in TOKENIZER if (folder / name).is_file()}
     kept = load_checkpoint(path)
     try:
         model = GPT2(GPT2Config(**kept["model_config"] | {"dropout": dropout}), dtype)

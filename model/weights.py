@@ -9,7 +9,6 @@ import math
 import os
 import pickle
 import re
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager

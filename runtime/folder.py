@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
+import uuid
 from importlib.metadata import distributions
 from pathlib import Path
 

@@ -168,6 +168,8 @@ def test_nothing_is_written_twice():
 
 # Beside schedules/textlines.py, what reads a file or JSON, and why it may.
 READERS_OF_THEIR_OWN = {
+    "runtime/checkpoint.py": "its own zip files, by their last bytes",
+    "runtime/staging.py": "files that it has just written, to sync them; its own lock",
     "sandbox/jailer.py": "stands alone; reads /proc, and the lines of its own parent",
     "sandbox/run.py": "stands alone; reads the lines of its own jailer",
     "kernels/bench/rows.py": "kernels/ imports nothing else of ours; reads /proc and a CSV that the bench wrote",
