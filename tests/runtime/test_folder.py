@@ -351,10 +351,12 @@ def test_a_run_has_an_id_of_its_own_at_wandb(tmp_path, monkeypatch):
     folders = [tmp_path / name for name in ("a/dpsm-seed1", "b/dpsm-seed1", "lr=3e-4: a #1?/100%")]
     for path in (*folders, *folders):
         run = RunFolder(path, World(0, 1, torch.device("cpu")))
-        run.start(Config(out=str(path), wandb="p"), "s.py", 0 if (path / "config.json").exists() else None)
+        run.start(Config(out=str(path), wandb="p"), "s.py", {"step": 0} if (path / "config.json").exists() else None)
+        run._wandb = None
+        run.finish(0)
     ids = [given["id"] for given in inits]
     assert len(set(ids[:3])) == 3 and ids[:3] == ids[3:] and all(i.isalnum() for i in ids)
     assert [given["name"] for given in inits[:3]] == [path.name for path in folders]
     (folders[0] / "wandb" / "id.txt").unlink()
-    RunFolder(folders[0], World(0, 1, torch.device("cpu"))).start(Config(out="", wandb="p"), "s.py", 0)
+    RunFolder(folders[0], World(0, 1, torch.device("cpu"))).start(Config(out="", wandb="p"), "s.py", {"step": 0})
     assert inits[-1]["id"] == "dpsm-seed1"
