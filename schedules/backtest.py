@@ -247,6 +247,24 @@ def summary_text(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def groups_text(rows: list[Row], method: str = "fot") -> str:
+    """A line for every family: at each fraction the share of its curves that ``method`` had a forecast for, the median
+    absolute error in per cent, and the shares of finals inside the 68 % and the 95 % interval, all in per cent."""
+    head = "".join(f" | {f'from {fraction:.0%}':<23}" for fraction in FRACTIONS)
+    cells = " | share   med.   68   95 " * len(FRACTIONS)
+    lines = [f"{method:<24} n{head}".rstrip(), f"{'':<26}{cells}".rstrip()]
+    for family in dict.fromkeys(row.family for row in rows):
+        mine = [row for row in rows if (row.family, row.method) == (family, method)]
+        text = f"{family[:22]:<22} {len(mine) // len(FRACTIONS):>3}"
+        for fraction in FRACTIONS:
+            group = [row for row in mine if row.fraction == fraction]
+            s = summarize(group, [])
+            inside = [_cell(100 * share, "5", 0) for share in (s.cover68, s.cover95)]
+            text += f" | {100 * s.n / len(group):4.0f}% {_cell(s.median, '6', 2)}" + "".join(inside)
+        lines.append(text)
+    return "\n".join(lines)
+
+
 def _cell(value: float, width: str, digits: int) -> str:
     if math.isnan(value):
         return "-".rjust(int(width))
@@ -355,6 +373,8 @@ def run(args: argparse.Namespace) -> None:
             mine = [row for row in rows if row.family == family and row.method.startswith("fot")]
             learnt = f"k = {p.k_mean:.4f} +- {p.k_sd:.4f}, floor {p.floor:g} of the loss"
             print(f"\n{family} ({learnt})\n{summary_text(mine)}")
+        for method in ("fot", "fot-blind"):
+            print(f"\n{groups_text(rows, method)}")
         write_rows(rows, out / name)
     for page, first in enumerate(range(0, len(curves), PAGE), 1):
         write_atomically(out / f"fans-{page}.png", fans(curves[first : first + PAGE]))
