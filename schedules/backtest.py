@@ -22,17 +22,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .forecast import Forecast, Forecaster, Prior, literal_forecast
+from .forecast import Forecast, Forecaster, Prior, literal_forecast, student_quantile
 from .rules import lr_factor
 from .style import INK, PALETTE, png, styled, thousands
 from .textlines import read_csv, read_json, read_rows
 
 FRACTIONS = (0.1, 0.25, 0.5, 0.75)
-SHIPPED = Prior()
+SHIPPED = None  # the forecaster chooses by the regime
 FLOORS = (0.0005, 0.001, 0.0015, 0.002, 0.003)
 FAN_COLOURS = (PALETTE[4], PALETTE[3], PALETTE[0], PALETTE[2])  # from the first fraction to the last
 ACROSS, PAGE = 3, 12  # panels in a row and in a picture
 LAST = 0.02  # of the steps make the final loss
+WIDE = student_quantile(0.975)  # half of the 95 % interval, in sds
 STEP_NAMES = ("step", "_step")
 LOSS_NAMES = ("loss", "val_loss", "train_loss")
 LR_NAMES = ("lr", "learning_rate", "optim/learning_rate_group0")
@@ -141,19 +142,18 @@ def final_loss(curve: Curve) -> tuple[float, float, int]:
     return float(curve.step[last].mean()), float(curve.loss[last].mean()), len(last)
 
 
-def halfway(curve: Curve, fraction: float, prior: Prior = SHIPPED) -> tuple[Forecaster, np.ndarray | None]:
+def halfway(curve: Curve, fraction: float, prior: Prior | None = SHIPPED) -> tuple[Forecaster, np.ndarray | None]:
     """The forecaster when ``fraction`` of the steps are done, and the learning rates to come until `final_loss`."""
     end, _, _ = final_loss(curve)
     seen = int(np.searchsorted(curve.step, fraction * curve.step[-1], side="right"))
-    forecaster, lr = Forecaster(prior=prior), [None] * seen if curve.lr is None else curve.lr
-    for point in zip(curve.step[:seen], curve.loss, lr, strict=False):
-        forecaster.update(*point)
+    forecaster = Forecaster(prior=prior)
+    forecaster.extend(curve.step[:seen], curve.loss[:seen], None if curve.lr is None else curve.lr[:seen])
     if curve.lr is None or not seen:
         return forecaster, None
     return forecaster, np.interp(np.linspace(curve.step[seen - 1], end, 1025)[1:], curve.step, curve.lr)
 
 
-def fot_at(curve: Curve, fraction: float, *, planned: bool, prior: Prior) -> Forecast:
+def fot_at(curve: Curve, fraction: float, *, planned: bool, prior: Prior | None) -> Forecast:
     """The forecast that `Forecaster` would have made when ``fraction`` of the steps were done."""
     end, _, width = final_loss(curve)
     forecaster, plan = halfway(curve, fraction, prior)
@@ -189,7 +189,7 @@ RIVALS = {
 METHODS = ("fot", "fot-blind", *RIVALS)
 
 
-def replay(curve: Curve, prior: Prior = SHIPPED, fractions=FRACTIONS, methods=METHODS) -> list[Row]:
+def replay(curve: Curve, prior: Prior | None = SHIPPED, fractions=FRACTIONS, methods=METHODS) -> list[Row]:
     """Every method's forecast of the final loss at every fraction of the run."""
     end, final, _ = final_loss(curve)
     if not math.isfinite(final):
@@ -228,7 +228,7 @@ def summarize(rows: list[Row], rows_all: list[Row]) -> Summary:
     base = [abs(r.error) for r in rows_all if r.method == "persistence" and (r.file, r.family, r.fraction) in same]
     # An sd of 0 is an interval too, and covers nothing but the point.
     misses = [(abs(row.forecast - row.final), row.sd) for row in made if row.sd is not None]
-    cover = [float(np.mean([e <= limit * sd for e, sd in misses])) if misses else math.nan for limit in (1.0, 1.96)]
+    cover = [float(np.mean([e <= limit * sd for e, sd in misses])) if misses else math.nan for limit in (1.0, WIDE)]
     median, worst = float(np.median(np.abs(errors))), float(np.abs(errors).max())
     ratio = median / max(float(np.median(base)), 1e-12) if base else math.nan
     return Summary(len(made), len(rows) - len(made), median, worst, float(errors.mean()), ratio, *cover)
@@ -273,7 +273,7 @@ def _cell(value: float, width: str, digits: int) -> str:
 
 @styled
 def fans(curves: list[Curve]) -> bytes:
-    """A panel a curve: the loss, and from each fraction of it the forecast with one and two standard deviations."""
+    """A panel a curve: the loss, and from each fraction of it the forecast with the 68 % and the 95 % interval."""
     from matplotlib.figure import Figure
 
     rows = math.ceil(len(curves) / ACROSS)
@@ -288,7 +288,7 @@ def fans(curves: list[Curve]) -> bytes:
             if forecast.mean is None:
                 continue
             step, mean, sd = forecast.curve.T
-            for width, alpha in ((1.96, 0.13), (1.0, 0.25)):
+            for width, alpha in ((WIDE, 0.13), (1.0, 0.25)):
                 panel.fill_between(step, mean - width * sd, mean + width * sd, color=colour, alpha=alpha, linewidth=0)
             panel.plot(step, mean, color=colour, linewidth=1.4, label=f"from {fraction:.0%}")
             bounds += [mean.min(), mean[0]]
@@ -316,14 +316,14 @@ def learn_prior(curves: list[Curve]) -> Prior:
     for curve in curves:
         if curve.lr is None or curve.lr[-1] > 0.7 * curve.lr.max():
             continue
-        forecast = halfway(curve, 1.0, SHIPPED._replace(k_sd=10.0))[0].forecast(curve.step[-1] + 1)
+        forecast = halfway(curve, 1.0, Prior()._replace(k_sd=10.0))[0].forecast(curve.step[-1] + 1)
         if forecast.mean is not None:
             shares[curve.family].append(forecast.parameters["k"] / forecast.mean)
     if not shares:
         raise ValueError("no curve with a learning rate that came down, nothing to learn a prior from")
     k_mean = _family_mean(shares)
     k_sd = math.sqrt(_family_mean({family: (np.array(k) - k_mean) ** 2 for family, k in shares.items()}))
-    prior = SHIPPED._replace(k_mean=k_mean, k_sd=max(k_sd, 0.001))
+    prior = Prior()._replace(k_mean=k_mean, k_sd=max(k_sd, 0.001))
     known = [curve for curve in curves if curve.lr is not None]
     stops = [(curve, *halfway(curve, fraction, prior)) for curve in known for fraction in (0.5, 0.75)]
     for floor in FLOORS:
@@ -369,9 +369,9 @@ def run(args: argparse.Namespace) -> None:
     for (title, prior), name in zip(priors.items(), ("forecasts.csv", "forecasts-left-out.csv"), strict=False):
         rows = [row for curve in curves for row in replay(curve, prior[curve.family])]
         print(f"\n{title}; {len(curves)} curves (* = given the learning rates to come)\n{summary_text(rows)}")
-        for family, p in prior.items() if 1 < len(prior) < 10 else ():
+        for family, p in prior.items() if 1 < len(prior) < 10 and args.leave_out else ():
             mine = [row for row in rows if row.family == family and row.method.startswith("fot")]
-            learnt = f"k = {p.k_mean:.4f} +- {p.k_sd:.4f}, floor {p.floor:g} of the loss"
+            learnt = f"k = {p.k_mean:.4f} +- {p.k_sd:.4f}, floor {p.floor:g} of the loss" if p else "prior as shipped"
             print(f"\n{family} ({learnt})\n{summary_text(mine)}")
         for method in ("fot", "fot-blind"):
             print(f"\n{groups_text(rows, method)}")

@@ -13,6 +13,11 @@ Annealing"), where S runs at lr. A smoothing that slows down as the learning rat
 al. (2025, "A Multi-Power Law for Loss Curve Prediction Across Learning Rate Schedules"). The square root in S and the
 slow growth of the annealing gain are ours. With them k nearly agrees between cosine and WSD runs of a model, and a
 prior can be carried from one to the other.
+
+The interval scores itself: the law is fitted again to the first 35, 50 and 70 % of what was seen, each fit forecasts
+the rest, and the interval is widened, or narrowed, by how far these forecasts missed. In runs of several epochs the
+loss falls at each boundary; the windows before it are brought down by that jump, and the jumps to come are forecast
+from those seen.
 """
 
 import math
@@ -21,41 +26,60 @@ from typing import NamedTuple
 
 import numpy as np
 
-# The grid of the nonlinear parameters. b is a share of the S seen so far, tau is in steps.
-ALPHAS = np.geomspace(0.12, 1.4, 12)
-OFFSETS = np.geomspace(0.003, 1.0, 9)
-TAUS = np.array([30.0, 100.0, 300.0, 1000.0])
-GROWTH = 0.3  # of the annealing gain with S
-CLOCK = 0.5  # S runs at (lr / peak)^CLOCK
-MIN_POINTS = 20
-SEGMENTS, CURVE = 256, 16  # of the planned schedule between now and T; every SEGMENTS / CURVE-th is on the curve
-MAD_TO_SD = 1.4826  # of a Gaussian: from the median absolute deviation to the standard deviation
+from .law import CLOCK, MAD_TO_SD, TAUS, fit, level, smoothed
+
+MIN_POINTS = 2
+SEGMENTS, CURVE = 128, 16  # of the planned schedule between now and T; every SEGMENTS / CURVE-th is on the curve
 HUGE = 1e30  # a loss beyond it has diverged and counts as not finite
+RECENT = 64  # points that tell the noise of a single one
+BLOCK, CLIP, QUIET = 16, 8.0, 0.0075  # a point is clipped to CLIP sds around the median of the block before; least sd
+SCALE = 1.1416  # the 68 % quantile of Student's t with 4 degrees of freedom
+NATS, NOISE = 3.5, 0.005  # fine-tuning begins at fewer nats than a model that knows nothing, and its points are noisier
 
 
 class Prior(NamedTuple):
     """What a run cannot say of itself, above all how much the loss will fall with a learning rate that has not yet.
 
-    ``k_mean``, ``k_sd`` and ``floor`` are what `schedules.backtest.learn_prior` finds on runs of three families
-    (MultiPowerLaw's 25M and 100M, modded-nanogpt's 124M, OLMo's ladder of 190M to 1B), rounded. `python -m schedules
-    backtest --leave-out` learns them on all families but the one that is forecast, and prints both: from half of a run
-    the median error is 0.38 % either way, MultiPowerLaw's rises from 0.35 to 0.47 %. The other values were chosen on
-    the three families together; each may be halved or raised by half, alpha by a fifth, with medians from 0.31 to
-    0.42 %. So was the square root in S (`CLOCK`): 0.53 % with S running at lr, 0.56 % at its fourth root."""
+    ``k_mean`` and ``k_sd``: the spread over families of runs, not within one. All values were chosen over eight groups
+    of recorded runs, each judged with what the others chose; records/2026-11-26-forecast-intervals has the tables."""
 
-    k_mean: float = 0.039  # of the loss
-    k_sd: float = 0.008
-    alpha: float = 0.5
-    alpha_spread: float = 0.3  # sd of log alpha
+    k_mean: float = 0.036  # of the loss
+    k_sd: float = 0.012
+    alpha: float = 0.65
+    alpha_spread: float = 0.4  # sd of log alpha
     tau: float = 100.0
     tau_spread: float = 1.0  # sd of log tau
+    a_mean: float = 0.15  # of the loss: what endless training at this learning rate would still bring
+    a_sd: float = 0.08  # its scale: the prior is Cauchy's
     discount: float = 2.0  # a point weighs (S at it / S now)^discount: the law is a local one
-    misfit: float = 0.06  # sd of the law itself: a share of the change to come, times (doublings of S to come)^1.5
-    floor: float = 0.002  # and a share of the loss
+    floor: float = 0.002  # sd of the law itself: a share of the loss,
+    young: float = 0.014  # and in each doubling of S to come so much at S = 100, falling as its square root,
+    drift: float = 0.0  # and so much at any S
+    plateau: float = 0.035  # and so much more where the loss has stopped falling before the learning rate came down
+    jump: float = -0.08  # of log loss at an epoch's end, before one was seen
+    jump_sd: float = 0.08
+
+
+FINETUNING = Prior(k_mean=0.010, k_sd=0.015, discount=1.0, drift=0.045, plateau=0.0)
+
+
+def student(x: float) -> float:
+    """The distribution function at ``x`` of Student's t with 4 degrees of freedom, scaled to hold 68 % in [-1, 1]."""
+    t = SCALE * x
+    u = 1 + 0.25 * t * t
+    return 0.5 + 0.375 * t / math.sqrt(u) * (1 - t * t / (12 * u))
+
+
+def student_quantile(share: float) -> float:
+    """The x with `student` (x) = ``share``, in (0, 1), in closed form (Shaw, 2006, J. Computational Finance 9)."""
+    root = math.sqrt(4 * share * (1 - share))
+    return math.copysign(2 * math.sqrt(max(math.cos(math.acos(root) / 3) / root - 1, 0.0)), share - 0.5) / SCALE
 
 
 class Forecast(NamedTuple):
-    """The smoothed loss at the end of the budget; ``mean`` and ``sd`` are None where ``reason`` says why."""
+    """The smoothed loss at the end of the budget; ``mean`` and ``sd`` are None where ``reason`` says why.
+
+    Misses have fat tails: 68 % of finals lie within one ``sd``, 95 % within 2.43 (`interval`)."""
 
     mean: float | None
     sd: float | None
@@ -63,73 +87,155 @@ class Forecast(NamedTuple):
     parameters: dict[str, float]  # c, a, b, alpha, k, tau of the most likely grid point, in the loss's units and steps
     reason: str  # "" or why there is no forecast
     planned: bool  # whether a planned schedule was used; else the last learning rate is held
+    notes: tuple[str, ...] = ()  # what the forecaster took the run for, where that matters
 
     @property
     def descent(self) -> float | None:
         """How much the smoothed loss will still fall."""
         return None if self.mean is None else float(self.curve[0, 1]) - self.mean
 
+    def interval(self, share: float = 0.95) -> tuple[float, float] | None:
+        """The middle interval that holds ``share`` of the finals, by Student's t with 4 degrees of freedom."""
+        if not 0 < share < 1:
+            raise ValueError(f"share={share}, expected more than 0 and less than 1")
+        if self.mean is None:
+            return None
+        reach = student_quantile(0.5 + 0.5 * share) * self.sd
+        return self.mean - reach, self.mean + reach
+
+    def better_than(self, loss: float) -> float | None:
+        """The probability that the run ends below ``loss``; None without a forecast."""
+        if math.isnan(loss):
+            raise ValueError("better than nan: give the loss to beat")
+        return None if self.mean is None else student(max(min((loss - self.mean) / self.sd, 1e6), -1e6))
+
     def __str__(self) -> str:
         return f"no forecast: {self.reason}" if self.mean is None else f"forecast {self.mean:.4g} +- {self.sd:.2g}"
 
 
 class Forecaster:
-    """Loss points in, forecasts out. Memory is bounded: at most 2 * ``windows`` means, twice as wide when full."""
+    """Loss points in, forecasts out. Memory is bounded: at most 2 * ``windows`` means, twice as wide when full.
 
-    def __init__(self, windows: int = 64, prior: Prior = Prior()):  # noqa: B008 (a NamedTuple cannot change)
-        if windows < MIN_POINTS:
-            raise ValueError(f"windows={windows}, expected at least {MIN_POINTS}")
-        self.prior = prior
+    ``prior``: by default the one of pre-training or of fine-tuning. ``finetune`` says which; by default the data do: a
+    loss in nats that began below 3.5, with noise of over half a per cent. ``epoch``: steps in an epoch, counted from
+    step 0; by default the first sudden fall is taken for the end of one."""
+
+    def __init__(
+        self, windows: int = 32, prior: Prior | None = None, *, epoch: float | None = None, finetune: bool | None = None
+    ):
+        if windows < 16:
+            raise ValueError(f"windows={windows}, expected at least 16")
+        if epoch is not None and not 0 < epoch < math.inf:
+            raise ValueError(f"epoch={epoch}, expected the steps of an epoch, more than 0")
+        self.prior, self.epoch, self.finetune = prior, epoch, finetune
         self.rows = np.zeros((2 * windows, 4 + len(TAUS)))  # count, then means of step, loss, S, D by tau
         self.filled, self.width = 0, 1
         self.open = np.zeros(4 + len(TAUS))  # the window that is being filled
-        self.points = self.skipped = 0
+        self.points = self.skipped = self.clipped = 0
         self.step: float | None = None
+        self.began: float | None = None  # the first loss
         self.lr = self.peak = self.S = 0.0
         self.D = np.zeros(len(TAUS))
         self.has_lr = False
         self.recent: list[float] = []  # the last losses, for the noise of a single point
+        self.block: list[float] = []  # losses since the last full block, whose median and sd clip them
+        self.level: list[float] = []
 
     def update(self, step: float, loss: float, lr: float | None = None) -> None:
-        """One point: the loss at ``step``, and the learning rate there (always or never).
+        """One point: `extend` with one."""
+        self.extend([step], [loss], None if lr is None else [lr])
 
-        A loss that is not finite (or beyond 1e30) is skipped and counted in ``skipped``. Raises ValueError for a step
-        that is not after the last one, and for a learning rate that is negative, not finite, or given only sometimes.
-        """
-        step, loss, begun = float(step), float(loss), self.step is not None
-        if not math.isfinite(step) or (begun and step <= self.step):
-            raise ValueError(f"step {step:g} after step {self.step}; expected steps that increase")
-        if begun and self.has_lr != (lr is not None):
-            raise ValueError(f"step {step:g}: give the learning rate with every point or with none")
-        self.has_lr = lr is not None
-        lr = float(lr) if self.has_lr else 1.0
-        if not (math.isfinite(lr) and lr >= 0):
-            raise ValueError(f"learning rate {lr} at step {step:g}; expected a finite number, 0 or more")
-        self.peak = max(self.peak, lr)
-        if begun and self.peak > 0:
-            middle = 0.5 * (lr + self.lr)
-            passed = (step - self.step) * (middle / self.peak) ** CLOCK
-            down = self.peak - middle
-            self.S += passed
-            self.D = down + (self.D - down) * np.exp(-passed / TAUS)
-        self.step, self.lr = step, lr
-        if not abs(loss) <= HUGE:  # NaN too
-            self.skipped += 1
+    def extend(self, steps: Sequence[float], losses: Sequence[float], lrs: Sequence[float] | None = None) -> None:
+        """Points [N]: the losses at ``steps``, and the learning rates there (always or never).
+
+        A loss that is not finite (or beyond 1e30) is skipped and counted in ``skipped``; one that stands out of the 16
+        before by eight standard deviations is clipped to that, and counted in ``clipped``. Raises ValueError, and takes
+        none of the points, for steps that do not increase, and for a learning rate that is negative, not finite, or
+        given only sometimes."""
+        steps, losses = (np.asarray(v, dtype=np.float64) for v in (steps, losses))
+        lr = np.ones(len(steps)) if lrs is None else np.asarray(lrs, dtype=np.float64)
+        if not len(steps) == len(losses) == len(lr):
+            raise ValueError(f"{len(steps)} steps, {len(losses)} losses and {len(lr)} learning rates, expected as many")
+        if len(steps) == 0:
             return
-        self.recent = [*self.recent[-63:], loss]
-        self.points += 1
-        self.open[0] += 1
-        self.open[1:] += (np.array([step, loss, self.S, *self.D]) - self.open[1:]) / self.open[0]
-        if self.open[0] == self.width:
-            self.rows[self.filled] = self.open
-            self.open[:] = 0.0
-            self.filled += 1
-        if self.filled == len(self.rows):  # full: means of two windows each
-            half = self.filled // 2
-            self.rows[:half] = 0.5 * (self.rows[0::2] + self.rows[1::2])
-            self.rows[half:] = 0.0
-            self.filled, self.width = half, 2 * self.width
-            self.rows[:half, 0] = self.width
+        begun = self.step is not None
+        before = np.concatenate([[self.step if begun else -math.inf], steps[:-1]])
+        wrong = np.flatnonzero(~(np.isfinite(steps) & (steps > before)))
+        if len(wrong):
+            last = before[wrong[0]] if begun or wrong[0] else None
+            raise ValueError(f"step {steps[wrong[0]]:g} after step {last}; expected steps that increase")
+        if begun and self.has_lr != (lrs is not None):
+            raise ValueError(f"step {steps[0]:g}: give the learning rate with every point or with none")
+        wrong = np.flatnonzero(~(np.isfinite(lr) & (lr >= 0)))
+        if len(wrong):
+            at = f"{lr[wrong[0]]} at step {steps[wrong[0]]:g}"
+            raise ValueError(f"learning rate {at}; expected a finite number, 0 or more")
+        self.has_lr = lrs is not None
+        S, D = self._clock(steps, lr, begun)
+        self.step, self.lr = float(steps[-1]), float(lr[-1])
+        keep = np.abs(losses) <= HUGE  # NaN is not
+        self.skipped += int((~keep).sum())
+        if not keep.any():
+            return
+        losses = losses[keep]
+        self.began = float(losses[0]) if self.began is None else self.began
+        self.points += len(losses)
+        self.recent = [*self.recent, *losses[-RECENT:].tolist()][-RECENT:]
+        self._store(np.column_stack([steps[keep], self._clip(losses), S[keep], D[keep]]))
+
+    def _clock(self, steps, lr, begun):
+        """S [N] and D [N, tau] at the points."""
+        first = (self.step, self.lr) if begun else (steps[0], lr[0])
+        dt, middle = np.diff(steps, prepend=first[0]), 0.5 * (lr + np.concatenate([[first[1]], lr[:-1]]))
+        peak = np.maximum.accumulate(np.maximum(lr, self.peak))
+        share = np.divide(middle, peak, out=np.zeros_like(lr), where=peak > 0)
+        passed, down = dt * share**CLOCK, peak - middle
+        S = self.S + np.cumsum(passed)
+        D = smoothed(self.D, passed, down)
+        self.S, self.D, self.peak = float(S[-1]), D[-1].copy(), float(peak[-1])
+        return S, D
+
+    def _clip(self, losses):
+        """The losses with those clipped that stand out of the block before theirs."""
+        start = len(self.block)
+        values = np.concatenate([self.block, losses])
+        full = len(values) // BLOCK
+        blocks = values[: full * BLOCK].reshape(full, BLOCK)
+        middle = np.median(blocks, 1)
+        sd = np.maximum(MAD_TO_SD * np.median(np.abs(blocks - middle[:, None]), 1), QUIET * np.abs(middle))
+        levels = np.vstack([self.level or [0.0, HUGE], np.column_stack([middle, sd])])  # of the block before each
+        self.block = values[full * BLOCK :].tolist()
+        self.level = levels[-1].tolist() if full or self.level else []
+        middle, reach = np.repeat(levels, BLOCK, axis=0)[start : len(values)].T * np.array([[1.0], [CLIP]])
+        out = np.clip(losses, middle - reach, middle + reach)
+        self.clipped += int((out != losses).sum())
+        return out
+
+    def _store(self, points):
+        while len(points):
+            room = self.width - int(self.open[0])
+            if self.open[0] or len(points) < room:
+                part, points = points[:room], points[room:]
+                count = self.open[0] + len(part)
+                self.open[1:] += (part - self.open[1:]).sum(0) / count
+                self.open[0] = count
+                if count < self.width:
+                    return
+                self.rows[self.filled] = self.open
+                self.open[:] = 0.0
+                self.filled += 1
+            else:
+                n = min(len(points) // self.width, len(self.rows) - self.filled)
+                part, points = points[: n * self.width], points[n * self.width :]
+                self.rows[self.filled : self.filled + n, 0] = self.width
+                self.rows[self.filled : self.filled + n, 1:] = part.reshape(n, self.width, -1).mean(1)
+                self.filled += n
+            if self.filled == len(self.rows):  # full: means of two windows each
+                half = self.filled // 2
+                self.rows[:half] = 0.5 * (self.rows[0::2] + self.rows[1::2])
+                self.rows[half:] = 0.0
+                self.filled, self.width = half, 2 * self.width
+                self.rows[:half, 0] = self.width
 
     def forecast(
         self, total: float, schedule: Callable[[float], float] | Sequence[float] | None = None, window: float = math.inf
@@ -138,9 +244,11 @@ class Forecaster:
 
         ``schedule``: the planned learning rate, a function of the step or one value for each step after the last point
         up to ``total``, in the unit of those given to `update`. Without it the last learning rate is held, and half of
-        what bringing it down would gain is in ``sd``. ``window``: the number of points whose mean will be called the
-        final loss, so that their noise is in ``sd``; by default the smooth curve itself is meant. Raises ValueError for
-        a schedule without a learning rate history, with negative or non-finite values."""
+        what bringing it down would gain is in ``sd``; where no learning rate was ever given it most often comes down,
+        and that half, less in the second half of the run, is taken off the mean as well. ``window``: the number of
+        points whose mean will be called the final loss, so that their noise is in ``sd``; by default the smooth curve
+        itself is meant. Raises ValueError for a schedule without a learning rate history, with negative or non-finite
+        values."""
         planned = schedule is not None
         if planned and not self.has_lr and self.points:
             raise ValueError("a planned schedule needs the learning rates so far; give lr to update()")
@@ -153,22 +261,39 @@ class Forecaster:
         if self.peak <= 0:
             return none._replace(reason="the learning rate has been 0 so far")
         rows = np.vstack([self.rows[: self.filled], self.open])[: self.filled + bool(self.open[0])]
-        steps, S, D, peak = self._path(total, schedule)
-        fit = _fit(rows, self.S, peak, S, D, self.prior)
-        if isinstance(fit, str):
-            return none._replace(reason=fit)
-        mean, sd, parameters = fit
         # Second differences of a smooth curve are noise alone, with 6 times its variance where it is white.
-        noise = MAD_TO_SD * float(np.median(np.abs(np.diff(self.recent, 2)))) / math.sqrt(6)
-        sd = np.hypot(sd, noise / math.sqrt(max(window, 1.0)))
+        noise = MAD_TO_SD * float(np.median(np.abs(np.diff(self.recent, 2)))) / math.sqrt(6) if self.points > 3 else 0.0
+        prior, notes = self._regime(noise)
+        steps, S, D, peak = self._path(total, schedule)
+        rows, to_come, log_sd, jumped = level(rows, steps, self.epoch, prior)
+        fitted = fit(rows, self.S, peak, S, D, prior)
+        if isinstance(fitted, str):
+            return none._replace(reason=fitted)
+        mean, sd, parameters, flat = fitted
+        notes += ["on a plateau: it may fall suddenly, or when the learning rate does"] * flat + jumped
+        sd = np.exp(to_come) * np.hypot(np.hypot(sd, noise / math.sqrt(max(window, 1.0))), np.abs(mean) * log_sd)
+        mean = np.exp(to_come) * mean
         if not planned:  # the learning rate may come down: about half of what that would bring, by the end
-            ahead = (steps - self.step) / (total - self.step)
-            sd = np.hypot(sd, 0.5 * self.prior.k_mean * self.lr / self.peak * ahead * mean)
+            half = 0.5 * prior.k_mean * self.lr / self.peak * (steps - self.step) / (total - self.step) * mean
+            left = (
+                0.0 if self.has_lr else min(1.0, max(0.0, 2 * (1 - self.step / total)))
+            )  # unknown rates: not fallen yet
+            mean, sd = mean - left * half, np.hypot(sd, half)
         if not (np.isfinite(mean).all() and np.isfinite(sd).all()):
             return none._replace(reason="the fit is not finite")
-        if sd[-1] > 0.25 * abs(mean[-1]):
+        if sd[-1] > abs(mean[-1]):
             return none._replace(reason=f"unidentified: {mean[-1]:.3g} +- {sd[-1]:.2g}")
-        return Forecast(float(mean[-1]), float(sd[-1]), np.stack([steps, mean, sd], 1), parameters, "", planned)
+        curve = np.stack([steps, mean, sd], 1)
+        return Forecast(float(mean[-1]), float(sd[-1]), curve, parameters, "", planned, tuple(notes))
+
+    def _regime(self, noise: float) -> tuple[Prior, list[str]]:
+        """The prior in force, and a note where it is that of fine-tuning."""
+        if self.prior is not None:
+            return self.prior, []
+        told = self.began < NATS and noise > NOISE * abs(float(np.mean(self.recent)))
+        if self.finetune is None and told:
+            return FINETUNING, ["taken for fine-tuning"]
+        return FINETUNING if self.finetune else Prior(), []
 
     def _path(self, total, schedule):
         """Steps, S and D (both in units of the learning rate) at the curve's points, and the peak by then."""
@@ -181,22 +306,21 @@ class Forecaster:
             plan = np.asarray(schedule, dtype=np.float64)
             if plan.ndim != 1 or len(plan) == 0:
                 raise ValueError(f"schedule of shape {plan.shape}, expected one learning rate a step up to {total:g}")
-            lr = np.interp(steps, np.linspace(self.step, total, len(plan) + 1), [self.lr, *plan])
+            lr = np.interp(steps, np.linspace(self.step, total, len(plan) + 1), np.concatenate([[self.lr], plan]))
         if not (np.isfinite(lr).all() and (lr >= 0).all()):
             raise ValueError("the planned learning rates have negative or non-finite values")
         peak = np.maximum.accumulate(np.maximum(lr[1:], self.peak))
         middle, dt = 0.5 * (lr[1:] + lr[:-1]), np.diff(steps)
+        passed = dt * (middle / peak) ** CLOCK
+        S = self.S + np.concatenate([[0.0], np.cumsum(passed)])
+        D = np.vstack([self.D, smoothed(self.D, passed, peak - middle)])
         at = slice(0, None, SEGMENTS // CURVE)
-        X = np.concatenate([[0.0], np.cumsum(dt * (middle / peak) ** CLOCK)])
-        # The filter of `update`, solved: a segment's pull has faded by exp(-(time since) / tau); before it, nothing.
-        faded = np.exp(-np.maximum(X[at][:, None] - X, 0.0) / TAUS[:, None, None])  # [tau, curve, segment]
-        D = self.D[:, None] * faded[:, :, 0] + np.diff(faded, axis=2) @ (peak - middle)
-        return steps[at], self.S + X[at], D, float(peak[-1])
+        return steps[at], S[at], D[at].T, float(peak[-1])
 
     def state_dict(self) -> dict:
         """Plain numbers and lists; `load_state_dict` continues exactly."""
         state = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in vars(self).items() if k != "prior"}
-        return state | {"prior": list(self.prior)}
+        return state | {"prior": None if self.prior is None else list(self.prior)}
 
     def load_state_dict(self, state: dict) -> None:
         """Raises ValueError when the state lacks a field. One that it has beyond them, as of before, is passed over."""
@@ -204,91 +328,7 @@ class Forecaster:
             raise ValueError(f"forecaster state with fields {sorted(state)}, expected {sorted(vars(self))}")
         for name, now in vars(self).items():
             setattr(self, name, np.array(state[name]) if isinstance(now, np.ndarray) else state[name])
-        self.prior = Prior(*state["prior"])
-
-
-def _fit(rows, S_now, peak, S_end, D_end, prior):
-    """Means and sds at the curve's points and the likeliest parameters, or the reason why not.
-
-    c, a and k are linear, so they are projected out in closed form at every grid point (variable projection, Golub and
-    Pereyra, 1973); the forecast averages the grid by likelihood. All arrays are [alpha-b G, tau D] or [.., windows N].
-    """
-    count, _, loss, S = rows[:, :4].T
-    if not 0 < S_now < math.inf:
-        return "the learning rate has been 0 so far"
-    if (loss < 0).any():
-        return "the loss is negative: the law has c >= 0"
-    weight = count / count.max() * np.clip(S / S_now, 1e-6, 1.0) ** prior.discount
-    scale = float(np.average(loss, weights=weight))
-    if not scale > 1e-200:
-        return "the loss is 0"
-    y = loss / scale
-    alpha, b = (v.ravel() for v in np.meshgrid(ALPHAS, OFFSETS, indexing="ij"))
-
-    def power(z):  # ((z + b) / (1 + b))^-alpha: 1 at the present
-        logs = np.log((z + OFFSETS[:, None]) / (1 + OFFSETS[:, None]))
-        return np.exp(-ALPHAS[:, None, None] * logs).reshape(len(alpha), -1)
-
-    p, d = power(S / S_now), rows[:, 4:].T / peak * (S / S_end[-1]) ** GROWTH
-    p_end, d_end = power(S_end / S_now), D_end / peak * (S_end / S_end[-1]) ** GROWTH
-    k_mean, variance, phi, robust = prior.k_mean, 1e-5, 1.0, np.ones_like(y)
-    log_prior = -0.5 * (np.log(alpha / prior.alpha) / prior.alpha_spread)[:, None] ** 2
-    log_prior = log_prior - 0.5 * (np.log(TAUS / prior.tau) / prior.tau_spread) ** 2
-    for _ in range(3):
-        w = weight * robust
-        total = w.sum()
-        ridge = variance / phi / prior.k_sd**2
-        pm, dm, ym = p @ w / total, d @ w / total, y @ w / total
-        pc, dc, yc = p - pm[:, None], d - dm[:, None], y - ym
-        pw, dw = pc * w, dc * w
-        pp, py, pd = np.einsum("gn,gn->g", pw, pc)[:, None], (pw @ yc)[:, None], pw @ dc.T
-        dd, dy, yy = np.einsum("dn,dn->d", dw, dc), dw @ yc, float(yc**2 @ w)
-        pp = pp + 1e-12 * total
-        a, k = _pair(pp, pd, dd + ridge, py, ridge * k_mean - dy)
-        c = ym - a * pm[:, None] + k * dm
-        # Where c would be negative it is 0: the same sums, not centred.
-        pp0, pd0, dd0 = pp + total * pm[:, None] ** 2, pd + total * pm[:, None] * dm, dd + total * dm**2 + ridge
-        a0, k0 = _pair(pp0, pd0, dd0, py + total * pm[:, None] * ym, ridge * k_mean - dy - total * dm * ym)
-        a, k, c = np.where(c < 0, a0, a), np.where(c < 0, k0, k), np.maximum(c, 0.0)
-        off = ym - c - a * pm[:, None] + k * dm
-        sse = total * off**2 + yy - 2 * a * py + 2 * k * dy + a**2 * pp - 2 * a * k * pd + k**2 * dd
-        cost = sse + ridge * (k - k_mean) ** 2 - 2 * variance / phi * log_prior
-        g, t = np.unravel_index(np.argmin(cost), cost.shape)
-        error = y - c[g, t] - a[g, t] * p[g] + k[g, t] * d[t]
-        spread = MAD_TO_SD * np.median(np.abs(error)) + 1e-9
-        robust = np.minimum(1.0, 1.5 * spread / np.maximum(np.abs(error), 1e-300))
-        variance = max(float(sse[g, t]) / max(total - 4 * total / len(y), 1.0), 1e-10)
-        u = error * np.sqrt(w)
-        rho = min(max(float(u[1:] @ u[:-1]) / max(float(u @ u), 1e-300), 0.0), 0.95)
-        phi = (1 - rho) / (1 + rho)
-    if a[g, t] == 0:
-        x, yc = S - S @ weight / weight.sum(), y - y @ weight / weight.sum()
-        if x @ (weight * yc) > 0.5 * math.sqrt(x**2 @ weight * (yc**2 @ weight) + 1e-30):  # correlated with time
-            return "the loss rises"
-    likelihood = np.exp(-0.5 * phi / variance * (cost - cost.min()))
-    likelihood /= likelihood.sum()
-    ends = c[..., None] + a[..., None] * p_end[:, None] - k[..., None] * d_end  # [G, tau, curve]
-    mean = np.einsum("gt,gtm->m", likelihood, ends)
-    between = np.einsum("gt,gtm->m", likelihood, (ends - mean) ** 2)
-    ga, gk = p_end[:, None] - pm[:, None, None], dm[:, None] - d_end
-    det = pp * (dd + ridge) - pd**2
-    inside = (dd + ridge)[:, None] * ga**2 + 2 * pd[..., None] * ga * gk + pp[..., None] * gk**2
-    within = variance / phi * (1 / total + np.einsum("gt,gtm->m", likelihood / det, inside))
-    ahead = np.log2(np.maximum(S_end / S_now, 1.0))
-    law = prior.misfit * np.abs(mean - mean[0]) * ahead**1.5 + prior.floor
-    sd = np.sqrt(between + within + law**2)
-    parameters = {"c": c[g, t] * scale, "a": a[g, t] * scale * (S_now * (1 + b[g])) ** alpha[g], "b": b[g] * S_now}
-    parameters |= {"alpha": alpha[g], "k": k[g, t] * scale, "tau": TAUS[t]}
-    return mean * scale, sd * scale, {name: float(value) for name, value in parameters.items()}
-
-
-def _pair(pp, pd, dd, py, kd):
-    """Minimum over a, k >= 0 of the quadratic with normal equations [pp, -pd; -pd, dd] (a, k) = (py, kd)."""
-    det = pp * dd - pd**2
-    a, k = (dd * py + pd * kd) / det, (pd * py + pp * kd) / det
-    a, k = np.where(k < 0, py / pp, a), np.maximum(k, 0.0)
-    k = np.where(a < 0, np.maximum(kd / dd, 0.0), k)
-    return np.maximum(a, 0.0), k
+        self.prior = None if state["prior"] is None else Prior(*state["prior"])
 
 
 def literal_forecast(steps: Sequence[float], losses: Sequence[float], total: float, points: int = 150) -> float:

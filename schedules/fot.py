@@ -389,14 +389,12 @@ class FoT(LRScheduler):
 
     def _learn(self, done: int, nll: list[float], tokens: list[float]) -> None:
         """One point a step for the forecaster; steps that nobody observed are not points."""
-        for step, lr in enumerate(self.lrs, done - len(self.lrs)):
-            slot = step % self.every
-            if not tokens[slot] > 0:
-                continue
-            loss = nll[slot] / tokens[slot]
-            self.forecaster.update(step + 1, loss, lr)
-            if math.isfinite(loss):
-                self.history = [*self.history[1 - LITERAL_POINTS :], [step + 1, loss]]
+        slots = [(step, step % self.every, lr) for step, lr in enumerate(self.lrs, done - len(self.lrs))]
+        points = [(step + 1, nll[i] / tokens[i], lr) for step, i, lr in slots if tokens[i] > 0]
+        if points:
+            self.forecaster.extend(*zip(*points, strict=True))
+        kept = [[step, loss] for step, loss, _ in points if math.isfinite(loss)]
+        self.history = [*self.history, *kept][-LITERAL_POINTS:]
 
     def _fot(self, done: int, warm: bool, x: dict, row: dict) -> None:
         peak, left = float(self.base_lrs[0]), self.total - done
