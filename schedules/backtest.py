@@ -1,11 +1,11 @@
 """Replays recorded loss curves: how far were forecasts made on the way from where the run ended?
 
-    python -m schedules backtest curves/*.csv --out runs/backtest
-    python -m schedules backtest curves/**/*.csv --plans plans.json --leave-out
+    python -m schedules backtest runs other_runs/trainer_state.json --out runs/backtest
+    python -m schedules backtest curves --plans plans.json --leave-out --leave-run-out
 
-A curve is a csv with a header or a jsonl file with `step`, a loss and, where known, the learning rate. The final loss
-is the mean over the points in the last 2 % of the steps. Every method is asked for the loss at their mean step. `fot`
-is given the learning rates to come, as a scheduler knows them; `fot-blind` holds the last one.
+Curves are read from the logs that people have (logs.py). The final loss is the mean over the points in the last 2 % of
+the steps. Every method is asked for the loss at their mean step. `fot` is given the learning rates to come, as a
+scheduler knows them; `fot-blind` holds the last one.
 """
 
 import argparse
@@ -15,36 +15,24 @@ import io
 import itertools
 import math
 import os
-from collections import defaultdict, namedtuple
-from collections.abc import Iterator, Sequence
+import sys
+from collections import namedtuple
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from .forecast import Forecast, Forecaster, Prior, literal_forecast, student_quantile
+from .forecast import FINETUNING, Forecast, Forecaster, Prior, literal_forecast, student_quantile
+from .learn import FRACTIONS, LAST, feed, final_loss, learn_prior, stop_at
+from .logs import Curve, log_files, read_curves
 from .rules import lr_factor
 from .style import INK, PALETTE, png, styled, thousands
-from .textlines import read_csv, read_json, read_rows
+from .textlines import read_json
 
-FRACTIONS = (0.1, 0.25, 0.5, 0.75)
 SHIPPED = None  # the forecaster chooses by the regime
-FLOORS = (0.0005, 0.001, 0.0015, 0.002, 0.003)
 FAN_COLOURS = (PALETTE[4], PALETTE[3], PALETTE[0], PALETTE[2])  # from the first fraction to the last
 ACROSS, PAGE = 3, 12  # panels in a row and in a picture
-LAST = 0.02  # of the steps make the final loss
 WIDE = student_quantile(0.975)  # half of the 95 % interval, in sds
-STEP_NAMES = ("step", "_step")
-LOSS_NAMES = ("loss", "val_loss", "train_loss")
-LR_NAMES = ("lr", "learning_rate", "optim/learning_rate_group0")
-
-
-class Curve(NamedTuple):
-    name: str
-    family: str  # the folder in which it differs from the other files
-    step: np.ndarray  # [N] float64, increasing
-    loss: np.ndarray  # [N] float64, may hold nan and inf
-    lr: np.ndarray | None  # [N] float64
 
 
 class Row(NamedTuple):
@@ -68,96 +56,51 @@ class Row(NamedTuple):
         return None if self.forecast is None else 100 * (self.forecast - self.final) / abs(self.final)
 
 
-def read_curve(path: str | Path, *, loss: str | None = None, family: str = "", plan: dict | None = None) -> Curve:
-    """A csv (with a header) or jsonl file as a curve.
+def read_all(
+    paths: list[str], *, plans: dict | None = None, step: str = "", loss: str = "", lr: str = "", run: str = ""
+) -> list[Curve]:
+    """The curves of files and of the logs in folders (see logs.py), each with its family.
 
-    ``loss``: its column; by default the first of loss, val_loss, train_loss and *CrossEntropyLoss that is there. Rows
-    of a jsonl file that lack it, or are of another "kind" than the first that has it, are passed over. ``plan``:
-    arguments of `lr_factor` ("schedule" for its name), for a file without learning rates. Raises ValueError with the
-    line number for a line that cannot be read and for steps that do not increase."""
-    path = Path(path)
-    rows = list(read_csv(path) if path.suffix == ".csv" else _jsonl_rows(path))
-    names = {name: None for _, row in rows for name in row}
-    losses = (*LOSS_NAMES, *(n for n in names if n.endswith("CrossEntropyLoss")))
-    wanted = (STEP_NAMES, (loss,) if loss else losses, LR_NAMES)
-    found = [next((name for name in known if name in names), None) for known in wanted]
-    if None in found[:2]:
-        expected = loss or f"one of {', '.join(LOSS_NAMES)}, *CrossEntropyLoss"
-        raise ValueError(f"{path}: columns {', '.join(names) or 'none'}; expected step and {expected}")
-    if path.suffix != ".csv":
-        rows = [(number, row) for number, row in rows if row.get(found[1]) is not None]
-        rows = [(number, row) for number, row in rows if row.get("kind") == rows[0][1].get("kind")]
-    points, last = [], -math.inf
-    for number, row in rows:
-        where = f"{path}, line {number}"
-        step, value, *lr = (_number(where, name, row.get(name)) for name in found if name)
-        if not last < step < math.inf:
-            after = f" after step {last:g}" if points else ""
-            raise ValueError(f"{where}: step {step:g}{after}; expected steps that increase")
-        if lr and not 0 <= lr[0] < math.inf:
-            raise ValueError(f"{where}: learning rate {lr[0]}; expected a finite number, 0 or more")
-        points.append((step, value, *lr))
-        last = step
-    if len(points) < 2:
-        raise ValueError(f"{path}: {len(points)} points, expected at least 2")
-    steps, losses, *lrs = np.array(points).T
-    if not lrs and plan:
-        name, how = plan.get("schedule", "wsd"), {k: v for k, v in plan.items() if k != "schedule"}
-        try:
-            lrs = [np.array([lr_factor(name, step, last, **how) for step in steps])]
-        except TypeError:
-            raise ValueError(f"plan {plan}; expected schedule, warmup, floor, decay and power") from None
-    return Curve(path.stem, family, steps, losses, lrs[0] if lrs else None)
-
-
-def _jsonl_rows(path: Path) -> Iterator[tuple[int, dict]]:
-    for number, row in read_rows(path, nan=True):
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}: {str(row)[:40]!r} is not a JSON object")
-        yield number, row
-
-
-def _number(where: str, name: str, value) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{where}: {name} is {value!r}, expected a number") from None
-
-
-def read_curves(files: list[str], *, loss: str | None = None, plans: dict | None = None) -> list[Curve]:
-    """All ``files``; ``plans`` maps patterns of paths to plans (see `read_curve`), the first that matches holds."""
-    parents = [Path(file).resolve().parent for file in files]
+    ``plans`` maps patterns of paths to arguments of `lr_factor` ("schedule" for its name) for logs without learning
+    rates; the first that matches holds. A file in a folder that has no curve is passed over, and said."""
+    files = log_files(paths)
+    parents = [(file if _own_name(file) else file.parent).resolve().parent for file in files]
     common = Path(os.path.commonpath(parents)) if parents else Path()
     curves = []
     for file, parent in zip(files, parents, strict=True):
         family = next(iter(parent.relative_to(common).parts), common.name)
-        plan = next((plan for pattern, plan in (plans or {}).items() if fnmatch.fnmatch(file, pattern)), None)
-        curves.append(read_curve(file, loss=loss, family=family, plan=plan))
+        try:
+            found = read_curves(file, step=step, loss=loss, lr=lr, run=run, family=family)
+        except ValueError as error:
+            if str(file) in map(str, paths):
+                raise
+            print(f"passed over: {error}", file=sys.stderr)
+            continue
+        plan = next((plan for pattern, plan in (plans or {}).items() if fnmatch.fnmatch(str(file), pattern)), None)
+        curves += [_planned(curve, plan) if plan and curve.lr is None else curve for curve in found]
+    if not curves:
+        raise ValueError(f"{', '.join(paths)}: no curve in any of {len(files)} files")
     return curves
 
 
-def final_loss(curve: Curve) -> tuple[float, float, int]:
-    """(step, final loss, number of points in its mean): the points in the last 2 % of the steps."""
-    last = np.flatnonzero(curve.step > (1 - LAST) * curve.step[-1])
-    return float(curve.step[last].mean()), float(curve.loss[last].mean()), len(last)
+def _own_name(file: Path) -> bool:
+    """Whether the file's own name says which run it is, not its folder's."""
+    return not file.name.startswith(("metrics.", "trainer_"))
 
 
-def halfway(curve: Curve, fraction: float, prior: Prior | None = SHIPPED) -> tuple[Forecaster, np.ndarray | None]:
-    """The forecaster when ``fraction`` of the steps are done, and the learning rates to come until `final_loss`."""
-    end, _, _ = final_loss(curve)
-    seen = int(np.searchsorted(curve.step, fraction * curve.step[-1], side="right"))
-    forecaster = Forecaster(prior=prior)
-    forecaster.extend(curve.step[:seen], curve.loss[:seen], None if curve.lr is None else curve.lr[:seen])
-    if curve.lr is None or not seen:
-        return forecaster, None
-    return forecaster, np.interp(np.linspace(curve.step[seen - 1], end, 1025)[1:], curve.step, curve.lr)
+def _planned(curve: Curve, plan: dict) -> Curve:
+    name, how = plan.get("schedule", "wsd"), {k: v for k, v in plan.items() if k != "schedule"}
+    try:
+        return curve._replace(lr=np.array([lr_factor(name, step, curve.step[-1], **how) for step in curve.step]))
+    except TypeError:
+        raise ValueError(f"plan {plan}; expected schedule, warmup, floor, decay and power") from None
 
 
 def fot_at(curve: Curve, fraction: float, *, planned: bool, prior: Prior | None) -> Forecast:
     """The forecast that `Forecaster` would have made when ``fraction`` of the steps were done."""
-    end, _, width = final_loss(curve)
-    forecaster, plan = halfway(curve, fraction, prior)
-    return forecaster.forecast(end, plan if planned else None, window=width)
+    stop = stop_at(curve, fraction)
+    forecaster = feed(Forecaster(prior=prior, epoch=curve.epoch), curve, stop.seen)
+    return forecaster.forecast(stop.end, stop.plan if planned else None, window=stop.width)
 
 
 def slope(step: np.ndarray, loss: np.ndarray, end: float) -> float:
@@ -192,8 +135,6 @@ METHODS = ("fot", "fot-blind", *RIVALS)
 def replay(curve: Curve, prior: Prior | None = SHIPPED, fractions=FRACTIONS, methods=METHODS) -> list[Row]:
     """Every method's forecast of the final loss at every fraction of the run."""
     end, final, _ = final_loss(curve)
-    if not math.isfinite(final):
-        raise ValueError(f"{curve.name}: the final loss is {final}, there is nothing to be near to")
     rows = []
     for fraction, method in itertools.product(fractions, methods):
         keep = (curve.step <= fraction * curve.step[-1]) & np.isfinite(curve.loss)
@@ -287,11 +228,8 @@ def fans(curves: list[Curve]) -> bytes:
             forecast = fot_at(curve, fraction, planned=True, prior=SHIPPED)
             if forecast.mean is None:
                 continue
-            step, mean, sd = forecast.curve.T
-            for width, alpha in ((WIDE, 0.13), (1.0, 0.25)):
-                panel.fill_between(step, mean - width * sd, mean + width * sd, color=colour, alpha=alpha, linewidth=0)
-            panel.plot(step, mean, color=colour, linewidth=1.4, label=f"from {fraction:.0%}")
-            bounds += [mean.min(), mean[0]]
+            draw_fan(panel, forecast, colour, f"from {fraction:.0%}")
+            bounds += [forecast.curve[:, 1].min(), forecast.curve[0, 1]]
         panel.plot(end, final, "o", color=INK, markersize=4, label="final")
         finite = curve.loss[np.isfinite(curve.loss) & (curve.step > FRACTIONS[0] * curve.step[-1])]
         low, high = min(bounds), max(*bounds, *(np.quantile(finite, [0.9]) if len(finite) else []))
@@ -306,42 +244,12 @@ def fans(curves: list[Curve]) -> bytes:
     return png(figure)
 
 
-def learn_prior(curves: list[Curve]) -> Prior:
-    """The shipped prior with what ``curves`` teach; every family weighs the same.
-
-    The mean and sd of k / loss are from whole runs whose learning rate came down by at least 30 %, fitted with no prior
-    on k. The floor of the sd is then the smallest of `FLOORS` with which 68 % of the finals are inside one standard
-    deviation of the forecasts at half and at three quarters. Raises ValueError when no learning rate came down."""
-    shares = defaultdict(list)
-    for curve in curves:
-        if curve.lr is None or curve.lr[-1] > 0.7 * curve.lr.max():
-            continue
-        forecast = halfway(curve, 1.0, Prior()._replace(k_sd=10.0))[0].forecast(curve.step[-1] + 1)
-        if forecast.mean is not None:
-            shares[curve.family].append(forecast.parameters["k"] / forecast.mean)
-    if not shares:
-        raise ValueError("no curve with a learning rate that came down, nothing to learn a prior from")
-    k_mean = _family_mean(shares)
-    k_sd = math.sqrt(_family_mean({family: (np.array(k) - k_mean) ** 2 for family, k in shares.items()}))
-    prior = Prior()._replace(k_mean=k_mean, k_sd=max(k_sd, 0.001))
-    known = [curve for curve in curves if curve.lr is not None]
-    stops = [(curve, *halfway(curve, fraction, prior)) for curve in known for fraction in (0.5, 0.75)]
-    for floor in FLOORS:
-        inside = defaultdict(list)
-        for curve, forecaster, plan in stops:
-            end, final, width = final_loss(curve)
-            forecaster.prior = prior._replace(floor=floor)
-            forecast = forecaster.forecast(end, plan, window=width)
-            if forecast.mean is not None:
-                inside[curve.family].append(abs(forecast.mean - final) < forecast.sd)
-        if inside and _family_mean(inside) >= 0.68:
-            break
-    return prior._replace(floor=floor)
-
-
-def _family_mean(values: dict[str, Sequence]) -> float:
-    """The mean over families of their means."""
-    return float(np.mean([np.mean(v) for v in values.values()]))
+def draw_fan(panel, forecast: Forecast, colour: str, label: str) -> None:
+    """The forecast's mean and its 68 % and 95 % intervals from now to the end."""
+    step, mean, sd = forecast.curve.T
+    for width, alpha in ((WIDE, 0.13), (1.0, 0.25)):
+        panel.fill_between(step, mean - width * sd, mean + width * sd, color=colour, alpha=alpha, linewidth=0)
+    panel.plot(step, mean, color=colour, linewidth=1.4, label=label)
 
 
 def left_out(curves: list[Curve]) -> dict[str, Prior]:
@@ -349,30 +257,75 @@ def left_out(curves: list[Curve]) -> dict[str, Prior]:
     families = list(dict.fromkeys(curve.family for curve in curves))
     if len(families) < 2:
         raise ValueError(f"--leave-out needs curves from two folders or more, all are in {families[0]}")
-    return {family: learn_prior([curve for curve in curves if curve.family != family]) for family in families}
+    return {family: _learnt([curve for curve in curves if curve.family != family]) for family in families}
+
+
+def leave_one_out(curves: list[Curve]) -> list[tuple[Curve, Prior]]:
+    """Each curve with the prior that five others of its family teach, those before it in the list and, at its head, the
+    last ones. Families of fewer than three are left out."""
+    pairs = []
+    for family in dict.fromkeys(curve.family for curve in curves):
+        runs = [curve for curve in curves if curve.family == family]
+        for i, curve in enumerate(runs):
+            others = [*runs[i + 1 :], *runs[:i]][-5:]
+            if len(others) > 1:
+                pairs.append((curve, _learnt(others)))
+    if not pairs:
+        raise ValueError("--leave-run-out needs families of three runs or more")
+    return pairs
+
+
+def _learnt(curves: list[Curve]) -> Prior:
+    return learn_prior(curves, (Prior(), FINETUNING), lambda epoch: Forecaster(epoch=epoch))
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("files", nargs="+", help="csv or jsonl curves")
+    parser.add_argument("files", nargs="+", help="logs, or folders of them")
     parser.add_argument("--out", default="runs/backtest", help="folder for the results (default: runs/backtest)")
-    parser.add_argument("--loss", help="column of the loss (default: loss, val_loss, train_loss, *CrossEntropyLoss)")
+    add_columns(parser)
     parser.add_argument("--plans", help="json: pattern of paths -> schedule, warmup, floor, ...; for files without lr")
     parser.add_argument("--leave-out", action="store_true", help="again, each family with a prior learnt on the others")
+    parser.add_argument(
+        "--leave-run-out", action="store_true", help="again, each run with a prior learnt on five others of its family"
+    )
+
+
+def add_columns(parser: argparse.ArgumentParser) -> None:
+    """The flags that name columns, as `read_all` takes them."""
+    for name, what in (("step", "step"), ("loss", "loss"), ("lr", "learning rate")):
+        parser.add_argument(f"--{name}", default="", help=f"column of the {what} (default: by the usual names)")
+    parser.add_argument("--run", dest="only", default="", help="of a file with several runs, this one")
+
+
+def columns(args: argparse.Namespace) -> dict[str, str]:
+    """What `add_columns` added, as keywords of `read_all`."""
+    return {"step": args.step, "loss": args.loss, "lr": args.lr, "run": args.only}
 
 
 def run(args: argparse.Namespace) -> None:
-    curves = read_curves(args.files, loss=args.loss, plans=_read_plans(args.plans) if args.plans else {})
-    priors = {"prior: as shipped": {curve.family: SHIPPED for curve in curves}}
+    curves = read_all(args.files, plans=_read_plans(args.plans) if args.plans else {}, **columns(args))
+    finals = [final_loss(curve)[1] for curve in curves]
+    if not any(map(math.isfinite, finals)):
+        raise ValueError(f"{curves[0].name}: the final loss is {finals[0]}, there is nothing to be near to")
+    for curve, final in zip(curves, finals, strict=True):
+        notes = [*curve.notes] + [f"passed over, the final loss is {final}"] * (not math.isfinite(final))
+        if notes:
+            print(f"{curve.family}, {curve.name}: {', '.join(notes)}")
+    curves = [curve for curve, final in zip(curves, finals, strict=True) if math.isfinite(final)]
+    tries = [("prior: as shipped", "forecasts.csv", [(curve, SHIPPED) for curve in curves])]
     if args.leave_out:
-        priors["prior: learnt on the other families"] = left_out(curves)
+        priors = left_out(curves)
+        for family, p in priors.items():
+            print(f"for {family}, learnt on the others: {p}")
+        pairs = [(curve, priors[curve.family]) for curve in curves]
+        tries.append(("prior: learnt on the other families", "forecasts-left-out.csv", pairs))
+    if args.leave_run_out:
+        pairs = leave_one_out(curves)
+        tries.append(("prior: learnt on five other runs of the family", "forecasts-run-left-out.csv", pairs))
     out = Path(args.out)
-    for (title, prior), name in zip(priors.items(), ("forecasts.csv", "forecasts-left-out.csv"), strict=False):
-        rows = [row for curve in curves for row in replay(curve, prior[curve.family])]
-        print(f"\n{title}; {len(curves)} curves (* = given the learning rates to come)\n{summary_text(rows)}")
-        for family, p in prior.items() if 1 < len(prior) < 10 and args.leave_out else ():
-            mine = [row for row in rows if row.family == family and row.method.startswith("fot")]
-            learnt = f"k = {p.k_mean:.4f} +- {p.k_sd:.4f}, floor {p.floor:g} of the loss" if p else "prior as shipped"
-            print(f"\n{family} ({learnt})\n{summary_text(mine)}")
+    for title, name, pairs in tries:
+        rows = [row for curve, prior in pairs for row in replay(curve, prior)]
+        print(f"\n{title}; {len(pairs)} curves (* = given the learning rates to come)\n{summary_text(rows)}")
         for method in ("fot", "fot-blind"):
             print(f"\n{groups_text(rows, method)}")
         write_rows(rows, out / name)
@@ -398,7 +351,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def _read_plans(path: str) -> dict:
-    plans = read_json(path)
-    if not isinstance(plans, dict) or not all(isinstance(plan, dict) for plan in plans.values()):
+    plans = read_json(path, dict)
+    if not all(isinstance(plan, dict) for plan in plans.values()):
         raise ValueError(f'{path}: expected an object such as {{"*run1*": {{"schedule": "wsd", "decay": 0.2}}}}')
     return plans

@@ -21,12 +21,16 @@ from those seen.
 """
 
 import math
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from .law import CLOCK, MAD_TO_SD, TAUS, fit, level, smoothed
+from .learn import learn_prior
+from .logs import log_files, read_curves
 
 MIN_POINTS = 2
 SEGMENTS, CURVE = 128, 16  # of the planned schedule between now and T; every SEGMENTS / CURVE-th is on the curve
@@ -56,6 +60,7 @@ class Prior(NamedTuple):
     young: float = 0.014  # and in each doubling of S to come so much at S = 100, falling as its square root,
     drift: float = 0.0  # and so much at any S
     plateau: float = 0.035  # and so much more where the loss has stopped falling before the learning rate came down
+    bend: float = 0.0  # of log loss in each doubling of S to come: by so much runs like it ended below the law
     jump: float = -0.08  # of log loss at an epoch's end, before one was seen
     jump_sd: float = 0.08
 
@@ -140,6 +145,19 @@ class Forecaster:
         self.recent: list[float] = []  # the last losses, for the noise of a single point
         self.block: list[float] = []  # losses since the last full block, whose median and sd clip them
         self.level: list[float] = []
+
+    @classmethod
+    def from_runs(cls, folders: Sequence[str | os.PathLike], **options) -> "Forecaster":
+        """A forecaster whose prior is the one that would have forecast these finished runs best.
+
+        ``folders``: run folders, folders of them, or logs that logs.py reads. ``options``: of the constructor. A run
+        folder of ours without its summary.json is not finished and passed over. Raises ValueError for fewer than two
+        runs."""
+        files = [file for file in log_files(folders) if file.name != "metrics.jsonl" or _finished(file)]
+        curves = [curve for file in files for curve in read_curves(file)]
+        windows = options.get("windows", 32)
+        prior = learn_prior(curves, (Prior(), FINETUNING), lambda epoch: cls(windows, epoch=epoch))
+        return cls(prior=prior, **options)
 
     def update(self, step: float, loss: float, lr: float | None = None) -> None:
         """One point: `extend` with one."""
@@ -329,6 +347,10 @@ class Forecaster:
         for name, now in vars(self).items():
             setattr(self, name, np.array(state[name]) if isinstance(now, np.ndarray) else state[name])
         self.prior = None if state["prior"] is None else Prior(*state["prior"])
+
+
+def _finished(file: Path) -> bool:
+    return (file.parent / "summary.json").exists()
 
 
 def literal_forecast(steps: Sequence[float], losses: Sequence[float], total: float, points: int = 150) -> float:

@@ -199,6 +199,7 @@ def fit(rows, S_now, peak, S_end, D_end, prior):
     alpha, b = ALPHA[g], OFFSET[g]
     parameters = {"c": c * scale, "a": a * scale * (S_now * (1 + b)) ** alpha, "b": b * S_now}
     parameters |= {"alpha": alpha, "k": k * scale, "tau": TAUS[t]}
+    mean = mean * np.exp(-prior.bend * doublings)
     return mean * scale, sd * scale, {name: float(value) for name, value in parameters.items()}, flat > 0.5
 
 
