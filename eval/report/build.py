@@ -20,6 +20,7 @@ from eval.answer_calibration import KINDS
 from eval.report import plots, tables
 from eval.report.bowl import bowl_blocks
 from eval.report.claims import Verdict, verdicts
+from eval.report.forecasts import forecast_blocks
 from eval.report.gsm8k import answer_blocks, confidences
 from eval.report.page import to_html, to_markdown
 from eval.report.runs import (
@@ -233,8 +234,9 @@ def build(folders: list[str | Path], title: str = "") -> Report:
     report = Report(title or "Scorecast report", arms, find_warnings(arms) + warnings, found)
     report.blocks.append(("p", head_line(arms)))
     report.blocks += [("warn", report.warnings)] if report.warnings else []
-    report.blocks += bowls
-    report.figures |= pictures
+    graded, grades = forecast_blocks(arms)
+    report.blocks += bowls + graded
+    report.figures |= pictures | grades
     for split, name in SPLIT_NAMES.items():
         report.blocks += section(f"Results, {name}", tables.final_table(arms, split), kind="fold" if bowls else "h")
         report.blocks += section(f"Summaries, {name}", tables.summary_table(arms, split), kind="h3")

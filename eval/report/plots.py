@@ -331,6 +331,22 @@ def bowl(rules: list) -> bytes:
     return png(fig)
 
 
+@styled
+def forecasts(points: list[tuple[str, float, float, float, float]]) -> bytes:
+    """Forecasts over what was reached: (colour, fraction of the run, reached, forecast, half of the interval)."""
+    fractions = sorted({fraction for _, fraction, *_ in points})
+    fig = figure(2.4 * len(fractions) + 0.6, 2.9)
+    panels = fig.subplots(1, len(fractions), squeeze=False, sharex=True, sharey=True)[0]
+    ends = min(p[2] for p in points), max(p[2] for p in points)
+    for ax, fraction in zip(panels, fractions, strict=True):
+        ax.plot(ends, ends, color=FAINT, linewidth=1)
+        for colour, _, x, y, half in (p for p in points if p[1] == fraction):
+            ax.errorbar(x, y, half, color=colour or INK, marker="o", markersize=3, linewidth=0.9)
+        ax.set(title=f"made at {fraction:.0%}", xlabel="reached (NLL)")
+    panels[0].set_ylabel("forecast")
+    return png(fig)
+
+
 def figure(width: float, height: float) -> Figure:
     """A figure of inches, laid out without overlaps."""
     return Figure(figsize=(width, height), layout="constrained")
