@@ -3,6 +3,7 @@
 python -m schedules plot --out schedules.png
 python -m schedules backtest runs curves/*.csv --out runs/backtest
 python -m schedules forecast trainer_state.json --at 20000
+python -m schedules prune runs
 """
 
 import argparse
@@ -11,7 +12,7 @@ import sys
 from itertools import cycle
 from pathlib import Path
 
-from . import backtest, predict
+from . import backtest, predict, pruning
 from .rules import SCHEDULES, lr_factor, snac_factor
 from .style import PALETTE, png, styled
 
@@ -67,6 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     for name, add, run, text in (
         ("plot", add_plot, run_plot, "draws every schedule as a function of the step"),
         ("backtest", backtest.add_flags, backtest.run, backtest.__doc__.splitlines()[0]),
+        ("prune", pruning.add_flags, pruning.run, pruning.__doc__.splitlines()[0]),
         ("forecast", predict.add_flags, predict.run, predict.__doc__.splitlines()[0]),
     ):
         command = commands.add_parser(name, help=text, description=text)
