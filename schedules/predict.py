@@ -4,7 +4,8 @@
     python -m schedules forecast trainer_state.json                      # which knows its last step
     python -m schedules forecast wandb.csv --run warm-sun-12 --at 20000 --learn runs/earlier
 
-Without --schedule the last learning rate is held, and where the log has none that it comes down is allowed for.
+Without --schedule the one is taken that the learning rates so far have followed, linear or cosine; where there is none
+the last rate is held, and where the log has no rates it is allowed for that they come down.
 """
 
 import argparse
@@ -54,21 +55,22 @@ def run(args: argparse.Namespace) -> None:
     options = {"epoch": args.epoch or curve.epoch, "finetune": args.finetune}
     forecaster = Forecaster.from_runs(args.learn, **options) if args.learn else Forecaster(**options)
     feed(forecaster, curve, len(curve.step))
-    plan = None
-    if args.schedule:
-        if curve.lr is None:
-            raise ValueError(
-                f"--schedule {args.schedule}: {args.file} has no learning rates to begin from; --lr COLUMN"
-            )
-        how = {"warmup": args.warmup, "floor": args.floor, "decay": args.decay}
+    if args.schedule and curve.lr is None:
+        raise ValueError(f"--schedule {args.schedule}: {args.file} has no learning rates to begin from; --lr COLUMN")
+    plan, name, how = None, args.schedule, {"warmup": args.warmup, "floor": args.floor, "decay": args.decay}
+    if name is None:
+        name, how = followed(curve, end) or (None, {})
+    if name is not None:
         steps = np.linspace(curve.step[-1], max(end, curve.step[-1] + 1), 1025)[1:]
-        plan = [forecaster.peak * lr_factor(args.schedule, step, end, **how) for step in steps]
+        plan = [forecaster.peak * lr_factor(name, step, end, **how) for step in steps]
     width = max(int((curve.step > curve.step[-1] - LAST * end).sum()), 1)
     forecast = forecaster.forecast(end, plan, window=width)
     print(f"{curve.name}: {len(curve.step)} points, the last at step {curve.step[-1]:g}", end="")
     print(f" ({', '.join(curve.notes)})" if curve.notes else "")
     for note in forecast.notes:
         print(note)
+    if curve.lr is not None:
+        print(f"learning rate: {name or 'the last one is held; --schedule NAME says how it goes on'}")
     if forecast.mean is None:
         print(forecast)
         return
@@ -76,6 +78,23 @@ def run(args: argparse.Namespace) -> None:
     print(f"{forecast} at step {end:g} (68 %); 95 %: {low:.4g} to {high:.4g}")
     write_atomically(Path(args.out), fan(curve, forecast))
     print(f"wrote {args.out}")
+
+
+def followed(curve: Curve, end: float) -> tuple[str, dict[str, float]] | None:
+    """The schedule to ``end`` that the learning rates have followed after their peak, with its floor; None where they
+    have not come down yet, or differ from every one tried by more than 3 % of the peak."""
+    if curve.lr is None or not curve.lr.max() > 0 or not end > curve.step[-1]:
+        return None
+    lr, top = curve.lr / curve.lr.max(), int(np.argmax(curve.lr))
+    if lr[-1] > 0.9:
+        return None
+    tried = []
+    for name, floor in (("linear", 0.0), ("cosine", 0.0), ("linear", 0.1), ("cosine", 0.1)):
+        how = {"warmup": float(curve.step[top] / end) if top else 0.0, "floor": floor}
+        expected = np.array([lr_factor(name, step, end, **how) for step in curve.step[top:]])
+        tried.append((float(np.abs(expected - lr[top:]).max()), name, how))
+    gap, name, how = min(tried, key=lambda one: one[0])
+    return (name, how) if gap < 0.03 else None
 
 
 @styled

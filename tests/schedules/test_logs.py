@@ -12,7 +12,9 @@ import pytest
 
 from schedules.__main__ import main
 from schedules.backtest import read_all
-from schedules.logs import log_files, read_curves
+from schedules.logs import Curve, log_files, read_curves
+from schedules.predict import followed
+from schedules.rules import lr_factor
 
 
 def lines(path, *rows):
@@ -275,6 +277,18 @@ def test_the_forecast_command(tmp_path, capsys):
             main(["forecast", *flags, "--out", str(tmp_path / "fan.png")])
         error = capsys.readouterr().err
         assert stop.value.code == 2 and says in error and error.count("\n") == 1, error
+
+
+@pytest.mark.parametrize(
+    "name, floor", [("linear", 0.0), ("cosine", 0.0), ("cosine", 0.1), ("wsd", 0.0), ("constant", 0)]
+)
+def test_a_schedule_is_recognised_by_its_past(name, floor):
+    """Of half a run; a constant rate may still come down or not, so nothing is claimed."""
+    options = {} if name == "constant" else {"floor": floor}
+    lr = np.array([3e-4 * lr_factor(name, s, 1000, warmup=0.1, **options) for s in range(1, 500)])
+    found = followed(Curve("a", "", np.arange(1.0, 500.0), np.ones(499), lr), 1000)
+    assert found is None if name in ("wsd", "constant") else (found[0], found[1]["floor"]) == (name, floor)
+    assert followed(Curve("a", "", np.arange(1.0, 500.0), np.ones(499), lr), 700) is None  # it ends elsewhere
 
 
 def test_public_fine_tuning_logs_are_read():
