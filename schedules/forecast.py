@@ -57,12 +57,12 @@ class Prior(NamedTuple):
     a_sd: float = 0.08  # its scale: the prior is Cauchy's
     discount: float = 2.0  # a point weighs (S at it / S now)^discount: the law is a local one
     floor: float = 0.002  # sd of the law itself: a share of the loss,
-    young: float = 0.014  # and in each doubling of S to come so much at S = 100, falling as its square root,
+    young: float = 0.018  # and in each doubling of S to come so much at S = 100, falling as its square root,
     drift: float = 0.0  # and so much at any S
     plateau: float = 0.035  # and so much more where the loss has stopped falling before the learning rate came down
     bend: float = 0.0  # of log loss in each doubling of S to come: by so much runs like it ended below the law
-    jump: float = -0.08  # of log loss at an epoch's end, before one was seen
-    jump_sd: float = 0.08
+    jump: float = -0.1  # of log loss at an epoch's end, before one was seen
+    jump_sd: float = 0.15
 
 
 FINETUNING = Prior(k_mean=0.010, k_sd=0.015, discount=1.0, drift=0.045, plateau=0.0)

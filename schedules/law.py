@@ -19,6 +19,7 @@ ROUNDS = 2  # of the robust fit
 FLAT = (-0.015, -0.005)
 # An epoch's end: the least fall of log loss, that in robust sds of such differences, and windows on a side.
 JUMP, JUMPS, SIDE = 0.05, 5.0, 4
+UNLIKE = 0.4  # the jumps of a run differ by this share at least
 FADES = 0.9  # what is left of a jump for the next epoch's end
 TAILS = 0.93  # of the sds of a Gaussian, to be one that Student's t with 4 degrees of freedom has 68 % within
 
@@ -49,31 +50,46 @@ def _jumps(y, at, side):
     return (c[at + side] - 2 * c[at] + c[at - side]) / side - slope * side
 
 
+def _first_end(step, y):
+    """The step at which the first epoch ended by a sudden fall of ``y``, log loss; None where there was none.
+
+    Of the first that stands out, or of a half, third or quarter of it where all its multiples fell as well."""
+    if len(y) < 3 * SIDE:
+        return None
+    at = np.arange(SIDE, len(y) - SIDE + 1)
+    jumps, edges = _jumps(y, at, SIDE), 0.5 * (step[at - 1] + step[at])
+    spread = MAD_TO_SD * float(np.median(np.abs(jumps - np.median(jumps))))
+    found = np.flatnonzero(jumps < -max(JUMP, JUMPS * spread))
+    if not len(found):
+        return None
+    first = found[found <= found[0] + SIDE]
+    whole = float(edges[first[np.argmin(jumps[first])]])
+    for parts in (4, 3, 2):
+        near = [np.abs(edges - whole * k / parts) <= 1.5 * (step[1] - step[0]) for k in range(1, parts)]
+        if all((jumps[here] < -max(JUMP, 0.5 * JUMPS * spread)).any() for here in near):
+            return whole / parts
+    return whole
+
+
 def level(rows, steps, epoch, prior):
     """Epochs: the rows brought down by the jumps since, the log jumps to come by ``steps`` [17], their sd, and notes.
 
     Rows around an end weigh nothing. Of the jumps the mean is inferred under the prior's; each differs from it as those
-    seen do from each other, by 5 % at least."""
+    seen do from each other, by 5 % at least. An end that was passed a moment ago is still to come."""
     zero, notes = np.zeros(len(steps)), []
     step, loss, n = rows[:, 1], rows[:, 2], len(rows)
     if n < 2 or (loss <= 0).any():
         return rows, zero, zero, notes
     y = np.log(loss)
-    if epoch is None and n >= 3 * SIDE:
-        at = np.arange(SIDE, n - SIDE + 1)
-        jumps = _jumps(y, at, SIDE)
-        spread = MAD_TO_SD * float(np.median(np.abs(jumps - np.median(jumps))))
-        found = np.flatnonzero(jumps < -max(JUMP, JUMPS * spread))
-        if len(found):
-            first = found[found <= found[0] + SIDE]
-            i = at[first[np.argmin(jumps[first])]]
-            epoch = float(0.5 * (step[i - 1] + step[i]))
+    if epoch is None:
+        epoch = _first_end(step, y)
+        if epoch is not None:
             notes.append(f"the sudden fall at step {epoch:.0f} is taken for the end of the first epoch")
     if epoch is None or not epoch < steps[-1]:
         return rows, zero, zero, notes
     width = (step[-1] - step[0]) / (n - 1)
     ends = epoch * np.arange(max(int(step[0] / epoch), 1), int(step[-1] / epoch) + 1)[-n:]
-    rows, seen, shift = rows.copy(), [], np.zeros(n)
+    rows, seen, shift, last = rows.copy(), [], np.zeros(n), math.ceil(step[0] / epoch) - 1
     for end in ends:
         i = int(np.searchsorted(step, end, side="right"))
         rows[np.abs(step - end) < 0.5 * width, 0] *= 1e-6
@@ -81,12 +97,12 @@ def level(rows, steps, epoch, prior):
         if side >= 2:
             seen.append(float(_jumps(y, np.array([i]), side)[0]))
             shift[:i] += seen[-1]
+            last = round(end / epoch)  # the last end with rows enough behind it
     rows[:, 2] *= np.exp(np.clip(shift, -100.0, 100.0))
-    spread = max(float(np.std(seen)) if seen else 0.0, 0.05)
+    spread = max(float(np.std(seen)), UNLIKE * abs(float(np.mean(seen))), 0.05) if seen else 0.05
     certain = prior.jump_sd**-2 + len(seen) * spread**-2
     mean = (prior.jump * prior.jump_sd**-2 + sum(seen) * spread**-2) / certain
-    count = np.floor((steps - 0.1 * epoch) / epoch) - math.floor(step[-1] / epoch)  # ends to come
-    count = np.maximum(count, 0.0)
+    count = np.maximum(np.floor((steps - 0.1 * epoch) / epoch) - last, 0.0)  # ends to come
     faded = (1 - FADES**count) / (1 - FADES)
     return rows, mean * faded, np.sqrt(faded**2 / certain + spread**2 * count), notes
 
@@ -200,7 +216,12 @@ def fit(rows, S_now, peak, S_end, D_end, prior):
     parameters = {"c": c * scale, "a": a * scale * (S_now * (1 + b)) ** alpha, "b": b * S_now}
     parameters |= {"alpha": alpha, "k": k * scale, "tau": TAUS[t]}
     mean = mean * np.exp(-prior.bend * doublings)
-    return mean * scale, sd * scale, {name: float(value) for name, value in parameters.items()}, flat > 0.5
+    return (
+        mean * scale,
+        sd * scale,
+        {name: float(value) for name, value in parameters.items()},
+        flat > 0.5 and prior.plateau > 0,
+    )
 
 
 def _flatness(z, y, count):

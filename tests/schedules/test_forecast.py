@@ -325,7 +325,7 @@ def test_jumps_at_epochs_are_forecast_from_those_seen(told):
     t, loss = stairs(2000, 400)
     forecaster = feed(t[:1100], loss[:1100], np.ones(1100), epoch=400 if told else None)
     forecast, final = forecaster.forecast(2000, [1.0]), loss[-100:].mean()
-    assert abs(forecast.mean - final) < 2 * forecast.sd and abs(forecast.mean / final - 1) < 0.15
+    assert abs(forecast.mean - final) < 2 * forecast.sd and abs(forecast.mean / final - 1) < 0.2
     flat = feed(t[:1100], loss[:1100], np.ones(1100), epoch=1e9).forecast(2000, [1.0])
     assert flat.mean > 1.2 * final  # without the two jumps to come, 0.64 of the loss
     assert told != any("sudden fall" in note for note in forecast.notes)
