@@ -61,8 +61,8 @@ class Prior(NamedTuple):
     drift: float = 0.0  # and so much at any S
     plateau: float = 0.035  # and so much more where the loss has stopped falling before the learning rate came down
     bend: float = 0.0  # of log loss in each doubling of S to come: by so much runs like it ended below the law
-    jump: float = -0.1  # of log loss at an epoch's end, before one was seen
-    jump_sd: float = 0.15
+    jump: float = -0.15  # of log loss at an epoch's end, before one was seen
+    jump_sd: float = 0.2
 
 
 FINETUNING = Prior(k_mean=0.010, k_sd=0.015, discount=1.0, drift=0.045, plateau=0.0)

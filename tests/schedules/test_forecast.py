@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from schedules import backtest
+from schedules import backtest, law
 from schedules.__main__ import main
-from schedules.forecast import CLOCK, Forecaster, literal_forecast
+from schedules.forecast import CLOCK, Forecaster, Prior, literal_forecast
 from schedules.rules import lr_factor
 
 
@@ -331,6 +331,17 @@ def test_jumps_at_epochs_are_forecast_from_those_seen(told):
     assert told != any("sudden fall" in note for note in forecast.notes)
 
 
+def test_the_windows_before_an_epochs_end_come_down_to_those_behind_it():
+    t = np.arange(1.0, 61)
+    y = (2 + 3 / t) * np.where(t > 40, 0.25, np.where(t > 20, 0.5, 1.0))
+    rows = np.column_stack([np.ones(60), t, y, *[t] * 5])
+    out, to_come, sd, _ = law.level(rows, np.array([60.0, 75.0, 95.0]), 20.0, Prior())
+    # The true law without stairs is 0.25 (2 + 3 / t); a jump is told from four windows a side, to 10 %.
+    np.testing.assert_allclose(out[:, 2], 0.25 * (2 + 3 / t), rtol=0.1)
+    assert to_come[0] == 0.0 and to_come[2] < to_come[1] < -0.35 and (np.diff(sd) > 0).all()
+    assert (out[[19, 39], 0] < 1e-3).all() and out[10, 0] == 1.0  # rows at an end weigh nothing
+
+
 def test_an_epoch_that_was_not_seen_yet_widens_and_lowers():
     t, loss = stairs(2000, 400)
     known, unknown = (feed(t[:350], loss[:350], np.ones(350), epoch=e).forecast(2000, [1.0]) for e in (400, 1e9))
@@ -358,6 +369,16 @@ def test_a_plateau_widens_the_interval_and_says_so():
     stuck = feed(t, 5.0 + 1.5 * np.exp(-t / 20) + noise, np.ones(400)).forecast(800, [1.0])
     falls = feed(t, 3.0 + 6 * (t + 20.0) ** -0.4 + noise, np.ones(400)).forecast(800, [1.0])
     assert "plateau" in " ".join(stuck.notes) and not falls.notes and stuck.sd > 2 * falls.sd > 0
+    blind = feed(t, 5.0 + 1.5 * np.exp(-t / 20) + noise, np.ones(400), prior=Prior(plateau=0.0)).forecast(800, [1.0])
+    # By 3.5 % for the doubling to come, of which the interval of a Gaussian keeps 0.93.
+    assert math.sqrt(stuck.sd**2 - blind.sd**2) == pytest.approx(0.93 * 0.035 * stuck.mean, rel=0.05)
+
+
+def test_a_bend_lowers_the_forecast_by_the_doubling():
+    t = np.arange(1, 401)
+    plain, bent = (feed(t, falling(t), np.ones(400), prior=Prior(bend=b)).forecast(1600, [1.0]) for b in (0.0, 0.02))
+    # S runs from the first point at 1: from 399 to 1599.
+    assert bent.mean / plain.mean == pytest.approx(math.exp(-0.02 * math.log2(1599 / 399)), rel=1e-9)
 
 
 def test_an_early_forecast_is_wide_and_not_refused():
