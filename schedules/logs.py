@@ -10,7 +10,6 @@ Points may be doubled (the last counts), and a run that was resumed repeats step
 file are told apart by a column `run` or `run_name`; a file that mixes them without one is refused.
 """
 
-import json
 import math
 import os
 import re
@@ -21,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .textlines import read_csv, read_json, read_lines, read_rows
+from .textlines import parse_json, read_csv, read_json, read_lines, read_rows
 
 STEP_NAMES = ("step", "_step", "current_steps", "global_step", "trainer/global_step", "iter", "iteration", "s")
 LOSS_NAMES = ("loss", "train/loss", "train_loss", "train_loss_step", "trl", "val_loss", "eval_loss", "eval/loss", "tel")
@@ -223,7 +222,7 @@ def _trackio(path: Path) -> Iterator[tuple[int, dict]]:
         raise ValueError(f"{path}: not a project of trackio ({error})") from None
     for number, run, step, metrics in rows:
         try:
-            values = dict(json.loads(metrics))
+            values = dict(parse_json(metrics, path, nan=True))
         except (TypeError, ValueError):
             raise ValueError(f"{path}, row {number}: its metrics are not a JSON object") from None
         yield number, {"run_name": run, "step": step, **values}
