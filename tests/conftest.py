@@ -3,8 +3,13 @@
 import json
 import logging
 import os
+import signal
 
 import torch
+
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:  # as nohup and a shell's & start us; the tests send them
+        signal.signal(number, handler)
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
