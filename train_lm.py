@@ -333,7 +333,7 @@ def check_samples(cfg: Config, tokenizer) -> None:
     """Raises ValueError for a prompt that has no tokens, and for a tokenizer with ids that are no token's."""
     try:
         empty = cfg.prompt and not tokenizer.encode(cfg.prompt)
-    except (UnicodeError, TypeError):
+    except (ValueError, TypeError):
         empty = True  # bytes of the command line that are no text
     if empty:
         raise ValueError(f"--prompt {cfg.prompt!r} has no tokens")

@@ -525,7 +525,7 @@ def test_bad_flags(match, more, base, tmp_path, capsys):
 def test_bad_data(base, tmp_path, capsys):
     sums = write_set(tmp_path / "set", 8, 2, 2)
     (sums / "train.jsonl").write_text('{"text": "a", "highlights": "b"}\n')
-    fails(capsys, "train.jsonl line 1 has no column article", base, tmp_path / "run", "--data", sums)
+    fails(capsys, "train.jsonl, line 1 has no column article", base, tmp_path / "run", "--data", sums)
     (sums / "validation.jsonl").unlink()
     write_set(tmp_path / "short", 8, 2, 2)
     fails(capsys, "rows were left out", base, tmp_path / "run", "--data", tmp_path / "short", "--min-words", 5000)

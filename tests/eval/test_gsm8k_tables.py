@@ -97,7 +97,7 @@ def test_report_of_runs_on_gsm8k(tmp_path, capsys):
     (tmp_path / "fot1" / "verdicts.jsonl").write_text('{"id": 1}\n')
     with pytest.raises(SystemExit) as end:
         main([*folders, "--out", str(tmp_path / "again")])
-    assert end.value.code == 2 and "verdicts.jsonl line 1 is no verdict" in capsys.readouterr().err
+    assert end.value.code == 2 and "verdicts.jsonl, line 1 is no verdict" in capsys.readouterr().err
     assert not (tmp_path / "again").exists()
 
 

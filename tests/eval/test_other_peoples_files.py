@@ -25,7 +25,7 @@ from eval.rows import whole_rows
 from eval.verdicts import read_verdicts
 from model.decoder_hub import read_config
 from model.lora_hub import read_adapter_config
-from schedules.backtest import read_curve
+from schedules.logs import read_curves
 
 IDS = ["test/0", "test/1"]
 ARTICLE = "word " * 60
@@ -46,7 +46,7 @@ def table(*values) -> str:
 
 
 def curve(path) -> list:
-    found = read_curve(path)
+    (found,) = read_curves(path)
     return [found.step.tolist(), found.loss.tolist()]
 
 

@@ -458,7 +458,7 @@ def test_train_lm_resumes_exactly_and_logs_each_decision(rule, base, tmp_path, m
 
     with monkeypatch.context() as m:
         m.setattr(Windows, "batch_indices", stop)
-        assert train(flags, tmp_path / "cut") == 0
+        assert train(flags, tmp_path / "cut") == 128 + signal.SIGTERM
     assert load_checkpoint(tmp_path / "cut" / "last.pt")["step"] == 9
     assert train(flags, tmp_path / "cut", "--resume") == 0
     for kind in ("train", "fot", "val"):
