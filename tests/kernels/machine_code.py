@@ -19,6 +19,8 @@ most = {{
 if {vocab} == 50257:  # their loops are the same for any length
     most |= {{"gradient_kernel, order": 23, "gradient_kernel, entropy": 24, "gradient_kernel, softcap": 48}}
     most |= {{"moments_kernel, softcap": 40}}
+else:
+    most = {{name: n for name, n in most.items() if name[:5] in ("score", "rest_")}}
 powers = f"score_kernel, power, {{read}}"
 most[powers] = most[f"score_kernel, dpsm, {{read}}"] + 6  # a real order takes at most 6 more
 rows = {{r["kernel"]: r for r in audit({capability}, {vocab}, "bf16", labels=set(most))}}
