@@ -180,13 +180,14 @@ def main(argv: list[str] | None = None) -> int:
         with world.main_first():
             bar = world.main and sys.stderr.isatty()
             how = dict(annotations=cfg.calculator, cache=cfg.cache, progress=bar)
-            made = make_targets(problems + heldout + test, cfg.format, **how)
+            made = make_targets(problems + heldout, cfg.format, **how) | make_targets(test, cfg.format, **how)
         prompter.show(problems, made)
         cache_length([Request(prompter.prompt(p), cfg.generate_tokens) for p in test], prompter.positions)
         train = make_examples(problems, made, prompter, cfg.seq_len, "training")
         held = make_examples(heldout, made, prompter, cfg.seq_len, "held-out")
-        tested = make_examples(test, made, prompter, cfg.seq_len, "test")
-        heldout_rows, test_rows = (pack(part, cfg.seq_len, pad_id=prompter.end) for part in (held, tested))
+        tested = make_examples(test, made, prompter, cfg.seq_len, "test", needed=False)
+        heldout_rows = pack(held, cfg.seq_len, pad_id=prompter.end)
+        test_rows = pack(tested, cfg.seq_len, pad_id=prompter.end) if tested else None
         data_hash = hashlib.sha256(json.dumps([train, held]).encode()).hexdigest()
         if checkpoint and checkpoint["data_hash"] != data_hash:
             raise ValueError(

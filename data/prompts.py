@@ -166,10 +166,10 @@ def make_targets(
 
 
 def make_examples(
-    problems: list[Problem], targets: dict[str, str], prompter: Prompter, seq_len: int, name: str
+    problems: list[Problem], targets: dict[str, str], prompter: Prompter, seq_len: int, name: str, needed: bool = True
 ) -> list[Example]:
     """Examples that fit ``seq_len``. Longer ones are left out whole, because a truncated answer teaches to stop early,
-    and their number is logged. Raises ValueError where none is left."""
+    and their number is logged. Raises ValueError where none is left and some are ``needed``."""
     made = [prompter.example(p, targets[p.id]) for p in problems if p.id in targets]
     losses = [prompter.definition.lost(p.question + targets[p.id]) for p in problems if p.id in targets]
     if any(map(any, losses)):
@@ -178,7 +178,7 @@ def make_examples(
         log.warning(f"{name}: {what}: the tokenizer has none for them, and the model reads other texts")
     fits = [e for e in made if e.length <= seq_len]
     full = sum(e.prompt >= seq_len for e in made)
-    if not fits:
+    if needed and not fits:
         least = min((e.length for e in made), default=0)
         why = f"none of the {len(made)} {name} problems fits, {full} by their prompt alone, which leaves no room for an"
         raise ValueError(f"--seq-len {seq_len}: {why} answer; the shortest takes {least} tokens")

@@ -46,12 +46,13 @@ def forwards(model: Decoder, heldout: Rows, loss_on: str, rows: int, world: Worl
 
 
 def solutions(
-    model: Decoder, sets: dict[str, Rows], loss_on: str, rows: int, world: World, *, pieces, impl: str = "auto"
+    model: Decoder, sets: dict[str, Rows | None], loss_on: str, rows: int, world: World, *, pieces, impl: str = "auto"
 ) -> tuple[dict, dict]:
     """`eval.heldout.final_metrics` of the reference solutions in each of ``sets``, name -> packed rows, which are read
-    ``rows`` at a time; ``pieces`` keeps what is done. Every rank must call it."""
-    made = {name: partial(forwards, model, part, loss_on, rows, world) for name, part in sets.items()}
-    counts = {name: -(-len(part) // (rows * world.size)) for name, part in sets.items()}
+    ``rows`` at a time, None where there are none; ``pieces`` keeps what is done. Every rank must call it."""
+    there = {name: part for name, part in sets.items() if part is not None}
+    made = dict.fromkeys(sets) | {n: partial(forwards, model, part, loss_on, rows, world) for n, part in there.items()}
+    counts = {name: -(-len(part) // (rows * world.size)) for name, part in there.items()}
     return final_metrics(model, made, world, pieces=pieces, counts=counts, impl=impl)
 
 
@@ -182,11 +183,14 @@ def examine(
 
 def describe(name: str, summary: dict) -> str:
     """The last line of a run, from its summary."""
-    s = summary
+    s, of = summary, "test" if summary["test_nll"] is not None else "val"
     passed = {way: s[f"pass_at_1_{way}"] for way in ("strict", "flexible", "code")}
     ways = ", ".join(f"{way} {100 * v:.2f} %" for way, v in passed.items() if v is not None)
-    test = "; test nll {test_nll:.4f}, ece {test_ece10:.4f}, brier {test_brier:.4f}; at temperature {temperature:.3f} "
-    test = (test + "nll {test_nll_t:.4f}, ece {test_ece10_t:.4f}").format(**s) if s["temperature"] else ""
+    test = ""
+    if s["temperature"]:
+        nll, ece, brier, nll_t, ece_t = (s[f"{of}_{key}"] for key in ("nll", "ece10", "brier", "nll_t", "ece10_t"))
+        test = f"; {of} nll {nll:.4f}, ece {ece:.4f}, brier {brier:.4f}"
+        test += f"; at temperature {s['temperature']:.3f} nll {nll_t:.4f}, ece {ece_t:.4f}"
     speed = f"{s['tokens_per_second'] or 0:,.0f} tokens/s in training, {s['generated_tokens_per_second']:,.0f}"
     return f"{name}: pass@1 {ways} on {s['eval_problems']} problems{test}; {speed} in generation"
 

@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .law import CLOCK, MAD_TO_SD, TAUS, fit, level, smoothed
+from .law import CLOCK, MAD_TO_SD, SCALE, TAUS, fit, level, smoothed
 from .learn import learn_prior
 from .logs import log_files, read_curves
 
@@ -37,15 +37,14 @@ SEGMENTS, CURVE = 128, 16  # of the planned schedule between now and T; every SE
 HUGE = 1e30  # a loss beyond it has diverged and counts as not finite
 RECENT = 64  # points that tell the noise of a single one
 BLOCK, CLIP, QUIET = 16, 8.0, 0.0075  # a point is clipped to CLIP sds around the median of the block before; least sd
-SCALE = 1.1416  # the 68 % quantile of Student's t with 4 degrees of freedom
 NATS, NOISE = 3.5, 0.005  # fine-tuning begins at fewer nats than a model that knows nothing, and its points are noisier
 
 
 class Prior(NamedTuple):
     """What a run cannot say of itself, above all how much the loss will fall with a learning rate that has not yet.
 
-    ``k_mean`` and ``k_sd``: the spread over families of runs, not within one. All values were chosen over eight groups
-    of recorded runs, each judged with what the others chose; records/2026-11-26-forecast-intervals has the tables."""
+    ``k_mean`` and ``k_sd``: the spread over families of runs, not within one. The values were chosen over eight groups
+    of recorded runs together; records/2026-11-26-forecast-intervals says how, and what they then forecast of them."""
 
     k_mean: float = 0.036  # of the loss
     k_sd: float = 0.012

@@ -21,6 +21,7 @@ FLAT = (-0.015, -0.005)
 JUMP, JUMPS, SIDE = 0.05, 5.0, 4
 UNLIKE = 0.4  # the jumps of a run differ by this share at least
 FADES = 0.9  # what is left of a jump for the next epoch's end
+SCALE = 1.1416  # the 68 % quantile of Student's t with 4 degrees of freedom
 TAILS = 0.93  # of the sds of a Gaussian, to be one that Student's t with 4 degrees of freedom has 68 % within
 
 

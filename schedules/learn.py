@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .law import SCALE
 from .logs import Curve
 
 FRACTIONS = (0.1, 0.25, 0.5, 0.75)
@@ -74,9 +75,8 @@ def learn_prior(curves: Sequence[Curve], bases: Sequence, make: Callable):
             stop = stop_at(curve, fraction)
             stops.append((feed(make(curve.epoch), curve, stop.seen), stop))
 
-    def score(
-        prior,
-    ) -> float:  # Student's t with 4 degrees of freedom, of the error relative to the loss; lower is better
+    def score(prior) -> float:
+        """Student's t with 4 degrees of freedom, of the error relative to the loss; lower is better."""
         total = 0.0
         for forecaster, stop in stops:
             forecaster.prior = prior
@@ -84,7 +84,7 @@ def learn_prior(curves: Sequence[Curve], bases: Sequence, make: Callable):
             if forecast.mean is None:
                 total += NO_FORECAST
             else:
-                z = 1.1416 * (stop.final - forecast.mean) / forecast.sd
+                z = SCALE * (stop.final - forecast.mean) / forecast.sd
                 total += math.log(forecast.sd / abs(stop.final)) + 2.5 * math.log1p(z * z / 4)
         return total / len(stops)
 

@@ -108,7 +108,7 @@ def fan(curve: Curve, forecast: Forecast) -> bytes:
     draw_fan(panel, forecast, PALETTE[0], f"{forecast} (68 % and 95 %)")
     late = curve.loss[np.isfinite(curve.loss) & (curve.step > 0.05 * curve.step[-1])]
     high = max(float(np.quantile(late, 0.98)) if len(late) else forecast.mean, forecast.curve[0, 1])
-    low = min(forecast.mean - 2.43 * forecast.sd, float(late.min()) if len(late) else forecast.mean)
+    low = min(forecast.interval(0.95)[0], float(late.min()) if len(late) else forecast.mean)
     panel.set_ylim(low - 0.05 * (high - low), high + 0.1 * (high - low))
     panel.set(xlabel="step", ylabel="loss")
     panel.xaxis.set_major_formatter(thousands)

@@ -63,3 +63,24 @@ def base(problems, model, tmp_path_factory):
         "--micro-batch 2 --seq-len 192 --steps 12 --lr 5e-3 --heldout 8 --eval-every 6 --log-every 3 --eval-batch 3 "
         "--generate-tokens 12 --device cpu".split()
     )
+
+
+@pytest.fixture(scope="session")
+def lm_base(corpus, tmp_path_factory):
+    """Flags of a run that takes about a second."""
+    cache = tmp_path_factory.mktemp("cache")
+    return (
+        f"--data {corpus} --cache {cache} --tokenizer bpe:320 --model nano --seq-len 32 --batch 8 --steps 12 --lr 3e-3 "
+        "--eval-every 4 --log-every 3 --sample-tokens 12 --device cpu".split()
+    )
+
+
+@pytest.fixture(scope="session")
+def lm_run(lm_base, tmp_path_factory):
+    """An uninterrupted DPSM run with everything random switched on."""
+    from lm_runs import train
+
+    out = tmp_path_factory.mktemp("runs") / "dpsm"
+    noisy = [*lm_base, "--loss", "dpsm", "--warmup", "0.5", "--dropout", "0.1", "--label-noise", "0.2"]
+    assert train(noisy, out) == 0
+    return noisy, out

@@ -156,3 +156,15 @@ def test_a_row_of_no_run_is_refused(run, tmp_path, capsys):
 def test_flags_that_do_not_go_together(base, tmp_path, capsys):
     assert "no folder" in refused(capsys, tmp_path / "run", *base, "--method-comparison", tmp_path / "no" / "x.json")
     assert "did you mean" in refused(capsys, tmp_path / "run", *base, "--best-by", "pass1")
+
+
+def test_test_problems_whose_solutions_are_too_long_are_answered_all_the_same(base, problems, tmp_path, capsys):
+    folder = shutil.copytree(problems, tmp_path / "problems")
+    row = json.loads((folder / "test.jsonl").read_text().splitlines()[0])
+    words, _, gold = row["answer"].rpartition("\n")
+    (folder / "test.jsonl").write_text(json.dumps(row | {"answer": f"{words * 30}\n{gold}"}) + "\n")
+    flags = [str(folder) if flag == str(problems) else flag for flag in base]
+    assert tune(flags, tmp_path / "run", "--steps", 2) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["test_nll"] is None and summary["val_nll"] > 0 and summary["eval_problems"] == 1
+    assert f"on 1 problems; val nll {summary['val_nll']:.4f}" in capsys.readouterr().out

@@ -7,9 +7,8 @@ from eval.report import plots
 from eval.report.runs import Arm, Run, finite
 from eval.report.tables import NOTES, Cell, Table, section, table_of
 from schedules.forecast import student_quantile
+from schedules.learn import FRACTIONS, LAST
 
-FRACTIONS = (0.1, 0.25, 0.5, 0.75)
-LAST = 0.02  # of the steps make the loss that was reached
 WIDE = student_quantile(0.975)  # half of the 95 % interval, in sds
 
 

@@ -6,16 +6,14 @@ import math
 import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from lm_runs import rows, torchrun, train
 
-import train_lm
 from data.windows import Windows
-from runtime.folder import load_checkpoint, read_metrics
+from runtime.folder import load_checkpoint
 from schedules.fot import (
     DOUBLING,
     HOLDS,
@@ -433,16 +431,6 @@ def base(corpus, tmp_path_factory):
 WINDOW = ("--fot-window", "4")  # which schedule-free does not read
 
 
-def train(flags, out, *more):
-    return train_lm.main([*flags, "--out", str(out), *map(str, more)])
-
-
-def rows(out, kind):
-    timing = ("train_seconds", "tokens_per_second")
-    found = read_metrics(Path(out) / "metrics.jsonl", kind)
-    return [{k: v for k, v in row.items() if k not in timing} for row in found]
-
-
 @pytest.mark.parametrize("rule", ["fot", "fot-literal", "schedule-free"])
 def test_train_lm_resumes_exactly_and_logs_each_decision(rule, base, tmp_path, monkeypatch):
     if rule == "schedule-free":
@@ -494,15 +482,7 @@ def test_train_lm_forecasts_the_nll_and_takes_the_old_flag(base, tmp_path, capsy
 def test_train_lm_on_two_ranks_is_the_run_of_one(base, tmp_path):
     flags = [*base, *WINDOW, "--schedule", "fot", "--fot-parts", "envelope", "--steps", "14"]
     assert train(flags, tmp_path / "one") == 0
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_lm.py"]
-    ran = subprocess.run(
-        [*line, *map(str, flags), "--out", str(tmp_path / "two")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    ran = torchrun(2, flags, tmp_path / "two")
     assert ran.returncode == 0, ran.stderr[-3000:]
     one, two = rows(tmp_path / "one", "fot"), rows(tmp_path / "two", "fot")
     assert len(one) == len(two) == 3

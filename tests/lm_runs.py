@@ -1,0 +1,69 @@
+"""Starts train_lm.py in this process, or on ranks, and reads what a run left."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_lm
+from runtime.folder import load_checkpoint, read_metrics
+
+ROOT = Path(__file__).parent.parent
+TIMING = {"train_seconds", "tokens_per_second"}
+
+
+def train(flags, out, *more) -> int:
+    return train_lm.main([*flags, "--out", str(out), *map(str, more)])
+
+
+def rows(out, kind) -> list[dict]:
+    """Metrics without what depends on the clock."""
+    return [{k: v for k, v in r.items() if k not in TIMING} for r in read_metrics(Path(out) / "metrics.jsonl", kind)]
+
+
+def weights(out, name="last.pt") -> dict:
+    return load_checkpoint(Path(out) / name)["model"]
+
+
+def torchrun(ranks, flags, out, *more):
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "train_lm.py"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*line, *flags, "--out", str(out), *map(str, more)],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def same_run(a, b) -> None:
+    """Metrics (the clock's apart) and final weights are equal, bit for bit."""
+    for kind in ("train", "val"):
+        assert rows(a, kind) == rows(b, kind)
+    wa, wb = weights(a), weights(b)
+    assert all(torch.equal(wa[k], wb[k]) for k in wa)
+    sa, sb = (json.loads((x / "summary.json").read_text()) for x in (a, b))
+    clock = {"tokens_per_second", "ms_per_step_median", "train_seconds", "peak_memory_bytes"}
+    assert {k: v for k, v in sa.items() if k not in clock} == {k: v for k, v in sb.items() if k not in clock}
+
+
+def fails(capsys, match, flags, out, *more) -> None:
+    """Exit code 2, one line on stderr that matches, and no run folder."""
+    before = sorted(out.rglob("*")) if out.exists() else None
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        train(flags, out, *more)
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert re.search(match, err), err
+    # One line, the last; before it only notes of caches that had to be made.
+    errors = [line for line in err.strip().splitlines() if ": error: " in line]
+    assert errors == err.strip().splitlines()[-1:] and "Traceback" not in err, err
+    assert (sorted(out.rglob("*")) if out.exists() else None) == before
