@@ -1,0 +1,10 @@
+"""kernels.audit: the kernels' machine code for an A100, and for rows that are longer than the registers."""
+
+import pytest
+from machine_code import no_spills_and_wide_accesses
+
+
+@pytest.mark.parametrize("capability, vocab", [(80, 50257), (90, 151936)])
+def test_no_spills_and_wide_accesses(capability, vocab, tmp_path):
+    """On an A100 longer rows take the same loops; `python -m kernels.audit` compiles them too."""
+    no_spills_and_wide_accesses(capability, vocab, tmp_path)
