@@ -14,15 +14,18 @@ Shapes in names: B rows, T prompt tokens, V = vocab_size.
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, takewhile
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from model.layers import KVCache
+from model.packed import head
 
 SPAN = 128  # attention reads the cache up to the next multiple of so many positions; on CUDA a graph each
-PROMPT_MULTIPLE = 32  # prompts are padded to a multiple of so many tokens, so that few lengths occur
+PROMPT_MULTIPLE = {"cuda": 32, "cpu": 8}  # prompts are padded to a multiple of so many tokens: few lengths occur
+PADDING = {"cuda": 2048, "cpu": 8}  # prompts share a forward while it has less padding: what a forward of its own costs
 COLDEST = 1e-6  # the lowest temperature that logits are divided by
 PREFILL = 16384  # prompt tokens of one forward, at most
 
@@ -140,12 +143,16 @@ def decode(
 
 
 def _prefill(model, cache: KVCache, prompts: list[tuple[int, Sequence[int]]]) -> None:
-    """Writes prompts to their cache rows, the longest first so that a forward's padding is small."""
+    """Writes prompts to their cache rows, those of like length in one forward, so that padding is small."""
     device, limit = cache.k.device, cache.k.shape[2]
+    multiple, padding = PROMPT_MULTIPLE[device.type], PADDING[device.type]
     left = sorted(((b, tokens) for b, tokens in prompts if tokens), key=lambda p: -len(p[1]))
     while left:
-        T = min(limit, -(-len(left[0][1]) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE)
-        group, left = left[: max(1, PREFILL // T)], left[max(1, PREFILL // T) :]
+        T = min(limit, -(-len(left[0][1]) // multiple) * multiple)
+        most = max(1, PREFILL // T)
+        padded = accumulate(T - len(tokens) for _, tokens in left[1:most])
+        n = 1 + sum(1 for _ in takewhile(lambda total: total < padding, padded))
+        group, left = left[:n], left[n:]
         tokens_BT = torch.tensor([[*tokens, *[0] * (T - len(tokens))] for _, tokens in group], device=device)
         rows_B = torch.tensor([b for b, _ in group], device=device)
         positions_BT = torch.arange(T, device=device).expand(len(group), T)
@@ -158,14 +165,14 @@ class _Step:
     def __init__(self, model, rows: int, length: int):
         self.model, self.length, self.cache = model, length, model.new_cache(rows, length)
         self.device = self.cache.k.device
-        self.head_VD = model.head_weight.to(model.dtype)  # once, not in every step
+        self.head = head(model.head_weight.to(model.dtype))  # once, not in every step
         self.tokens_B1 = torch.zeros(rows, 1, dtype=torch.int64, device=self.device)
         self.positions_B1 = torch.zeros_like(self.tokens_B1)
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
     def forward(self, span: int) -> Tensor:
         hidden = self.model(self.tokens_B1, positions_BT=self.positions_B1, cache=self.cache.first(span))[:, 0]
-        return hidden @ self.head_VD.t()  # [B, V]
+        return self.head(hidden)  # [B, V]
 
     def logits(self, span: int) -> Tensor:
         if self.device.type != "cuda":

@@ -31,6 +31,7 @@ from model import weights
 from model.decoder import Decoder, DecoderConfig
 from model.decoder_hub import load_decoder
 from model.layers import Linear, check_fields, check_value
+from model.packed import pack
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 BASES = ("bf16", "fp32", "nf4")
@@ -358,8 +359,8 @@ def adapted(model: Decoder) -> dict[str, LoRALinear]:
 def merged(model: Decoder) -> Decoder:
     """A plain model of the same function on the same device, for generation; save_decoder needs no such copy.
 
-    Each layer is one dense matrix in the activations' dtype, adapters summed in and NF4 dequantised. Embedding, head
-    and norms are shared with ``model``, which is not changed."""
+    Each layer is one dense matrix in the activations' dtype, adapters summed in and NF4 dequantised, on a CPU packed
+    (model/packed.py). Embedding, head and norms are shared with ``model``, which is not changed."""
     with torch.device("meta"):
         plain = Decoder(model.config, model.dtype)
     for path, layer in plain.named_modules():
@@ -368,7 +369,7 @@ def merged(model: Decoder) -> Decoder:
             layer.weight, layer.bias = nn.Parameter(source.dense(model.dtype), requires_grad=False), source.bias
         elif "weight" in layer._parameters:
             layer.weight = source.weight
-    return plain.train(model.training)
+    return pack(plain).train(model.training)
 
 
 def block_parameters(model: Decoder) -> list[list[nn.Parameter]]:

@@ -9,10 +9,11 @@
 
 Turns are processes of their own and alternate: theirs, ours, theirs, and so on. A training turn takes the largest
 micro-batch that fits, from --batch down by halves. Its time is the median step after two that are not counted, its
-memory the peak of the process. An evaluation turn generates from plain dense weights, as merged adapters are. It tries
-each of --eval-batches on two batches and takes the best. Every prompt gets all --new-tokens, so continuous batching
-gains nothing from early ends. Theirs is what their users run: bfloat16 autocast over fp32 adapters,
-scaled_dot_product_attention, left padding.
+memory the peak of the process. An evaluation turn generates from plain dense weights, as merged adapters are; ours are
+packed on a CPU, as a run's are. It tries each of --eval-batches on two batches and takes the best. Every prompt gets
+all --new-tokens, so continuous batching gains nothing from early ends; with --early-ends a prompt gets between a
+quarter of them and all, and a batch of theirs goes on until its longest text has ended, as it does until the last EOS.
+Theirs is what their users run: bfloat16 autocast over fp32 adapters, scaled_dot_product_attention, left padding.
 """
 
 import contextlib
@@ -31,6 +32,7 @@ from model.decode import Request, decode
 from model.decoder import Decoder, DecoderConfig
 from model.decoder_hub import config_and_tokenizer, load_decoder, save_decoder
 from model.lora import BASES, LoRAConfig, add_lora, load_base
+from model.packed import pack
 from races import common
 from runtime.cli import user_errors
 from runtime.machine import World, peak_memory, start_world
@@ -115,21 +117,25 @@ def train_turn(args, side: str, world: World) -> dict:
     return turn_row(micro, args.batch * args.seq_len, statistics.median(seconds[1:]), device)
 
 
-def prompts_of(args) -> list[list[int]]:
-    """Prompts of random tokens, seeded. GSM8K's questions have 60 to 220 with Qwen3's tokenizer and chat turns."""
+def requests_of(args) -> list[Request]:
+    """Prompts of random tokens, seeded, and how long each is continued. GSM8K's questions have 60 to 220 tokens with
+    Qwen3's tokenizer and chat turns."""
     generator = torch.Generator().manual_seed(2)
-    least = max(1, args.prompt_tokens // 4)
-    lengths = torch.randint(least, args.prompt_tokens + 1, (args.prompts,), generator=generator)
+
+    def lengths(most: int) -> list[int]:
+        return torch.randint(max(1, most // 4), most + 1, (args.prompts,), generator=generator).tolist()
+
     vocab = vocab_of(args.model)
-    return [torch.randint(1, vocab, (n,), generator=generator).tolist() for n in lengths.tolist()]
+    prompts = [torch.randint(1, vocab, (n,), generator=generator).tolist() for n in lengths(args.prompt_tokens)]
+    new = lengths(args.new_tokens) if args.early_ends else [args.new_tokens] * args.prompts
+    return [Request(*one) for one in zip(prompts, new, strict=True)]
 
 
 def our_generate(folder: Path, dtype: torch.dtype, device: torch.device):
-    model = load_decoder(folder, dtype, dtype, device).eval()
+    model = pack(load_decoder(folder, dtype, dtype, device).eval())
 
-    def generate(prompts, batch: int, new: int) -> int:
-        stream = decode(model, [Request(p, new) for p in prompts], batch)
-        return sum(len(one.tokens) for ended in stream for one in ended)
+    def generate(requests: list[Request], batch: int) -> int:
+        return sum(len(one.tokens) for ended in decode(model, requests, batch) for one in ended)
 
     return generate
 
@@ -138,14 +144,16 @@ def their_generate(folder: Path, dtype: torch.dtype, device: torch.device):
     model = their_model(folder, dtype, device).eval()
     greedy = dict(do_sample=False, pad_token_id=0, eos_token_id=None)
 
-    def generate(prompts, batch: int, new: int) -> int:
+    def generate(requests: list[Request], batch: int) -> int:
         made = 0
-        ordered = sorted(prompts, key=len)  # batches of like lengths: as little padding as can be had
+        ordered = sorted(requests, key=lambda r: len(r.prompt))  # of like lengths: as little padding as can be had
         for i in range(0, len(ordered), batch):
-            part = [torch.tensor(p) for p in ordered[i : i + batch]]  # no token of a prompt is 0
-            tokens = pad_sequence(part, batch_first=True, padding_side="left").to(device)
-            how = dict(attention_mask=tokens.ne(0).long(), max_new_tokens=new, min_new_tokens=new)
-            made += model.generate(input_ids=tokens, **how, **greedy)[:, tokens.shape[1] :].numel()
+            part = ordered[i : i + batch]
+            prompts, new = [torch.tensor(r.prompt) for r in part], [r.max_new_tokens for r in part]
+            tokens = pad_sequence(prompts, batch_first=True, padding_side="left").to(device)  # none of a prompt is 0
+            how = dict(attention_mask=tokens.ne(0).long(), max_new_tokens=max(new), min_new_tokens=max(new))
+            length = model.generate(input_ids=tokens, **how, **greedy).shape[1] - tokens.shape[1]
+            made += sum(min(n, length) for n in new)
         return made
 
     return generate
@@ -154,29 +162,30 @@ def their_generate(folder: Path, dtype: torch.dtype, device: torch.device):
 def evaluate_turn(args, side: str, world: World) -> dict:
     device, make = world.device, our_generate if side == "ours" else their_generate
     generate = make(args.model, world.dtype("auto"), device)
-    prompts = prompts_of(args)
+    requests = requests_of(args)
 
-    def timed(some, batch: int) -> tuple[int, float]:
+    def timed(some: list[Request], batch: int) -> tuple[int, float]:
         """(tokens, seconds)"""
-        wanted, made = len(some) * args.new_tokens, []
-        seconds = time_once(lambda: made.append(generate(some, batch, args.new_tokens)), device.type)
+        wanted, made = sum(r.max_new_tokens for r in some), []
+        seconds = time_once(lambda: made.append(generate(some, batch)), device.type)
         if made != [wanted]:
             raise ValueError(f"{side} made {made[0]} tokens, expected {wanted}")
         return wanted, seconds
 
     rates = {}
-    batches = [int(b) for b in args.eval_batches.split(",")]
-    generate(prompts[: batches[0]], batches[0], 2)  # libraries set themselves up
+    given = args.their_batches if side == "theirs" and args.their_batches else args.eval_batches
+    batches = [int(b) for b in given.split(",")]
+    generate([Request(r.prompt, 2) for r in requests[: batches[0]]], batches[0])  # libraries set themselves up
     for batch in batches if len(batches) > 1 else ():
         with contextlib.suppress(torch.OutOfMemoryError):  # a batch that is too large for this side has no rate
-            tokens, seconds = timed(prompts[: 2 * batch], batch)
+            tokens, seconds = timed(requests[: 2 * batch], batch)
             rates[batch] = tokens / seconds
         common.forget_peak(device)
     if len(batches) > 1 and not rates:
         raise ValueError(f"{side}: none of --eval-batches {args.eval_batches} fits the memory")
     best = max(rates, key=rates.get, default=batches[0])
     common.forget_peak(device)
-    return turn_row(best, *timed(prompts, best), device)
+    return turn_row(best, *timed(requests, best), device)
 
 
 TURNS = {"train": train_turn, "evaluate": evaluate_turn}
@@ -202,6 +211,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prompt-tokens", type=int, default=220, help="longest prompt (default: %(default)s)")
     parser.add_argument("--new-tokens", type=int, default=256, help="(default: %(default)s)")
     parser.add_argument("--eval-batches", default="64,128,256,512", help="(default: %(default)s)")
+    parser.add_argument("--their-batches", default="", help="other ones for theirs; 1 is prompt by prompt")
+    parser.add_argument("--early-ends", action="store_true", help="texts end after a quarter to all of --new-tokens")
     parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--out", type=Path, default=Path("runs/race-peft"))
@@ -210,8 +221,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     with user_errors():
         common.check_least(args, rank=1, batch=1, seq_len=1, steps=1, new_tokens=1, rounds=1, prompt_tokens=1)
-        if not all(b.isdigit() and int(b) for b in args.eval_batches.split(",")):
-            raise ValueError(f"--eval-batches {args.eval_batches!r}: expected batch sizes separated by commas")
+        for name, given in (("eval", args.eval_batches), ("their", args.their_batches or "1")):
+            if not all(b.isdigit() and int(b) for b in given.split(",")):
+                raise ValueError(f"--{name}-batches {given!r}: expected batch sizes separated by commas")
         world = start_world(args.device)
         if args.turn:
             part, _, side = args.turn.partition(":")
@@ -242,7 +254,7 @@ def main(argv: list[str] | None = None) -> int:
             "rank": args.rank,
             "step_batch": args.batch,
         }
-        same |= {"seq_len": args.seq_len, "prompts": args.prompts, "new_tokens": args.new_tokens}
+        same |= {k: getattr(args, k) for k in ("seq_len", "prompts", "prompt_tokens", "new_tokens", "early_ends")}
         common.write_csv(args.out / "race.csv", rows, same | common.here_and_now(world.device))
     for part in parts:
         for key, word in (("tokens_per_second", "tokens/s"), ("peak_memory_bytes", "peak memory")):

@@ -130,3 +130,21 @@ def test_weights_that_yield_nan_are_no_answer(model):
         broken.norm.weight[0] = float("nan")
     with pytest.raises(ValueError, match="not finite"):
         list(decode(broken, requests(2), 2))
+
+
+def test_prompts_of_like_length_share_a_forward(qwen, monkeypatch):
+    shapes = []
+    forward = type(qwen).forward
+
+    def counted(self, tokens_BT, **how):
+        shapes.append(tuple(tokens_BT.shape))
+        return forward(self, tokens_BT, **how)
+
+    monkeypatch.setattr(type(qwen), "forward", counted)
+    lengths = [41, 40, 39, 17, 16, 5, 3]
+    requests = [Request(list(range(1, n + 1)), 1) for n in lengths]
+    list(decode(qwen, requests, len(requests)))
+    *prompts, step = shapes
+    assert step == (len(requests), 1) and sum(B for B, _ in prompts) == len(requests)
+    fed = sum(n - 1 for n in lengths)  # a prompt's last token goes through the step
+    assert sum(B * T for B, T in prompts) - fed < 0.2 * fed and len(prompts) < len(requests)
