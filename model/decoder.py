@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from model import layers
 from model.layers import Embedding, KVCache, Linear
@@ -202,6 +203,22 @@ class Attention(nn.Module):
         return self.o_proj(y.reshape(B, T, -1))
 
 
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * up, keeping its two inputs alone for backward (Shazeer, "GLU Variants", 2020): silu(gate) is as wide
+    as the layer's widest activation, and is cheaper to compute again than to keep."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate) * up
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(dy * up, gate), dy * F.silu(gate)
+
+
 class MLP(nn.Module):
     def __init__(self, config: DecoderConfig):
         super().__init__()
@@ -210,7 +227,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(wide, D, config.mlp_bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+        return self.down_proj(_SwiGLU.apply(self.gate_proj(x_BTD), self.up_proj(x_BTD)))
 
 
 class Block(nn.Module):
