@@ -236,7 +236,7 @@ print("viable", is_kernels_available(), kernels.__file__)
     assert not wrong and ("is not installed" not in said or not beside)
 
 
-def test_the_snippets_of_the_readme_run_in_the_checkout(beside):
+def test_our_packages_work_in_the_checkout(beside):
     run(
         sys.executable,
         """
