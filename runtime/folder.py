@@ -60,6 +60,17 @@ def wandb_id(run: Path, *, resumed: bool) -> str:
     return textlines.read_text(kept) if kept.exists() else run.name
 
 
+@contextlib.contextmanager
+def wandb_errors(project: str):
+    """Turns what W&B raises, its own errors among them, into a ValueError of one line that says what else can be
+    done."""
+    try:
+        yield
+    except Exception as e:  # no key, no network, a setting it does not know
+        says = " ".join(str(e).split())[:200].rstrip(".")
+        raise ValueError(f"--wandb {project}: {says}; wandb login keeps a key, WANDB_MODE=offline needs none") from e
+
+
 def parse_json(text: str | bytes, where: str | Path, advice: str = ""):
     """The value of ``text``. Raises ValueError that says ``where`` it stands, and what to do."""
     line = 1 if isinstance(where, Path) else None
@@ -185,8 +196,8 @@ class RunFolder:
 
         A folder whose run ended before its first checkpoint begins anew, with --resume and without, where the config is
         the same. Raises ValueError: not resuming and the folder is in use, resuming and there is no run, resuming with
-        another config, or from a file that is no whole checkpoint of a training, another process holds the folder, or
-        a package is missing; OSError where nothing can be written there."""
+        another config, or from a file that is no whole checkpoint of a training, another process holds the folder, a
+        package is missing, or W&B has no key; OSError where nothing can be written there."""
         self._check_place(cfg)
         found = self._found()
         held, saved = self / "config.json", [name for name in CHECKPOINTS if name in found]
@@ -256,6 +267,11 @@ class RunFolder:
             probe(self.path)
         if cfg.wandb and importlib.util.find_spec("wandb") is None:
             raise ValueError("--wandb needs the package wandb: pip install -r requirements-optional.txt")
+        if cfg.wandb and self.world.main and os.environ.get("WANDB_MODE") not in ("offline", "dryrun", "disabled"):
+            with wandb_errors(cfg.wandb):
+                import wandb
+
+                wandb.login()  # asks for a key where there is a terminal; found out now, before anything is written
 
     def start(self, cfg, script: str, checkpoint: dict | None) -> None:
         """Creates the folder of ``script``'s run, or, resuming, drops the metrics after the ``checkpoint``. What is
@@ -303,9 +319,15 @@ class RunFolder:
 
             how = dict(name=self.path.name, id=wandb_id(self.path, resumed=checkpoint is not None))
             try:
-                self._wandb = wandb.init(project=cfg.wandb, dir=str(self.path), config=config, resume="allow", **how)
-            except Exception as e:  # no account, no network, its own errors
-                raise ValueError(f"--wandb {cfg.wandb}: {str(e).splitlines()[0]}; WANDB_MODE=offline needs none") from e
+                with wandb_errors(cfg.wandb):
+                    how |= dict(dir=str(self.path), config=config, resume="allow")
+                    self._wandb = wandb.init(project=cfg.wandb, **how)
+            except ValueError:
+                self._metrics.close()
+                if checkpoint is None:  # no step has been made: no dead folder stays
+                    release_lock(self.path)
+                    remove(self.path)
+                raise
         if checkpoint is not None:
             self._place = f"source-{step}"
             also = dict(world_size=self.world.size, changed_code=self._keep_sources() or None)

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import math
+import warnings
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +76,9 @@ def on_ranks(model: nn.Module, world: World, blocks=None, dtype: torch.dtype | N
     if world.size == 1:
         return model
     ids = [world.device.index] if world.device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **ddp)
+    with warnings.catch_warnings():  # what is to replace broadcast_buffers=False still broadcasts at the start
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        return nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **ddp)
 
 
 def meeting(trained: nn.Module, last: bool):

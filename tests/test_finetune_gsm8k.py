@@ -180,6 +180,8 @@ def test_two_ranks_train_the_same(base, plain_run, tmp_path):
     line += [*base, "--out", str(tmp_path / "two")]
     done = subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
+    said = done.stdout + done.stderr
+    assert [said.count(f"step {step}: validation") for step in (6, 12)] == [1, 1] and "FutureWarning" not in said
     for kind in ("train", "val"):
         for ours, theirs in zip(rows(tmp_path / "two", kind), rows(plain_run, kind), strict=True):
             assert ours["loss"] == pytest.approx(theirs["loss"], abs=2e-4)

@@ -330,9 +330,12 @@ def test_batch_ranks_and_accumulation_give_one_loss_curve(base, tmp_path):
         env = os.environ | env | {"OMP_NUM_THREADS": "1"}
         ranks.append(subprocess.Popen(line, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
     try:
+        said = b""
         for process in ranks:
             output, _ = process.communicate(timeout=120)
             assert process.returncode == 0, output[-3000:]
+            said += output
+        assert [said.count(b"step %d: validation" % step) for step in (3, 6)] == [1, 1]
     finally:
         for process in ranks:
             process.kill()

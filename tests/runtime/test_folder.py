@@ -256,6 +256,28 @@ def test_a_missing_wandb_is_found_out_before_anything_is_written(tmp_path, monke
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("fails", ["login", "init"])
+def test_wandb_without_a_key_or_a_network_leaves_nothing(tmp_path, monkeypatch, fails):
+    """`login` before anything is written, `init` with all of it taken away again; offline asks for no key."""
+
+    def no(*args, **given):
+        raise RuntimeError("No API key\nconfigured.")
+
+    stub = SimpleNamespace(login=lambda: True, init=lambda **given: None, __spec__=object())
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(**vars(stub) | {fails: no}))
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    cfg = Config(out=str(tmp_path / "run"), wandb="project")
+    says = "^--wandb project: No API key configured; wandb login keeps a key, WANDB_MODE=offline needs none$"
+    run = RunFolder(cfg.out, World(0, 1, torch.device("cpu")))
+    if fails == "init":
+        assert run.enter(cfg) is None
+    with pytest.raises(ValueError, match=says):
+        run.enter(cfg) if fails == "login" else run.start(cfg, "train.py", None)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert run.enter(cfg) is None
+
+
 TRAINS = """
 import sys, time, torch
 from pathlib import Path
