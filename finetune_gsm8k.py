@@ -404,7 +404,7 @@ def main(argv: list[str] | None = None) -> int:
     if cfg.method_comparison:
         method_comparison.write(run.path, cfg.method_comparison)
     print(answers.describe(str(out), summary))
-    print(f"compare answers: python -m eval.gsm8k {run / 'outputs.jsonl'} OTHER/outputs.jsonl --format {cfg.format}")
+    print(f"compare answers: {answers.comparison(run.path, cfg.data, cfg.format, cfg.eval_problems)}")
     return run.finish(0)
 
 

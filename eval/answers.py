@@ -5,6 +5,7 @@ The answers are made in one stream, kept as they end, and graded by every rule. 
 """
 
 import hashlib
+import shlex
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -264,6 +265,14 @@ def pass_rate(
 def _by_sample(rows: list[dict]) -> dict[tuple[str, int], dict]:
     """Without those of runs from before that have no tokens: they are made again."""
     return {(row["id"], row["sample"]): row for row in rows if "tokens" in row}
+
+
+def comparison(folder: Path, data: str, format: str, problems: int) -> str:
+    """The command that grades a run's answers beside another's, on the problems that it has answered: the first
+    ``problems`` of the test split, 0 is all."""
+    flags = ["--data", data] * (data != "gsm8k") + ["--format", format] * (format != "text")
+    flags += ["--problems", str(problems)] * bool(problems)
+    return shlex.join(["python", "-m", "eval.gsm8k", str(folder / "outputs.jsonl"), "OTHER/outputs.jsonl", *flags])
 
 
 def forget(folder: Path) -> None:

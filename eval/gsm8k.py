@@ -3,11 +3,11 @@
     python -m eval.gsm8k OUTPUTS.jsonl --data gsm8k
     python -m eval.gsm8k OURS.jsonl THEIRS.jsonl --data gsm8k --format code --out verdicts.jsonl
 
-A file of outputs, anyone's, has a line {"id", "output"} a sample. ``id`` is "test/17", or 17, the row of the split
-from 0. An unknown id, a broken line or a missing field is an error, with its line. A problem without an output is
-reported and graded wrong: leaving out the hard ones gains nothing. Several outputs of one id are an error, unless
-``--k`` says that they are samples. Then each problem that has outputs must have as many as the largest k, and pass@k
-is the mean of the unbiased estimator.
+A file of outputs may be anyone's: `eval.outputs` reads ours, lm-evaluation-harness' samples, Program-of-Thought's,
+ToRA's, and plain lists. An unknown id, a broken line or a missing field is an error, with its line. A problem without
+an output is reported and graded wrong: leaving out the hard ones gains nothing; ``--problems 8`` grades the first 8
+alone. Several outputs of one problem are an error, unless ``--k`` says that they are samples. Then each problem that
+has outputs must have as many as the largest k, and pass@k is the mean of the unbiased estimator.
 
 The rules, strict, flexible and boxed for text and code for programs, and what each does with which form of a number,
 are in the head of `eval.extraction`. Every figure names its rule. ``--out`` writes each output's verdict by rule, and
@@ -19,7 +19,6 @@ program that did not end by itself with exit code 0 is invalid and wrong, whatev
 """
 
 import math
-import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -33,21 +32,16 @@ from typing import NamedTuple
 from data.gsm8k import FORMATS, load_gsm8k
 from data.numbers import last_number, parse_number, same_number
 from eval.extraction import TEXT_RULES, programs_of
+from eval.outputs import FIELDS, LAYOUTS, Sample, read_outputs
 from eval.rows import write_rows
 from eval.stats import bootstrap_interval, mcnemar_exact, paired
 from runtime.cli import Parser, user_errors
 from sandbox import UNSAFE, Limits, run_many
-from schedules.textlines import read_rows
 
 PACKAGES_MEMORY = 2 << 30  # bytes of address space of a program that imports packages: numpy maps more than it uses
 
 # ----------------------------------------------------------------------------------------------
 # samples and scores
-
-
-class Sample(NamedTuple):
-    id: str
-    output: str
 
 
 class Verdict(NamedTuple):
@@ -68,23 +62,6 @@ class Score(NamedTuple):
     low: float  # 95 % percentile bootstrap over problems
     high: float
     per_problem: tuple[float, ...]  # in the order of the problems
-
-
-def read_outputs(path: str | Path, ids: Sequence[str]) -> list[Sample]:
-    """A file of {"id", "output"} lines for the problems ``ids``. Raises ValueError, with the line, for a bad one."""
-    known, split = set(ids), ids[0].partition("/")[0]
-    samples = []
-    for number, row in read_rows(path, nan=True):
-        if not isinstance(row, dict) or "id" not in row or not isinstance(row.get("output"), str):
-            raise ValueError(f"{path}, line {number}: expected an object with id and a text output")
-        name = f"{split}/{row['id']}" if re.fullmatch(r"\d+", str(row["id"])) else str(row["id"])
-        if name not in known:
-            expected = f"{ids[0]} to {ids[-1]} or the number alone"
-            raise ValueError(f"{path}, line {number}: unknown id {row['id']!r}, expected {expected}")
-        samples.append(Sample(name, row["output"]))
-    if not samples:
-        raise ValueError(f"{path} holds no outputs")
-    return samples
 
 
 def check_counts(samples: Iterable[Sample], k: Sequence[int], *, name: str = "outputs") -> None:
@@ -175,6 +152,8 @@ def describe_file(path: str, verdicts: Sequence[Verdict], ids: Sequence[str], fo
     lines = [f"{path}: {len(verdicts):,} outputs for {len(answered):,} of {len(ids):,} problems"]
     if missing := [i for i in ids if i not in answered]:
         some = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        if len(answered) < len(ids) / 2 and missing == [*ids[len(answered) :]]:  # as --eval-problems leaves them
+            some += f"; --problems {len(answered)} grades the first ones alone"
         lines.append(f"  missing, graded wrong    {len(missing):,}  {some}")
     for status, count in Counter(v.status for v in verdicts if v.status not in ("", "ok")).most_common():
         lines.append(f"  invalid program          {count:,}  {status}")
@@ -198,11 +177,19 @@ def describe_difference(a: Sequence[Score], b: Sequence[Score], *, one_sample: b
     return "\n".join(lines)
 
 
+ABOUT = f"""Grade outputs for GSM8K, in any of these layouts, a line a sample, or in a .json file a list of them:
+{LAYOUTS}
+A problem without an output is graded wrong; --problems leaves later ones out."""
+
+
 def main(arguments: list[str] | None = None) -> None:
-    parser = Parser(usage=None, prog="python -m eval.gsm8k", description="Grade outputs for GSM8K.")
-    parser.add_argument("outputs", nargs="+", help='one or two JSONL files of {"id", "output"}')
+    parser = Parser(usage=None, prog="python -m eval.gsm8k", description=ABOUT)
+    parser.add_argument("outputs", nargs="+", help="one or two files of outputs, .jsonl or .json, as above")
+    known = f"what holds the output (default: the first of {', '.join(FIELDS)})"
+    parser.add_argument("--field", default="", help=known)
     parser.add_argument("--data", default="gsm8k", help="gsm8k, or a folder of train.jsonl and test.jsonl")
     parser.add_argument("--split", default="test", choices=("train", "test"), help="(default: %(default)s)")
+    parser.add_argument("--problems", type=int, default=0, help="grade the first so many problems alone; 0 is all")
     parser.add_argument("--format", default="text", choices=FORMATS, help="(default: %(default)s)")
     parser.add_argument("--k", type=int, nargs="+", default=[1], help="pass@k for several outputs an id (default: 1)")
     parser.add_argument("--workers", type=int, help="programs run at a time (default: one for each core)")
@@ -216,12 +203,21 @@ def main(arguments: list[str] | None = None) -> None:
             raise ValueError(f"{len(given.outputs)} files of outputs, expected one, or two to compare")
         if given.out and not given.out.parent.is_dir():
             raise ValueError(f"--out {given.out}: there is no folder {given.out.parent}")
-        golds = {p.id: p.gold for p in load_gsm8k(given.data, given.split)}
-        ids = list(golds)
-        files = {}
+        problems = load_gsm8k(given.data, given.split)
+        if not 0 <= given.problems <= len(problems):
+            raise ValueError(f"--problems {given.problems}: expected 0 to {len(problems)}, those of {given.data}")
+        golds = {p.id: p.gold for p in problems[: given.problems or None]}
+        ids, asked = list(golds), [p.question for p in problems]
+        files, said = {}, []
         for path in given.outputs:  # all are read before any is graded: a bad second file costs no run
-            files[path] = read_outputs(path, ids)
+            found = read_outputs(path, [p.id for p in problems], asked, field=given.field, said=said)
+            files[path] = [sample for sample in found if sample.id in golds]
+            if left := len(found) - len(files[path]):
+                said.append(f"{path}: {left:,} outputs of later problems than the first {len(ids)} are left out")
+            if not files[path]:
+                raise ValueError(f"{path} has no output of the first {len(ids)} problems")
             check_counts(files[path], given.k, name=path)
+        print("\n".join(said), end="\n" * bool(said), file=sys.stderr)
         limits = Limits(packages=True, memory_bytes=PACKAGES_MEMORY) if given.packages else Limits()
         how = dict(workers=given.workers, limits=limits, progress="running programs" if sys.stderr.isatty() else "")
         how["mode"] = UNSAFE if given.unsafe_run_as_me else None

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -63,12 +64,18 @@ def test_run_folder_is_complete(text_run):
         assert min(r["block_rms_answer"]) > 0
 
 
-def test_outputs_can_be_graded_by_the_command(text_run, problems, capsys):
+def test_the_command_that_a_run_ends_with_grades_what_it_answered(base, tmp_path, capsys):
+    """The first 2 of 6 problems: nothing is missing, nothing twice."""
     from eval import gsm8k
 
-    _, out = text_run
-    gsm8k.main([str(out / "outputs.jsonl"), "--data", str(problems)])
-    assert "6 outputs for 6 of 6 problems" in capsys.readouterr().out
+    out = tmp_path / "a run"
+    assert tune(base, out, "--steps", 1, "--eval-problems", 2) == 0
+    command = capsys.readouterr().out.rpartition("compare answers: ")[2]
+    words = shlex.split(command)
+    assert words[:5] == ["python", "-m", "eval.gsm8k", str(out / "outputs.jsonl"), "OTHER/outputs.jsonl"]
+    gsm8k.main([words[3], *words[5:]])
+    said = capsys.readouterr()
+    assert "2 outputs for 2 of 2 problems" in said.out and "missing" not in said.out
 
 
 def test_the_adapter_is_the_trained_one(text_run, model):
