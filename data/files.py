@@ -15,6 +15,13 @@ def lm_data(name: str) -> Path | None:
     return Path(root) / name if root and (Path(root) / name).is_dir() else None
 
 
+def is_set(given: str | Path, name: str) -> bool:
+    """Whether ``given`` is the set ``name``: that name, or the folder in $LM_DATA that it stands for. A folder that is
+    called so elsewhere is another one."""
+    there = lm_data(name)
+    return str(given) == name or bool(there and Path(given).expanduser().resolve() == there.resolve())
+
+
 def one_file(folder: Path, stems: tuple[str, ...], suffixes: tuple[str, ...]) -> Path | None:
     """The file in ``folder`` that is called one of ``stems`` with one of ``suffixes``, in any case and packed as .gz or
     not; None where there is none. Raises ValueError for two."""

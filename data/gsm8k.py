@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from data.files import lm_data, load_hub, one_file
+from data.files import is_set, lm_data, load_hub, one_file
 from data.numbers import parse_number, plain
 from data.programs import ANNOTATION, Problem, code_targets, coverage_table
 from runtime.cli import Parser, user_errors
@@ -32,8 +32,8 @@ def load_gsm8k(source: str | Path = "gsm8k", split: str = "train") -> list[Probl
     """The problems of a split, "train" or "test", in the published order.
 
     ``source`` is a folder of train.jsonl and test.jsonl, or .jsonl.gz, with fields question and answer, or "gsm8k":
-    that is $LM_DATA/gsm8k where it is a folder, else the hub's openai/gsm8k (main). "gsm8k", and any folder of that
-    name, must be the full set. Raises ValueError, one line, for a split that is not there, a wrong number of rows, and
+    that is $LM_DATA/gsm8k where it is a folder, else the hub's openai/gsm8k (main). "gsm8k", or that folder, must be
+    the full set. Raises ValueError, one line, for a split that is not there, a wrong number of rows, and
     a broken row, with its line."""
     if split not in PUBLISHED_ROWS:
         raise ValueError(f"unknown split {split!r}, expected one of {', '.join(PUBLISHED_ROWS)}")
@@ -52,9 +52,9 @@ def load_gsm8k(source: str | Path = "gsm8k", split: str = "train") -> list[Probl
     problems = [_problem(row, f"{split}/{i}", f"{origin}, line {line}") for i, (line, row) in enumerate(rows)]
     if not problems:
         raise ValueError(f"{origin} holds no problems")
-    if folder.resolve().name == "gsm8k" and len(problems) != PUBLISHED_ROWS[split]:
+    if is_set(source, "gsm8k") and len(problems) != PUBLISHED_ROWS[split]:
         rows = f"{len(problems):,} rows, expected the full set's {PUBLISHED_ROWS[split]:,}"
-        raise ValueError(f"{origin} has {rows}; fetch it again, or give a sample a folder of another name")
+        raise ValueError(f"{origin} has {rows}; fetch it again, or give a sample a folder elsewhere")
     return problems
 
 

@@ -25,7 +25,6 @@ from schedules.textlines import fault, read_lines, read_rows, read_text
 log = logging.getLogger("scorecast")
 
 TEXT_SPLITS = ("train", "val", "test")
-WIKITEXT_FOLDERS = ("wikitext-2", "wikitext-103")
 WIKITEXT_FILES = {
     "train": ("train.txt", "wiki.train.raw", "wiki.train.tokens"),
     "val": ("validation.txt", "valid.txt", "wiki.valid.raw", "wiki.valid.tokens"),
@@ -162,7 +161,11 @@ def hub_articles(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _is_wikitext(folder: Path) -> bool:
-    return folder.name in WIKITEXT_FOLDERS or any(folder.glob("wiki.t*.*"))
+    """By what its files are called, or by the title that its validation or test text begins with."""
+    texts = [folder / name for split in ("val", "test") for name in WIKITEXT_FILES[split] if name.endswith(".txt")]
+    begins = (itertools.islice(read_lines(path), 3) for path in texts if path.is_file())
+    titles = (next(filter(str.strip, lines), "") for lines in begins)
+    return any(folder.glob("wiki.t*.*")) or any(map(_TITLE.fullmatch, titles))
 
 
 def _open_pydoc(name: str, splits: tuple[str, ...]) -> Source:

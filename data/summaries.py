@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from data.cache import cached_tokens
-from data.files import lm_data, load_hub, one_file
+from data.files import is_set, lm_data, load_hub, one_file
 from data.tokenizer import TOKENIZER_FILES, Definition, Tokenizer, byte_level, load_tokenizer, merges_of, read_files
 from data.windows import IGNORE_INDEX, permutation, random_uint64
 from model.weights import first_line, folder_of
@@ -93,8 +93,10 @@ def load_summaries(
     if not local and name not in SUMMARY_SETS:
         known = ", ".join(SUMMARY_SETS)
         raise ValueError(f"no data {name!r}: expected {known}, or a folder with train.jsonl, validation.jsonl ...")
-    label = folder.resolve().name if local else name
-    published = SUMMARY_SETS.get(label, PublishedSet("", None, {}))
+    known = next((known for known in SUMMARY_SETS if is_set(name, known)), "")
+    label = known or folder.resolve().name
+    label = label if known or label not in SUMMARY_SETS else f"folder-{label}"  # another that is called so
+    published = SUMMARY_SETS.get(known, PublishedSet("", None, {}))
     out: dict[str, Summaries | None] = dict.fromkeys(splits)
     for split in out:
         if not local:

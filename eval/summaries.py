@@ -220,19 +220,20 @@ def bert_score(
 def bert_model(model: str) -> tuple[str, int]:
     """Name or folder, and layer, of a ``--bertscore`` value.
 
-    That is a name which the package knows, or a local folder, either with ``:LAYER`` to choose the layer. A folder
-    that is named as a known model (roberta-large) has that model's layer. Raises ValueError, one line, where neither
-    says the layer, for a folder that is not there, and where the package is missing."""
+    That is a name which the package knows, or a local folder, either with ``:LAYER`` to choose the layer. Raises
+    ValueError, one line, where neither says the layer, for a folder that is not there, and where the package is
+    missing."""
     from bert_score.utils import model2layers
 
     name, _, layer = model.rpartition(":") if re.search(r":\d+$", model) else (model, "", "")
     if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
         raise ValueError(f"--bertscore {model}: there is no folder {name}; expected one in Hugging Face's layout")
     name = str(Path(name).expanduser()) if name.startswith("~") else name
-    known = name if name in model2layers else Path(name).name
-    if not layer and known not in model2layers:
-        raise ValueError(f"--bertscore {model}: bert-score has no layer for it; add one, for example {model}:9")
-    return name, int(layer) if layer else model2layers[known]
+    if not layer and name not in model2layers:
+        like = model2layers.get(Path(name).name)  # what it is called says nothing of what it is
+        known = f", {model}:{like} if it is the {Path(name).name} that bert-score knows" if like else ""
+        raise ValueError(f"--bertscore {model}: bert-score has no layer for it; add one, for example {model}:9{known}")
+    return name, int(layer) if layer else model2layers[name]
 
 
 def _check_pairs(predictions: Sequence[str], references: Sequence[str]) -> None:

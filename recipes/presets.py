@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from data.files import is_set
 from schedules.textlines import read_toml
 
 PAPERS = Path(__file__).with_name("papers")
@@ -9,13 +10,13 @@ PRESETS = tuple(sorted(path.stem for path in PAPERS.glob("*.toml")))
 
 
 def preset_values(preset: str, data: str, loss: str = "ce") -> dict:
-    """The flags of ``preset`` for ``data`` (a set's name or folder). Label smoothing is the CE baseline's: 0 for any
-    other loss. Raises ValueError for an unknown preset."""
+    """The flags of ``preset`` for ``data`` (a set's name or folder); XSum, by its name, has its own. Label smoothing is
+    the CE baseline's: 0 for any other loss. Raises ValueError for an unknown preset."""
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}; expected one of {', '.join(PRESETS)}")
     values = read_toml(PAPERS / f"{preset}.toml")
     xsum = values.pop("xsum")  # where the published recipe for XSum is another one
-    values |= xsum if Path(data).name == "xsum" else {}
+    values |= xsum if is_set(data, "xsum") else {}
     values["lr_warmup"] = values.pop("warmup_steps") / values["steps"]
     return values if loss == "ce" else values | {"label_smoothing": 0.0}
 

@@ -366,6 +366,7 @@ def test_presets():
     assert (xsum.beams, xsum.length_penalty, xsum.max_new_tokens, xsum.lr) == (6, 1.0, 61, 3e-5)
     assert resolved("--loss", "dpsm").label_smoothing == 0  # it is the CE baseline's
     assert resolved("--loss", "dpsm", "--label-smoothing", "0.1").label_smoothing == 0.1
+    assert resolved("--data", "mine/xsum").beams == bart.beams  # whatever is in a folder that is called so
     assert resolved("--lr", "1e-5").lr == 1e-5 and resolved("--lr", "0").lr == 0
     pegasus = resolved("--preset", "pegasus", "--model", "x", "--data", "xsum")
     assert (pegasus.beams, pegasus.max_source, pegasus.max_target, pegasus.lr) == (8, 512, 64, 1e-4)
@@ -418,8 +419,9 @@ def test_a_model_folder_is_a_start_and_must_fit_its_tokenizer(base, dpsm_run, su
     fails(capsys, "has no config.json", start, tmp_path / "bad")
 
 
-def test_pegasus_and_a_second_set(base, sums, tmp_path, capsys):
+def test_pegasus_and_a_second_set(base, sums, tmp_path, capsys, monkeypatch):
     """PEGASUS's shape, zero-shot on another set, which says that it is a sample."""
+    monkeypatch.setenv("LM_DATA", str(tmp_path))
     second = write_set(tmp_path / "xsum", 1, 1, 5)
     flags = [f.replace("bart-tiny", "pegasus-tiny") for f in base]
     assert train(flags, tmp_path / "run", "--eval-data", second, "--steps", 3) == 0

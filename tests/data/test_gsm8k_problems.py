@@ -85,6 +85,8 @@ def test_what_claims_to_be_the_full_set_is_counted(folder, tmp_path, monkeypatch
     for source in ("gsm8k", folder / "gsm8k"):
         with pytest.raises(ValueError, match="has 6 rows, expected the full set's 1,319"):
             load_gsm8k(source, "test")
+    monkeypatch.setenv("LM_DATA", str(tmp_path / "elsewhere"))
+    assert len(load_gsm8k(folder / "gsm8k", "test")) == 6  # what a folder is called claims nothing
     with pytest.raises(ValueError, match="cannot read .*test.jsonl"):
         load_gsm8k(folder, "test")
     with pytest.raises(ValueError, match="unknown split 'val'"):

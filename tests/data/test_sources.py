@@ -23,6 +23,13 @@ def test_articles_are_cut_at_top_level_titles():
     assert list(articles([])) == [] and list(articles([" = End = \n"])) == [" = End = \n"]
 
 
+def test_wikitext_is_known_by_its_text_and_not_by_what_a_folder_is_called(tmp_path):
+    wiki = fill(tmp_path / "mine", {"train.txt": WIKI, "validation.txt": WIKI})
+    assert len(texts(open_source(str(wiki)), "train")) == 2  # articles
+    other = fill(tmp_path / "wikitext-2", {"train.txt": "a = b\n", "val.txt": "c\n"})
+    assert texts(open_source(str(other)), "val") == ["c\n"]
+
+
 def test_wikitext_from_a_local_folder(tmp_path, monkeypatch, bpe):
     monkeypatch.setenv("LM_DATA", str(tmp_path))
     folder = fill(tmp_path / "wikitext-2", {"validation.txt": WIKI, "test.txt": WIKI * 2, "train_prefix.txt": WIKI})

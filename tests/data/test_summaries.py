@@ -94,6 +94,9 @@ def test_a_part_of_a_published_set_says_so(tmp_path, monkeypatch):
     monkeypatch.setenv("LM_DATA", str(tmp_path))
     assert load_summaries("xsum")["test"].partial == "a sample: 1 of 11,334 rows"
     assert "a sample: 1 of 11,334 rows" in load_summaries(tmp_path / "xsum")["test"].label  # by path as well
+    monkeypatch.setenv("LM_DATA", str(tmp_path / "elsewhere"))
+    other = load_summaries(tmp_path / "xsum")["test"]  # somebody's, which is called so
+    assert (other.name, other.partial) == ("folder-xsum", "")
 
 
 @pytest.mark.parametrize(
