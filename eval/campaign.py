@@ -129,7 +129,8 @@ def in_turn(commands: dict[Path, list[str]]) -> int:
         if stopped:
             print("stopped between two runs; the same command goes on from here", file=sys.stderr)
             return code_of(stopped[0])
-        child = subprocess.Popen(line, env=os.environ | {"PYTHONUNBUFFERED": "1"}, preexec_fn=end_with_parent)
+        before = end_with_parent if sys.platform == "linux" else None  # Windows takes none
+        child = subprocess.Popen(line, env=os.environ | {"PYTHONUNBUFFERED": "1"}, preexec_fn=before)
         code = as_shells_say(child.wait())
         if code or not (folder / "summary.json").exists():
             print(f"{folder} has not finished (exit code {code}); the same command goes on from here", file=sys.stderr)
@@ -143,8 +144,9 @@ def side_by_side(script: str, commands: dict[Path, list[str]], jobs: int) -> int
     Returns 0, or the exit code of the first run that failed. Those beside it go on to their end, and no new one begins.
     SIGINT, SIGTERM and SIGHUP make all of them save and stop, and so does the end of this process."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // jobs, 1)))
-    context = multiprocessing.get_context("forkserver")  # imports once: a small run takes little longer than that
-    context.set_forkserver_preload([Path(script).stem])
+    ways = multiprocessing.get_all_start_methods()  # Windows has "spawn" alone
+    context = multiprocessing.get_context("forkserver" if "forkserver" in ways else "spawn")
+    context.set_forkserver_preload([Path(script).stem])  # imported once: a small run takes little longer than that
     wanted = [folder for folder in commands if not (folder / "summary.json").exists()]
     bar = tqdm(total=len(commands), initial=len(commands) - len(wanted), unit="run", dynamic_ncols=True)
     running, failed, stopped = {}, 0, []

@@ -264,5 +264,6 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     for future in [pool.submit(start) for _ in range(threads)]:
         future.result()
     torch.set_num_threads(threads)
-    os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has no such threads
+    if hasattr(os, "register_at_fork"):  # where there are forks
+        os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has no such threads
     return pool

@@ -1,8 +1,9 @@
 """GPT-2 in and out of Hugging Face's layout: config.json and safetensors in one folder.
 
-    python -m model.gpt2_hub CHECKPOINT.pt FOLDER
+    python -m model.gpt2_hub RUN FOLDER
 
-exports a training checkpoint and its tokenizer, for transformers' GPT2LMHeadModel and AutoTokenizer.
+exports a run of train_lm.py, or one of its checkpoints, with its tokenizer, for transformers' GPT2LMHeadModel and
+AutoTokenizer.
 
 Our parameters carry Hugging Face's names without the "transformer." prefix. Hugging Face keeps OpenAI's Conv1D layout,
 [in, out], for every matrix. Ours are [out, in] where they do not widen (gpt2.Linear); those are transposed on the way.
@@ -119,12 +120,18 @@ def _transposed(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: t.t() if TRANSPOSED.fullmatch(name) else t for name, t in state.items()}
 
 
-def export(checkpoint: str | os.PathLike, folder: str | os.PathLike) -> None:
-    """Writes a training checkpoint to ``folder`` in Hugging Face's layout.
+def export(checkpoint: str | os.PathLike, folder: str | os.PathLike) -> Path:
+    """Writes a training checkpoint to ``folder`` in Hugging Face's layout. Of a run's folder it is best.pt, else
+    last.pt. The file that was taken.
 
     The checkpoint is a ``torch.save`` dict with "model" (GPT2's state_dict), "model_config" (GPT2Config's fields) and
     optionally "tokenizer" (dict of "files", name -> bytes, and "eos_id"). A stranger's file cannot run code. Raises
     ValueError, before anything is written, for a file that is not that."""
+    if Path(checkpoint).is_dir():
+        there = [Path(checkpoint) / name for name in ("best.pt", "last.pt") if (Path(checkpoint) / name).is_file()]
+        if not there:
+            raise ValueError(f"{checkpoint} holds neither best.pt nor last.pt; expected a run's folder or a checkpoint")
+        checkpoint = there[0]
     content = weights.load_pickled(checkpoint, "cannot be read as a checkpoint", mmap=True)
     if not isinstance(content, dict) or not {"model", "model_config"} <= content.keys():
         raise ValueError(f"{checkpoint} is no training checkpoint: expected a dict with 'model' and 'model_config'")
@@ -145,22 +152,24 @@ def export(checkpoint: str | os.PathLike, folder: str | os.PathLike) -> None:
     weights.check_shapes(state, model.state_dict(), says)
     model.load_state_dict(state, assign=True)
     save_hf(model, folder, tokenizer.get("files"), tokenizer.get("eos_id"))
+    return Path(checkpoint)
 
 
 def main(arguments: list[str]) -> int:
-    usage = "usage: python -m model.gpt2_hub CHECKPOINT.pt FOLDER"
+    usage = "usage: python -m model.gpt2_hub RUN FOLDER"
     if arguments in (["-h"], ["--help"]):
-        print(usage + "\nexports a training checkpoint to FOLDER in Hugging Face's layout")
+        print(usage + "\nexports a run of train_lm.py (best.pt, else last.pt), or one of its checkpoints, to FOLDER in")
+        print("Hugging Face's layout")
         return 0
     if len(arguments) != 2 or any(a.startswith("-") for a in arguments):
         print(usage, file=sys.stderr)
         return 2
     try:
-        export(*arguments)
+        taken = export(*arguments)
     except (ValueError, OSError) as error:
         print(f"model.gpt2_hub: {error}", file=sys.stderr)
         return 2
-    print(f"wrote {arguments[1]}")
+    print(f"wrote {arguments[1]} from {taken}")
     return 0
 
 

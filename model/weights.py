@@ -7,8 +7,8 @@ are read through the file's memory map, one after the other, so that a load need
 import json
 import math
 import os
-import pickle
 import re
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -156,10 +156,14 @@ def read_tensors(paths: list[Path]) -> Iterator[tuple[str, Tensor]]:
 
 def load_pickled(path: str | os.PathLike, says: str, **how):
     """torch.load onto the CPU that runs no code. Raises ValueError, ``says`` and why, for a file it cannot read."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path} {says}: {'it is a folder' if Path(path).is_dir() else 'there is no such file'}")
+    zipped = zipfile.is_zipfile(path)  # a file of torch before 1.6 is none, and cannot be mapped
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, **how)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} {says}: {first_line(error)}") from error
+        return torch.load(path, map_location="cpu", weights_only=True, **(how if zipped else {}))
+    except Exception as error:  # whatever a stranger's bytes do to an unpickler
+        why = first_line(error) if zipped or isinstance(error, OSError) else "torch.save has not written it"
+        raise ValueError(f"{path} {says}: {why}") from error
 
 
 def holds_tensors(content) -> bool:

@@ -6,7 +6,6 @@ import dataclasses
 import logging
 import os
 import platform
-import resource
 import sys
 
 import torch
@@ -102,8 +101,8 @@ def keep_freed_memory() -> None:
     """Tells glibc to keep freed activations for the next step; nothing happens where the C library is another one.
 
     By default each large tensor is mapped anew, and its pages are faulted in and zeroed: some 4 % of a step on CPU."""
-    libc = ctypes.CDLL(None)
-    if platform.libc_ver()[0] == "glibc":
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no request is a mapping of its own
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing is given back
 
@@ -142,10 +141,14 @@ def device_name(device: torch.device, threads: bool = False) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
 
 
-def peak_memory(device: torch.device) -> int:
-    """Peak bytes: allocated by torch on CUDA, resident set of the process on CPU."""
+def peak_memory(device: torch.device) -> int | None:
+    """Peak bytes: allocated by torch on CUDA, resident set of the process on CPU; None there on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:
+        return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from runtime.staging import HELD, release_lock
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SIGNALS = tuple(s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP"))  # Windows has no SIGHUP
 
 
 class Stopped(KeyboardInterrupt):

@@ -2,7 +2,6 @@
 
 import datetime
 import errno
-import fcntl
 import json
 import logging
 import os
@@ -11,6 +10,11 @@ import socket
 import uuid
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows, where it is msvcrt that locks
+    fcntl = None
 
 # What begins so was cut off while it was written. Short, so that the longest name still has its temporary one.
 TEMPORARY = ".tmp-"
@@ -36,7 +40,7 @@ def staged(path: Path, last: str | None = None):
             temporary.mkdir()
         yield temporary
         for file in [temporary] if temporary.is_file() else (f for f in temporary.rglob("*") if f.is_file()):
-            with open(file, "rb") as f:
+            with open(file, "rb+") as f:  # Windows syncs what may be written to alone
                 os.fsync(f.fileno())
         if last is None or not path.exists():
             os.replace(temporary, path)
@@ -106,7 +110,7 @@ def take_lock(folder: Path) -> None:
     while True:
         file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(file)
         except BlockingIOError:
             says = os.read(file, 1000).decode(errors="replace")
             os.close(file)
@@ -125,6 +129,21 @@ def take_lock(folder: Path) -> None:
     since = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     os.ftruncate(file, 0)
     os.write(file, json.dumps({"host": socket.gethostname(), "process": os.getpid(), "since": since}).encode())
+
+
+def _lock(file: int) -> None:
+    """Locks an open file. Raises BlockingIOError where another process has it."""
+    if fcntl:
+        return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    import msvcrt
+
+    os.lseek(file, 1 << 20, os.SEEK_SET)  # a byte behind the text: who may not have the lock may read whose it is
+    try:
+        msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+    except PermissionError:
+        raise BlockingIOError from None
+    finally:
+        os.lseek(file, 0, os.SEEK_SET)
 
 
 def _holder(says: str) -> str:

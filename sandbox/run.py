@@ -97,6 +97,8 @@ def run_many(
         raise ValueError(f"workers={workers}, expected 1 or more")
     if mode not in (None, *MODES, UNSAFE):
         raise ValueError(f"unknown mode {mode!r}, expected one of {', '.join((*MODES, UNSAFE))}")
+    if sys.platform != "linux":
+        raise ValueError(f"programs that a model wrote are run apart on Linux alone, and this is {sys.platform}")
     workers = workers or len(os.sched_getaffinity(0))
     total = len(programs) if hasattr(programs, "__len__") else None
     workers = min(workers, total or workers)
@@ -157,6 +159,8 @@ class _Jailer:
     """The caller's end of a jailer process."""
 
     def __init__(self, mode: str, packages: bool):
+        if sys.platform != "linux":
+            raise ValueError(f"it needs Linux, and this is {sys.platform}")
         python = os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
         paths = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")] if packages else []
         self._process = subprocess.Popen(

@@ -3,9 +3,9 @@
     python -m schedules backtest runs other_runs/trainer_state.json --out runs/backtest
     python -m schedules backtest curves --plans plans.json --leave-out --leave-run-out
 
-Curves are read from the logs that people have (logs.py). The final loss is the mean over the points in the last 2 % of
-the steps. Every method is asked for the loss at their mean step. `fot` is given the learning rates to come, as a
-scheduler knows them; `fot-blind` holds the last one.
+Curves are read from the logs that people have (logs.py), files and folders of them. The final loss is the mean over the
+points in the last 2 % of the steps. Every method of METHODS is asked for the loss at their mean step. The learning
+rates in a log are the plan that `fot` is given; --plans says them where the log has none.
 """
 
 import argparse
@@ -16,7 +16,8 @@ import itertools
 import math
 import os
 import sys
-from collections import namedtuple
+import textwrap
+from collections import Counter, namedtuple
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,6 +57,17 @@ class Row(NamedTuple):
         return None if self.forecast is None else 100 * (self.forecast - self.final) / abs(self.final)
 
 
+def legend() -> str:
+    """What the methods and the columns of the tables are."""
+    says = {f"{name}": what for name, what in METHODS.items()} | {
+        "n, none": "curves with a forecast, and without one",
+        "%": "of the final loss; bias is the mean error, median and worst are of its size",
+        "/persist": "the median error over that of persistence on the same curves",
+        "in 68 %": "the share of the finals inside that interval, in per cent; in 95 % likewise",
+    }
+    return "\n".join(f"  {name:<12} {what}" for name, what in says.items())
+
+
 def read_all(
     paths: list[str], *, plans: dict | None = None, step: str = "", loss: str = "", lr: str = "", run: str = ""
 ) -> list[Curve]:
@@ -67,6 +79,7 @@ def read_all(
     parents = [(file if _own_name(file) else file.parent).resolve().parent for file in files]
     common = Path(os.path.commonpath(parents)) if parents else Path()
     curves = []
+    origins = []
     for file, parent in zip(files, parents, strict=True):
         family = next(iter(parent.relative_to(common).parts), common.name)
         try:
@@ -78,9 +91,14 @@ def read_all(
             continue
         plan = next((plan for pattern, plan in (plans or {}).items() if fnmatch.fnmatch(str(file), pattern)), None)
         curves += [_planned(curve, plan) if plan and curve.lr is None else curve for curve in found]
+        origins += [file.resolve().relative_to(common) if common in file.resolve().parents else file] * len(found)
     if not curves:
         raise ValueError(f"{', '.join(paths)}: no curve in any of {len(files)} files")
-    return curves
+    alike = Counter((curve.family, curve.name) for curve in curves)
+    return [  # two that are called alike by where they are
+        curve if alike[curve.family, curve.name] == 1 else curve._replace(name=f"{origin.with_suffix('')}")
+        for curve, origin in zip(curves, origins, strict=True)
+    ]
 
 
 def _own_name(file: Path) -> bool:
@@ -129,7 +147,14 @@ RIVALS = {
     "literal": lambda step, loss, end, last: literal_forecast(step, loss, end),
     "power": lambda step, loss, end, last: power(step, loss, end),
 }
-METHODS = ("fot", "fot-blind", *RIVALS)
+METHODS = {  # name -> what it is
+    "fot": "the forecaster, given the learning rates to come (fot*: where the log or --plans has them)",
+    "fot-blind": "the same, which holds the last learning rate",
+    "persistence": f"the mean over the last {LAST:.0%} of the steps so far",
+    "slope": "the line through the last fifth of the points",
+    "literal": "a (t + b)^-alpha through the last 150 points, FoT's rule as proposed",
+    "power": "a (t + b)^-alpha through all points",
+}
 
 
 def replay(curve: Curve, prior: Prior | None = SHIPPED, fractions=FRACTIONS, methods=METHODS) -> list[Row]:
@@ -216,13 +241,14 @@ def _cell(value: float, width: str, digits: int) -> str:
 def fans(curves: list[Curve]) -> bytes:
     """A panel a curve: the loss, and from each fraction of it the forecast with the 68 % and the 95 % interval."""
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     rows = math.ceil(len(curves) / ACROSS)
     figure = Figure(figsize=(4.6 * ACROSS, 2.9 * rows + 0.5), dpi=110, layout="constrained")
     panels = figure.subplots(rows, ACROSS, squeeze=False).ravel()
     for panel, curve in zip(panels, curves, strict=False):
         end, final, _ = final_loss(curve)
-        panel.plot(curve.step, curve.loss, color="#b5b5b5", linewidth=0.8, label="recorded")
+        panel.plot(curve.step, curve.loss, color="#b5b5b5", linewidth=0.6, zorder=0.5, label="recorded")
         bounds = [final]
         for fraction, colour in zip(FRACTIONS, FAN_COLOURS, strict=True):
             forecast = fot_at(curve, fraction, planned=True, prior=SHIPPED)
@@ -235,13 +261,21 @@ def fans(curves: list[Curve]) -> bytes:
         low, high = min(bounds), max(*bounds, *(np.quantile(finite, [0.9]) if len(finite) else []))
         margin = 0.12 * (high - low) + 1e-9
         panel.set_ylim(low - margin, high + margin)
-        panel.set_title(f"{curve.family}: {curve.name}"[:52], fontsize=8)
+        panel.set_title(title(curve), fontsize=8)
+        panel.set_xlabel("optimizer step", fontsize=8)
+        panel.set_ylabel("loss", fontsize=8)
         panel.xaxis.set_major_formatter(thousands)
     for panel in panels[len(curves) :]:
         panel.set_visible(False)
     handles = {label: h for p in panels for h, label in zip(*p.get_legend_handles_labels(), strict=True)}
+    handles["68 % and 95 % interval"] = Patch(color=INK, alpha=0.2, linewidth=0)
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
     return png(figure)
+
+
+def title(curve: Curve) -> str:
+    """The family and the whole name of a curve, in as many lines as that takes."""
+    return "\n".join(textwrap.wrap(f"{curve.family}: {curve.name}", 56))
 
 
 def draw_fan(panel, forecast: Forecast, colour: str, label: str) -> None:
@@ -323,15 +357,17 @@ def run(args: argparse.Namespace) -> None:
         pairs = leave_one_out(curves)
         tries.append(("prior: learnt on five other runs of the family", "forecasts-run-left-out.csv", pairs))
     out = Path(args.out)
-    for title, name, pairs in tries:
+    if blind := sum(curve.lr is None for curve in curves):
+        print(f"{blind} of {len(curves)} curves have no learning rates for fot to be given; --plans says them")
+    for prior_of, name, pairs in tries:
         rows = [row for curve, prior in pairs for row in replay(curve, prior)]
-        print(f"\n{title}; {len(pairs)} curves (* = given the learning rates to come)\n{summary_text(rows)}")
+        print(f"\n{prior_of}; {len(pairs)} curves\n{summary_text(rows)}")
         for method in ("fot", "fot-blind"):
             print(f"\n{groups_text(rows, method)}")
         write_rows(rows, out / name)
     for page, first in enumerate(range(0, len(curves), PAGE), 1):
         write_atomically(out / f"fans-{page}.png", fans(curves[first : first + PAGE]))
-    print(f"\nevery forecast and the fans are in {out}/")
+    print(f"\n{legend()}\n\nevery forecast and the fans are in {out}/")
 
 
 def write_rows(rows: list[Row], path: Path) -> None:

@@ -104,9 +104,18 @@ def read_csv(file: str) -> list[dict]:
     return rows
 
 
+OURS, OTHERS = "#1f77b4", "#bbbbbb"  # colours of bars
+
+
+def milliseconds(value: float) -> str:
+    """A time in words: three digits at the least, none of them an exponent."""
+    return f"{value:,.0f} ms" if value >= 100 else f"{value:.3g} ms"
+
+
 def write_plot(rows: list[dict], file: str) -> None:
     """Step times of the providers, one panel a shape."""
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     rows = [r for r in rows if r.get("step_ms")]
     panels = {}
@@ -116,12 +125,18 @@ def write_plot(rows: list[dict], file: str) -> None:
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, ((n, v, d), shown) in zip(reversed(axes), panels.items(), strict=True):
         names = [r["provider"] for r in shown]
-        colors = ["#1f77b4" if "ours" in name or "linear_score" in name else "#bbbbbb" for name in names]
+        colors = [OURS if "ours" in name or "linear_score" in name else OTHERS for name in names]
         bars = axis.barh(names, [r["step_ms"] for r in shown], color=colors)
-        axis.bar_label(bars, fmt=" {:.3g} ms", fontsize=8)
+        axis.bar_label(bars, [f" {milliseconds(r['step_ms'])}" for r in shown], fontsize=8)
         axis.margins(x=0.18)
         axis.set_xlabel("forward and backward, ms")
         axis.set_title(f"N = {n}, V = {v}, {f'D = {d}' if d else 'logits'}, {shown[0]['dtype']}", fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(
+        handles=[Patch(color=OURS, label="ours"), Patch(color=OTHERS, label="others")],
+        loc="outside lower center",
+        ncols=2,
+        fontsize=8,
+    )
     figure.suptitle(f"{rows[0]['device']}, torch {rows[0]['torch']}, {rows[0]['date'][:10]}", fontsize=9)
     figure.savefig(file, dpi=150)

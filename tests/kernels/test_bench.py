@@ -14,6 +14,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from accounting import bytes_beside
+from matplotlib.figure import Figure
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import head_pass, linear_score, losses
@@ -21,7 +22,7 @@ from kernels.bench import claims, compare, diagnostics, timing
 from kernels.bench.__main__ import main
 from kernels.bench.paths import shapes_of, time_chunks
 from kernels.bench.providers import FROM_HIDDEN, FROM_LOGITS
-from kernels.bench.rows import write_csv
+from kernels.bench.rows import write_csv, write_plot
 from kernels.bench.timing import Shape, make_inputs
 from kernels.chunks import ALLOWANCE, TILE, chunk_rows, cuda_chunk, row_stride, weight_bytes_beside
 
@@ -272,6 +273,17 @@ def test_bench_writes_its_rows(tmp_path, monkeypatch, capsys):
     assert rows["Liger CE"]["missing"] == "needs CUDA"
     shown = capsys.readouterr().out
     assert "linear_score DPSM, Fisher" in shown and "Liger CE" in shown and "needs CUDA" in shown
+
+
+def test_the_benchs_picture_says_whose_bars_they_are_and_times_in_words(tmp_path, monkeypatch):
+    same = dict(n=32, v=100, d=0, dtype="float32", device="CPU", torch="2", date="2026-11-27T00:00")
+    times = {"literal DPSM": 1580.3, "ours DPSM": 99.96, "Liger CE": 0.04211}
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **how: drawn.append(figure))
+    write_plot([same | dict(provider=name, step_ms=ms) for name, ms in times.items()], str(tmp_path / "x.png"))
+    texts = [text.get_text().strip() for text in drawn[0].axes[0].texts]
+    assert sorted(texts) == sorted(["1,580 ms", "100 ms", "0.0421 ms"])
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["ours", "others"]
 
 
 def test_audit_of_2000_tokens(tmp_path, capsys, monkeypatch):

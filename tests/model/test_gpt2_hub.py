@@ -291,6 +291,23 @@ def test_a_bad_checkpoint_is_one_line_and_nothing_written(tmp_path, capsys, what
     assert not (tmp_path / "out").exists()
 
 
+def test_a_runs_folder_is_taken_and_other_files_are_told_in_words(tmp_path, capsys):
+    """best.pt of a run, else last.pt; of what is no checkpoint it is said what it is, not what torch.load does."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for name, says in (("last.pt", "last.pt"), ("best.pt", "best.pt")):
+        write_checkpoint(run / name)
+        assert hub.main([str(run), str(tmp_path / f"of {name}")]) == 0
+        assert capsys.readouterr().out.endswith(f"from {run / says}\n")
+    (run / "notes.txt").write_text("no checkpoint")
+    (run / "empty").mkdir()
+    told = {"notes.txt": "torch.save has not written it", "gone.pt": "there is no such file"}
+    for name, says in (told | {"empty": "holds neither best.pt nor last.pt"}).items():
+        assert hub.main([str(run / name), str(tmp_path / "out")]) == 2
+        error = capsys.readouterr().err
+        assert says in error and "mmap" not in error and "zipfile" not in error
+
+
 class Stranger:
     """Pickled, it creates a file where it is loaded."""
 
@@ -314,7 +331,7 @@ def test_command_line():
 
     result = run("only-one")
     assert result.returncode == 2 and not result.stdout
-    assert result.stderr == "usage: python -m model.gpt2_hub CHECKPOINT.pt FOLDER\n"
+    assert result.stderr == "usage: python -m model.gpt2_hub RUN FOLDER\n"
     assert hub.main(["--help"]) == 0 and hub.main(["a", "--b"]) == 2 and hub.main([]) == 2
 
 

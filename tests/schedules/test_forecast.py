@@ -493,7 +493,7 @@ def test_finished_runs_teach_the_next_one(tmp_path):
 def write_csv(path, n=200, header="step,loss,lr"):
     lr = [lr_factor("cosine", s, n) for s in range(1, n + 1)]
     loss = annealed(lr)
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join([header, *(f"{10 * i},{loss[i]:.5f},{lr[i]:.6f}" for i in range(n))]) + "\n")
     return str(path)
 
@@ -513,6 +513,37 @@ def test_backtest_command(tmp_path, capsys):
     assert half["fot"]["planned"] == "True" and half["fot-blind"]["planned"] == "False"
     # The law itself, so the forecast is good: far below the required 0.5 %; persistence is 5 % off.
     assert abs(float(half["fot"]["error_percent"])) < 0.5 < 2 < float(half["persistence"]["error_percent"])
+
+
+def test_a_fan_says_what_it_shows_and_of_whom(tmp_path, monkeypatch):
+    """Long names that differ at their end alone, and two runs of one name: each panel has its own title, in full."""
+    names = [f"b/{'a-rather-long-name-of-a-run-' * 3}{end}" for end in ("seed1", "seed2")]
+    for name in (*names, "b/x/one", "b/y/one"):
+        write_csv(tmp_path / f"{name}.csv", 300)
+    write_csv(tmp_path / "c" / "one.csv", 300)
+    monkeypatch.setattr(backtest, "png", lambda figure: figure)
+    figure = backtest.fans(backtest.read_all([str(tmp_path)]))
+    panels = [panel for panel in figure.axes if panel.get_visible()]
+    titles = [panel.get_title(loc="left").replace("\n", "") for panel in panels]
+    assert len(set(titles)) == 5 and all(any(name[2:] in title for title in titles) for name in names)
+    assert {"b: b/x/one", "b: b/y/one", "c: one"} < set(titles)
+    assert {(panel.get_xlabel(), panel.get_ylabel()) for panel in panels} == {("optimizer step", "loss")}
+    (legend,) = figure.legends
+    assert "68 % and 95 % interval" in [text.get_text() for text in legend.get_texts()]
+
+
+def test_rates_in_the_log_are_the_plan_and_where_there_are_none_it_is_said(tmp_path, capsys):
+    write_csv(tmp_path / "a" / "one.csv")
+    plain = tmp_path / "a" / "two.csv"
+    lines = (tmp_path / "a" / "one.csv").read_text().splitlines()
+    plain.write_text("\n".join(line.rpartition(",")[0] for line in lines) + "\n")
+    main(["backtest", str(tmp_path), "--out", str(tmp_path / "out")])
+    shown = capsys.readouterr().out
+    assert "1 of 2 curves have no learning rates for fot to be given; --plans says them" in shown
+    assert all(f"  {name:<12} {what}" in shown for name, what in backtest.METHODS.items())
+    with open(tmp_path / "out" / "forecasts.csv", newline="") as file:
+        planned = {r["file"]: r["planned"] for r in csv.DictReader(file) if r["method"] == "fot" and r["forecast"]}
+    assert planned == {"one": "True", "two": "False"}
 
 
 @pytest.mark.parametrize("plans", ["[]", "{", '{"*": {"decline": 1}}', '{"*": {"schedule": "up"}}'])

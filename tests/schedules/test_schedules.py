@@ -1,13 +1,16 @@
 """Learning-rate schedules: their ends, their shapes, and the picture of them."""
 
+import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 
+from schedules import plot
 from schedules.__main__ import main
 from schedules.averaging import averaged, schedule_free_adamw
-from schedules.rules import SCHEDULES, bacon_factor, lr_factor, snac_factor
+from schedules.rules import ADAPTIVE, SCHEDULES, bacon_factor, lr_factor, snac_factor
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -69,7 +72,23 @@ def test_unknown_schedule():
         lr_factor("rexx", 0, 10)
 
 
-def test_plot_command(tmp_path, capsys):
+def test_the_plot_has_every_schedule_and_fot_and_no_line_on_another(monkeypatch):
+    monkeypatch.setattr(plot, "png", lambda figure: figure)
+    monkeypatch.setattr(plot, "RUN", 40)
+    left, right = plot.draw(100, 0.05, 0.0, 0.2).axes
+    labels = [text.get_text() for text in left.get_legend().get_texts()]
+    assert {label.partition(",")[0] for label in labels} == set(SCHEDULES)
+    lines = {line.get_label(): line for line in left.get_lines()}
+    for a, b in itertools.combinations(lines.values(), 2):
+        same = np.mean(np.asarray(a.get_ydata()) == np.asarray(b.get_ydata()))
+        assert same < 0.5 or a.get_linestyle() != b.get_linestyle(), (a.get_label(), b.get_label())
+    measured = {text.get_text().partition(",")[0] for text in right.get_legend().get_texts()}
+    assert measured == set(ADAPTIVE)
+    assert all(axes.get_xlabel() and axes.get_ylabel() and axes.get_title(loc="left") for axes in (left, right))
+
+
+def test_plot_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(plot, "RUN", 32)
     main(["plot", "--out", str(tmp_path / "new" / "lr.png"), "--steps", "50"])
     assert (tmp_path / "new" / "lr.png").read_bytes().startswith(b"\x89PNG")
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["lr.png"]
