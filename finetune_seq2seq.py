@@ -46,13 +46,21 @@ from schedules import averaged
 TRAINING_LOSSES = tuple(name for name in LOSSES if name != "smoothing")  # here a flag of ce and dpsm
 
 
+def by_preset(name: str, field: dataclasses.Field | None = None) -> dataclasses.Field:
+    """The flag ``name``, ``field`` where it is this script's own, whose default is its preset's."""
+    about = dict((field or flag(name, None)).metadata)
+    values = [(preset_values(preset, "")[name], preset) for preset in PRESETS]
+    shown = ", ".join(f"{value:g} of {of}" if isinstance(value, float) else f"{value} of {of}" for value, of in values)
+    return opt(None, **about | {"help": f"{about['help']}; default: {shown}"})
+
+
 @dataclass(frozen=True)
 class Config:
     out: str = flag("out")
     resume: bool = flag("resume")
     resume_from: str = flag("resume_from")
     seed: int = flag("seed", help="seeds the initialisation, the data order, dropout and the noise")
-    preset: str = opt("bart", "recipe for the flags without a default of their own", PRESETS)
+    preset: str = opt("bart", "recipe for the flags with a default of each; for xsum some differ", PRESETS)
     # data
     data: str = opt("cnn_dailymail", f"{', '.join(summaries.SUMMARY_SETS)}, or a folder", role="setting", group="data")
     eval_data: str = opt("", "a second set, whose test split is summarised without training on it", role="setting")
@@ -60,22 +68,29 @@ class Config:
     tokenizer: str = opt("", "default: --model's; else gpt2, bpe:SIZE or a folder with its files", role="setting")
     cache: str = flag("cache", help="folder for token caches and trained tokenizers")
     min_words: int = opt(50, "leave out articles with fewer words", within="[0, inf)", role="setting")
-    max_source: int | None = opt(None, "tokens of an article; the rest is cut off", within="[3, inf)", role="setting")
-    max_target: int | None = opt(None, "tokens of a summary; the rest is cut off", within="[3, inf)", role="setting")
+    max_source: int | None = by_preset(
+        "max_source", opt(None, "tokens of an article; the rest is cut off", within="[3, inf)", role="setting")
+    )
+    max_target: int | None = by_preset(
+        "max_target", opt(None, "tokens of a summary; the rest is cut off", within="[3, inf)", role="setting")
+    )
     noise_references: float = opt(0.0, "share of summaries swapped in a batch", within="[0, 1]", role="setting")
     # model
     model: str = opt("", "a BART or PEGASUS to start from: a folder or a hub id", role="setting", group="model")
     size: str = opt("", "with --random-start: the size instead", ("", *SIZES), role="setting")
     random_start: bool = opt(False, "start from random weights of --size", role="setting")
-    dropout: float | None = opt(None, "dropout on embeddings and residuals", within="[0, 1)")
-    attention_dropout: float | None = opt(None, "dropout on attention", within="[0, 1)")
+    dropout: float | None = by_preset("dropout", opt(None, "dropout on embeddings and residuals", within="[0, 1)"))
+    attention_dropout: float | None = by_preset("attention_dropout", opt(None, "dropout on attention", within="[0, 1)"))
     # loss
     loss: str = flag("loss", choices=TRAINING_LOSSES)
-    label_smoothing: float | None = opt(
-        None,
-        "ce, dpsm's ce part: share of the uniform distribution (preset: ce only)",
-        within="[0, 1]",
-        only={"loss": ("ce", "dpsm")},
+    label_smoothing: float | None = by_preset(
+        "label_smoothing",
+        opt(
+            None,
+            "ce, dpsm's ce part: share of the uniform distribution (preset: ce only)",
+            within="[0, 1]",
+            only={"loss": ("ce", "dpsm")},
+        ),
     )
     warmup: float = flag("warmup")
     alpha_schedule: str = flag("alpha_schedule")
@@ -89,21 +104,23 @@ class Config:
     threshold: float = flag("threshold")
     tail_smoothing: float = flag("tail_smoothing")
     # optimizer
-    steps: int | None = flag("steps", None)
-    batch: int | None = flag("batch", None, help="pairs in an optimizer step, over all ranks")
+    steps: int | None = by_preset("steps")
+    batch: int | None = by_preset("batch", flag("batch", None, help="pairs in an optimizer step, over all ranks"))
     micro_batch: int = flag("micro_batch", 8)
-    lr: float | None = flag("lr", None)
-    schedule: str | None = flag("schedule", None)
+    lr: float | None = by_preset("lr")
+    schedule: str | None = by_preset("schedule")
     lr_power: float = opt(1.0, "exponent of the decay", within="[0, inf)", only={"schedule": ("polynomial",)})
-    lr_warmup: float | None = flag("lr_warmup", None)
+    lr_warmup: float | None = by_preset("lr_warmup")
     lr_floor: float = flag("lr_floor", 0.0)
     fot_parts: str = flag("fot_parts")
     fot_window: int = flag("fot_window")
     fot_beta: float = flag("fot_beta")
-    weight_decay: float | None = flag("weight_decay", None, help="AdamW weight decay of the matrices")
+    weight_decay: float | None = by_preset(
+        "weight_decay", flag("weight_decay", None, help="AdamW weight decay of the matrices")
+    )
     beta1: float = flag("beta1")
-    beta2: float | None = flag("beta2", None)
-    clip: float | None = flag("clip", None)
+    beta2: float | None = by_preset("beta2")
+    clip: float | None = by_preset("clip")
     # evaluation
     eval_every: int = flag("eval_every", 500)
     log_every: int = flag("log_every")
@@ -111,12 +128,22 @@ class Config:
     report: str = flag("report", "best")
     validation_examples: int = opt(0, "validate on the first pairs; 0 is all", within="[0, inf)", role="setting")
     test_examples: int = opt(0, "test on the first so many pairs; 0 is all", within="[0, inf)", role="setting")
-    beams: int | None = opt(None, "beams of the search", within="[1, inf)", role="setting")
-    length_penalty: float | None = opt(None, "a hypothesis scores (sum of log p) / length^this", role="setting")
-    min_new_tokens: int | None = opt(None, "no end before so many tokens", within="[0, inf)", role="setting")
-    max_new_tokens: int | None = opt(None, "tokens of a summary at most", within="[1, inf)", role="setting")
-    no_repeat_ngram: int | None = opt(None, "no n-gram of this size twice; 0 is off", within="[0, inf)", role="setting")
-    early_stopping: bool | None = opt(None, "end a search at --beams finished hypotheses", role="setting")
+    beams: int | None = by_preset("beams", opt(None, "beams of the search", within="[1, inf)", role="setting"))
+    length_penalty: float | None = by_preset(
+        "length_penalty", opt(None, "a hypothesis scores (sum of log p) / length^this", role="setting")
+    )
+    min_new_tokens: int | None = by_preset(
+        "min_new_tokens", opt(None, "no end before so many tokens", within="[0, inf)", role="setting")
+    )
+    max_new_tokens: int | None = by_preset(
+        "max_new_tokens", opt(None, "tokens of a summary at most", within="[1, inf)", role="setting")
+    )
+    no_repeat_ngram: int | None = by_preset(
+        "no_repeat_ngram", opt(None, "no n-gram of this size twice; 0 is off", within="[0, inf)", role="setting")
+    )
+    early_stopping: bool | None = by_preset(
+        "early_stopping", opt(None, "end a search at --beams finished hypotheses", role="setting")
+    )
     generate_batch: int = opt(16, "articles that a rank summarises at a time", within="[1, inf)", role="where")
     rouge_words: str = opt("ascii", "words that ROUGE reads; papers: ascii", ROUGE_WORDS, role="setting")
     bertscore: str = opt("", "BERTScore with this model: a name bert-score knows, or FOLDER:LAYER", role="where")

@@ -39,6 +39,21 @@ from schedules import SCHEDULE_FREE, averaged
 # ----------------------------------------------------------------------------------------------
 # config
 
+# What is not given fits the size: the small ones are for a CPU.
+USUAL = dict(tokenizer="gpt2", seq_len=1024, batch=256, steps=20000, eval_every=500)
+FITTING = {
+    "pico": dict(tokenizer="bpe:1024", seq_len=64, batch=16, steps=500, eval_every=100),
+    "nano": dict(tokenizer="bpe:4096", seq_len=128, batch=16, steps=500, eval_every=100),
+    "mini": dict(tokenizer="bpe:8192", seq_len=256, batch=32, steps=2000, eval_every=250),
+}
+
+
+def by_size(flag: str) -> str:
+    """The default of a flag in words."""
+    return (
+        "default: " + ", ".join(f"{fits[flag]} of {size}" for size, fits in FITTING.items()) + f", else {USUAL[flag]}"
+    )
+
 
 @dataclass(frozen=True)
 class Config:
@@ -48,10 +63,12 @@ class Config:
     seed: int = flag("seed", help="seeds the initialisation, the data order, dropout and the label noise")
     # data
     data: str = opt("wikitext103", f"{', '.join(TEXT_NAMES)}, or a folder of text", role="setting", group="data")
-    tokenizer: str = opt("gpt2", "gpt2, bpe:SIZE (trained on the corpus), or a folder with its files", role="setting")
+    tokenizer: str | None = opt(
+        None, f"gpt2, bpe:SIZE (trained on the corpus), or a folder; {by_size('tokenizer')}", role="setting"
+    )
     cache: str = flag("cache", help="folder for token caches and trained tokenizers")
     ood: str = opt("", "out-of-domain text to evaluate at the end: a folder or a data name", role="setting")
-    seq_len: int = opt(1024, "tokens in a sequence", within="[1, inf)", role="setting")
+    seq_len: int | None = opt(None, f"tokens in a sequence; {by_size('seq_len')}", within="[1, inf)", role="setting")
     label_noise: float = opt(0.0, "share of targets replaced by a random token", within="[0, 1]", role="setting")
     label_noise_steps: float = opt(1.0, "share of the steps in which it happens", within="[0, 1]", role="setting")
     # model
@@ -73,8 +90,8 @@ class Config:
     eps: float = flag("eps")
     tail_smoothing: float = flag("tail_smoothing")
     # optimizer
-    steps: int = flag("steps", 20000)
-    batch: int = flag("batch", 256, help="sequences in an optimizer step, over all ranks")
+    steps: int | None = flag("steps", None, help=f"optimizer steps; {by_size('steps')}")
+    batch: int | None = flag("batch", None, help=f"sequences in a step, over all ranks; {by_size('batch')}")
     micro_batch: int = flag("micro_batch", 16)
     lr: float = flag("lr", 6e-4)
     schedule: str = flag("schedule")
@@ -88,7 +105,9 @@ class Config:
     beta2: float = flag("beta2", 0.95)
     clip: float = flag("clip")
     # evaluation
-    eval_every: int = flag("eval_every", 500)
+    eval_every: int | None = flag(
+        "eval_every", None, help=f"steps between validations and checkpoints; {by_size('eval_every')}"
+    )
     log_every: int = flag("log_every")
     patience: int = flag("patience")
     report: str = flag("report", "last")
@@ -105,6 +124,18 @@ class Config:
     checkpoint_activations: bool = flag("checkpoint_activations")
     fsdp: bool = opt(False, "shard parameters and optimizer over the ranks (FSDP2) instead of DDP", role="system")
     wandb: str = flag("wandb")
+
+
+def folder(values: dict) -> Path:
+    """The run's, --out or its default."""
+    return Path(values["out"] or "runs/{}-{model}-{loss}-s{seed}".format(Path(values["data"]).name, **values))
+
+
+def complete(values: dict) -> dict:
+    """What is not given: of a run that is resumed as it has it, else as it fits the size."""
+    usual = USUAL | FITTING.get(values["model"], {})
+    held = RunFolder.config(folder(values)) if values["resume"] else {}
+    return values | {k: held.get(k, v) for k, v in usual.items() if values[k] is None}
 
 
 def check(cfg: Config, world) -> None:
@@ -135,14 +166,17 @@ def forwards(model: GPT2, windows: Windows, rows: int, world):
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    cfg = parse_config(Config, argv, __doc__)
+    cfg = parse_config(Config, argv, __doc__, complete=complete)
     with user_errors():
         world = start_world(cfg.device)
         check(cfg, world)
         device, dtype = world.device, world.dtype(cfg.dtype)
-        out = Path(cfg.out or f"runs/{Path(cfg.data).name}-{cfg.model}-{cfg.loss}-s{cfg.seed}")
+        out = folder(asdict(cfg))
         run = RunFolder(out, world)
         checkpoint = run.enter(cfg)
+        fits = [f"--{k.replace('_', '-')} {v}" for k, v in FITTING.get(cfg.model, {}).items() if getattr(cfg, k) == v]
+        if world.main and fits and not checkpoint:
+            print(f"{out}: as --model {cfg.model} has it where it is not given: {' '.join(fits)}", flush=True)
 
         # -- data ------------------------------------------------------------------------------
         with world.main_first():

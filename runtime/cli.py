@@ -30,15 +30,18 @@ ROLES = {
 }
 
 
-def opt(default, help: str, choices=None, *, within="", role="knob", only=None, group="", alias=""):
+def opt(default, help: str, choices=None, *, within="", role="knob", only=None, group="", alias="", unlike=""):
     """A dataclass field that is a flag, with its one-line help.
 
     ``choices``: the values that a string may take, a tuple. ``within``: an interval such as "[0, 1)" that a number must
     lie in. ``role``: a key of ROLES. ``only``: {other flag: values} under which this one is read; all must hold, and
-    given elsewhere it is refused. ``group``: begins a section of --help. ``alias``: another name."""
+    given elsewhere it is refused. ``group``: begins a section of --help. ``alias``: another name.
+    ``unlike``: what the flag is not, where other code bases call something else so; --help and its errors say it."""
     if role not in ROLES:
         raise ValueError(f"role {role!r}; expected one of {', '.join(ROLES)}")
-    about = dict(help=help, choices=choices, within=within, role=role, only=only or {}, group=group, alias=alias)
+    about = dict(
+        help=help, choices=choices, within=within, role=role, only=only or {}, group=group, alias=alias, unlike=unlike
+    )
     return dataclasses.field(default=default, metadata=about)
 
 
@@ -111,7 +114,7 @@ def parser_of(cls, description: str = "", *, exits: bool = True) -> Parser:
         choices = ", ".join(c or repr(c) for c in about["choices"] or ())
         default = "" if f.default in (None, "") else f"default: {f.default}"
         notes = "; ".join(filter(None, (choices, about["within"], default)))
-        help = about["help"] + (f" ({notes})" if notes else "")
+        help = "; ".join(filter(None, (about["help"], about["unlike"]))) + (f" ({notes})" if notes else "")
         names = filter(None, (flag_name(f.name), about["alias"]))
         how = {"dest": f.name, "default": argparse.SUPPRESS, "help": help.replace("%", "%%")}
         metavar = "NAME" if choices else kind.__name__.upper()
@@ -132,13 +135,14 @@ def parse_config(cls, argv: list[str] | None = None, description="", complete=la
     for f in dataclasses.fields(cls):
         value, interval = values[f.name], f.metadata["within"]
         if interval and value is not None and (wrong := outside(value, interval)):
-            parser.error(f"{flag_name(f.name)} {value} {wrong}")
+            parser.error("; ".join(filter(None, (f"{flag_name(f.name)} {value} {wrong}", f.metadata["unlike"]))))
     for f in dataclasses.fields(cls):
         for other, allowed in f.metadata["only"].items():
             if f.name in given and values[other] not in allowed:
                 flag, may = flag_name(other), " or ".join(map(str, allowed))
                 why = f"is read by {flag} {may} alone, not by {flag} {values[other]}"
-                parser.error(f"{flag_name(f.name)} {f'needs {flag}' if allowed == (True,) else why}")
+                wrong = f"{flag_name(f.name)} {f'needs {flag}' if allowed == (True,) else why}"
+                parser.error("; ".join(filter(None, (wrong, f.metadata["unlike"]))))
     return cls(**values)
 
 

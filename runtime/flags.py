@@ -22,13 +22,25 @@ FLAGS = {
     "cache": opt("cache", "folder for caches of data", role="where"),
     # loss
     "loss": opt("ce", "training loss", LOSSES, group="loss"),
-    "warmup": opt(0.1, "dpsm: alpha's ramp, as a fraction of the steps", within=SHARE, only=RAMP),
+    "warmup": opt(
+        0.1,
+        "dpsm: alpha's ramp, as a fraction of the steps",
+        within=SHARE,
+        only=RAMP,
+        unlike="the learning rate's warm-up is --lr-warmup",
+    ),
     "alpha_schedule": opt(
         "linear", "dpsm: shape of the ramp; fixed holds --alpha-max from the first step", ALPHA_SCHEDULES, only=DPSM
     ),
     "alpha_max": opt(1.0, "dpsm: share of Brier at the end of the ramp", within=SHARE, only=DPSM),
     "alpha_start": opt(0.0, "dpsm: where the ramp begins, as a fraction of the steps", within=SHARE, only=RAMP),
-    "path": opt("mix", "dpsm: mix CE and Brier, or raise the order of the power score from CE's", PATHS, only=DPSM),
+    "path": opt(
+        "mix",
+        "dpsm: mix CE and Brier, or raise the order of the power score from CE's",
+        PATHS,
+        only=DPSM,
+        unlike="folders are --out, --data and --model",
+    ),
     "order": opt(
         None,
         "power, dpsm --path order: order of the power score, at the end of the ramp; near 1 it is ce, at 2 half of "
@@ -36,11 +48,19 @@ FLAGS = {
         within="(1, inf)",
         only={"loss": ("power", "dpsm")},
     ),
-    "gamma": opt(2.0, "focal: exponent", within=POSITIVE, only={"loss": ("focal",)}),
+    "gamma": opt(
+        2.0, "focal: exponent", within=POSITIVE, only={"loss": ("focal",)}, unlike="no decay of the learning rate"
+    ),
     "mile_gamma": opt(1.0, "mile: exponent of 1 + entropy", within=POSITIVE, only={"loss": ("mile",)}),
     "q": opt(0.7, "gce: exponent; 1 is 1 - p_y", within="(0, 1]", only={"loss": ("gce",)}),
     "threshold": opt(0.1, "ce_above, ce_below: probability", within=SHARE, only={"loss": ("ce_above", "ce_below")}),
-    "eps": opt(0.1, "smoothing: share of the uniform distribution", within=SHARE, only={"loss": ("smoothing",)}),
+    "eps": opt(
+        0.1,
+        "smoothing: share of the uniform distribution",
+        within=SHARE,
+        only={"loss": ("smoothing",)},
+        unlike="AdamW's stays at 1e-8",
+    ),
     "tail_smoothing": opt(
         0.0, "brier, spherical: Shao's score smoothing with a logarithmic tail; 0 is off", within=SHARE, only=BOUNDED
     ),

@@ -191,6 +191,13 @@ class RunFolder:
     def __truediv__(self, name: str) -> Path:
         return self.path / name
 
+    @staticmethod
+    def config(path: Path) -> dict:
+        """What config.json of the folder ``path`` says; {} where there is none or it is damaged, which `enter` says."""
+        with contextlib.suppress(ValueError):
+            return textlines.read_json(path / "config.json", dict) if (path / "config.json").is_file() else {}
+        return {}
+
     def enter(self, cfg) -> dict | None:
         """The checkpoint that a run of ``cfg`` goes on from (flags out, resume, resume_from); None for a new run.
 

@@ -31,6 +31,7 @@ import numpy as np
 from .law import CLOCK, MAD_TO_SD, SCALE, TAUS, fit, level, smoothed
 from .learn import learn_prior
 from .logs import log_files, read_curves
+from .rules import SCHEDULES, lr_factor
 
 MIN_POINTS = 2
 SEGMENTS, CURVE = 128, 16  # of the planned schedule between now and T; every SEGMENTS / CURVE-th is on the curve
@@ -255,18 +256,28 @@ class Forecaster:
                 self.rows[:half, 0] = self.width
 
     def forecast(
-        self, total: float, schedule: Callable[[float], float] | Sequence[float] | None = None, window: float = math.inf
+        self,
+        total: float,
+        schedule: Callable[[float], float] | Sequence[float] | str | None = None,
+        window: float = math.inf,
     ) -> Forecast:
         """The loss at step ``total``.
 
-        ``schedule``: the planned learning rate, a function of the step or one value for each step after the last point
-        up to ``total``, in the unit of those given to `update`. Without it the last learning rate is held, and half of
+        ``schedule``: the planned learning rate, a function of the step, one value for each step after the last point
+        up to ``total``, in the unit of those given to `update`, or the name of one of SCHEDULES, which falls from the
+        highest learning rate so far and has had its warm-up. Without it the last learning rate is held, and half of
         what bringing it down would gain is in ``sd``; where no learning rate was ever given it most often comes down,
         and that half, less in the second half of the run, is taken off the mean as well. ``window``: the number of
         points whose mean will be called the final loss, so that their noise is in ``sd``; by default the smooth curve
-        itself is meant. Raises ValueError for a schedule without a learning rate history, with negative or non-finite
-        values."""
+        itself is meant. Raises ValueError for a schedule without a learning rate history, of an unknown name, and
+        with negative or non-finite values."""
         planned = schedule is not None
+        if isinstance(schedule, str):
+            if schedule not in SCHEDULES:
+                others = "a function of the step, or a learning rate for each step to come"
+                raise ValueError(f"schedule {schedule!r}: expected one of {', '.join(SCHEDULES)}, {others}")
+            name, peak = schedule, self.peak
+            schedule = lambda step: peak * lr_factor(name, step, total)  # noqa: E731 - one line of a plan
         if planned and not self.has_lr and self.points:
             raise ValueError("a planned schedule needs the learning rates so far; give lr to update()")
         none = Forecast(None, None, np.zeros((0, 3)), {}, "", planned)

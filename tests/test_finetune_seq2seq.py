@@ -367,6 +367,11 @@ def test_presets():
     assert resolved("--loss", "dpsm").label_smoothing == 0  # it is the CE baseline's
     assert resolved("--loss", "dpsm", "--label-smoothing", "0.1").label_smoothing == 0.1
     assert resolved("--data", "mine/xsum").beams == bart.beams  # whatever is in a folder that is called so
+    for field in dataclasses.fields(finetune_seq2seq.Config):  # --help says the default of each preset
+        if field.default is None and field.name != "order":
+            values = [preset_values(preset, "")[field.name] for preset in PRESETS]
+            said = [part.split(" of ")[0] for part in field.metadata["help"].rpartition("default: ")[2].split(", ")]
+            assert said == [f"{v:g}" if isinstance(v, float) else str(v) for v in values], field.name
     assert resolved("--lr", "1e-5").lr == 1e-5 and resolved("--lr", "0").lr == 0
     pegasus = resolved("--preset", "pegasus", "--model", "x", "--data", "xsum")
     assert (pegasus.beams, pegasus.max_source, pegasus.max_target, pegasus.lr) == (8, 512, 64, 1e-4)

@@ -7,6 +7,8 @@ import pytest
 import torch
 from lm_runs import fails, torchrun, train, weights
 
+import train_lm
+from runtime.cli import parse_config
 from runtime.folder import load_checkpoint
 
 
@@ -31,6 +33,30 @@ from runtime.folder import load_checkpoint
 )
 def test_bad_flags(match, more, lm_base, tmp_path, capsys):
     fails(capsys, match, lm_base, tmp_path / "run", *more)
+
+
+def resolved(*flags):
+    return parse_config(train_lm.Config, list(map(str, flags)), complete=train_lm.complete)
+
+
+def test_what_is_not_given_fits_the_size_and_what_is_given_wins(lm_base, tmp_path, capsys):
+    nano, large = resolved("--model", "nano"), resolved("--model", "gpt2-large")
+    assert (nano.tokenizer, nano.seq_len, nano.batch, nano.steps) == ("bpe:4096", 128, 16, 500)
+    assert (large.tokenizer, large.seq_len, large.batch, large.steps) == ("gpt2", 1024, 256, 20000)
+    assert resolved() == resolved("--model", "gpt2") and resolved("--model", "nano", "--batch", 256).batch == 256
+    with pytest.raises(SystemExit):
+        resolved("--model", "nano", "--batch", 0)
+    assert "--batch 0 must be at least 1" in capsys.readouterr().err
+    # Said at the start. A run of before had GPT-2's numbers in its config, and goes on with them.
+    at = lm_base.index("--batch")
+    flags, out = lm_base[:at] + lm_base[at + 2 :], tmp_path / "run"
+    assert train(lm_base, out, "--steps", 4) == 0
+    assert "as --model nano" not in capsys.readouterr().out
+    assert train(flags, out, "--steps", 4, "--resume") == 0
+    assert json.loads((out / "config.json").read_text())["batch"] == 8
+    fails(capsys, "batch was 8, now 16", flags, out, "--steps", 4, "--resume", "--batch", 16)
+    assert train(flags, tmp_path / "new", "--steps", 1) == 0
+    assert "as --model nano has it where it is not given: --batch 16" in capsys.readouterr().out
 
 
 def test_bad_text(lm_base, tmp_path, capsys):

@@ -24,6 +24,7 @@ class Config:
     knob: float = opt(0.5, "of beta", only={"mode": ("beta",)})
     place: str = opt("", "place", role="where")
     compile: bool | None = opt(None, "compile")
+    warmup: float = opt(0.1, "share", within="[0, 1]", only={"mode": ("beta",)}, unlike="the rate's is --rise")
 
 
 def refused(flags: str, capsys, **how) -> str:
@@ -48,6 +49,7 @@ def test_help_is_grouped_and_says_ranges_choices_and_defaults(capsys):
     assert stopped.value.code == 0
     text = capsys.readouterr().out
     assert all(f"--{n}" in text for n in ("lr", "steps", "mode", "way", "fast", "no-compile"))
+    assert "share; the rate's is --rise ([0, 1]; default: 0.1)" in " ".join(text.split())
     assert "(0, 1]; default: 0.1" in text and "alpha, beta" in text and "% of nothing" in text
     places = [text.index(part) for part in ("optimizer:", "--lr", "--steps", "system:", "--mode", "--compile")]
     assert places == sorted(places)
@@ -69,6 +71,8 @@ def test_help_is_grouped_and_says_ranges_choices_and_defaults(capsys):
         ("--knob 1", "--knob is read by --mode beta alone, not by --mode a"),
         ("--knob 0.5", "--knob is read by --mode beta alone"),  # also at its default: it was given
         ("--faster 3", "--faster needs --fast"),
+        ("--warmup 0.2", "--warmup is read by --mode beta alone, not by --mode a; the rate's is --rise"),
+        ("--mode beta --warmup 500", "--warmup 500.0 is outside [0, 1]; the rate's is --rise"),
     ],
 )
 def test_a_bad_flag_is_one_line(flags, says, capsys):

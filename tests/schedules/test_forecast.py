@@ -498,6 +498,24 @@ def write_csv(path, n=200, header="step,loss,lr"):
     return str(path)
 
 
+def test_a_schedule_may_be_named(tmp_path):
+    """By its name it is what `lr_factor` gives after the peak; another name, or a number, is one line that says so."""
+    lr = [0.3 * lr_factor("cosine", step, 400) for step in range(400)]
+    forecaster = Forecaster()
+    forecaster.extend(np.arange(1, 201), annealed(lr)[:200], lr[:200])
+    named = forecaster.forecast(400, "cosine")
+    written = forecaster.forecast(400, lambda step: 0.3 * lr_factor("cosine", step, 400))
+    assert named.planned and named.mean == written.mean and named.sd == written.sd
+    assert named.mean != forecaster.forecast(400, "linear").mean
+    for empty in (Forecaster(), forecaster):
+        with pytest.raises(
+            ValueError, match="schedule 'cosin': expected one of cosine, linear.*, a function of the step"
+        ):
+            empty.forecast(400, "cosin")
+    with pytest.raises(ValueError, match="expected one learning rate a step up to 400"):
+        forecaster.forecast(400, 0.1)
+
+
 def test_backtest_command(tmp_path, capsys):
     for family in "ab":
         write_csv(tmp_path / family / "one.csv")
