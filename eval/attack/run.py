@@ -36,10 +36,10 @@ from data.summaries import load_summaries, tokenizer_of_model
 from data.windows import IGNORE_INDEX
 from data.wordlists import WordLists, load_lists
 from eval.attack.textfooler import AttackOptions, attack_group
-from eval.attack.words import POS, SameClass, Words, part_of_speech
+from eval.attack.words import POS, SameClass, Words, exchangeable, part_of_speech
 from eval.rows import json_line, write_rows
 from eval.seq2seq import decoding, forward, load_finetuned
-from eval.summaries import ROUGE, intervals, rouge_scores
+from eval.summaries import ROUGE, ROUGE_WORDS, intervals, rouge_scores
 from kernels import Calibration, linear_moments
 from model.generate import generate
 from model.seq2seq_hub import load_seq2seq
@@ -51,6 +51,10 @@ from schedules.textlines import fault, read_json, read_rows
 
 ROWS_FILE, RESULT_FILE = "attack.jsonl", "attack.json"
 KEPT = ("changed", "queries", "loss_before", "loss_after", "words", "stop")  # of an Attack, in attack.jsonl
+
+
+NOTHING = "no word of the {:,} articles has another to stand for it"
+WAY_OUT = "give --words of the articles' language, or fewer --antonyms and --synonyms"
 
 
 class Target:
@@ -198,17 +202,24 @@ def by_article(rows: list[dict]) -> dict[str, list[float]]:
     return out
 
 
-def figures(rows: list[dict], references: Sequence[str], goal: float) -> dict:
+def untouched(row: dict) -> bool:
+    """Whether no word of the article had another that might stand for it, so that nothing was tried."""
+    return row["stop"] == "words" and row["queries"] == 1
+
+
+def figures(rows: list[dict], references: Sequence[str], goal: float, words: str = "ascii") -> dict:
     """What the attack did: means over articles, ROUGE before and after, and 95 % intervals of the loss's rise and of
-    ROUGE's drop. ``success_rate`` is the share that reached the goal, None without a goal."""
+    ROUGE's drop. ``success_rate`` is the share that reached the goal, None without a goal. ``words``: ROUGE's."""
     values = by_article(rows)
     mean = {name: statistics.fmean(each) for name, each in values.items()}
-    before, after = (rouge_scores([row[f"summary_{when}"] for row in rows], references) for when in ("before", "after"))
+    written = ([row[f"summary_{when}"] for row in rows] for when in ("before", "after"))
+    before, after = (rouge_scores(each, references, words=words) for each in written)
     drops = {
         name: [None if a is None else a - b for a, b in zip(before[name], after[name], strict=True)] for name in ROUGE
     }
     return {
         "articles": len(rows),
+        "articles_without_candidates": sum(map(untouched, rows)),
         "success_rate": mean["goal"] if math.isfinite(goal) else None,
         "perturbation_rate": mean["rate"],
         "queries_per_article": mean["queries"],
@@ -270,6 +281,11 @@ def summary_lines(content: dict) -> list[str]:
         f"  {f['articles']:,} articles: {rate}, {100 * f['perturbation_rate']:.1f} % of words exchanged, "
         f"{f['queries_per_article']:.0f} queries an article"
     )
+    if f["articles_without_candidates"]:
+        lines.append(f"  {f['articles_without_candidates']:,} of them have no word with another to stand for it")
+    if f["rouge_unmeasured"]:
+        what = f"{f['rouge_unmeasured']:,} of {f['articles']:,} references have no word that it reads and are left out"
+        lines.append(f"  ROUGE: {what}; --rouge-words unicode reads every script")
     return [*lines, "  how this differs from the published recipe:", *(f"  - {d}" for d in content["differences"])]
 
 
@@ -288,6 +304,7 @@ def load_target(run: Path, checkpoint: str, data: str, device: torch.device, bat
     search = decoding(settings, tokenizer)
     about = {"decoding": asdict(search), "max_source": settings.max_source, "max_target": settings.max_target}
     about |= {"model_dtype": str(model.dtype).removeprefix("torch."), "tokenizer": tokenizer.base.hash, "weights": {}}
+    about["rouge_words"] = getattr(settings, "rouge_words", "ascii")
     for path in files:  # a run that was trained further is another target
         with open(path, "rb") as file:
             about["weights"][path.name] = hashlib.file_digest(file, "sha256").hexdigest()
@@ -307,12 +324,13 @@ def chosen(pairs: list, count: int, seed: int) -> list:
     return [pairs[i] for i in sorted(drawn)]
 
 
-def check_candidates(pairs: list, lists: WordLists) -> None:
-    """Raises ValueError where no word of the articles has another to stand for it: nothing would be attacked."""
-    words = {core for pair in pairs for core in Words(pair.article).cores if core}
+def check_candidates(pairs: list, lists: WordLists, keep_names: bool) -> None:
+    """Raises ValueError where no word of the articles, names aside, has another to stand for it: nothing would be
+    attacked."""
+    articles = [Words(pair.article) for pair in pairs]
+    words = {w.cores[i] for w in articles for i in range(len(w.chunks)) if exchangeable(w, i, keep_names)}
     if not any(map(lists.candidates, sorted(words))):
-        what = f"no word of the {len(pairs):,} articles has another to stand for it"
-        raise ValueError(f"{what}; give --words of the articles' language, or fewer --antonyms and --synonyms")
+        raise ValueError(f"{NOTHING.format(len(pairs))}; {WAY_OUT}")
 
 
 def prepare_out(out: Path, config: dict, resume: bool, may_change: tuple[str, ...] = ()) -> None:
@@ -328,7 +346,7 @@ def prepare_out(out: Path, config: dict, resume: bool, may_change: tuple[str, ..
     old = read_json(result, dict, advice=anew).get("config")
     if not isinstance(old, dict):
         raise ValueError(f"{result} is damaged, it has no config; {anew}")
-    same_config(out, old, config, may_change)
+    same_config(out, old, config, may_change, {"rouge_words": "ascii"})  # of attacks of before
 
 
 def parser() -> tuple[Parser, tuple[str, ...]]:
@@ -351,6 +369,7 @@ def parser() -> tuple[Parser, tuple[str, ...]]:
     add("--max-changed", type=float, default=default.max_changed, help="share of words exchanged, at most")
     add("--candidates", type=int, default=default.candidates, help="neighbours of a word tried, at most")
     add("--min-similarity", type=float, help="cosine of the model's own encoder states, at least (default: no check)")
+    add("--rouge-words", choices=ROUGE_WORDS, help="words that ROUGE reads (default: the run's own, else ascii)")
     add("--names", action="store_true", help="exchange capitalised words inside sentences too")
     add("--seed", type=int, default=1, help="draws the articles, and the words where queries are few")
     add("--group", type=int, default=8, help="articles attacked at a time; what a kill can lose")
@@ -378,11 +397,12 @@ def main(arguments: list[str] | None = None) -> None:
         device = start_world(given.device).device
         target, about = load_target(given.run, given.checkpoint, given.data, device, given.batch)
         digest = hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
+        about["rouge_words"] = given.rouge_words or about["rouge_words"]
         config = vars(given) | {"pos": pos, "lists": sources, "set": part.label, "pairs": digest} | about
         config["goal"] = given.goal if math.isfinite(given.goal) else None  # JSON has no inf
         config = json.loads(json.dumps(config, default=str))  # as a resumed attack will read it
         prepare_out(given.out, config, given.resume, may_change)
-        check_candidates(pairs, lists)
+        check_candidates(pairs, lists, options.keep_names)
         given.out.mkdir(parents=True, exist_ok=True)
         content = {"state": "running", "config": config, "environment": environment(device)}
         content["differences"] = differences(options, pos, sources)
@@ -392,8 +412,10 @@ def main(arguments: list[str] | None = None) -> None:
         attack = partial(attack_pairs, target, lists=lists, options=options, seed=given.seed, same_class=same_class)
         rows = attack_all(given.out, pairs, given.group, attack, given.resume, progress=sys.stderr.isatty())
         content |= {"state": "finished", "seconds": time.perf_counter() - start}  # of this call, resumed or not
+        if all(map(untouched, rows)):
+            raise ValueError(f"{NOTHING.format(len(rows))} of the same part of speech (--pos {pos}); {WAY_OUT}")
         references = [p.summary for p in pairs]
-        content["figures"] = figures(rows, references, options.goal)
+        content["figures"] = figures(rows, references, options.goal, about["rouge_words"])
         content["calibration_before"] = target.calibration([p.article for p in pairs], references)
         content["calibration_after"] = target.calibration([row["article"] for row in rows], references)
         write_json(given.out / RESULT_FILE, content)

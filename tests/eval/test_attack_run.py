@@ -3,6 +3,7 @@
 import importlib.util
 import json
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from word_lists import folder_of_lists
 
 import eval.attack.run as script
 from data.summaries import Pair, Summaries, tokenizer_for_training
+from data.wordlists import WordLists
 from eval.attack.run import Target, attack_all, chosen
 from eval.seq2seq import decoding
 from finetune_seq2seq import Config, complete
@@ -299,6 +301,35 @@ def test_an_attack_that_could_exchange_no_word_is_an_error(tiny, tmp_path, capsy
     error = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2 and "articles has another to stand for it; give --words of" in error[-1]
     assert not (tmp_path / "out").exists()
+
+
+def test_words_that_are_never_exchanged_are_no_candidates(tiny, tmp_path, capsys):
+    """Names alone have neighbours: with them kept there is nothing to attack, which is said before anything is done."""
+    pairs = [SimpleNamespace(article="we saw Big Town", summary="s")]
+    lists = WordLists({"big": ["large"], "town": ["city"]})
+    script.check_candidates(pairs, lists, keep_names=False)
+    with pytest.raises(ValueError, match="no word of the 1 articles has another to stand for it; give --words"):
+        script.check_candidates(pairs, lists, keep_names=True)
+
+
+def test_the_words_of_rouge_may_be_chosen_and_what_it_cannot_read_is_said(tiny, tmp_path, capsys):
+    """The run's own choice, or --rouge-words; of references in another script ASCII's ROUGE measures none."""
+    rows = [dict(row, summary_before="привет мир", summary_after="мир") for row in toy_rows(ARTICLES)]
+    references = ["привет мир"] * len(rows)
+    ascii_only = script.figures(rows, references, 0.5)
+    assert ascii_only["rouge_unmeasured"] == 10 and ascii_only["rouge_before"]["rouge1"] is None
+    read = script.figures(rows, references, 0.5, "unicode")
+    assert read["rouge_unmeasured"] == 0 and read["rouge_before"]["rouge1"] == pytest.approx(100)
+    few = ("--articles", "2", "--queries", "4", "--goal", "inf")
+    for name, flags in (("run's", ()), ("given", ("--rouge-words", "unicode"))):
+        run_main(tiny, tmp_path / name, *few, *flags)
+        config = json.loads((tmp_path / name / "attack.json").read_text())["config"]
+        assert config["rouge_words"] == ("unicode" if flags else "ascii")
+    content = json.loads((tmp_path / "given" / "attack.json").read_text())
+    content["figures"] |= {"rouge_unmeasured": 1, "articles_without_candidates": 1}
+    said = "\n".join(script.summary_lines(content))
+    assert "1 of 2 references have no word that it reads and are left out; --rouge-words unicode" in said
+    assert "1 of them have no word with another to stand for it" in said
 
 
 def test_an_attack_without_a_goal_can_be_resumed(tiny, tmp_path, capsys):
