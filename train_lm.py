@@ -1,6 +1,6 @@
 """Experiment 1: a GPT-2 from scratch under any proper score, from raw text to a calibrated number.
 
-    python train_lm.py --model nano --data pydoc --tokenizer bpe:4096 --seq-len 128 --batch 16 --steps 500 --loss dpsm
+    python train_lm.py --model nano --data pydoc --loss dpsm               # a CPU: what is not given fits the size
     python train_lm.py --model gpt2 --data wikitext103 --loss dpsm --warmup 0.1                      # one GPU
     torchrun --nproc_per_node 8 train_lm.py --loss dpsm --warmup 0.1                                 # one node
     torchrun --nproc_per_node 8 train_lm.py --model gpt2-1.3b --fsdp --checkpoint-activations --loss brier

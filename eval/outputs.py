@@ -94,6 +94,7 @@ def read_outputs(
 
 def _rows(path: Path) -> Iterator[tuple[str, object]]:
     """(where it stands, row)."""
+    path = path / "outputs.jsonl" if path.is_dir() else path  # of a run
     if path.suffix == ".json":
         yield from ((f"{path}, entry {i}", row) for i, row in enumerate(read_json(path, list, nan=True), 1))
     else:

@@ -10,6 +10,7 @@ from tiny_gsm8k import json_rows
 from data.gsm8k import PUBLISHED_ROWS, load_gsm8k
 from data.programs import to_program
 from eval.gsm8k import Sample, grade_code, grade_text, scores
+from eval.outputs import read_outputs
 from sandbox import Limits
 
 
@@ -66,6 +67,19 @@ def test_toras_boxes(published):
     theirs = grade_text([Sample(p.id, f"#### {row['pred'][0]}") for p, row in pairs], golds)
     boxed = [(a.correct["boxed"], b.correct["strict"]) for a, b in zip(ours, theirs, strict=True) if a.answers["boxed"]]
     assert len(boxed) == 1308 and all(a == b for a, b in boxed)
+
+
+def test_the_published_files_are_read_as_they_are(published):
+    """ToRA's and both of Program-of-Thought's, by their questions: another order, and rows that are no output."""
+    problems = load_gsm8k(published / "gsm8k", "test")
+    known, said = ([p.id for p in problems], [p.question for p in problems]), []
+    counts = {"tora/tora-70b-v1.0_gsm8k": 1319, "pot/gsm8K_s0_codex": 1318, "pot/gsm8K_zs_codex": 1317}
+    for name, count in counts.items():
+        samples = read_outputs(published / "gsm8k_outputs" / f"{name}.jsonl", *known, said=said)
+        assert len({sample.id for sample in samples}) == len(samples) == count
+        silent = sum("print(" not in sample.output for sample in samples)
+        assert name.startswith("tora") or silent <= 12  # so many of the programs assign no ans
+    assert len(said) == 3 and "2 rows without an output are passed over" in said[1]
 
 
 def test_tora_accuracy(published):

@@ -70,6 +70,11 @@ def test_several_samples_of_one_problem(tmp_path):
     assert read_outputs(write(tmp_path, rows), IDS) == [Sample(i, text) for i in IDS for text in "ab"]
 
 
+def test_a_runs_folder_is_taken(tmp_path):
+    write(tmp_path, LAYOUT["ours"])
+    assert read_outputs(tmp_path, IDS) == EXPECTED
+
+
 def test_a_field_may_be_named(tmp_path):
     rows = [{"id": i, "output": "no", "final": WROTE[i]} for i in range(6)]
     assert read_outputs(write(tmp_path, rows), IDS, field="final") == EXPECTED
