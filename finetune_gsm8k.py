@@ -279,7 +279,26 @@ def main(argv: list[str] | None = None) -> int:
         if cfg.best_by == "nll":
             return {}
         lora.set_segments(model, None)
-        return answers.pass_rate(model, heldout, prompter, run / "heldout", world, **writing)
+        found = answers.pass_rate(model, heldout, prompter, run / "heldout", world, **writing, halt=meter.signalled)
+        meter.owed |= not found
+        return found
+
+    epochs = cfg.batch / len(train)  # in a step
+
+    def validate() -> None:
+        """Where one is due, a validation; where one is due, a checkpoint."""
+        best = False
+        if meter.at_eval:
+            with averaged(optimizer):
+                made = answers.forwards(model, heldout_rows, cfg.loss_on, cfg.micro_batch, world)
+                made = meter.watched(made, count=-(-len(heldout_rows) // (cfg.micro_batch * world.size)))
+                found = evaluate(model, made, world, score=score, **scoring)
+                right = {} if meter.owed else held_right()
+            numbers = {"loss": found.loss, "epoch": meter.step * epochs} | metrics.measure(found.raw) | right
+            best = meter.judge(numbers, next(iter(right), "nll"))
+        if meter.saves(model):
+            save(best)
+        meter.go_on()
 
     if cfg.before and not (run / "before" / "summary.json").exists():
         save()
@@ -287,9 +306,9 @@ def main(argv: list[str] | None = None) -> int:
 
     # -- loop ----------------------------------------------------------------------------------
     share = cfg.batch // world.size  # of a step's problems, this rank's
-    mine, epochs = slice(world.rank * share, (world.rank + 1) * share), cfg.batch / len(train)
+    mine = slice(world.rank * share, (world.rank + 1) * share)
     trained.train()
-    meter.start()
+    meter.start(validate)
     while meter.running:
         step = meter.step
         batch = [train[i] for i in batch_indices(len(train), step, cfg.batch, cfg.seed)]  # a function of the step
@@ -348,17 +367,7 @@ def main(argv: list[str] | None = None) -> int:
             room.zero_()
         if meter.ending == "diverged":
             break
-        best = False
-        if meter.at_eval:
-            with averaged(optimizer):
-                held_out = answers.forwards(model, heldout_rows, cfg.loss_on, cfg.micro_batch, world)
-                found = evaluate(model, held_out, world, score=score, **scoring)
-                right = held_right()
-            numbers = {"loss": found.loss, "epoch": meter.step * epochs} | metrics.measure(found.raw) | right
-            best = meter.judge(numbers, next(iter(right), "nll"))
-        if meter.saves(model):
-            save(best)
-        meter.go_on()
+        validate()
     if (code := meter.end()) is not None:
         return run.finish(code)
 

@@ -238,6 +238,7 @@ def main(argv: list[str] | None = None) -> int:
             train, sets, about = summaries.encode_sets(
                 texts, tokenizer, cfg.cache, cfg.max_source, cfg.max_target, part=cfg.fold, limits=limits
             )
+        counts = {name: -(-len(pairs) // (cfg.micro_batch * world.size)) for name, pairs in sets.items() if pairs}
         batches = summaries.Bucketed(train, cfg.batch, cfg.seed)
         if checkpoint and checkpoint["data_hash"] != train.hash:
             raise ValueError(f"--resume: {cfg.data} is not the text that {out} was trained on; restore it")
@@ -297,6 +298,19 @@ def main(argv: list[str] | None = None) -> int:
 
     places = [part for rank in range(world.size) for part in micro_batches(rank)]
     padding = summaries.padding_share(train, (batches.indices(i)[p] for i in range(batches.per_epoch) for p in places))
+
+    def validate() -> None:
+        """Where one is due, a validation; where one is due, a checkpoint."""
+        best = False
+        if meter.at_eval:
+            with averaged(optimizer):
+                made = meter.watched(forwards(model, sets["val"], cfg.micro_batch, world), counts["val"])
+                found = evaluate(model, made, world, impl=cfg.kernels)
+            best = meter.judge(metrics.measure(found.raw))
+        if meter.saves(model):
+            save(best)
+        meter.go_on()
+
     with user_errors():
         run.start(cfg, "finetune_seq2seq.py", checkpoint)
     if world.main:
@@ -316,7 +330,7 @@ def main(argv: list[str] | None = None) -> int:
         return run.finish(0)
 
     # -- loop ----------------------------------------------------------------------------------
-    meter.start()
+    meter.start(validate)
     while meter.running:
         step = meter.step
         rows = batches.indices(step)  # the global batch, a function of the step
@@ -356,14 +370,7 @@ def main(argv: list[str] | None = None) -> int:
             meter.log("train", **row | {"step_tokens": row["step_tokens"] / row["steps"]})
         if meter.ending == "diverged":
             break
-        best = False
-        if meter.at_eval:
-            with averaged(optimizer):
-                found = evaluate(model, forwards(model, sets["val"], cfg.micro_batch, world), world, impl=cfg.kernels)
-            best = meter.judge(metrics.measure(found.raw))
-        if meter.saves(model):
-            save(best)
-        meter.go_on()
+        validate()
     if (code := meter.end()) is not None:
         return run.finish(code)
 
@@ -379,7 +386,6 @@ def main(argv: list[str] | None = None) -> int:
         name: (lambda pairs=pairs: forwards(final, pairs, cfg.micro_batch, world)) if pairs else None
         for name, pairs in sets.items()
     }
-    counts = {name: -(-len(pairs) // (cfg.micro_batch * world.size)) for name, pairs in sets.items() if pairs}
     how = dict(pieces=run.pieces(f"{cfg.report} {kept['step']}"), counts=counts, impl=cfg.kernels)
     entries, bins = final_metrics(final, made, world, **how)
     written = {}  # of weights that yield inf or nan there is nothing to read

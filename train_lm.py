@@ -185,6 +185,7 @@ def main(argv: list[str] | None = None) -> int:
         train = Windows(corpus.train, cfg.seq_len)
         tokens = {"val": corpus.val, "test": corpus.test, "ood": ood}
         sets = {name: Windows(t, cfg.seq_len) if t else None for name, t in tokens.items()}
+        counts = {name: math.ceil(len(w) / (cfg.micro_batch * world.size)) for name, w in sets.items() if w}
         if checkpoint and checkpoint["data_hash"] != corpus.train.hash:
             raise ValueError(f"--resume: {cfg.data} is not the text that {out} was trained on; restore it")
 
@@ -232,6 +233,18 @@ def main(argv: list[str] | None = None) -> int:
         state |= meter.state_dict() | {"optimizer": moments, "fot": rule.state_dict(), "alpha": alpha_of(meter.step)}
         run.save("last.pt", state)
 
+    def validate() -> None:
+        """Where one is due, a validation; where one is due, a checkpoint."""
+        best = False
+        if meter.at_eval:
+            with averaged(optimizer):
+                made = meter.watched(forwards(model, sets["val"], cfg.micro_batch, world), counts["val"])
+                found = evaluate(model, made, world, impl=cfg.kernels)
+            best = meter.judge(metrics.measure(found.raw, size=sets["val"].bytes))
+        if meter.saves(model):
+            save(best)
+        meter.go_on()
+
     with user_errors():
         run.start(cfg, "train_lm.py", checkpoint)
     if world.main:
@@ -246,7 +259,7 @@ def main(argv: list[str] | None = None) -> int:
     mine = slice(world.rank * share, (world.rank + 1) * share)
     micro = next(m for m in range(min(cfg.micro_batch, share), 0, -1) if share % m == 0)
     trained.train()
-    meter.start()
+    meter.start(validate)
     while meter.running:
         step = meter.step
         x, y = train.get(train.batch_indices(step, cfg.batch, cfg.seed))  # the global batch, a function of the step
@@ -283,14 +296,7 @@ def main(argv: list[str] | None = None) -> int:
             meter.log("train", **row)
         if meter.ending == "diverged":
             break
-        best = False
-        if meter.at_eval:
-            with averaged(optimizer):
-                found = evaluate(model, forwards(model, sets["val"], cfg.micro_batch, world), world, impl=cfg.kernels)
-            best = meter.judge(metrics.measure(found.raw, size=sets["val"].bytes))
-        if meter.saves(model):
-            save(best)
-        meter.go_on()
+        validate()
     if (code := meter.end()) is not None:
         return run.finish(code)
 
@@ -303,7 +309,6 @@ def main(argv: list[str] | None = None) -> int:
     final.to(device).eval()
     made = {name: (lambda w=w: forwards(final, w, cfg.micro_batch, world)) if w else None for name, w in sets.items()}
     sizes = {name: w.bytes for name, w in sets.items() if w}
-    counts = {name: math.ceil(len(w) / (cfg.micro_batch * world.size)) for name, w in sets.items() if w}
     how = dict(pieces=run.pieces(f"{cfg.report} {kept['step']}"), sizes=sizes, counts=counts, impl=cfg.kernels)
     entries, bins = final_metrics(final, made, world, **how)
     entries |= {f"{name}_losses": t.losses for name, t in tokens.items() if t}  # of the text in tokenising

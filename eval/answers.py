@@ -8,7 +8,7 @@ import hashlib
 import shlex
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -100,13 +100,14 @@ def write_answers(
     seed: int = 0,
     stop: Sequence[str] = (),
     calculator: bool = False,
-) -> Answers:
+    halt: Callable[[], bool] = lambda: False,
+) -> Answers | None:
     """A greedy answer and ``samples`` random ones to each problem.
 
     Each rank appends an answer to its part file in ``folder`` as it ends, so that a kill loses only the ``batch`` that
     are being written; a later call makes what is missing. Every sample has random numbers of its own, so it does not
     depend on what else is made. ``stop``: strings that end an answer, and are cut off. ``calculator``: work out open
-    <<annotations>>."""
+    <<annotations>>. ``halt`` is asked before each token: where it holds, this rank makes no more, and all get None."""
     parts, wanted = Parts(folder, PART_FILES, world), [(p.id, s) for s in range(samples + 1) for p in problems]
     done = _by_sample(parts.read())
     todo = [w for w in wanted if w not in done][world.rank :: world.size]
@@ -128,9 +129,11 @@ def write_answers(
 
     hooks = dict(stop=stopped if stop else None, insert=insert if calculator else None)
     bar = tqdm(total=len(todo), desc="generating", unit="answer", dynamic_ncols=True, disable=not world.main)
-    tokens = 0
+    tokens, halted = 0, False
     with parts.append() as file, bar:
         for ended in decode(model, requests, batch, eos_ids=prompter.eos_ids, **hooks):
+            if halted := halt():
+                break
             for one in ended:
                 name, s = todo[one.index]
                 text = prompter.decode(one.tokens)
@@ -140,6 +143,8 @@ def write_answers(
                 tokens += len(one.tokens)
                 bar.update()
     total = int(world.all_reduce(torch.tensor(tokens, device=world.device)))
+    if world.any(halted):
+        return None
     made = _by_sample(parts.read())
     return Answers([made[w] for w in wanted], total, sum(w in done for w in wanted))
 
@@ -247,7 +252,8 @@ def agreement(verdicts: list[dict], rule: str) -> dict[str, dict[str, float]]:
 def pass_rate(
     model: Decoder, problems: list[Problem], prompter: Prompter, folder: Path, world: World, *, format: str, **how
 ) -> dict[str, float]:
-    """pass@1 of greedy answers by the main rule, under its key, on every rank; ``how`` as `write_answers` takes it."""
+    """pass@1 of greedy answers by the main rule, under its key, on every rank; {} where it was halted. ``how`` as
+    `write_answers` takes it."""
     folder.mkdir(parents=True, exist_ok=True)
     world.wait()
     if world.main:
@@ -256,6 +262,8 @@ def pass_rate(
     training, key = model.training, f"pass_at_1_{main_rule(format)}"
     made = write_answers(model.eval(), problems, prompter, folder, world, **how)
     model.train(training)
+    if made is None:
+        return {}
     value = grade(made.rows, problems, format, (1,))[0][key] if world.main else 0.0
     if world.main:
         forget(folder)

@@ -9,6 +9,7 @@ import signal
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -21,11 +22,12 @@ from runtime.pulse import Pulse
 
 # A run ends after so many steps running without a finite loss.
 HOPELESS = 3
-# Ranks agree whether to stop at log lines, and at least every so many seconds: torchrun kills 30 s after its SIGTERM.
+# Ranks agree whether to stop at log lines, and at least every so many seconds, of training and of a validation:
+# torchrun kills 30 s after its SIGTERM.
 AGREE_SECONDS = 5.0
 # A checkpoint's entry -> the Meter's attribute.
 SAVED = {"step": "step", "tokens_seen": "tokens", "train_seconds": "seconds"}
-SAVED |= {name: name for name in ("joules", "best", "stale")}
+SAVED |= {name: name for name in ("joules", "best", "stale", "owed")}
 
 
 class DivergenceWatch:
@@ -54,6 +56,33 @@ class DivergenceWatch:
         return dict(zip(self.COUNTERS, self.state.tolist(), strict=True))
 
 
+class Agreement:
+    """Whether a signal has reached one rank or more, and then all of them know its name.
+
+    ``stop``: this rank's StopRequest. Ranks ask together, each at the same ``count`` of something that they do in step:
+    steps, or forwards of a validation."""
+
+    def __init__(self, stop: StopRequest, world, count: int = 0):
+        self.stop, self.world = stop, world
+        self.asked, self.clock, self.next = count, time.perf_counter(), count + 1
+
+    def reached(self, count: int, now: bool = False) -> bool:
+        """Asks ``now``, or where AGREE_SECONDS are over for the slowest rank, and otherwise says False. Alone there is
+        nobody to ask, and the answer is always the present one."""
+        if self.world.size == 1:
+            return bool(self.stop.signal)
+        if not now and count < self.next:
+            return False
+        clock = time.perf_counter()
+        pace = (clock - self.clock) / max(count - self.asked, 1)
+        mine = [signal.Signals[self.stop.signal].value if self.stop.signal else 0, pace]
+        found = torch.tensor(mine, dtype=torch.float64, device=self.world.device)
+        number, seconds = self.world.all_reduce(found, dist.ReduceOp.MAX).tolist()
+        self.asked, self.clock, self.next = count, clock, count + max(int(AGREE_SECONDS / seconds), 1)
+        self.stop.signal = signal.Signals(int(number)).name if number else None
+        return bool(number)
+
+
 class Meter:
     """The measurements of one training.
 
@@ -74,6 +103,7 @@ class Meter:
         self.loss = torch.zeros((), device=device)  # of the step that is being computed
         self.ending: str | None = None  # why the loop ends before its last step
         self.stopping = self.at_log = self.at_eval = self.sound = False
+        self.owed = False  # a signal has ended this step's validation, or the checkpoint says so
         self._energy, self.pulse = EnergyMeter(device), None
 
     def state_dict(self) -> dict:
@@ -95,11 +125,13 @@ class Meter:
             self.window.load_state_dict(state["window"])
         if not set_rng_states(state["rng"], self.world) and draws and self.world.main:
             print(f"resuming {len(state['rng'])} ranks on {self.world.size}: dropout masks will differ from here on")
+        self.at_eval = self.owed
         if self.patience and self.stale >= self.patience:
             self.ending = "early_stop"
 
-    def start(self) -> None:
-        """Right before the loop: signals ask it to stop, ranks watch each other, the bar stands, the clock runs."""
+    def start(self, validate: Callable[[], None] = lambda: None) -> None:
+        """Right before the loop: signals ask it to stop, ranks watch each other, the bar stands, the clock runs. Calls
+        ``validate()`` where a checkpoint owes it."""
         from tqdm import tqdm
 
         how = dict(total=self.steps, initial=self.step, unit="step", dynamic_ncols=True)
@@ -109,8 +141,10 @@ class Meter:
             self.pulse = Pulse(self.world.rank, self.world.size, dist.distributed_c10d._get_default_store())
             self.pulse.start()
         self._clocked = self.tokens
-        self._agreed, self._agree_at = (self.step, time.perf_counter()), self.step + 1
+        self._steps = Agreement(self.stop, self.world, self.step)
         self.go_on()
+        if self.owed:
+            validate()
 
     def go_on(self) -> None:
         """After evaluation and checkpoints, which are not training time."""
@@ -143,21 +177,23 @@ class Meter:
         or one of them alone: several of them agree at log lines and every few seconds."""
         self.at_eval = self.step % self.eval_every == 0 or self.step == self.steps
         self.at_log = self.step % self.log_every == 0 or self.at_eval
-        self.stopping = bool(self.stop.signal)
-        if self.world.size > 1:
-            self.stopping = (self.at_log or self.step >= self._agree_at) and self._agree()
+        self.stopping = self._steps.reached(self.step, now=self.at_log)
         return self.at_log or self.stopping
 
-    def _agree(self) -> bool:
-        """Whether a signal has reached a rank, and then all of them know its name. Says when to ask next, by the time
-        that a step takes the slowest rank."""
-        (step, clock), now = self._agreed, time.perf_counter()
-        mine = [signal.Signals[self.stop.signal].value if self.stop.signal else 0, (now - clock) / (self.step - step)]
-        found = torch.tensor(mine, dtype=torch.float64, device=self.world.device)
-        number, seconds = self.world.all_reduce(found, dist.ReduceOp.MAX).tolist()
-        self._agreed, self._agree_at = (self.step, now), self.step + max(int(AGREE_SECONDS / seconds), 1)
-        self.stop.signal = signal.Signals(int(number)).name if number else None
-        return bool(number)
+    def watched(self, forwards, count: int):
+        """The ``forwards`` of a validation, until a signal has come: then the validation is owed, `judge` ends the run,
+        and a resumed one makes it first. ``count``: of the forwards of the rank that has most."""
+        self.owed, left, asked = False, iter(forwards), Agreement(self.stop, self.world)
+        for number in range(1, count + 1):
+            if (forward := next(left, None)) is not None:
+                yield forward
+            if asked.reached(number):
+                self.owed = True
+                return
+
+    def signalled(self) -> bool:
+        """Whether a signal has reached this rank: for work that its ranks do not do in step."""
+        return bool(self.stop.signal)
 
     def row(self, says: str = "", **shown: float) -> dict | None:
         """What a log line holds, over the steps since the last one; None where none is due, or no step was finite.
@@ -199,7 +235,12 @@ class Meter:
 
     def judge(self, numbers: dict, by: str = "nll") -> bool:
         """Logs and prints a validation. Whether these are the best weights so far, by ``numbers[by]``, of which the
-        NLL's lowest is the best, another's highest; ends the run where its patience is over."""
+        NLL's lowest is the best, another's highest; ends the run where its patience is over, or a signal has ended the
+        validation, which then counts for nothing."""
+        if self.owed:
+            self._steps.reached(self.step, now=True)
+            self.at_eval, self.stopping, self.ending = False, True, "stopped"
+            return False
         self.log("val", **numbers)
         if self.world.main:
             line = ["loss"] * ("loss" in numbers) + [m.key for m in self.table.shown(self.table.TOKENS, "line")]

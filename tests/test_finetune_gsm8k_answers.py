@@ -61,6 +61,21 @@ def test_a_signal_before_training_is_gone_on_from(run, base, tmp_path, monkeypat
         assert (out / name).read_bytes() == (run / name).read_bytes()
 
 
+def test_a_signal_in_a_validation_by_answers_is_gone_on_from(run, base, tmp_path, monkeypatch):
+    """SIGTERM while the held-out problems are answered: the validation is made again, as in the whole run."""
+    out, flags = tmp_path / "cut", ["--before", "--samples", "2", "--best-by", "pass@1"]
+    shutil.copytree(run, out)
+    for name in ("last.pt", "best.pt", "summary.json"):
+        (out / name).unlink()
+    (out / "previous.pt").rename(out / "last.pt")  # of step 6
+    sigterm_while_answering(monkeypatch)
+    assert tune(base, out, *flags, "--resume") == 143
+    monkeypatch.undo()
+    assert load_checkpoint(out / "last.pt")["owed"] and [r["step"] for r in rows(out, "val")] == [6]
+    assert tune(base, out, *flags, "--resume") == 0
+    assert rows(out, "val") == rows(run, "val") and outputs(out) == outputs(run)
+
+
 def test_training_is_the_same_with_answers_before_it(run, base, tmp_path):
     assert tune(base, tmp_path / "plain") == 0
     ours, theirs = (load_checkpoint(out / "last.pt")["model"] for out in (run, tmp_path / "plain"))

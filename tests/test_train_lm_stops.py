@@ -37,6 +37,27 @@ def test_a_stopped_run_resumes_exactly(lm_run, tmp_path, monkeypatch, capsys):
     same_run(whole, tmp_path / "run")
 
 
+def test_a_signal_in_a_validation_ends_it_and_resume_makes_it_first(lm_run, tmp_path, monkeypatch):
+    """SIGTERM while step 8 is validated: saved at step 8 without a row of it; and then all as in the whole run."""
+    flags, whole = lm_run
+    original, made = train_lm.forwards, []
+
+    def signalled(*args):
+        made.append(1)
+        if len(made) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args)
+
+    with monkeypatch.context() as m:
+        m.setattr(train_lm, "forwards", signalled)
+        assert train(flags, tmp_path / "run") == 143
+    saved = load_checkpoint(tmp_path / "run" / "last.pt")
+    assert saved["step"] == 8 and saved["owed"] and [r["step"] for r in rows(tmp_path / "run", "val")] == [4]
+    assert load_checkpoint(tmp_path / "run" / "best.pt")["step"] == 4
+    assert train(flags, tmp_path / "run", "--resume") == 0
+    same_run(whole, tmp_path / "run")
+
+
 def test_a_signal_in_the_final_evaluation_keeps_what_is_done(lm_run, tmp_path, monkeypatch, capsys):
     """Ctrl-C in the test set: one line, and --resume measures that set alone, to the numbers of the whole run."""
     flags, whole = lm_run

@@ -198,6 +198,31 @@ def test_ranks_agree_to_stop_between_log_lines_and_know_the_signal(tmp_path):
     assert meter.ending == "stopped" and meter.end() == 143
 
 
+def test_ranks_agree_to_leave_a_validation_and_owe_it(tmp_path):
+    """A signal of another rank ends it between two forwards, though this rank has one forward less than that one; the
+    numbers count for nothing, and the checkpoint says that the validation is still to be made."""
+    meter, world = new_meter(tmp_path, eval_every=1), Ranks()
+    meter.world = meter.run.world = world
+    meter.start()
+    step(meter)
+    assert meter.due() and meter.at_eval and not meter.stopping
+    assert list(meter.watched([1, 2], count=3)) == [1, 2] and not meter.owed
+    world.seconds, world.signal, seen = 100.0, 15, []  # a forward takes long: asked after each
+    for forward in meter.watched(range(10), count=11):
+        seen.append(forward)
+    assert seen == [0] and meter.owed
+    assert not meter.judge({"nll": 1.0}) and meter.ending == "stopped" and meter.stop.signal == "SIGTERM"
+    assert meter.best["step"] is None and meter.saves(torch.nn.Linear(1, 1)) and not meter.run.rows("val")
+    meter.world = World(0, 1, CPU)
+    state = meter.state_dict()
+    meter.end()
+    resumed, made = new_meter(tmp_path, eval_every=1), []
+    resumed.load_state_dict(state)
+    resumed.start(lambda: made.append(resumed.at_eval))
+    resumed.end()
+    assert made == [True]
+
+
 def test_a_signal_after_the_last_step_is_not_lost(tmp_path):
     meter = new_meter(tmp_path)
     meter.start()
