@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from runtime.cli import Parser, flag_name, parse_config, parser_of, user_errors
 from runtime.process import code_of, command, end_with_parent, handled
+from runtime.secrets import hide
 from schedules.textlines import read_toml
 
 
@@ -123,7 +124,7 @@ def in_turn(commands: dict[Path, list[str]]) -> int:
     handled(stop)
     for i, (folder, line) in enumerate(commands.items(), 1):
         done = (folder / "summary.json").exists()
-        print(f"[{i}/{len(commands)}] {f'{folder} has finished already' if done else ' '.join(line)}", flush=True)
+        print(f"[{i}/{len(commands)}] {f'{folder} has finished already' if done else hide(' '.join(line))}", flush=True)
         if done:
             continue
         if stopped:

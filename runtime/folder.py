@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from runtime import secrets
 from runtime.checkpoint import load_checkpoint, save_checkpoint
 from runtime.cli import changeable, roles
 from runtime.machine import World, device_name
@@ -111,7 +112,7 @@ def whole_rows(path: Path) -> tuple[list[dict], list[int]]:
 
 
 def environment(device: torch.device) -> dict:
-    """Versions, device, git state and command line, for the record."""
+    """Versions, device, git state and command line, for the record, with *** for keys and passwords."""
 
     def git(*args):
         with contextlib.suppress(OSError, subprocess.SubprocessError):
@@ -121,7 +122,7 @@ def environment(device: torch.device) -> dict:
     cuda, status = device.type == "cuda", git("status", "--porcelain")
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": secrets.hide(" ".join([Path(sys.argv[0]).name, *sys.argv[1:]])),
         "python": platform.python_version(),
         "packages": {p: next((found.version for found in distributions(name=p)), None) for p in PACKAGES},
         "device": device_name(device, threads=True),
@@ -129,7 +130,7 @@ def environment(device: torch.device) -> dict:
         "world_size": int(os.environ.get("WORLD_SIZE", 1)),
         "git_commit": git("rev-parse", "HEAD"),
         "git_dirty": None if status is None else bool(status),
-        "git_diff": git("diff", "HEAD") if status else "",
+        "git_diff": secrets.hide(git("diff", "HEAD") or "") if status else "",
         "git_untracked": (git("ls-files", "--others", "--exclude-standard") or "").splitlines(),
     }
 
@@ -265,7 +266,9 @@ class RunFolder:
             take_lock(self.path)
 
     def _check_place(self, cfg) -> None:
-        """Raises ValueError and OSError where no run can be in the folder, or none be logged as asked for."""
+        """Raises ValueError and OSError where no run can be in the folder, or none be logged as asked for, and where a
+        flag holds a secret."""
+        secrets.refuse(dataclasses.asdict(cfg))
         if self.path.is_symlink() and not self.path.exists():
             raise ValueError(f"{self.path} is a link to {self.path.readlink()}, which is not there; give another --out")
         if self.path.exists() and not self.path.is_dir():
@@ -342,18 +345,21 @@ class RunFolder:
 
     def _keep_sources(self) -> str:
         """Copies the modules imported since the last call that are not kept yet, or not as what they are now; says and
-        gives the names of the latter. One looked at before is left: a file edited since is not what runs."""
+        gives the names of the latter. One looked at before is left: a file edited since is not what runs. Keys and
+        passwords become ***."""
         self._modules, new = len(sys.modules), [f for f in imported_sources() if f not in self._looked_at]
         self._looked_at.update(new)
         kept = {p.relative_to(folder): p for folder in source_folders(self.path) for p in folder.rglob("*.py")}
         other = []
         for source in new:
             name = source.relative_to(TREE)
-            differs = name in kept and kept[name].read_bytes() != source.read_bytes()
+            text = secrets.hide(source.read_bytes().decode(errors="surrogateescape"))
+            text = text.encode(errors="surrogateescape")
+            differs = name in kept and kept[name].read_bytes() != text
             other += [name.as_posix()] * differs
             if differs or name not in kept:
                 (self / self._place / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(source, self / self._place / name)
+                (self / self._place / name).write_bytes(text)
         changed = ", ".join(other)
         if changed:
             print(f"{self.path}: goes on under other code than before: {changed}; kept in {self._place}")

@@ -44,6 +44,7 @@ from kernels import Calibration, linear_moments
 from model.generate import generate
 from model.seq2seq_hub import load_seq2seq
 from recipes.presets import preset_values
+from runtime import secrets
 from runtime.cli import Parser, user_errors
 from runtime.folder import environment, same_config, write_json
 from runtime.machine import start_world
@@ -401,6 +402,7 @@ def main(arguments: list[str] | None = None) -> None:
         config = vars(given) | {"pos": pos, "lists": sources, "set": part.label, "pairs": digest} | about
         config["goal"] = given.goal if math.isfinite(given.goal) else None  # JSON has no inf
         config = json.loads(json.dumps(config, default=str))  # as a resumed attack will read it
+        secrets.refuse(config)
         prepare_out(given.out, config, given.resume, may_change)
         check_candidates(pairs, lists, options.keep_names)
         given.out.mkdir(parents=True, exist_ok=True)

@@ -154,6 +154,18 @@ def test_a_module_that_is_imported_late_in_a_resumed_run_is_compared_too(tree, t
     assert [row.get("changed_code") for row in run.rows("event")] == [None, "late.py"]
 
 
+def test_a_key_in_the_code_is_not_kept_and_no_other_code(tree, tmp_path, capsys):
+    root, _ = tree
+    (root / "b.py").write_text("login('hf_AbCdEfGhIjKlMnOpQrStUvWxYz012345')  # \xe9\n", encoding="latin-1")
+    cfg = Config(out=str(tmp_path / "run"))
+    start(tmp_path / "run", cfg).finish(0)
+    assert (tmp_path / "run/source/b.py").read_bytes() == b"login('***')  # \xe9\n"
+    run = RunFolder(tmp_path / "run", World(0, 1, torch.device("cpu")))
+    run.start(replace(cfg, resume=True), "script.py", {"step": 3})
+    run.finish(0)
+    assert "other code" not in capsys.readouterr().out
+
+
 def test_untracked_files_are_in_the_git_state(tmp_path, monkeypatch):
     def git(*args):
         subprocess.run(["git", *args], cwd=tmp_path, check=True, capture_output=True)
@@ -166,8 +178,10 @@ def test_untracked_files_are_in_the_git_state(tmp_path, monkeypatch):
     found = environment(torch.device("cpu"))
     assert found["git_dirty"] is False and found["git_untracked"] == []
     (tmp_path / "mine.py").write_text("b = 2\n")
-    (tmp_path / "tracked.py").write_text("a = 2\n")
+    (tmp_path / "tracked.py").write_text("a = 2\nkey = 'hf_AbCdEfGhIjKlMnOpQrStUvWxYz012345'\n")
+    monkeypatch.setattr(sys, "argv", ["train_lm.py", "--prompt", "hf_AbCdEfGhIjKlMnOpQrStUvWxYz012345"])
     found = environment(torch.device("cpu"))
+    assert "hf_A" not in json.dumps(found) and "+key = '***'" in found["git_diff"] and "***" in found["command"]
     assert found["git_dirty"] is True and found["git_untracked"] == ["mine.py"] and "+a = 2" in found["git_diff"]
 
 
