@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,25 @@ def torchrun(ranks, flags, out, *more):
         text=True,
         timeout=240,
     )
+
+
+def two_nodes(ranks, flags, out, *more) -> list[tuple[int, str]]:
+    """Two torchruns of ``ranks`` each that meet at a port of this machine, as two machines would: (exit code, output)
+    of each."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    line = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--nproc_per_node={ranks}"]
+    line += ["--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{port}", "--rdzv_id=1", "train_lm.py", *flags]
+    how = dict(cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True)
+    how |= dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    nodes = [subprocess.Popen([*line, "--out", str(out), *map(str, more)], **how) for _ in range(2)]
+    try:
+        said = [node.communicate(timeout=240)[0] for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    return [(node.returncode, text) for node, text in zip(nodes, said, strict=True)]
 
 
 def same_run(a, b) -> None:

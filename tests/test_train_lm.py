@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from lm_runs import ROOT, rows, torchrun, train, weights
+from lm_runs import ROOT, rows, torchrun, train, two_nodes, weights
 
 import train_lm
 from eval import metrics
@@ -105,15 +105,14 @@ def close(a, b) -> None:
 
 
 def test_batch_ranks_and_accumulation_give_one_loss_curve(lm_base, tmp_path):
-    """8 x 1 rank, 4 x 2 ranks, accumulation 2 x 4, and FSDP2 on 2 ranks. The data end in a padded window, so a wrong
-    normalisation (mean of means) shows."""
+    """8 x 1 rank, 4 x 2 ranks, accumulation 2 x 4, FSDP2 on 2 ranks, and 4 ranks on two nodes. The data end in a padded
+    window, so a wrong normalisation (mean of means) shows."""
     flags = [*lm_base, "--loss", "dpsm", "--warmup", "0.5", "--label-noise", "0.1"]
     assert train(flags, tmp_path / "one") == 0
     assert train(flags, tmp_path / "accumulated", "--micro-batch", 4) == 0
     close(tmp_path / "one", tmp_path / "accumulated")
     for name, more in (
         ("ddp", ()),
-        ("accumulated_ddp", ("--micro-batch", 2)),
         ("fsdp", ("--fsdp",)),
         ("accumulated_fsdp", ("--fsdp", "--micro-batch", 2)),
     ):
@@ -121,6 +120,14 @@ def test_batch_ranks_and_accumulation_give_one_loss_curve(lm_base, tmp_path):
         assert ran.returncode == 0, ran.stderr[-3000:]
         assert [(ran.stdout + ran.stderr).count(f"step {step}: validation") for step in (4, 8, 12)] == [1, 1, 1]
         close(tmp_path / "one", tmp_path / name)
+    for code, said in two_nodes(2, flags, tmp_path / "nodes", "--micro-batch", 1):
+        assert code == 0, said[-3000:]
+    close(tmp_path / "one", tmp_path / "nodes")
+    summaries = {p.parent.name: json.loads(p.read_text()) for p in tmp_path.glob("*/summary.json")}
+    assert summaries["nodes"]["world_size"] == 4 and len(summaries) == 6
+    for name, found in summaries.items():
+        for key in ("temperature", "val_nll", "val_nll_t", "test_nll", "test_ece10", "test_brier_t", "test_accuracy"):
+            assert found[key] == pytest.approx(summaries["one"][key], rel=1e-3, abs=1e-4), (name, key)
 
 
 def test_a_checkpoint_can_be_continued_on_other_ranks(lm_base, tmp_path):
