@@ -296,7 +296,7 @@ def main(argv: list[str] | None = None) -> int:
                 right = {} if meter.owed else held_right()
             numbers = {"loss": found.loss, "epoch": meter.step * epochs} | metrics.measure(found.raw) | right
             best = meter.judge(numbers, next(iter(right), "nll"))
-        if meter.saves(model):
+        if meter.saves(model, optimizer):
             save(best)
         meter.go_on()
 

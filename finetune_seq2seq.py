@@ -307,7 +307,7 @@ def main(argv: list[str] | None = None) -> int:
                 made = meter.watched(forwards(model, sets["val"], cfg.micro_batch, world), counts["val"])
                 found = evaluate(model, made, world, impl=cfg.kernels)
             best = meter.judge(metrics.measure(found.raw))
-        if meter.saves(model):
+        if meter.saves(model, optimizer):
             save(best)
         meter.go_on()
 

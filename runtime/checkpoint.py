@@ -72,6 +72,14 @@ def load_checkpoint(path: str | Path) -> dict:
     return content
 
 
+def not_finite(value, name: str) -> str:
+    """The name of the first tensor in ``value``, tensors in dicts and lists, that is not finite; "" where all are."""
+    if isinstance(value, torch.Tensor):
+        return "" if not value.is_floating_point() or torch.isfinite(value).all() else name
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return next((found for key, part in parts if (found := not_finite(part, f"{name}: {key}"))), "")
+
+
 def _older(path: Path) -> str:
     older = path.with_name("previous.pt")
     return f"; an older good one is {older} (pass --resume-from {older})" if older != path and _intact(older) else ""

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from runtime import secrets
-from runtime.checkpoint import load_checkpoint, save_checkpoint
+from runtime.checkpoint import load_checkpoint, not_finite, save_checkpoint
 from runtime.cli import changeable, roles
 from runtime.machine import World, device_name
 from runtime.optim import plans_no_end
@@ -33,7 +33,7 @@ TREE = Path(__file__).resolve().parents[1]
 # Endings of a run that failed, and what to say.
 FAILED = {
     "diverged": "the loss was not finite in three steps running",
-    "not_finite": "the weights or their validation are not finite and were not saved",
+    "not_finite": "the weights, the optimizer's moments or the validation are not finite and were not saved",
 }
 CHECKPOINTS = ("last.pt", "previous.pt", "best.pt")
 # What a run writes before its first step.
@@ -203,12 +203,15 @@ class RunFolder:
         """The checkpoint that a run of ``cfg`` goes on from (flags out, resume, resume_from); None for a new run.
 
         A folder whose run ended before its first checkpoint begins anew, with --resume and without, where the config is
-        the same. Raises ValueError: not resuming and the folder is in use, resuming and there is no run, resuming with
-        another config, or from a file that is no whole checkpoint of a training, another process holds the folder, a
+        the same. A command that torchrun starts again resumes. Raises ValueError: not resuming and the folder is in
+        use, resuming and there is no run, resuming with another config, or from a file that is no whole checkpoint of a
+        training or holds moments that are not finite, another process holds the folder, a flag holds a secret, a
         package is missing, or W&B has no key; OSError where nothing can be written there."""
         self._check_place(cfg)
         found = self._found()
         held, saved = self / "config.json", [name for name in CHECKPOINTS if name in found]
+        if held.exists() and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+            cfg = dataclasses.replace(cfg, resume=True)  # torchrun --max-restarts starts the same command again
         if "config.json" not in found:
             if found - BEGINNING:
                 what = "has no config.json" if cfg.resume else "exists and is not an empty folder"
@@ -243,6 +246,9 @@ class RunFolder:
             raise ValueError(f"{path} holds weights only; resume from last.pt or previous.pt")
         if not isinstance(checkpoint.get("config"), dict) or not isinstance(checkpoint.get("step"), int):
             raise ValueError(f"{path} is no checkpoint of ours: it says neither config nor step")
+        if broken := not_finite(checkpoint["optimizer"], "optimizer"):
+            way = "resume from another one (--resume-from), or begin a new run"
+            raise ValueError(f"{path} cannot be gone on from: {broken} is not finite; {way}")
         self._check_longer(cfg, old, checkpoint)
         same_config(path, checkpoint["config"], **now | longer)
         return checkpoint

@@ -255,16 +255,19 @@ class Meter:
             self.ending = self.ending or "early_stop"
         return best
 
-    def saves(self, model) -> bool:
+    def saves(self, model, optimizer=None) -> bool:
         """Whether a checkpoint is due, and these weights are a good place to go on from: all of them finite, and the
-        NLL of their validation where there was one. Every rank must call it.
+        moments of the ``optimizer``, and the NLL of their validation where there was one. Every rank must call it.
 
-        Weights that are not finite end the run, and so do those of the last step, or of a stop, that are not saved. A
-        step whose loss was not finite has changed nothing, and does not keep its weights from being saved."""
+        Weights or moments that are not finite end the run, and so do those of the last step, or of a stop, that are not
+        saved. A step whose loss was not finite has changed nothing, and does not keep its weights from being saved."""
         if not (self.at_eval or self.stopping):
             return False
-        parts = (getattr(p, "to_local", lambda p=p: p)() for p in model.parameters() if p.requires_grad)
-        finite = torch.stack([torch.isfinite(p.detach()).all() for p in parts])
+        parts = [p for p in model.parameters() if p.requires_grad]
+        moments = [m for state in (optimizer.state.values() if optimizer else ()) for m in state.values()]
+        parts += [m for m in moments if torch.is_tensor(m) and m.is_floating_point()]
+        parts = (getattr(p, "to_local", lambda p=p: p)() for p in parts)
+        finite = torch.stack([torch.isfinite(p.detach()).all().to(self.world.device) for p in parts])
         broken = bool(self.world.all_reduce((~finite.all()).int()))
         if not broken and (self.sound or not self.at_eval):
             return True

@@ -13,7 +13,8 @@ class Pulse(threading.Thread):
     """Gives signs of life of ``rank`` to ``store`` (a torch.distributed Store) and looks for those of the next rank.
 
     Without one for SAYS seconds that is said, with the rank's number; after ENDS, ``end`` is called: the process ends
-    with exit code 1, and torchrun ends the others. A rank that computes or waits gives its signs all the same."""
+    with exit code 1, and torchrun ends the others. A rank that computes or waits gives its signs all the same. Time
+    in which this rank was stopped itself, or its clock jumped, does not count."""
 
     def __init__(self, rank: int, size: int, store, end: Callable[[], None] = lambda: os._exit(1)):
         super().__init__(daemon=True, name="pulse")
@@ -21,7 +22,7 @@ class Pulse(threading.Thread):
         self.done = threading.Event()
 
     def run(self) -> None:
-        beats, seen, since, said = 0, None, time.monotonic(), False
+        beats, seen, silent, clock, said = 0, None, 0.0, time.monotonic(), False
         while not self.done.wait(BEAT):
             beats += 1
             try:
@@ -30,9 +31,10 @@ class Pulse(threading.Thread):
                 found = self.store.get(key) if self.store.check([key]) else None
             except RuntimeError:  # the store has gone with torchrun
                 return
+            clock, before = time.monotonic(), clock
+            silent += min(clock - before, 2 * BEAT)
             if found != seen:
-                seen, since, said = found, time.monotonic(), False
-            silent = time.monotonic() - since
+                seen, silent, said = found, 0.0, False
             who = f"rank {self.next} has given no sign of life for {silent:.0f} s: stopped, or its machine is gone"
             if silent > SAYS and not said:
                 said = True

@@ -111,11 +111,7 @@ def test_batch_ranks_and_accumulation_give_one_loss_curve(lm_base, tmp_path):
     assert train(flags, tmp_path / "one") == 0
     assert train(flags, tmp_path / "accumulated", "--micro-batch", 4) == 0
     close(tmp_path / "one", tmp_path / "accumulated")
-    for name, more in (
-        ("ddp", ()),
-        ("fsdp", ("--fsdp",)),
-        ("accumulated_fsdp", ("--fsdp", "--micro-batch", 2)),
-    ):
+    for name, more in (("ddp", ()), ("fsdp", ("--fsdp",)), ("accumulated_fsdp", ("--fsdp", "--micro-batch", 2))):
         ran = torchrun(2, flags, tmp_path / name, *more)
         assert ran.returncode == 0, ran.stderr[-3000:]
         assert [(ran.stdout + ran.stderr).count(f"step {step}: validation") for step in (4, 8, 12)] == [1, 1, 1]

@@ -9,12 +9,13 @@ import signal
 import subprocess
 import sys
 
+import pytest
 import torch
 from lm_runs import ROOT, fails, rows, same_run, train, weights
 
 import train_lm
 from data.windows import Windows
-from runtime.folder import load_checkpoint
+from runtime.checkpoint import load_checkpoint, save_checkpoint
 
 
 def test_a_stopped_run_resumes_exactly(lm_run, tmp_path, monkeypatch, capsys):
@@ -153,6 +154,88 @@ def test_weights_that_turn_non_finite_are_not_saved(lm_base, tmp_path, monkeypat
     assert re.search(r"not finite and were not saved; stopped at step 8. Last good.*last\.pt", capsys.readouterr().err)
     assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 4
     assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_a_checkpoint_whose_moments_are_not_finite_is_not_gone_on_from(lm_base, tmp_path, capsys):
+    """A second moment of inf would freeze its weight without a word. One line, and the older checkpoint is good."""
+    out = tmp_path / "run"
+    assert train(lm_base, out) == 0
+    state = load_checkpoint(out / "last.pt")
+    moment = next(iter(state["optimizer"]["state"].values()))["exp_avg_sq"]
+    for value in (math.inf, math.nan):
+        moment.view(-1)[1] = value
+        save_checkpoint(out / "last.pt", state)
+        fails(
+            capsys, r"last\.pt cannot be gone on from: optimizer: .*exp_avg_sq is not finite", lm_base, out, "--resume"
+        )
+    assert train(lm_base, out, "--resume", "--resume-from", out / "previous.pt") == 0
+
+
+def test_moments_that_turn_non_finite_are_not_saved(lm_base, tmp_path, monkeypatch, capsys):
+    original, steps = train_lm.take_step, iter(range(1, 100))
+
+    def broken(optimizer, parameters, *args):
+        norm = original(optimizer, parameters, *args)
+        if next(steps) == 8:
+            next(iter(optimizer.state.values()))["exp_avg_sq"].view(-1)[1] = math.inf
+        return norm
+
+    monkeypatch.setattr(train_lm, "take_step", broken)
+    assert train(lm_base, tmp_path / "run") == 1
+    assert "the optimizer's moments" in capsys.readouterr().err
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 4
+
+
+@pytest.mark.parametrize("fault", ["gradient", "overflow", "logits", "no target"])
+def test_a_step_that_cannot_be_taken_changes_nothing_and_is_counted(lm_base, tmp_path, monkeypatch, fault):
+    """A gradient of inf at a finite loss; one whose norm overflows; logits of inf; a batch in which nothing is to be
+    foreseen. As a run whose learning rate is 0 in that step would go on, but for the moments, which stay too."""
+    seen, steps = [], iter(range(1, 100))
+    original, get = train_lm.take_step, Windows.get
+
+    def take_step(optimizer, parameters, *args):
+        parameters, step = list(parameters), next(steps)
+        if step == 5 and fault in ("gradient", "overflow"):
+            parameters[2].grad.view(-1)[0] = {"gradient": math.inf, "overflow": 3e38}[fault]
+            parameters[2].grad.view(-1)[1] = 3e38
+        before = [p.detach().clone() for p in parameters]
+        moments = [s["exp_avg"].clone() for s in optimizer.state.values()]
+        norm = original(optimizer, parameters, *args)
+        same = all(torch.equal(p, b) for p, b in zip(parameters, before, strict=True))
+        same &= all(torch.equal(s["exp_avg"], m) for s, m in zip(optimizer.state.values(), moments, strict=False))
+        seen.append(same)
+        if step == 4 and fault == "logits":
+            parameters[0].data *= 1e30  # the tied head: the next step's logits are inf
+        if step == 5 and fault == "logits":
+            parameters[0].data /= 1e30
+        return norm
+
+    def no_target(windows, index):
+        x, y = get(windows, index)
+        return x, torch.full_like(y, -100) if len(seen) == 4 and len(index) == 8 else y
+
+    monkeypatch.setattr(train_lm, "take_step", take_step)
+    if fault == "no target":
+        monkeypatch.setattr(Windows, "get", no_target)
+    assert train([*lm_base, "--eval-every", "6"], tmp_path / "run") == 0
+    assert seen[:6] == [False] * 4 + [True, False]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["skipped_steps"] == summary["divergences"] == 1 and summary["steps"] == 12
+    assert rows(tmp_path / "run", "train")[1]["steps"] == 2 and rows(tmp_path / "run", "train")[-1]["skipped"] == 1
+
+
+def test_a_spike_is_counted_and_trained_through(lm_base, tmp_path, monkeypatch):
+    """A loss above twice its average for 32 steps running is one divergence; nothing is skipped for it."""
+    original = train_lm.make_score
+
+    def make_score(*args, **kwargs):
+        score, calls = original(*args, **kwargs), iter(range(1, 1000))
+        return lambda m: score(m) * (10 if 10 < next(calls) <= 45 else 1)
+
+    monkeypatch.setattr(train_lm, "make_score", make_score)
+    assert train([*lm_base, "--eval-every", "60"], tmp_path / "run", "--steps", 60) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["divergences"], summary["skipped_steps"]) == (1, 0)
 
 
 def test_steps_that_are_skipped_at_every_validation_leave_a_run_whole(lm_base, tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ import math
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -209,6 +209,22 @@ def test_settings_without_defaults_must_be_there():
     with pytest.raises(ValueError, match="b was None, now 2"):
         same_config(Path("x"), {"a": 1}, {"a": 1, "b": 2}, ())
     same_config(Path("x"), {"a": 1, "b": 1}, {"a": 1, "b": 2}, ("b",))
+
+
+def test_what_torchrun_starts_again_resumes(tmp_path, monkeypatch):
+    """--max-restarts gives the same command, without --resume, to a run that has a checkpoint by then, or none."""
+    cfg = Config(out=str(tmp_path / "run"))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    run = RunFolder(tmp_path / "run", World(0, 1, torch.device("cpu")))
+    assert run.enter(cfg) is None  # it ended before it had a folder
+    run.start(cfg, "script.py", None)
+    run.save("last.pt", {"optimizer": {}, "config": asdict(cfg), "step": 3})
+    run.finish(0)
+    run = RunFolder(tmp_path / "run", World(0, 1, torch.device("cpu")))
+    assert run.enter(cfg)["step"] == 3
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    with pytest.raises(ValueError, match="already holds a run"):
+        RunFolder(tmp_path / "run", World(0, 1, torch.device("cpu"))).enter(cfg)
 
 
 def test_a_folder_whose_run_left_no_checkpoint_begins_anew(tmp_path, capsys):

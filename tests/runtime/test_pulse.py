@@ -27,6 +27,23 @@ def test_a_silent_rank_is_named_and_then_the_run_ends(capsys):
     assert ended == [0] and said.count("rank 1 has given no sign of life for") == 2 and "--resume goes on" in said
 
 
+def test_time_in_which_this_rank_was_stopped_is_no_silence_of_the_other(capsys, monkeypatch):
+    """Ctrl-Z of all ranks, or a machine that was suspended: an hour goes by between two looks of the same thread."""
+    store, ended, jump = dist.HashStore(), [], [0.0]
+    clock = time.monotonic
+    monkeypatch.setattr(pulse.time, "monotonic", lambda: clock() + jump[0])
+    first, second = (pulse.Pulse(rank, 2, store, end=lambda rank=rank: ended.append(rank)) for rank in range(2))
+    first.start()
+    second.start()
+    for _ in range(3):
+        time.sleep(0.1)
+        jump[0] += 3600
+    time.sleep(0.1)
+    first.stop()
+    second.stop()
+    assert not ended and not capsys.readouterr().err
+
+
 def test_it_ends_with_its_store_and_when_it_is_told(capsys):
     class Gone:
         def set(self, *_):
