@@ -3,6 +3,7 @@
     python -m tests.drill                       # 100 kills and all else; tens of minutes on two cores
     python -m tests.drill --kills 10 --only kill,lock
     python -m tests.drill --table table.md      # the table as a file too
+    SCORECAST_DRILL_LIMIT=1200 python -m tests.drill  # on a machine that has other work: a child is stuck after 1200 s
 
 Tiny runs of the three scripts, in child processes of this one. A run counts as lost where the same command with
 --resume does not end it, or ends it with other metrics, weights or answers than the run that nobody disturbed, bit for
@@ -44,7 +45,7 @@ from runtime.folder import load_checkpoint, read_metrics  # noqa: E402
 CLOCK = re.compile("seconds|per_second|ms_per_step|peak_memory|reused")
 # What a tiny run imports, most of its time otherwise.
 PRELOAD = ["train_lm", "finetune_seq2seq", "finetune_gsm8k", "torch.distributed.checkpoint.state_dict", "torch._dynamo"]
-LIMIT = 240  # seconds after which a child is stuck
+LIMIT = float(os.environ.get("SCORECAST_DRILL_LIMIT", 240))  # seconds after which a child is stuck
 
 
 # -- tiny runs -----------------------------------------------------------------------------------
@@ -98,6 +99,24 @@ def no_readers() -> None:
 def no_room(size: int) -> None:
     """Before a child: no file may grow beyond ``size`` bytes."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def jumping_clock() -> None:
+    """Before a child: the time of day jumps by up to twelve days, back and forth, at each look."""
+    real, source = time.time, random.Random(1)
+    time.time = lambda: real() + source.uniform(-1e6, 1e6)
+
+
+def slow_validation() -> None:
+    """Before a child: a batch of train_lm.py's validation takes four seconds more."""
+    original = train_lm.forwards
+
+    def slow(*args):
+        for forward in original(*args):
+            time.sleep(4)
+            yield forward
+
+    train_lm.forwards = slow
 
 
 def load_model(place: str):
@@ -354,16 +373,11 @@ def ranks(drill: Drill, how: str) -> str:
     """Two ranks under torchrun: one gets SIGTERM alone, one is killed, or torchrun is. Nothing is left running, and
     one process goes on to a run of all steps."""
     out, flags = drill.folder(), drill.runs["train_lm"]
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_lm.py", *flags]
-    line += ["--out", str(out), "--steps", "2000", "--log-every", "2000", "--eval-every", "20"]
-    with open(out.parent / "log", "w") as log:
-        torchrun = subprocess.Popen(line, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log)
+    torchrun = launch(out, [*flags, "--steps", "2000", "--log-every", "2000", "--eval-every", "20"], 2)
     until = time.monotonic() + LIMIT
     while not (out / "last.pt").exists() and time.monotonic() < until:
         time.sleep(0.1)
-    children = sorted(
-        int(pid) for pid in Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
-    )
+    children = children_of(torchrun.pid)
     time.sleep(drill.random.uniform(0, 2))
     step = load_checkpoint(out / "last.pt")["step"]
     os.kill(
@@ -377,6 +391,92 @@ def ranks(drill: Drill, how: str) -> str:
     saved = load_checkpoint(out / "last.pt")["step"]
     if saved < step or (how != "-9" and saved % 20 == 0 and saved == step):
         return f"saved at {saved}, after {step}"
+    return ""
+
+
+def clock(drill: Drill, name: str) -> str:
+    """The time of day jumps: nothing but the figures of speed may know."""
+    out = drill.folder()
+    code = end(drill.begin(name, out, jumping_clock))
+    return f"exit code {code}: {last_line(out)}" if code else differs(out, drill.whole[name])
+
+
+def long_validation(drill: Drill) -> str:
+    """SIGTERM while a validation takes long: saved and ended after the batch in hand, and the validation comes first
+    when it goes on."""
+    out = drill.folder()
+    process, until = drill.begin("train_lm", out, slow_validation), time.monotonic() + LIMIT
+    while not (out / "metrics.jsonl").exists() or '"step": 3' not in (out / "metrics.jsonl").read_text():
+        if time.monotonic() > until:
+            return "began no validation"
+        time.sleep(0.05)
+    process.terminate()
+    code = end(process, 20)
+    state = load_checkpoint(out / "last.pt") if code == 143 else {}
+    if not state.get("owed") or state["step"] != 3:
+        return f"exit code {code}, saved at step {state.get('step')}: {last_line(out)}"
+    return drill.goes_on("train_lm", out)
+
+
+def launch(out: Path, flags: list[str], ranks: int, *how: str) -> subprocess.Popen:
+    """train_lm.py on as many ranks, under torchrun with the arguments ``how`` but for one alone."""
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *how]
+    line = [*(line if ranks > 1 else [sys.executable]), "train_lm.py", *flags, "--out", str(out)]
+    with open(out.parent / "log", "a") as log:
+        return subprocess.Popen(line, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log)
+
+
+def children_of(pid: int) -> list[int]:
+    return sorted(int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+
+
+def undisturbed(drill: Drill, name: str, ranks: int, flags: list[str]) -> tuple[dict, float]:
+    """The content of a run of train_lm.py on as many ranks, and its seconds; made once."""
+    out, began = drill.place / f"whole-{name}", time.monotonic()
+    if name not in drill.whole:
+        (drill.place / name).mkdir()
+        if code := launch(drill.place / name / "run", flags, ranks).wait(LIMIT):
+            raise OSError(f"the undisturbed run on {ranks} ranks ends with {code}")
+        (drill.place / name / "run").rename(out)
+        drill.whole[name], drill.seconds[name] = content(out), time.monotonic() - began
+    return drill.whole[name], drill.seconds[name]
+
+
+def restarts(drill: Drill) -> str:
+    """torchrun --max-restarts, a rank of two killed at a random moment: it goes on by itself, to the same run."""
+    out, flags = drill.folder(), drill.runs["train_lm"]
+    whole, seconds = undisturbed(drill, "two-ranks", 2, flags)
+    torchrun = launch(out, flags, 2, "--max-restarts=3")
+    time.sleep(drill.random.uniform(0.4, 1) * seconds)
+    with contextlib.suppress(OSError, IndexError):  # it is done
+        os.kill(children_of(torchrun.pid)[1], signal.SIGKILL)
+    code = torchrun.wait(LIMIT)
+    return f"torchrun ends with {code}: {last_line(out)}" if code else differs(out, whole)
+
+
+def elsewhere(drill: Drill, first: str, then: str) -> str:
+    """Killed on some ranks, DDP or FSDP2, and continued on others: the losses of one process, to fp32's rounding."""
+    out, flags = drill.folder(), [*drill.runs["train_lm"], "--dropout", "0"]
+    whole, seconds = undisturbed(drill, "no-dropout", 1, flags)
+    numbers = {"1": 1, "2": 2, "4": 4, "2 FSDP": 2}
+    sharded = {how: ["--fsdp"] if "FSDP" in how else [] for how in numbers}
+    killed = launch(out, [*flags, *sharded[first]], numbers[first])
+    time.sleep(drill.random.uniform(0.5, 1.5) * seconds)
+    killed.kill()
+    killed.wait()
+    until = time.monotonic() + LIMIT
+    for code in (2, 2, 2, 0):  # its ranks end a little later than torchrun, and hold the lock until then
+        more = ["--resume"] if (out / "config.json").exists() else []
+        if (code := launch(out, [*flags, *sharded[then], *more], numbers[then]).wait(until - time.monotonic())) == 0:
+            break
+        time.sleep(5)
+    if code:
+        return f"on {then} ranks it ends with {code}: {last_line(out)}"
+    found = content(out)
+    for kind, key in (("train", "loss"), ("val", "nll"), ("val", "ece10")):
+        pairs = list(zip([r[key] for r in found[kind]], [r[key] for r in whole[kind]], strict=True))
+        if not all(abs(a - b) <= 1e-3 * abs(b) + 1e-4 for a, b in pairs):
+            return f"{kind} {key} differs"
     return ""
 
 
@@ -403,6 +503,12 @@ def planned(kills: int, rest: int, scripts: tuple[str, ...], campaigns: int) -> 
         yield "name", "250 characters, blanks, umlauts, kill -9", lambda d, n=name: names(d, n)
     for name in scripts if rest else ():
         yield "place", "places that cannot be written", lambda d, n=name: closed(d, n)
+        yield "clock", "the time of day jumps", lambda d, n=name: clock(d, n)
+    for trial in range(rest if campaigns else 0):
+        yield "validation", "SIGTERM in a long validation", long_validation
+        yield "restart", "2 ranks, one killed, torchrun --max-restarts", restarts
+        first, then = (("2", "1"), ("1", "2 FSDP"), ("2 FSDP", "4"), ("4", "1"), ("2 FSDP", "1"), ("1", "2"))[trial % 6]
+        yield "elsewhere", "killed, and continued on other ranks", lambda d, a=first, b=then: elsewhere(d, a, b)
     for how in ("SIGTERM", "-9", "torchrun -9") if campaigns else ():
         yield "ranks", f"2 ranks: {how}", lambda d, h=how: ranks(d, h)
 
@@ -446,7 +552,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rest", type=int, default=6, help="trials of each other drill (default: %(default)s)")
     parser.add_argument("--campaigns", type=int, default=8, help="of the kills, those of a campaign (default: 8)")
     parser.add_argument(
-        "--only", default="", help="kinds, by commas: kill, signal, stream, disk, lock, name, place, ranks"
+        "--only",
+        default="",
+        help="kinds, by commas: kill, signal, stream, disk, lock, name, clock, place, validation, restart, elsewhere, "
+        "ranks",
     )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--table", type=Path, help="file for the table")
