@@ -41,6 +41,11 @@ def read_config(path: str | os.PathLike) -> DecoderConfig:
     option that changes the function and is not supported."""
     path = Path(path)
     fields = weights.read_json(path)
+    with weights.kinds_of(path):
+        return _config_of(fields, path)
+
+
+def _config_of(fields: dict, path: Path) -> DecoderConfig:
     family = fields.get("model_type")
     if family not in FAMILIES:
         raise ValueError(f"{path}: model_type={family!r}; expected one of {', '.join(FAMILIES)}")

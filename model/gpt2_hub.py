@@ -69,11 +69,12 @@ def load_hf(folder_or_hub_id: str | os.PathLike, dtype: torch.dtype = torch.floa
     config.json belong to someone else's training. Raises ValueError, naming what is wrong, for options that GPT2 does
     not have, for tensors that do not fit, for missing or damaged files, and for a hub that cannot be reached."""
     folder = weights.folder_of(folder_or_hub_id)
-    config = _read_config(folder / weights.CONFIG, dropout)
+    with weights.kinds_of(folder / weights.CONFIG):
+        config = _read_config(folder / weights.CONFIG, dropout)
     tensors = {name.removeprefix("transformer."): t for name, t in weights.read_tensors(weights.weight_files(folder))}
     tensors = {name: t for name, t in tensors.items() if not MASKS.fullmatch(name)}
     weights.drop_tied(tensors, "wte.weight", ["lm_head.weight"], folder)
-    with torch.device("meta"):
+    with weights.kinds_of(folder / weights.CONFIG), torch.device("meta"):
         model = GPT2(config, dtype)
     says = f"{folder} does not hold the GPT-2 of its config"
     weights.check_shapes(tensors, _transposed(model.state_dict()), says)

@@ -82,7 +82,11 @@ def save_adapter(model: Decoder, folder: str | os.PathLike, base_model: str) -> 
 def read_adapter_config(folder: str | os.PathLike) -> tuple[LoRAConfig, str | None]:
     """The LoRAConfig of a PEFT adapter, and the name of its base. Raises ValueError for other kinds of adapters."""
     path = Path(folder) / ADAPTER_CONFIG
-    fields = weights.read_json(path)
+    with weights.kinds_of(path):
+        return _config_of(weights.read_json(path), path)
+
+
+def _config_of(fields: dict, path: Path) -> tuple[LoRAConfig, str | None]:
     weights.check_fields(path, fields, ("r", "lora_alpha", "target_modules"), FIXED)
     if fields.get("modules_to_save"):
         saved = f"modules_to_save={fields['modules_to_save']!r}"

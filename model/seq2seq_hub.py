@@ -45,7 +45,8 @@ def load_seq2seq(
     "model." prefix of the names. A final_logits_bias that is missing or zero means none. Parameters come as fp32
     masters on the CPU; ``dtype`` is the activations'; dropout is the caller's. Raises ValueError as load_hf does."""
     folder = weights.folder_of(folder_or_hub_id)
-    options = _read_options(folder / weights.CONFIG)
+    with weights.kinds_of(folder / weights.CONFIG):
+        options = _read_options(folder / weights.CONFIG)
     tensors = {name.removeprefix("model."): t for name, t in _weights(folder, folder_or_hub_id).items()}
     tensors = {name: t for name, t in tensors.items() if name not in VERSIONS}
     weights.drop_tied(tensors, "shared.weight", TIED, folder)
@@ -53,11 +54,11 @@ def load_seq2seq(
     if bias is not None and not bias.any():
         del tensors["final_logits_bias"]
     options |= dict(dropout=dropout, attention_dropout=attention_dropout, activation_dropout=activation_dropout)
-    config = Seq2SeqConfig(**options, logits_bias="final_logits_bias" in tensors)
+    with weights.kinds_of(folder / weights.CONFIG), torch.device("meta"):
+        config = Seq2SeqConfig(**options, logits_bias="final_logits_bias" in tensors)
+        model = Seq2Seq(config, dtype)
     if config.kind == "pegasus":
         _check_sinusoids(tensors, config, folder)
-    with torch.device("meta"):
-        model = Seq2Seq(config, dtype)
     says = f"{folder} does not hold the model of its config"
     weights.check_shapes(tensors, model.state_dict(), says)
     # Copies, even where nothing changes: the tensors are views of the file.

@@ -89,6 +89,16 @@ def check_fields(path: Path, fields: dict, required: Iterable[str], allowed: Map
             raise ValueError(f"{path}: {name}={fields[name]!r} is not supported; expected {values[0]!r}")
 
 
+@contextmanager
+def kinds_of(path: Path):
+    """Around what reads the values of a config: one of the wrong kind is a ValueError of one line as well."""
+    try:
+        yield
+    except (TypeError, AttributeError, LookupError, ArithmeticError) as error:
+        says = f"{path} holds a value of the wrong kind ({first_line(error)}); copy the model's again"
+        raise ValueError(says) from error
+
+
 def weight_files(folder: Path, single: str = WEIGHTS, index: str = INDEX) -> list[Path]:
     """The file ``single``, or the files that ``index`` names. ValueError where there is neither."""
     if (folder / single).exists():

@@ -8,7 +8,8 @@ One rule for all files:
 - A file is UTF-8, with a byte order mark or without; one whose name ends in .gz is unpacked first.
 - A line ends with "\\n" or "\\r\\n", and with nothing else: U+2028 and its like are characters.
 - Blank lines are nothing to rows of JSON and CSV. They count as lines.
-- JSON is JSON: NaN, Infinity, and numbers too large for a float, are errors unless ``nan`` allows them. So is half a
+- JSON is JSON: NaN, Infinity, and numbers too large for a float, are errors unless ``nan`` allows them; integers of more
+  than 308 digits are errors always. So is half a
   surrogate pair, such as "\\ud83d" alone: it is valid JSON and no text, and cannot be encoded.
 - NUL is a character of a text, and of a JSON string as "\\u0000"; in rows of CSV and in JSON as a byte it is an error.
 - What a kill left at the end of a file is an error, unless the caller gives a list ``half``, which gets its line.
@@ -29,6 +30,7 @@ from math import isinf
 BOM = b"\xef\xbb\xbf"
 CONVERT, MEND = "convert it to UTF-8, or take it away", "mend the line, or take it away"
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")  # may begin or be half a pair
+_LONG = re.compile(r"[0-9]{309}")  # may be an integer beyond the largest float
 _PATH = str | os.PathLike
 
 
@@ -77,8 +79,14 @@ def parse_json(text: str | bytes, where: _PATH, line: int | None = 1, *, nan: bo
     def number(digits: str) -> float:
         return constant(digits) if isinf(value := float(digits)) else value
 
+    def integer(digits: str) -> int:
+        if len(digits) > 308:
+            raise fault(where, line, "an integer of too many digits", advice)
+        return int(digits)
+
     try:
-        value = json.loads(text, parse_constant=constant, parse_float=number)
+        more = {"parse_int": integer} if _LONG.search(text) else {}
+        value = json.loads(text, parse_constant=constant, parse_float=number, **more)
         if _HALF.search(text):
             json.dumps(value, ensure_ascii=False).encode()
         return value
@@ -89,10 +97,6 @@ def parse_json(text: str | bytes, where: _PATH, line: int | None = 1, *, nan: bo
         raise fault(where, line, "JSON that is nested too deeply", advice) from None
     except UnicodeEncodeError:
         raise fault(where, line, "half a surrogate pair, which is valid JSON and no text", advice) from None
-    except ValueError as error:
-        if error.args[0].startswith("Exceeds the limit"):  # Python reads integers of 4300 digits
-            raise fault(where, line, "an integer of too many digits", advice) from None
-        raise
 
 
 def read_json(path: _PATH, kind: type | None = None, *, nan: bool = False, advice: str = "mend or replace the file"):

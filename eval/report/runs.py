@@ -126,7 +126,7 @@ def read_flags(path: Path) -> dict[str, dict]:
     """{flag: {"role", "only"}}. Raises ValueError naming the file and the flag whose entry is broken."""
     flags = read_json(path, dict)
     for flag, about in flags.items():
-        if not isinstance(about, dict) or about.get("role") not in ROLES or not isinstance(about.get("only"), dict):
+        if not isinstance(about, dict) or about.get("role") not in [*ROLES] or not isinstance(about.get("only"), dict):
             raise ValueError(f"{path}: {flag} has no role and only; expected one of {', '.join(ROLES)}")
     return flags
 
