@@ -30,14 +30,14 @@ from kernels import Calibration, linear_score
 from kernels.losses import alpha_at, make_score
 from model import lora, lora_hub
 from model.decode import Request, cache_length
+from runtime import optim
 from runtime.cli import opt, parse_config, user_errors
 from runtime.flags import flag, knobs
 from runtime.folder import RunFolder
 from runtime.machine import start_world, to_device
 from runtime.meter import Meter
-from runtime.optim import adamw, meeting, on_ranks, rule_of, take_step
 from runtime.process import command
-from schedules import SCHEDULE_FREE, averaged, rule_reads
+from schedules import averaged, rule_reads
 
 # For the gate alone one in so many of the prompt's targets will do: their head costs as much as the answer's.
 THIN = 8
@@ -95,11 +95,14 @@ class Config:
     steps: int = flag("steps", 2000)
     batch: int = flag("batch", 64, help="problems in an optimizer step, over all ranks")
     micro_batch: int = flag("micro_batch", 16, help="packed rows in one forward of one rank, at most")
-    optimizer: str = opt("adamw", "paged-adamw8bit is bitsandbytes', on CUDA", ("adamw", "paged-adamw8bit"))
+    optimizer: str = flag("optimizer")
     lr: float = flag("lr", 2e-4)
+    step_factor: float = flag("step_factor")
+    momentum: float = flag("momentum")
     schedule: str = flag("schedule")
     lr_warmup: float = flag("lr_warmup", 0.03)
     lr_floor: float = flag("lr_floor", 0.0)
+    decay_shape: str = flag("decay_shape")
     fot_parts: str = flag("fot_parts")
     fot_window: int = flag("fot_window")
     fot_beta: float = flag("fot_beta")
@@ -135,8 +138,7 @@ class Config:
 def check(cfg: Config, world) -> None:
     """Raises ValueError, one line, for flags that do not go together."""
     world.check(cfg)
-    if cfg.schedule == SCHEDULE_FREE and cfg.optimizer != "adamw":
-        raise ValueError(f"--schedule {cfg.schedule} is an optimizer of its own, not --optimizer {cfg.optimizer}")
+    optim.check_optimizer(cfg, world.device)
     if cfg.tail_smoothing and "gate" in rule_reads(cfg.schedule, cfg.fot_parts):
         raise ValueError(
             f"--schedule {cfg.schedule} reads a Fisher that --tail-smoothing {cfg.tail_smoothing} has not; leave gate "
@@ -206,12 +208,14 @@ def main(argv: list[str] | None = None) -> int:
 
         # -- optimizer: a group for each block where the rule gives each its own multiplier ----
         by_block = "blocks" in rule_reads(cfg.schedule, cfg.fot_parts)
-        optimizer = make_optimizer(cfg, lora.optimizer_groups(model, by_block, cfg.lr, cfg.lora_plus), device)
+        optimizer = optim.make_optimizer(
+            lora.optimizer_groups(model, by_block, cfg.lr, cfg.lora_plus), cfg, model, device
+        )
         block_rms = (lambda: lora.segment_rms(model, reset=False)) if by_block else None
-        rule = rule_of(cfg, optimizer, world, block_rms=block_rms)
+        rule = optim.rule_of(cfg, optimizer, world, block_rms=block_rms)
     model.checkpoint_activations = cfg.checkpoint_activations
     # The base is the same file everywhere and never changes: nothing of it is broadcast.
-    trained = on_ranks(model, world, broadcast_buffers=False)
+    trained = optim.on_ranks(model, world, broadcast_buffers=False)
 
     # -- loss ----------------------------------------------------------------------------------
     alpha = torch.zeros((), device=device)  # filled each optimizer step; the score reads it on the device
@@ -337,7 +341,7 @@ def main(argv: list[str] | None = None) -> int:
             at, y, answer, inside = (to_device(x, device) for x in part.seen(cfg.loss_on, prompt=probe, thin=thin))
             if cfg.segment_rms or by_block:
                 lora.set_segments(model, part.answer_RT if segments else None)
-            with meeting(trained, i + size >= len(rows)):
+            with optim.meeting(trained, i + size >= len(rows)):
                 hidden = answers.hidden_at(trained, part, at, device)
                 how = dict(weights=inside.float(), fisher=not cfg.tail_smoothing) if probe else {}
                 loss, moments = linear_score(
@@ -351,7 +355,7 @@ def main(argv: list[str] | None = None) -> int:
             tested = len(part.positions(cfg.loss_on)) / count if measured and i == 0 else None
             gate = dict(fisher=moments.fisher, prompt=~answer, answer=answer) if rule.gates else {}
             rule.observe(nll, moments.valid.sum(), share=tested, **gate)
-        norm = take_step(optimizer, trainable, cfg.clip, world.all_reduce(meter.loss))
+        norm = optim.take_step(optimizer, trainable, cfg.clip, world.all_reduce(meter.loss))
         meter.end_step(norm, cfg.clip, tokens=sum(e.length for e in batch))
         if decision := rule.step():
             meter.log("fot", **decision)
@@ -430,19 +434,6 @@ def adapt(model, cfg: Config, checkpoint: dict | None) -> None:
             chosen = cfg.targets  # a regex
         how = dict(rslora=cfg.rslora, init=cfg.lora_init)
         lora.add_lora(model, lora.LoRAConfig(cfg.rank, cfg.lora_alpha, cfg.lora_dropout, chosen, **how))
-
-
-def make_optimizer(cfg: Config, parameters: list, device: torch.device) -> torch.optim.Optimizer:
-    """Raises ValueError where bitsandbytes' paged optimizer cannot run, or where a package is missing."""
-    if cfg.optimizer == "adamw":
-        return adamw(parameters, cfg, weight_decay=cfg.weight_decay)
-    if device.type != "cuda":
-        raise ValueError(f"--optimizer {cfg.optimizer} needs a CUDA device; use --optimizer adamw")
-    try:
-        from bitsandbytes.optim import PagedAdamW8bit
-    except ImportError as error:
-        raise ValueError(f"--optimizer {cfg.optimizer} needs bitsandbytes ({error}); use --optimizer adamw") from None
-    return PagedAdamW8bit(parameters, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay)
 
 
 if __name__ == "__main__":

@@ -31,12 +31,12 @@ from model.gpt2 import decay_groups, parameter_count
 from model.seq2seq import SIZES, Seq2Seq, training_flops
 from model.seq2seq_hub import load_seq2seq
 from recipes.presets import PRESETS, check_fit, preset_values
+from runtime import optim
 from runtime.cli import opt, parse_config, user_errors
 from runtime.flags import flag, knobs
 from runtime.folder import RunFolder
 from runtime.machine import start_world
 from runtime.meter import Meter
-from runtime.optim import adamw, meeting, on_ranks, restore_training_state, rule_of, take_step, training_state
 from runtime.process import command
 from schedules import averaged
 
@@ -107,11 +107,16 @@ class Config:
     steps: int | None = by_preset("steps")
     batch: int | None = by_preset("batch", flag("batch", None, help="pairs in an optimizer step, over all ranks"))
     micro_batch: int = flag("micro_batch", 8)
+    optimizer: str = flag("optimizer")
     lr: float | None = by_preset("lr")
+    step_factor: float = flag("step_factor")
+    momentum: float = flag("momentum")
     schedule: str | None = by_preset("schedule")
     lr_power: float = opt(1.0, "exponent of the decay", within="[0, inf)", only={"schedule": ("polynomial",)})
     lr_warmup: float | None = by_preset("lr_warmup")
     lr_floor: float = flag("lr_floor", 0.0)
+    decay_shape: str = flag("decay_shape")
+    tail_average: float = flag("tail_average")
     fot_parts: str = flag("fot_parts")
     fot_window: int = flag("fot_window")
     fot_beta: float = flag("fot_beta")
@@ -166,6 +171,7 @@ def complete(values: dict) -> dict:
 def check(cfg: Config, world) -> None:
     """Raises ValueError, one line, for flags that do not go together, and where a package is missing."""
     world.check(cfg)
+    optim.check_optimizer(cfg, world.device)
     summaries.swapped_references(cfg.batch, cfg.noise_references, cfg.seed, 0)
     if cfg.random_start != bool(cfg.size) or bool(cfg.size) == bool(cfg.model):
         raise ValueError("give --model FOLDER_OR_HUB_ID, or --size NAME with --random-start, and not both")
@@ -251,7 +257,7 @@ def main(argv: list[str] | None = None) -> int:
         for layer in (*model.encoder.layers, *model.decoder.layers):
             layer.encode = torch.compile(layer.encode, dynamic=True)
             layer.decode = torch.compile(layer.decode, dynamic=True)
-    trained = on_ranks(model, world)
+    trained = optim.on_ranks(model, world)
     torch.manual_seed(cfg.seed + 2**32 * (1 + world.rank))  # dropout differs between ranks
 
     # -- loss ----------------------------------------------------------------------------------
@@ -265,20 +271,20 @@ def main(argv: list[str] | None = None) -> int:
 
     # -- optimizer -----------------------------------------------------------------------------
     with user_errors():
-        optimizer = adamw(decay_groups(model, cfg.weight_decay), cfg)
+        optimizer = optim.make_optimizer(decay_groups(model, cfg.weight_decay), cfg, model, device)
         same_units = cfg.loss == "ce" and not cfg.label_smoothing
-        rule = rule_of(cfg, optimizer, world, power=cfg.lr_power, same_units=same_units)
+        rule = optim.rule_of(cfg, optimizer, world, power=cfg.lr_power, same_units=same_units)
     meter = Meter(run, Calibration(device), metrics, cfg, counted=("swapped_references", "step_tokens"))
 
     # -- state: everything that a resumed run needs ----------------------------------------------
     if checkpoint:
-        restore_training_state(model, optimizer, checkpoint)
+        optim.restore_training_state(model, optimizer, checkpoint)
         meter.load_state_dict(checkpoint, draws=cfg.dropout > 0)
         rule.restore(checkpoint["fot"], meter.step)
 
     def save(best: bool) -> None:
         """last.pt and, if these are the best weights so far, best.pt. All ranks take part; rank 0 writes."""
-        weights, moments = training_state(model, optimizer)
+        weights, moments = optim.training_state(model, optimizer)
         state = {"model": weights, "model_config": asdict(shape), "config": asdict(cfg), "tokenizer": tokenizer.state()}
         state |= {"step": meter.step, "best": meter.best, "data_hash": train.hash}
         state["dtype"] = str(dtype).removeprefix("torch.")
@@ -349,7 +355,7 @@ def main(argv: list[str] | None = None) -> int:
         for i, part in enumerate(parts):
             batch = summaries.collate(train, rows[part], targets[part], measure.multiple_of(device))
             last = i + 1 == len(parts)
-            with meeting(trained, last):
+            with optim.meeting(trained, last):
                 hidden, y = measure.forward(trained, *batch, device, model.shift_right)
                 loss, moments = linear_score(
                     hidden, model.head_weight, y, score, bias=model.head_bias, denominator=denominator, **scoring
@@ -358,7 +364,7 @@ def main(argv: list[str] | None = None) -> int:
             meter.add(loss, moments)
             tested = int(train.target_lengths[targets[part]].sum()) / count if measured and i == 0 else None
             rule.observe(-moments.log_p.sum(), moments.valid.sum(), share=tested)
-        norm = take_step(optimizer, model.parameters(), cfg.clip, world.all_reduce(meter.loss))
+        norm = optim.take_step(optimizer, model.parameters(), cfg.clip, world.all_reduce(meter.loss))
         swapped = int((places != np.arange(cfg.batch)).sum())
         meter.end_step(norm, cfg.clip, tokens=tokens, swapped_references=swapped, step_tokens=tokens)
         if decision := rule.step():

@@ -27,14 +27,14 @@ from kernels.losses import alpha_at, make_score
 from model.generate import sample
 from model.gpt2 import GPT2, SIZES, GPT2Config, decay_groups, flops_per_token, parameter_count
 from model.gpt2_hub import load_start
+from runtime import optim
 from runtime.cli import opt, parse_config, user_errors
 from runtime.flags import flag, knobs
 from runtime.folder import RunFolder
 from runtime.machine import start_world, to_device
 from runtime.meter import Meter
-from runtime.optim import adamw, meeting, on_ranks, restore_training_state, rule_of, take_step, training_state
 from runtime.process import command
-from schedules import SCHEDULE_FREE, averaged
+from schedules import averaged
 
 # ----------------------------------------------------------------------------------------------
 # config
@@ -93,10 +93,15 @@ class Config:
     steps: int | None = flag("steps", None, help=f"optimizer steps; {by_size('steps')}")
     batch: int | None = flag("batch", None, help=f"sequences in a step, over all ranks; {by_size('batch')}")
     micro_batch: int = flag("micro_batch", 16)
+    optimizer: str = flag("optimizer")
     lr: float = flag("lr", 6e-4)
+    step_factor: float = flag("step_factor")
+    momentum: float = flag("momentum")
     schedule: str = flag("schedule")
     lr_warmup: float = flag("lr_warmup", 0.02)
     lr_floor: float = flag("lr_floor", 0.1)
+    decay_shape: str = flag("decay_shape")
+    tail_average: float = flag("tail_average")
     fot_parts: str = flag("fot_parts")
     fot_window: int = flag("fot_window")
     fot_beta: float = flag("fot_beta")
@@ -141,8 +146,7 @@ def complete(values: dict) -> dict:
 def check(cfg: Config, world) -> None:
     """Raises ValueError, one line, for flags that do not go together."""
     world.check(cfg)
-    if cfg.schedule == SCHEDULE_FREE and cfg.fsdp:
-        raise ValueError(f"--schedule {cfg.schedule} knows no --fsdp; use DDP, or another schedule")
+    optim.check_optimizer(cfg, world.device)
     if cfg.fsdp and world.size == 1:
         raise ValueError("--fsdp needs more than one rank; start with torchrun --nproc_per_node N")
 
@@ -198,7 +202,7 @@ def main(argv: list[str] | None = None) -> int:
     if cfg.compile or (cfg.compile is None and device.type == "cuda"):
         for part in model.h if cfg.fsdp else [model]:
             part.compile()  # in place: names and checkpoints stay as they are
-    trained = on_ranks(model, world, blocks=model.h if cfg.fsdp else None, dtype=dtype)
+    trained = optim.on_ranks(model, world, blocks=model.h if cfg.fsdp else None, dtype=dtype)
 
     # -- loss ----------------------------------------------------------------------------------
     alpha = torch.zeros((), device=device)  # filled each optimizer step; the score reads it on the device
@@ -212,19 +216,19 @@ def main(argv: list[str] | None = None) -> int:
 
     # -- optimizer -----------------------------------------------------------------------------
     with user_errors():
-        optimizer = adamw(decay_groups(model, cfg.weight_decay), cfg)
-        rule = rule_of(cfg, optimizer, world)
+        optimizer = optim.make_optimizer(decay_groups(model, cfg.weight_decay), cfg, model, device)
+        rule = optim.rule_of(cfg, optimizer, world)
     meter = Meter(run, Calibration(device), metrics, cfg, counted=("flipped_tokens",))
 
     # -- state: everything that a resumed run needs ----------------------------------------------
     if checkpoint:
-        restore_training_state(model, optimizer, checkpoint)
+        optim.restore_training_state(model, optimizer, checkpoint)
         meter.load_state_dict(checkpoint, draws=cfg.dropout > 0)
         rule.restore(checkpoint["fot"], meter.step)
 
     def save(best: bool) -> None:
         """last.pt and, if these are the best weights so far, best.pt. All ranks take part; rank 0 writes."""
-        weights, moments = training_state(model, optimizer)
+        weights, moments = optim.training_state(model, optimizer)
         tokenizer = {"files": corpus.tokenizer.files(), "eos_id": corpus.tokenizer.eos_id}
         state = {"model": weights, "model_config": asdict(shape), "config": asdict(cfg), "tokenizer": tokenizer}
         state |= {"step": meter.step, "best": meter.best, "data_hash": corpus.train.hash}
@@ -276,7 +280,7 @@ def main(argv: list[str] | None = None) -> int:
         rows = math.ceil(share / 2) if measured and micro == share else micro  # a part is compared with the whole
         for i in range(0, share, rows):
             last = i + rows >= share
-            with meeting(trained, last):
+            with optim.meeting(trained, last):
                 hidden = trained(x[i : i + rows]).flatten(0, 1)
                 loss, moments = linear_score(
                     hidden, model.head_weight, y[i : i + rows].flatten(), score, denominator=denominator, **scoring
@@ -285,7 +289,7 @@ def main(argv: list[str] | None = None) -> int:
             meter.add(loss, moments)
             part = float(targets[:rows].ne(-100).sum() / count) if measured and i == 0 and not last else None
             rule.observe(-moments.log_p.sum(), moments.valid.sum(), share=part)
-        norm = take_step(optimizer, model.parameters(), cfg.clip, world.all_reduce(meter.loss))
+        norm = optim.take_step(optimizer, model.parameters(), cfg.clip, world.all_reduce(meter.loss))
         meter.end_step(norm, cfg.clip, tokens=int(count), flipped_tokens=flipped)
         if decision := rule.step():
             meter.log("fot", **decision)

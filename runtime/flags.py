@@ -4,13 +4,16 @@ import dataclasses
 
 from kernels.losses import ALPHA_SCHEDULES, LOSSES, PATHS
 from runtime.cli import opt
-from schedules import ADAPTIVE, PARTS, RULES, SCHEDULE_FREE
+from runtime.optim import OPTIMIZERS, OWN_STEP
+from schedules import ADAPTIVE, GREEDY, PARTS, RULES, SCHEDULE_FREE, SHAPES
 
 DPSM = {"loss": ("dpsm",)}
 BOUNDED = {"loss": ("brier", "spherical")}
 RAMP = DPSM | {"alpha_schedule": ("linear", "cosine")}
 MEASURING, IN_PARTS = {"schedule": ADAPTIVE}, {"schedule": ("fot", "bacon")}
-FALLING = {"schedule": tuple(name for name in RULES if name not in (*ADAPTIVE, SCHEDULE_FREE, "constant"))}
+FALLING = {"schedule": tuple(name for name in RULES if name not in (*ADAPTIVE, GREEDY, SCHEDULE_FREE, "constant"))}
+WITH_LR = {"optimizer": tuple(name for name in OPTIMIZERS if name not in OWN_STEP)}
+ADAMS = {"optimizer": tuple(name for name in OPTIMIZERS if name != "sgd")}
 SHARE, COUNT, POSITIVE, DECAY = "[0, 1]", "[1, inf)", "[0, inf)", "[0, 1)"
 
 FLAGS = {
@@ -70,23 +73,40 @@ FLAGS = {
     "micro_batch": opt(
         16, "examples in one forward of one rank, at most; the rest is accumulated", within=COUNT, role="system"
     ),
-    "lr": opt(1e-3, "peak learning rate", within=POSITIVE),
+    "optimizer": opt(
+        "adamw", "; ".join(f"{name}: {what}" for name, what in OPTIMIZERS.items() if name != "adamw"), tuple(OPTIMIZERS)
+    ),
+    "lr": opt(1e-3, "peak learning rate", within=POSITIVE, only=WITH_LR),
+    "step_factor": opt(
+        1.0, "factor on the step that they find themselves", within="(0, inf)", only={"optimizer": OWN_STEP}
+    ),
+    "momentum": opt(
+        0.95, "momentum of the hidden matrices, or of all", within=DECAY, only={"optimizer": ("muon", "sgd")}
+    ),
     "schedule": opt(
         "cosine",
-        "learning-rate schedule; snac, bacon, fot and fot-literal measure and decide as they go",
+        "learning-rate schedule; snac, bacon, fot and fot-literal measure and decide as they go, greedy follows the "
+        "loss",
         RULES,
         alias="--lr-schedule",
     ),
     "lr_warmup": opt(0.02, "learning-rate warm-up, as a fraction of the steps", within=SHARE),
     "lr_floor": opt(0.0, "learning rate at the end, as a fraction of the peak", within=SHARE, only=FALLING),
+    "decay_shape": opt(
+        "linear",
+        "how the learning rate falls at the end: 1 - x, 1 - sqrt(x), 1 - x^0.4 or half a cosine",
+        tuple(SHAPES),
+        only={"schedule": ("wsd", "fot")},
+    ),
+    "tail_average": opt(0.0, "evaluate and keep the mean weights of this last share of the steps", within=DECAY),
     "fot_parts": opt(
         ",".join(PARTS), "fot, bacon: the parts of the rule that are on, separated by commas, or none", only=IN_PARTS
     ),
     "fot_window": opt(32, "steps between two decisions of a rule that measures", within=COUNT, only=MEASURING),
     "fot_beta": opt(0.9, "averaging of its measurements over decisions", within=DECAY, only=MEASURING),
     "weight_decay": opt(0.1, "AdamW weight decay", within=POSITIVE),
-    "beta1": opt(0.9, "AdamW beta1", within=DECAY),
-    "beta2": opt(0.95, "AdamW beta2", within=DECAY),
+    "beta1": opt(0.9, "AdamW beta1", within=DECAY, only=ADAMS),
+    "beta2": opt(0.95, "AdamW beta2", within=DECAY, only=ADAMS),
     "clip": opt(1.0, "clip the gradient to this norm; 0 is off", within=POSITIVE),
     # evaluation
     "eval_every": opt(

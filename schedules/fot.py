@@ -5,7 +5,7 @@ Hessian, it sets
 
     lr       = peak * envelope * m * gate * block
     m        = clip(2 eta_opt / peak, 1/4, 4),      eta_opt = G'u / u'Hu
-    envelope = a warm-up, then linear to zero
+    envelope = a warm-up, then a fall to zero, linear unless another shape of rules.SHAPES is given
     gate     = 1.5 up to h = 0.7, 1 at h = 1, 0.7 from h = 1.3, linear between
     block    = sqrt(the answer's share of the block's squared gradient), in [1/2, 2] at geometric mean 1
 
@@ -44,7 +44,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from .forecast import Forecast, Forecaster, literal_forecast
 from .gradient_stats import STATISTICS, GradientStats
-from .rules import ADAPTIVE, bacon_factor, lr_factor, passed, snac_factor
+from .rules import ADAPTIVE, SHAPES, bacon_factor, check_shape, lr_factor, passed, snac_factor
 
 log = logging.getLogger("scorecast")
 
@@ -57,7 +57,7 @@ SAMPLES, SAMPLE_EVERY = 2, 8  # measurements of the gradient between decisions, 
 BISECTIONS = 60
 LITERAL_POINTS, LITERAL_LOWEST = 150, 0.01
 # What a saved state must have in common with the scheduler that loads it, and the attributes that it holds.
-SAME_SETTINGS = ("rule", "parts", "total", "warmup", "every", "beta", "same_units")
+SAME_SETTINGS = ("rule", "parts", "total", "warmup", "every", "beta", "same_units", "shape")
 SAVED = (
     "multiplier m level hold literal_gate blocks average weight reference lrs history decision counts previous_lr "
     "_began last_epoch _step_count _last_lr"
@@ -129,12 +129,12 @@ def can_gain(target: float, slope: float, curvature: float) -> bool:
 class FoT(LRScheduler):
     """A torch learning-rate scheduler: call ``step()`` after each optimizer step, whatever the number of micro-batches.
 
-    ``optimizer``: an Adam or AdamW. Of another one nothing can be measured and m stays 1; one line says so.
-    ``total``: optimizer steps of the run. ``rule``: one of ADAPTIVE. ``parts``: of fot, see PARTS. ``warmup``: share of
-    the steps. ``every``: W. ``beta``: how much of the averages over decisions stays. ``same_units``: whether `observe`
-    is given the trained loss itself. Where it is not (NLL beside a Brier run), the forecast is logged and does not
-    steer. ``ranks``, ``reduce``: data-parallel ranks and an in-place sum over them. ``block_rms``: gives a tensor
-    [blocks, 2], prompt and answer, for optimizer groups with a "block" key.
+    ``optimizer``: any; of some nothing can be measured and m stays 1, see directions.py. One line says so. ``total``:
+    optimizer steps of the run. ``rule``: one of ADAPTIVE. ``parts``: of fot, see PARTS. ``warmup``: share of the steps.
+    ``every``: W. ``beta``: how much of the averages over decisions stays. ``shape``: of the envelope's fall, one of
+    SHAPES. ``same_units``: whether `observe` is given the trained loss itself. Where it is not (NLL beside a Brier
+    run), the forecast is logged and does not steer. ``ranks``, ``reduce``: data-parallel ranks and an in-place sum over
+    them. ``block_rms``: gives a tensor [blocks, 2], prompt and answer, for optimizer groups with a "block" key.
 
     ``decision`` is the last one, ``counts`` what decisions met. A loop that clips sets ``clipped_by`` to
     (norm / max_norm).clamp(min=1) before each optimizer step, here or on the optimizer. Raises ValueError for settings
@@ -151,6 +151,7 @@ class FoT(LRScheduler):
         every: int = 32,
         beta: float = 0.9,
         same_units: bool = True,
+        shape: str = "linear",
         ranks: int = 1,
         reduce: Callable[[Tensor], Tensor] | None = None,
         block_rms: Callable[[], Tensor] | None = None,
@@ -165,6 +166,7 @@ class FoT(LRScheduler):
                 raise ValueError(f"{name}={value!r}: expected a share in [0, 1)")
         self.rule, self.parts, self.total, self.warmup = rule, parse_parts(parts), total, float(warmup)
         self.every, self.beta, self.same_units = every, float(beta), bool(same_units)
+        self.shape = check_shape(shape)
         self.ranks, self.reduce, self.block_rms = ranks, reduce or (lambda x: x), block_rms
         if every >= total:
             log.warning("fot: W = %d is not shorter than the run of %d steps: nothing will be decided", every, total)
@@ -296,7 +298,7 @@ class FoT(LRScheduler):
         falls = self.rule == "bacon" or (self.rule == "fot" and "envelope" in self.parts)
         if not falls or step < self.warmup * self.total:
             return lr_factor("constant", step, self.total, warmup=self.warmup)
-        return self.level * (1 - passed(step, self.hold, self.total))
+        return self.level * SHAPES[self.shape](passed(step, self.hold, self.total))
 
     def state_dict(self) -> dict:
         """Plain numbers, strings and lists; `load_state_dict` goes on bit for bit. Every rank must call it."""
@@ -308,8 +310,8 @@ class FoT(LRScheduler):
         """Raises ValueError for the state of another rule or run length, and for what is not a state of FoT."""
         if missing := {"settings", "forecaster", "buffers", *SAVED} - set(state_dict):
             raise ValueError(f"this is no state of FoT: {', '.join(sorted(missing))} missing")
-        if state_dict["settings"] != self._settings():
-            raise ValueError(f"FoT's state is of {state_dict['settings']}, this one is {self._settings()}")
+        if (settings := {"shape": "linear"} | state_dict["settings"]) != self._settings():
+            raise ValueError(f"FoT's state is of {settings}, this one is {self._settings()}")
         self.forecaster.load_state_dict(state_dict["forecaster"])
         for name, buffer in self._buffers().items():
             buffer.copy_(torch.tensor(state_dict["buffers"][name], dtype=torch.float64) / self.ranks)
@@ -418,15 +420,17 @@ class FoT(LRScheduler):
     def _plan(self, done: int, row: dict) -> None:
         """Holds the learning rate for as long as the forecast says that this ends lowest."""
         level, hold = self.level, self.hold
-        if hold < done:  # it is falling: a plan that holds goes on from where it is
-            self.level = self._share(done)
+        falling, now = hold < done, self._share(done)
         plans = []
         for share in HOLDS:
-            self.hold = done + share * (self.total - done)
-            plans.append((self.hold, self._forecast()))
-        self.hold, forecast = min(plans, key=lambda plan: math.inf if plan[1].mean is None else plan[1].mean)
-        if self.hold == done and hold < done:
-            self.level, self.hold = level, hold  # nothing new
+            if falling and share == 0:
+                self.level, self.hold = level, hold  # it goes on falling as it does
+            else:
+                self.level, self.hold = now if falling else level, done + share * (self.total - done)
+            plans.append((self.level, self.hold, self._forecast()))
+        self.level, self.hold, forecast = min(
+            plans, key=lambda plan: math.inf if plan[2].mean is None else plan[2].mean
+        )
         if forecast.mean is not None:
             row |= {"forecast": forecast.mean, "sd": forecast.sd, "sd_D": forecast.sd, "D": forecast.descent}
             row["hold"] = self.hold

@@ -13,6 +13,7 @@ class At(NamedTuple):
     rise: float  # steps of the warm-up
     decay: float  # share of the run
     power: float
+    shape: str  # of wsd's fall, one of SHAPES
 
 
 def passed(step: float, begin: float, total: int) -> float:
@@ -20,18 +21,29 @@ def passed(step: float, begin: float, total: int) -> float:
     return min(max((step - begin) / max(total - begin, 1), 0.0), 1.0)
 
 
+# From name to what is left of a learning rate that falls, when a share x of its fall has been gone:
+#   sqrt          1 - sqrt(x); Hägele et al. (2024), "Scaling Laws and Compute-Optimal Training Beyond Fixed Training
+#                 Durations"
+#   power         1 - x^0.4, of public records of modded-nanogpt's third track (its pull requests 343, 345 and 351)
+SHAPES = {
+    "linear": lambda x: 1 - x,
+    "sqrt": lambda x: 1 - math.sqrt(x),
+    "power": lambda x: 1 - x**0.4,
+    "cosine": lambda x: 0.5 * (1 + math.cos(math.pi * x)),
+}
+
 # From name to the share of the peak after the warm-up, before it is raised above the floor:
 #   cosine        Loshchilov and Hutter (2017)
-#   wsd           warm-up, stable, decay: linear over the last ``decay * total`` steps; Hu et al. (2024)
+#   wsd           warm-up, stable, decay: in ``shape`` over the last ``decay * total`` steps; Hu et al. (2024)
 #   rex           stays high and falls late; Chen et al. (2022), "REX: Revisiting Budgeted Training with an Improved
 #                 Schedule"
 #   polynomial    fairseq's polynomial_decay with end_learning_rate 0
 #   inverse-sqrt  sqrt(w / step) after w steps of warm-up; google-research/pegasus, estimator_utils.py
 FORMULAS = {
-    "cosine": lambda at: 0.5 * (1 + math.cos(math.pi * at.x)),
+    "cosine": lambda at: SHAPES["cosine"](at.x),
     "linear": lambda at: 1 - at.x,
     "constant": lambda at: 1.0,
-    "wsd": lambda at: 1 - passed(at.step, max(at.rise, (1 - at.decay) * at.total), at.total),
+    "wsd": lambda at: SHAPES[at.shape](passed(at.step, max(at.rise, (1 - at.decay) * at.total), at.total)),
     "rex": lambda at: (1 - at.x) / (1 - 0.5 * at.x),
     "polynomial": lambda at: (1 - at.x) ** at.power,
     "inverse-sqrt": lambda at: math.sqrt(max(at.rise, 1) / max(at.step, 1)),
@@ -39,22 +51,33 @@ FORMULAS = {
 SCHEDULES = tuple(FORMULAS)
 ADAPTIVE = ("snac", "bacon", "fot", "fot-literal")  # they measure the run: fot.FoT
 SCHEDULE_FREE = "schedule-free"  # an optimizer of its own under a constant learning rate: averaging.py
-RULES = (*SCHEDULES, *ADAPTIVE, SCHEDULE_FREE)
+GREEDY = "greedy"  # it follows the loss: greedy.py
+RULES = (*SCHEDULES, *ADAPTIVE, GREEDY, SCHEDULE_FREE)
 
 
-def lr_factor(name: str, step: int, total: int, *, warmup=0.0, floor=0.0, decay=0.2, power=1.0) -> float:
+def check_shape(shape: str) -> str:
+    """``shape`` itself. Raises ValueError where it is none of SHAPES."""
+    if shape not in SHAPES:
+        raise ValueError(f"decay shape {shape!r}: expected one of {', '.join(SHAPES)}")
+    return shape
+
+
+def lr_factor(
+    name: str, step: int, total: int, *, warmup=0.0, floor=0.0, decay=0.2, power=1.0, shape="linear"
+) -> float:
     """The share of the peak learning rate before step ``step`` (0-based) of ``total``, in [0, 1].
 
     It rises linearly over the first ``warmup * total`` steps, then follows the formula of `FORMULAS`, scaled to fall to
-    ``floor`` instead of 0. ``decay`` is wsd's share of the run, ``power`` polynomial's exponent. The learning rate of
-    schedule-free is constant. Raises ValueError for an unknown name."""
+    ``floor`` instead of 0. ``decay`` is wsd's share of the run and ``shape`` how it falls there, ``power`` polynomial's
+    exponent. The learning rate of schedule-free is constant. Raises ValueError for an unknown name or shape."""
     if name not in (*SCHEDULES, SCHEDULE_FREE):
         raise ValueError(f"unknown schedule {name!r}; expected one of {', '.join((*SCHEDULES, SCHEDULE_FREE))}")
     rise = warmup * total
     if step < rise:
         return (step + 1) / (math.ceil(rise) + 1)
     formula = FORMULAS["constant" if name == SCHEDULE_FREE else name]
-    return floor + (1 - floor) * formula(At(passed(step, rise, total), step, total, rise, decay, power))
+    at = At(passed(step, rise, total), step, total, rise, decay, power, check_shape(shape))
+    return floor + (1 - floor) * formula(at)
 
 
 def snac_factor(noise: float, signal: float) -> float:

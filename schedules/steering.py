@@ -7,13 +7,14 @@
         optimizer.step()
         decision = rule.step()             # a dict where one was made
 
-`Planned` is for schedules that are functions of the step, `FoT` for the rules that measure.
+`Planned` is for schedules that are functions of the step, `FoT` for the rules that measure, `Greedy` follows the loss.
 """
 
 import torch
 
 from .fot import FoT, set_lrs
-from .rules import ADAPTIVE, RULES, lr_factor
+from .greedy import Greedy
+from .rules import ADAPTIVE, GREEDY, RULES, lr_factor
 
 
 class Planned:
@@ -54,16 +55,28 @@ class Planned:
 
 
 def make_rule(
-    name: str, optimizer: torch.optim.Optimizer, total: int, *, warmup=0.0, floor=0.0, decay=0.2, power=1.0, **measuring
-) -> FoT | Planned:
+    name: str,
+    optimizer: torch.optim.Optimizer,
+    total: int,
+    *,
+    warmup=0.0,
+    floor=0.0,
+    decay=0.2,
+    power=1.0,
+    shape="linear",
+    **measuring,
+) -> FoT | Greedy | Planned:
     """The rule ``name`` (one of RULES) for a run of ``total`` optimizer steps. The groups hold the peak learning rates.
 
-    ``floor``, ``decay`` and ``power`` are for the functions of the step, see `lr_factor`, and ``measuring`` for the
-    rules that measure, see `FoT`. A loop may give all of them under any rule. Raises ValueError for an unknown name."""
+    ``floor``, ``decay`` and ``power`` are for the functions of the step, see `lr_factor`, ``shape`` is for wsd and fot,
+    and ``measuring`` for the rules that measure, see `FoT`. A loop may give all of them under any rule. Raises
+    ValueError for an unknown name."""
     if name not in RULES:
         raise ValueError(f"unknown learning-rate rule {name!r}; expected one of {', '.join(RULES)}")
     if unknown := set(measuring) - set(FoT.__init__.__kwdefaults__):
         raise TypeError(f"make_rule: unknown options {', '.join(sorted(unknown))}")
     if name in ADAPTIVE:
-        return FoT(optimizer, total, rule=name, warmup=warmup, **measuring)
-    return Planned(name, optimizer, total, warmup=warmup, floor=floor, decay=decay, power=power)
+        return FoT(optimizer, total, rule=name, warmup=warmup, shape=shape, **measuring)
+    if name == GREEDY:
+        return Greedy(optimizer, total, warmup=warmup, reduce=measuring.get("reduce"))
+    return Planned(name, optimizer, total, warmup=warmup, floor=floor, decay=decay, power=power, shape=shape)

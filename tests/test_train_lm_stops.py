@@ -140,7 +140,7 @@ def test_a_run_of_a_constant_learning_rate_can_get_more_steps(lm_base, tmp_path,
 
 def test_weights_that_turn_non_finite_are_not_saved(lm_base, tmp_path, monkeypatch, capsys):
     """In the step of a validation, after its finite loss; the checkpoint of before stays, and its name is said."""
-    original, steps = train_lm.take_step, iter(range(1, 100))
+    original, steps = train_lm.optim.take_step, iter(range(1, 100))
 
     def broken(optimizer, parameters, *args):
         parameters = list(parameters)
@@ -149,7 +149,7 @@ def test_weights_that_turn_non_finite_are_not_saved(lm_base, tmp_path, monkeypat
             parameters[3].data[0] = math.nan
         return norm
 
-    monkeypatch.setattr(train_lm, "take_step", broken)
+    monkeypatch.setattr(train_lm.optim, "take_step", broken)
     assert train(lm_base, tmp_path / "run") == 1
     assert re.search(r"not finite and were not saved; stopped at step 8. Last good.*last\.pt", capsys.readouterr().err)
     assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 4

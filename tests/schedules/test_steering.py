@@ -3,7 +3,20 @@
 import pytest
 import torch
 
-from schedules import ADAPTIVE, PARTS, RULES, SCHEDULE_FREE, SCHEDULES, FoT, Planned, lr_factor, make_rule, rule_reads
+from schedules import (
+    ADAPTIVE,
+    GREEDY,
+    PARTS,
+    RULES,
+    SCHEDULE_FREE,
+    SCHEDULES,
+    FoT,
+    Greedy,
+    Planned,
+    lr_factor,
+    make_rule,
+    rule_reads,
+)
 from schedules.gradient_stats import STATISTICS
 
 
@@ -40,7 +53,7 @@ def test_every_rule_answers_the_same_loop(name):
     optimizer = two_groups()
     keys = set(optimizer.param_groups[0])
     rule = make_rule(name, optimizer, 20, warmup=0.1, every=4)
-    assert isinstance(rule, FoT if name in ADAPTIVE else Planned)
+    assert isinstance(rule, FoT if name in ADAPTIVE else Greedy if name == GREEDY else Planned)
     seen = []
     for t in range(20):
         first, second = (group["lr"] for group in optimizer.param_groups)
@@ -53,13 +66,15 @@ def test_every_rule_answers_the_same_loop(name):
         assert [t for t, d in enumerate(decisions) if d] == [3, 7, 11, 15]
         assert rule.counts["decisions"] == 4 and decisions[15] == rule.decision and str(rule)
         assert (decisions[15]["h"] is not None) == ("fot" in name) and decisions[15]["noise"] is not None
+    elif name == GREEDY:
+        assert not any((*splits, *gates, *decisions)) and rule.counts == {"raised": 1, "lowered": 0, "not_finite": 0}
     else:
         assert not any((*splits, *gates, *decisions)) and (rule.counts, rule.state_dict(), str(rule)) == ({}, None, "")
         assert [lr for lr, *_ in seen] == [0.1 * lr_factor(name, t, 20, warmup=0.1) for t in range(20)]
         assert set(optimizer.param_groups[0]) == keys
 
 
-@pytest.mark.parametrize("name", ["wsd", "polynomial", "fot"])
+@pytest.mark.parametrize("name", ["wsd", "polynomial", "fot", "greedy"])
 @pytest.mark.parametrize("cut", [1, 5, 13])
 def test_restored_it_goes_on_with_the_same_bits(name, cut):
     def rule():
@@ -117,7 +132,7 @@ def test_a_learning_rate_in_a_tensor_is_set_in_place():
 def test_what_a_rule_reads():
     assert rule_reads("fot", PARTS) == {"gate", "blocks"} and rule_reads("fot", ("gate", "noise")) == {"gate"}
     assert rule_reads("fot-literal", ()) == {"gate"} and rule_reads("bacon", PARTS) == {"blocks"}
-    assert not any(rule_reads(name, PARTS) for name in (*SCHEDULES, SCHEDULE_FREE, "snac"))
+    assert not any(rule_reads(name, PARTS) for name in (*SCHEDULES, GREEDY, SCHEDULE_FREE, "snac"))
     blocks = torch.optim.AdamW([{"params": [torch.nn.Parameter(torch.ones(1))], "block": 0}])
     for rms, asks in ((None, False), (lambda: torch.ones(1, 2), True)):
         assert make_rule("bacon", blocks, 9, every=1, block_rms=rms).weighs_blocks is asks
