@@ -172,11 +172,17 @@ class FoT(LRScheduler):
             log.warning("fot: W = %d is not shorter than the run of %d steps: nothing will be decided", every, total)
         self.reads = rule_reads(rule, self.parts)
         self.sample_every = min(max(SAMPLE_EVERY, every // SAMPLES), every)
-        self.measures = isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)  # not a quantised or factored one
-        if not self.measures:
-            log.warning("fot: %s keeps no readable moments: the step is not measured", type(optimizer).__name__)
         self.forecaster = Forecaster()
         self.stats = GradientStats(optimizer, ranks)
+        self.measures = bool(self.stats.kinds)
+        if not self.measures:
+            name = type(optimizer).__name__
+            what = (
+                "the forecast and the envelope steer, m stays 1"
+                if rule == "fot"
+                else "its learning rate stays as it is"
+            )
+            log.warning("fot: %s keeps no readable moments: the step is not measured, %s", name, what)
         device = self.stats.sums.device
         self.points = torch.zeros(2, every, dtype=torch.float64, device=device)  # sum of NLL and tokens of each step
         self.fisher = torch.zeros(4, dtype=torch.float64, device=device)  # prompt: sum, tokens; answer: sum, tokens

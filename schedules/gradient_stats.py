@@ -27,10 +27,18 @@ Without micro-batches N comes from Adam's mean, with kappa the sum of the square
 and likewise G'P G. That calls noise what changes from step to step. Where steps overshoot, the slope then comes out too
 low, below 0 rather than above what it is.
 
+SGD and Muon have no P, but a formula for their direction u(g) for a gradient g. Their slope comes from what they would
+do with the micro-batch alone, and u(g) of the step waits in the optimizer's state, in bfloat16, for the next gradient:
+
+    slope = g_s'u(g_r),      after = g'u of the last step
+
+This needs micro-batches. u(g_r) has a little more noise than u(g), which Muon's scale turns into a smaller slope.
+
 All are linear in sums over the parameters, so samples, ranks and shards are averaged before anything is divided. The
 sums stay on the device. A sample takes one pass over gradients and moments at one step and half of one at the next.
 """
 
+import logging
 import math
 from collections.abc import Iterator
 from itertools import repeat
@@ -38,13 +46,19 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
+from .directions import direction, kinds, moments
+
+log = logging.getLogger("scorecast")
+
 STATISTICS = ("samples", "g2", "noise", "slope", "after", "curvature", "step2", "batch2")
+LAST = "last_direction"  # in the optimizer's state of a parameter, between the halves of a sample
 # Parameters that are read at a time: on a GPU few kernels, on a CPU temporaries that stay in a core's cache.
 CHUNK = {"cuda": 1 << 26, "cpu": 1 << 16}
 
 
 class GradientStats:
-    """Samples of an Adam's gradients. ``ranks``: data-parallel ranks, whose `sums` add up to what `means` takes."""
+    """Samples of an optimizer's gradients; of one that directions.py cannot read there are none. ``ranks``:
+    data-parallel ranks, whose `sums` add up to what `means` takes."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, ranks: int = 1):
         self.optimizer, self.ranks = optimizer, ranks
@@ -52,6 +66,8 @@ class GradientStats:
         self.pending = torch.zeros_like(self.sums[:6])  # a sample that waits for its next step
         self.sharded = any(hasattr(p, "to_local") for p in self._parameters())
         self.small: tuple[float, list[Tensor | None]] | None = None  # share and gradients of a micro-batch
+        self.kinds = kinds(optimizer)  # of the groups
+        self.told = False
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -60,12 +76,14 @@ class GradientStats:
         """((beta1, beta2, eps), (gradient, mean, square, and the micro-batch's gradient if there is) of each parameter
         that Adam has begun to move, steps so far); one for all groups of these settings."""
         found, steps, parts = {}, {}, iter(small or repeat(None))
-        for group in self.optimizer.param_groups:
-            key = tuple(map(float, (*group["betas"], group["eps"])))
+        for kind, group in zip(self.kinds, self.optimizer.param_groups, strict=True):
+            key = tuple(map(float, (*group["betas"], group["eps"]))) if kind == "adam" else ()
             for p in group["params"]:
                 state, part = self.optimizer.state.get(p), next(parts)
-                if p.grad is not None and state and "exp_avg_sq" in state and (small is None or part is not None):
-                    tensors = [_flat(x) for x in (p.grad, state["exp_avg"], state["exp_avg_sq"])]
+                if kind != "adam" or p.grad is None or not state or (small is not None and part is None):
+                    continue
+                if (both := moments(state)) is not None:
+                    tensors = [_flat(x) for x in (p.grad, *both)]
                     found.setdefault(key, []).append(tensors + ([] if small is None else [part]))
                     steps[key] = torch.as_tensor(state["step"])
         for key, held in found.items():
@@ -88,6 +106,12 @@ class GradientStats:
         measurements are of the unclipped gradient. A sample with a value that is not finite, or that the optimizer
         will skip (``found_inf``), is left out."""
         (share, small), self.small = (self.small if begin else None) or (None, None), None
+        if begin and small is None and "formula" in self.kinds:
+            begin = False
+            if not self.told:
+                name = type(self.optimizer).__name__
+                log.warning("fot: %s is measured where a batch comes in micro-batches alone: not here", name)
+            self.told = True
         # From the part that was kept to the micro-batch's own gradient: DDP multiplies each rank's by their number.
         scale = 1.0 if share is None else 1 / (share * self.ranks)
         parts = []
@@ -113,15 +137,17 @@ class GradientStats:
                 opo = opo * scale**2 / (s if share is None else new_s)
                 more = [gg, oo * scale**2, opo, mpmp / s**2, xpg * scale / new_s]
             parts.append((beta1, step, gm / s, *more))
-        if not parts:
+        clip = torch.ones_like(self.sums[0]) if clipped_by is None else clipped_by.to(self.sums)
+        along = self._by_formula(begin, share, small, scale, clip)
+        if not parts and along is None:
             return
         found = getattr(self.optimizer, "found_inf", None)
         skipped = torch.zeros_like(self.sums[0]) if found is None else found.to(self.sums)
         # A shard's sums are its part of the whole, a replica's are the whole: weighted so, both add up to it.
         weight = torch.full_like(self.pending, 1.0 if self.sharded else 1 / self.ranks)
         weight[0] = 1 / self.ranks
-        clip = torch.ones_like(skipped) if clipped_by is None else clipped_by.to(skipped)
-        after = clip * sum(gm / (1 - beta1**step) for beta1, step, gm, *_ in parts) * weight[1]
+        after = sum((gm / (1 - beta1**step) for beta1, step, gm, *_ in parts), 0 if along is None else along[0])
+        after = clip * after * weight[1]
         if lr > 0:
             n, g2, noise, slope, step2, batch2 = self.pending.unbind()
             ended = torch.stack([n, g2, noise, slope, after, (slope - after) / lr, step2, batch2])
@@ -131,6 +157,10 @@ class GradientStats:
         if not begin:
             return
         total = torch.zeros_like(self.pending[1:])
+        if along is not None:
+            _, gg, oo, slope, step2 = along
+            noise = (oo - gg * clip**2) / (1 / share - 1)
+            total += torch.stack([gg * clip**2 - noise, noise, slope, step2, gg * clip**2])
         # o: the micro-batch's gradient, else Adam's mean; x: o or g
         for beta1, step, gm, gg, oo, opo, mpmp, xpg in parts:
             power = beta1**step
@@ -147,6 +177,32 @@ class GradientStats:
             total += torch.stack([gg * clip**2 - noise, noise, slope, mpmp / bias**2, gg * clip**2])
         begun = torch.cat([torch.ones_like(total[:1]), total]) * weight
         self.pending = torch.where(torch.isfinite(begun).all() & (skipped == 0), begun, 0.0)
+
+    def _by_formula(self, begin: bool, share, small, scale: float, clip: Tensor) -> Tensor | None:
+        """Sums over SGD's and Muon's parameters: [g'u] of the sample that ends, and where one begins |g|^2, |g_r|^2,
+        g_s'u(g_r) and |u|^2. None where there are none."""
+        found, parts = [], iter(small or repeat(None))
+        for kind, group in zip(self.kinds, self.optimizer.param_groups, strict=True):
+            for p in group["params"]:
+                part = next(parts)
+                if kind != "formula":
+                    continue
+                last = self.optimizer.state[p].pop(LAST, None)
+                if p.grad is None or (begin and part is None):
+                    continue
+                g = _flat(p.grad)
+                row = [torch.zeros_like(g[0]) if last is None else torch.dot(g, _flat(last))]
+                if begin:
+                    state, o = self.optimizer.state[p], part.float() * scale
+                    u = _flat(direction(group, state, p, p.grad))
+                    of_part = _flat(
+                        direction(group, state, p, (o / clip.float()).view_as(p))
+                    )  # it sees what is clipped
+                    rest = (g * clip.float() - share * o) / (1 - share)
+                    row += [torch.dot(g, g), torch.dot(o, o), torch.dot(rest, of_part), torch.dot(u, u)]
+                    state[LAST] = u.view_as(p).bfloat16()
+                found.append(torch.stack(row))
+        return torch.stack(found).sum(0, dtype=torch.float64) if found else None
 
     @staticmethod
     def means(sums: list[float]) -> dict[str, float] | None:

@@ -38,7 +38,7 @@ class ScheduleFreePlus(torch.optim.Optimizer):
         moved = [(g, p, self.state[p]) for g in self.param_groups for p in g["params"] if p.grad is not None]
         if not moved:
             return
-        ahead = torch.zeros((), device=moved[0][1].device)
+        ahead = torch.zeros((), dtype=torch.float64, device=moved[0][1].device)
         for _, p, state in moved:
             if not state:
                 state |= {"z": p.clone(), "x": p.clone(), "exp_avg": torch.zeros_like(p)}
@@ -47,7 +47,7 @@ class ScheduleFreePlus(torch.optim.Optimizer):
         size = sum(p.grad.abs().sum() for _, p, _ in moved)
         by = torch.as_tensor(getattr(self, "clipped_by", 1.0), device=ahead.device)
         loss = torch.as_tensor(self.loss, device=ahead.device)
-        loss, ahead, size = torch.stack([loss.to(ahead), ahead * by, size * by]).tolist()
+        loss, ahead, size = torch.stack([loss.to(ahead), ahead * by, size.to(ahead) * by]).tolist()
         self.loss = None
         polyak = max(0.0, loss + MOMENTUM * ahead) / (size * math.sqrt(math.pi / 2)) if size > 0 else 0.0
         for group in self.param_groups:

@@ -9,8 +9,10 @@ import torch
 
 from schedules import plot
 from schedules.__main__ import main
-from schedules.averaging import averaged, schedule_free_adamw
-from schedules.rules import ADAPTIVE, SCHEDULES, bacon_factor, lr_factor, snac_factor
+from schedules.averaging import TailAverage, averaged, schedule_free_adamw
+from schedules.greedy import Greedy
+from schedules.rules import ADAPTIVE, SCHEDULES, SHAPES, bacon_factor, lr_factor, snac_factor
+from schedules.schedule_free_plus import ScheduleFreePlus
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -43,6 +45,18 @@ def test_rex_is_above_linear_and_matches_its_published_form():
 def test_wsd_decays_over_its_share_alone():
     lr = [lr_factor("wsd", step, 100, decay=0.3) for step in range(101)]
     assert lr[:71] == [1.0] * 71 and lr[85] == pytest.approx(0.5, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "shape, half", [("linear", 0.5), ("sqrt", 1 - 0.5**0.5), ("power", 1 - 0.5**0.4), ("cosine", 0.5)]
+)
+def test_wsd_falls_in_the_shape_asked_for(shape, half):
+    lr = [lr_factor("wsd", step, 100, decay=0.3, shape=shape) for step in range(101)]
+    assert lr[:71] == [1.0] * 71 and lr[85] == pytest.approx(half, rel=1e-12) and lr[100] == pytest.approx(0, abs=1e-15)
+    assert all(a > b for a, b in zip(lr[70:], lr[71:], strict=False))
+    with pytest.raises(ValueError, match="decay shape 'square': expected one of linear, sqrt, power, cosine"):
+        lr_factor("wsd", 0, 10, shape="square")
+    assert set(SHAPES) == {"linear", "sqrt", "power", "cosine"}
 
 
 def test_polynomial_is_what_is_left_to_a_power_and_inverse_sqrt_begins_at_the_peak():
@@ -115,6 +129,25 @@ def test_schedule_free_averages_inside_and_goes_on_with_the_same_bits():
         assert torch.equal(before, w.detach())
 
 
+def test_the_tail_average_is_the_mean_of_the_last_weights_and_goes_on_from_its_state():
+    w = torch.nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.SGD([w], 0.1)
+    tail, seen = TailAverage(optimizer, 6.5), []
+    for t in range(10):
+        with averaged(optimizer):
+            expected = torch.stack(seen[6:]).mean(0) if t > 6 else w.detach()
+            torch.testing.assert_close(w.detach(), expected, rtol=1e-6, atol=1e-7)  # fp32 rounding of three means
+        if t == 8:
+            state = tail.state_dict()
+            tail = TailAverage(optimizer, 6.5)
+            tail.load_state_dict(state)
+        w.data += torch.arange(3) + t
+        tail.step()
+        seen.append(w.detach().clone())
+    assert tail.count == 4 and tail.done == 10 and torch.equal(w.detach(), seen[-1])
+    torch.testing.assert_close(tail.mean[0], torch.stack(seen[6:]).mean(0), rtol=1e-6, atol=0)
+
+
 def test_averaged_is_nothing_for_another_optimizer():
     w = torch.nn.Parameter(torch.ones(3))
     with averaged(torch.optim.AdamW([w])):
@@ -138,3 +171,107 @@ def test_every_formula_rises_in_its_warm_up_and_never_after():
     assert lr_factor("wsd", 79, 100) == 1 and lr_factor("wsd", 90, 100) == pytest.approx(0.5)
     with pytest.raises(ValueError, match="cubic"):
         lr_factor("cubic", 0, 1)
+
+
+def test_greedy_is_transformers_rule_with_bounds_of_its_own():
+    """Loss by loss the learning rates of transformers.optimization.GreedyLR, smoothed over the same window."""
+    theirs = pytest.importorskip("transformers.optimization").GreedyLR
+    generator = torch.Generator().manual_seed(0)
+    curve = 5 - torch.arange(400) / 100 + 0.05 * torch.randn(400, generator=generator)
+    curve[250:] += torch.linspace(0, 4, 150)  # and it rises again
+    p, q = torch.nn.Parameter(torch.ones(1)), torch.nn.Parameter(torch.ones(1))
+    ours, other = torch.optim.SGD([p], 0.1), torch.optim.SGD([q], 0.1)
+    rule = Greedy(ours, 400, window=20, low=0.05, high=2.0)
+    scheduler = theirs(other, smooth=True, window_size=20, min_lr=0.005, max_lr=0.2)
+    lrs = []
+    for t, loss in enumerate(curve.tolist()):
+        rule.observe(torch.tensor(7 * loss, dtype=torch.float64), 7)
+        rule.step()
+        scheduler.step(loss)
+        lrs.append(ours.param_groups[0]["lr"])
+        assert lrs[-1] == pytest.approx(other.param_groups[0]["lr"], rel=1e-9), t
+        if t == 123:  # as after a resumption
+            state, rule = rule.state_dict(), Greedy(torch.optim.SGD([p], 0.1), 400, window=20, low=0.05, high=2.0)
+            rule.optimizer = ours
+            rule.restore(state, t + 1)
+    assert max(lrs) == 0.2 and lrs[-1] < 0.15 and rule.counts["raised"] > 5 < rule.counts["lowered"]
+
+
+def test_greedy_rises_with_its_warm_up_and_leaves_out_what_is_not_finite():
+    p = torch.nn.Parameter(torch.ones(1))
+    rule = Greedy(optimizer := torch.optim.SGD([p], 0.1), 100, warmup=0.1)
+    lrs = []
+    for t in range(20):
+        lrs.append(optimizer.param_groups[0]["lr"])
+        rule.observe(math.nan if t == 12 else 5 - t / 10)
+        rule.step()
+    assert lrs[:11] == [0.1 * lr_factor("constant", t, 100, warmup=0.1) for t in range(11)] and rule.lr == 0.1
+    assert rule.counts == {"raised": 0, "lowered": 0, "not_finite": 1} and rule.good == 9
+
+
+def regression(make, steps=80, clip=None):
+    """(losses, weights in training, averages) of a small net under ``make(parameters)``."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 4)).double()
+    X, seen = torch.randn(256, 8).double(), []
+    Y = X[:, :4] - X[:, 4:]
+    optimizer = make(net.parameters())
+    for _ in range(steps):
+        rows = torch.randint(0, 256, (32,))
+        loss = (net(X[rows]) - Y[rows]).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        if clip:
+            optimizer.clipped_by = (torch.nn.utils.clip_grad_norm_(net.parameters(), clip) / clip).clamp(min=1)
+        if hasattr(optimizer, "step_func"):
+            optimizer.step_func(loss.item())
+        else:
+            optimizer.loss = loss.detach()
+            optimizer.step()
+        seen.append(loss.item())
+    iterate = [p.detach().clone() for p in net.parameters()]
+    with averaged(optimizer):
+        return seen, iterate, [p.detach().clone() for p in net.parameters()]
+
+
+def test_schedule_free_plus_learns_by_its_own_step_and_evaluates_averages():
+    seen, iterate, mean = regression(lambda p: ScheduleFreePlus(p, 0.2, average_after=5))
+    assert sum(seen[-10:]) < 0.8 * sum(seen[:10])
+    assert any((a - b).abs().max() > 1e-3 for a, b in zip(iterate, mean, strict=True))
+    # Clipped or not, Polyak's step is that of the unclipped gradient, and Adam's direction forgets a constant factor:
+    # what is left is eps and how clipping varies from step to step.
+    clipped, _, _ = regression(lambda p: ScheduleFreePlus(p, 0.2, average_after=5), clip=1e-3)
+    assert clipped[-1] == pytest.approx(seen[-1], rel=0.2)
+    with pytest.raises(ValueError, match="set its attribute loss before each step"):
+        ScheduleFreePlus([torch.nn.Parameter(torch.ones(1))]).step()
+    with pytest.raises(ValueError, match="weight_decay=-1"):
+        ScheduleFreePlus([torch.nn.Parameter(torch.ones(1))], weight_decay=-1)
+
+
+def test_schedule_free_plus_first_step_by_hand():
+    """f = 3, g = (2, -1), from w = (1, 1): a = 3 / (sqrt(pi / 2) 3), u = sign g, x = z in the first step."""
+    w = torch.nn.Parameter(torch.ones(2, dtype=torch.float64))
+    optimizer = ScheduleFreePlus([w], lr=0.5, weight_decay=2.0, eps=0.0)
+    w.grad, optimizer.loss = torch.tensor([2.0, -1.0], dtype=torch.float64), 3.0
+    optimizer.step()
+    a = 0.5 * 3 / (math.sqrt(math.pi / 2) * 3)
+    expected = 1 - 2 * a * a - a * torch.tensor([1.0, -1.0], dtype=torch.float64)
+    torch.testing.assert_close(w.detach(), expected, rtol=1e-12, atol=0)
+
+
+def test_schedule_free_plus_is_the_authors():
+    """Where their package has it: 1.4.1 on PyPI does not."""
+    theirs = getattr(pytest.importorskip("schedulefree"), "AdamCScheduleFreePlusPaper", None)
+    if theirs is None:
+        pytest.skip("this release of schedulefree has no AdamCScheduleFreePlusPaper")
+
+    def make(p):
+        optimizer = theirs(p, lr=0.7, weight_decay=3.0, c_warmup=5)
+        optimizer.train()
+        return optimizer
+
+    for got, expected in zip(
+        regression(make), regression(lambda p: ScheduleFreePlus(p, 0.7, weight_decay=3.0, average_after=5)), strict=True
+    ):
+        for a, b in zip(got, expected, strict=True):
+            assert a == pytest.approx(b, rel=1e-9) if isinstance(a, float) else torch.allclose(a, b, rtol=1e-9)
