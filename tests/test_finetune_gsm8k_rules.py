@@ -18,7 +18,7 @@ FOT = [*LONGER, "--fot-window", "4"]
 
 
 def flags_of(rule: str) -> list[str]:
-    return [*(FOT if rule in ADAPTIVE else LONGER), "--schedule", rule]
+    return [*(FOT if rule.split()[0] in ADAPTIVE else LONGER), "--schedule", *rule.split()]
 
 
 USED: list[list[float]] = []  # learning rates of fot_run's groups, as each step of the optimizer found them
@@ -84,16 +84,21 @@ def test_rules_resume_exactly(base, fot_run, tmp_path, monkeypatch, rule, stop_a
     assert (tmp_path / "cut" / "outputs.jsonl").read_bytes() == (whole / "outputs.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize("rule", ["snac", "bacon", "fot-literal", "schedule-free"])
+@pytest.mark.parametrize(
+    "rule",
+    ["snac", "bacon", "fot-literal", "schedule-free", "fot --optimizer muon --lr 3e-2", "greedy --optimizer adamw8bit"],
+)
 def test_every_rule_learns(base, tmp_path, rule):
     assert tune([*base, *flags_of(rule)], tmp_path / "run", "--eval-problems", 1) == 0
     losses = [r["loss"] for r in rows(tmp_path / "run", "train")]
     assert losses[-1] < losses[0] - 0.1
     decided = rows(tmp_path / "run", "fot")
-    assert len(decided) == (3 if rule in ADAPTIVE else 0)
-    for r in decided:  # only the literal rule has a gate, only bacon has blocks
-        assert (r["h"] is not None) == (rule == "fot-literal")
-        assert len(r["blocks"]) == (2 if rule == "bacon" and r["step"] >= 8 else 0)
+    assert len(decided) == (3 if rule.split()[0] in ADAPTIVE else 0)
+    for r in decided:  # the literal rule has a gate, bacon has blocks, and fot both
+        assert (r["h"] is not None) == rule.startswith("fot")
+        assert len(r["blocks"]) == (2 if rule.startswith(("bacon", "fot ")) and r["step"] >= 8 else 0)
+    if "muon" in rule:
+        assert decided[-1]["slope"] is not None  # of LoRA's A and B, which are all that there is
 
 
 def test_schedule_free_evaluates_its_averages(base, tmp_path):

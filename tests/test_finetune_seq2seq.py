@@ -256,11 +256,12 @@ def test_a_kill_during_generation_loses_one_batch(dpsm_flags, dpsm_run, tmp_path
     same_run(dpsm_run, tmp_path / "run")
 
 
-@pytest.mark.parametrize("rule", ["fot", "snac", "bacon", "fot-literal", "schedule-free"])
+@pytest.mark.parametrize("rule", ["fot", "snac", "bacon", "fot-literal", "schedule-free", "greedy"])
 def test_rules_that_measure_resume_exactly(rule, base, tmp_path, monkeypatch):
     """Stopped between two decisions; what was measured, the plan and the iterate go on bit for bit."""
     more = "--loss dpsm --dropout 0.1 --steps 16 --eval-every 8 --lr-warmup 0.25".split()
-    more += [] if rule == "schedule-free" else ["--fot-window", "4"]
+    more += [] if rule in ("schedule-free", "greedy") else ["--fot-window", "4"]
+    more += "--optimizer muon --tail-average 0.5".split() if rule == "greedy" else []
     # The whole batch in one forward is split where a step is measured.
     flags = [*base, *more, "--schedule", rule, "--micro-batch", "8" if rule == "snac" else "4"]
     assert train(flags, tmp_path / "whole") == 0
@@ -278,7 +279,7 @@ def test_rules_that_measure_resume_exactly(rule, base, tmp_path, monkeypatch):
     same_run(tmp_path / "whole", tmp_path / "run")
     decisions, nll = rows(tmp_path / "whole", "fot"), [r["nll"] for r in rows(tmp_path / "whole", "val")]
     assert decisions == rows(tmp_path / "run", "fot") and nll[-1] < nll[0]
-    if rule == "schedule-free":  # the checkpoint has the averages, which were evaluated, and the iterate
+    if rule in ("schedule-free", "greedy"):  # the checkpoint has the averages, which were evaluated, and the iterate
         kept = load_checkpoint(tmp_path / "run" / "last.pt")
         iterate = kept["optimizer"]["iterate"]
         assert not decisions and any(not torch.equal(w, iterate[k]) for k, w in kept["model"].items())
