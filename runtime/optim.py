@@ -164,7 +164,9 @@ def plans_no_end(cfg, step: int, *totals: int) -> bool:
     ramped = cfg.loss == "dpsm" and cfg.alpha_schedule != "fixed"
     until = max(cfg.lr_warmup, cfg.alpha_start + cfg.warmup if ramped else 0)
     noisy = getattr(cfg, "label_noise", 0) and getattr(cfg, "label_noise_steps", 1) < 1
-    return cfg.schedule == "constant" and not noisy and all(step >= until * total for total in totals)
+    if noisy or getattr(cfg, "tail_average", 0):
+        return False
+    return cfg.schedule == "constant" and all(step >= until * total for total in totals)
 
 
 def take_step(optimizer, parameters, clip: float, loss: Tensor) -> Tensor:

@@ -44,7 +44,19 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from .forecast import Forecast, Forecaster, literal_forecast
 from .gradient_stats import STATISTICS, GradientStats
-from .rules import ADAPTIVE, SHAPES, bacon_factor, check_shape, lr_factor, passed, snac_factor
+from .rules import (
+    ADAPTIVE,
+    SHAPES,
+    bacon_factor,
+    best_step,
+    block_multipliers,
+    can_gain,
+    check_shape,
+    gate_of,
+    lr_factor,
+    passed,
+    snac_factor,
+)
 
 log = logging.getLogger("scorecast")
 
@@ -54,7 +66,6 @@ HOLDS, PLAN_EVERY = (0.0, 0.25, 0.5, 0.75), 2  # shares of the steps to come; de
 SURE = 0.5  # the forecast steers where sd(D) / D is below it
 ENVELOPE_POINTS = 64  # at which the envelope to come is averaged
 SAMPLES, SAMPLE_EVERY = 2, 8  # measurements of the gradient between decisions, and the fewest steps between two
-BISECTIONS = 60
 LITERAL_POINTS, LITERAL_LOWEST = 150, 0.01
 # What a saved state must have in common with the scheduler that loads it, and the attributes that it holds.
 SAME_SETTINGS = ("rule", "parts", "total", "warmup", "every", "beta", "same_units", "shape")
@@ -89,41 +100,6 @@ def set_lrs(optimizer: torch.optim.Optimizer, lrs: Sequence[float]) -> None:
             group["lr"].fill_(lr)
         else:
             group["lr"] = lr
-
-
-def gate_of(h: float | None) -> float:
-    """The Fisher gate: continuous, stateless, in [0.7, 1.5]; 1 where h was not measured."""
-    if h is None or not math.isfinite(h):
-        return 1.0
-    return min(1 + 0.5 * (1 - h) / 0.3, 1.5) if h < 1 else max(1 - (h - 1), 0.7)
-
-
-def block_multipliers(rms: Sequence[Sequence[float]]) -> list[float]:
-    """Multipliers in [1/2, 2] of geometric mean 1, from each block's RMS gradients of prompt and answer.
-
-    They follow shares, not sizes: Adam already divides by a block's size. All are 1 where a block has no gradient."""
-    if not rms or not all(math.isfinite(p) and math.isfinite(a) and a > 0 for p, a in rms):
-        return [1.0] * len(rms)
-    logs = [-0.5 * math.log2(1 + (p / a) ** 2) for p, a in rms]
-    low, high = -max(logs) - 1, -min(logs) + 1  # the shift at which the clipped logs have mean 0
-    for _ in range(BISECTIONS):
-        middle = 0.5 * (low + high)
-        total = sum(min(max(v + middle, -1.0), 1.0) for v in logs)
-        low, high = (low, middle) if total > 0 else (middle, high)
-    return [2.0 ** min(max(v + low, -1.0), 1.0) for v in logs]
-
-
-def best_step(slope: float, curvature: float) -> float:
-    """The eta that gains most of eta slope - eta^2 curvature / 2: 0 where the slope does not fall, inf where the
-    curvature sets no bound."""
-    if not slope > 0:
-        return 0.0
-    return slope / curvature if curvature > 0 else math.inf
-
-
-def can_gain(target: float, slope: float, curvature: float) -> bool:
-    """Whether some eta > 0 has eta slope - eta^2 curvature / 2 = target."""
-    return slope > 0 and slope**2 - 2 * curvature * target >= 0
 
 
 class FoT(LRScheduler):

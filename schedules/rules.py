@@ -1,6 +1,9 @@
-"""Learning-rate schedules as plain functions of the optimizer step. A new schedule is one entry of `FORMULAS`."""
+"""Learning-rate schedules as plain functions of the optimizer step, and the formulas of the rules that measure.
+
+A new schedule is one entry of `FORMULAS`."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 
@@ -20,6 +23,8 @@ def passed(step: float, begin: float, total: int) -> float:
     """How much of the way from step ``begin`` to the end has been gone, in [0, 1]."""
     return min(max((step - begin) / max(total - begin, 1), 0.0), 1.0)
 
+
+BISECTIONS = 60  # of block_multipliers
 
 # From name to what is left of a learning rate that falls, when a share x of its fall has been gone:
 #   sqrt          1 - sqrt(x); Hägele et al. (2024), "Scaling Laws and Compute-Optimal Training Beyond Fixed Training
@@ -102,3 +107,38 @@ def bacon_factor(eta: float, reference: float) -> float:
     if not 0 < reference < math.inf or math.isnan(eta):
         return 1.0
     return min(max(eta / reference, 0.5), 2.0)
+
+
+def gate_of(h: float | None) -> float:
+    """The Fisher gate: continuous, stateless, in [0.7, 1.5]; 1 where h was not measured."""
+    if h is None or not math.isfinite(h):
+        return 1.0
+    return min(1 + 0.5 * (1 - h) / 0.3, 1.5) if h < 1 else max(1 - (h - 1), 0.7)
+
+
+def block_multipliers(rms: Sequence[Sequence[float]]) -> list[float]:
+    """Multipliers in [1/2, 2] of geometric mean 1, from each block's RMS gradients of prompt and answer.
+
+    They follow shares, not sizes: Adam already divides by a block's size. All are 1 where a block has no gradient."""
+    if not rms or not all(math.isfinite(p) and math.isfinite(a) and a > 0 for p, a in rms):
+        return [1.0] * len(rms)
+    logs = [-0.5 * math.log2(1 + (p / a) ** 2) for p, a in rms]
+    low, high = -max(logs) - 1, -min(logs) + 1  # the shift at which the clipped logs have mean 0
+    for _ in range(BISECTIONS):
+        middle = 0.5 * (low + high)
+        total = sum(min(max(v + middle, -1.0), 1.0) for v in logs)
+        low, high = (low, middle) if total > 0 else (middle, high)
+    return [2.0 ** min(max(v + low, -1.0), 1.0) for v in logs]
+
+
+def best_step(slope: float, curvature: float) -> float:
+    """The eta that gains most of eta slope - eta^2 curvature / 2: 0 where the slope does not fall, inf where the
+    curvature sets no bound."""
+    if not slope > 0:
+        return 0.0
+    return slope / curvature if curvature > 0 else math.inf
+
+
+def can_gain(target: float, slope: float, curvature: float) -> bool:
+    """Whether some eta > 0 has eta slope - eta^2 curvature / 2 = target."""
+    return slope > 0 and slope**2 - 2 * curvature * target >= 0

@@ -187,3 +187,9 @@ def test_train_lm_under_muon_resumes_exactly_and_says_what_it_does_not_read(lm_b
         ("--optimizer lion", "invalid choice: 'lion'"),
     ):
         fails(capsys, says, lm_base, tmp_path / "none", *more.split())
+
+
+def test_a_run_with_a_tail_average_cannot_get_more_steps():
+    constant = dict(schedule="constant", lr_warmup=0.0)
+    assert optim.plans_no_end(config("adamw", **constant), 20, 24, 48)
+    assert not optim.plans_no_end(config("adamw", tail_average=0.1, **constant), 20, 24, 48)

@@ -27,7 +27,7 @@ from schedules.fot import (
     parse_parts,
 )
 from schedules.gradient_stats import GradientStats
-from schedules.rules import ADAPTIVE, lr_factor
+from schedules.rules import ADAPTIVE, SHAPES, lr_factor
 
 ROOT = Path(__file__).parents[2]
 
@@ -225,6 +225,11 @@ def test_the_envelope_alone_is_linear_to_zero():
     lrs, fot, _ = drive("fot", falling(40), 40, parts=("envelope",))
     assert lrs == [0.1 * lr_factor("linear", t, 40, warmup=0.1) for t in range(40)]
     assert fot.get_last_lr() == [0.0] and fot.counts["decisions"] == 9
+    for shape, fall in SHAPES.items():
+        lrs, _, _ = drive("fot", falling(40), 40, parts=("envelope",), shape=shape)
+        assert lrs[4:] == [0.1 * fall(t / 36) for t in range(36)]
+    with pytest.raises(ValueError, match="decay shape 'round'"):
+        drive("fot", falling(40), 40, shape="round")
     lrs, _, _ = drive("fot", falling(40), 40, parts=())
     assert lrs[4:] == [0.1] * 36
 
@@ -367,6 +372,11 @@ def test_a_long_window_an_unreadable_optimizer_and_bad_settings(caplog):
     assert parse_parts(",".join(PARTS)) == PARTS
     with pytest.raises(ValueError, match="or none"):
         parse_parts("")
+    state = drive("fot", falling(8), 8, stop=6)[2]
+    del state["fot"]["settings"]["shape"]  # as before there were shapes: it was linear
+    drive("fot", falling(8), 8, start=6, state=state)
+    with pytest.raises(ValueError, match="FoT's state is of"):
+        drive("fot", falling(8), 8, start=6, state=state, shape="sqrt")
     state = drive("fot", falling(8), 8)[2]["fot"]
     with pytest.raises(ValueError, match="FoT's state is of"):
         FoT(adam, 10).load_state_dict(state)
