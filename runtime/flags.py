@@ -78,11 +78,12 @@ FLAGS = {
     ),
     "lr": opt(1e-3, "peak learning rate", within=POSITIVE, only=WITH_LR),
     "step_factor": opt(
-        1.0, "factor on the step that they find themselves", within="(0, inf)", only={"optimizer": OWN_STEP}
+        1.0,
+        "schedule-free-plus, prodigy: factor on the step that they find",
+        within="(0, inf)",
+        only={"optimizer": OWN_STEP},
     ),
-    "momentum": opt(
-        0.95, "momentum of the hidden matrices, or of all", within=DECAY, only={"optimizer": ("muon", "sgd")}
-    ),
+    "momentum": opt(0.95, "muon, sgd: momentum", within=DECAY, only={"optimizer": ("muon", "sgd")}),
     "schedule": opt(
         "cosine",
         "learning-rate schedule; snac, bacon, fot and fot-literal measure and decide as they go, greedy follows the "
@@ -94,7 +95,7 @@ FLAGS = {
     "lr_floor": opt(0.0, "learning rate at the end, as a fraction of the peak", within=SHARE, only=FALLING),
     "decay_shape": opt(
         "linear",
-        "how the learning rate falls at the end: 1 - x, 1 - sqrt(x), 1 - x^0.4 or half a cosine",
+        "wsd, fot: how the learning rate falls at the end: 1 - x, 1 - sqrt(x), 1 - x^0.4 or half a cosine",
         tuple(SHAPES),
         only={"schedule": ("wsd", "fot")},
     ),

@@ -27,7 +27,7 @@ OPTIMIZERS = {
     "adamw": "torch's, fused",
     "muon": "torch's Muon for hidden matrices, AdamW for embeddings, head, norms and biases",
     "sgd": "torch's, with momentum and coupled weight decay",
-    "adamw8bit": "bitsandbytes'",
+    "adamw8bit": "bitsandbytes', on a CPU too",
     "paged-adamw8bit": "bitsandbytes', on CUDA",
     "schedule-free": "AdamW of the package schedulefree",
     "schedule-free-plus": "finds its own step",
@@ -96,9 +96,10 @@ def check_optimizer(cfg, device: torch.device) -> None:
     if name in AVERAGING and not own and cfg.schedule not in ("constant", *ADAPTIVE):
         way = "use --schedule constant or one that measures"
         raise ValueError(f"--optimizer {name} averages in the place of a schedule such as {cfg.schedule}; {way}")
-    if name == "prodigy" and (getattr(cfg, "lora_plus", 1) != 1 or "blocks" in rule_reads(cfg.schedule, cfg.fot_parts)):
-        way = "leave out --lora-plus, and blocks from --fot-parts"
-        raise ValueError(f"--optimizer prodigy has one step for all parameters; {way}")
+    if name in OWN_STEP and getattr(cfg, "lora_plus", 1) != 1:
+        raise ValueError(f"--optimizer {name} finds one step for A and B; leave out --lora-plus")
+    if name == "prodigy" and hasattr(cfg, "lora_plus") and "blocks" in rule_reads(cfg.schedule, cfg.fot_parts):
+        raise ValueError(f"--optimizer {name} has one step for all blocks; leave blocks out of --fot-parts")
     if name == "paged-adamw8bit" and device.type != "cuda":
         raise ValueError(f"--optimizer {name} needs a CUDA device; use --optimizer adamw8bit or adamw")
 

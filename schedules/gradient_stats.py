@@ -194,10 +194,8 @@ class GradientStats:
                 row = [torch.zeros_like(g[0]) if last is None else torch.dot(g, _flat(last))]
                 if begin:
                     state, o = self.optimizer.state[p], part.float() * scale
-                    u = _flat(direction(group, state, p, p.grad))
-                    of_part = _flat(
-                        direction(group, state, p, (o / clip.float()).view_as(p))
-                    )  # it sees what is clipped
+                    clipped = (o / clip.float()).view_as(p)  # as the optimizer would see it
+                    u, of_part = (_flat(direction(group, state, p, x)) for x in (p.grad, clipped))
                     rest = (g * clip.float() - share * o) / (1 - share)
                     row += [torch.dot(g, g), torch.dot(o, o), torch.dot(rest, of_part), torch.dot(u, u)]
                     state[LAST] = u.view_as(p).bfloat16()

@@ -139,8 +139,8 @@ def test_a_step_that_is_not_finite_moves_nothing():
             "--tail-average: --optimizer schedule-free averages already",
         ),
         (dict(optimizer="adamw", tail_average=0.1, fsdp=True), "would average shards; leave it out"),
-        (dict(optimizer="prodigy", lora_plus=4.0), "one step for all parameters; leave out --lora-plus"),
-        (dict(optimizer="prodigy", fot_parts="blocks"), "and blocks from --fot-parts"),
+        (dict(optimizer="prodigy", lora_plus=4.0), "prodigy finds one step for A and B; leave out --lora-plus"),
+        (dict(optimizer="prodigy", fot_parts="blocks", lora_plus=1.0), "leave blocks out of --fot-parts"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(more, says):
