@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from data.files import lm_data, load_hub
+from schedules.commandline import nearest
 from schedules.textlines import fault, read_lines, read_rows, read_text
 
 log = logging.getLogger("scorecast")
@@ -209,7 +210,8 @@ def _folder(given: str) -> Path:
         return folder.resolve()
     if folder.is_file():
         raise ValueError(f"{given} is a file; give the folder that holds it")
-    raise ValueError(f"unknown data {given!r}; expected {', '.join(TEXT_SETS)}, or a folder of text")
+    expected = f"{', '.join(TEXT_SETS)}, or a folder of text{nearest(given, TEXT_SETS)}"
+    raise ValueError(f"unknown data {given!r}; expected {expected}")
 
 
 def _file_name(folder: Path) -> str:

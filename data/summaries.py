@@ -26,6 +26,7 @@ from data.files import is_set, lm_data, load_hub, one_file
 from data.tokenizer import TOKENIZER_FILES, Definition, Tokenizer, byte_level, load_tokenizer, merges_of, read_files
 from data.windows import IGNORE_INDEX, permutation, random_uint64
 from model.weights import first_line, folder_of
+from schedules.commandline import nearest
 from schedules.textlines import parse_json, read_csv, read_rows
 
 STEMS = {"train": ("train",), "validation": ("validation", "val", "valid", "dev"), "test": ("test",)}  # of its files
@@ -91,8 +92,8 @@ def load_summaries(
     folder = Path(name) if here else lm_data(name) or Path(name)
     local = folder.is_dir()
     if not local and name not in SUMMARY_SETS:
-        known = ", ".join(SUMMARY_SETS)
-        raise ValueError(f"no data {name!r}: expected {known}, or a folder with train.jsonl, validation.jsonl ...")
+        expected = f"{', '.join(SUMMARY_SETS)}, or a folder with train.jsonl, validation.jsonl ..."
+        raise ValueError(f"no data {name!r}: expected {expected}{nearest(name, SUMMARY_SETS)}")
     known = next((known for known in SUMMARY_SETS if is_set(name, known)), "")
     label = known or folder.resolve().name
     label = label if known or label not in SUMMARY_SETS else f"folder-{label}"  # another that is called so

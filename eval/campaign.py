@@ -30,6 +30,7 @@ from tqdm import tqdm
 from runtime.cli import Parser, flag_name, parse_config, parser_of, user_errors
 from runtime.process import code_of, command, end_with_parent, handled
 from runtime.secrets import hide
+from schedules.commandline import nearest
 from schedules.textlines import read_toml
 
 
@@ -43,9 +44,11 @@ class Job(NamedTuple):
 
 def read_recipe(path: Path) -> dict:
     recipe = read_toml(path)
-    unknown = set(recipe) - {"title", "script", "out", "flags", "grid", "arm"}
+    known = ("title", "script", "out", "flags", "grid", "arm")
+    unknown = sorted(set(recipe) - set(known))
     if unknown or not {"script", "out"} <= set(recipe):
-        raise ValueError(f"{path} needs script and out, and knows flags, grid, arm and title; check {sorted(unknown)}")
+        near = nearest(unknown[0], known) if unknown else ""
+        raise ValueError(f"{path} needs script and out, and knows flags, grid, arm and title; check {unknown}{near}")
     return recipe
 
 

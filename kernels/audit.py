@@ -171,7 +171,7 @@ def audit(capability: int, vocab: int, dtype: str, only: str = "", labels=None) 
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser("kernels.audit", __doc__)
+    parser = Parser(prog="python -m kernels.audit", usage=None, description=__doc__)
     parser.add_argument("--capability", type=int, nargs="+", default=CAPABILITIES, help="80: A100, 90: H100, H200")
     parser.add_argument("--vocab", type=int, nargs="+", default=VOCABULARIES)
     parser.add_argument("--dtype", choices=DTYPE_OF, default="bf16", help="of the logits")

@@ -5,20 +5,19 @@
         steps: int = opt(1000, "optimizer steps", within="[1, inf)", role="setting", group="optimizer")
         gamma: float = opt(2.0, "exponent", within="[0, inf)", only={"loss": ("focal",)})
 
-Nothing here knows a flag by its name.
+How numbers and names are read is in `schedules.commandline`. Nothing here knows a flag by its name.
 """
 
 import argparse
 import contextlib
 import dataclasses
-import difflib
 import math
 import os
-import shutil
 import sys
 import typing
-from functools import partial
 from pathlib import Path
+
+from schedules.commandline import Parser
 
 # What a difference between two runs in this flag means.
 ROLES = {
@@ -68,38 +67,6 @@ def outside(value, interval: str) -> str:
         return f"is outside {interval}"
     above = f"must be finite and above {low:g}" if interval[0] == "(" else f"must be at least {low:g}"
     return "must be finite and not negative" if interval.startswith("[0,") else above
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line and name the nearest flag or choice. With ``exits`` False an error
-    raises ValueError instead of ending the process."""
-
-    def __init__(self, exits: bool = True, **how):
-        self.exits, width = exits, min(shutil.get_terminal_size().columns, 120)
-        form = partial(argparse.RawDescriptionHelpFormatter, max_help_position=34, width=width)
-        super().__init__(**{"formatter_class": form, "usage": "%(prog)s [flags]"} | how, allow_abbrev=False)
-
-    def error(self, message):
-        if not self.exits:
-            raise ValueError(message)
-        self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
-
-    def _check_value(self, action, value):
-        if action.choices is not None and value not in action.choices:
-            choices = f"(choose from {', '.join(map(str, action.choices))}){nearest(str(value), action.choices)}"
-            raise argparse.ArgumentError(action, f"invalid choice: {value!r} {choices}")
-
-    def parse_args(self, args=None, namespace=None):
-        found, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            near = nearest(unknown[0].split("=")[0], self._option_string_actions)
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{near}")
-        return found
-
-
-def nearest(given: str, known) -> str:
-    found = difflib.get_close_matches(given, [str(k) for k in known if k], n=1)
-    return f"; did you mean {found[0]}?" if found else ""
 
 
 def parser_of(cls, description: str = "", *, exits: bool = True) -> Parser:

@@ -11,17 +11,11 @@ import os
 import sys
 
 from . import backtest, plot, predict, pruning
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """Bad flags are one line on stderr and exit code 2."""
-
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+from .commandline import Parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = OneLineParser(prog="python -m schedules", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m schedules", usage=None, description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     for name, add, run, text in (
         ("plot", plot.add_flags, plot.run, plot.__doc__.splitlines()[0]),
@@ -31,7 +25,7 @@ def main(argv: list[str] | None = None) -> None:
     ):
         how = {"epilog": f"the methods and the columns:\n{backtest.legend()}"} if name == "backtest" else {}
         form = argparse.RawDescriptionHelpFormatter
-        command = commands.add_parser(name, help=text, description=text, formatter_class=form, **how)
+        command = commands.add_parser(name, help=text, usage=None, description=text, formatter_class=form, **how)
         add(command)
         command.set_defaults(run=run)
     args = parser.parse_args(argv)

@@ -8,9 +8,9 @@ One rule for all files:
 - A file is UTF-8, with a byte order mark or without; one whose name ends in .gz is unpacked first.
 - A line ends with "\\n" or "\\r\\n", and with nothing else: U+2028 and its like are characters.
 - Blank lines are nothing to rows of JSON and CSV. They count as lines.
-- JSON is JSON: NaN, Infinity, and numbers too large for a float, are errors unless ``nan`` allows them; integers of more
-  than 308 digits are errors always. So is half a
-  surrogate pair, such as "\\ud83d" alone: it is valid JSON and no text, and cannot be encoded.
+- JSON is JSON: NaN, Infinity, and numbers too large for a float, are errors unless ``nan`` allows them. Integers of
+  more than 308 digits always are, and half a surrogate pair, such as "\\ud83d" alone: it is valid JSON and no text,
+  and cannot be encoded.
 - NUL is a character of a text, and of a JSON string as "\\u0000"; in rows of CSV and in JSON as a byte it is an error.
 - What a kill left at the end of a file is an error, unless the caller gives a list ``half``, which gets its line.
 

@@ -10,7 +10,6 @@ Tiny runs of the three scripts, in child processes of this one. A run counts as 
 bit. Children are the drill's own; nothing else is signalled.
 """
 
-import argparse
 import contextlib
 import functools
 import importlib
@@ -41,6 +40,7 @@ import finetune_seq2seq  # noqa: E402, F401
 import train_lm  # noqa: E402, F401
 from model import lora, lora_hub  # noqa: E402
 from runtime.folder import load_checkpoint, read_metrics  # noqa: E402
+from schedules.commandline import Parser  # noqa: E402
 
 CLOCK = re.compile("seconds|per_second|ms_per_step|peak_memory|reused")
 # What a tiny run imports, most of its time otherwise.
@@ -547,7 +547,7 @@ def as_table(table: dict[str, list]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.drill", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m tests.drill", usage=None, description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=100, help="kill -9 in all (default: %(default)s)")
     parser.add_argument("--rest", type=int, default=6, help="trials of each other drill (default: %(default)s)")
     parser.add_argument("--campaigns", type=int, default=8, help="of the kills, those of a campaign (default: 8)")

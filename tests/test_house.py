@@ -219,6 +219,16 @@ def test_no_code_comes_out_of_a_file():
     assert not wrong, wrong
 
 
+def test_command_lines_are_read_in_one_place():
+    """By schedules/commandline.py: argparse's own parser stands in the sandbox alone, which imports nothing of ours,
+    and kernels/ reaches for its sibling package in the one line that says so."""
+    calls = {(p, ast.unparse(n)) for p, tree in files().items() for n in ast.walk(tree) if isinstance(n, ast.Call)}
+    own = {path for path, call in calls if call.startswith(("argparse.ArgumentParser(", "ArgumentParser("))}
+    assert own == {"sandbox/__main__.py"}
+    siblings = {path for path, call in calls if path.startswith("kernels/") and call.startswith("import_module(")}
+    assert siblings == {"kernels/bench/timing.py"}
+
+
 def reads(call: ast.Call) -> bool:
     name = ast.unparse(call.func)
     if name == "open" or (name.endswith(".open") and not name.startswith("os.")):

@@ -40,7 +40,7 @@ from .timing import HEADS, Parser, Shape, add_options, fill_options
 
 
 def parse(argv) -> argparse.Namespace:
-    parser = Parser("kernels.bench", __doc__)
+    parser = Parser(prog="python -m kernels.bench", usage=None, description=__doc__)
     parser.add_argument("--shape", choices=HEADS, nargs="+", help="on a GPU by default all")
     parser.add_argument("--n", type=int, default=0, help="tokens, in place of --shape")
     parser.add_argument("--v", type=int, default=0, help="vocabulary")

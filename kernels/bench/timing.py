@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from .providers import providers
 
+# Of the package beside this one, as which both are installed: schedules, or scorecast.schedules.
+Parser = import_module(f"{__name__.removesuffix('kernels.bench.timing')}schedules.commandline").Parser
 DTYPE_OF = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 REPEATS = {"cuda": 30, "cpu": 7}  # rounds that count
 WARM_UPS = {"cuda": 3, "cpu": 1}  # rounds that do not count: they compile, and fill the allocator's pools
@@ -30,17 +33,6 @@ class Shape(NamedTuple):
 
 
 HEADS = {"gpt2": Shape(8192, 50257, 768), "qwen3": Shape(8192, 151936, 1024)}
-
-
-class Parser(argparse.ArgumentParser):
-    """Of ``python -m module``; what is wrong with a flag is said in one line."""
-
-    def __init__(self, module: str, description: str):
-        raw = argparse.RawDescriptionHelpFormatter
-        super().__init__(f"python -m {module}", description=description, formatter_class=raw)
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

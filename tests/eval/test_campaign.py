@@ -108,7 +108,7 @@ def test_a_cells_own_flag_is_passed_as_it_is_and_refused_where_nothing_reads_it(
     head = 'script = "toy.py"\nout = "runs/toy"\n'
     err = refused(capsys, head + '[flags]\ngamma = 1.0\n[[arm]]\nloss = "ce"\n[[arm]]\nloss = "brier"\ngamma = 3.0\n')
     assert "r.toml: cell brier-gamma3.0: --gamma is read by --loss focal alone" in err
-    assert "cell ce: unrecognized arguments: --stepz 3; did you mean --steps?" in refused(
+    assert "cell ce: unrecognized arguments: --stepz; did you mean --steps?" in refused(
         capsys, head + '[flags]\nstepz = 3\n[grid]\nloss = ["ce"]\n'
     )
     assert "cell steps0: --steps 0" in refused(capsys, head + "[grid]\nsteps = [5, 0]\n")

@@ -58,9 +58,9 @@ def test_help_is_grouped_and_says_ranges_choices_and_defaults(capsys):
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        ("--steps x", "invalid int"),
+        ("--steps x", "argument --steps: 'x' is no number; expected one such as 1000, 1_000, 1e3"),
         ("--lr", "expected one argument"),
-        ("--nope 1", "unrecognized arguments: --nope 1"),
+        ("--nope 1", "unrecognized arguments: --nope"),
         ("--stesp 3", "did you mean --steps?"),
         ("--ste 3", "unrecognized"),
         ("--mode alhpa", "invalid choice: 'alhpa' (choose from alpha, beta); did you mean alpha?"),
