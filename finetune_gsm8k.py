@@ -17,6 +17,7 @@ import re
 import statistics
 import sys
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -51,6 +52,7 @@ class Config:
     out: str = flag("out", help="run folder; default runs/gsm8k-MODEL-FORMAT-LOSS-sSEED")
     resume: bool = flag("resume")
     resume_from: str = flag("resume_from")
+    dry_run: str = flag("dry_run")
     seed: int = flag("seed", help="seeds the adapter, the data order, dropout and the sampled answers")
     # data
     data: str = opt("gsm8k", "gsm8k, or a folder of train.jsonl and test.jsonl", role="setting", group="data")
@@ -172,7 +174,7 @@ def main(argv: list[str] | None = None) -> int:
         name = f"gsm8k-{Path(cfg.model).name}-{cfg.format}-{cfg.loss}-s{cfg.seed}"
         out = Path(cfg.out or f"runs/{name}")
         run = RunFolder(out, world)
-        checkpoint = run.enter(cfg)
+        checkpoint, cfg = run.enter(cfg), run.aside(cfg)
 
         # -- data ------------------------------------------------------------------------------
         with world.main_first():
@@ -252,10 +254,10 @@ def main(argv: list[str] | None = None) -> int:
 
     with user_errors():
         run.start(cfg, "finetune_gsm8k.py", checkpoint)
+    first = pack([train[i] for i in batch_indices(len(train), 0, cfg.batch, cfg.seed)], cfg.seq_len)
     if world.main:
-        if meter.step < cfg.steps:
+        if meter.step < cfg.steps and not cfg.dry_run:
             answers.forget(run.path)
-        first = pack([train[i] for i in batch_indices(len(train), 0, cfg.batch, cfg.seed)], cfg.seq_len)
         print(
             f"{out}: {cfg.model}, base {cfg.base}, LoRA of rank {model.lora.r} with {parameters / 1e6:.2f} M "
             f"parameters, loss {cfg.loss}, {dtype} on {world.size} x {device.type}, {len(train)} training and "
@@ -312,6 +314,12 @@ def main(argv: list[str] | None = None) -> int:
     share = cfg.batch // world.size  # of a step's problems, this rank's
     mine = slice(world.rank * share, (world.rank + 1) * share)
     trained.train()
+    tokens, aimed = sum(e.length for e in train), sum(e.targets(cfg.loss_on) for e in train)
+    flops = lora.lora_flops_per_token(model.config, model.lora, cfg.seq_len, aimed / tokens)
+    about = dict(name=cfg.model, tokens=tokens, step_tokens=tokens * epochs, validated=sum(e.length for e in held))
+    about |= dict(rows=min(cfg.micro_batch, math.ceil(len(first) / world.size)), flops=flops)
+    if meter.dry_run(cfg, model, optimizer, partial(answers.forwards, model, heldout_rows, cfg.loss_on), **about):
+        return run.finish(0)
     meter.start(validate)
     while meter.running:
         step = meter.step
@@ -393,7 +401,6 @@ def main(argv: list[str] | None = None) -> int:
     reported = meter.best["step"] if cfg.report == "best" else meter.step
     last = next((row for row in vals if row["step"] == reported), {})
     before = json.loads((run / "before" / "summary.json").read_text()) if cfg.before else {}
-    inside = sum(e.targets(cfg.loss_on) for e in train) / sum(e.length for e in train)
     summary = {
         "script": "finetune_gsm8k.py",
         "loss": cfg.loss,
@@ -410,7 +417,7 @@ def main(argv: list[str] | None = None) -> int:
         "final_train_loss": rows[-1]["loss"] if rows else None,
         "final_heldout_loss": last.get("loss"),
         "padding": statistics.fmean(r["padding"] for r in rows) if rows else None,
-        **meter.summary(lora.lora_flops_per_token(model.config, model.lora, cfg.seq_len, inside), dtype),
+        **meter.summary(flops, dtype),
         **{f"{cfg.schedule}_{k}": v for k, v in rule.counts.items()},
     }
     run.summarise(summary, calibration=bins)

@@ -15,6 +15,7 @@ value, and config.json holds them all. Everything a run leaves behind is in its 
 import dataclasses
 import sys
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,7 @@ class Config:
     out: str = flag("out")
     resume: bool = flag("resume")
     resume_from: str = flag("resume_from")
+    dry_run: str = flag("dry_run")
     seed: int = flag("seed", help="seeds the initialisation, the data order, dropout and the noise")
     preset: str = opt("bart", "recipe for the flags with a default of each; for xsum some differ", PRESETS)
     # data
@@ -231,7 +233,7 @@ def main(argv: list[str] | None = None) -> int:
         name = Path(cfg.model or cfg.size).name
         out = Path(cfg.out or f"runs/{Path(cfg.data).name}-{name}-{cfg.loss}-s{cfg.seed}")
         run = RunFolder(out, world)
-        checkpoint = run.enter(cfg)
+        checkpoint, cfg = run.enter(cfg), run.aside(cfg)
 
         # -- data, and model: parameters in fp32, activations in dtype -------------------------
         texts = summaries.load_texts(cfg.data, cfg.eval_data, folded=bool(cfg.fold), min_words=cfg.min_words)
@@ -326,6 +328,11 @@ def main(argv: list[str] | None = None) -> int:
             f"{device.type}, {len(train):,} pairs, {cfg.batch} a step, padding {100 * padding:.1f} %"
         )
     trained.train()
+    tokens, validated = (int(s.source_lengths.sum() + s.target_lengths.sum()) for s in (train, sets["val"]))
+    about = dict(name=name, tokens=tokens, step_tokens=tokens / len(train) * cfg.batch, validated=validated)
+    about |= dict(rows=micro, flops=flops_per_token)
+    if meter.dry_run(cfg, model, optimizer, partial(forwards, model, train), **about):
+        return run.finish(0)
     if cfg.profile:
         alpha.fill_(alpha_of(cfg.steps - 1))
         batch = summaries.collate(train, batches.indices(0)[places[0]], multiple=measure.multiple_of(device))

@@ -13,6 +13,7 @@ is in its folder; `python -m eval.report runs/A runs/B --out DIR` compares runs.
 import math
 import sys
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -60,6 +61,7 @@ class Config:
     out: str = flag("out")
     resume: bool = flag("resume")
     resume_from: str = flag("resume_from")
+    dry_run: str = flag("dry_run")
     seed: int = flag("seed", help="seeds the initialisation, the data order, dropout and the label noise")
     # data
     data: str = opt("wikitext103", f"{', '.join(TEXT_NAMES)}, or a folder of text", role="setting", group="data")
@@ -177,7 +179,7 @@ def main(argv: list[str] | None = None) -> int:
         device, dtype = world.device, world.dtype(cfg.dtype)
         out = folder(asdict(cfg))
         run = RunFolder(out, world)
-        checkpoint = run.enter(cfg)
+        checkpoint, cfg = run.enter(cfg), run.aside(cfg)
         fits = [f"--{k.replace('_', '-')} {v}" for k, v in FITTING.get(cfg.model, {}).items() if getattr(cfg, k) == v]
         if world.main and fits and not checkpoint:
             print(f"{out}: as --model {cfg.model} has it where it is not given: {' '.join(fits)}", flush=True)
@@ -263,6 +265,10 @@ def main(argv: list[str] | None = None) -> int:
     mine = slice(world.rank * share, (world.rank + 1) * share)
     micro = next(m for m in range(min(cfg.micro_batch, share), 0, -1) if share % m == 0)
     trained.train()
+    about = dict(name=cfg.model, tokens=len(corpus.train.tokens), step_tokens=cfg.batch * cfg.seq_len)
+    about |= dict(validated=len(corpus.val.tokens), rows=micro, flops=flops_per_token(shape, cfg.seq_len))
+    if meter.dry_run(cfg, model, optimizer, partial(forwards, model, train), **about):
+        return run.finish(0)
     meter.start(validate)
     while meter.running:
         step = meter.step

@@ -29,19 +29,18 @@ ROLES = {
 }
 
 
-def opt(default, help: str, choices=None, *, within="", role="knob", only=None, group="", alias="", unlike=""):
+def opt(default, help: str, choices=None, *, within="", role="knob", only=None, group="", alias="", unlike="", bare=""):
     """A dataclass field that is a flag, with its one-line help.
 
     ``choices``: the values that a string may take, a tuple. ``within``: an interval such as "[0, 1)" that a number must
     lie in. ``role``: a key of ROLES. ``only``: {other flag: values} under which this one is read; all must hold, and
-    given elsewhere it is refused. ``group``: begins a section of --help. ``alias``: another name.
-    ``unlike``: what the flag is not, where other code bases call something else so; --help and its errors say it."""
+    given elsewhere it is refused. ``group``: begins a section of --help. ``alias``: another name. ``unlike``: what the
+    flag is not, where other code bases call something else so; --help and its errors say it. ``bare``: the value of the
+    flag that is given without one."""
     if role not in ROLES:
         raise ValueError(f"role {role!r}; expected one of {', '.join(ROLES)}")
-    about = dict(
-        help=help, choices=choices, within=within, role=role, only=only or {}, group=group, alias=alias, unlike=unlike
-    )
-    return dataclasses.field(default=default, metadata=about)
+    about = dict(help=help, choices=choices, within=within, role=role, only=only or {}, group=group)
+    return dataclasses.field(default=default, metadata=about | dict(alias=alias, unlike=unlike, bare=bare))
 
 
 def flag_name(field: str) -> str:
@@ -86,6 +85,7 @@ def parser_of(cls, description: str = "", *, exits: bool = True) -> Parser:
         how = {"dest": f.name, "default": argparse.SUPPRESS, "help": help.replace("%", "%%")}
         metavar = "NAME" if choices else kind.__name__.upper()
         takes = {"type": kind, "choices": about["choices"], "metavar": metavar}
+        takes |= {"nargs": "?", "const": about["bare"]} if about["bare"] else {}
         section.add_argument(*names, **how, **({"action": argparse.BooleanOptionalAction} if kind is bool else takes))
     return parser
 

@@ -21,6 +21,13 @@ FLAGS = {
     "out": opt("", "run folder; default runs/DATA-MODEL-LOSS-sSEED", role="where", group="run"),
     "resume": opt(False, "go on with the run in --out, exactly where its last checkpoint stands", role="where"),
     "resume_from": opt("", "this checkpoint instead of OUT/last.pt", role="where", only={"resume": (True,)}),
+    "dry_run": opt(
+        "",
+        "say what the run would be, and write nothing; timed: make two steps and say how long the whole would take",
+        ("", "plan", "timed"),
+        role="where",
+        bare="plan",
+    ),
     "seed": opt(1, "seeds whatever is random in a run", within=POSITIVE, role="bookkeeping"),
     "cache": opt("cache", "folder for caches of data", role="where"),
     # loss

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from runtime import secrets
 from runtime.checkpoint import load_checkpoint, not_finite, save_checkpoint
 from runtime.cli import changeable, roles
+from runtime.dry_run import Aside
 from runtime.machine import World, device_name
 from runtime.optim import plans_no_end
 from runtime.process import code_of
@@ -188,6 +189,7 @@ class RunFolder:
         self._metrics = self._wandb = None
         self._place, self._looked_at, self._modules = "source", set(), 0
         self._anew, self._rows = False, 0
+        self.dry: Aside | None = None  # of a dry run, which writes nothing
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -220,9 +222,9 @@ class RunFolder:
                 where = f"{self.path} (no config.json)"
                 raise ValueError(f"--resume: no run in {where}; check --out or start without --resume")
             self._anew = bool(found)
-            self._hold()
+            self._hold(cfg)
             return None
-        self._hold()
+        self._hold(cfg)
         if saved and not cfg.resume:
             raise ValueError(f"{self.path} already holds a run; give another --out, or --resume to go on with it")
         defaults = {f.name: f.default for f in dataclasses.fields(cfg)}
@@ -253,6 +255,17 @@ class RunFolder:
         same_config(path, checkpoint["config"], **now | longer)
         return checkpoint
 
+    def aside(self, cfg):
+        """``cfg`` of a run; in a dry run with a cache that goes with it, and without what writes answers before it.
+        Raises ValueError for --profile, which is another thing. Every rank must call it."""
+        if not cfg.dry_run:
+            return cfg
+        if getattr(cfg, "profile", 0):
+            raise ValueError(f"--dry-run and --profile {cfg.profile} are two things; give one of them")
+        self.dry = Aside(cfg.cache, self.world)
+        answers = {"before": False} if hasattr(cfg, "before") else {}
+        return dataclasses.replace(cfg, cache=str(self.dry.folder), **answers)
+
     def _check_longer(self, cfg, old: dict, checkpoint: dict) -> None:
         """Raises ValueError where the run of ``old`` cannot become one of more steps."""
         before, step = old.get("steps"), checkpoint["step"]
@@ -266,9 +279,10 @@ class RunFolder:
         names = {p.name for p in self.path.iterdir()} if self.path.is_dir() else set()
         return {name for name in names - {LOCK} if not name.startswith(TEMPORARY)}
 
-    def _hold(self) -> None:
-        """The lock of a folder of ours that is there already. Raises ValueError where another process has it."""
-        if self.world.main and self.path.is_dir():
+    def _hold(self, cfg) -> None:
+        """The lock of a folder of ours that is there already; a dry run takes none. Raises ValueError where another
+        process has it."""
+        if self.world.main and self.path.is_dir() and not getattr(cfg, "dry_run", ""):
             take_lock(self.path)
 
     def _check_place(self, cfg) -> None:
@@ -292,7 +306,7 @@ class RunFolder:
     def start(self, cfg, script: str, checkpoint: dict | None) -> None:
         """Creates the folder of ``script``'s run, or, resuming, drops the metrics after the ``checkpoint``. What is
         dropped otherwise is counted and said. Raises ValueError where another run has begun here since `enter`."""
-        if not self.world.main:
+        if self.dry or not self.world.main:
             return
         config, step = dataclasses.asdict(cfg), checkpoint and checkpoint["step"]
         metrics, lost = self / "metrics.jsonl", 0
@@ -444,6 +458,8 @@ class RunFolder:
     def finish(self, code: int) -> int:
         """Closes everything that a script opened; returns ``code``, the script's exit code."""
         release_lock(self.path)
+        if self.dry:
+            self.dry.close()
         if self._metrics is not None:
             self._metrics.close()
         if self._wandb:

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from runtime.dry_run import Rehearsal, estimate, weight_count
 from runtime.machine import EnergyMeter, device_name, peak_flops, peak_memory, rng_states, set_rng_states
 from runtime.process import Stopped, StopRequest
 from runtime.pulse import Pulse
@@ -105,6 +106,7 @@ class Meter:
         self.stopping = self.at_log = self.at_eval = self.sound = False
         self.owed = False  # a signal has ended this step's validation, or the checkpoint says so
         self._energy, self.pulse = EnergyMeter(device), None
+        self.rehearsal: Rehearsal | None = None  # of a dry run
 
     def state_dict(self) -> dict:
         """Entries of a checkpoint, on the CPU, of all ranks together. Every rank must call it."""
@@ -129,13 +131,26 @@ class Meter:
         if self.patience and self.stale >= self.patience:
             self.ending = "early_stop"
 
+    def dry_run(self, cfg, model, optimizer, forwards, *, rows: int, **about) -> bool:
+        """In a dry run: says what the run would be; whether it ends with that. Every rank must call it.
+
+        ``forwards``, ``rows``: as `runtime.dry_run.estimate` takes them; ``about``: fields of its Rehearsal."""
+        if not cfg.dry_run:
+            return False
+        memory = estimate(model, optimizer, forwards, rows, self.world)
+        about |= dict(step=self.step, memory=memory, weights=weight_count(model), anew=self.run.dry.says())
+        self.rehearsal = Rehearsal(cfg, self.world, **about)
+        if self.world.main:
+            print("\n".join(self.rehearsal.plan()))
+        return cfg.dry_run != "timed" or not self.running
+
     def start(self, validate: Callable[[], None] = lambda: None) -> None:
         """Right before the loop: signals ask it to stop, ranks watch each other, the bar stands, the clock runs. Calls
         ``validate()`` where a checkpoint owes it."""
         from tqdm import tqdm
 
         how = dict(total=self.steps, initial=self.step, unit="step", dynamic_ncols=True)
-        self.bar = tqdm(desc=self.run.path.name, disable=not self.world.main, **how)
+        self.bar = tqdm(desc=self.run.path.name, disable=not self.world.main or bool(self.rehearsal), **how)
         self.stop = StopRequest()
         if dist.is_initialized():
             self.pulse = Pulse(self.world.rank, self.world.size, dist.distributed_c10d._get_default_store())
@@ -171,10 +186,16 @@ class Meter:
         self.tokens += tokens
         self.step += 1
         self.bar.update()
+        if self.rehearsal and self.rehearsal.stepped():
+            self.ending = "rehearsed"
 
     def due(self) -> bool:
         """Whether a log line, a validation or a stop is due after this step. Ranks see a signal at different moments,
-        or one of them alone: several of them agree at log lines and every few seconds."""
+        or one of them alone: several of them agree at log lines and every few seconds. In a dry run nothing is."""
+        if self.rehearsal:
+            if self.stop.signal:
+                raise Stopped(self.stop.signal)
+            return False
         self.at_eval = self.step % self.eval_every == 0 or self.step == self.steps
         self.at_log = self.step % self.log_every == 0 or self.at_eval
         self.stopping = self._steps.reached(self.step, now=self.at_log)
@@ -291,6 +312,10 @@ class Meter:
         if self.pulse:
             self.pulse.stop()
         self.memory = peak_memory(self.world.device)
+        if self.rehearsal:
+            if self.world.main:
+                print("\n".join(self.rehearsal.timing()))
+            return 0
         code = self.run.ended(self.ending, self.step, self.stop.signal)
         if code is None and self.stop.signal:
             raise Stopped(self.stop.signal)  # it came after the last step

@@ -77,8 +77,9 @@ class Parser(argparse.ArgumentParser):
 
     def _check_value(self, action, value):
         if action.choices is not None and value not in action.choices:
-            choices = f"(choose from {', '.join(map(str, action.choices))}){nearest(str(value), action.choices)}"
-            raise argparse.ArgumentError(action, f"invalid choice: {value!r} {choices}")
+            known = [str(choice) for choice in action.choices if choice != ""]
+            says = f"invalid choice: {value!r} (choose from {', '.join(known)}){nearest(str(value), known)}"
+            raise argparse.ArgumentError(action, says)
 
     def parse_known_args(self, args=None, namespace=None):
         """As argparse's, but an unknown flag is an error here: it is said before what else is missing, and by the
