@@ -329,9 +329,9 @@ def main(argv: list[str] | None = None) -> int:
         )
     trained.train()
     tokens, validated = (int(s.source_lengths.sum() + s.target_lengths.sum()) for s in (train, sets["val"]))
-    about = dict(name=name, tokens=tokens, step_tokens=tokens / len(train) * cfg.batch, validated=validated)
-    about |= dict(rows=micro, flops=flops_per_token)
-    if meter.dry_run(cfg, model, optimizer, partial(forwards, model, train), **about):
+    plan = dict(name=name, tokens=tokens, step_tokens=tokens / len(train) * cfg.batch, validated=validated)
+    plan |= dict(rows=micro, flops=flops_per_token)
+    if meter.dry_run(cfg, model, optimizer, partial(forwards, model, train), **plan):
         return run.finish(0)
     if cfg.profile:
         alpha.fill_(alpha_of(cfg.steps - 1))

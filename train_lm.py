@@ -265,9 +265,9 @@ def main(argv: list[str] | None = None) -> int:
     mine = slice(world.rank * share, (world.rank + 1) * share)
     micro = next(m for m in range(min(cfg.micro_batch, share), 0, -1) if share % m == 0)
     trained.train()
-    about = dict(name=cfg.model, tokens=len(corpus.train.tokens), step_tokens=cfg.batch * cfg.seq_len)
-    about |= dict(validated=len(corpus.val.tokens), rows=micro, flops=flops_per_token(shape, cfg.seq_len))
-    if meter.dry_run(cfg, model, optimizer, partial(forwards, model, train), **about):
+    plan = dict(name=cfg.model, tokens=len(corpus.train.tokens), step_tokens=cfg.batch * cfg.seq_len)
+    plan |= dict(validated=len(corpus.val.tokens), rows=micro, flops=flops_per_token(shape, cfg.seq_len))
+    if meter.dry_run(cfg, model, optimizer, partial(forwards, model, train), **plan):
         return run.finish(0)
     meter.start(validate)
     while meter.running:

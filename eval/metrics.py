@@ -28,7 +28,7 @@ class Metric(NamedTuple):
     scale: float = 1.0  # shown: the value times this
     digits: int = 4
     shown: str = "table"  # some of PLACES, separated by spaces
-    bar: str = ""  # format in the progress bar, such as "ece {:.3f}"
+    bar: str = ""  # format in the progress bar, such as "ECE {:.3f}"
     of: Callable | None = None  # (calibration, numbers so far) -> float or None
 
     def format(self, v: float) -> str:
@@ -44,10 +44,10 @@ def bits_per_byte(calibration, numbers: dict) -> float | None:
 
 # Of next-token probabilities on a set. nll, ppl, brier, spherical, accuracy, entropy and ECE are in every Calibration.
 TOKENS = (
-    Metric("ppl", "PPL", "per token", "lower", 1, 2, "train line final table delta terminal grid", "ppl {:.1f}"),
+    Metric("ppl", "PPL", "per token", "lower", 1, 2, "train line final table delta terminal grid", "PPL {:.1f}"),
     Metric("nll", "NLL", "nats per token", "lower", shown="train line final table delta grid"),
     Metric("bits_per_byte", "bits/byte", "bits", "lower", shown="final table", of=bits_per_byte),
-    Metric("ece10", "ECE", "10 bins, %", "lower", 100, 2, "train line final table delta terminal grid", "ece {:.3f}"),
+    Metric("ece10", "ECE", "10 bins, %", "lower", 100, 2, "train line final table delta terminal grid", "ECE {:.3f}"),
     Metric("ece100", "ECE", "100 bins, %", "lower", 100, 2, "final table"),
     Metric("ece10_mass", "ECE", "10 equal-mass bins, %", "lower", 100, 2, "final table"),
     Metric("brier", "Brier", "0 to 2", "lower", shown="train line final table delta terminal"),

@@ -26,6 +26,7 @@ HOPELESS = 3
 # Ranks agree whether to stop at log lines, and at least every so many seconds, of training and of a validation:
 # torchrun kills 30 s after its SIGTERM.
 AGREE_SECONDS = 5.0
+BAR = "step {n_fmt}/{total_fmt}{postfix}, {remaining} left{desc}"
 # A checkpoint's entry -> the Meter's attribute.
 SAVED = {"step": "step", "tokens_seen": "tokens", "train_seconds": "seconds"}
 SAVED |= {name: name for name in ("joules", "best", "stale", "owed")}
@@ -149,8 +150,10 @@ class Meter:
         ``validate()`` where a checkpoint owes it."""
         from tqdm import tqdm
 
-        how = dict(total=self.steps, initial=self.step, unit="step", dynamic_ncols=True)
-        self.bar = tqdm(desc=self.run.path.name, disable=not self.world.main or bool(self.rehearsal), **how)
+        how = dict(total=self.steps, initial=self.step, bar_format=BAR, dynamic_ncols=True)
+        self.bar = tqdm(disable=not self.world.main or bool(self.rehearsal), **how)
+        if not self.bar.disable:
+            self._fill([], [self.run.path.name])
         self.stop = StopRequest()
         if dist.is_initialized():
             self.pulse = Pulse(self.world.rank, self.world.size, dist.distributed_c10d._get_default_store())
@@ -243,16 +246,30 @@ class Meter:
             row = {"loss": loss / n} | {metric.key: m[metric.key] for metric in metrics} | shown
             row |= {"grad_norm": norm / n, "clip_rate": clipped / n} | dict(zip(self.counted, more, strict=True))
             row |= {"steps": n, "skipped": self.health["skipped"], "tokens_per_second": rate}
-            self.bar.set_postfix_str(self._postfix(row, metrics, says))
+            if not self.bar.disable:
+                self._show(row, metrics, says)
         self.window.reset()
         self.sums.zero_()
         return row
 
-    def _postfix(self, row: dict, metrics, says: str) -> str:
-        parts = [f"loss {row['loss']:.3f}"] + ([f"| {says} |"] if says else [])
-        parts += [metric.bar.format(row[metric.key]) for metric in metrics if metric.bar]
-        parts += [f"a {row['alpha']:.2f}", f"lr {row['lr']:.1e}", f"{row['tokens_per_second']:,.0f} tok/s"]
-        return " ".join(parts)
+    def _show(self, row: dict, metrics, says: str) -> None:
+        rest = [metric.bar.format(row[metric.key]) for metric in metrics if metric.bar]
+        rest += [f"alpha {row['alpha']:.2f}"] * bool(row["alpha"]) + [f"lr {row['lr']:.1e}"]
+        rest += [f"{row['tokens_per_second']:,.0f} tokens/s", self.run.path.name]
+        says = says.removesuffix(f" at step {self.steps}")  # which the bar begins with
+        self._fill([f"loss {row['loss']:.3f}", *filter(None, [says])], rest)
+
+    def _fill(self, first: list[str], rest: list[str]) -> None:
+        """Gives the bar what its terminal has room for, in this order; the time left stands between the two."""
+        columns = self.bar.format_dict["ncols"] or 200  # None where it is no terminal
+        room = columns - 1 - len(f"step {self.steps}/{self.steps}, 100:00:00 left")
+        kept: list[list[str]] = [[], []]
+        for part, parts in [(part, kept[0]) for part in first] + [(part, kept[1]) for part in rest]:
+            if len(part) + 2 <= room:
+                parts.append(part)
+                room -= len(part) + 2
+        self.bar.set_description_str("".join(f", {part}" for part in kept[1]), refresh=False)
+        self.bar.set_postfix_str(", ".join(kept[0]))
 
     def judge(self, numbers: dict, by: str = "nll") -> bool:
         """Logs and prints a validation. Whether these are the best weights so far, by ``numbers[by]``, of which the

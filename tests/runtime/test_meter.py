@@ -65,7 +65,7 @@ def test_a_row_has_means_over_its_steps(meter):
     assert row["loss"] == 3.0 and row["grad_norm"] == 1.0 and row["clip_rate"] == 0.5 and row["steps"] == 2
     assert row["flipped"] == 6 and row["alpha"] == 0.25 and row["tokens_per_second"] > 0
     assert {m.key for m in metrics.shown(metrics.TOKENS, "train")} <= set(row)
-    assert meter.tokens == 20 and "loss 3.000" in meter.bar.postfix and "a 0.25" in meter.bar.postfix
+    assert meter.tokens == 20 and "loss 3.000" in meter.bar.postfix and ", alpha 0.25, " in meter.bar.desc
     for _ in range(2):
         step(meter, loss=1.0)
     assert meter.due() and meter.row(alpha=0, lr=0)["loss"] == 1.0  # the window began anew

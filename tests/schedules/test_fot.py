@@ -483,7 +483,7 @@ def test_train_lm_forecasts_the_nll_and_takes_the_old_flag(base, tmp_path, capsy
     assert rows(tmp_path / "snac", "fot")[-1]["lr"] == rows(tmp_path / "snac", "train")[-1]["lr"] < 3e-3
     capsys.readouterr()
     assert train(base, tmp_path / "dpsm", "--schedule", "fot", "--loss", "dpsm", *WINDOW) == 0
-    assert re.search(r"\| forecast \d\.\d+ \+- 0\.\d+ at step 30 \|", capsys.readouterr().err)
+    assert re.search(r"step \d+/30, loss \S+, forecast \d\.\d+ \+- 0\.\d+, ", capsys.readouterr().err)
     last, trained = rows(tmp_path / "dpsm", "fot")[-1], rows(tmp_path / "dpsm", "train")[-1]
     assert abs(last["forecast"] - trained["nll"]) < 0.5 < last["forecast"] - trained["loss"]
     assert last["target"] is None
