@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from readme import commands, python_examples
+from readme import README, commands, python_examples
 
 ROOT = Path(__file__).parent.parent
 HERE = [code for code in python_examples() if "kernels.hf" not in code]  # the others need transformers: test_hf.py
@@ -43,14 +43,16 @@ RUN_BY = {
 MADE_OF = {"demo": "recipes/demo.toml", "demo-finetune": "recipes/demo_finetune.toml", "test": "pytest", "clean": "rm"}
 
 
-def called(words: list[str]) -> str:
-    """What a command runs, as RUN_BY has it: "train_lm", "schedules plot"; "" for make, pip and pytest."""
+def called(words: list[str]) -> tuple[str, list[str]]:
+    """What a command runs, as RUN_BY has it ("train_lm", "schedules plot"; "" for make, pip and pytest), and the words
+    behind it: before a script stand torchrun's flags."""
     at = next((i for i, w in enumerate(words) if w == "-m" or w.endswith(".py")), None)
     if at is None or words[at + 1 : at + 2] == ["pytest"]:
-        return ""
+        return "", []
     if words[at] != "-m":
-        return words[at].removesuffix(".py")
-    return " ".join(words[at + 1 : at + 3]) if words[at + 1] == "schedules" else words[at + 1]
+        return words[at].removesuffix(".py"), words[at + 1 :]
+    parts = 2 if words[at + 1] == "schedules" else 1
+    return " ".join(words[at + 1 : at + 1 + parts]), words[at + 1 + parts :]
 
 
 def test_all_examples_are_found():
@@ -68,7 +70,7 @@ def test_an_example_runs_in_a_fresh_namespace(tmp_path, monkeypatch, code):
 
 
 def test_a_test_runs_every_command():
-    assert {called(words) for words in commands()} - {""} == {*RUN_BY}
+    assert {called(words)[0] for words in commands()} - {""} == {*RUN_BY}
     for where in RUN_BY.values():
         path, _, name = where.rpartition(".")
         text = (ROOT / "tests" / (path.replace(".", "/") + ".py")).read_text()
@@ -85,8 +87,9 @@ def test_a_command_has_the_flags_that_readme_gives_it(command, monkeypatch, caps
         run(f"{name}.py" if run is runpy.run_path else name, run_name="__main__")
     assert not ended.value.code
     said = capsys.readouterr().out
-    given = {w.partition("=")[0] for words in commands() if called(words) == command for w in words if w[:2] == "--"}
-    missing = {flag for flag in given - {"--nproc_per_node"} if not re.search(rf"{flag}\b", said)}
+    behind = [called(words)[1] for words in commands() if called(words)[0] == command]
+    given = {word.partition("=")[0] for words in behind for word in words if word[:2] == "--"}
+    missing = {flag for flag in given if not re.search(rf"{flag}\b", said)}
     assert not missing, missing
 
 
@@ -98,3 +101,12 @@ def test_make_and_pip_find_what_readme_names():
         if words[0] == "pip":
             files = [after for flag, after in zip(words, words[1:], strict=False) if flag == "-r"]
             assert all((ROOT / file).is_file() for file in files) and words[1] == "install", words
+
+
+def test_links_lead_somewhere():
+    """To files of ours and to headings, as GitHub names them."""
+    headings = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.+)$", README, re.M)}
+    targets = re.findall(r"\]\(([^)\s]+)\)", README)
+    assert {t[1:] for t in targets if t[0] == "#"} <= headings
+    ours = [t for t in targets if t[0] != "#" and not t.startswith("https://")]
+    assert len(ours) > 10 and not [t for t in ours if not (ROOT / t).exists()]
