@@ -39,7 +39,7 @@ def read_verdicts(path: str | Path) -> dict[str, dict[str, bool]]:
     found: dict[str, dict[str, bool]] = {}
     for number, row in read_rows(path, nan=True):
         correct = row.get("correct") if isinstance(row, dict) else None
-        if not isinstance(correct, dict) or "id" not in row:
+        if not isinstance(correct, dict) or not isinstance(row.get("id"), str | int):
             raise ValueError(f"{path}, line {number} is no verdict; expected id and correct by rule")
         for rule, right in {} if row.get("sample") else correct.items():
             by_id = found.setdefault(rule, {})

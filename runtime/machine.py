@@ -89,12 +89,24 @@ def start_world(device: str = "auto") -> World:
         end_with_parent()  # of torchrun, which may be killed
     if "RANK" in os.environ and not dist.is_initialized():
         # NCCL for tensors on the GPU, gloo for the Python objects that checkpoints gather.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **meeting_point(rank, size))
     log = logging.getLogger("scorecast")  # what the modules have to say, once, on rank 0
     log.handlers = [logging.StreamHandler()]  # of the stderr that is there now
     log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     log.propagate = False  # a package that gives the root logger a handler, as absl does, would double each line
     return World(rank, size, here)
+
+
+def meeting_point(rank: int, size: int) -> dict:
+    """Arguments of init_process_group for ranks that torchrun has started again; {} for others.
+
+    torchrun keeps one store for all attempts, and in it the addresses of ranks that are dead: gloo would wait for them
+    for ever. Each attempt has names of its own."""
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size, is_master=False)
+    return dict(store=dist.PrefixStore(f"attempt {attempt}", store), rank=rank, world_size=size)
 
 
 def keep_freed_memory() -> None:

@@ -119,6 +119,36 @@ def test_kill_9_during_a_checkpoint_write_loses_nothing_that_was_saved(lm_run, t
     assert not list(out.glob("*.tmp*"))
 
 
+DIES_ONCE = """
+import os, sys
+sys.path.insert(0, {root!r})
+import train_lm
+steps, real = iter(range(1, 100)), train_lm.optim.take_step
+def take_step(*args):
+    if next(steps) == 6 and (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == ("1", "0"):
+        os.kill(os.getpid(), 9)
+    return real(*args)
+train_lm.optim.take_step = take_step
+sys.exit(train_lm.main())
+"""
+
+
+def test_torchrun_starts_ranks_again_and_they_go_on(lm_base, tmp_path):
+    """--max-restarts, one of two ranks killed after step 4 was saved: the losses of one process, to fp32's rounding."""
+    script, out = tmp_path / "dies_once.py", tmp_path / "run"
+    script.write_text(DIES_ONCE.format(root=str(ROOT)))
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
+    how = dict(cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240)
+    ran = subprocess.run([*line, str(script), *lm_base, "--out", str(out)], **how)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert [row["event"] for row in rows(out, "event")] == ["resumed"]
+    assert train(lm_base, tmp_path / "one") == 0
+    for kind, key in (("train", "loss"), ("val", "nll")):
+        assert [r[key] for r in rows(out, kind)] == pytest.approx(
+            [r[key] for r in rows(tmp_path / "one", kind)], rel=1e-4
+        )
+
+
 def test_a_run_of_a_constant_learning_rate_can_get_more_steps(lm_base, tmp_path, capsys):
     """To the metrics and weights of a run that was to have them from the start; any other schedule says why not."""
     flags = [*lm_base, "--schedule", "constant", "--lr-warmup", "0"]
@@ -172,7 +202,7 @@ def test_a_checkpoint_whose_moments_are_not_finite_is_not_gone_on_from(lm_base, 
 
 
 def test_moments_that_turn_non_finite_are_not_saved(lm_base, tmp_path, monkeypatch, capsys):
-    original, steps = train_lm.take_step, iter(range(1, 100))
+    original, steps = train_lm.optim.take_step, iter(range(1, 100))
 
     def broken(optimizer, parameters, *args):
         norm = original(optimizer, parameters, *args)
@@ -180,7 +210,7 @@ def test_moments_that_turn_non_finite_are_not_saved(lm_base, tmp_path, monkeypat
             next(iter(optimizer.state.values()))["exp_avg_sq"].view(-1)[1] = math.inf
         return norm
 
-    monkeypatch.setattr(train_lm, "take_step", broken)
+    monkeypatch.setattr(train_lm.optim, "take_step", broken)
     assert train(lm_base, tmp_path / "run") == 1
     assert "the optimizer's moments" in capsys.readouterr().err
     assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 4
@@ -191,7 +221,7 @@ def test_a_step_that_cannot_be_taken_changes_nothing_and_is_counted(lm_base, tmp
     """A gradient of inf at a finite loss; one whose norm overflows; logits of inf; a batch in which nothing is to be
     foreseen. As a run whose learning rate is 0 in that step would go on, but for the moments, which stay too."""
     seen, steps = [], iter(range(1, 100))
-    original, get = train_lm.take_step, Windows.get
+    original, get = train_lm.optim.take_step, Windows.get
 
     def take_step(optimizer, parameters, *args):
         parameters, step = list(parameters), next(steps)
@@ -214,7 +244,7 @@ def test_a_step_that_cannot_be_taken_changes_nothing_and_is_counted(lm_base, tmp
         x, y = get(windows, index)
         return x, torch.full_like(y, -100) if len(seen) == 4 and len(index) == 8 else y
 
-    monkeypatch.setattr(train_lm, "take_step", take_step)
+    monkeypatch.setattr(train_lm.optim, "take_step", take_step)
     if fault == "no target":
         monkeypatch.setattr(Windows, "get", no_target)
     assert train([*lm_base, "--eval-every", "6"], tmp_path / "run") == 0

@@ -118,8 +118,8 @@ def read_bins(path: Path) -> dict[tuple[str, str], Calibration]:
     try:
         parts = {(split, which): part for split, pair in sets.items() for which, part in (pair or {}).items()}
         return {key: Calibration.from_bins(part) for key, part in parts.items() if part is not None}
-    except (TypeError, AttributeError, ValueError) as e:
-        raise ValueError(f"{path}: {e}") from e
+    except (TypeError, AttributeError, ValueError, RuntimeError, OverflowError) as e:  # the last two are torch's
+        raise ValueError(f"{path}: {str(e).splitlines()[0]}") from e
 
 
 def read_flags(path: Path) -> dict[str, dict]:
