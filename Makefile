@@ -9,6 +9,7 @@ BIN := .venv/bin
 .PHONY: demo demo-finetune test lint clean
 
 demo: .venv/installed
+	@echo "Trains three small GPTs: about four minutes on two CPU cores"
 	$(BIN)/python -m eval.campaign recipes/demo.toml
 
 demo-finetune: .venv/installed
@@ -20,18 +21,25 @@ lint: .venv/installed-dev
 	$(BIN)/ruff format --check .
 
 test: lint
+	@echo "Runs the tests: about ten minutes on two CPU cores"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Says every eight seconds how far an installation is, and ends with the shell that it stands in.
+watch = ( while sleep 8 && kill -0 $$$$ 2>/dev/null; do du -sh .venv | sed 's/^/... installing, so far /'; done ) &
 
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Scorecast needs Python 3.11 or newer; run make PYTHON=/path/to/python3.11"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@echo "Installs torch and what the scripts need into .venv, once: 2.7 GB on a disk, on Linux with CUDA's libraries from"
+	@echo "PyPI some 3 GB more; minutes to half an hour, as the network is. (Without a GPU 1.2 GB: requirements-cpu.txt.)"
+	@$(watch) $(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
 .venv/installed-dev: .venv/installed requirements-dev.txt requirements-parity.txt requirements-hf-kernels.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-parity.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/hf-kernels -r requirements-hf-kernels.txt
+	@echo "Installs what the tests need into .venv, once: 0.5 GB more"
+	@$(watch) $(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@$(watch) $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-parity.txt
+	@$(watch) $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/hf-kernels -r requirements-hf-kernels.txt
 	@touch $@
 
 clean:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from model.weights import first_line
 from runtime.folder import write_bytes
+from schedules.commandline import package
 
 
 def lm_data(name: str) -> Path | None:
@@ -36,12 +37,14 @@ def one_file(folder: Path, stems: tuple[str, ...], suffixes: tuple[str, ...]) ->
 def load_hub(name: str, way_out: str, *arguments, **options):
     """datasets.load_dataset. ``name`` and ``way_out`` are the error's."""
     try:
-        import datasets
-
+        datasets = package("datasets", f"{name} from the hub")
+    except ValueError as error:
+        raise ValueError(f"{error}; or {way_out}") from None
+    try:
         return datasets.load_dataset(*arguments, **options)
     except Exception as error:  # no network, no package, hub errors of several libraries
         why = f"cannot be loaded from the hub ({type(error).__name__}: {first_line(error)[:120]})"
-        network = "either give this machine a network (and pip install datasets)"
+        network = "either give this machine a network"
         raise ValueError(f"{name} {why}; {network}, or {way_out}") from error
 
 

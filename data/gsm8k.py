@@ -19,6 +19,7 @@ from data.numbers import parse_number, plain
 from data.programs import ANNOTATION, Problem, code_targets, coverage_table
 from runtime.cli import Parser, user_errors
 from runtime.folder import write_bytes
+from schedules.commandline import alive
 from schedules.textlines import read_rows
 
 PUBLISHED_ROWS = {"train": 7473, "test": 1319}
@@ -89,6 +90,7 @@ def text_target(problem: Problem, *, annotations: bool = True) -> str:
     return f"{words}\n#### {problem.gold}"
 
 
+@alive()
 def main(arguments: list[str] | None = None) -> None:
     parser = Parser(usage=None, prog="python -m data.gsm8k", description="Make GSM8K's training targets.")
     parser.add_argument("--data", default="gsm8k", help="gsm8k, or a folder of train.jsonl and test.jsonl")

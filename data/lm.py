@@ -15,6 +15,7 @@ from data.cache import TokenSet, cached_tokens
 from data.sources import TEXT_NAMES, TEXT_SPLITS, Source, open_all, open_source
 from data.tokenizer import Tokenizer, load_tokenizer
 from runtime.cli import Parser
+from schedules.commandline import alive
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ def _tokens(source: Source, split: str, tokenizer: Tokenizer, cache) -> TokenSet
     return cached_tokens(cache, source.name, split, part.documents, tokenizer, part.hash, total_bytes=part.bytes)
 
 
+@alive()
 def main(arguments: list[str] | None = None) -> None:
     parser = Parser(usage=None, prog="python -m data.lm", description="Prepare and list a corpus' token cache.")
     parser.add_argument("data", help=f"{', '.join(TEXT_NAMES)}, or a folder of text")

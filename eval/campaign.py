@@ -12,6 +12,7 @@ finished are left alone and cells that were interrupted go on, so the same comma
 """
 
 import dataclasses
+import functools
 import importlib
 import itertools
 import multiprocessing.connection
@@ -203,7 +204,7 @@ def run_cell(line: list[str], log: str) -> None:
     sys.exit(importlib.import_module(Path(line[0]).stem).main(line[1:]))
 
 
-@command
+@functools.partial(command, speaks=False)  # its runs do
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="python -m eval.campaign", usage="%(prog)s RECIPE [flags]", description=__doc__)
     add = parser.add_argument

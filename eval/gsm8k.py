@@ -37,6 +37,7 @@ from eval.rows import write_rows
 from eval.stats import bootstrap_interval, mcnemar_exact, paired
 from runtime.cli import Parser, user_errors
 from sandbox import UNSAFE, Limits, run_many
+from schedules.commandline import alive
 
 PACKAGES_MEMORY = 2 << 30  # bytes of address space of a program that imports packages: numpy maps more than it uses
 
@@ -182,6 +183,7 @@ ABOUT = f"""Grade outputs for GSM8K, in any of these layouts, a line a sample, o
 A problem without an output is graded wrong; --problems leaves later ones out."""
 
 
+@alive()
 def main(arguments: list[str] | None = None) -> None:
     parser = Parser(usage=None, prog="python -m eval.gsm8k", description=ABOUT)
     parser.add_argument("outputs", nargs="+", help="one or two files of outputs, .jsonl or .json, as above")

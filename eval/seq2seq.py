@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from data.summaries import SummaryTokenizer, TokenPairs
-from eval.summaries import ROUGE, bert_model, bert_score, rouge_scores, summary_metrics, write_predictions
+from eval.summaries import (
+    ROUGE,
+    bert_model,
+    bert_score,
+    files2rouge_scores,
+    rouge_scores,
+    summary_metrics,
+    write_predictions,
+)
 from kernels import linear_score
 from model.beam import Decoding
 from model.seq2seq import Seq2Seq, Seq2SeqConfig, training_flops
@@ -44,6 +52,7 @@ def decoding(settings, tokenizer: SummaryTokenizer) -> Decoding:
 def check_packages(bertscore: str) -> None:
     """Raises ValueError where a package or a model that the final evaluation needs cannot be had."""
     rouge_scores(["a"], ["a"])
+    files2rouge_scores(["a"], ["a"])
     if bertscore:
         bert_model(bertscore)
 

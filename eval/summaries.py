@@ -30,6 +30,7 @@ from model.beam import Decoding
 from model.generate import generate
 from model.seq2seq import Seq2Seq
 from runtime.machine import World
+from schedules.commandline import package
 
 log = logging.getLogger("scorecast")
 
@@ -81,8 +82,7 @@ def rouge_scores(
     is found gives None. ``words``: one of ROUGE_WORDS; "unicode" stems nothing.
 
     Raises ValueError where the numbers of texts differ, where there is none, and where the package is missing."""
-    from rouge_score.tokenizers import DefaultTokenizer
-
+    tokenizers = package("rouge_score.tokenizers", "ROUGE", "rouge-score")
     if words not in ROUGE_WORDS:
         raise ValueError(f"words={words!r}: expected one of {', '.join(ROUGE_WORDS)}")
 
@@ -90,7 +90,7 @@ def rouge_scores(
         tokenize = staticmethod(unicode_words)
 
     # Without a tokenizer the scorer makes this same one, and a log line that gives the root logger a handler.
-    tokenizer = Unicode() if words == "unicode" else DefaultTokenizer(use_stemmer=True)
+    tokenizer = Unicode() if words == "unicode" else tokenizers.DefaultTokenizer(use_stemmer=True)
     return _f1(predictions, references, {name: name for name in ROUGE}, tokenizer, lambda t: "\n".join(sentences(t)))
 
 
@@ -104,10 +104,9 @@ def files2rouge_scores(predictions: Sequence[str], references: Sequence[str]) ->
     and the stemmer is Porter's own, not NLTK's. Unlike in the Perl script, NLTK's Treebank rules stand for Stanford's,
     irregular forms are not looked up in WordNet's exceptions (went: go), and an empty prediction scores 0, where
     files2rouge stops. None and errors as in `rouge_scores`."""
-    from nltk.stem.porter import PorterStemmer
-    from nltk.tokenize.treebank import TreebankWordTokenizer
-
-    treebank, stemmer = TreebankWordTokenizer(), PorterStemmer(PorterStemmer.MARTIN_EXTENSIONS)
+    porter = package("nltk.stem.porter", "files2rouge's ROUGE").PorterStemmer
+    treebank = package("nltk.tokenize.treebank", "files2rouge's ROUGE").TreebankWordTokenizer()
+    stemmer = porter(porter.MARTIN_EXTENSIONS)
 
     class Stemmed:
         def tokenize(self, text: str) -> list[str]:
@@ -123,10 +122,10 @@ def files2rouge_scores(predictions: Sequence[str], references: Sequence[str]) ->
 
 def _f1(predictions, references, names: dict, tokenizer, lines: Callable[[str], str]) -> dict[str, list[float | None]]:
     """F1 in percent of each pair. ``names``: our name of a score -> rouge-score's; ``lines`` makes a text's lines."""
-    from rouge_score.rouge_scorer import RougeScorer
-
     _check_pairs(predictions, references)
-    scorer = RougeScorer([*names.values()], tokenizer=tokenizer)
+    scorer = package("rouge_score.rouge_scorer", "ROUGE", "rouge-score").RougeScorer(
+        [*names.values()], tokenizer=tokenizer
+    )
     pairs = [(lines(r), lines(p)) for p, r in zip(predictions, references, strict=True)]
     scores = [None if r.strip() and not tokenizer.tokenize(r) else scorer.score(r, p) for r, p in pairs]
     return {ours: [s and 100 * s[theirs].fmeasure for s in scores] for ours, theirs in names.items()}

@@ -26,7 +26,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-from .bench.timing import DTYPE_OF, Parser
+from .bench.timing import DTYPE_OF, Parser, alive
 
 CAPABILITIES = (80, 90)
 VOCABULARIES = (50257, 151936)
@@ -170,6 +170,7 @@ def audit(capability: int, vocab: int, dtype: str, only: str = "", labels=None) 
     return rows
 
 
+@alive()
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="python -m kernels.audit", usage=None, description=__doc__)
     parser.add_argument("--capability", type=int, nargs="+", default=CAPABILITIES, help="80: A100, 90: H100, H200")

@@ -15,10 +15,12 @@ from model import gguf_hub
 from model.decoder_hub import config_and_tokenizer, load_decoder, plain_parameters, plain_tensor, save_decoder
 from model.lora_hub import load_adapter
 from runtime.cli import Parser, user_errors
+from schedules.commandline import alive
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
+@alive()
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="python -m model.export", usage=None, description=__doc__)
     parser.add_argument("model", help="folder, hub id or GGUF file")

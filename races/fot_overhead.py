@@ -49,6 +49,7 @@ from runtime.cli import user_errors
 from runtime.machine import device_name, start_world, to_device
 from runtime.optim import take_step
 from schedules import FoT, Planned, make_rule
+from schedules.commandline import alive
 
 CLAIM = {"cuda": 0.2, "cpu": 1.0}  # per cent of the step
 SIDES = ("linear", "fot")
@@ -330,6 +331,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, torch.device]:
     return args, device
 
 
+@alive()
 def main(argv: list[str] | None = None) -> int:
     with user_errors():
         args, device = parse(argv)

@@ -25,6 +25,7 @@ from model.gpt2 import SIZES
 from races.common import check_new, command, output_of, race_parser
 from runtime.cli import user_errors
 from runtime.folder import environment, write_json
+from schedules.commandline import alive
 from schedules.textlines import read_json
 
 WINDOW = 10  # steps of a log line of train_lm.py
@@ -78,6 +79,7 @@ def write_dataset(args) -> tuple[str, int]:
     return folder.name, vocab
 
 
+@alive()
 def main(argv: list[str] | None = None) -> int:
     parser = race_parser("nanogpt", __doc__)
     parser.add_argument("checkout", type=Path, help="a checkout of nanoGPT")

@@ -36,6 +36,7 @@ from model.packed import pack
 from races import common
 from runtime.cli import user_errors
 from runtime.machine import World, peak_memory, start_world
+from schedules.commandline import alive
 
 SHAPES = {
     "0.6b": DecoderConfig(151936, 1024, 3072, 28, 16, 8, 128, 40960, rope_theta=1e6, tie_word_embeddings=True),
@@ -197,6 +198,7 @@ def run_turn(turn: str, argv: list[str], model: Path) -> dict:
     return json.loads(printed.strip().splitlines()[-1])
 
 
+@alive()
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = common.race_parser("peft_gsm8k", __doc__)

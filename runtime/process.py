@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 failed, 2 bad input, 128 + the signal's number where a signal stopped it.
 """
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -12,6 +13,7 @@ import threading
 from pathlib import Path
 
 from runtime.staging import HELD, release_lock
+from schedules.commandline import alive
 
 SIGNALS = tuple(s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP"))  # Windows has no SIGHUP
 
@@ -98,10 +100,11 @@ class _Steady:
         return getattr(self._stream, name)
 
 
-def command(main):
+def command(main, speaks: bool = True):
     """Around the ``main(argv) -> exit code`` of a command.
 
-    A signal ends it with one line, and so does an error of the file system, the network of the ranks among them; a
+    It is never silent for long, see `schedules.commandline.alive`, unless others speak for it (``speaks`` False). A
+    signal ends it with one line, and so does an error of the file system, the network of the ranks among them; a
     stream that is gone does not end it. Locks are let go."""
 
     @functools.wraps(main)
@@ -115,7 +118,8 @@ def command(main):
         old, streams = handled(stop), (sys.stdout, sys.stderr)
         sys.stdout, sys.stderr = _Steady(sys.stdout, 1, 2), _Steady(sys.stderr, 2, 1)
         try:
-            return main(argv)
+            with alive() if speaks else contextlib.nullcontext():
+                return main(argv)
         except Stopped as e:
             code, says = code_of(str(e)), f"{e}: stopped"
         except OSError as e:

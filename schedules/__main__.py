@@ -11,9 +11,10 @@ import os
 import sys
 
 from . import backtest, plot, predict, pruning
-from .commandline import Parser
+from .commandline import Parser, alive
 
 
+@alive()
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="python -m schedules", usage=None, description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)

@@ -9,14 +9,75 @@ installed without runtime/, take it from here.
 """
 
 import argparse
+import contextlib
 import difflib
+import importlib
+import os
 import re
 import shutil
 import sys
+import threading
+import time
 from functools import partial
 
 # Endings that people mean two things by, or that change with the country.
 ENDINGS = {"k": (1000, 1024), "m": (1000**2, 1024**2), "g": (1000**3, 1024**3), "b": (1000**3, 1024**3)}
+
+
+SILENCE = 9.0  # seconds without a word after which a command says that it is at work
+
+
+class _Heard:
+    """A standard stream that remembers when it was last written to."""
+
+    last = 0.0  # of all streams together, monotonic
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        _Heard.last = time.monotonic()
+        return self._stream.write(text)
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def alive():
+    """While the block runs no `SILENCE` is longer: a bar that stands still is shown again with its clock, and where
+    there is none a line on stderr says how long nothing was said. On rank 0."""
+    if int(os.environ.get("RANK", 0)):
+        yield
+        return
+    streams, done, began = (sys.stdout, sys.stderr), threading.Event(), time.monotonic()
+    sys.stdout, sys.stderr = map(_Heard, streams)
+    _Heard.last = began
+
+    def watch() -> None:
+        while not done.wait(min(1.0, SILENCE / 4)):
+            now = time.monotonic()
+            if now - _Heard.last < SILENCE:
+                continue
+            _Heard.last = now
+            bars = [bar for bar in getattr(sys.modules.get("tqdm"), "tqdm", _NoBars)._instances if not bar.disable]
+            for bar in bars:
+                bar.refresh()
+            if not bars:
+                print(f"... at work for {now - began:.0f} s", file=streams[1], flush=True)
+
+    watcher = threading.Thread(target=watch, daemon=True, name="alive")
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
+        sys.stdout, sys.stderr = streams
+
+
+class _NoBars:
+    _instances = ()
 
 
 def number(text: str) -> float:
@@ -56,6 +117,17 @@ def nearest(given: str, known) -> str:
     found = difflib.get_close_matches(given.replace("_", "-"), [str(k) for k in known if k], n=1)
     found = found or difflib.get_close_matches(given, [str(k) for k in known if k], n=1)
     return f"; did you mean {found[0]}?" if found else ""
+
+
+def package(module: str, what: str, pip: str = ""):
+    """The ``module`` of an optional package. Raises ValueError, one line with pip's command for ``pip`` (default: the
+    module's name), where it cannot be imported: ``what`` needs it."""
+    try:
+        return importlib.import_module(module)
+    except (ImportError, OSError, RuntimeError) as error:
+        pip = pip or module.partition(".")[0]
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{what} needs the package {pip} ({why}): pip install {pip}") from None
 
 
 class Parser(argparse.ArgumentParser):

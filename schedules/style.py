@@ -4,6 +4,8 @@ import functools
 import io
 from pathlib import Path
 
+from .commandline import package
+
 # Okabe & Ito's palette (2008), distinct under the common colour-vision deficiencies, and three more. Yellow is left
 # out on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8a5a2b", "#7f7f7f", "#6a3d9a")
@@ -16,9 +18,7 @@ def styled(draw):
 
     @functools.wraps(draw)
     def drawn(*args, **kwargs):
-        from matplotlib import style
-
-        with style.context(RC):
+        with package("matplotlib.style", "the picture").context(RC):
             return draw(*args, **kwargs)
 
     return drawn

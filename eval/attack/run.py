@@ -48,6 +48,7 @@ from runtime import secrets
 from runtime.cli import Parser, user_errors
 from runtime.folder import environment, same_config, write_json
 from runtime.machine import start_world
+from schedules.commandline import alive
 from schedules.textlines import fault, read_json, read_rows
 
 ROWS_FILE, RESULT_FILE = "attack.jsonl", "attack.json"
@@ -380,6 +381,7 @@ def parser() -> tuple[Parser, tuple[str, ...]]:
     return out, tuple(action.dest for action in (where, batch, device, resume))
 
 
+@alive()
 def main(arguments: list[str] | None = None) -> None:
     options_of, may_change = parser()
     given = options_of.parse_args(arguments)

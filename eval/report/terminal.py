@@ -15,6 +15,7 @@ from eval.metrics import Metric
 from eval.report.build import Report, build, write
 from eval.report.tables import final_rows, mean_cell
 from runtime.cli import Parser, user_errors
+from schedules.commandline import alive
 
 WIDTH = 110  # columns of the terminal
 LABEL, WARNINGS = 33, 6  # columns of an arm's label; warnings that are printed
@@ -86,6 +87,7 @@ def short(text: str, width: int) -> str:
     return text if len(text) <= width else text[: width - 2] + ".."
 
 
+@alive()
 def main(argv: list[str] | None = None) -> int:
     usage = "%(prog)s RUN [RUN ...] --out DIR [--title TITLE]"
     parser = Parser(prog="python -m eval.report", usage=usage, description=__doc__.split("\n")[0])

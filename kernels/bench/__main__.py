@@ -27,6 +27,7 @@ see other values, but do the same work. python -m races.train_step times a whole
 import argparse
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -36,7 +37,7 @@ from .compare import audit_scores, compare
 from .diagnostics import diagnose
 from .paths import time_choices
 from .rows import Rows, read_csv, write_plot
-from .timing import HEADS, Parser, Shape, add_options, fill_options
+from .timing import HEADS, Parser, Shape, add_options, alive, fill_options
 
 
 def parse(argv) -> argparse.Namespace:
@@ -73,6 +74,7 @@ def what_is_wrong(args) -> str | None:
         "--nvtx needs a CUDA device": args.nvtx and cpu,
         "--plot is of the bench; leave out --audit-2k, --diagnostics, --paths, --claims and --claims-of": args.plot
         and other,
+        "--plot needs the package matplotlib: pip install matplotlib": args.plot and find_spec("matplotlib") is None,
         f"--paths {no_gpu}": args.paths and cpu,
         f"--claims {no_gpu}": args.claims and cpu,
         f"--claims is about bf16, got --dtype {args.dtype}": args.claims and args.dtype != "bf16",
@@ -95,6 +97,7 @@ def shapes_to_compare(args) -> list[Shape]:
     return [shape for head in heads for shape in ((head._replace(d=None), head) if head.d else (head,))]
 
 
+@alive()
 def main(argv=None) -> int:
     args = parse(argv)
     wrong = fill_options(args) or what_is_wrong(args)

@@ -20,7 +20,8 @@ from torch import Tensor
 from .providers import providers
 
 # Of the package beside this one, as which both are installed: schedules, or scorecast.schedules.
-Parser = import_module(f"{__name__.removesuffix('kernels.bench.timing')}schedules.commandline").Parser
+commandline = import_module(f"{__name__.removesuffix('kernels.bench.timing')}schedules.commandline")
+Parser, alive = commandline.Parser, commandline.alive
 DTYPE_OF = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 REPEATS = {"cuda": 30, "cpu": 7}  # rounds that count
 WARM_UPS = {"cuda": 3, "cpu": 1}  # rounds that do not count: they compile, and fill the allocator's pools

@@ -2,10 +2,14 @@
 
 import argparse
 import importlib
+import re
+import time
 
 import pytest
+from tqdm import tqdm
 
-from schedules.commandline import Parser, nearest, number, whole
+from schedules import commandline
+from schedules.commandline import Parser, alive, nearest, number, whole
 
 
 @pytest.mark.parametrize(
@@ -144,3 +148,23 @@ def test_a_sub_command_is_named(argv, says, capsys):
     with pytest.raises(SystemExit):
         schedules.main(argv.split())
     assert says in capsys.readouterr().err
+
+
+def test_no_silence_is_long(monkeypatch, capsys):
+    """A line where nothing is said, none where something is, and a bar is shown again."""
+    monkeypatch.setattr(commandline, "SILENCE", 0.4)
+    with alive():
+        print("begins")
+        time.sleep(1.2)
+    said = capsys.readouterr()
+    assert said.out == "begins\n" and 1 <= len(re.findall(r"^\.\.\. at work for \d+ s$", said.err, re.M)) <= 3
+    with alive():
+        for _ in range(12):
+            print("word")
+            time.sleep(0.1)
+    assert capsys.readouterr().err == ""
+    with alive(), tqdm(total=3, desc="slow") as bar:
+        bar.update()
+        time.sleep(1.0)
+    shown = capsys.readouterr().err
+    assert shown.count("slow:") >= 3 and "at work" not in shown
