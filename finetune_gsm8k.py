@@ -318,7 +318,7 @@ def main(argv: list[str] | None = None) -> int:
     flops = lora.lora_flops_per_token(model.config, model.lora, cfg.seq_len, aimed / tokens)
     plan = dict(name=cfg.model, tokens=tokens, step_tokens=tokens * epochs, validated=sum(e.length for e in held))
     plan |= dict(rows=min(cfg.micro_batch, math.ceil(len(first) / world.size)), flops=flops)
-    if meter.dry_run(cfg, model, optimizer, partial(answers.forwards, model, heldout_rows, cfg.loss_on), **plan):
+    if meter.dry_run(cfg, model, partial(answers.forwards, model, heldout_rows, cfg.loss_on), **plan):
         return run.finish(0)
     meter.start(validate)
     while meter.running:

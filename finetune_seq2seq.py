@@ -331,7 +331,7 @@ def main(argv: list[str] | None = None) -> int:
     tokens, validated = (int(s.source_lengths.sum() + s.target_lengths.sum()) for s in (train, sets["val"]))
     plan = dict(name=name, tokens=tokens, step_tokens=tokens / len(train) * cfg.batch, validated=validated)
     plan |= dict(rows=micro, flops=flops_per_token)
-    if meter.dry_run(cfg, model, optimizer, partial(forwards, model, train), **plan):
+    if meter.dry_run(cfg, model, partial(forwards, model, train), **plan):
         return run.finish(0)
     if cfg.profile:
         alpha.fill_(alpha_of(cfg.steps - 1))

@@ -267,7 +267,7 @@ def main(argv: list[str] | None = None) -> int:
     trained.train()
     plan = dict(name=cfg.model, tokens=len(corpus.train.tokens), step_tokens=cfg.batch * cfg.seq_len)
     plan |= dict(validated=len(corpus.val.tokens), rows=micro, flops=flops_per_token(shape, cfg.seq_len))
-    if meter.dry_run(cfg, model, optimizer, partial(forwards, model, train), **plan):
+    if meter.dry_run(cfg, model, partial(forwards, model, train), **plan):
         return run.finish(0)
     meter.start(validate)
     while meter.running:

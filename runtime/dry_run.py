@@ -21,6 +21,8 @@ from kernels.chunks import ALLOWANCE
 from kernels.head_pass import CPU_BUDGET
 from runtime.machine import World, peak_flops, peak_memory
 
+# Bytes of state a parameter; two fp32 numbers, 8, for the others. Muon has one of its matrices, which are most.
+STATE_BYTES = {"sgd": 4, "muon": 4, "adamw8bit": 2, "paged-adamw8bit": 2, "prodigy": 16, "schedule-free-plus": 16}
 FIRST, TIMED = 1, 2  # steps that are not timed, and that are
 LEFT_OUT = "left out: validation, generation, what a layer holds for a moment, what the allocator wastes"
 
@@ -69,9 +71,9 @@ class Memory:
         return sum(vars(self).values())
 
 
-def estimate(model: nn.Module, optimizer, forwards: Callable[[int, World], Iterator], rows: int, world: World):
-    """The Memory of a step whose micro-batch has ``rows``; ``forwards(n, world)`` yields (hidden [N, D], targets [N])
-    of n rows at a time, the longest first.
+def estimate(model: nn.Module, cfg, forwards: Callable[[int, World], Iterator], rows: int, world: World):
+    """The Memory of a step of ``cfg`` whose micro-batch has ``rows``; ``forwards(n, world)`` yields (hidden [N, D],
+    targets [N]) of n rows at a time, the longest first.
 
     Activations are measured, as what autograd saves of one row and of two beside the weights, and go on along that
     line. A block's gradients are taken to be as large as what it saves; one that is recomputed is there once more.
@@ -99,11 +101,11 @@ def estimate(model: nn.Module, optimizer, forwards: Callable[[int, World], Itera
     one, two = (a + (1 + again) * b // blocks for a, b in zip((one, two), whole, strict=True))
     head, tokens = model.head_weight, len(hidden) * rows // rows_of[1]
     chunk = min(tokens * len(head) * hidden.itemsize, ALLOWANCE if cuda else CPU_BUDGET)
-    moments = 2 * (1 if "8bit" in type(optimizer).__name__ else 4)  # bytes; Schedule-Free has two as well
+    bytes_each = STATE_BYTES.get(cfg.optimizer, 8) + 4 * bool(getattr(cfg, "tail_average", 0))
     return Memory(
         weights=weights,
         gradients=sum(t.nbytes for t in trained),
-        optimizer=moments * sum(t.numel() for t in trained),
+        optimizer=bytes_each * sum(t.numel() for t in trained),
         activations=one + (rows - 1) * (two - one),
         head=chunk + 4 * head.numel() * head.requires_grad,
         process=0 if cuda else max(before - weights, 0),

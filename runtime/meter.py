@@ -132,13 +132,13 @@ class Meter:
         if self.patience and self.stale >= self.patience:
             self.ending = "early_stop"
 
-    def dry_run(self, cfg, model, optimizer, forwards, *, rows: int, **about) -> bool:
+    def dry_run(self, cfg, model, forwards, *, rows: int, **about) -> bool:
         """In a dry run: says what the run would be; whether it ends with that. Every rank must call it.
 
         ``forwards``, ``rows``: as `runtime.dry_run.estimate` takes them; ``about``: fields of its Rehearsal."""
         if not cfg.dry_run:
             return False
-        memory = estimate(model, optimizer, forwards, rows, self.world)
+        memory = estimate(model, cfg, forwards, rows, self.world)
         about |= dict(step=self.step, memory=memory, weights=weight_count(model), anew=self.run.dry.says())
         self.rehearsal = Rehearsal(cfg, self.world, **about)
         if self.world.main:

@@ -3,6 +3,7 @@
 import json
 import re
 import tempfile
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -143,12 +144,12 @@ def test_the_estimate_of_memory():
     """What autograd saves is linear in the rows; recomputing blocks saves most of it; AdamW keeps two numbers."""
     config = GPT2Config(vocab_size=64, block_size=32, n_layer=6, n_head=2, n_embd=32, dropout=0.0)
     model = GPT2(config, torch.float32)
-    optimizer = torch.optim.AdamW(model.parameters())
+    cfg = SimpleNamespace(optimizer="adamw")
 
     def forwards(n, world):
         yield model(torch.zeros(n, 32, dtype=torch.long)).flatten(0, 1), None
 
-    found = {rows: estimate(model, optimizer, forwards, rows, CPU) for rows in (1, 2, 8)}
+    found = {rows: estimate(model, cfg, forwards, rows, CPU) for rows in (1, 2, 8)}
     parameters = sum(p.numel() for p in model.parameters())
     assert found[8].weights == found[8].gradients == 4 * parameters and found[8].optimizer == 8 * parameters
     a = {rows: m.activations for rows, m in found.items()}
@@ -156,8 +157,10 @@ def test_the_estimate_of_memory():
     floats = a[8] / 4 / (8 * 32 * 32 * config.n_layer)  # a token, feature and block
     assert 10 < floats < 40  # Korthikanti et al. (2022) count 17 of them in 16 bits without attention's scores
     model.checkpoint_activations = True
-    assert estimate(model, optimizer, forwards, 8, CPU).activations < 0.6 * a[8]
+    assert estimate(model, cfg, forwards, 8, CPU).activations < 0.6 * a[8]
     assert model.checkpoint_activations and weight_count(model) == (parameters, parameters)
+    tailed = SimpleNamespace(optimizer="muon", tail_average=0.1)
+    assert estimate(model, tailed, forwards, 1, CPU).optimizer == 8 * parameters
     assert found[1].head == 4 * (32 * 64 + 64 * 32) and flops_per_token(config, 32) > 0
 
 
