@@ -295,6 +295,7 @@ def main(argv: list[str] | None = None) -> int:
         """Where one is due, a validation; where one is due, a checkpoint."""
         best = False
         if meter.at_eval:
+            alpha.fill_(alpha_of(meter.step - 1))  # the last step's, also where a resumed run owes the validation
             with averaged(optimizer):
                 made = answers.forwards(model, heldout_rows, cfg.loss_on, cfg.micro_batch, world)
                 made = meter.watched(made, count=-(-len(heldout_rows) // (cfg.micro_batch * world.size)))

@@ -24,8 +24,9 @@ from model.layers import KVCache
 from model.packed import head
 
 SPAN = 128  # attention reads the cache up to the next multiple of so many positions; on CUDA a graph each
-PROMPT_MULTIPLE = {"cuda": 32, "cpu": 8}  # prompts are padded to a multiple of so many tokens: few lengths occur
-PADDING = {"cuda": 2048, "cpu": 8}  # prompts share a forward while it has less padding: what a forward of its own costs
+# On a CPU and elsewhere: prompts are padded to a multiple of so many tokens, so that few lengths occur, and share a
+# forward while its padding is below that, which is what a forward of its own costs.
+PROMPT_MULTIPLE, PADDING = {True: 8, False: 32}, {True: 8, False: 2048}
 COLDEST = 1e-6  # the lowest temperature that logits are divided by
 PREFILL = 16384  # prompt tokens of one forward, at most
 
@@ -145,7 +146,7 @@ def decode(
 def _prefill(model, cache: KVCache, prompts: list[tuple[int, Sequence[int]]]) -> None:
     """Writes prompts to their cache rows, those of like length in one forward, so that padding is small."""
     device, limit = cache.k.device, cache.k.shape[2]
-    multiple, padding = PROMPT_MULTIPLE[device.type], PADDING[device.type]
+    multiple, padding = (of[device.type == "cpu"] for of in (PROMPT_MULTIPLE, PADDING))
     left = sorted(((b, tokens) for b, tokens in prompts if tokens), key=lambda p: -len(p[1]))
     while left:
         T = min(limit, -(-len(left[0][1]) // multiple) * multiple)

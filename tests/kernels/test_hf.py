@@ -207,7 +207,7 @@ def test_bf16_autocast_trains(tmp_path):
 RANKS = """
 import sys
 import torch.multiprocessing as mp
-sys.path[:0] = [".", "tests/kernels"]
+sys.path[:0] = [".", "tests", "tests/kernels"]
 import transformers.trainer
 import test_hf
 mp.start_processes(test_hf._rank, (sys.argv[1], sys.argv[2]), nprocs=2, start_method="fork")  # one import for both
