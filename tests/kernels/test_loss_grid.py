@@ -12,7 +12,7 @@ from kernels import logits_score, losses
 VOCABS = (1, 2, 128, 507, 50257)
 KINDS = ("ordinary", "a tie", "some outside", "sure", "hopeless")
 RELATIVE = 2e-5  # some 50257 additions, and powers of their sum
-LONG = ("dpsm", "smoothing", "deft", 1.1)  # each reads other moments
+LONG = ("dpsm", "smoothing", 1.1)  # each reads other moments
 CANCELS = ("brier", "spherical", "dpsm", "power")  # their gradient is a difference of terms of order 1
 
 

@@ -74,7 +74,7 @@ def test_a_run_keeps_its_flags_and_every_module_that_it_imported(tmp_path):
     assert (run / "source/runtime/cli.py").read_bytes() == (ROOT / "runtime/cli.py").read_bytes()
     assert not any("site-packages" in name for name in kept)
     flags = json.loads((run / "flags.json").read_text())
-    assert flags["batch"]["only"] == {} and flags["resume_from"]["only"] == {"resume": [True]}
+    assert flags["lr"]["role"] == "knob" and flags["resume_from"]["only"] == {"resume": [True]}
     assert json.loads((run / "config.json").read_text())["script"] == "script.py"
 
 
