@@ -24,7 +24,7 @@ elif {vocab} == 50257:  # their loops are the same for any length
 else:
     most = {{name: n for name, n in most.items() if name[:5] in ("score", "rest_")}}
 powers = f"score_kernel, power, {{read}}"
-if {capability} == 90:
+if ({capability}, {vocab}) == (90, 50257):
     most[powers] = most[f"score_kernel, dpsm, {{read}}"] + 6  # a real order takes at most 6 more
 rows = {{r["kernel"]: r for r in audit({capability}, {vocab}, "bf16", labels=set(most))}}
 assert set(rows) == set(most), list(rows)
