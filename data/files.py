@@ -36,10 +36,7 @@ def one_file(folder: Path, stems: tuple[str, ...], suffixes: tuple[str, ...]) ->
 
 def load_hub(name: str, way_out: str, *arguments, **options):
     """datasets.load_dataset. ``name`` and ``way_out`` are the error's."""
-    try:
-        datasets = package("datasets", f"{name} from the hub")
-    except ValueError as error:
-        raise ValueError(f"{error}; or {way_out}") from None
+    datasets = package("datasets", f"{name} from the hub", otherwise=way_out)
     try:
         return datasets.load_dataset(*arguments, **options)
     except Exception as error:  # no network, no package, hub errors of several libraries

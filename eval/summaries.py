@@ -10,7 +10,6 @@ and counted, and so is the share of the references' letters that they pass over.
 and one without blanks letter by letter; such figures compare with none of a paper's.
 """
 
-import contextlib
 import logging
 import math
 import re
@@ -64,16 +63,6 @@ def sentences(text: str) -> list[str]:
     return [*out, line[start:]]
 
 
-@contextlib.contextmanager
-def _needs(what: str, package: str):
-    """Around a function that imports ``package`` (name==version): one line that says how to install it."""
-    try:
-        yield
-    except ImportError:
-        raise ValueError(f"{what} needs the package {package.split('==')[0]}; pip install {package}") from None
-
-
-@_needs("ROUGE", "rouge-score==0.1.2")
 def rouge_scores(
     predictions: Sequence[str], references: Sequence[str], *, words: str = "ascii"
 ) -> dict[str, list[float | None]]:
@@ -94,7 +83,6 @@ def rouge_scores(
     return _f1(predictions, references, {name: name for name in ROUGE}, tokenizer, lambda t: "\n".join(sentences(t)))
 
 
-@_needs("ROUGE", "rouge-score==0.1.2")
 def files2rouge_scores(predictions: Sequence[str], references: Sequence[str]) -> dict[str, list[float | None]]:
     """F1 in percent of each pair in the convention of BART's published numbers: files2rouge_1, _2 and _L.
 
@@ -215,15 +203,13 @@ def bert_score(
     return dict(zip(names, means, strict=True)) | {"bertscore_hash": scorer.hash}
 
 
-@_needs("--bertscore", "bert-score==0.3.13")
 def bert_model(model: str) -> tuple[str, int]:
     """Name or folder, and layer, of a ``--bertscore`` value.
 
     That is a name which the package knows, or a local folder, either with ``:LAYER`` to choose the layer. Raises
     ValueError, one line, where neither says the layer, for a folder that is not there, and where the package is
     missing."""
-    from bert_score.utils import model2layers
-
+    model2layers = package("bert_score.utils", "--bertscore", "bert-score").model2layers
     name, _, layer = model.rpartition(":") if re.search(r":\d+$", model) else (model, "", "")
     if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
         raise ValueError(f"--bertscore {model}: there is no folder {name}; expected one in Hugging Face's layout")

@@ -18,6 +18,7 @@ from torch import Tensor
 from model.decoder import DecoderConfig, frequencies
 from model.gguf_tokenizer import read_tokenizer, tokenizer_values
 from model.weights import first_line
+from schedules.commandline import package
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")  # a Mistral is written as a llama
 QUANTISATIONS = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q6_K")
@@ -195,12 +196,7 @@ class _Refused(ValueError):
 
 
 def _package(path: Path):
-    try:
-        import gguf
-
-        return gguf
-    except ImportError as error:
-        raise ValueError(f"{path} needs the package gguf ({first_line(error)}); pip install gguf") from None
+    return package("gguf", str(path))
 
 
 def _open(path: Path):

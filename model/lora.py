@@ -27,11 +27,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from model import weights
 from model.decoder import Decoder, DecoderConfig
 from model.decoder_hub import load_decoder
 from model.layers import Linear, check_fields, check_value
 from model.packed import pack
+from schedules.commandline import package
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 BASES = ("bf16", "fp32", "nf4")
@@ -112,15 +112,7 @@ def _matched(patterns: dict, path: str, default):
 
 
 def _bitsandbytes():
-    try:
-        import bitsandbytes.functional
-
-        return bitsandbytes.functional
-    except (ImportError, OSError, RuntimeError) as error:
-        raise ValueError(
-            f"base 'nf4' needs the package bitsandbytes, which cannot be imported ({weights.first_line(error)}); "
-            "pip install bitsandbytes, or take base 'bf16'"
-        ) from error
+    return package("bitsandbytes.functional", "base 'nf4'", otherwise="take base 'bf16'")
 
 
 class NF4Linear(nn.Module):

@@ -30,19 +30,16 @@ from model.seq2seq import SIZES, Seq2Seq, Seq2SeqConfig
 from races import common
 from runtime.cli import user_errors
 from runtime.folder import environment, write_json
-from schedules.commandline import alive
+from schedules.commandline import alive, package
 
 SIDES = ("transformers", "ce", "dpsm")
 
 
 def their_model(config: Seq2SeqConfig, dtype: torch.dtype, device: torch.device):
     """transformers' BART of the same shape and rates, randomly initialised."""
-    try:
-        from transformers import BartConfig, BartForConditionalGeneration
-    except ImportError as e:
-        raise ValueError(f"the race needs the package transformers ({e}); pip install transformers") from e
-    theirs = BartConfig(**asdict(config), forced_eos_token_id=None, attn_implementation="sdpa")
-    return BartForConditionalGeneration(theirs).to(device, dtype)
+    library = package("transformers", "the race")
+    theirs = library.BartConfig(**asdict(config), forced_eos_token_id=None, attn_implementation="sdpa")
+    return library.BartForConditionalGeneration(theirs).to(device, dtype)
 
 
 def train_turn(side: str, config: Seq2SeqConfig, batch: int, args) -> float:

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import importlib
 import math
 import warnings
 
@@ -21,6 +20,7 @@ from schedules import (
     rule_reads,
     schedule_free_adamw,
 )
+from schedules.commandline import package
 
 # From name to what it is; the flag --optimizer takes these.
 OPTIMIZERS = {
@@ -117,7 +117,7 @@ def make_optimizer(groups: list, cfg, model: nn.Module, device: torch.device) ->
     groups = [{"weight_decay": cfg.weight_decay} | g for g in groups]
     lr = cfg.step_factor if name in OWN_STEP else cfg.lr
     adam = dict(lr=lr, betas=(cfg.beta1, cfg.beta2))
-    warm = math.ceil(cfg.lr_warmup * cfg.steps)
+    warm, otherwise = math.ceil(cfg.lr_warmup * cfg.steps), "use --optimizer adamw"
     if name == "muon":
         optimizer = Muon(groups, hidden_matrices(model), momentum=cfg.momentum, **adam)
     elif name == "sgd":
@@ -129,24 +129,16 @@ def make_optimizer(groups: list, cfg, model: nn.Module, device: torch.device) ->
     elif name == "prodigy":
         # Its authors: without the safeguard a warm-up makes it overestimate.
         how = dict(lr=1.0, d_coef=lr, safeguard_warmup=warm > 0, betas=adam["betas"])
-        optimizer = _from("prodigyopt", "Prodigy", name)(groups, **how)
+        optimizer = package("prodigyopt", f"--optimizer {name}", otherwise=otherwise).Prodigy(groups, **how)
     elif name == "adamw":
         optimizer = torch.optim.AdamW(groups, fused=True, **adam)
     else:
-        kind = "PagedAdamW8bit" if name == "paged-adamw8bit" else "AdamW8bit"
-        optimizer = _from("bitsandbytes.optim", kind, name)(groups, **adam)
+        library = package("bitsandbytes.optim", f"--optimizer {name}", otherwise=otherwise)
+        kind = library.PagedAdamW8bit if name == "paged-adamw8bit" else library.AdamW8bit
+        optimizer = kind(groups, **adam)
     if share := getattr(cfg, "tail_average", 0):
         TailAverage(optimizer, (1 - share) * cfg.steps)
     return optimizer
-
-
-def _from(module: str, kind: str, name: str):
-    try:
-        return getattr(importlib.import_module(module), kind)
-    except (ImportError, OSError) as error:  # OSError: its library does not load
-        package = module.split(".")[0]
-        way = f"pip install {package}, or use --optimizer adamw"
-        raise ValueError(f"--optimizer {name} needs the package {package} ({error}): {way}") from None
 
 
 def rule_of(cfg, optimizer, world: World, **more):

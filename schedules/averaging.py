@@ -5,17 +5,16 @@ import contextlib
 import torch
 from torch import Tensor
 
+from .commandline import package
+
 
 def schedule_free_adamw(groups, lr: float, *, betas: tuple[float, float], eps: float = 1e-8, weight_decay: float = 0.0):
     """AdamWScheduleFree of the package schedulefree (Defazio et al., 2024, "The Road Less Scheduled"), ready to train.
 
     It needs as much memory as Adam. The caller sets the groups' lr for a warm-up, and does not call ``step`` with a
     gradient that is not finite. Raises ValueError where the package is missing."""
-    try:
-        from schedulefree import AdamWScheduleFree
-    except ImportError as e:
-        raise ValueError(f"schedule-free needs the package schedulefree ({e}): pip install schedulefree") from e
-    optimizer = AdamWScheduleFree(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+    kind = package("schedulefree", "schedule-free").AdamWScheduleFree
+    optimizer = kind(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
     optimizer.train()
     return optimizer
 

@@ -119,15 +119,16 @@ def nearest(given: str, known) -> str:
     return f"; did you mean {found[0]}?" if found else ""
 
 
-def package(module: str, what: str, pip: str = ""):
+def package(module: str, what: str, pip: str = "", otherwise: str = ""):
     """The ``module`` of an optional package. Raises ValueError, one line with pip's command for ``pip`` (default: the
-    module's name), where it cannot be imported: ``what`` needs it."""
+    module's name), and what else can be done, where it cannot be imported: ``what`` needs it."""
     try:
         return importlib.import_module(module)
     except (ImportError, OSError, RuntimeError) as error:
         pip = pip or module.partition(".")[0]
         why = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{what} needs the package {pip} ({why}): pip install {pip}") from None
+        way = f"pip install {pip}" + f", or {otherwise}" * bool(otherwise)
+        raise ValueError(f"{what} needs the package {pip} ({why}): {way}") from None
 
 
 class Parser(argparse.ArgumentParser):
