@@ -1,5 +1,6 @@
 """Shared fixtures. Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before import."""
 
+import functools
 import json
 import logging
 import os
@@ -84,3 +85,35 @@ def lm_run(lm_base, tmp_path_factory):
     noisy = [*lm_base, "--loss", "dpsm", "--warmup", "0.5", "--dropout", "0.1", "--label-noise", "0.2"]
     assert train(noisy, out) == 0
     return noisy, out
+
+
+@pytest.fixture(scope="session")
+def sums(tmp_path_factory):
+    """A folder of articles with summaries."""
+    from seq2seq_runs import write_set
+
+    return write_set(tmp_path_factory.mktemp("sets") / "sums")
+
+
+@pytest.fixture(scope="session")
+def seq2seq_base(sums, tmp_path_factory):
+    """Flags of a run that takes a second or two, with `small_summarisers`."""
+    cache = tmp_path_factory.mktemp("cache")
+    return (
+        f"--data {sums} --cache {cache} --size bart-tiny --random-start --tokenizer bpe:300 --preset none --batch 8 "
+        "--micro-batch 4 --steps 9 --lr 3e-3 --eval-every 3 --log-every 2 --min-words 20 --max-source 96 "
+        "--max-target 48 --max-new-tokens 12 --beams 2 --generate-batch 4 --device cpu".split()
+    )
+
+
+@pytest.fixture(scope="module")
+def small_summarisers():
+    """bart-tiny and pegasus-tiny, smaller still."""
+    import finetune_seq2seq
+    from model.seq2seq import bart_config, pegasus_config
+
+    with pytest.MonkeyPatch.context() as patch:
+        for kind, build in (("bart", bart_config), ("pegasus", pegasus_config)):
+            tiny = functools.partial(build, 1, 32, 2, max_position_embeddings=128)
+            patch.setitem(finetune_seq2seq.SIZES, f"{kind}-tiny", tiny)
+        yield

@@ -1,4 +1,4 @@
-"""finetune_seq2seq.py end to end on summaries that the test writes: resume, parallelism, presets, bad input."""
+"""finetune_seq2seq.py end to end on summaries that the test writes: resume, parallelism, presets."""
 
 import dataclasses
 import functools
@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -16,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from number_words import words
+from seq2seq_runs import CLOCK, fails, predictions, rows, summary_of, train, weights, write_set
 
 import eval.seq2seq
 import eval.summaries
@@ -25,17 +24,17 @@ from data.summaries import Bucketed, SummaryTokenizer, encode_pairs, load_summar
 from eval.heldout import evaluate, final_metrics
 from kernels import linear_score
 from kernels.losses import brier, ce
-from model.seq2seq import Seq2Seq, bart_config, pegasus_config, training_flops
+from model.seq2seq import Seq2Seq, bart_config, training_flops
 from model.seq2seq_hub import save_seq2seq
 from recipes.presets import PRESETS, preset_values
 from runtime.cli import parse_config
-from runtime.folder import Pieces, load_checkpoint, read_metrics
+from runtime.folder import Pieces, load_checkpoint
 from runtime.machine import World, start_world
 from runtime.optim import rule_of
 from schedules.gradient_stats import GradientStats
 
+pytestmark = pytest.mark.usefixtures("small_summarisers")
 ROOT = Path(__file__).parent.parent
-CLOCK = {"train_seconds", "tokens_per_second", "ms_per_step_median", "peak_memory_bytes"}
 SUMMARY_KEYS = """
 loss label_smoothing steps seed parameters tokens_seen best_step val_nll val_ppl val_ece10 val_ece100 val_brier
 val_spherical val_accuracy temperature val_nll_t val_ece10_t test_nll test_ece10 test_ece10_t test_rouge1
@@ -46,77 +45,18 @@ tokens_per_second ms_per_step_median peak_memory_bytes train_seconds flops_per_t
 """.split()
 
 
-def write_set(folder: Path, train=64, validation=12, test=10, sums=6) -> Path:
-    """Sums in words, two lines of which are the summary."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for split, first, count in (("train", 3, train), ("validation", 1003, validation), ("test", 2003, test)):
-        rows = []
-        for i in range(first, first + count):
-            lines = [f"{words(i + k)} and {words(k + 2)} make {words(i + 2 * k + 2)}." for k in range(sums + i % 9)]
-            rows.append({"id": f"{split}-{i}", "article": " ".join(lines), "highlights": "\n".join(lines[:2])})
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def sums(tmp_path_factory):
-    return write_set(tmp_path_factory.mktemp("sets") / "sums")
-
-
-@pytest.fixture(scope="module")
-def base(sums, tmp_path_factory):
-    """Flags of a run that takes a second or two."""
-    cache = tmp_path_factory.mktemp("cache")
-    return (
-        f"--data {sums} --cache {cache} --size bart-tiny --random-start --tokenizer bpe:300 --preset none --batch 8 "
-        "--micro-batch 4 --steps 9 --lr 3e-3 --eval-every 3 --log-every 2 --min-words 20 --max-source 96 "
-        "--max-target 48 --max-new-tokens 12 --beams 2 --generate-batch 4 --device cpu".split()
-    )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small():
-    """bart-tiny and pegasus-tiny, smaller still."""
-    with pytest.MonkeyPatch.context() as patch:
-        for kind, build in (("bart", bart_config), ("pegasus", pegasus_config)):
-            tiny = functools.partial(build, 1, 32, 2, max_position_embeddings=128)
-            patch.setitem(finetune_seq2seq.SIZES, f"{kind}-tiny", tiny)
-        yield
-
-
-def train(flags, out, *more) -> int:
-    return finetune_seq2seq.main([*flags, "--out", str(out), *map(str, more)])
-
-
-def summary_of(out) -> dict:
-    return json.loads((out / "summary.json").read_text())
-
-
-def rows(out, kind) -> list[dict]:
-    """Metrics without what depends on the clock."""
-    return [{k: v for k, v in r.items() if k not in CLOCK} for r in read_metrics(Path(out) / "metrics.jsonl", kind)]
-
-
-def weights(out, name="last.pt") -> dict:
-    return load_checkpoint(Path(out) / name)["model"]
-
-
-def predictions(out, name="test") -> list[dict]:
-    return [json.loads(line) for line in (out / f"predictions-{name}.jsonl").read_text().splitlines()]
-
-
 # -- what a run leaves behind --------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def dpsm_flags(base):
+def dpsm_flags(seq2seq_base):
     """Everything random switched on."""
     more = "--loss dpsm --warmup 0.5 --dropout 0.1 --attention-dropout 0.1 --noise-references 0.15"
-    return [*base, *more.split()]
+    return [*seq2seq_base, *more.split()]
 
 
 @pytest.fixture(scope="module")
-def dpsm_run(dpsm_flags, tmp_path_factory):
+def dpsm_run(small_summarisers, dpsm_flags, tmp_path_factory):
     """An uninterrupted DPSM run."""
     out = tmp_path_factory.mktemp("runs") / "dpsm"
     assert train(dpsm_flags, out) == 0
@@ -163,8 +103,8 @@ def test_load_finetuned_is_the_reported_model(dpsm_run, sums, tmp_path):
 
 
 @pytest.mark.parametrize("flags", ["brier", "ce --label-smoothing 0.1", "spherical --tail-smoothing 0.1"])
-def test_losses_learn(flags, base, tmp_path):
-    assert train(base, tmp_path / "run", "--loss", *flags.split(), "--lr-warmup", 0, "--test-examples", 2) == 0
+def test_losses_learn(flags, seq2seq_base, tmp_path):
+    assert train(seq2seq_base, tmp_path / "run", "--loss", *flags.split(), "--lr-warmup", 0, "--test-examples", 2) == 0
     nll = [r["nll"] for r in rows(tmp_path / "run", "val")]
     assert nll[-1] < nll[0] and nll[-1] < math.log(303)
     assert summary_of(tmp_path / "run")["test_examples"] == 2
@@ -257,13 +197,13 @@ def test_a_kill_during_generation_loses_one_batch(dpsm_flags, dpsm_run, tmp_path
 
 
 @pytest.mark.parametrize("rule", ["fot", "snac", "bacon", "fot-literal", "schedule-free", "greedy"])
-def test_rules_that_measure_resume_exactly(rule, base, tmp_path, monkeypatch):
+def test_rules_that_measure_resume_exactly(rule, seq2seq_base, tmp_path, monkeypatch):
     """Stopped between two decisions; what was measured, the plan and the iterate go on bit for bit."""
     more = "--loss dpsm --dropout 0.1 --steps 16 --eval-every 8 --lr-warmup 0.25".split()
     more += [] if rule in ("schedule-free", "greedy") else ["--fot-window", "4"]
     more += "--optimizer muon --tail-average 0.5".split() if rule == "greedy" else []
     # The whole batch in one forward is split where a step is measured.
-    flags = [*base, *more, "--schedule", rule, "--micro-batch", "8" if rule == "snac" else "4"]
+    flags = [*seq2seq_base, *more, "--schedule", rule, "--micro-batch", "8" if rule == "snac" else "4"]
     assert train(flags, tmp_path / "whole") == 0
     original = Bucketed.indices
 
@@ -290,7 +230,7 @@ def test_rules_that_measure_resume_exactly(rule, base, tmp_path, monkeypatch):
         assert max(learning_rates) <= 2 * 3e-3 and len(learning_rates) > 3
 
 
-def test_a_measured_part_is_of_every_length(base, tmp_path, monkeypatch):
+def test_a_measured_part_is_of_every_length(seq2seq_base, tmp_path, monkeypatch):
     """FoT compares a part of the batch with the whole: two parts where there was one, its share that of the loss."""
     shares, original = [], GradientStats.micro
 
@@ -300,7 +240,7 @@ def test_a_measured_part_is_of_every_length(base, tmp_path, monkeypatch):
 
     monkeypatch.setattr(GradientStats, "micro", micro)
     more = "--schedule fot --fot-window 2 --steps 6 --micro-batch 8 --test-examples 1".split()
-    assert train([*base, *more], tmp_path / "run") == 0
+    assert train([*seq2seq_base, *more], tmp_path / "run") == 0
     assert len(shares) == 2 and all(0.4 < share < 0.6 for share in shares)  # alternating rows of one sorted batch
 
 
@@ -310,10 +250,10 @@ def close(a, b) -> None:
         assert [r[key] for r in rows(a, kind)] == pytest.approx([r[key] for r in rows(b, kind)], rel=1e-4, abs=1e-5)
 
 
-def test_batch_ranks_and_accumulation_give_one_loss_curve(base, tmp_path):
+def test_batch_ranks_and_accumulation_give_one_loss_curve(seq2seq_base, tmp_path):
     """Micro-batches of 8, 4 and 1, which are padded differently, layers run again in backward, and two ranks. Targets
     differ in length, so a wrong normalisation (mean of means) shows."""
-    flags = [*base, "--loss", "dpsm", "--warmup", "0.5", "--noise-references", "0.3", "--steps", "6"]
+    flags = [*seq2seq_base, "--loss", "dpsm", "--warmup", "0.5", "--noise-references", "0.3", "--steps", "6"]
     assert train(flags, tmp_path / "four") == 0
     for name, more in (("8", ()), ("1", ()), ("4", ("--checkpoint-activations",))):
         assert train(flags, tmp_path / name, "--micro-batch", name, *more) == 0
@@ -344,6 +284,12 @@ def test_batch_ranks_and_accumulation_give_one_loss_curve(base, tmp_path):
     assert [r["prediction"] for r in predictions(tmp_path / "ddp")] == [
         r["prediction"] for r in predictions(tmp_path / "four")
     ]
+
+
+def test_a_folder_in_use_is_refused(dpsm_run, seq2seq_base, dpsm_flags, tmp_path, capsys):
+    fails(capsys, "already holds a run", dpsm_flags, dpsm_run)
+    fails(capsys, "beams was 2, now 3", dpsm_flags, dpsm_run, "--resume", "--beams", 3)
+    fails(capsys, "noise_references was 0.15", seq2seq_base, dpsm_run, "--resume", "--loss", "dpsm", "--dropout", 0.1)
 
 
 # -- options -------------------------------------------------------------------------------------
@@ -396,7 +342,7 @@ def test_polynomial_decay_is_fairseqs():
     assert ramp == sorted(ramp) and 0 < ramp[0] < 0.02
 
 
-def test_a_model_folder_is_a_start_and_must_fit_its_tokenizer(base, dpsm_run, sums, tmp_path, capsys):
+def test_a_model_folder_is_a_start_and_must_fit_its_tokenizer(seq2seq_base, dpsm_run, sums, tmp_path, capsys):
     """The run's model saved in Hugging Face's layout: at lr 0 another run reports its numbers."""
     model, tokenizer, _ = eval.seq2seq.load_finetuned(dpsm_run)
     files = dict(tokenizer.base.files())
@@ -406,8 +352,8 @@ def test_a_model_folder_is_a_start_and_must_fit_its_tokenizer(base, dpsm_run, su
         definition["added_tokens"].append(dict(id=i, content=name, **flags))
     del files["tokenizer_config.json"]
     save_seq2seq(model, tmp_path / "hf", files | {"tokenizer.json": json.dumps(definition).encode()})
-    at = base.index("--size")
-    start = [*base[:at], *base[at + 5 :], "--model", str(tmp_path / "hf")]
+    at = seq2seq_base.index("--size")
+    start = [*seq2seq_base[:at], *seq2seq_base[at + 5 :], "--model", str(tmp_path / "hf")]
     assert train(start, tmp_path / "run", "--lr", 0, "--steps", 1) == 0
     a, b = summary_of(dpsm_run), summary_of(tmp_path / "run")
     assert a["val_nll"] == pytest.approx(b["val_nll"], rel=1e-6)
@@ -425,11 +371,11 @@ def test_a_model_folder_is_a_start_and_must_fit_its_tokenizer(base, dpsm_run, su
     fails(capsys, "has no config.json", start, tmp_path / "bad")
 
 
-def test_pegasus_and_a_second_set(base, sums, tmp_path, capsys, monkeypatch):
+def test_pegasus_and_a_second_set(seq2seq_base, sums, tmp_path, capsys, monkeypatch):
     """PEGASUS's shape, zero-shot on another set, which says that it is a sample."""
     monkeypatch.setenv("LM_DATA", str(tmp_path))
     second = write_set(tmp_path / "xsum", 1, 1, 5)
-    flags = [f.replace("bart-tiny", "pegasus-tiny") for f in base]
+    flags = [f.replace("bart-tiny", "pegasus-tiny") for f in seq2seq_base]
     assert train(flags, tmp_path / "run", "--eval-data", second, "--steps", 3) == 0
     assert "5 of 11,334 rows" in capsys.readouterr().out
     summary = summary_of(tmp_path / "run")
@@ -437,15 +383,15 @@ def test_pegasus_and_a_second_set(base, sums, tmp_path, capsys, monkeypatch):
     assert summary["ood_examples"] == 5 and summary["ood_rouge1"] is not None and summary["ood_ece10"] is not None
 
 
-def test_a_fold_leaves_the_test_set_alone(base, tmp_path):
-    assert train(base, tmp_path / "run", "--fold", "2/5", "--steps", 3) == 0
+def test_a_fold_leaves_the_test_set_alone(seq2seq_base, tmp_path):
+    assert train(seq2seq_base, tmp_path / "run", "--fold", "2/5", "--steps", 3) == 0
     summary = summary_of(tmp_path / "run")
     assert summary["test_nll"] is None and "test_rouge1" not in summary
     assert summary["val_examples"] == 13 and summary["fold"] == "2/5"  # ranks 1, 6, ..., 61 of 64
 
 
-def test_profile(base, tmp_path, capsys):
-    assert train(base, tmp_path / "run", "--profile", 3) == 0
+def test_profile(seq2seq_base, tmp_path, capsys):
+    assert train(seq2seq_base, tmp_path / "run", "--profile", 3) == 0
     cost = json.loads((tmp_path / "run" / "profile.json").read_text())
     assert cost["pairs"] == 4 and cost["ms_forward_backward"] > 0 and cost["tokens_per_second"] > 0
     assert cost["peak_memory_bytes"] > 0 and cost["joules_per_step"] is None and cost["gpu_utilisation"] is None
@@ -465,7 +411,7 @@ def test_flops_are_those_of_the_products():
     assert training_flops(config, 24, 9) == 3 * counter.get_total_flops()
 
 
-def test_a_fixed_bias_of_the_logits_counts(base, dpsm_run, sums, tmp_path):
+def test_a_fixed_bias_of_the_logits_counts(seq2seq_base, dpsm_run, sums, tmp_path):
     """final_logits_bias: evaluation sees it, and so does the temperature; against cross-entropy on whole logits."""
     model, tokenizer, _ = eval.seq2seq.load_finetuned(dpsm_run)
     model.config = dataclasses.replace(model.config, logits_bias=True)
@@ -483,82 +429,3 @@ def test_a_fixed_bias_of_the_logits_counts(base, dpsm_run, sums, tmp_path):
     pieces = Pieces(tmp_path / "evaluation.json", "last 12", world)
     entries, _ = final_metrics(model, dict(val=forwards, test=None, ood=None), world, pieces=pieces)
     assert entries["val_nll"] == pytest.approx(expected, rel=1e-5) and entries["val_nll_t"] < entries["val_nll"]
-
-
-# -- bad input -----------------------------------------------------------------------------------
-
-
-def fails(capsys, match, flags, out, *more) -> None:
-    """Exit code 2, one line on stderr that matches, and no run folder."""
-    before = sorted(out.rglob("*")) if out.exists() else None
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        train(flags, out, *more)
-    err = capsys.readouterr().err
-    assert stopped.value.code == 2
-    assert re.search(match, err), err
-    errors = [line for line in err.strip().splitlines() if ": error: " in line]
-    assert errors == err.strip().splitlines()[-1:] and "Traceback" not in err, err
-    assert (sorted(out.rglob("*")) if out.exists() else None) == before
-
-
-@pytest.mark.parametrize(
-    "match, more",
-    [
-        (r"no data 'no-such-data'", ("--data", "no-such-data")),
-        (r"--noise-references 1.5 is outside \[0, 1\]", ("--noise-references", 1.5)),
-        (r"--noise-references nan", ("--noise-references", "nan")),
-        (r"swaps summaries within a batch", ("--noise-references", 0.1, "--batch", 1)),
-        (r"max_new_tokens=12 is below min_new_tokens=20", ("--min-new-tokens", 20)),
-        (r"--max-source 4000 is more than the 128 positions", ("--max-source", 4000)),
-        (r"--batch 65 is more than the 64 training pairs", ("--batch", 65)),
-        (r"--fold 6/5", ("--fold", "6/5")),
-        (r"--loss.*invalid choice.*smoothing", ("--loss", "smoothing")),
-        (r"--label-smoothing is read by --loss ce or dpsm alone", ("--loss", "brier", "--label-smoothing", 0.1)),
-        (r"and not both", ("--model", "facebook/bart-base")),
-        (r"--size.*invalid choice", ("--size", "bart-huge")),
-        (r"unknown tokenizer", ("--tokenizer", "nothing")),
-        (r"--warmup 1.5 is outside", ("--warmup", 1.5)),
-        (r"FoT parts 'envelop'", ("--schedule", "fot", "--fot-parts", "envelop")),
-        (r"--schedule.*invalid choice", ("--schedule", "cosign")),
-        (r"--fot-window 0 must be at least 1", ("--fot-window", 0)),
-        (r"--lr-warmup 1 leaves no step", ("--schedule", "fot", "--lr-warmup", 1)),
-        (r"--steps 0", ("--steps", 0)),
-        (r"bert-score", ("--bertscore", "no-such-model")),
-        (r"is a bart: --preset pegasus", ("--preset", "pegasus")),
-        (r"no run in", ("--resume",)),
-    ],
-)
-def test_bad_flags(match, more, base, tmp_path, capsys):
-    fails(capsys, match, base, tmp_path / "run", *more)
-
-
-def test_bad_data(base, tmp_path, capsys):
-    sums = write_set(tmp_path / "set", 8, 2, 2)
-    (sums / "train.jsonl").write_text('{"text": "a", "highlights": "b"}\n')
-    fails(capsys, "train.jsonl, line 1 has no column article", base, tmp_path / "run", "--data", sums)
-    (sums / "validation.jsonl").unlink()
-    write_set(tmp_path / "short", 8, 2, 2)
-    fails(capsys, "rows were left out", base, tmp_path / "run", "--data", tmp_path / "short", "--min-words", 5000)
-    (tmp_path / "short" / "validation.jsonl").unlink()
-    fails(capsys, "no validation split.*--fold", base, tmp_path / "run", "--data", tmp_path / "short")
-
-
-def test_a_folder_in_use_is_refused(dpsm_run, base, dpsm_flags, tmp_path, capsys):
-    fails(capsys, "already holds a run", dpsm_flags, dpsm_run)
-    fails(capsys, "beams was 2, now 3", dpsm_flags, dpsm_run, "--resume", "--beams", 3)
-    fails(capsys, "noise_references was 0.15", base, dpsm_run, "--resume", "--loss", "dpsm", "--dropout", 0.1)
-
-
-def test_non_finite_loss_skips_then_stops(base, tmp_path, capsys, monkeypatch):
-    """Three bad steps in a row end the run and name the last good checkpoint."""
-    original, calls = finetune_seq2seq.score_of, iter(range(10**9))
-
-    def score_of(*args):
-        score = original(*args)
-        return lambda m: score(m) * (math.nan if next(calls) in range(8, 14) else 1)  # two micro-batches a step
-
-    monkeypatch.setattr(finetune_seq2seq, "score_of", score_of)
-    assert train(base, tmp_path / "run") == 1
-    assert re.search(r"three steps running.*Last good checkpoint: .*last\.pt", capsys.readouterr().err)
-    assert all(torch.isfinite(w).all() for w in weights(tmp_path / "run").values())

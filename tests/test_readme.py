@@ -34,7 +34,7 @@ RUN_BY = {
     "recipes.smollm2": "recipes.test_smollm2.test_the_folder_is_one_that_the_script_takes",
     "recipes.tiny_qwen3": "eval.test_gsm8k_tables.test_the_tiny_base_is_a_model_and_the_same_again",
     "sandbox": "sandbox.test_sandbox.test_probe",
-    "schedules backtest": "schedules.test_forecast.test_backtest_command",
+    "schedules backtest": "schedules.test_backtest.test_backtest_command",
     "schedules forecast": "schedules.test_logs.test_the_forecast_command",
     "schedules plot": "schedules.test_schedules.test_plot_command",
     "schedules prune": "schedules.test_pruning.test_the_command_plays_a_recorded_grid",

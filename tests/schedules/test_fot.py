@@ -430,12 +430,8 @@ def test_transformers_trainer_takes_it(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def base(corpus, tmp_path_factory):
-    cache = tmp_path_factory.mktemp("cache")
-    return (
-        f"--data {corpus} --cache {cache} --tokenizer bpe:320 --model nano --seq-len 32 --batch 8 --steps 30 --lr 3e-3 "
-        "--eval-every 15 --log-every 5 --sample-tokens 4 --device cpu".split()
-    )
+def base(lm_base):
+    return [*lm_base, *"--steps 30 --eval-every 15 --log-every 5 --sample-tokens 4".split()]
 
 
 WINDOW = ("--fot-window", "4")  # which schedule-free does not read
