@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import signal
+import sys
 
 import torch
 
@@ -26,6 +27,15 @@ def heard():
     """machine.start_world keeps our log lines from the root logger, where caplog must hear them in the next test."""
     yield
     logging.getLogger("scorecast").propagate = True
+
+
+@pytest.fixture(autouse=True)
+def let_go():
+    """A test that enters a run's folder and does not finish the run leaves its lock: a process has it until it ends."""
+    yield
+    if staging := sys.modules.get("runtime.staging"):
+        for folder in [*staging.HELD]:
+            staging.release_lock(folder)
 
 
 @pytest.fixture(scope="session")
