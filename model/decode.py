@@ -24,9 +24,10 @@ from model.layers import KVCache
 from model.packed import head
 
 SPAN = 128  # attention reads the cache up to the next multiple of so many positions; on CUDA a graph each
-# On a CPU and elsewhere: prompts are padded to a multiple of so many tokens, so that few lengths occur, and share a
-# forward while its padding is below that, which is what a forward of its own costs.
-PROMPT_MULTIPLE, PADDING = {True: 8, False: 32}, {True: 8, False: 2048}
+# Prompts are padded to a multiple of so many tokens, so that few lengths occur, and share a forward while its padding
+# is below that, about what a forward of its own costs (on a GPU by reckoning).
+CPU_MULTIPLE, CPU_PADDING = 8, 8
+GPU_MULTIPLE, GPU_PADDING = 32, 2048
 COLDEST = 1e-6  # the lowest temperature that logits are divided by
 PREFILL = 16384  # prompt tokens of one forward, at most
 
@@ -146,13 +147,14 @@ def decode(
 def _prefill(model, cache: KVCache, prompts: list[tuple[int, Sequence[int]]]) -> None:
     """Writes prompts to their cache rows, those of like length in one forward, so that padding is small."""
     device, limit = cache.k.device, cache.k.shape[2]
-    multiple, padding = (of[device.type == "cpu"] for of in (PROMPT_MULTIPLE, PADDING))
+    on_cpu = device.type == "cpu"
+    multiple, most_padding = (CPU_MULTIPLE, CPU_PADDING) if on_cpu else (GPU_MULTIPLE, GPU_PADDING)
     left = sorted(((b, tokens) for b, tokens in prompts if tokens), key=lambda p: -len(p[1]))
     while left:
         T = min(limit, -(-len(left[0][1]) // multiple) * multiple)
         most = max(1, PREFILL // T)
         padded = accumulate(T - len(tokens) for _, tokens in left[1:most])
-        n = 1 + sum(1 for _ in takewhile(lambda total: total < padding, padded))
+        n = 1 + sum(1 for _ in takewhile(lambda total: total < most_padding, padded))
         group, left = left[:n], left[n:]
         tokens_BT = torch.tensor([[*tokens, *[0] * (T - len(tokens))] for _, tokens in group], device=device)
         rows_B = torch.tensor([b for b, _ in group], device=device)
