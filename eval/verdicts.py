@@ -1,7 +1,7 @@
 """Files of verdicts: what each problem's answer was by every rule, and McNemar's test between two files.
 
-    python -m eval.verdicts runs/A/verdicts.jsonl runs/B/verdicts.jsonl
-    python -m eval.verdicts runs/A/verdicts.jsonl runs/B/verdicts.jsonl --rule strict --list
+    python -m eval.verdicts runs/A runs/B
+    python -m eval.verdicts runs/A runs/B/verdicts.jsonl --rule strict --list
 
 A line is {"id", "correct": {rule: bool}}, as a run and `python -m eval.gsm8k --out` write it. Sampled answers ("sample"
 above 0) are left out: the test needs one answer a problem. A rule that one file alone has is not compared, and said so.
@@ -34,9 +34,10 @@ class Difference(NamedTuple):
 
 
 def read_verdicts(path: str | Path) -> dict[str, dict[str, bool]]:
-    """rule -> id -> whether the greedy answer is right. Raises ValueError, with the line, for what is no verdict, and
-    for two on one problem."""
-    found: dict[str, dict[str, bool]] = {}
+    """rule -> id -> whether the greedy answer is right, of a file or of a run's folder. Raises ValueError, with the
+    line, for what is no verdict, and for two on one problem."""
+    path, found = Path(path), {}
+    path = path / "verdicts.jsonl" if path.is_dir() else path
     for number, row in read_rows(path, nan=True):
         correct = row.get("correct") if isinstance(row, dict) else None
         if not isinstance(correct, dict) or not isinstance(row.get("id"), str | int):
@@ -71,7 +72,7 @@ def describe(found: Difference) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = Parser(usage=None, prog="python -m eval.verdicts", description="McNemar's test between two files.")
-    parser.add_argument("verdicts", nargs=2, help='two JSONL files of {"id", "correct": {rule: bool}}')
+    parser.add_argument("verdicts", nargs=2, help='two JSONL files of {"id", "correct": {rule: bool}}, or runs')
     parser.add_argument("--rule", choices=RULES, help="compare by this rule alone (default: every rule of both)")
     parser.add_argument("--list", action="store_true", help="list the problems that one file alone has right")
     given = parser.parse_args(arguments)

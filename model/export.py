@@ -1,7 +1,7 @@
 """A model for other programs, an adapter merged into it: a folder in Hugging Face's layout, or a GGUF file.
 
-    python -m model.export Qwen/Qwen3-0.6B merged --adapter runs/NAME/adapter             # 16 bit, for transformers
-    python -m model.export runs/smollm2 tuned.gguf --adapter runs/NAME/adapter --quantise Q8_0  # for llama.cpp
+    python -m model.export Qwen/Qwen3-0.6B merged --adapter runs/NAME             # 16 bit, for transformers
+    python -m model.export runs/smollm2 tuned.gguf --adapter runs/NAME --quantise Q8_0  # for llama.cpp
 
 MODEL is a folder, a name on the hub or a GGUF file. The sum of weights and adapter is made in fp32.
 """
@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="python -m model.export", usage=None, description=__doc__)
     parser.add_argument("model", help="folder, hub id or GGUF file")
     parser.add_argument("out", type=Path, help="folder to write, or a file that ends in .gguf")
-    parser.add_argument("--adapter", help="a PEFT adapter of that model, merged into it")
+    parser.add_argument("--adapter", help="a PEFT adapter of that model, or a run's folder with one, merged into it")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="of a folder (default: bf16)")
     parser.add_argument("--quantise", choices=gguf_hub.WRITTEN, help="of a GGUF file (default: F16)")
     given = parser.parse_args(argv)

@@ -21,6 +21,8 @@ from torch import Tensor
 from model import weights
 from model.gpt2 import GPT2, GPT2Config
 from runtime.checkpoint import load_checkpoint
+from runtime.cli import Parser, user_errors
+from schedules.commandline import alive
 from schedules.textlines import read_bytes
 
 # Our fields beside Hugging Face's.
@@ -156,23 +158,18 @@ def export(checkpoint: str | os.PathLike, folder: str | os.PathLike) -> Path:
     return Path(checkpoint)
 
 
-def main(arguments: list[str]) -> int:
-    usage = "usage: python -m model.gpt2_hub RUN FOLDER"
-    if arguments in (["-h"], ["--help"]):
-        print(usage + "\nexports a run of train_lm.py (best.pt, else last.pt), or one of its checkpoints, to FOLDER in")
-        print("Hugging Face's layout")
-        return 0
-    if len(arguments) != 2 or any(a.startswith("-") for a in arguments):
-        print(usage, file=sys.stderr)
-        return 2
-    try:
-        taken = export(*arguments)
-    except (ValueError, OSError) as error:
-        print(f"model.gpt2_hub: {error}", file=sys.stderr)
-        return 2
-    print(f"wrote {arguments[1]} from {taken}")
+@alive()
+def main(argv: list[str] | None = None) -> int:
+    about = "Exports a GPT-2 of train_lm.py to a folder in Hugging Face's layout, with its tokenizer."
+    parser = Parser(prog="python -m model.gpt2_hub", usage=None, description=about)
+    parser.add_argument("run", help="a run's folder (best.pt, else last.pt), or one of its checkpoints")
+    parser.add_argument("folder", help="folder to write")
+    given = parser.parse_args(argv)
+    with user_errors():
+        taken = export(given.run, given.folder)
+    print(f"wrote {given.folder} from {taken}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

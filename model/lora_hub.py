@@ -118,13 +118,16 @@ def _config_of(fields: dict, path: Path) -> tuple[LoRAConfig, str | None]:
 
 
 def load_adapter(model: Decoder, folder: str | os.PathLike, base_model: str | None = None) -> None:
-    """Adds a PEFT adapter, ours or PEFT's own, to ``model``; it is trainable.
+    """Adds a PEFT adapter, ours or PEFT's own, to ``model``; it is trainable. ``folder`` may be a run's, which has its
+    adapter in one of that name.
 
     ``base_model`` is where ``model`` was loaded from. One base has many names (on the hub, of a snapshot, of a copy in
     four bits), and many bases have one: the tensors' shapes decide, and a base of another name is a line in the log.
     Raises ValueError, before the model is changed, for tensors that do not fit it, and as read_adapter_config does."""
     check_plain(model)
     folder = Path(folder)
+    if not (folder / ADAPTER_CONFIG).exists() and (folder / "adapter" / ADAPTER_CONFIG).exists():
+        folder /= "adapter"
     config, trained_on = read_adapter_config(folder)
     expected: dict[str, tuple] = {}
     for path, _, base in targeted(model, config):

@@ -22,7 +22,8 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             mode, notes, missing, refused = probe()
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        sys.exit(2)
     for name, why in refused.items():
         print(f"{name:20}refused: {why}")
     print(f"{mode:20}in force")

@@ -31,6 +31,13 @@ def test_two_files(tmp_path, capsys):
     assert "not compared: flexible, code" in out.err
 
 
+def test_a_runs_folder_is_taken(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    write(tmp_path / "run" / "verdicts.jsonl", {"strict": "1100"})
+    main([str(tmp_path / "run"), write(tmp_path / "b.jsonl", {"strict": "1000"})])
+    assert "of 4: both 1, only first 1" in capsys.readouterr().out
+
+
 def test_problems_of_one_file_alone_are_counted(tmp_path, capsys):
     first, second = write(tmp_path / "a.jsonl", {"strict": "1101"}), write(tmp_path / "b.jsonl", {"strict": "10"})
     main([first, second, "--rule", "strict"])

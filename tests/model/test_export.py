@@ -139,8 +139,8 @@ def test_llama_cpp_continues_a_text_as_we_do(tmp_path, family, more):
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_a_merged_folder_holds_the_sum_in_16_bits(folder, tmp_path, dtype):
     model = adapted(folder)
-    save_adapter(model, tmp_path / "adapter", str(folder))
-    exported(folder, tmp_path / "merged", "--adapter", tmp_path / "adapter", "--dtype", dtype)
+    save_adapter(model, tmp_path / "run" / "adapter", str(folder))
+    exported(folder, tmp_path / "merged", "--adapter", tmp_path / "run", "--dtype", dtype)
     tensors, name = load_file(tmp_path / "merged" / "model.safetensors"), "layers.1.mlp.up_proj"
     assert torch.equal(
         tensors[f"model.{name}.weight"], model.get_submodule(name).dense(torch.float32).to(export.DTYPES[dtype])
