@@ -236,10 +236,16 @@ print("viable", is_kernels_available(), kernels.__file__)
     assert not wrong and ("is not installed" not in said or not beside)
 
 
-def test_our_packages_work_in_the_checkout(beside):
-    run(
-        sys.executable,
-        """
+def test_ours_work_in_the_checkout_and_theirs_are_handed_through(beside):
+    """Importing ours runs nothing of theirs; what theirs offers is found beside it."""
+    code = f"""
+import sys, kernels
+from kernels import torch_impl
+folder = {str(beside[0] if beside else ROOT / "nowhere")!r}
+assert not [m for m in sys.modules.values() if (getattr(m, "__file__", None) or "").startswith(folder)]
+assert not hasattr(kernels, "of_neither") and not hasattr(kernels, "_private") and not hasattr(kernels, "__wrapped__")
+"""
+    code += """
 import torch
 from kernels import ProperScoreLoss, linear_score
 from kernels.losses import ce, spherical
@@ -249,33 +255,8 @@ loss, moments = linear_score(hidden, weight, targets, lambda m: ce(m) + spherica
 loss.backward()
 ProperScoreLoss("dpsm", warmup=0.1)(torch.randn(6, 9), targets)
 Forecaster().update(1, 3.0, 0.1)
-""",
-        ROOT,
-        *beside,
-    )
-
-
-def test_importing_ours_runs_nothing_of_theirs(beside):
-    run(
-        sys.executable,
-        f"""
-import sys, kernels
-from kernels import torch_impl
-folder = {str(beside[0] if beside else ROOT / "nowhere")!r}
-assert not [m for m in sys.modules.values() if (getattr(m, "__file__", None) or "").startswith(folder)]
-assert not hasattr(kernels, "of_neither") and not hasattr(kernels, "_private") and not hasattr(kernels, "__wrapped__")
-""",
-        ROOT,
-        *beside,
-    )
-
-
-def test_what_theirs_offers_is_handed_through(beside):
-    if not beside:
-        pytest.skip("nothing to hand through")
-    run(
-        sys.executable,
-        """
+"""
+    theirs = """
 from importlib.metadata import version
 import kernels.layer.mode
 from kernels import Mode, get_kernel, linear_score
@@ -285,10 +266,8 @@ assert linear_score.__module__ == "kernels.head" and kernels.__version__ == vers
 import pickle
 assert pickle.loads(pickle.dumps(Mode.TRAINING)) is Mode.TRAINING
 assert pickle.loads(pickle.dumps(linear_score)) is linear_score
-""",
-        ROOT,
-        *beside,
-    )
+"""
+    run(sys.executable, code + theirs * bool(beside), ROOT, *beside)
 
 
 def test_no_submodule_of_theirs_is_hidden_by_one_of_ours():

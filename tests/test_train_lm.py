@@ -104,40 +104,46 @@ def close(a, b) -> None:
         assert [r[key] for r in rows(a, kind)] == pytest.approx([r[key] for r in rows(b, kind)], rel=1e-4, abs=1e-5)
 
 
-def test_batch_ranks_and_accumulation_give_one_loss_curve(lm_base, tmp_path):
-    """8 x 1 rank, 4 x 2 ranks, accumulation 2 x 4, FSDP2 on 2 ranks, and 4 ranks on two nodes. The data end in a padded
-    window, so a wrong normalisation (mean of means) shows."""
+@pytest.fixture(scope="module")
+def by_one_and_by_fsdp(lm_base, tmp_path_factory):
+    """(flags, folder): a run by one process in "one", and by FSDP2 on 2 ranks, accumulation 2, in "fsdp". The data end
+    in a padded window, so a wrong normalisation (mean of means) shows."""
+    folder = tmp_path_factory.mktemp("ranks")
     flags = [*lm_base, "--loss", "dpsm", "--warmup", "0.5", "--label-noise", "0.1"]
-    assert train(flags, tmp_path / "one") == 0
+    assert train(flags, folder / "one") == 0
+    ran = torchrun(2, flags, folder / "fsdp", "--fsdp", "--micro-batch", 2)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert [(ran.stdout + ran.stderr).count(f"step {step}: validation") for step in (4, 8, 12)] == [1, 1, 1]
+    return flags, folder
+
+
+def test_batch_ranks_and_accumulation_give_one_loss_curve(by_one_and_by_fsdp, tmp_path):
+    """8 x 1 rank, accumulation 2 x 4, FSDP2 on 2 ranks, and DDP's 4 ranks on two nodes."""
+    flags, before = by_one_and_by_fsdp
     assert train(flags, tmp_path / "accumulated", "--micro-batch", 4) == 0
-    close(tmp_path / "one", tmp_path / "accumulated")
-    for name, more in (("ddp", ()), ("accumulated_fsdp", ("--fsdp", "--micro-batch", 2))):
-        ran = torchrun(2, flags, tmp_path / name, *more)
-        assert ran.returncode == 0, ran.stderr[-3000:]
-        assert [(ran.stdout + ran.stderr).count(f"step {step}: validation") for step in (4, 8, 12)] == [1, 1, 1]
-        close(tmp_path / "one", tmp_path / name)
     for code, said in two_nodes(2, flags, tmp_path / "nodes", "--micro-batch", 1):
         assert code == 0, said[-3000:]
-    close(tmp_path / "one", tmp_path / "nodes")
-    summaries = {p.parent.name: json.loads(p.read_text()) for p in tmp_path.glob("*/summary.json")}
-    assert summaries["nodes"]["world_size"] == 4 and len(summaries) == 5
+    runs = {folder.name: folder for folder in (*before.iterdir(), *tmp_path.iterdir()) if folder.is_dir()}
+    summaries = {name: json.loads((folder / "summary.json").read_text()) for name, folder in runs.items()}
+    assert summaries["nodes"]["world_size"] == 4 and len(summaries) == 4
     for name, found in summaries.items():
+        close(runs["one"], runs[name])
         for key in ("temperature", "val_nll", "val_nll_t", "test_nll", "test_ece10", "test_brier_t", "test_accuracy"):
             assert found[key] == pytest.approx(summaries["one"][key], rel=1e-3, abs=1e-4), (name, key)
 
 
-def test_a_checkpoint_can_be_continued_on_other_ranks(lm_base, tmp_path):
+def test_a_checkpoint_can_be_continued_on_other_ranks(by_one_and_by_fsdp, tmp_path):
     """Written by FSDP2 on 2 ranks and continued by one process, and the other way round."""
-    flags = [*lm_base, "--loss", "dpsm", "--warmup", "0.5"]
-    assert train(flags, tmp_path / "one") == 0
-    shutil.copytree(tmp_path / "one", tmp_path / "to_fsdp")
-    for name, more in (("fsdp", ()), ("to_fsdp", ("--resume", "--resume-from", tmp_path / "one" / "previous.pt"))):
-        ran = torchrun(2, flags, tmp_path / name, "--fsdp", *more)
-        assert ran.returncode == 0, ran.stderr[-3000:]
+    flags, before = by_one_and_by_fsdp
+    for name in ("one", "fsdp"):
+        shutil.copytree(before / name, tmp_path / name)
     assert load_checkpoint(tmp_path / "fsdp" / "previous.pt")["step"] == 8
     assert train(flags, tmp_path / "fsdp", "--resume", "--resume-from", tmp_path / "fsdp" / "previous.pt") == 0
-    close(tmp_path / "one", tmp_path / "fsdp")
-    close(tmp_path / "one", tmp_path / "to_fsdp")
+    more = ("--fsdp", "--resume", "--resume-from", tmp_path / "one" / "previous.pt")
+    ran = torchrun(2, flags, tmp_path / "one", *more)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    for name in ("one", "fsdp"):
+        close(before / "one", tmp_path / name)
 
 
 def test_activation_checkpointing_changes_nothing(lm_base, tmp_path):

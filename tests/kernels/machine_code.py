@@ -16,16 +16,14 @@ most = {{
     "moments_kernel": 20, "moments_kernel, tail": 20, "gradient_kernel": 17, "gradient_kernel, tail": 24,
     f"score_kernel, dpsm, {{read}}": 23 if {vocab} == 50257 else 25, "rest_kernel, dpsm": 65,
 }}
+powers = f"score_kernel, power, {{read}}"
 if ({capability}, {vocab}) == (80, 50257):  # the H100's are compiled from the same loops: two stand for all
-    most = {{name: n for name, n in most.items() if name in ("gradient_kernel", f"score_kernel, dpsm, {{read}}")}}
+    most = {{"gradient_kernel": 17, powers: most[f"score_kernel, dpsm, {{read}}"] + 6}}  # at most 6 for a real order
 elif {vocab} == 50257:  # their loops are the same for any length
     most |= {{"gradient_kernel, order": 23, "gradient_kernel, entropy": 24, "gradient_kernel, softcap": 48}}
     most |= {{"moments_kernel, softcap": 40}}
 else:
     most = {{name: n for name, n in most.items() if name[:5] in ("score", "rest_")}}
-powers = f"score_kernel, power, {{read}}"
-if ({capability}, {vocab}) == (90, 50257):
-    most[powers] = most[f"score_kernel, dpsm, {{read}}"] + 6  # a real order takes at most 6 more
 rows = {{r["kernel"]: r for r in audit({capability}, {vocab}, "bf16", labels=set(most))}}
 assert set(rows) == set(most), list(rows)
 for name, r in rows.items():
