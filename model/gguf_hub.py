@@ -205,6 +205,12 @@ def _open(path: Path):
     types = {int(gguf.GGMLQuantizationType[name]) for name in QUANTISATIONS}
 
     class Reader(gguf.GGUFReader):
+        def _get(self, offset, dtype, count=1, override_order=None):
+            # Behind the end it gives fewer numbers than asked for, and a list of 2^40 of them never ends.
+            if offset + int(count) * np.dtype(dtype).itemsize > len(self.data):
+                raise ValueError(f"{int(count):,} numbers at byte {offset:,} lie behind its end")
+            return super()._get(offset, dtype, count, override_order)
+
         def _build_tensors(self, start_offs, fields):
             for field in fields:
                 if (kind := int(field.parts[4][0])) not in types:
@@ -217,7 +223,7 @@ def _open(path: Path):
         return Reader(path)
     except _Refused:
         raise
-    except (ValueError, IndexError, KeyError, OverflowError, MemoryError, OSError) as error:
+    except (ValueError, IndexError, KeyError, OverflowError, MemoryError, RecursionError, OSError) as error:
         raise ValueError(f"{path} is no GGUF file, damaged or cut short ({first_line(error)})") from error
 
 

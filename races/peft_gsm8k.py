@@ -13,7 +13,8 @@ memory the peak of the process. An evaluation turn generates from plain dense we
 packed on a CPU, as a run's are. It tries each of --eval-batches on two batches and takes the best. Every prompt gets
 all --new-tokens, so continuous batching gains nothing from early ends; with --early-ends a prompt gets between a
 quarter of them and all, and a batch of theirs goes on until its longest text has ended, as it does until the last EOS.
-Theirs is what their users run: bfloat16 autocast over fp32 adapters, scaled_dot_product_attention, left padding.
+Theirs is what their users run: bfloat16 autocast over fp32 adapters, scaled_dot_product_attention, left padding. Both
+sides compute in --dtype: by default bfloat16 on CUDA and where the base is bf16, else float32.
 """
 
 import contextlib
@@ -71,7 +72,7 @@ def their_loss(folder: Path, base: str, rank: int, dtype: torch.dtype, device: t
     quantised = transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
-    plain = torch.float32 if base == "fp32" else torch.bfloat16
+    plain = {"fp32": torch.float32, "bf16": torch.bfloat16, "nf4": dtype}[base]  # what activations are kept in, too
     model = their_model(folder, plain, device, quantization_config=quantised if base == "nf4" else None)
     config = peft.LoraConfig(r=rank, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     model = peft.get_peft_model(model, config)
@@ -89,6 +90,11 @@ def vocab_of(folder: Path) -> int:
     return config_and_tokenizer(folder)[0].vocab_size
 
 
+def dtype_of(args, world: World) -> torch.dtype:
+    """Of the activations, on both sides."""
+    return world.dtype("bfloat16" if (args.base, args.dtype) == ("bf16", "auto") else args.dtype)
+
+
 def turn_row(batch: int, tokens: int, seconds: float, device: torch.device) -> dict:
     rate, peak = tokens / seconds, peak_memory(device)
     return {"batch": batch, "tokens_per_second": rate, "seconds": seconds, "peak_memory_bytes": peak}
@@ -97,7 +103,7 @@ def turn_row(batch: int, tokens: int, seconds: float, device: torch.device) -> d
 def train_turn(args, side: str, world: World) -> dict:
     torch.manual_seed(0)
     device, make = world.device, our_loss if side == "ours" else their_loss
-    model, loss_of = make(args.model, args.base, args.rank, world.dtype("auto"), device)
+    model, loss_of = make(args.model, args.base, args.rank, dtype_of(args, world), device)
     model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
@@ -162,7 +168,7 @@ def their_generate(folder: Path, dtype: torch.dtype, device: torch.device):
 
 def evaluate_turn(args, side: str, world: World) -> dict:
     device, make = world.device, our_generate if side == "ours" else their_generate
-    generate = make(args.model, world.dtype("auto"), device)
+    generate = make(args.model, dtype_of(args, world), device)
     requests = requests_of(args)
 
     def timed(some: list[Request], batch: int) -> tuple[int, float]:
@@ -217,6 +223,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--early-ends", action="store_true", help="texts end after a quarter to all of --new-tokens")
     parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="of the activations")
     parser.add_argument("--out", type=Path, default=Path("runs/race-peft"))
     parser.add_argument("--model", type=Path, help="folder of the weights (default: random ones of --shape in --out)")
     parser.add_argument("--turn", default="", help="PART:SIDE: that turn alone, in this process; its row as JSON")
@@ -253,6 +260,7 @@ def main(argv: list[str] | None = None) -> int:
         same = {
             "shape": args.model.name if args.model else args.shape,
             "base": args.base,
+            "dtype": str(dtype_of(args, world)).removeprefix("torch."),
             "rank": args.rank,
             "step_batch": args.batch,
         }

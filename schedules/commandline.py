@@ -144,6 +144,7 @@ class Parser(argparse.ArgumentParser):
         self.register("type", float, number)
 
     def error(self, message):
+        message = " ".join(message.split())  # what was given may hold line ends
         if not self.exits:
             raise ValueError(message)
         self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")

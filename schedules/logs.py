@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .commandline import package
 from .textlines import parse_json, read_csv, read_json, read_lines, read_rows
 
 STEP_NAMES = ("step", "_step", "current_steps", "global_step", "trainer/global_step", "iter", "iteration", "s")
@@ -28,6 +29,7 @@ LR_NAMES = ("lr", "learning_rate", "train/learning_rate", "train/lr", "optim/lea
 RUN_NAMES = ("run", "run_name", "run_id")
 TOTAL_NAMES = ("total_steps", "max_steps")
 SUFFIXES = (".csv", ".jsonl", ".json", ".log", ".db")
+EVENT_FRAME = 16  # bytes around an event: its length, and two checksums
 RESTARTS = 0.05  # of the rows may go back to an earlier step, or three: else they are of several runs
 
 
@@ -229,24 +231,35 @@ def _trackio(path: Path) -> Iterator[tuple[int, dict]]:
 
 
 def _events(path: Path) -> Iterator[tuple[int, dict]]:
-    try:
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    except ImportError:
-        raise ValueError(f"{path}: event files need TensorBoard (pip install tensorboard), or export CSV") from None
-    events = EventAccumulator(str(path), size_guidance={"scalars": 0, "tensors": 0}).Reload()
-    tags, number = events.Tags(), 0
-    for tag in tags.get("scalars", []):
-        for event in events.Scalars(tag):
-            number += 1
-            yield number, {"step": event.step, tag: event.value}
+    """A row for each event with scalars. An event that is cut by the file's end is of a run that goes on, or was
+    killed; other bytes that cannot be read are refused, where TensorBoard takes them for the end."""
+    loader = package("tensorboard.backend.event_processing.event_file_loader", f"{path}", otherwise="export CSV")
+    from google.protobuf.message import DecodeError
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
     from tensorboard.util.tensor_util import make_ndarray
 
-    for tag in tags.get("tensors", []):  # how newer writers keep scalars
-        for event in events.Tensors(tag):
-            value = make_ndarray(event.tensor_proto)
-            if value.size == 1:
-                number += 1
-                yield number, {"step": event.step, tag: float(value)}
+    number = at = 0
+    for number, record in enumerate(loader.RawEventFileLoader(str(path)).Load(), 1):
+        at += len(record) + EVENT_FRAME
+        try:
+            event = Event.FromString(record)
+            row = {v.tag: v.simple_value for v in event.summary.value if v.HasField("simple_value")}
+            tensors = {v.tag: make_ndarray(v.tensor) for v in event.summary.value if v.HasField("tensor")}
+        except (DecodeError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}, event {number} is none of TensorBoard's ({str(error)[:80]})") from None
+        # How newer writers keep scalars; texts and histograms are tensors, too.
+        row |= {tag: float(t.item()) for tag, t in tensors.items() if t.size == 1 and t.dtype.kind in "fiu"}
+        if row:
+            yield number, {"step": event.step} | row
+    with open(path, "rb") as file:
+        file.seek(at)
+        left = file.read(12)
+    length, checksum = left[:8], left[8:]
+    sound = checksum == masked_crc32c(length).to_bytes(4, "little")
+    cut = sound and at + int.from_bytes(length, "little") + EVENT_FRAME > path.stat().st_size
+    if len(left) == 12 and not cut:
+        raise ValueError(f"{path}: event {number + 1}, at byte {at}, is damaged; export CSV from a copy that is whole")
 
 
 def _curve(path: Path, name: str, family: str, rows: list, columns: _Columns, known: dict) -> Curve:
@@ -288,7 +301,7 @@ def _curve(path: Path, name: str, family: str, rows: list, columns: _Columns, kn
         counts["not finite"] += not math.isfinite(loss)
         points.append((step, loss))
         epoch = _number(where, next((n for n in ("epoch", "train/epoch") if n in row), None), row)
-        if epoch is not None and epoch > 0 and epoch != int(epoch):
+        if epoch is not None and 0 < epoch < math.inf and epoch % 1:
             epochs.append(step / epoch)
     if restarts > max(3, RESTARTS * len(rows)):
         raise ValueError(f"{path}: the step goes back {restarts} times: several runs in one file; add a column run")

@@ -15,6 +15,7 @@ import torch
 from fuzz import ODD, damaged, files_like, fuzzed_files, refusal, timely
 from hypothesis import given
 from hypothesis import strategies as st
+from other_logs import event_file, trackio
 from safetensors.torch import save
 from tiny_gsm8k import problem
 
@@ -262,6 +263,15 @@ def test_any_gguf_file_is_read_or_refused_in_a_line(tmp_path):
     pytest.importorskip("gguf")
     raw = gguf_file(tmp_path)
     tried(tmp_path, {"model.gguf": raw}, "model.gguf", gguf_of, damaged(raw))
+
+
+@pytest.mark.parametrize("kind", ["events", "trackio"])
+def test_any_log_of_a_tracker_is_read_or_refused_in_a_line(kind, tmp_path):
+    row = json.dumps({"train/loss": 3.0, "lr": 0.1})
+    make = {"events": event_file, "trackio": lambda path: trackio(path, *(("a", step, row) for step in (1, 2, 3)))}
+    path = make[kind](tmp_path / {"events": "events.out.tfevents.1.x", "trackio": "p.db"}[kind])
+    raw = path.read_bytes()
+    tried(tmp_path, {path.name: raw}, path.name, lambda folder: read_curves(folder / path.name), damaged(raw))
 
 
 def test_any_checkpoint_is_read_or_refused_in_a_line(tmp_path):

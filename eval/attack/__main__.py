@@ -2,4 +2,5 @@
 
 from eval.attack.run import main
 
-main()
+if __name__ == "__main__":
+    main()

@@ -8,4 +8,5 @@ except ModuleNotFoundError as e:
     print(f"python -m eval.report: error: the report needs matplotlib ({e}); pip install matplotlib", file=sys.stderr)
     sys.exit(2)
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

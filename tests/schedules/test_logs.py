@@ -2,13 +2,12 @@
 
 import json
 import os
-import sqlite3
 import sys
-import types
 from pathlib import Path
 
 import numpy as np
 import pytest
+from other_logs import event_file, trackio
 
 from schedules.__main__ import main
 from schedules.backtest import read_all
@@ -86,40 +85,24 @@ def test_wandb_csv(tmp_path):
 
 def test_tensorboard_csv_and_event_files(tmp_path, monkeypatch):
     check(one(lines(tmp_path / "a.csv", "Wall time,Step,Value", "1.5,10,3.0", "2.5,20,2.0")), [10, 20], [3.0, 2.0])
-    file = lines(tmp_path / "events.out.tfevents.1.host", "")
-    monkeypatch.setitem(sys.modules, "tensorboard", None)
-    with pytest.raises(ValueError, match="pip install tensorboard"):
-        read_curves(file)
-
-    class Accumulator:  # the package's interface, as its documentation has it
-        def __init__(self, path, size_guidance):
-            assert path == str(file) and size_guidance["scalars"] == 0
-
-        def Reload(self):
-            return self
-
-        def Tags(self):
-            return {"scalars": ["train/loss", "train/learning_rate"], "tensors": []}
-
-        def Scalars(self, tag):
-            values = {"train/loss": (3.0, 2.0), "train/learning_rate": (0.1, 0.2)}[tag]
-            return [types.SimpleNamespace(step=step, value=v) for step, v in zip((5, 6), values, strict=True)]
-
-    names = "tensorboard", "tensorboard.backend", "tensorboard.backend.event_processing", "tensorboard.util"
-    for name in (*names, f"{names[2]}.event_accumulator", f"{names[3]}.tensor_util"):
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    sys.modules[f"{names[2]}.event_accumulator"].EventAccumulator = Accumulator
-    sys.modules[f"{names[3]}.tensor_util"].make_ndarray = None
-    check(one(file), [5, 6], [3.0, 2.0], [0.1, 0.2])
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "tensorboard.backend.event_processing.event_file_loader", None)
+        with pytest.raises(ValueError, match="pip install tensorboard, or export CSV"):
+            read_curves(lines(tmp_path / "events.out.tfevents.1.host", ""))
+    file = event_file(tmp_path / "events.out.tfevents.2.host")
+    check(one(file), [1, 2, 3], [3.0, 2.0, 1.0], [0.125] * 3)
 
 
-def trackio(path, *rows):
-    with sqlite3.connect(path) as base:
-        base.execute(
-            "CREATE TABLE metrics (id INTEGER PRIMARY KEY, timestamp TEXT, run_name TEXT, step INTEGER, metrics TEXT)"
-        )
-        base.executemany("INSERT INTO metrics (run_name, step, metrics) VALUES (?, ?, ?)", rows)
-    return path
+def test_an_event_file_ends_early_or_is_damaged(tmp_path):
+    """A half-written last event is left out; a damaged one is not taken for the end."""
+    file = event_file(tmp_path / "events.out.tfevents.1.host")
+    raw = file.read_bytes()
+    file.write_bytes(raw[:-9])
+    assert list(one(file).step) == [1, 2]
+    for at in (275, 276, 283, 290, 313):  # of the last event its length, twice, a checksum, its value, a checksum
+        file.write_bytes(raw[:at] + bytes([raw[at] ^ 64]) + raw[at + 1 :])
+        with pytest.raises(ValueError, match=r"event 8, at byte 275, is damaged"):
+            read_curves(file)
 
 
 def test_trackio(tmp_path):
