@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .commandline import package
-from .textlines import parse_json, read_csv, read_json, read_lines, read_rows
+from .textlines import parse_json, read_bytes, read_csv, read_json, read_lines, read_rows
 
 STEP_NAMES = ("step", "_step", "current_steps", "global_step", "trainer/global_step", "iter", "iteration", "s")
 LOSS_NAMES = ("loss", "train/loss", "train_loss", "train_loss_step", "trl", "val_loss", "eval_loss", "eval/loss", "tel")
@@ -252,13 +252,11 @@ def _events(path: Path) -> Iterator[tuple[int, dict]]:
         row |= {tag: float(t.item()) for tag, t in tensors.items() if t.size == 1 and t.dtype.kind in "fiu"}
         if row:
             yield number, {"step": event.step} | row
-    with open(path, "rb") as file:
-        file.seek(at)
-        left = file.read(12)
-    length, checksum = left[:8], left[8:]
+    left = read_bytes(path)[at:]
+    length, checksum = left[:8], left[8:12]
     sound = checksum == masked_crc32c(length).to_bytes(4, "little")
-    cut = sound and at + int.from_bytes(length, "little") + EVENT_FRAME > path.stat().st_size
-    if len(left) == 12 and not cut:
+    cut = sound and int.from_bytes(length, "little") + EVENT_FRAME > len(left)
+    if len(left) >= 12 and not cut:
         raise ValueError(f"{path}: event {number + 1}, at byte {at}, is damaged; export CSV from a copy that is whole")
 
 
