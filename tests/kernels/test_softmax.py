@@ -24,9 +24,12 @@ from formulas import (
 
 from kernels import losses, softmax_moments
 
+# What the kernels give and take differs by the moments that a score reads; interpreted, a few stand for all.
+READ_OTHERS = ("dpsm", "spherical-tail", "smoothing", "mile", "power")
+CASES = [(name, impl) for impl in IMPLS for name in SCORES if impl == "torch" or DEVICE != "cpu" or name in READ_OTHERS]
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("name", SCORES)
+
+@pytest.mark.parametrize("name, impl", CASES)
 def test_loss_and_gradient_match_autograd_of_the_formula(name, impl):
     # V odd and no multiple of a block; upstream different for every token; two tokens ignored.
     logits, targets, upstream = make(8, 507, ignored=(1, 6))
@@ -135,8 +138,7 @@ def test_large_logits(impl, rounds_once):
     close(m.entropy.detach()[1:3], base.entropy[1:3], 5e-3)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize("name, impl", CASES)
 def test_minus_infinity_is_outside_the_vocabulary(name, impl):
     # A head padded from 100 to 128 entries gives what the head of 100 gives.
     logits, targets, upstream = make(6, 100)

@@ -210,8 +210,7 @@ def test_more_than_the_kernel_keeps():
         linear_topk(rows(2, 4), rows(9, 4), 20)
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability, dtype", [(80, "fp32"), (90, "bf16")])
 def test_the_kernel_compiles_without_spills_and_with_wide_loads(capability, dtype, tmp_path):
     # In a process of its own: under the interpreter the kernel is not a compilable function.
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
