@@ -137,13 +137,12 @@ def refusal(read) -> str:
 
 
 def timely(parser, *inputs):
-    """What the parser makes of the inputs, which it must do in time, at the best of three tries, and without an error:
-    the clock runs on while other programs hold the processor's caches."""
-    taken = MOST
-    for _ in range(3):
+    """What the parser makes of the inputs, which it must do in time, at the best of eight tries, and without an error:
+    the clock runs on while other programs hold the processor or its caches."""
+    for tried in range(8):
+        time.sleep(0.1 * tried)
         started = time.thread_time()
         found = parser(*inputs)
-        taken = min(taken, time.thread_time() - started)
-        if taken < MOST:
+        if time.thread_time() - started < MOST:
             return found
-    raise AssertionError(f"{parser.__name__} took more than {1000 * MOST:.0f} ms three times")
+    raise AssertionError(f"{parser.__name__} took more than {1000 * MOST:.0f} ms eight times")
