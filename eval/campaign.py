@@ -43,13 +43,41 @@ class Job(NamedTuple):
     own: dict
 
 
+KEYS = {
+    "script": "a text",
+    "out": "a text",
+    "title": "a text",
+    "flags": "a table of values",
+    "grid": "a table of lists that have a value or more",
+    "arm": "tables of values, each below its [[arm]]",
+}
+
+
+def _fits(key: str, found) -> bool:
+    """Whether ``found`` is what KEYS says."""
+
+    def values(found) -> bool:
+        return all(isinstance(value, str | int | float) for value in found)
+
+    if key == "flags":
+        return isinstance(found, dict) and values(found.values())
+    if key == "grid":
+        return isinstance(found, dict) and all(isinstance(v, list) and v and values(v) for v in found.values())
+    if key == "arm":
+        return isinstance(found, list) and found != [] and all(_fits("flags", arm) for arm in found)
+    return isinstance(found, str)
+
+
 def read_recipe(path: Path) -> dict:
+    """The tables of a recipe. Raises ValueError naming the key that is unknown, missing or of another type."""
     recipe = read_toml(path)
-    known = ("title", "script", "out", "flags", "grid", "arm")
-    unknown = sorted(set(recipe) - set(known))
+    unknown = sorted(set(recipe) - set(KEYS))
     if unknown or not {"script", "out"} <= set(recipe):
-        near = nearest(unknown[0], known) if unknown else ""
+        near = nearest(unknown[0], KEYS) if unknown else ""
         raise ValueError(f"{path} needs script and out, and knows flags, grid, arm and title; check {unknown}{near}")
+    for key, found in recipe.items():
+        if not _fits(key, found):
+            raise ValueError(f"{path}: {key} is {str(found)[:80]!r}, expected {KEYS[key]}")
     return recipe
 
 
