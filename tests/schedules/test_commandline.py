@@ -152,6 +152,7 @@ def test_a_sub_command_is_named(argv, says, capsys):
 
 def test_no_silence_is_long(monkeypatch, capsys):
     """A line where nothing is said, none where something is, and a bar is shown again."""
+    assert commandline.SILENCE < 10
     monkeypatch.setattr(commandline, "SILENCE", 0.4)
     with alive():
         print("begins")
