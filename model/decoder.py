@@ -60,7 +60,8 @@ class DecoderConfig:
     no_rope_layers: list[int] | None = None  # SmolLM3: 0 for each layer without positions
 
     def __post_init__(self):
-        layers.check_fields(self, "a positive integer", *(field.name for field in dataclasses.fields(self)[:8]))
+        layers.check_fields(self, "an integer from 1 to 10,000", "num_hidden_layers")
+        layers.check_fields(self, "an integer from 1 to 2^24", *(field.name for field in dataclasses.fields(self)[:8]))
         layers.check_fields(self, "a positive number", "rms_norm_eps", "rope_theta")
         layers.check_fields(self, "true or false", "tie_word_embeddings", "attention_bias", "mlp_bias")
         if self.model_type not in FAMILIES:

@@ -160,13 +160,15 @@ def load_decoder(
         config, paths = read_config(folder / weights.CONFIG), weights.weight_files(folder)
         found, tensors = weights.read_shapes(paths), weights.read_tensors(paths)
     found = {name: shape for name, shape in found.items() if not name.endswith(UNREAD)}
+    says = f"{folder} does not hold the {config.model_type} of its config"
+    weights.check_layers(found, config.num_hidden_layers, says)
     expected, head = plain_parameters(config), None
     with torch.device("meta"):
         model = Decoder(config, dtype)
     # A tied head may be saved beside the embedding. It has to be the same, and is compared once both were read.
     if config.tie_word_embeddings and found.get("lm_head.weight") == expected["model.embed_tokens.weight"].shape:
         del found["lm_head.weight"]
-    weights.check_shapes(found, expected, f"{folder} does not hold the {config.model_type} of its config")
+    weights.check_shapes(found, expected, says)
     for name, tensor in tensors:
         if name.endswith(UNREAD):
             continue

@@ -45,7 +45,8 @@ class GPT2Config:
     dropout: float = 0.0  # after the embeddings, on attention weights, and on both residual branches
 
     def __post_init__(self):
-        layers.check_fields(self, "a positive integer", "vocab_size", "block_size", "n_layer", "n_head", "n_embd")
+        layers.check_fields(self, "an integer from 1 to 2^24", "vocab_size", "block_size", "n_head", "n_embd")
+        layers.check_fields(self, "an integer from 1 to 10,000", "n_layer")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}; heads share it evenly")
         layers.check_fields(self, "a probability in [0, 1)", "dropout")

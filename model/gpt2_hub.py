@@ -76,9 +76,10 @@ def load_hf(folder_or_hub_id: str | os.PathLike, dtype: torch.dtype = torch.floa
     tensors = {name.removeprefix("transformer."): t for name, t in weights.read_tensors(weights.weight_files(folder))}
     tensors = {name: t for name, t in tensors.items() if not MASKS.fullmatch(name)}
     weights.drop_tied(tensors, "wte.weight", ["lm_head.weight"], folder)
+    says = f"{folder} does not hold the GPT-2 of its config"
+    weights.check_layers(tensors, config.n_layer, says)
     with weights.kinds_of(folder / weights.CONFIG), torch.device("meta"):
         model = GPT2(config, dtype)
-    says = f"{folder} does not hold the GPT-2 of its config"
     weights.check_shapes(tensors, _transposed(model.state_dict()), says)
     # Copies, even where nothing changes: the tensors are views of the file.
     copies = {name: t.float().clone(memory_format=torch.contiguous_format) for name, t in _transposed(tensors).items()}

@@ -124,6 +124,9 @@ class KVCache:
 
 VALID: dict[str, Callable[[object], bool]] = {
     "a positive integer": lambda x: isinstance(x, int) and not isinstance(x, bool) and x >= 1,
+    # Of a model: what a config may say before a module is built by it.
+    "an integer from 1 to 10,000": lambda x: VALID["a positive integer"](x) and x <= 10_000,
+    "an integer from 1 to 2^24": lambda x: VALID["a positive integer"](x) and x <= 2**24,
     "an integer of 0 or more": lambda x: isinstance(x, int) and not isinstance(x, bool) and x >= 0,
     "a positive number": lambda x: isinstance(x, int | float) and 0 < x < math.inf,
     "a probability in [0, 1)": lambda x: isinstance(x, int | float) and 0 <= x < 1,

@@ -63,7 +63,8 @@ class Seq2SeqConfig:
     def __post_init__(self):
         if self.kind not in TOKEN_IDS:
             raise ValueError(f"kind={self.kind!r}: expected 'bart' or 'pegasus'")
-        layers.check_fields(self, "a positive integer", *SHAPE_FIELDS, "vocab_size")
+        layers.check_fields(self, "an integer from 1 to 10,000", "encoder_layers", "decoder_layers")
+        layers.check_fields(self, "an integer from 1 to 2^24", *SHAPE_FIELDS, "vocab_size")
         for name in ("encoder_attention_heads", "decoder_attention_heads"):
             heads = getattr(self, name)
             if self.d_model % heads:

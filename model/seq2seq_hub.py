@@ -29,6 +29,7 @@ FIXED = {
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 TIED = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
 POSITIONS = ("encoder.embed_positions.weight", "decoder.embed_positions.weight")
+MAX_SINUSOIDS = 2**16  # positions of a PEGASUS, which has them computed
 VERSIONS = ("encoder.version", "decoder.version")  # markers that fairseq's conversion left in some files
 
 
@@ -56,11 +57,13 @@ def load_seq2seq(
     options |= dict(dropout=dropout, attention_dropout=attention_dropout, activation_dropout=activation_dropout)
     with weights.kinds_of(folder / weights.CONFIG), torch.device("meta"):
         config = Seq2SeqConfig(**options, logits_bias="final_logits_bias" in tensors)
+        says = f"{folder} does not hold the model of its config"
+        weights.check_layers(tensors, config.encoder_layers + config.decoder_layers, says)
         model = Seq2Seq(config, dtype)
-    if config.kind == "pegasus":
-        _check_sinusoids(tensors, config, folder)
-    says = f"{folder} does not hold the model of its config"
+    saved = {name: tensors.pop(name) for name in POSITIONS if name in tensors and config.kind == "pegasus"}
     weights.check_shapes(tensors, model.state_dict(), says)
+    if config.kind == "pegasus":
+        _check_sinusoids(saved, config, folder)
     # Copies, even where nothing changes: the tensors are views of the file.
     model.load_state_dict({name: t.float().clone() for name, t in tensors.items()}, assign=True)
     if config.kind == "pegasus":  # not in the state_dict
@@ -69,13 +72,14 @@ def load_seq2seq(
     return model
 
 
-def _check_sinusoids(tensors: dict[str, Tensor], config: Seq2SeqConfig, folder: Path) -> None:
-    """Takes the position tables out of ``tensors``: some files hold them, ours are computed."""
-    table = sinusoids(config.max_position_embeddings, config.d_model)
-    for name in POSITIONS:
-        saved = tensors.pop(name, table)
+def _check_sinusoids(saved: dict[str, Tensor], config: Seq2SeqConfig, folder: Path) -> None:
+    """``saved`` are position tables: some files hold them, ours are computed."""
+    if (length := config.max_position_embeddings) > MAX_SINUSOIDS:
+        raise ValueError(f"{folder}: max_position_embeddings={length:,}; expected at most {MAX_SINUSOIDS:,}")
+    table = sinusoids(length, config.d_model)
+    for name, found in saved.items():
         # 2^-8 is the step of bf16 below 1: what a table saved in half precision may be off by.
-        if saved.shape != table.shape or not torch.allclose(saved.float(), table, rtol=0, atol=2**-8):
+        if found.shape != table.shape or not torch.allclose(found.float(), table, rtol=0, atol=2**-8):
             raise ValueError(f"{folder}: {name} is not the sinusoidal table that PEGASUS uses")
 
 

@@ -180,6 +180,14 @@ def holds_tensors(content) -> bool:
     return isinstance(content, dict) and all(isinstance(t, Tensor) for t in content.values())
 
 
+def check_layers(names: Iterable[str], expected: int, says: str) -> None:
+    """Raises ValueError, which begins with ``says``, where a config has more blocks than the files ``names`` come from:
+    before a model of a million of them is built. Blocks are "h.0", "layers.0", an encoder's and a decoder's apart."""
+    found = {match[0] for name in names if (match := re.search(r"(.*\.)?(h|layers)\.\d+\.", name))}
+    if expected > len(found):
+        raise ValueError(f"{says}: {expected:,} blocks by its config, {len(found):,} in its files")
+
+
 def check_shapes(found: Mapping[str, Tensor | tuple], expected: Mapping[str, Tensor | tuple], says: str) -> None:
     """Raises ValueError: ``says``, then the tensors that are missing, unexpected or misshapen, three of a kind. Either
     side gives each tensor itself or its shape."""

@@ -33,7 +33,7 @@ from eval.gsm8k import read_outputs
 from eval.report.runs import load_run, read_summaries
 from eval.verdicts import read_verdicts
 from kernels import Calibration
-from model import decoder_hub, gguf_hub, gpt2, gpt2_hub, lora_hub, seq2seq, seq2seq_hub, weights
+from model import decoder, decoder_hub, gguf_hub, gpt2, gpt2_hub, lora_hub, seq2seq, seq2seq_hub, weights
 from runtime.checkpoint import load_checkpoint
 from runtime.cli import flag_name, parse_config, roles
 from runtime.folder import read_metrics
@@ -65,10 +65,11 @@ def with_weights(kind: str, folder: Path) -> dict:
     """The files of a tiny model."""
     if kind == "gpt2":
         gpt2_hub.save_hf(gpt2.GPT2(gpt2.GPT2Config(99, 32, 1, 2, 8)), folder / "made")
+    elif kind == "qwen3":
+        decoder_hub.save_decoder(decoder.Decoder(decoder.DecoderConfig(99, 8, 16, 1, 2, 1, 4, 32)), folder / "made")
     else:
-        seq2seq_hub.save_seq2seq(
-            seq2seq.Seq2Seq(seq2seq.bart_config(1, 8, 2, max_position_embeddings=32)), folder / "made"
-        )
+        config = {"bart": seq2seq.bart_config, "pegasus": seq2seq.pegasus_config}[kind]
+        seq2seq_hub.save_seq2seq(seq2seq.Seq2Seq(config(1, 8, 2, max_position_embeddings=32)), folder / "made")
     found = {path.name: path.read_bytes() for path in (folder / "made").iterdir()}
     return found | {"config.json": json.loads(found["config.json"])}
 
@@ -244,10 +245,11 @@ def test_any_file_is_read_or_refused_in_a_line(name, tmp_path):
     tried(tmp_path, files, wrong, read, files_like(files[wrong]))
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "bart"])
+@pytest.mark.parametrize("kind", ["gpt2", "bart", "pegasus", "qwen3"])
 def test_any_config_beside_weights_is_read_or_refused_in_a_line(kind, tmp_path):
     files = with_weights(kind, tmp_path)
-    read = gpt2_hub.load_hf if kind == "gpt2" else seq2seq_hub.load_seq2seq
+    loaders = {"gpt2": gpt2_hub.load_hf, "qwen3": decoder_hub.load_decoder}
+    read = loaders.get(kind, seq2seq_hub.load_seq2seq)
     tried(tmp_path, files, "config.json", read, files_like(files["config.json"]))
 
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import time
 
 import pytest
 import torch
@@ -11,10 +12,11 @@ from lora_models import adapted
 from safetensors.torch import load_file, save_file
 
 from model import weights
-from model.decoder_hub import load_decoder
+from model.decoder import Decoder, DecoderConfig
+from model.decoder_hub import load_decoder, save_decoder
 from model.gpt2_hub import export, load_hf, save_hf
 from model.lora_hub import load_adapter, save_adapter
-from model.seq2seq import Seq2Seq, Seq2SeqConfig
+from model.seq2seq import Seq2Seq, Seq2SeqConfig, bart_config
 from model.seq2seq_hub import load_seq2seq, save_seq2seq
 
 NAMES = {
@@ -127,3 +129,29 @@ def test_an_adapter_is_told_by_its_shapes(folder, tmp_path, trained_on, caplog):
     assert torch.equal(again(x), model(x))
     differs = trained_on is not None and "{folder}" not in trained_on
     assert (f"trained on {named!r}" in caplog.text) == differs == bool(caplog.text)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bart", "qwen3"])
+def test_a_config_of_many_blocks_is_refused_before_they_are_built(kind, tmp_path):
+    if kind == "gpt2":
+        save_hf(build(), tmp_path / "m")
+    elif kind == "bart":
+        save_seq2seq(Seq2Seq(bart_config(1, 8, 2, max_position_embeddings=32)), tmp_path / "m")
+    else:
+        save_decoder(Decoder(DecoderConfig(99, 8, 16, 1, 2, 1, 4, 32)), tmp_path / "m")
+    load, field = {
+        "gpt2": (load_hf, "n_layer"),
+        "bart": (load_seq2seq, "encoder_layers"),
+        "qwen3": (load_decoder, "num_hidden_layers"),
+    }[kind]
+    path = tmp_path / "m" / "config.json"
+    fields = json.loads(path.read_text())
+    for blocks, says in (
+        (9999, r"\d+,\d+ blocks by its config, \d in its files"),
+        (10**30, "an integer from 1 to 10,000"),
+    ):
+        path.write_text(json.dumps(fields | {field: blocks}))
+        started = time.thread_time()
+        with pytest.raises(ValueError, match=says):
+            load(tmp_path / "m")
+        assert time.thread_time() - started < 0.5
