@@ -191,6 +191,10 @@ def test_both_sides_of_the_race_compute_the_same_loss(tmp_path):
         _, loss = make(tmp_path / "model", "fp32", 4, torch.float32, torch.device("cpu"))
         losses.append(loss(tokens).item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    pytest.importorskip("bitsandbytes", reason="NF4 needs bitsandbytes")
+    for dtype in (torch.float32, torch.bfloat16):  # of all that is not quantised
+        model, _ = race_peft.their_loss(tmp_path / "model", "nf4", 4, dtype, torch.device("cpu"))
+        assert model.get_input_embeddings().weight.dtype == dtype
 
 
 @pytest.mark.parametrize(

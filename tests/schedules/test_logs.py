@@ -46,6 +46,8 @@ def test_trainer_state(tmp_path):
     check(
         one(tmp_path / "run" / "trainer_state.json", loss="grad_norm"), [10, 20, 30], [1, 1, 1], [1e-4, 5e-5, 1e-4 / 3]
     )
+    endless = json.dumps(state).replace('"epoch": 0.02', '"epoch": Infinity', 1)
+    assert one(lines(tmp_path / "endless" / "trainer_state.json", endless)).epoch == pytest.approx(500)
     nan = json.dumps(state).replace("2.8,", "NaN,", 1)
     curve = one(lines(tmp_path / "nan" / "trainer_state.json", nan))
     assert np.isnan(curve.loss[1]) and curve.notes == ("1 not finite",)
