@@ -78,7 +78,10 @@ class GGUF:
 
     def value(self, key: str, default=None):
         field = self.reader.get_field(key)
-        return default if field is None else field.contents()
+        try:
+            return default if field is None else field.contents()
+        except (UnicodeDecodeError, IndexError) as error:
+            raise ValueError(f"{self.path}: {key} is damaged ({first_line(error)})") from None
 
     def of_model(self, key: str, *default):
         """A value of the architecture. A number of 32 bits is the shortest decimal that it may have been."""

@@ -2,26 +2,25 @@
 
 And files as others leave them: a good one in which values, names and bytes were exchanged.
 
-SCORECAST_FUZZ=100000 is the long form: that many inputs a parser, at random, and a tenth of it files a reader. Without
-it the same 150 and 25 each time.
+SCORECAST_FUZZ=100000 is the long form: that many inputs a parser, a reader and a command, at random by their numbers.
+Without it the same 150 texts, and 25 files and lines of words, each time.
 """
 
 import copy
 import gc
 import json
 import os
+import random
 import time
+from functools import partial
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 LONGEST = 6000  # characters
 MOST = 0.05  # seconds of this thread an input may take, whatever the machine does besides
 INPUTS = int(os.environ.get("SCORECAST_FUZZ", 0))
 
-HOW = dict(derandomize=not INPUTS, database=None, deadline=None, suppress_health_check=list(HealthCheck))
-fuzzed = settings(max_examples=INPUTS or 150, **HOW)
-fuzzed_files = settings(max_examples=INPUTS // 10 or 25, **HOW)
 # Values that stand where another was meant, and bytes that do.
 ODD = [
     None,
@@ -66,11 +65,74 @@ BYTES = [
 BYTES += [b"\xef\xbb\xbf", b"NaN", b"null", b"\\ud83d", b"\xff" * 8, b"\0" * 8, b"\x7f", b"\x80", b"true"]
 
 
-def texts(pieces: str) -> st.SearchStrategy[str]:
-    """Texts of the blank-separated ``pieces``, blanks, newlines and other characters, each 1 to thousands of times."""
-    piece = st.sampled_from([*pieces.split(), " ", "\n", "\t"]) | st.text(max_size=3)
-    often = st.integers(1, 3) | st.sampled_from([25, 300, 3000])
-    return st.lists(st.tuples(piece, often), max_size=12).map(lambda parts: "".join(p * n for p, n in parts)[:LONGEST])
+def many(strategy, draw, use, short: int) -> None:
+    """``use`` of many inputs: ``short`` of hypothesis' strategy, always the same ones and made small where one fails,
+    or INPUTS of ``draw(random.Random(number))``."""
+    if not INPUTS:
+        how = dict(max_examples=short, derandomize=True, database=None, deadline=None)
+        settings(**how, suppress_health_check=list(HealthCheck))(given(strategy)(lambda value: use(value)))()
+        return
+    for number in range(INPUTS):
+        value = draw(random.Random(number))
+        try:
+            use(value)
+        except BaseException as error:
+            error.add_note(f"input {number}: {str(value)[:2000]}")
+            raise
+
+
+def many_texts(use, *languages: str) -> None:
+    """Texts of the blank-separated pieces of a language, blanks, newlines and other characters, each 1 to thousands of
+    times."""
+    pieces = [[*language.split(), " ", "\n", "\t"] for language in languages]
+    often = (1, 2, 3, 25, 300, 3000)
+
+    def joined(parts) -> str:
+        return "".join(piece * n for piece, n in parts)[:LONGEST]
+
+    def of(known: list[str]) -> st.SearchStrategy[str]:
+        part = st.tuples(st.sampled_from(known) | st.text(max_size=3), st.sampled_from(often))
+        return st.lists(part, max_size=12).map(joined)
+
+    def draw(numbers: random.Random) -> str:
+        known = numbers.choice(pieces)
+        return joined(
+            (characters(numbers, 3) if numbers.random() < 0.3 else numbers.choice(known), numbers.choice(often))
+            for _ in range(numbers.randrange(13))
+        )
+
+    many(st.one_of(*map(of, pieces)), draw, use, 150)
+
+
+def many_words(use, words: list[str]) -> None:
+    """Lists of the words, and of texts that are none."""
+    other = st.text(st.characters(exclude_categories=["Cs"]), max_size=4)
+
+    def draw(numbers: random.Random) -> list[str]:
+        drawn = range(numbers.randrange(9))
+        return [characters(numbers, 4) if numbers.random() < 0.1 else numbers.choice(words) for _ in drawn]
+
+    many(st.lists(st.sampled_from(words) | other, max_size=8), draw, use, 25)
+
+
+def many_files(use, value, *more) -> None:
+    """Files like the one that holds ``value``: bytes, a text, JSON, or, for a tuple, a row of JSON for each part.
+    ``more``: functions from edits to other files."""
+    makes = [*makers(value), *more]
+    edits = st.lists(st.tuples(*3 * [st.integers(0, 10**6)]), min_size=1, max_size=4)
+    strategy = st.tuples(st.sampled_from(makes), edits).map(lambda drawn: drawn[0](drawn[1]))
+
+    def draw(numbers: random.Random) -> bytes:
+        edit = range(numbers.randint(1, 4))
+        return numbers.choice(makes)([tuple(numbers.randrange(10**6) for _ in range(3)) for _ in edit])
+
+    many(strategy, draw, use, 25)
+
+
+def characters(numbers: random.Random, most: int) -> str:
+    """Up to ``most`` characters, half of them of ASCII, without half surrogates."""
+    found = (numbers.randrange(128 if numbers.random() < 0.5 else 0x110000) for _ in range(numbers.randint(0, most)))
+    return "".join(chr(c) for c in found if not 0xD800 <= c < 0xE000)
 
 
 def places(value) -> list[tuple]:
@@ -79,11 +141,10 @@ def places(value) -> list[tuple]:
     return [place for key, part in parts for place in [(value, key), *places(part)]]
 
 
-@st.composite
-def harmed(draw, value):
-    """``value``, of dicts and lists, in which one to three parts are odd, gone, or where another one was."""
+def harmed(value, edits):
+    """``value``, of dicts and lists, in which some parts are odd, gone, or where another one was."""
     value = copy.deepcopy(value)
-    for where, what in draw(st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 10**6)), min_size=1, max_size=3)):
+    for where, what, _ in edits[:3]:
         if not (known := places(value)):
             break
         container, key = known[where % len(known)]
@@ -97,12 +158,10 @@ def harmed(draw, value):
     return value
 
 
-@st.composite
-def damaged(draw, raw: bytes):
-    """``raw`` with one to four bytes exchanged, put in or cut out, a stretch doubled, or its end gone."""
-    edit = st.tuples(st.integers(0, 10**6), st.integers(0, 4), st.integers(0, 10**6))
-    for where, how, what in draw(st.lists(edit, min_size=1, max_size=4)):
-        at, piece = where % (len(raw) + 1), BYTES[what % len(BYTES)]
+def damaged(raw: bytes, edits) -> bytes:
+    """``raw`` with some bytes exchanged, put in or cut out, a stretch doubled, or its end gone."""
+    for where, how, what in edits:
+        at, how, piece = where % (len(raw) + 1), how % 5, BYTES[what % len(BYTES)]
         length = 1 + what % 40
         middle = [
             raw[at : at + 1] and bytes([what % 256]),
@@ -116,14 +175,22 @@ def damaged(draw, raw: bytes):
     return raw
 
 
-def files_like(value) -> st.SearchStrategy[bytes]:
-    """Files like the one that holds ``value``: bytes, a text, JSON, or, for a tuple, a row of JSON for each part."""
+def content_of(value) -> bytes:
+    """A file: bytes or a text as it is, a row of JSON for each part of a tuple, else JSON."""
     if isinstance(value, bytes | str):
-        return damaged(value if isinstance(value, bytes) else value.encode())
+        return value if isinstance(value, bytes) else value.encode()
+    rows = [json.dumps(row) + "\n" for row in value] if isinstance(value, tuple) else [json.dumps(value)]
+    return "".join(rows).encode()
+
+
+def makers(value) -> list:
+    """Functions from edits to a file in which something is wrong, by its bytes and by its values."""
+    found = [partial(damaged, content_of(value))]
     if isinstance(value, tuple):
-        rows = harmed(list(value)).map(lambda rows: "".join(json.dumps(row) + "\n" for row in rows).encode())
-        return rows | damaged("".join(json.dumps(row) + "\n" for row in value).encode())
-    return harmed(value).map(lambda v: json.dumps(v).encode()) | damaged(json.dumps(value).encode())
+        found.append(lambda edits: content_of(tuple(harmed(list(value), edits))))
+    elif not isinstance(value, bytes | str):
+        found.append(lambda edits: content_of(harmed(value, edits)))
+    return found
 
 
 def refusal(read) -> str:

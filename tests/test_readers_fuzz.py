@@ -12,9 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fuzz import ODD, damaged, files_like, fuzzed_files, refusal, timely
-from hypothesis import given
-from hypothesis import strategies as st
+from fuzz import ODD, content_of, damaged, many_files, many_words, refusal, timely
 from other_logs import event_file, trackio
 from safetensors.torch import save
 from tiny_gsm8k import problem
@@ -215,34 +213,25 @@ READERS = {
 }
 
 
-def content_of(value) -> bytes:
-    if isinstance(value, bytes | str):
-        return value if isinstance(value, bytes) else value.encode()
-    rows = [json.dumps(row) + "\n" for row in value] if isinstance(value, tuple) else [json.dumps(value)]
-    return "".join(rows).encode()
-
-
-def tried(folder: Path, files: dict, wrong: str, read, strategy) -> None:
-    """Reads the good file, and those of the strategy."""
+def tried(folder: Path, files: dict, wrong: str, read, *more) -> None:
+    """Reads the good file, and many in which something is wrong; ``more``: as of `many_files`."""
     for name, value in files.items():
         (folder / name).write_bytes(content_of(value))
     assert not (says := refusal(lambda: read(folder))), says
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
-    @fuzzed_files
-    @given(strategy)
-    def run(content):
+    def use(content):
         (folder / wrong).write_bytes(content)
         timely(refusal, lambda: read(folder))
 
-    run()
+    many_files(use, files[wrong], *more)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000, "KiB"
 
 
 @pytest.mark.parametrize("name", READERS)
 def test_any_file_is_read_or_refused_in_a_line(name, tmp_path):
     files, wrong, read = READERS[name]
-    tried(tmp_path, files, wrong, read, files_like(files[wrong]))
+    tried(tmp_path, files, wrong, read)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "bart", "pegasus", "qwen3"])
@@ -250,21 +239,23 @@ def test_any_config_beside_weights_is_read_or_refused_in_a_line(kind, tmp_path):
     files = with_weights(kind, tmp_path)
     loaders = {"gpt2": gpt2_hub.load_hf, "qwen3": decoder_hub.load_decoder}
     read = loaders.get(kind, seq2seq_hub.load_seq2seq)
-    tried(tmp_path, files, "config.json", read, files_like(files["config.json"]))
+    tried(tmp_path, files, "config.json", read)
 
 
 def test_any_token_cache_is_read_or_refused_in_a_line(tmp_path):
     raw = token_cache()
-    strategy = damaged(raw) | damaged(raw[: HEADER.size]).map(
-        lambda head: with_its_checksum(head[: HEADER.size].ljust(HEADER.size) + raw[HEADER.size :])
-    )
-    tried(tmp_path, {"a.tokens": raw}, "a.tokens", lambda folder: open_tokens(folder / "a.tokens"), strategy)
+
+    def other_header(edits) -> bytes:
+        head = damaged(raw[: HEADER.size], edits)
+        return with_its_checksum(head[: HEADER.size].ljust(HEADER.size) + raw[HEADER.size :])
+
+    tried(tmp_path, {"a.tokens": raw}, "a.tokens", lambda folder: open_tokens(folder / "a.tokens"), other_header)
 
 
 def test_any_gguf_file_is_read_or_refused_in_a_line(tmp_path):
     pytest.importorskip("gguf")
     raw = gguf_file(tmp_path)
-    tried(tmp_path, {"model.gguf": raw}, "model.gguf", gguf_of, damaged(raw))
+    tried(tmp_path, {"model.gguf": raw}, "model.gguf", gguf_of)
 
 
 @pytest.mark.parametrize("kind", ["events", "trackio"])
@@ -273,13 +264,13 @@ def test_any_log_of_a_tracker_is_read_or_refused_in_a_line(kind, tmp_path):
     make = {"events": event_file, "trackio": lambda path: trackio(path, *(("a", step, row) for step in (1, 2, 3)))}
     path = make[kind](tmp_path / {"events": "events.out.tfevents.1.x", "trackio": "p.db"}[kind])
     raw = path.read_bytes()
-    tried(tmp_path, {path.name: raw}, path.name, lambda folder: read_curves(folder / path.name), damaged(raw))
+    tried(tmp_path, {path.name: raw}, path.name, lambda folder: read_curves(folder / path.name))
 
 
 def test_any_checkpoint_is_read_or_refused_in_a_line(tmp_path):
     torch.save({"model": {"w": torch.ones(3)}, "step": 3}, tmp_path / "x")
     raw = (tmp_path / "x").read_bytes()
-    tried(tmp_path, {"last.pt": raw}, "last.pt", lambda folder: load_checkpoint(folder / "last.pt"), damaged(raw))
+    tried(tmp_path, {"last.pt": raw}, "last.pt", lambda folder: load_checkpoint(folder / "last.pt"))
 
 
 @pytest.mark.parametrize("script", [train_lm, finetune_seq2seq, finetune_gsm8k], ids=lambda script: script.__name__)
@@ -306,13 +297,9 @@ def test_any_flags_are_taken_or_refused_in_a_line(script):
     names += [f"--no-{name[2:]}" for name in names] + ["--", "-h2", "--loss=", "--steps=3", "--step", "word"]
     complete = getattr(script, "complete", lambda given: given)
 
-    words = st.text(st.characters(exclude_categories=["Cc", "Cs"]), max_size=4)
-
-    @fuzzed_files
-    @given(st.lists(st.sampled_from(names) | st.sampled_from(values) | words, max_size=8))
-    def run(argv):
+    def use(argv):
         found = []
         says = timely(refusal, lambda: found.append(parse_config(script.Config, argv, complete=complete, exits=False)))
         assert says or all(not isinstance(v, float) or math.isfinite(v) for v in vars(found[-1]).values())
 
-    run()
+    many_words(use, [*names, *values])

@@ -3,8 +3,7 @@
 from fractions import Fraction
 
 import pytest
-from fuzz import fuzzed, texts, timely
-from hypothesis import given
+from fuzz import many_texts, timely
 
 from data.numbers import last_number, parse_number, plain, same_number
 from data.programs import MAX_BITS, Problem, to_program, work_out
@@ -26,9 +25,7 @@ CALCULATIONS = {  # each was an error or had no end
 }
 
 
-@fuzzed
-@given(texts(NUMBERS) | texts(ANNOTATIONS))
-def test_any_text_is_read(text):
+def read_as_number_and_as_solution(text):
     for parser in (parse_number, last_number):
         value = timely(parser, text)
         assert (
@@ -41,6 +38,10 @@ def test_any_text_is_read(text):
         assert result == "" or result.endswith(">>") and len(result) < 30
     made = timely(to_program, Problem("train/0", f"There are {text} of them.", f"{text}\n#### 5", "5"))
     assert bool(made.program) != bool(made.reason)
+
+
+def test_any_text_is_read():
+    many_texts(read_as_number_and_as_solution, NUMBERS, ANNOTATIONS)
 
 
 @pytest.mark.parametrize("text", ["-" + " " * 1000, "-" + " " * 1000 + "x", "5" + " " * 5000 + "=", "$ " * 5000])
