@@ -1,4 +1,5 @@
-"""Statistics across seeds: Student's t against scipy and closed forms, Holm against closed testing, verdicts."""
+"""Statistics across seeds: Student's t against scipy and closed forms, Holm against closed testing, power, verdicts;
+intervals of proportions and of the ECE."""
 
 import itertools
 import math
@@ -7,7 +8,28 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from eval.stats import bootstrap_interval, holm, mcnemar_exact, paired, required_ratio, summarize, t_interval, verdict
+from eval.stats import (
+    bootstrap_interval,
+    claim_p,
+    detectable,
+    ece_interval,
+    ece_interval_of_bins,
+    holm,
+    holm_level,
+    interquartile_mean,
+    mcnemar_exact,
+    paired,
+    proportion_interval,
+    rate_difference_interval,
+    rate_interval,
+    required_ratio,
+    seeds_needed,
+    stratified_bootstrap,
+    summarize,
+    t_interval,
+    t_power,
+    verdict,
+)
 
 
 def test_summarize():
@@ -166,3 +188,171 @@ def test_mcnemar_matches_scipy():
         assert mcnemar_exact(a, b) == pytest.approx(scipy_stats.binomtest(a, a + b).pvalue, rel=1e-10)
     with pytest.raises(ValueError, match="expected counts"):
         mcnemar_exact(-1, 3)
+
+
+def test_power_is_the_noncentral_ts_and_published():
+    """Seeds for 80 % at Cohen's small, medium and large effect: 199, 34 and 15 (G*Power, paired t, two-sided); the
+    detectable ratios are those of statsmodels' TTestPower, and what simulated tests find."""
+    assert [seeds_needed(ratio) for ratio in (0.2, 0.5, 0.8, -0.8)] == [199, 34, 15, 15]
+    assert seeds_needed(0.01) is None and seeds_needed(0) is None and seeds_needed(100) == 2
+    for n, ratio in ((3, 3.2640436), (5, 1.6819971), (10, 0.9960019)):
+        assert detectable(n) == pytest.approx(ratio, rel=1e-6)
+        assert t_power(ratio, n) == pytest.approx(0.8, rel=1e-6)
+    rng, trials, n = np.random.default_rng(0), 20_000, 4
+    deltas = rng.normal(detectable(n, power=0.6, alpha=0.02), 1, size=(trials, n))
+    found = scipy.stats.ttest_1samp(deltas, 0, axis=1, alternative="greater").pvalue <= 0.01
+    assert found.mean() == pytest.approx(0.6, abs=4 * math.sqrt(0.24 / trials))  # binomial, 4 sd
+    assert detectable(1) == math.inf and t_power(3, 1) == 0
+    with pytest.raises(ValueError, match="power=1.5"):
+        detectable(3, power=1.5)
+
+
+def test_a_claims_p_decides_as_its_interval_does():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        deltas, threshold = rng.normal(0.8, 1, 4), rng.normal()
+        assert claim_p(deltas, threshold) == pytest.approx(scipy.stats.ttest_1samp(deltas, threshold).pvalue, rel=1e-9)
+        assert (claim_p(deltas, threshold) <= 0.05) == (verdict(deltas, threshold) != "not powered")
+    assert math.isnan(claim_p([1.0], 0)) and claim_p([1, 1, 1], 1) == claim_p([1, 1, 1], 0) == 0
+
+
+def test_the_level_of_holm_rejects_what_holm_rejects():
+    rng = np.random.default_rng(0)
+    for m in (1, 2, 5, 9):
+        for _ in range(30):
+            p = rng.uniform(size=m) ** 4
+            assert [v <= holm_level(p) for v in p] == [v <= 0.05 for v in holm(p)]
+    assert holm_level([]) == holm_level([math.nan]) == holm_level([0.01, math.nan]) == 0.05
+    assert holm_level([0.001, 0.04, 0.5, 0.02]) == 0.05 / 3  # 0.001 <= 0.05 / 4; then 0.02 > 0.05 / 3
+
+
+def test_interquartile_mean_by_hand():
+    """Agarwal et al.: of 20 scores the middle 10. rliable 1.2 gives the same for its [runs, tasks]."""
+    scores = np.random.default_rng(0).permutation(20)
+    assert interquartile_mean(scores) == np.mean(range(5, 15)) and interquartile_mean([1, 2, 9]) == 4
+    assert interquartile_mean([0, 1, 2, 900]) == 1.5
+    with pytest.raises(ValueError, match="value 1 is nan"):
+        interquartile_mean([1, math.nan])
+
+
+def test_stratified_bootstrap_draws_within_tasks():
+    """Equal runs within tasks far apart: no interval at all, where a plain bootstrap has a wide one. A mean's width is
+    that of the normal law of sum of variances within tasks."""
+    mean = np.mean
+    assert stratified_bootstrap([[0, 0, 0], [9, 9]], mean) == pytest.approx((3.6, 3.6))
+    rng = np.random.default_rng(1)
+    tasks = [rng.normal(100 * i, 1 + i, size=12) for i in range(3)]
+    sd = math.sqrt(sum(np.var(v) / len(v) for v in tasks)) / 3
+    low, high = stratified_bootstrap(tasks, mean, resamples=10_000)
+    assert high - low == pytest.approx(2 * 1.96 * sd, rel=0.05)  # 4 Monte-Carlo errors of two quantiles
+    assert stratified_bootstrap(tasks, mean, seed=3) == stratified_bootstrap(tasks, mean, seed=3)
+    assert all(map(math.isnan, stratified_bootstrap([[1.0, 2.0], [3.0]], mean)))
+    with pytest.raises(ValueError, match="no tasks"):
+        stratified_bootstrap([])
+
+
+def test_stratified_bootstrap_of_the_iqm_is_rliables():
+    """What rliable 1.2's get_interval_estimates gave for these scores with 20,000 repetitions, percentile method."""
+    scores = np.random.default_rng(3).normal(size=(5, 4))  # runs, tasks
+    assert interquartile_mean(scores.ravel()) == pytest.approx(-0.2705236751111956, rel=1e-12)
+    # The Monte-Carlo error of such a quantile is 0.003 (see above; the sd of the IQM is 0.155): 4 sd of two of them.
+    assert stratified_bootstrap(scores.T.tolist(), resamples=20_000) == pytest.approx((-0.538, 0.067), abs=0.017)
+
+
+def test_a_proportion_of_none_or_all_has_an_interval():
+    """Wilson's formula in full, and its closed form at the ends, z^2 / (n + z^2)."""
+    z = scipy.stats.norm.isf(0.025)
+    for right, n in ((0, 96), (96, 96), (1, 96), (15, 50), (3, 7), (1319, 1319)):
+        p, centre = right / n, (right + z * z / 2) / (n + z * z)
+        half = z * math.sqrt(n * p * (1 - p) + z * z / 4) / (n + z * z)
+        assert proportion_interval(right, n) == pytest.approx((centre - half, centre + half), abs=1e-12)
+    assert proportion_interval(0, 96) == pytest.approx((0, z * z / (96 + z * z)), abs=1e-15)
+    # Newcombe (1998), table I: 81 of 263 has 0.2553 to 0.3662, 0 of 20 has 0 to 0.1611.
+    assert proportion_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert proportion_interval(0, 20) == pytest.approx((0, 0.1611), abs=5e-5)
+    for right, n in ((-1, 3), (4, 3), (0, 0)):
+        with pytest.raises(ValueError, match=f"{right} of {n}"):
+            proportion_interval(right, n)
+
+
+def test_rates_have_wilsons_interval_or_the_bootstraps():
+    assert rate_interval([0.0] * 96) == proportion_interval(0, 96)
+    assert rate_interval([1.0, 0.0, 1.0]) == proportion_interval(2, 3)
+    rates = [0.2, 0.0, 1.0, 0.6]
+    assert rate_interval(rates) == bootstrap_interval(rates, resamples=2000)
+    assert all(map(math.isnan, rate_interval([1.0])))
+    with pytest.raises(ValueError, match="rates from 0 to 2"):
+        rate_interval([0, 2])
+
+
+def test_a_difference_of_rates_that_never_differ_has_an_interval():
+    zeros, ones = [0.0] * 96, [1.0] * 96
+    w = proportion_interval(0, 96)[1]
+    assert rate_difference_interval(zeros, zeros) == rate_difference_interval(ones, ones) == (-w, w)
+    assert rate_difference_interval(ones, zeros) == pytest.approx((1 - 2 * w, 1))
+    assert rate_difference_interval(zeros, ones) == pytest.approx((-1, 2 * w - 1))
+    a = [1.0] * 30 + [0.0] * 66
+    assert rate_difference_interval(a, zeros) == bootstrap_interval(a, resamples=2000)
+    assert all(map(math.isnan, rate_difference_interval([1.0], [0.0])))
+
+
+def tokens(rng, overconfidence: float, blocks: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Confidences and whether right, [blocks, size]; blocks share a shift of their accuracy, as documents do."""
+    sure = rng.beta(1, 2, size=(blocks, size))
+    shift = 4 * sure * (1 - sure) * rng.normal(0, 0.03, size=(blocks, 1))
+    return sure, rng.random((blocks, size)) < np.clip(sure * (1 - overconfidence) + shift, 0, 1)
+
+
+def binned(weights: np.ndarray, at: np.ndarray, bins: int) -> np.ndarray:
+    """Sums of [blocks, size] by block and bin, [blocks, bins]."""
+    out = np.zeros((len(at), bins))
+    np.add.at(out, (np.arange(len(at))[:, None], at), weights)
+    return out
+
+
+@pytest.mark.parametrize("overconfidence", [0.0, 0.03, 0.3])
+def test_an_interval_of_the_ece_holds_the_true_one(overconfidence):
+    """Also for a calibrated model, whose ECE is 0 and whose measured one never is. The ECE of a model that is too sure
+    by a factor is that factor times the mean confidence, a third."""
+    rng, trials, held = np.random.default_rng(0), 100, 0
+    for _ in range(trials):
+        sure, right = tokens(rng, overconfidence, 40, 200)
+        at = np.clip(np.ceil(sure * 10).astype(int) - 1, 0, 9)
+        low, high = ece_interval(binned(sure - right, at, 10), np.full(40, 200), resamples=300)
+        held += low <= overconfidence / 3 <= high
+    assert held >= 86  # 95 % less 4 sd of a binomial
+
+
+def test_blocks_that_share_a_shift_widen_the_interval():
+    """Tokens drawn as independent give a narrower one; of tokens that are, the two agree."""
+    rng = np.random.default_rng(0)
+    for shared in (True, False):
+        sure, right = tokens(rng, 0.3, 200, 500)
+        if not shared:
+            order = rng.permutation(sure.size)  # blocks of strangers
+            sure, right = (x.ravel()[order].reshape(sure.shape) for x in (sure, right))
+        at = np.clip(np.ceil(sure * 300).astype(int) - 1, 0, 299)
+        low, high = ece_interval(binned(sure - right, at // 30, 10), np.full(200, 500))
+        sums = (binned(w, at, 300).sum(0) for w in (np.ones_like(sure), sure, right))
+        bins_low, bins_high = ece_interval_of_bins(*sums)
+        ratio = (high - low) / (bins_high - bins_low)
+        assert ratio > 1.3 if shared else ratio == pytest.approx(1, abs=0.15)  # 2,000 resamples each
+
+
+def test_the_number_of_tokens_in_a_bin_is_drawn_too():
+    """400 tokens at 0.5, all right, and 400 at 0.9, all wrong: the ECE is 0.5 + 0.4 x the second's binomial share."""
+    count, sure, right = np.zeros((3, 10))
+    count[[4, 8]], sure[[4, 8]], right[4] = 400, (200, 360), 400
+    half = 1.96 * 0.4 * math.sqrt(0.25 / 800)
+    # Its lower end takes off twice a bias, which is 0 here but for 3 Monte-Carlo errors of the mean, 0.0003 each.
+    assert ece_interval_of_bins(count, sure, right) == pytest.approx((0.7 - half, 0.7 + half), abs=0.0015)
+
+
+def test_an_interval_of_the_ece_refuses_what_it_cannot_have():
+    assert all(map(math.isnan, ece_interval(np.ones((9, 10)), np.ones(9))))
+    with pytest.raises(ValueError, match="without tokens"):
+        ece_interval(np.ones((12, 10)), np.zeros(12))
+    with pytest.raises(ValueError, match=r"gaps \[12\]"):
+        ece_interval(np.ones(12), np.ones(12))
+    with pytest.raises(ValueError, match="0 tokens in 10 bins"):
+        ece_interval_of_bins([0] * 10, [0] * 10, [0] * 10)
