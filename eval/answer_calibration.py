@@ -9,8 +9,8 @@ A confidence is one of three numbers in [0, 1], of an answer that is right or wr
 
 What they are worth, with c the confidence and y 1 where the answer is right (`figures`):
 
-- ECE of 10 bins (lo, hi], 0 in the first (Naeini et al., 2015), with a percentile bootstrap interval over problems.
-  It is biased upwards on few problems, and so is its interval.
+- ECE of 10 bins (lo, hi], 0 in the first (Naeini et al., 2015), with a bootstrap interval over answers, see
+  `eval.stats.ece_interval`. It is biased upwards on few problems; the interval's lower end makes up for it.
 - Brier: mean (c - y)^2, 0 to 1, as reliability - resolution + uncertainty (Murphy, 1973) + within. The first three are
   of the 10 bins; within is what the spread of confidences inside bins adds (Stephenson et al., 2008, in one number).
 - AUROC: the chance that a right answer has a higher confidence than a wrong one, a tie counting half.
@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from eval import stats
 from schedules.textlines import read_rows
 
 KINDS = ("sequence", "token", "agreement")
@@ -66,17 +67,13 @@ def ece(answers: Judged, bins: int = BINS) -> float:
     return sum(n * abs(c - y) for n, c, y in reliability(answers, bins)) / len(answers.right)
 
 
-def ece_interval(answers: Judged, *, alpha: float = 0.05, resamples: int = 2000, seed: int = 0) -> list[float | None]:
-    """Percentile bootstrap interval of the ECE over answers; [None, None] for fewer than two."""
+def ece_interval(answers: Judged, *, alpha: float = 0.05, seed: int = 0) -> list[float | None]:
+    """`eval.stats.ece_interval` with each answer a block; [None, None] for too few."""
     n = len(answers.right)
-    if n < 2:
-        return [None, None]
-    gap, at = answers.confidence - answers.right, bins_of(answers.confidence)
-    random, found = np.random.default_rng(seed), []
-    for _ in range(resamples):
-        pick = random.integers(0, n, size=n)
-        found.append(np.abs(np.bincount(at[pick], weights=gap[pick], minlength=BINS)).sum() / n)
-    return np.quantile(found, [alpha / 2, 1 - alpha / 2]).tolist()
+    gaps = np.zeros((n, BINS))
+    gaps[np.arange(n), bins_of(answers.confidence)] = answers.confidence - answers.right
+    ends = stats.ece_interval(gaps, np.ones(n), alpha=alpha, seed=seed)
+    return [None if math.isnan(end) else end for end in ends]
 
 
 def brier(answers: Judged) -> dict[str, float]:

@@ -5,6 +5,7 @@ The answers are made in one stream, kept as they end, and graded by every rule. 
 """
 
 import hashlib
+import math
 import shlex
 import time
 from collections import defaultdict
@@ -23,7 +24,7 @@ from data.packing import Example, Rows, fit, pack
 from data.prompts import Prompter, calculate
 from eval import answer_calibration
 from eval.extraction import RULES, TEXT_RULES
-from eval.gsm8k import Sample, grade_code, grade_text, scores
+from eval.gsm8k import Sample, grade_code, grade_text, percents, scores
 from eval.heldout import final_metrics
 from eval.rows import Parts, json_line, write_rows
 from kernels import linear_moments
@@ -190,15 +191,17 @@ def examine(
 def describe(name: str, summary: dict) -> str:
     """The last line of a run, from its summary."""
     s, of = summary, "test" if summary["test_nll"] is not None else "val"
-    passed = {way: s[f"pass_at_1_{way}"] for way in ("strict", "flexible", "code")}
-    ways = ", ".join(f"{way} {100 * v:.2f} %" for way, v in passed.items() if v is not None)
+    ways = []
+    for way in ("strict", "flexible", "code"):
+        rate, ends = s[f"pass_at_1_{way}"], s.get(f"pass_at_1_{way}_ci95") or [None]
+        ways += [f"{way} {100 * rate:.2f} %{'' if None in ends else percents(*ends)}"] if rate is not None else []
     test = ""
     if s["temperature"]:
         nll, ece, brier, nll_t, ece_t = (s[f"{of}_{key}"] for key in ("nll", "ece10", "brier", "nll_t", "ece10_t"))
         test = f"; {of} nll {nll:.4f}, ece {ece:.4f}, brier {brier:.4f}"
         test += f"; at temperature {s['temperature']:.3f} nll {nll_t:.4f}, ece {ece_t:.4f}"
     speed = f"{s['tokens_per_second'] or 0:,.0f} tokens/s in training, {s['generated_tokens_per_second']:,.0f}"
-    return f"{name}: pass@1 {ways} on {s['eval_problems']} problems{test}; {speed} in generation"
+    return f"{name}: pass@1 {', '.join(ways)} on {s['eval_problems']} problems{test}; {speed} in generation"
 
 
 @torch.no_grad()
@@ -291,7 +294,7 @@ def forget(folder: Path) -> None:
 
 def grade(rows: list[dict], problems: list[Problem], format: str, k: Sequence[int]) -> tuple[dict, list[dict]]:
     """(summary entries, verdicts): pass@1 of the greedy answers by every rule, pass@k of the sampled ones, each with
-    its 95 % bootstrap interval. An entry that ``format`` does not measure is None."""
+    its 95 % interval, see `eval.gsm8k.Score`. An entry that ``format`` does not measure is None."""
     golds, ids = {p.id: p.gold for p in problems}, [p.id for p in problems]
     entries = dict.fromkeys([*(f"pass_at_1_{rule}" for rule in RULES), "invalid_programs"])
     verdicts = []
@@ -302,7 +305,8 @@ def grade(rows: list[dict], problems: list[Problem], format: str, k: Sequence[in
         given = [Sample(row["id"], row["output"]) for row in part]
         made = grade_code(given, golds) if format == "code" else grade_text(given, golds)
         for s in scores(made, ids, k if name else (1,)):
-            entries |= {f"{name}pass_at_{s.k}_{s.rule}": s.value, f"{name}pass_at_{s.k}_{s.rule}_ci95": [s.low, s.high]}
+            ends = [None if math.isnan(end) else end for end in (s.low, s.high)]
+            entries |= {f"{name}pass_at_{s.k}_{s.rule}": s.value, f"{name}pass_at_{s.k}_{s.rule}_ci95": ends}
         if format == "code":
             entries[f"{name}invalid_programs"] = sum(v.status != "ok" for v in made)
         verdicts += [v._asdict() | {"sample": row["sample"]} for v, row in zip(made, part, strict=True)]

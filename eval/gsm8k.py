@@ -34,7 +34,7 @@ from data.numbers import last_number, parse_number, same_number
 from eval.extraction import TEXT_RULES, programs_of
 from eval.outputs import FIELDS, LAYOUTS, Sample, read_outputs
 from eval.rows import write_rows
-from eval.stats import bootstrap_interval, mcnemar_exact, paired
+from eval.stats import mcnemar_exact, rate_difference_interval, rate_interval
 from runtime.cli import Parser, user_errors
 from sandbox import UNSAFE, Limits, run_many
 from schedules.commandline import alive
@@ -60,7 +60,7 @@ class Score(NamedTuple):
     rule: str
     k: int
     value: float
-    low: float  # 95 % percentile bootstrap over problems
+    low: float  # 95 %, see eval.stats.rate_interval: Wilson's of one answer a problem, else the bootstrap over problems
     high: float
     per_problem: tuple[float, ...]  # in the order of the problems
 
@@ -142,9 +142,14 @@ def scores(verdicts: Sequence[Verdict], ids: Sequence[str], k: Sequence[int] = (
         c = Counter(v.id for v in verdicts if v.correct[rule])
         for each in k:
             values = tuple(pass_at_k(n[i], c[i], each) if n[i] else 0.0 for i in ids)
-            low, high = bootstrap_interval(values, resamples=2000, seed=seed)
+            low, high = rate_interval(values, seed=seed)
             out.append(Score(rule, each, math.fsum(values) / len(values), low, high, values))
     return out
+
+
+def percents(low: float, high: float, lead: str = " ", sign: str = "") -> str:
+    """ " [1.20, 3.40]" of an interval of shares; "" where it is nan, as of one problem."""
+    return "" if math.isnan(low) else f"{lead}[{100 * low:{sign}.2f}, {100 * high:{sign}.2f}]"
 
 
 def describe_file(path: str, verdicts: Sequence[Verdict], ids: Sequence[str], found: Sequence[Score]) -> str:
@@ -159,8 +164,7 @@ def describe_file(path: str, verdicts: Sequence[Verdict], ids: Sequence[str], fo
     for status, count in Counter(v.status for v in verdicts if v.status not in ("", "ok")).most_common():
         lines.append(f"  invalid program          {count:,}  {status}")
     for s in found:
-        interval = f"[{100 * s.low:.2f}, {100 * s.high:.2f}]"
-        lines.append(f"  {s.rule:10}pass@{s.k:<4}{100 * s.value:11.2f} %   95 % {interval}")
+        lines.append(f"  {s.rule:10}pass@{s.k:<4}{100 * s.value:11.2f} %{percents(s.low, s.high, '   95 % ')}")
     return "\n".join(lines)
 
 
@@ -168,9 +172,8 @@ def describe_difference(a: Sequence[Score], b: Sequence[Score], *, one_sample: b
     """Lines for people: first file minus second, problem by problem. McNemar needs one sample a problem."""
     lines = ["first minus second, paired by problem"]
     for x, y in zip(a, b, strict=True):
-        difference = paired(x.per_problem, y.per_problem, resamples=2000)
-        line = f"  {x.rule:10}pass@{x.k:<4}{100 * difference.mean:+11.2f} pp  95 % "
-        line += f"[{100 * difference.boot_low:+.2f}, {100 * difference.boot_high:+.2f}]"
+        ends = percents(*rate_difference_interval(x.per_problem, y.per_problem), "  95 % ", sign="+")
+        line = f"  {x.rule:10}pass@{x.k:<4}{100 * (x.value - y.value):+11.2f} pp{ends}"
         if one_sample:
             first, second = (sum(map(op, x.per_problem, y.per_problem)) for op in (gt, lt))
             line += f"  McNemar exact p {mcnemar_exact(first, second):.4g} ({first} only first, {second} only second)"

@@ -11,7 +11,7 @@ from eval.answer_calibration import KINDS, Judged, read_confidences
 from eval.metrics import Metric
 from eval.report.runs import Arm, Run
 from eval.report.tables import NOTES, Cell, Table, label_cell, metric_table, p_text, said, section, table_of
-from eval.stats import holm, mcnemar_exact, paired
+from eval.stats import holm, mcnemar_exact, paired, proportion_interval, rate_difference_interval
 from eval.verdicts import read_verdicts
 
 
@@ -37,8 +37,15 @@ def confidence_blocks(arms: list[Arm]) -> list[tuple]:
 
 
 def interval_of(arm: Arm, metric: Metric, split: str) -> str:
-    """The bootstrap interval of an arm with one seed; of one problem there is none."""
-    ends = arm.finished[0].summary.get(f"{split}_{metric.key}_ci95".lstrip("_")) or [None]
+    """The interval of an arm with one seed; of one problem there is none.
+
+    That of pass@1 is Wilson's, of what the run counted: older runs wrote a bootstrap's, which is [0, 0] where no answer
+    is right. Where they do not say of how many problems, theirs is shown if it has a width."""
+    run, key = arm.finished[0], f"{split}_{metric.key}".lstrip("_")
+    ends, rate, problems = run.summary.get(f"{key}_ci95") or [None], run.number(key), run.number("eval_problems")
+    if metric.name == "pass@1" and rate is not None:
+        ends = [None] if len({*ends}) == 1 else ends
+        ends = proportion_interval(round(rate * problems), int(problems)) if problems and problems > 1 else ends
     return "" if None in ends else "[{}, {}]".format(*(metric.format(metric.scale * v) for v in ends))
 
 
@@ -74,10 +81,10 @@ def paired_table(arms: list[Arm]) -> Table | None:
         if len(ids) < 2:
             continue
         mine, theirs = ([sum(side[s].get(i, False) for s in seeds) / len(seeds) for i in ids] for side in (by, base_by))
-        found = paired([100 * v for v in mine], [100 * v for v in theirs], resamples=2000)
+        found, (low, high) = paired(mine, theirs, resamples=1), rate_difference_interval(mine, theirs)
         won, lost = sum(map(operator.gt, mine, theirs)), sum(map(operator.lt, mine, theirs))
         tests.append(mcnemar_exact(won, lost) if len(seeds) == 1 else found.p)
-        difference = Cell(f"{found.mean:+.2f}", f"[{found.boot_low:+.2f}, {found.boot_high:+.2f}]")
+        difference = Cell(f"{100 * found.mean:+.2f}", f"[{100 * low:+.2f}, {100 * high:+.2f}]")
         rows.append([label_cell(arm), base.label, len(seeds), len(ids), difference, won, lost])
     for row, p in zip(rows, holm(tests), strict=True):
         row.append("-" if math.isnan(p) else p_text(p))

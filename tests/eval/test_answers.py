@@ -111,3 +111,20 @@ def test_agreement_is_of_values():
     assert agreement([verdict("test/0", 0, "18")], "strict") == {}
     programs = [verdict("test/0", 0, "(7, 2)", "code"), verdict("test/0", 1, "7", "code")]
     assert agreement(programs, "code") == {"test/0": {"agreement": 1.0}}
+
+
+def test_the_last_line_has_the_interval_of_pass_at_1():
+    """0 of 96 is not 0 for certain; of one problem there is no interval."""
+    import eval.answers
+    from data.gsm8k import Problem
+
+    summary = {"test_nll": None, "temperature": None, "tokens_per_second": 10.0, "generated_tokens_per_second": 20.0}
+    for n, says in (
+        (96, "strict 0.00 % [0.00, 3.85], flexible 0.00 % [0.00, 3.85] on 96"),
+        (1, "flexible 0.00 % on 1"),
+    ):
+        problems = [Problem(f"test/{i}", "", "", "1") for i in range(n)]
+        rows = [{"id": p.id, "sample": 0, "output": "#### 2"} for p in problems]
+        entries, _ = eval.answers.grade(rows, problems, "text", (1,))
+        assert n > 1 or entries["pass_at_1_strict_ci95"] == [None, None]
+        assert says in eval.answers.describe("run", summary | entries | {"eval_problems": n})

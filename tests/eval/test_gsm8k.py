@@ -9,7 +9,17 @@ import pytest
 from tiny_gsm8k import json_rows, write_sums
 
 import sandbox
-from eval.gsm8k import Sample, check_counts, grade_code, grade_text, main, pass_at_k, read_outputs, scores
+from eval.gsm8k import (
+    Sample,
+    check_counts,
+    describe_difference,
+    grade_code,
+    grade_text,
+    main,
+    pass_at_k,
+    read_outputs,
+    scores,
+)
 from sandbox import Limits
 
 GOLDS = {"test/0": "5", "test/1": "6", "test/2": "7"}
@@ -85,6 +95,17 @@ def test_scores_count_missing_problems_as_wrong():
         ("boxed", 2),
     ]
     assert found[0].value == pytest.approx(0.5 / 3) and found[1].value == pytest.approx((1 - 1 / 6) / 3)
+
+
+def test_none_right_and_no_difference_have_an_interval():
+    """Wilson's for 0 of n, z^2 / (n + z^2); and of two files that agree, as many problems either way."""
+    golds = {f"test/{i}": "1" for i in range(96)}
+    wrong = grade_text([Sample(i, "#### 2") for i in golds], golds)
+    strict, *rest = scores(wrong, list(golds))
+    top = 1.959964**2 / (96 + 1.959964**2)
+    assert (strict.value, strict.low) == (0, 0) and strict.high == pytest.approx(top, rel=1e-6)
+    says = describe_difference([strict, *rest], [strict, *rest], one_sample=True)
+    assert f"+0.00 pp  95 % [-{100 * top:.2f}, +{100 * top:.2f}]  McNemar exact p 1 (0 only first" in says
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,19 @@ def test_one_problem_has_no_interval(tmp_path):
     assert [(c.text, c.sub) for c in row if c.text == "100.00"] == [("100.00", "")] * 2
 
 
+def test_none_right_has_an_interval_also_in_a_run_that_wrote_none(tmp_path):
+    """0 of 40, whose run holds a bootstrap's [0, 0]: Wilson's where it says of how many problems, else nothing."""
+    for name, schedule, fields in (("a", "cosine", {"eval_problems": 40}), ("b", "fot", {})):
+        path = write_run(tmp_path / name, schedule, 1, set()) / "summary.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    arms, _ = group_arms([load_run(tmp_path / name) for name in "ab"])
+    old = next(i for i, arm in enumerate(arms) if arm.config["schedule"] == "fot")
+    shown = [{(c.text, c.sub) for c in row if c.text == "0.00"} for row in answer_table(arms).rows]
+    assert shown[old] == {("0.00", "")} and shown[1 - old] == {("0.00", "[0.00, 8.76]")}  # 1.96^2 / (40 + 1.96^2)
+    [row] = paired_table(arms).rows
+    assert (row[4].text, row[4].sub) == ("+0.00", "[-8.76, +8.76]")
+
+
 def test_report_of_runs_on_gsm8k(tmp_path, capsys):
     """No verdicts of DPSM where there is no DPSM, no warning of a missing validation NLL; seeds are an arm."""
     for schedule, shift in (("cosine", 0), ("fot", 5)):
