@@ -9,12 +9,14 @@ import itertools
 import json
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from eval.report import plots
+from eval.report.claims import holm_words, power_words
 from eval.report.runs import Arm, Run, differing, finite, grouped, show
-from eval.report.tables import NOTES, Cell, Table, section, shared, table_of, toned
-from eval.stats import paired, summarize, verdict
+from eval.report.tables import NOTES, Cell, Table, p_text, section, shared, table_of, toned
+from eval.stats import claim_p, holm_level, summarize, t_interval, verdict
 
 
 @dataclass
@@ -109,35 +111,61 @@ def rule_table(rules: list[Rule]) -> Table:
     return table_of(heads, rows, note=NOTES["rivals"])
 
 
-def claim_table(rules: list[Rule]) -> Table | None:
-    """FoT against every rival: regret over the grid, the best peak, divergences. None without plain FoT."""
+def plain_fot(rules: list[Rule]) -> tuple[Rule | None, list[Rule], list[Rule]]:
+    """Plain FoT, its rivals, and those of them that are linear; none without plain FoT."""
     fots = [r for r in rules if r.config["schedule"] == "fot"]
     mine = next((r for r in fots if len(fots) == 1 or "fot_parts" not in r.label or "blocks" in r.label), None)
     rivals = [r for r in rules if r.config["schedule"] != "fot"] if mine else []
-    linear = [r for r in rivals if r.config["schedule"] == "linear"]
+    return mine, rivals, [r for r in rivals if r.config["schedule"] == "linear"]
+
+
+def compared(rules: list[Rule]) -> list[tuple[str, list[float]]]:
+    """Each claim of FoT with its differences, nats, one a seed that both sides have: it says that their mean is at
+    most 0."""
+    mine, rivals, linear = plain_fot(rules)
     regret = regrets(rules)
-    rows = [claim_row(f"mean regret below {r.label}'s", regret[mine.label], regret[r.label]) for r in rivals]
-    for rule in linear:
-        name = f"no worse than {rule.label} at the best peak of each"
-        rows.append(claim_row(name, mine.nll(mine.best), rule.nll(rule.best)))
+    sides = [(f"mean regret below {r.label}'s", regret[mine.label], regret[r.label]) for r in rivals]
+    for r in linear:
+        sides.append((f"no worse than {r.label} at the best peak of each", mine.nll(mine.best), r.nll(r.best)))
+    out = []
+    for name, *both in sides:
+        ours, theirs = shared(*({s: v for s, v in side.items() if math.isfinite(v)} for side in both))
+        out.append((name, [a - b for a, b in zip(ours, theirs, strict=True)]))
+    return out
+
+
+def claim_tests(grids: list[tuple[str, list[Rule]]]) -> list[float]:
+    """The p-value of every claim of FoT, see `eval.stats.claim_p`."""
+    return [claim_p(deltas, 0.0) for _, rules in grids for _, deltas in compared(rules) if deltas]
+
+
+def claim_table(rules: list[Rule], p_values: Sequence[float] | None = None) -> Table | None:
+    """FoT against every rival: regret over the grid, the best peak, divergences. None without plain FoT.
+
+    ``p_values``: of all claims of the page, which Holm's procedure takes together; None: of these alone."""
+    p_values = claim_tests([("", rules)]) if p_values is None else p_values
+    mine, _, linear = plain_fot(rules)
+    rows = [claim_row(*claim, holm_level(p_values)) for claim in compared(rules)]
     for rule in linear[:1]:
         grid = set(rule.peaks) - rule.diverged
         found = len(grid & mine.diverged)
         answers = toned("no" if found else "yes"), toned("not met" if found else "met", bold=True)
         rows.append([f"no divergence where {rule.label} has none", f"{found} of {len(grid)} peaks", *answers])
-    return table_of(("claim of FoT", "difference|nats", "holds here", "verdict"), rows, note=NOTES["fot_claims"])
+    note = NOTES["fot_claims"] + holm_words(p_values)
+    return table_of(("claim of FoT", "difference|nats", "holds here", "verdict"), rows, note=note)
 
 
-def claim_row(name: str, mine: dict, theirs: dict) -> list:
-    """Whether ``mine`` is below ``theirs``; both by seed."""
-    ours, others = shared(*({s: v for s, v in side.items() if math.isfinite(v)} for side in (mine, theirs)))
-    if not ours:
+def claim_row(name: str, deltas: list[float], level: float) -> list:
+    """Whether the mean of ``deltas`` is at most 0, at the ``level`` of the page's claims."""
+    if not deltas:
         return [name, "-", "-", "not comparable"]
-    found = paired(ours, others)
-    interval = f" [{found.low:+.3f}, {found.high:+.3f}]" if found.n > 1 else ""
-    state = verdict([a - b for a, b in zip(ours, others, strict=True)], 0.0)
-    difference = Cell(f"{found.mean:+.3f}{interval}", f"n = {found.n}")
-    return [name, difference, toned("yes" if found.mean <= 0 else "no"), toned(state, bold=state != "not powered")]
+    mean, _, n = summarize(deltas)
+    interval = " [{:+.3f}, {:+.3f}]".format(*t_interval(deltas)) if n > 1 else ""
+    state, p = verdict(deltas, 0.0, alpha=level), claim_p(deltas, 0.0)
+    power = power_words(deltas, 0.0, "nats", level, 3) if state == "not powered" else ""
+    says = ", ".join([f"p {p_text(p, '= ')}"] * (n > 1) + [power] * bool(power))
+    answer = toned(state, bold=state != "not powered")._replace(sub=says)
+    return [name, Cell(f"{mean:+.3f}{interval}", f"n = {n}"), toned("yes" if mean <= 0 else "no"), answer]
 
 
 def forecast_errors(runs: list[Run]) -> tuple[list[float], list[bool]]:
@@ -172,12 +200,14 @@ def decided_table(rules: list[Rule]) -> Table | None:
     return table_of(heads, rows, note=NOTES["decided"])
 
 
-def bowl_blocks(arms: list[Arm]) -> tuple[list[tuple], dict[str, bytes]]:
-    """Blocks of the report and their figures, none where there is no such grid."""
-    blocks, figures = [], {}
-    for k, (title, rules) in enumerate(bowls(arms), 1):
+def bowl_blocks(arms: list[Arm], others: Sequence[float] = ()) -> tuple[list[tuple], dict[str, bytes]]:
+    """Blocks of the report and their figures, none where there is no such grid. ``others``: the p-values of the page's
+    other claims."""
+    blocks, figures, grids = [], {}, bowls(arms)
+    p_values = [*claim_tests(grids), *others]
+    for k, (title, rules) in enumerate(grids, 1):
         figures[f"bowl_{k}"] = plots.bowl(rules)
         picture = "figure", f"bowl_{k}", "Line: mean over seeds; band: smallest to largest."
         heading = "Learning-rate rules" + (f": {title}" if title else "")
-        blocks += section(heading, picture, rule_table(rules), claim_table(rules), decided_table(rules))
+        blocks += section(heading, picture, rule_table(rules), claim_table(rules, p_values), decided_table(rules))
     return blocks, figures

@@ -18,8 +18,8 @@ from pathlib import Path
 from eval import metrics
 from eval.answer_calibration import KINDS
 from eval.report import plots, tables
-from eval.report.bowl import bowl_blocks
-from eval.report.claims import Verdict, verdicts
+from eval.report.bowl import bowl_blocks, bowls, claim_tests
+from eval.report.claims import Verdict, holm_words, verdicts
 from eval.report.forecasts import forecast_blocks
 from eval.report.gsm8k import answer_blocks, confidences
 from eval.report.page import to_html, to_markdown
@@ -227,18 +227,20 @@ def build(folders: list[str | Path], title: str = "") -> Report:
     plots.assign_colours(arms)
     done = [arm for arm in arms if arm.finished]
     # The claims are of language models and of DPSM: without both there is nothing to hold against them.
-    bowls, pictures = bowl_blocks(arms)
-    trained = not bowls and any(a.config.get("script", "train_lm.py") == "train_lm.py" for a in arms)
+    fot_tests = claim_tests(bowls(arms))
+    trained = not bowls(arms) and any(a.config.get("script", "train_lm.py") == "train_lm.py" for a in arms)
     claimed = trained or any(a.loss == "dpsm" for a in arms)
-    found = verdicts(arms) if claimed else []
+    found = verdicts(arms, fot_tests) if claimed else []
+    dpsm_tests = [v.p for v in found]
+    rivals, pictures = bowl_blocks(arms, dpsm_tests)
     report = Report(title or "Scorecast report", arms, find_warnings(arms) + warnings, found)
     report.blocks.append(("p", head_line(arms)))
     report.blocks += [("warn", report.warnings)] if report.warnings else []
     graded, grades = forecast_blocks(arms)
-    report.blocks += bowls + graded
+    report.blocks += rivals + graded
     report.figures |= pictures | grades
     for split, name in SPLIT_NAMES.items():
-        report.blocks += section(f"Results, {name}", tables.final_table(arms, split), kind="fold" if bowls else "h")
+        report.blocks += section(f"Results, {name}", tables.final_table(arms, split), kind="fold" if rivals else "h")
         report.blocks += section(f"Summaries, {name}", tables.summary_table(arms, split), kind="h3")
     if not done:
         report.blocks.append(("p", "No run has finished: there are curves, and no final numbers yet."))
@@ -246,9 +248,10 @@ def build(folders: list[str | Path], title: str = "") -> Report:
     few = best_arms(done, MOST_PANELS)
     sure = plots.answer_confidence(confidences(few), confidences(few, "before"), KINDS)
     report.blocks += filter(None, [report.figure("confidence", sure, NOTES["confidence_figure"])])
-    if not bowls:  # with CE there would be as many as there are rules
+    if not rivals:  # with CE there would be as many as there are rules
         report.blocks += section("Differences from CE, validation", tables.delta_table(arms))
-    report.blocks += section("The claims of DPSM", claimed and ("p", NOTES["verdict"]))
+    note = NOTES["verdict"] + holm_words([*fot_tests, *dpsm_tests])
+    report.blocks += section("The claims of DPSM", claimed and ("p", note))
     for i, label in enumerate(dict.fromkeys(v.arm for v in found)):
         part = tables.verdict_table([v for v in found if v.arm == label])
         report.blocks += section(label, part, kind="fold" if i else "h3")

@@ -1,15 +1,17 @@
 """The claims under test: criteria, and what the runs say of each.
 
-Every criterion compares arms over the seeds that both finished. The verdict over seeds is `eval.stats.verdict`.
+Every criterion compares arms over the seeds that both finished. The verdict over seeds is `eval.stats.verdict`, at the
+level that Holm's procedure leaves over all claims of a page.
 """
 
 import itertools
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from eval.report.runs import Arm, Run, reference, system_differences
-from eval.stats import summarize, verdict
+from eval.stats import claim_p, detectable, holm_level, seeds_needed, summarize, verdict
 from schedules.textlines import read_toml
 
 QUALITY = 0.95  # criterion 4: CE's last PPL is this share of the level that is timed
@@ -44,6 +46,8 @@ class Verdict(NamedTuple):
     threshold: str
     holds: str  # "yes", "no" or "-": whether the point value satisfies the threshold
     verdict: str  # met, not met, not powered, information; or missing / not comparable / not measured and why
+    p: float = math.nan  # of the mean being the threshold, before Holm; nan for what is not tested
+    power: str = ""  # of a claim that is not powered: what these seeds would find, and how many it needs
 
     @property
     def count(self) -> str:
@@ -78,8 +82,43 @@ def criterion_value(c: Criterion, a: Run, b: Run) -> float | None:
     return c.scale * (x - y) if c.kind == "difference" else 100 * (x / y - 1)
 
 
+def power_words(values: Sequence[float], threshold: float, unit: str, level: float, digits: int) -> str:
+    """What a test of ``values``, one a seed, at ``level`` would find with a chance of 80 %, as a distance of the mean
+    from ``threshold``; and how many seeds would find the one that is there. The true sd is taken to be theirs."""
+    mean, sd, n = summarize(values)
+    if n < 2 or sd == 0:
+        return "needs 2 seeds or more" if n < 2 else ""
+    needed = seeds_needed((mean - threshold) / sd, alpha=level)
+    return f"finds {sd * detectable(n, alpha=level):.{digits}f} {unit}, needs {needed or 'over 1,000'} seeds"
+
+
+def holm_words(p_values: Sequence[float]) -> str:
+    """What is said on the page of the tests of its claims; nan is none."""
+    tests = sum(not math.isnan(p) for p in p_values)
+    if not tests:
+        return ""
+    count, level = "1 claim is" if tests == 1 else f"{tests} claims are", holm_level(p_values)
+    return f" {count} tested on this page; Holm's procedure over all decides those with p up to {level:.2g}."
+
+
+def decided(row: Verdict, level: float) -> Verdict:
+    """A claim's row with its verdict at ``level``."""
+    c = row.criterion
+    if row.verdict:
+        return row
+    if not c.claim:
+        return row._replace(verdict="information")
+    state = verdict(row.values, c.threshold, c.direction, alpha=level)
+    words = power_words(row.values, c.threshold, c.unit, level, digits_of(c)) if state == "not powered" else ""
+    return row._replace(verdict=state, power=words)
+
+
+def digits_of(c: Criterion) -> int:
+    return 3 if c.unit in ("PPL", "nats") else 1
+
+
 def judge(c: Criterion, arm: Arm | None, arms: list[Arm]) -> Verdict:
-    """One row of the verdict, by shared seeds."""
+    """One row of the verdict, by shared seeds; ``verdict`` is empty where it takes the level of `decided`."""
     sign = "" if c.kind == "time" else "+"
     limit = f"{c.direction} {c.threshold:{sign if c.threshold else ''}g} {c.unit}"
     values, other, why = [], None, f"missing: no {'finished ' if arm else ''}run with --loss dpsm"
@@ -97,18 +136,26 @@ def judge(c: Criterion, arm: Arm | None, arms: list[Arm]) -> Verdict:
         return Verdict(*of, "-", limit, "-", why)
     never, n = values.count(math.inf), len(values)
     if never:
-        text, holds, state = f"never reached by {never} of {n}", False, "not met" if n > 1 else "not powered"
+        text, holds, state, p = (
+            f"never reached by {never} of {n}",
+            False,
+            "not met" if n > 1 else "not powered",
+            math.nan,
+        )
     else:
         mean, sd, _ = summarize(values)
-        digits = 3 if c.unit in ("PPL", "nats") else 1
+        digits, state, p = digits_of(c), "", claim_p(values, c.threshold) if c.claim else math.nan
         text = f"{mean:{sign}.{digits}f}" + (f" ± {sd:.{digits}f}" if n > 1 else "") + f" {c.unit}"
         holds = mean <= c.threshold if c.direction == "at most" else mean >= c.threshold
-        state = verdict(values, c.threshold, c.direction)
-    return Verdict(*of, text, limit, "yes" if holds else "no", state if c.claim else "information")
+    return Verdict(*of, text, limit, "yes" if holds else "no", state, p)
 
 
-def verdicts(arms: list[Arm]) -> list[Verdict]:
-    """All criteria for every DPSM arm, those with most seeds first, and of these the lowest validation NLL."""
+def verdicts(arms: list[Arm], others: Sequence[float] = ()) -> list[Verdict]:
+    """All criteria for every DPSM arm, those with most seeds first, and of these the lowest validation NLL.
+
+    ``others``: the p-values of the page's other claims, which Holm's procedure takes in."""
     under_test = [arm for arm in arms if arm.loss == "dpsm"] or [None]
     under_test.sort(key=lambda a: (-len(a.finished), a.mean("val_nll")) if a else ())
-    return [judge(c, arm, arms) for arm in under_test for c in CRITERIA]
+    rows = [judge(c, arm, arms) for arm in under_test for c in CRITERIA]
+    level = holm_level([*(row.p for row in rows), *others])
+    return [decided(row, level) for row in rows]

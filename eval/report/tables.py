@@ -150,7 +150,7 @@ def shared(mine: dict, theirs: dict) -> tuple[list, list]:
 
 
 def delta_table(arms: list[Arm]) -> Table | None:
-    """Differences from CE over shared seeds, with p by paired t-test, Holm-corrected over the arms of a column."""
+    """Differences from CE over shared seeds, with p by paired t-test, Holm-corrected over all of the table."""
     always = metrics.shown(metrics.TOKENS + metrics.TEMPERED, "delta")
     columns = always + metrics.shown(metrics.SUMMARIES, "delta")
     body, tests = [], []
@@ -163,9 +163,10 @@ def delta_table(arms: list[Arm]) -> Table | None:
             body.append([label_cell(row), ce.label, max(t.n for t in found.values())])
             tests.append(found)
     columns = [m for m in columns if m in always or any(m in found for found in tests)]
-    for metric in columns:
-        column = [found.get(metric) for found in tests]
-        for cells, t, p in zip(body, column, holm([t.p if t else math.nan for t in column]), strict=True):
+    adjusted = iter(holm([found[m].p if m in found else math.nan for found in tests for m in columns]))
+    for cells, found in zip(body, tests, strict=True):
+        for metric in columns:
+            t, p = found.get(metric), next(adjusted)
             size = t and f"{'+' if t.mean >= 0 else '-'}{metric.format(abs(t.mean))} ± {metric.format(t.sd)}"
             cells.append(Cell(size, f"p {p_text(p, '= ')}") if t else "-")
     return table_of(["arm", "minus", "pairs", *columns], body, 2, NOTES["delta"])
@@ -194,9 +195,10 @@ def cost_table(arms: list[Arm]) -> Table | None:
 
 def verdict_table(found: list[Verdict]) -> Table | None:
     heads = "#", "criterion", "definition", "against", "value", "threshold", "holds here", "verdict"
-    values = [Cell(v.value, f"n = {v.count}" if v.values else "") for v in found]
-    rows = [
-        [*v.criterion[:3], v.against, value, v.threshold, toned(v.holds), toned(v.verdict, bold=True)]
-        for v, value in zip(found, values, strict=True)
-    ]
+    rows = []
+    for v in found:
+        value = Cell(v.value, f"n = {v.count}" if v.values else "")
+        tested = ", ".join([f"p {p_text(v.p, '= ')}"] * (not math.isnan(v.p)) + [v.power] * bool(v.power))
+        verdict = toned(v.verdict, bold=True)._replace(sub=tested)
+        rows.append([*v.criterion[:3], v.against, value, v.threshold, toned(v.holds), verdict])
     return table_of(heads, rows, left=8)

@@ -10,6 +10,7 @@ from invented_runs import arms_of, write_run
 from eval.report import build as rp
 from eval.report.bowl import bowl_blocks, bowls, claim_table, decided_table, regrets, rule_table
 from eval.report.tables import Cell
+from eval.stats import detectable
 
 PEAKS = (1e-3, 3e-3, 9e-3)
 # NLL by rule and peak, before the seed's noise; the lowest is fot's 3.0 at 3e-3.
@@ -64,6 +65,22 @@ def test_claims_are_paired_by_seed_and_can_fail(tmp_path):
     assert rows["no worse than linear at the best peak of each"][3].text == "not met"
     [(_, rules)] = bowls(arms_of(*grid(tmp_path / "c", seeds=(1,))))
     assert {r[3].text for r in claim_table(rules).rows} == {"not powered", "met"}  # one seed; divergences need no seeds
+
+
+def test_claims_of_rules_are_tested_with_all_others_of_the_page(tmp_path):
+    """Three tests of the rules, of which the lowest p is 0.024; two others of the page take their share."""
+    folders = []
+    for number, noise in enumerate((-0.1, 0.0, 0.1)):
+        shifted = GRID | {"fot": [v + noise for v in GRID["fot"]]}
+        folders += grid(tmp_path / str(number), shifted, seeds=(number,), noise=0)
+    arms = arms_of(*folders)
+    alone, among = ({r[0].text: r for r in bowl_blocks(arms, more)[0][3][1].rows} for more in ((), (0.5, 0.6)))
+    name = "mean regret below linear's"  # -0.3, sd 0.1: t = 5.196 of 3 seeds, p = 0.0351
+    assert (alone[name][3].text, alone[name][3].sub) == ("not powered", "p = 0.035, finds 0.567 nats, needs 5 seeds")
+    assert f"finds {0.1 * detectable(3, alpha=0.05 / 3):.3f} nats" in alone[name][3].sub
+    assert f"finds {0.1 * detectable(3, alpha=0.05 / 5):.3f} nats" in among[name][3].sub
+    note = bowl_blocks(arms, (0.5, 0.6))[0][3][1].note
+    assert note.endswith("5 claims are tested on this page; Holm's procedure over all decides those with p up to 0.01.")
 
 
 def test_a_diverged_run_is_seen_and_spoils_no_other(tmp_path):

@@ -45,6 +45,41 @@ def test_several_seeds_are_judged_by_their_interval(tmp_path, deltas, holds, ver
     assert v.values == pytest.approx(list(deltas)) and (v.holds, v.verdict) == (holds, verdict)
 
 
+def test_all_claims_of_a_page_are_tested_together(tmp_path):
+    """PPL alone would be decided: t = 0.15 / (0.05 / sqrt 3) = 5.20 of 3 seeds, p = 1 - t / sqrt(t^2 + 2) = 0.0351.
+    The ECE, t = 2.5 / (7.5 / sqrt 3) = 0.577, has 0.622. Three of 5 have no spread: 0.05 / 2 is left as the level."""
+    deltas, eces = (0.1, 0.2, 0.15), (0.028, 0.031, 0.034)
+    ce = [{"val_ppl": 30.0, "val_ece10": 0.04}] * 3
+    dpsm = [{"val_ppl": 30 + d, "val_ece10": e} for d, e in zip(deltas, eces, strict=True)]
+    arms = pairs(tmp_path, ce, dpsm)
+    found = {v.criterion.number: v for v in claims.verdicts(arms)}
+    assert found[1].p == pytest.approx(0.0351, abs=5e-5) and found[2].p == pytest.approx(0.622, abs=5e-4)
+    assert [found[n].p for n in (4, 5, 6)] == [0, 0, 0] and math.isnan(found[7].p)  # no spread; for information
+    assert found[1].verdict == found[2].verdict == "not powered" and found[5].verdict == "met"
+    report = rp.build([run.path for arm in arms for run in arm.runs])
+    says = next(b[1] for b in report.blocks if b[0] == "p" and "Holm" in b[1])
+    assert says.endswith(
+        "5 claims are tested on this page; Holm's procedure over all decides those with p up to 0.025."
+    )
+    # Another claim of the page that is decided changes nothing, one that is not takes its share.
+    assert claims.verdicts(arms, [1e-9])[0].verdict == "not powered"
+    steady = pairs(tmp_path / "b", ce, [{"val_ppl": 30 + d} for d in deltas])  # the ECE has no spread: decided
+    assert claims.verdicts(steady)[0].verdict == "met" and claims.verdicts(steady, [0.6])[0].verdict == "not powered"
+
+
+def test_what_is_not_powered_says_what_would_be(tmp_path):
+    """Deltas of mean 0.2 and sd 0.1 against 0.3, at 0.05: |mean - 0.3| / sd = 1 takes 10 seeds, and 3 seeds find 3.26
+    sd. Both are G*Power's, see tests/eval/test_stats.py."""
+    arms = pairs(tmp_path, [{"val_ppl": 30.0}] * 3, [{"val_ppl": 30 + d} for d in (0.1, 0.2, 0.3)])
+    v = judged(1, arms)
+    assert (v.verdict, v.power) == ("not powered", "finds 0.326 PPL, needs 10 seeds")
+    assert tables.verdict_table([v]).rows[0][7].sub == "p = 0.225, finds 0.326 PPL, needs 10 seeds"
+    close = judged(1, pairs(tmp_path / "b", [{"val_ppl": 30.0}] * 3, [{"val_ppl": 30 + d} for d in (0.2, 0.3, 0.4)]))
+    assert close.power == "finds 0.326 PPL, needs over 1,000 seeds"
+    one = judged(1, pairs(tmp_path / "c", [{}], [{}]))
+    assert one.power == "needs 2 seeds or more" and tables.verdict_table([one]).rows[0][7].sub == one.power
+
+
 def test_ece_is_compared_with_brier_and_with_ce_after_temperature(tmp_path):
     folders = [
         write_run(tmp_path / "ce", summary={"val_ece10": 0.04, "val_ece10_t": 0.016, "val_nll_t": 3.30}),

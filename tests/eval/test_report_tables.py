@@ -74,9 +74,10 @@ def test_differences_from_ce_are_paired_by_seed_and_holm_corrected(tmp_path):
             folders.append(write_run(tmp_path / f"{loss}{s}", config=config, summary=summary))
     table = tables.delta_table(arms_of(*folders))
     # t = mean / (sd / sqrt 3) is 0.2 / (0.1 / sqrt 3) = 3.464 and 3 / (sqrt 3 / sqrt 3) = 3. With 2 degrees of freedom
-    # p = 1 - t / sqrt(t^2 + 2): 0.0742 and 0.0955. Holm: the smaller doubles, the larger may not be smaller than that.
-    assert row(table, "dpsm")["PPL per token ↓"][:2] == ("+0.20 ± 0.10", "p = 0.148")
-    assert row(table, "brier")["PPL per token ↓"][:2] == ("+3.00 ± 1.73", "p = 0.148")
+    # p = 1 - t / sqrt(t^2 + 2): 0.0742 and 0.0955. Holm: the smaller counts for all 12 tests of the table, the larger
+    # for the 11 that are left; the other metrics do not differ.
+    assert row(table, "dpsm")["PPL per token ↓"][:2] == ("+0.20 ± 0.10", "p = 0.890")
+    assert row(table, "brier")["PPL per token ↓"][:2] == ("+3.00 ± 1.73", "p = 1.000")
     assert row(table, "dpsm")["NLL after T nats per token ↓"].text == "-" and row(table, "dpsm")["pairs"].text == "3"
 
 
