@@ -11,13 +11,16 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch import distributed as dist
 from tqdm import tqdm
 
 from eval import metrics
 from eval.calibration import fit_temperature, temperature_sums
+from eval.stats import ece_interval
 from kernels import Calibration, linear_moments, linear_score
 
 CHUNK = 1024  # tokens whose logits are held at a time where a temperature is fitted
+ECE_BINS = 10
 Forwards = Iterable[tuple[Tensor, Tensor]]
 
 
@@ -37,6 +40,7 @@ def evaluate(
     score: Callable | None = None,
     tail: float = 0.0,
     keep: list | None = None,
+    marks: dict[str, list] | None = None,
     impl: str = "auto",
     says: str = "",
     count: int | None = None,
@@ -46,6 +50,7 @@ def evaluate(
     ``model``: with head_weight [V, D] and, where it has one, head_bias [V]. ``world``: runtime.machine.World.
     ``scale``: 1 / temperature, for a second calibration. ``score``: a loss of the Moments, with ``tail`` as
     `kernels.linear_score` has it, whose mean is given as well. ``keep`` collects hidden and targets of this rank.
+    ``marks`` collects, under raw and scaled, what `ece_ci95` takes.
     ``says``: what a bar is of, with ``count`` forwards; without it there is none."""
     was_training = model.training
     model.eval()
@@ -63,6 +68,9 @@ def evaluate(
         raw.update(moments)
         if scaled is not None:
             scaled.update(linear_moments(hidden, **head, scale=scale))
+        if marks is not None:
+            for which, calibration in (("raw", raw), ("scaled", scaled)):
+                marks.setdefault(which, []).extend([] if calibration is None else [so_far(calibration)])
         if keep is not None:
             keep.append((hidden[y != -100], y[y != -100]))
     model.train(was_training)
@@ -70,6 +78,25 @@ def evaluate(
         calibration.all_reduce()
     loss, count = world.all_reduce(total).tolist()
     return Heldout(raw, scaled, None if score is None else loss / count)
+
+
+def so_far(calibration: Calibration) -> Tensor:
+    """Float64 [11]: the sum of confidence - correct in each of ten bins, and the tokens; without a synchronisation."""
+    gaps = calibration.confidence_sum - calibration.correct_sum
+    return torch.cat([gaps.view(ECE_BINS, -1).sum(1), calibration.count.sum()[None].double()])
+
+
+def ece_ci95(marks: list[Tensor], world) -> list[float | None]:
+    """95 % interval of the ECE of ten bins, see `eval.stats.ece_interval`. Its blocks are the forwards of all ranks, of
+    which ``marks`` has `so_far` of this rank's. [None, None] for too few. Every rank must call it."""
+    count = world.all_reduce(torch.tensor(len(marks), device=world.device), dist.ReduceOp.MAX)
+    blocks = torch.zeros(world.size, int(count), ECE_BINS + 1, dtype=torch.float64, device=world.device)
+    if marks:
+        blocks[world.rank, : len(marks)] = torch.stack(marks).diff(dim=0, prepend=torch.zeros_like(marks[0])[None])
+    blocks = world.all_reduce(blocks).flatten(0, 1).cpu().numpy()
+    blocks = blocks[blocks[:, ECE_BINS] > 0]  # with targets
+    ends = ece_interval(blocks[:, :ECE_BINS], blocks[:, ECE_BINS])
+    return [None if math.isnan(end) else end for end in ends]
 
 
 def fitted(model, kept: list[tuple[Tensor, Tensor]], world):
@@ -118,12 +145,13 @@ def final_metrics(
     scale = entries["temperature"] and 1 / entries["temperature"]
 
     def measured(name: str) -> dict:
-        bar = dict(says=name, count=counts.get(name))
-        found = evaluate(model, sets[name](), world, scale=scale, impl=impl, **bar)
+        bar, marks = dict(says=name, count=counts.get(name)), {}
+        found = evaluate(model, sets[name](), world, scale=scale, impl=impl, marks=marks, **bar)
         size = (sizes or {}).get(name)
         before, after = metrics.measure(found.raw, size=size), {}
+        before["ece10_ci95"] = ece_ci95(marks["raw"], world)
         if found.scaled:
-            after = metrics.measure(found.scaled, size=size)
+            after = metrics.measure(found.scaled, size=size) | {"ece10_ci95": ece_ci95(marks["scaled"], world)}
         bins = {"raw": found.raw.bins(300), "scaled": found.scaled and found.scaled.bins(300)}
         return {"before": before, "after": after, "bins": bins}
 
@@ -131,10 +159,12 @@ def final_metrics(
     for name, forwards in sets.items():
         if forwards is None:
             entries |= {f"{name}_{key}{suffix}": None for key in keys for suffix in ("", "_t")}
+            entries |= {f"{name}_ece10{suffix}_ci95": None for suffix in ("", "_t")}
             continue
         found = pieces.get(name, lambda name=name: measured(name))
         before, after, bins[name] = found["before"], found["after"], found["bins"]
         keys = [m.key for m in metrics.shown(metrics.TOKENS, "final") if m.key in before]
         entries |= {f"{name}_{key}": before[key] for key in keys} | {f"{name}_{key}_t": after.get(key) for key in keys}
+        entries |= {f"{name}_ece10{end}_ci95": of.get("ece10_ci95") for end, of in (("", before), ("_t", after))}
         entries[f"{name}_tokens"] = before["eval_tokens"]
     return entries, bins

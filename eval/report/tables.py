@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ from eval import metrics
 from eval.metrics import Metric
 from eval.report.claims import Verdict
 from eval.report.runs import Arm, reference, setting_differences, system_differences
-from eval.stats import holm, paired, summarize
+from eval.stats import ece_interval_of_bins, holm, paired, summarize
 from schedules.textlines import read_toml
 
 _TEXTS = read_toml(Path(__file__).with_name("notes.toml"))
@@ -109,13 +110,25 @@ def final_rows(arms: list[Arm]) -> list[Arm]:
     return rows
 
 
+def ece_under(arm: Arm, metric: Metric, split: str) -> str:
+    """The interval of an ECE of one seed: the run's own, over blocks, else one over tokens from its bins."""
+    if metric.key != "ece10":
+        return ""
+    run, found, how = arm.finished[0], None, ""
+    ends = run.summary.get(f"{split}_ece10{'_t' * arm.tempered}_ci95") or [None]
+    if None in ends and (found := run.calibration.get((split, "scaled" if arm.tempered else "raw"))):
+        ends, how = ece_interval_of_bins(*found.bins().values(), resamples=500), " by token"
+    return "" if None in ends else "[{}, {}]".format(*(metric.format(metric.scale * v) for v in ends)) + how
+
+
 def final_table(arms: list[Arm], split: str) -> Table | None:
     """A row an arm. Nothing is bold where settings differ, because then no arm is better."""
     rows, columns = final_rows(arms), metrics.shown(metrics.TOKENS + metrics.TEMPERED, "table")
     if not any(row.measured(m, split) for row in rows for m in columns if m.key != "temperature"):
         return None
     lead, note = {"seeds": [len(row.finished) for row in rows]}, NOTES["final"] if split == "val" else ""
-    return metric_table(rows, lead, columns, split, bold=not setting_differences(*rows), note=note)
+    bold, interval = not setting_differences(*rows), partial(ece_under, split=split)
+    return metric_table(rows, lead, columns, split, bold=bold, interval=interval, note=note)
 
 
 def summary_table(arms: list[Arm], split: str) -> Table | None:

@@ -36,6 +36,23 @@ def test_final_table_holds_mean_and_sd_in_the_units_of_its_head(tmp_path):
     assert tables.final_table(arms, "ood") is None
 
 
+def test_an_ece_of_one_seed_has_an_interval(tmp_path):
+    """The run's own; of a run that holds none, as older ones, that of its bins, which it says. Of two seeds their sd."""
+    own = {"val_ece10": 0.04, "val_ece10_ci95": [0.031, 0.052], "val_ece10_t_ci95": [0.0, 0.0123], "val_nll_t": 3.0}
+    folders = [write_run(tmp_path / "ce", summary=own), write_run(tmp_path / "b", config={"loss": "brier"}, summary={})]
+    for seed in (1, 2):
+        folders.append(write_run(tmp_path / f"d{seed}", config={"loss": "dpsm", "seed": seed}, summary=own))
+    arms = arms_of(*folders)
+    shown = {
+        name: row(tables.final_table(arms, "val"), name)["ECE 10 bins, % ↓"].sub for name in ("ce", "brier", "dpsm")
+    }
+    assert shown["ce"] == "[3.10, 5.20]" and shown["dpsm"] == "± 0.00"
+    assert row(tables.final_table(arms, "val"), "ce + temperature")["ECE 10 bins, % ↓"].sub == "[0.00, 1.23]"
+    low, high = map(float, shown["brier"].removesuffix(" by token").strip("[]").split(", "))
+    ece = 100 * arms[1].runs[0].calibration["val", "raw"].ece(10)
+    assert shown["brier"].endswith("] by token") and low < ece < high < low + 1  # 200,000 tokens
+
+
 def test_a_seed_without_a_value_is_said(tmp_path):
     arms = pairs(tmp_path, [{"val_brier": 0.5}, {"val_brier": 0.7}, {"val_brier": None}], [])
     assert row(tables.final_table(arms, "val"), "ce")["Brier 0 to 2 ↓"][:2] == ("0.6000", "± 0.1414, n = 2")
