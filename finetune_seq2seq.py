@@ -409,6 +409,7 @@ def main(argv: list[str] | None = None) -> int:
     for split, (rows, speed) in written.items():
         with user_errors():  # the summaries are on the disk; --resume takes another --bertscore
             how = dict(bertscore=cfg.bertscore, device=device.type, words=cfg.rouge_words)
+            how["path"] = out / f"predictions-{split}.jsonl"
             found = measure.generation_metrics(rows, speed, **how)
         entries |= {f"{split}_{k}": v for k, v in found.items()}
     summary = {

@@ -103,13 +103,30 @@ def auroc(answers: Judged) -> float | None:
     return float((ranks[answers.right].sum() - right * (right + 1) / 2) / (right * wrong))
 
 
+def kept_means(confidence: np.ndarray, quality: np.ndarray) -> np.ndarray:
+    """[N]: the mean quality [N] of the k most confident, for k from 1; of equal confidences in an order drawn at random
+    the expectation."""
+    _, group = np.unique(-confidence, return_inverse=True)  # group 0 is the most confident
+    count = np.bincount(group)
+    return np.repeat(np.bincount(group, weights=quality) / count, count).cumsum() / np.arange(1, len(quality) + 1)
+
+
+def rejection_ratio(confidence: Sequence[float], quality: Sequence[float]) -> float | None:
+    """Prediction-rejection ratio, over all shares that are rejected: with A the mean of `kept_means`,
+
+        (A(confidence) - mean quality) / (A(quality) - mean quality)
+
+    1 where the worst are rejected first, 0 for chance, below it for worse than chance (Malinin et al., 2017; of
+    generated text Fadeeva et al., LM-Polygraph, 2023). Both [N], of any scale; None where all qualities are equal."""
+    sure, good = np.asarray(confidence, dtype=np.float64), np.asarray(quality, dtype=np.float64)
+    best = kept_means(good, good).mean() - good.mean()
+    return float((kept_means(sure, good).mean() - good.mean()) / best) if np.ptp(good) > 0 else None
+
+
 def risk_coverage(answers: Judged) -> tuple[np.ndarray, np.ndarray]:
     """(coverage [N], risk [N]): of the k most confident answers the share of all, and of wrong ones."""
-    _, group = np.unique(-answers.confidence, return_inverse=True)  # group 0 is the most confident
-    count = np.bincount(group)
-    share_wrong = np.bincount(group, weights=~answers.right) / count
     kept = np.arange(1, len(answers.right) + 1)
-    return kept / len(kept), np.repeat(share_wrong, count).cumsum() / kept
+    return kept / len(kept), kept_means(answers.confidence, ~answers.right)
 
 
 def figures(answers: Judged, *, seed: int = 0) -> dict:

@@ -85,6 +85,12 @@ SUMMARIES = (
     Metric("empty", "empty", "summaries", "lower", digits=0),
     Metric("generate_tokens_per_second", "decoding", "tokens/s", "higher", digits=0),
 )
+# What a summary's probability, of all its tokens and a token, tells of its ROUGE-Lsum.
+SUMMARY_CONFIDENCE = tuple(
+    Metric(f"{key}_{kind}", name, f"log p {of}", "higher", digits=3)
+    for kind, of in (("sequence", "of all"), ("token", "a token"))
+    for key, name in (("spearman", "Spearman"), ("prr", "rejection ratio"))
+)
 # Of answers to GSM8K, see eval.answers.
 ANSWERS = (
     Metric("pass_at_1_strict", "pass@1", "strict, %", "higher", 100, 2),

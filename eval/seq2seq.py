@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from data.summaries import SummaryTokenizer, TokenPairs
+from eval.rows import write_rows
 from eval.summaries import (
     ROUGE,
     bert_model,
     bert_score,
+    confidence_metrics,
     files2rouge_scores,
     rouge_scores,
     summary_metrics,
@@ -69,13 +71,25 @@ def forward(model, source: Tensor, mask: Tensor | None, labels: Tensor, device: 
 
 
 def generation_metrics(
-    rows: list[dict], speed: float | None, *, bertscore: str = "", device: str = "cpu", words: str = "ascii"
+    rows: list[dict],
+    speed: float | None,
+    *,
+    bertscore: str = "",
+    device: str = "cpu",
+    words: str = "ascii",
+    path: Path | None = None,
 ) -> dict:
     """All of eval.summaries about ``rows`` (of write_predictions), ROUGE of ``words``, BERTScore where ``bertscore``
-    names a model, the share of searches that ended before the limit, and tokens a summary. Raises ValueError for a
-    model that cannot be loaded."""
+    names a model, the share of searches that ended before the limit, tokens a summary, and what a summary's probability
+    tells of its ROUGE-Lsum. ``path``: gets the rows, each with its ROUGE. Raises ValueError for a model that cannot be
+    loaded."""
     texts = [[row[name] for row in rows] for name in ("prediction", "reference")]
-    out = summary_metrics(*texts, words=words)
+    scores = rouge_scores(*texts, words=words)
+    if path:
+        write_rows(path, [row | {name: of[i] for name, of in scores.items()} for i, row in enumerate(rows)])
+    out = summary_metrics(*texts, words=words, scores=scores)
+    sums, tokens = ([row.get(name) for row in rows] for name in ("log_p", "tokens"))  # older rows have no log_p
+    out |= confidence_metrics(sums, tokens, scores["rougeLsum"])
     out |= {"ended": statistics.fmean(r["ended"] for r in rows), "generate_tokens_per_second": speed}
     out["summary_tokens"] = statistics.fmean(r["tokens"] for r in rows)
     return out | (bert_score(*texts, bertscore, device=device) if bertscore else {})

@@ -19,9 +19,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy import stats
 from tqdm import tqdm
 
 from data.summaries import TokenPairs, collate, in_order
+from eval.answer_calibration import rejection_ratio
 from eval.rows import Parts, json_line, whole_rows, write_rows
 from eval.stats import bootstrap_interval
 from eval.text import distinct_n, unicode_words
@@ -120,11 +122,16 @@ def _f1(predictions, references, names: dict, tokenizer, lines: Callable[[str], 
 
 
 def rouge(
-    predictions: Sequence[str], references: Sequence[str], *, resamples: int = 1000, words: str = "ascii"
+    predictions: Sequence[str],
+    references: Sequence[str],
+    *,
+    resamples: int = 1000,
+    words: str = "ascii",
+    scores: Mapping[str, Sequence[float | None]] | None = None,
 ) -> dict[str, float | None]:
-    """`intervals` of `rouge_scores`, how many pairs are unmeasured, and the share of the references' letters and digits
-    that are in no word; a line in the log where there are any."""
-    scores = rouge_scores(predictions, references, words=words)
+    """`intervals` of `rouge_scores`, which ``scores`` are where they are known, how many pairs are unmeasured, and the
+    share of the references' letters and digits that are in no word; a line in the log where there are any."""
+    scores = scores or rouge_scores(predictions, references, words=words)
     letters = [c for text in references for c in text if c.isalnum()]
     passed = 0 if words == "unicode" else sum(not c.isascii() for c in letters)
     unmeasured, unread = scores["rouge1"].count(None), passed / max(len(letters), 1)
@@ -167,11 +174,41 @@ def lengths(predictions: Sequence[str], references: Sequence[str]) -> dict[str, 
     }
 
 
-def summary_metrics(
-    predictions: Sequence[str], references: Sequence[str], *, words: str = "ascii"
+def confidence_metrics(
+    log_p: Sequence[float | None], tokens: Sequence[int], quality: Sequence[float | None], *, resamples: int = 500
 ) -> dict[str, float | None]:
-    """All of the above for one set of pairs, as means, and distinct_1 and distinct_2 of predictions and references."""
-    out = {"examples": len(predictions)} | rouge(predictions, references, words=words)
+    """What a summary's probability tells of its ``quality``, such as ROUGE: Spearman's rank correlation and the
+    `rejection_ratio`, of the sum of log p (spearman_sequence, prr_sequence) and of its mean a token (.._token).
+
+    Each has its 95 % percentile bootstrap interval over texts, _low and _high. Texts without one of the two numbers are
+    left out. All is None for fewer than three texts, and where one side is the same in all."""
+    known = [(p, p / max(1, n), q) for p, n, q in zip(log_p, tokens, quality, strict=True) if None not in (p, q)]
+    sequence, token, good = np.array(known, dtype=np.float64).reshape(-1, 3).T
+    picks = np.random.default_rng(0).integers(0, max(1, len(known)), size=(resamples, len(known)))
+    measures = {"spearman": rank_correlation, "prr": rejection_ratio}
+    out = {}
+    for kind, sure in (("sequence", sequence), ("token", token)):
+        for name, measure in measures.items():
+            value, drawn = None, []
+            if len(known) > 2 and np.ptp(sure) > 0 and np.ptp(good) > 0:
+                value = measure(sure, good)
+                drawn = [v for pick in picks if (v := measure(sure[pick], good[pick])) is not None]
+            low, high = np.quantile(drawn, [0.025, 0.975]).tolist() if drawn else (None, None)
+            out |= {f"{name}_{kind}": value, f"{name}_{kind}_low": low, f"{name}_{kind}_high": high}
+    return out
+
+
+def rank_correlation(a: np.ndarray, b: np.ndarray) -> float | None:
+    """Spearman's, ties having their mean rank; None where one side is constant."""
+    return float(stats.spearmanr(a, b).statistic) if np.ptp(a) > 0 and np.ptp(b) > 0 else None
+
+
+def summary_metrics(
+    predictions: Sequence[str], references: Sequence[str], *, words: str = "ascii", scores: Mapping | None = None
+) -> dict[str, float | None]:
+    """All of the above that texts alone tell, for one set of pairs, as means, and distinct_1 and distinct_2 of
+    predictions and references. ``scores`` as in `rouge`."""
+    out = {"examples": len(predictions)} | rouge(predictions, references, words=words, scores=scores)
     out |= lengths(predictions, references)
     out |= {k: mean_of(v) for k, v in files2rouge_scores(predictions, references).items()}
     for n in (1, 2):
@@ -252,7 +289,8 @@ def write_predictions(
     Each batch is appended to this rank's part file beside ``path`` when it is done. What the parts of an earlier,
     killed call hold under the same ``key`` (say, the step of the weights) is not made again. When all is there ``path``
     gets it in one piece and the parts go. Sources are padded to a ``multiple``. A row has index, id, key, prediction,
-    reference, tokens (EOS included), ended (by EOS, not by the limit) and score."""
+    reference, tokens (EOS included), ended (by EOS, not by the limit), score, and log_p: the sum of its tokens' log p,
+    nats, None without tokens."""
     everything = range(len(pairs))
     if len(done := by_index(whole_rows(path), key)) == len(pairs):
         return [done[i] for i in everything], None
@@ -271,7 +309,8 @@ def write_predictions(
                 text = pairs.tokenizer.decode(made.tokens[row, 0, :n].tolist())
                 fields = {"index": i, "id": pair.id, "key": key, "prediction": text, "reference": pair.summary}
                 fields |= {"tokens": n, "ended": bool(made.ended[row, 0]), "score": float(made.scores[row, 0])}
-                file.write(json_line(fields))
+                log_p = fields["score"] * n**options.length_penalty if n else None
+                file.write(json_line(fields | {"log_p": log_p}))
     done = by_index(parts.read(), key)
     if world.main:
         write_rows(path, (done[i] for i in everything))

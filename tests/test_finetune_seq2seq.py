@@ -79,6 +79,10 @@ def test_run_folder_is_complete(dpsm_run, capsys):
     made = predictions(out)
     assert [r["index"] for r in made] == list(range(10)) and made[3]["id"] == "test-2006"
     assert all(1 <= r["tokens"] <= 12 for r in made) and not list(out.glob("*.part*"))
+    assert sum(r["rougeLsum"] for r in made) / 10 == pytest.approx(summary["test_rougeLsum"], abs=1e-12)
+    scores = [r["log_p"] / r["tokens"] ** config["length_penalty"] for r in made]
+    assert scores == pytest.approx([r["score"] for r in made], rel=1e-12) and max(scores) < 0
+    assert {f"test_{k}_{kind}" for k in ("spearman", "prr") for kind in ("sequence", "token")} <= set(summary)
     nll = [r["nll"] for r in rows(out, "val")]
     assert nll[-1] < nll[0] and nll[-1] < math.log(303)
 

@@ -37,6 +37,7 @@ from eval.report.runs import (
     system_differences,
 )
 from eval.report.sources import other_files, usual
+from eval.report.summaries import summary_blocks
 from eval.report.tables import NOTES, Cell, label_cell, section, table_of
 
 SPLIT_NAMES = {"val": "validation", "test": "test", "ood": "out of domain"}
@@ -242,6 +243,7 @@ def build(folders: list[str | Path], title: str = "") -> Report:
     for split, name in SPLIT_NAMES.items():
         report.blocks += section(f"Results, {name}", tables.final_table(arms, split), kind="fold" if rivals else "h")
         report.blocks += section(f"Summaries, {name}", tables.summary_table(arms, split), kind="h3")
+        report.blocks += summary_blocks(arms, split, name)
     if not done:
         report.blocks.append(("p", "No run has finished: there are curves, and no final numbers yet."))
     report.blocks += answer_blocks(arms)

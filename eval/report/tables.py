@@ -131,16 +131,17 @@ def final_table(arms: list[Arm], split: str) -> Table | None:
     return metric_table(rows, lead, columns, split, bold=bold, interval=interval, note=note)
 
 
+def ends_under(arm: Arm, metric: Metric, split: str) -> str:
+    """The interval under ``metric``_low and _high of an arm with one seed, "" without."""
+    ends = [arm.values(f"{split}_{metric.key}_{end}") for end in ("low", "high")]
+    return " to ".join(metric.format(metric.scale * next(iter(end.values()))) for end in ends) if all(ends) else ""
+
+
 def summary_table(arms: list[Arm], split: str) -> Table | None:
     """What was generated for ``split``, a row an arm. None where nothing was.
 
     Of one seed a ROUGE has the bootstrap interval over texts that the run computed, of several ± sd over seeds."""
-    arms = [arm for arm in arms if arm.values(f"{split}_rouge1")]
-
-    def interval(arm: Arm, metric: Metric) -> str:
-        ends = [arm.values(f"{split}_{metric.key}_{end}") for end in ("low", "high")]
-        return " to ".join(metric.format(metric.scale * next(iter(end.values()))) for end in ends) if all(ends) else ""
-
+    arms, interval = [arm for arm in arms if arm.values(f"{split}_rouge1")], partial(ends_under, split=split)
     lead = {"texts": [f"{arm.mean(f'{split}_examples'):,.0f}" for arm in arms]}
     columns, bold = metrics.shown(metrics.SUMMARIES, "table"), not setting_differences(*arms)
     note = NOTES["summary"] + "".join(f" BERTScore: {name}." for name in said(arms, f"{split}_bertscore_hash"))

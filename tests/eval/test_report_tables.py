@@ -37,7 +37,7 @@ def test_final_table_holds_mean_and_sd_in_the_units_of_its_head(tmp_path):
 
 
 def test_an_ece_of_one_seed_has_an_interval(tmp_path):
-    """The run's own; of a run that holds none, as older ones, that of its bins, which it says. Of two seeds their sd."""
+    """The run's own; of a run without, as older ones, that of its bins, which it says. Of two seeds their sd."""
     own = {"val_ece10": 0.04, "val_ece10_ci95": [0.031, 0.052], "val_ece10_t_ci95": [0.0, 0.0123], "val_nll_t": 3.0}
     folders = [write_run(tmp_path / "ce", summary=own), write_run(tmp_path / "b", config={"loss": "brier"}, summary={})]
     for seed in (1, 2):
