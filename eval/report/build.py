@@ -252,6 +252,7 @@ def build(folders: list[str | Path], title: str = "") -> Report:
     report.blocks += filter(None, [report.figure("confidence", sure, NOTES["confidence_figure"])])
     if not rivals:  # with CE there would be as many as there are rules
         report.blocks += section("Differences from CE, validation", tables.delta_table(arms))
+        report.blocks += section("Over all settings", tables.settings_table(arms), kind="h3")
     note = NOTES["verdict"] + holm_words([*fot_tests, *dpsm_tests])
     report.blocks += section("The claims of DPSM", claimed and ("p", note))
     for i, label in enumerate(dict.fromkeys(v.arm for v in found)):

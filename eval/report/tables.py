@@ -1,6 +1,7 @@
 """The report's tables. A table is rows of cells; its columns of metrics are those that eval.metrics shows there."""
 
 import dataclasses
+import json
 import math
 from functools import partial
 from pathlib import Path
@@ -9,8 +10,8 @@ from typing import NamedTuple
 from eval import metrics
 from eval.metrics import Metric
 from eval.report.claims import Verdict
-from eval.report.runs import Arm, reference, setting_differences, system_differences
-from eval.stats import ece_interval_of_bins, holm, paired, summarize
+from eval.report.runs import Arm, differing, reference, setting_differences, system_differences
+from eval.stats import ece_interval_of_bins, holm, interquartile_mean, paired, stratified_bootstrap, summarize
 from schedules.textlines import read_toml
 
 _TEXTS = read_toml(Path(__file__).with_name("notes.toml"))
@@ -184,6 +185,32 @@ def delta_table(arms: list[Arm]) -> Table | None:
             size = t and f"{'+' if t.mean >= 0 else '-'}{metric.format(abs(t.mean))} ± {metric.format(t.sd)}"
             cells.append(Cell(size, f"p {p_text(p, '= ')}") if t else "-")
     return table_of(["arm", "minus", "pairs", *columns], body, 2, NOTES["delta"])
+
+
+def settings_table(arms: list[Arm]) -> Table | None:
+    """Of arms that ran in two settings or more, each beside CE there: the interquartile mean over settings and seeds of
+    the change from CE in per cent, with its stratified bootstrap interval."""
+    columns, groups, rows = metrics.shown(metrics.TOKENS, "delta"), {}, []
+    for arm in (arm for arm in arms if arm.finished and arm.loss != "ce"):
+        ce = reference(arm, arms, "ce")[0]
+        knobs = {k: v for k, v in arm.config.items() if arm.roles.get(k) != "setting"}
+        if ce:
+            groups.setdefault(json.dumps(knobs, sort_keys=True), []).append((arm, ce))
+    for found in (found for found in groups.values() if len(found) > 1):
+        first = found[0][0]
+        peers = [arm for arm in arms if arm.loss == first.loss]
+        label = first.label_of(first.loss, [k for k in differing(peers) if first.roles.get(k) != "setting"])
+        row = [Cell(label, colour=first.colour), len(found)]
+        for metric in columns:
+            sides = [zip(*shared(arm.measured(metric), ce.measured(metric)), strict=True) for arm, ce in found]
+            changes = [[100 * (x / y - 1) for x, y in side if y] for side in sides]
+            values = [v for seeds in changes for v in seeds]
+            low, high = stratified_bootstrap(changes) if all(changes) else (math.nan, math.nan)
+            interval = "" if math.isnan(low) else f"[{low:+.1f}, {high:+.1f}]"
+            row.append(Cell(f"{interquartile_mean(values):+.1f}", interval) if values else "-")
+        rows.append(row)
+    heads = (f"{m.name}|{m.unit.split(',')[0]}, change in %{ARROWS[m.better]}" for m in columns)
+    return table_of(["arm", "settings", *heads], rows, note=NOTES["settings"])
 
 
 def cost_table(arms: list[Arm]) -> Table | None:

@@ -72,14 +72,14 @@ def test_risk_is_the_mean_over_orders_of_equal_confidence(answers):
 
 
 def test_the_rejection_ratio_by_hand():
-    """Qualities 4, 2, 0 by falling confidence: kept means 4, 3, 2, of which 3 is the mean, over a base of 2. In another
+    """Qualities 8, 4, 0 by falling confidence: kept means 8, 6, 4, of which 6 is the mean, over a base of 4. In another
     order, and with ties at their expectation."""
-    quality = [4.0, 2.0, 0.0]
-    assert calibration.rejection_ratio([3, 2, 1], quality) == 1 and calibration.rejection_ratio([7, 7, 7], quality) == 0
-    assert calibration.rejection_ratio([1, 2, 3], quality) == pytest.approx((1 - 2) / (3 - 2))  # 0, 1, 2
-    assert calibration.rejection_ratio([2, 3, 1], quality) == pytest.approx(((2 + 3 + 2) / 3 - 2) / (3 - 2))
-    assert calibration.rejection_ratio([2, 2, 1], quality) == pytest.approx(((3 + 3 + 2) / 3 - 2) / (3 - 2))
-    assert calibration.rejection_ratio([1, 2, 3], [5.0] * 3) is None
+    ratio, quality = calibration.rejection_ratio, [8.0, 4.0, 0.0]
+    assert ratio([3, 2, 1], quality) == 1 and ratio([7, 7, 7], quality) == 0
+    assert ratio([1, 2, 3], quality) == pytest.approx((2 - 4) / (6 - 4))  # 0, 2, 4
+    assert ratio([2, 3, 1], quality) == pytest.approx(((4 + 6 + 4) / 3 - 4) / (6 - 4))
+    assert ratio([2, 2, 1], quality) == pytest.approx(((6 + 6 + 4) / 3 - 4) / (6 - 4))
+    assert ratio([1, 2, 3], [5.0] * 3) is None
 
 
 def test_the_interval_of_the_ece(answers):

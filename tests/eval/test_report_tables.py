@@ -4,6 +4,7 @@ import pytest
 from invented_runs import arms_of, pairs, row, write_run
 
 from eval.report import tables
+from eval.stats import stratified_bootstrap
 
 
 def test_final_table_holds_mean_and_sd_in_the_units_of_its_head(tmp_path):
@@ -96,6 +97,27 @@ def test_differences_from_ce_are_paired_by_seed_and_holm_corrected(tmp_path):
     assert row(table, "dpsm")["PPL per token ↓"][:2] == ("+0.20 ± 0.10", "p = 0.890")
     assert row(table, "brier")["PPL per token ↓"][:2] == ("+3.00 ± 1.73", "p = 1.000")
     assert row(table, "dpsm")["NLL after T nats per token ↓"].text == "-" and row(table, "dpsm")["pairs"].text == "3"
+
+
+def test_changes_over_settings_have_an_interquartile_mean(tmp_path):
+    """Two settings of two seeds, each beside its own CE: changes of -40, -20 and 0, 100 % in the ECE, whose middle half
+    is -20 and 0. One arm in one setting has no row, and a seed that CE lacks does not count."""
+    folders = []
+    for steps, eces in ((1000, (0.024, 0.032)), (500, (0.08, 0.16))):
+        base = 0.04 if steps == 1000 else 0.08
+        for seed, ece in enumerate(eces):
+            for loss, value in (("ce", base), ("dpsm", ece)):
+                config = {"loss": loss, "seed": seed, "steps": steps}
+                path = tmp_path / f"{loss}{steps}{seed}"
+                folders.append(write_run(path, config=config, summary={"val_ece10": value}))
+    folders.append(write_run(tmp_path / "more", config={"loss": "dpsm", "seed": 9}, summary={"val_ece10": 9.0}))
+    folders.append(write_run(tmp_path / "b", config={"loss": "brier", "seed": 0}, summary={}))
+    [line] = tables.settings_table(arms_of(*folders)).rows
+    cell = next(c for h, c in zip(tables.settings_table(arms_of(*folders)).head, line, strict=True) if h.text == "ECE")
+    assert (line[0].text, line[1].text, cell.text) == ("dpsm", "2", "-10.0")
+    low, high = stratified_bootstrap([[-40, -20], [0, 100]])
+    assert cell.sub == f"[{low:+.1f}, {high:+.1f}]"
+    assert tables.settings_table(arms_of(*(f for f in folders if "500" not in f.name))) is None
 
 
 def test_no_differences_without_two_pairs(tmp_path):
