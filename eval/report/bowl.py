@@ -162,8 +162,8 @@ def claim_row(name: str, deltas: list[float], level: float) -> list:
     mean, _, n = summarize(deltas)
     interval = " [{:+.3f}, {:+.3f}]".format(*t_interval(deltas)) if n > 1 else ""
     state, p = verdict(deltas, 0.0, alpha=level), claim_p(deltas, 0.0)
-    power = power_words(deltas, 0.0, "nats", level, 3) if state == "not powered" else ""
-    says = ", ".join([f"p {p_text(p, '= ')}"] * (n > 1) + [power] * bool(power))
+    power = power_words(deltas, 0.0, "nats", level, 3) if state == "not powered" else ()
+    says = ", ".join(filter(None, [f"p {p_text(p, '= ')}" * (n > 1), *power]))
     answer = toned(state, bold=state != "not powered")._replace(sub=says)
     return [name, Cell(f"{mean:+.3f}{interval}", f"n = {n}"), toned("yes" if mean <= 0 else "no"), answer]
 

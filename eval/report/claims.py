@@ -47,7 +47,7 @@ class Verdict(NamedTuple):
     holds: str  # "yes", "no" or "-": whether the point value satisfies the threshold
     verdict: str  # met, not met, not powered, information; or missing / not comparable / not measured and why
     p: float = math.nan  # of the mean being the threshold, before Holm; nan for what is not tested
-    power: str = ""  # of a claim that is not powered: what these seeds would find, and how many it needs
+    power: tuple[str, str] = ("", "")  # not powered: what these seeds would find; how many it needs
 
     @property
     def count(self) -> str:
@@ -82,14 +82,14 @@ def criterion_value(c: Criterion, a: Run, b: Run) -> float | None:
     return c.scale * (x - y) if c.kind == "difference" else 100 * (x / y - 1)
 
 
-def power_words(values: Sequence[float], threshold: float, unit: str, level: float, digits: int) -> str:
+def power_words(values: Sequence[float], threshold: float, unit: str, level: float, digits: int) -> tuple[str, str]:
     """What a test of ``values``, one a seed, at ``level`` would find with a chance of 80 %, as a distance of the mean
     from ``threshold``; and how many seeds would find the one that is there. The true sd is taken to be theirs."""
     mean, sd, n = summarize(values)
     if n < 2 or sd == 0:
-        return "needs 2 seeds or more" if n < 2 else ""
+        return "", "needs 2 or more" if n < 2 else ""
     needed = seeds_needed((mean - threshold) / sd, alpha=level)
-    return f"finds {sd * detectable(n, alpha=level):.{digits}f} {unit}, needs {needed or 'over 1,000'} seeds"
+    return f"finds {sd * detectable(n, alpha=level):.{digits}f} {unit}", f"needs {needed or 'over 1,000'} seeds"
 
 
 def holm_words(p_values: Sequence[float]) -> str:
@@ -109,7 +109,7 @@ def decided(row: Verdict, level: float) -> Verdict:
     if not c.claim:
         return row._replace(verdict="information")
     state = verdict(row.values, c.threshold, c.direction, alpha=level)
-    words = power_words(row.values, c.threshold, c.unit, level, digits_of(c)) if state == "not powered" else ""
+    words = power_words(row.values, c.threshold, c.unit, level, digits_of(c)) if state == "not powered" else ("", "")
     return row._replace(verdict=state, power=words)
 
 

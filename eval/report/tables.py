@@ -238,8 +238,8 @@ def verdict_table(found: list[Verdict]) -> Table | None:
     heads = "#", "criterion", "definition", "against", "value", "threshold", "holds here", "verdict"
     rows = []
     for v in found:
-        value = Cell(v.value, f"n = {v.count}" if v.values else "")
-        tested = ", ".join([f"p {p_text(v.p, '= ')}"] * (not math.isnan(v.p)) + [v.power] * bool(v.power))
-        verdict = toned(v.verdict, bold=True)._replace(sub=tested)
-        rows.append([*v.criterion[:3], v.against, value, v.threshold, toned(v.holds), verdict])
+        tested = [f"n = {v.count}"] * bool(v.values) + [f"p {p_text(v.p, '= ')}"] * (not math.isnan(v.p))
+        value, limit = Cell(v.value, ", ".join(tested)), Cell(v.threshold, v.power[0])
+        verdict = toned(v.verdict, bold=True)._replace(sub=v.power[1])
+        rows.append([*v.criterion[:3], v.against, value, limit, toned(v.holds), verdict])
     return table_of(heads, rows, left=8)
