@@ -64,7 +64,8 @@ def run(args) -> None:
     questions = args.question or QUESTIONS
     study = build(arms, items=args.items, checks=args.checks, questions=questions, seed=args.seed)
     write(args.out, study)
-    print(*study.said, sep="\n", file=sys.stderr)
+    for line in study.said:
+        print(line, file=sys.stderr)
     shown = len(study.page["items"])
     print(f"{args.out / PAGE}: {shown - args.checks} pairs of {len(arms)} arms and {args.checks} checks")
     print(f"Give raters this file alone; {args.out / KEY} says which side is which arm and stays with you.")
@@ -89,7 +90,7 @@ def files_of(paths: Sequence[Path], split: str | None = None) -> list[Path]:
 
 def names_of(paths: Sequence[Path]) -> list[str]:
     """The arms' names: their folders' or files', or their whole paths where two have one."""
-    names = [path.resolve().name for path in paths]
+    names = [path.resolve().name if path.is_dir() else path.stem for path in paths]
     return names if len(set(names)) == len(names) else [str(path) for path in paths]
 
 
@@ -187,68 +188,73 @@ def build(
     if not common:
         some = ", ".join(f"{name} has {next(iter(of))[:40]!r}" for name, of in arms.items())
         raise ValueError(f"the arms have no item in common: {some}; give arms of the same data")
-    said = [
-        f"left out, without a partner: {n} items of {name}" for name in names if (n := len(arms[name]) - len(common))
-    ]
+    alone = [f"{len(of) - len(common)} items of {name}" for name, of in arms.items() if len(of) > len(common)]
+    said = [f"left out, without a partner: {some}" for some in alone]
     rng.shuffle(common)
-    pairs = rng.sample(list(combinations(range(len(names)), 2)), len(names) * (len(names) - 1) // 2)
-    taken, begin, chosen, equal = Counter(), {pair: rng.randrange(2) for pair in pairs}, [], 0
-    for item in common:
-        differ = [(a, b) for a, b in pairs if texts[a][item].text.split() != texts[b][item].text.split()]
-        equal += not differ
-        if differ and len(chosen) < items:
-            pair = min(differ, key=taken.__getitem__)
-            left, right = pair if (taken[pair] + begin[pair]) % 2 else pair[::-1]
-            taken[pair] += 1
-            chosen.append({"id": item, "left": left, "right": right})
-    if not chosen:
-        raise ValueError(f"the arms wrote the same text for each of their {len(common)} items; nothing to compare")
-    said += [f"left out, all arms wrote the same: {equal} of {len(common)} items"] if equal else []
-    if len(chosen) < items:
-        said.append(f"--items {items}: there are {len(chosen)}, all of them are taken")
-    counts = [taken[pair] for pair in pairs]
-    if max(counts) - min(counts) > 1:
-        shown = ", ".join(f"{names[a]} and {names[b]} {taken[a, b]}" for a, b in sorted(pairs))
-        said.append(f"the pairs of arms are not balanced, where two wrote the same: {shown}")
-    asked, broken, sides = {entry["id"] for entry in chosen}, {}, rng.sample(("left", "right"), 2)
-    for item in sorted(common, key=asked.__contains__):  # those that are not asked about first
-        arm = len(broken) % len(names)
-        if len(broken) < checks and (text := shuffled(texts[arm][item].text, rng)):
-            broken[item] = {"id": item, "left": arm, "right": arm, "broken": sides[len(broken) % 2]}, text
-    if len(broken) < checks:
-        raise ValueError(f"--checks {checks}: only {len(broken)} texts can be shuffled; give fewer checks")
-    both = [(entry, "") for entry in chosen] + [*broken.values()]
+    asked = _pairs(texts, common, items, rng, names, said)
+    both = [(entry, "") for entry in asked] + _checks(texts, common, checks, rng, {entry["id"] for entry in asked})
     rng.shuffle(both)
-    keyed, shown, referred = [], [], 0
-    for number, (entry, text) in enumerate(both, 1):
+    shown, keyed, referred = [], [], 0
+    for number, (entry, broken) in enumerate(both, 1):
         sides = {side: texts[entry[side]][entry["id"]].text for side in ("left", "right")}
-        sides |= {entry["broken"]: text} if text else {}
+        sides |= {entry["broken"]: broken} if broken else {}
         found = [of[entry["id"]] for of in texts]
-        source, reference = (next(filter(None, values), "") for values in zip(*(t[1:] for t in found), strict=True))
-        referred += not source and bool(reference)
+        source = next((text.source for text in found if text.source), "")
+        reference = next((text.reference for text in found if text.reference), "")
+        referred += bool(reference and not source)
         label = "Source" if source else "Reference"
         shown.append({"item": str(number), "label": label, "source": source or reference} | sides)
         keyed.append({"item": str(number)} | entry)
-    if referred:
-        said.append(f"no source text, so the reference is shown: {referred} of {len(both)} pairs (--sources FILE)")
-    if bare := sum(not entry["source"] for entry in shown):
-        said.append(f"neither source text nor reference to show: {bare} of {len(both)} pairs (--sources FILE)")
+    bare = sum(not item["source"] for item in shown)
+    for count, what in ((referred, "the reference is shown"), (bare, "and no reference either")):
+        said += [f"no source text, {what}: {count} of {len(shown)} pairs (--sources FILE gives it)"] if count else []
     key = {"arms": names, "questions": questions, "seed": seed, "left_out": said, "items": keyed}
     page = {"questions": questions, "items": shown}
     name = hashlib.sha256(json.dumps([page, key]).encode()).hexdigest()[:12]
     return Study({"study": name} | page, {"study": name} | key, said)
 
 
+def _pairs(texts, common: Sequence[str], items: int, rng: random.Random, names: Sequence[str], said: list[str]):
+    """An entry of the key for each item that is asked about: its id and the arms on its sides."""
+    pairs = rng.sample(every := list(combinations(range(len(texts)), 2)), len(every))
+    taken, begin, asked, equal = dict.fromkeys(every, 0), {pair: rng.randrange(2) for pair in pairs}, [], 0
+    for item in common:
+        differ = [(a, b) for a, b in pairs if texts[a][item].text.split() != texts[b][item].text.split()]
+        equal += not differ
+        if differ and len(asked) < items:
+            pair = min(differ, key=taken.__getitem__)
+            left, right = pair if (taken[pair] + begin[pair]) % 2 else pair[::-1]
+            taken[pair] += 1
+            asked.append({"id": item, "left": left, "right": right})
+    if not asked:
+        raise ValueError(f"the arms wrote the same text for each of their {len(common)} items; nothing to compare")
+    said += [f"left out, all arms wrote the same: {equal} of {len(common)} items"] if equal else []
+    said += [f"--items {items}: there are {len(asked)}, all of them are taken"] if len(asked) < items else []
+    if max(taken.values()) - min(taken.values()) > 1:
+        counts = ", ".join(f"{names[a]} and {names[b]} {count}" for (a, b), count in taken.items())
+        said.append(f"the pairs of arms are not balanced, where two wrote the same: {counts}")
+    return asked
+
+
+def _checks(texts, common: Sequence[str], checks: int, rng: random.Random, asked: set[str]) -> list[tuple[dict, str]]:
+    """(entry of the key, shuffled text) of each check, of items that are not ``asked`` about as far as there are."""
+    found, sides = [], rng.sample(("left", "right"), 2)
+    for item in sorted(common, key=asked.__contains__):
+        arm = len(found) % len(texts)
+        if len(found) < checks and (broken := shuffled(texts[arm][item].text, rng)):
+            found.append(({"id": item, "left": arm, "right": arm, "broken": sides[len(found) % 2]}, broken))
+    if len(found) < checks:
+        raise ValueError(f"--checks {checks}: only {len(found)} texts can be shuffled; give fewer checks")
+    return found
+
+
 def to_html(page: dict) -> str:
     """The page as one file, which fetches nothing and runs no script but its own: others' texts are data in it."""
     html = read_text(Path(__file__).with_name("page.html"))
-    digests = {
-        tag: base64.b64encode(
-            hashlib.sha256(re.search(f"<{tag}>(.*)</{tag}>", html, re.S)[1].encode()).digest()
-        ).decode()
-        for tag in ("style", "script")
-    }
-    policy = "; ".join(["default-src 'none'", *(f"{tag}-src 'sha256-{digest}'" for tag, digest in digests.items())])
+    policy = "default-src 'none'; base-uri 'none'; form-action 'none'"
+    for tag in ("style", "script"):
+        digest = hashlib.sha256(re.search(f"<{tag}>(.*)</{tag}>", html, re.S)[1].encode()).digest()
+        policy += f"; {tag}-src 'sha256-{base64.b64encode(digest).decode()}'"
     data = json.dumps(page, ensure_ascii=False).replace("<", "\\u003c")
     return html.replace("{{policy}}", policy).replace("{{data}}", data)
 

@@ -1,6 +1,7 @@
 """A Chromium that a test drives through its DevTools protocol, over two pipes: pages, keys, pictures."""
 
 import base64
+import fcntl
 import json
 import os
 import select
@@ -31,25 +32,30 @@ class Browser:
         self.downloads.mkdir(parents=True)
         theirs, self._write = os.pipe()
         self._read, answers = os.pipe()
+        high = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (theirs, answers)]  # not in the way of 3 and 4
         line = [chromium(), *FLAGS, f"--user-data-dir={folder / 'profile'}", "about:blank"]
-        pipes = ["sh", "-c", f'exec "$@" 3<&{theirs} 4>&{answers}', "sh", *line]  # the numbers that Chromium expects
-        self.process = subprocess.Popen(pipes, pass_fds=(theirs, answers), stderr=subprocess.DEVNULL)
-        os.close(theirs)
-        os.close(answers)
+        line = ["bash", "-c", f'exec "$@" 3<&{high[0]} 4>&{high[1]}', "bash", *line]  # the numbers that it expects
+        self.process = subprocess.Popen(line, pass_fds=high, stderr=subprocess.DEVNULL)
+        for end in (theirs, answers, *high):
+            os.close(end)
         self._rest, self._number, self._session, self.events = b"", 0, None, []
         targets = self("Target.getTargets")["targetInfos"]
         page = next(t["targetId"] for t in targets if t["type"] == "page")
         self._session = self("Target.attachToTarget", targetId=page, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Network", "Log"):
             self(f"{domain}.enable")
+        self("Emulation.setFocusEmulationEnabled", enabled=True)
         self("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(self.downloads))
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
-        self.process.kill()
-        self.process.wait()
+        try:
+            self("Browser.close")
+            self.process.wait(20)
+        finally:
+            self.process.kill()
         os.close(self._write)
         os.close(self._read)
 
