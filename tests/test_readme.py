@@ -20,6 +20,8 @@ RUN_BY = {
     "eval.campaign": "eval.test_campaign.test_recipes_run_side_by_side_go_on_and_say_what_failed",
     "eval.gsm8k": "eval.test_gsm8k.test_command_line",
     "eval.method_comparison": "test_finetune_gsm8k_answers.test_a_row_of_no_run_is_refused",
+    "eval.preference make": "eval.test_preference.test_folders_of_runs",
+    "eval.preference tally": "eval.test_preference.test_votes_are_counted_for_the_arms",
     "eval.report": "eval.test_report_terminal.test_the_command_prints_a_table_that_fits",
     "eval.verdicts": "eval.test_verdicts.test_two_files",
     "kernels.audit": "kernels.test_audit.test_kernels_compile_for_gpus_without_one",
@@ -51,7 +53,7 @@ def called(words: list[str]) -> tuple[str, list[str]]:
         return "", []
     if words[at] != "-m":
         return words[at].removesuffix(".py"), words[at + 1 :]
-    parts = 2 if words[at + 1] == "schedules" else 1
+    parts = 2 if words[at + 1] in ("schedules", "eval.preference") else 1
     return " ".join(words[at + 1 : at + 1 + parts]), words[at + 1 + parts :]
 
 

@@ -100,12 +100,14 @@ def add_flags(add) -> None:
 
 
 def run(args) -> None:
-    key = read_key(args.key or args.votes[0].parent / KEY)
+    place = args.key or args.votes[0].parent / KEY
+    key = read_key(place)
     raters, dropped = [read_votes(path, key) for path in args.votes], []
     for a, b in combinations(range(len(raters)), 2):
         if raters[a].name == raters[b].name:
             both = f"{args.votes[a]} and {args.votes[b]}"
-            raise ValueError(f"votes of rater {raters[a].name!r} twice, in {both}; give the later file alone")
+            way = "give the later file alone, or, if they are two people, change one's name in it"
+            raise ValueError(f"votes of rater {raters[a].name!r} twice, in {both}; {way}")
     shown = [describe_rater(rater, key) for rater in raters]
     if args.drop_inattentive is not None:
         dropped = [rater for rater in raters if rater.checks(key)[0] > args.drop_inattentive]
@@ -114,6 +116,8 @@ def run(args) -> None:
             raise ValueError(f"all {len(dropped)} raters failed more than {args.drop_inattentive} attention checks")
     results, says = tally(key, raters)
     strengths, more = ranking(key, raters) if len(key.arms) > 2 else ({}, [])
+    if args.json and args.json.resolve() in {path.resolve() for path in (place, *args.votes)}:
+        raise ValueError(f"--json {args.json} would write over what is read; give another name")
     if args.json:
         write_json(args.json, as_json(key, raters, dropped, results, strengths))
     checks = sum(bool(item.broken) for item in key.items.values())
@@ -162,7 +166,7 @@ def read_votes(path: Path, key: Key) -> Rater:
     if row.get("study") != key.study:
         raise ValueError(f"{path}: votes of study {str(row.get('study'))[:40]!r}, the key is of {key.study!r}")
     name, given = row.get("rater"), row.get("votes")
-    if not isinstance(name, str) or not name.strip() or not isinstance(given, list):
+    if not isinstance(name, str) or not name.strip() or not name.isprintable() or not isinstance(given, list):
         raise ValueError(f"{path}: no rater with a list of votes; {BROKEN}")
     votes = {}
     for number, vote in enumerate(given, 1):
@@ -254,6 +258,8 @@ def bradley_terry(wins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         moved, strength = np.abs(np.log(new / strength)).max(), new
         if moved < 1e-12:
             break
+    else:
+        raise ValueError("some arms hardly ever won against others")
     chance = strength[:, None] / (strength[:, None] + strength)  # that the row beats the column
     spread = games * chance * chance.T
     bread = np.linalg.pinv(np.diag(spread.sum(1)) - spread)
@@ -306,7 +312,7 @@ def describe_rater(rater: Rater, key: Key) -> str:
 
 def describe(r: Result) -> str:
     """Lines for people."""
-    alpha = "not defined" if r.alpha is None else f"{r.alpha:.3f}"
+    alpha = "-" if r.alpha is None else f"{r.alpha:.3f}"
     agree = f"; {r.raters} raters, alpha {alpha}" if r.raters > 1 else ""
     rate, tied = f"{100 * r.rate:.1f} % ({100 * r.low:.1f} to {100 * r.high:.1f})", len(r.scores) - r.won - r.lost
     return (
@@ -326,7 +332,8 @@ def by_item(key: Key, results: Sequence[Result]) -> Iterator[str]:
         for name, value in r.scores.items():
             shares[name, f"{r.first} over {r.second}"][r.question] = f"{value:.2f}"
     for (name, pair), by_question in shares.items():
-        yield f"  {key.items[name].id}  {pair}  {'  '.join(by_question.get(q, '-') for q in key.questions)}"
+        shown = repr(key.items[name].id[:60])[1:-1]  # a prompt may have several lines
+        yield f"  {shown}  {pair}  {'  '.join(by_question.get(q, '-') for q in key.questions)}"
 
 
 def as_json(key: Key, raters, dropped, results: Sequence[Result], strengths: Mapping[str, list[Strength]]) -> dict:

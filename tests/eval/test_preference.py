@@ -279,6 +279,7 @@ def test_votes_are_counted_for_the_arms(made, capsys, tmp_path):
     assert (
         f"  {by_id[odd[0]]}  plain over fancy  0.25" in lines and f"  {by_id[odd[1]]}  plain over fancy  0.50" in lines
     )
+    refused(capsys, "would write over", lambda: main(["tally", one, "--json", str(folder / "KEY.json")]), folder)
     written = json.loads((tmp_path / "out.json").read_text())
     assert written["results"][0]["scores"][by_id[odd[1]]] == 0.5 and len(written["results"][0]["scores"]) == 12
     assert written["results"][0]["rate"] == pytest.approx(rate) and written["raters"][1]["left_out"] is False
@@ -336,6 +337,7 @@ GOOD = {"item": "1", "question": "Better?", "choice": "left", "seconds": 1}
     [
         ({"study": "0" * 12}, "votes of study '000000000000', the key is of"),
         ({"rater": " "}, "no rater with a list of votes"),
+        ({"rater": "\x1b[2J"}, "no rater with a list of votes"),
         ({"votes": []}, "no votes yet of rater 'r'"),
         ({"votes": [GOOD | {"item": "99"}]}, "vote 1 is none of this study"),
         ({"votes": [GOOD | {"choice": "a"}]}, "vote 1 is none of this study"),

@@ -151,6 +151,19 @@ def test_raters_have_other_orders_and_the_same_sides(page):
     assert seen["one"] != seen["two"]
 
 
+def test_two_tabs_of_a_rater_keep_what_both_answered(page):
+    page.press("x", "Enter", "1", "1", "Enter")
+    # As the other tab writes it, and as the browser tells this one.
+    page.value("""{
+        const kept = JSON.parse(localStorage.getItem(HERE + ":x"));
+        kept[STUDY.items[order[5]].item] = { 0: { choice: "tie", seconds: 1 } };
+        localStorage.setItem(HERE + ":x", JSON.stringify(kept));
+        dispatchEvent(new StorageEvent("storage", { key: HERE + ":x" }));
+    }""")
+    page.press("3")
+    assert page.value("Object.keys(JSON.parse(localStorage.getItem(HERE + ':x'))).length") == 3
+
+
 def test_a_source_folds_and_the_keys_that_are_not_ours_do_nothing(page):
     page.press("x", "Enter")
     while page.value("$('fold').open"):
