@@ -1,10 +1,10 @@
 """Counts the votes of a study.
 
 The item is the unit: an item's votes are averaged, a tie counts half. The interval of a win rate is Wilson's (1927)
-over the items, 95 %; where votes tie or raters differ it is wider than it need be. The sign test asks whether the items
-that each arm won are as many; tied ones are left out. Holm's p is over all tests that are printed. With more than two
-arms there are Bradley and Terry's (1952) strengths, log odds that sum to 0, whose 95 % intervals allow for the votes on
-one item going together. Agreement is Krippendorff's alpha, nominal: for the first arm, for the second, a tie.
+over the items, 95 %, with their effective number. The sign test asks whether the items that each arm won are as many;
+tied ones are left out. Holm's p is over all tests that are printed. With more than two arms there are Bradley and
+Terry's (1952) strengths, log odds that sum to 0, whose 95 % intervals allow for the votes on one item going together.
+Agreement is Krippendorff's alpha, nominal: for the first arm, for the second, a tie.
 """
 
 import math
@@ -190,15 +190,22 @@ def share(vote: Vote, item: Item, first: int) -> float:
     return float((item.left if vote.choice == "left" else item.right) == first)
 
 
-def wilson(rate: float, n: int) -> tuple[float, float]:
-    """Wilson's score interval (JASA, 1927) of a share, at 95 %; nan for none.
-
-    For means of ``n`` values in [0, 1] too: their variance is at most rate (1 - rate), that of zeros and ones."""
-    if not n:
-        return math.nan, math.nan
+def wilson(rate: float, n: float) -> tuple[float, float]:
+    """Wilson's score interval (JASA, 1927) at 95 % of a share of ``n``, above 0, whole or effective."""
     middle, scale = rate + Z * Z / (2 * n), 1 + Z * Z / n
     half = Z * math.sqrt(max(rate * (1 - rate), 0) / n + (Z / (2 * n)) ** 2)
     return max((middle - half) / scale, 0.0), min((middle + half) / scale, 1.0)
+
+
+def win_rate(scores: Sequence[float]) -> tuple[float, float, float]:
+    """The mean of items' shares in [0, 1] and its interval, Wilson's with the effective number of items.
+
+    That is how many items of zeros and ones would have a mean of that variance (Kish's design effect; Dean and Pagano,
+    Journal of Survey Statistics and Methodology, 2015): more than there are where votes tie or are averaged. Where all
+    items have one share the variance says nothing, and it is their number."""
+    rate = statistics.fmean(scores)
+    spread = statistics.fmean((score - rate) ** 2 for score in scores)
+    return rate, *wilson(rate, len(scores) * (rate * (1 - rate) / spread if spread else 1))
 
 
 def tally(key: Key, raters: Sequence[Rater]) -> tuple[list[Result], list[str]]:
@@ -215,7 +222,6 @@ def tally(key: Key, raters: Sequence[Rater]) -> tuple[list[Result], list[str]]:
             if not scores:
                 says[f"no votes on {key.arms[a]} and {key.arms[b]}: {question}"] = None
                 continue
-            rate = statistics.fmean(scores.values())
             won, lost = sum(s > 0.5 for s in scores.values()), sum(s < 0.5 for s in scores.values())
             alpha, votes = None, sum(map(len, given))
             try:
@@ -224,7 +230,7 @@ def tally(key: Key, raters: Sequence[Rater]) -> tuple[list[Result], list[str]]:
                 says[str(e)] = None
             p, of = mcnemar_exact(won, lost), (question, key.arms[a], key.arms[b], scores, votes)
             raters_here = sum(map(bool, given))
-            results.append(Result(*of, rate, *wilson(rate, len(scores)), won, lost, p, math.nan, alpha, raters_here))
+            results.append(Result(*of, *win_rate([*scores.values()]), won, lost, p, math.nan, alpha, raters_here))
     adjusted = holm([result.p for result in results])
     return [r._replace(holm=p) for r, p in zip(results, adjusted, strict=True)], list(says)
 

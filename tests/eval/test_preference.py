@@ -18,7 +18,7 @@ from scipy.stats import binomtest
 
 from eval.preference.__main__ import main
 from eval.preference.study import Text, build, read_arms, shuffled, to_html
-from eval.preference.tally import agreement, bradley_terry, read_key, read_votes, wilson
+from eval.preference.tally import agreement, bradley_terry, read_key, read_votes, wilson, win_rate
 
 WORDS = "the farm has two sheep and a cow which nobody has seen before".split()
 EVIL = "</script><script>document.title = 'gone'</script><!--<img src=x onerror=alert(1)> {{data}} \u2028 & \\"
@@ -104,6 +104,8 @@ def test_a_study_is_told_by_its_arguments():
     assert study == build(arms) and study.said == ["--items 200: there are 40, all of them are taken"]
     names = {s.key["study"] for s in (study, build(arms, seed=1), build(arms, questions=["?"]), build(arms, items=9))}
     assert len(names) == 4
+    nine = [{e["id"] for e in build(arms, items=9, checks=0, seed=seed).key["items"]} for seed in (0, 1)]
+    assert nine[0] != nine[1]  # a seed draws its items from all that there are
 
 
 def test_the_page_does_not_tell_the_arms_apart():
@@ -268,7 +270,7 @@ def test_votes_are_counted_for_the_arms(made, capsys, tmp_path):
     main(["tally", one, two, "--list", "--json", str(tmp_path / "out.json")])
     out = capsys.readouterr()
     rate = (0.5 * 0.5 + 0.5 * 1) / 12  # of plain: shares of a quarter and a half, and ten of none
-    low, high = (100 * end for end in wilson(rate, 12))
+    low, high = (100 * end for end in win_rate([0.25, 0.5, *[0] * 10])[1:])
     lines = out.out.splitlines()
     assert f"  plain over fancy: {100 * rate:.1f} % ({low:.1f} to {high:.1f}) in 24 votes on 12 items" in lines
     p = binomtest(0, 11).pvalue
@@ -393,19 +395,21 @@ def test_damaged_keys_and_votes_are_refused_or_read(made, tmp_path):
     read()
 
 
-def test_wilsons_interval():
-    """scipy's for counts; no narrower than it should be for ties and averages; never empty at the ends."""
+def test_the_interval_of_a_win_rate():
+    """scipy's Wilson interval for wins and losses; and one that holds as often as it says for ties and averages."""
     for won, n in ((0, 5), (3, 10), (10, 10), (57, 100)):
         expected = binomtest(won, n).proportion_ci(method="wilson")
-        assert wilson(won / n, n) == pytest.approx((expected.low, expected.high), abs=1e-12)
+        found = win_rate([1.0] * won + [0.0] * (n - won))
+        assert found == pytest.approx((won / n, expected.low, expected.high), abs=1e-12)
+    assert win_rate([0.5] * 8)[1:] == wilson(0.5, 8) and win_rate([1.0]) == (1.0, *wilson(1.0, 1))
     rng = np.random.default_rng(0)
     for chances in ((0.1, 0.8, 0.1), (0.2, 0.2, 0.6)):  # of 0, a tie, 1; two raters who partly agree
         first = rng.choice(3, (2000, 60), p=chances)
         second = np.where(rng.random(first.shape) < 0.5, first, rng.choice(3, first.shape, p=chances))
         truth = (chances[1] + 2 * chances[2]) / 2
-        ends = [wilson(rate, 60) for rate in ((first + second) / 4).mean(1)]
-        assert np.mean([low <= truth <= high for low, high in ends]) > 0.95
-    assert all(map(math.isnan, wilson(0.5, 0)))
+        ends = [win_rate(scores)[1:] for scores in ((first + second) / 4).tolist()]
+        # A standard error of 2,000 draws at 95 % is 0.5 %.
+        assert 0.935 < np.mean([low <= truth <= high for low, high in ends]) < 0.965
 
 
 # Wins of the row's team over the column's: Milwaukee, Detroit, Toronto, New York, Boston, Cleveland, Baltimore in 1987

@@ -10,7 +10,7 @@ from eval.preference.__main__ import main
 from eval.preference.study import Text, build, to_html
 
 GONE = "document.title = 'gone'"
-EVIL = f'</script><script>{GONE}</script><!-- <img src=x onerror="{GONE}"> \u202e \u2028 {{{{data}}}} \\'
+EVIL = f'</script><script>{GONE}</script><img src=x onerror="{GONE}"> <!-- \u202e \u2028 {{{{data}}}} \\'
 PAIRS = 5  # and 2 checks; two questions each
 
 
@@ -89,6 +89,7 @@ def test_a_rater_goes_through_the_study_by_keyboard_alone(page, study, capsys):
     for place in range(PAIRS + 2):
         assert shown(page)["count"] == f"{place + 1} of {PAIRS + 2}"
         choice = better(page, study)
+        assert page.value("document.images.length") == 0
         page.press({"1": "ArrowLeft", "3": "ArrowRight"}[choice] if place % 2 else choice)
         assert shown(page)["active"] == 1
         page.press("2" if place == 3 else choice)
@@ -110,7 +111,7 @@ def test_a_rater_goes_through_the_study_by_keyboard_alone(page, study, capsys):
     assert "100.0 %" in fluent and "in 5 votes on 5 items" in informative
     # Nothing was fetched, nothing in the texts ran, and the page's own policy had nothing to refuse.
     assert page.fetched() == [(study / "study.html").as_uri()] * len(page.fetched()) and not page.said()
-    assert page.value("document.title") == "Which text is better?" and page.value("document.images.length") == 0
+    assert page.value("document.title") == "Which text is better?"
 
 
 def test_it_goes_back_and_goes_on_after_a_reload(page, study):
