@@ -25,7 +25,7 @@ def chromium() -> str:
 
 
 class Browser:
-    """One page of a Chromium of its own, with its profile and its downloads in ``folder``."""
+    """A page of a Chromium of its own, which has its files and its downloads in ``folder``."""
 
     def __init__(self, folder: Path):
         self.downloads = folder / "downloads"
@@ -39,13 +39,19 @@ class Browser:
         for end in (theirs, answers, *high):
             os.close(end)
         self._rest, self._number, self._session, self.events = b"", 0, None, []
-        targets = self("Target.getTargets")["targetInfos"]
-        page = next(t["targetId"] for t in targets if t["type"] == "page")
+        self.anew()
+
+    def anew(self) -> None:
+        """A page that knows nothing of those before, in a profile of its own: what was kept in the browser is gone."""
+        self._session = None
+        profile = self("Target.createBrowserContext")
+        self("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(self.downloads), **profile)
+        page = self("Target.createTarget", url="about:blank", **profile)["targetId"]
         self._session = self("Target.attachToTarget", targetId=page, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Network", "Log"):
             self(f"{domain}.enable")
         self("Emulation.setFocusEmulationEnabled", enabled=True)
-        self("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(self.downloads))
+        self.events.clear()
 
     def __enter__(self):
         return self

@@ -39,11 +39,9 @@ def browser(tmp_path_factory):
 @pytest.fixture
 def page(browser, study):
     """The study, opened for the first time."""
-    browser.events.clear()
+    browser.anew()
     browser.look(1280, 800)
     browser.open(study / "study.html")
-    browser.value("localStorage.clear()")
-    browser.reload()
     return browser
 
 
@@ -225,8 +223,9 @@ def test_what_a_browser_kept_wrongly_is_said_and_asked_again(page):
 def test_questions_of_any_number_and_kind(browser, tmp_path):
     arms = {name: {str(i): Text(f"{name} {i}") for i in range(3)} for name in "ab"}
     (tmp_path / "study.html").write_text(to_html(build(arms, checks=0, questions=[EVIL, *map(str, range(9))]).page))
-    browser.open(tmp_path / "study.html")
+    browser.anew()
     browser.look(800, 600)
+    browser.open(tmp_path / "study.html")
     browser.press("x", "Enter", *"1231231231", "Enter")
     assert shown(browser)["count"] == "2 of 3" and browser.value("document.title") == "Which text is better?"
     assert browser.value("$('panel').offsetHeight <= 360 && $('fold').hidden")
