@@ -105,10 +105,17 @@ class Browser:
         self("Page.navigate", url=path.resolve().as_uri())
         self.until(f"document.readyState === 'complete' && location.href === {json.dumps(path.resolve().as_uri())}")
 
-    def reload(self) -> None:
-        self.value("window.before = true")
-        self("Page.reload")
-        self.until("document.readyState === 'complete' && !window.before")
+    def reload(self, expression: str) -> None:
+        """Again, until the expression is true. On a busy machine a page that is reloaded within milliseconds of a write
+        to its storage may see the storage of before; the next time it sees the write."""
+        for _ in range(10):
+            time.sleep(0.2)
+            self.value("window.before = true")
+            self("Page.reload")
+            self.until("document.readyState === 'complete' && !window.before")
+            if self.value(expression):
+                return
+        raise AssertionError(f"not after ten reloads: {expression}")
 
     def press(self, *keys: str) -> None:
         """Keys as a keyboard sends them: characters, or names as in CODES."""
