@@ -10,9 +10,7 @@ from itertools import permutations
 
 import numpy as np
 import pytest
-from fuzz import files_like, fuzzed_files, refusal
-from hypothesis import given
-from hypothesis import strategies as st
+from fuzz import many_files, refusal
 from refusals import refused
 from scipy.stats import binomtest
 
@@ -386,13 +384,15 @@ def test_damaged_keys_and_votes_are_refused_or_read(made, tmp_path):
     content["items"], votes["votes"] = content["items"][:5], votes["votes"][:5]
     path = tmp_path / "file.json"
 
-    @fuzzed_files
-    @given(st.tuples(st.just(True), files_like(content)) | st.tuples(st.just(False), files_like(votes)))
-    def read(case):
-        path.write_bytes(case[1])
-        refusal(lambda: read_key(path) if case[0] else read_votes(path, key))
+    def reads(reader):
+        def read(raw):
+            path.write_bytes(raw)
+            refusal(lambda: reader(path))
 
-    read()
+        return read
+
+    many_files(reads(read_key), content)
+    many_files(reads(lambda file: read_votes(file, key)), votes)
 
 
 def test_the_interval_of_a_win_rate():
