@@ -113,6 +113,12 @@ def parse_config(cls, argv: list[str] | None = None, description="", complete=la
     return cls(**values)
 
 
+def program() -> str:
+    """What runs, as an error begins: the script, or the package of a `python -m`."""
+    path = Path(sys.argv[0])
+    return path.parent.name if path.name == "__main__.py" else path.name
+
+
 @contextlib.contextmanager
 def user_errors():
     """Around set-up: turns a ValueError or OSError into one line on stderr and exit code 2."""
@@ -122,7 +128,7 @@ def user_errors():
         if os.environ.get("SCORECAST_TRACEBACK"):
             raise
         if int(os.environ.get("RANK", 0)) == 0:
-            print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(e).split())}", file=sys.stderr, flush=True)
+            print(f"{program()}: error: {' '.join(str(e).split())}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt as e:
         if type(e) is not KeyboardInterrupt:
