@@ -210,7 +210,8 @@ def timely(parser, *inputs):
     gc.disable()
     try:
         for tried in range(8):
-            time.sleep(0.1 * tried)
+            if tried:
+                time.sleep(0.1 * tried)
             started = time.thread_time()
             found = parser(*inputs)
             if time.thread_time() - started < MOST:
