@@ -204,7 +204,10 @@ def test_recipes_run_side_by_side_go_on_and_say_what_failed(corpus, tmp_path, mo
         assert (tmp_path / "runs" / "report" / "report.md").exists()
         before = [(d / "summary.json").stat().st_mtime_ns for d in done]
         capfd.readouterr()
-        assert campaign.main([str(recipe), "--jobs", "2", "--set", "data=/no/such", "--out", str(tmp_path / "b")]) != 0
+        fails = tmp_path / "fails.toml"
+        fails.write_text(recipe.read_text().replace("[1, 2, 3]", "[1]"))
+        monkeypatch.setattr(campaign.subprocess, "call", lambda line: 0)  # a report again shows nothing more
+        assert campaign.main([str(fails), "--jobs", "2", "--set", "data=/no/such", "--out", str(tmp_path / "b")]) != 0
         assert f"{tmp_path / 'b' / 'seed1'}.log" in capfd.readouterr().err
         assert campaign.main([str(recipe), "--jobs", "2"]) == 0
         assert before == [(d / "summary.json").stat().st_mtime_ns for d in done]
