@@ -220,7 +220,7 @@ def _trackio(path: Path) -> Iterator[tuple[int, dict]]:
     try:
         with sqlite3.connect(f"file:{path.resolve()}?mode=ro", uri=True) as base:
             rows = base.execute("SELECT id, run_name, step, metrics FROM metrics ORDER BY id").fetchall()
-    except sqlite3.Error as error:
+    except (sqlite3.Error, UnicodeDecodeError) as error:  # the latter in a message that quotes damaged bytes
         raise ValueError(f"{path}: not a project of trackio ({error})") from None
     for number, run, step, metrics in rows:
         try:

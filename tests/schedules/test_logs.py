@@ -116,6 +116,10 @@ def test_trackio(tmp_path):
     assert (a.name, b.name) == ("p:a", "p:b")
     with pytest.raises(ValueError, match="row 1: its metrics are not a JSON object"):
         read_curves(trackio(tmp_path / "q.db", ("a", 1, "{")))
+    damaged = tmp_path / "s.db"
+    damaged.write_bytes((tmp_path / "p.db").read_bytes().replace(b"tablemetricsmetrics", b"tablem\xd1tricsmetrics"))
+    with pytest.raises(ValueError, match="not a project of trackio"):
+        read_curves(damaged)
     with pytest.raises(ValueError, match="not a project of trackio"):
         read_curves(lines(tmp_path / "r.db", "step,loss"))
 
