@@ -43,6 +43,7 @@ class Job(NamedTuple):
     own: dict
 
 
+# What stands in a recipe.
 KEYS = {
     "script": "a text",
     "out": "a text",

@@ -11,11 +11,11 @@ A row with neither, such as a prompt alone, is passed over and counted.
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from schedules.textlines import read_json, read_rows
+from eval.rows import rows_with_places
 
 FIELDS = ("output", "outputs", "resps", "generated", "generation", "generated_text", "code", "completion", "response")
 FIELDS += ("model_output", "prediction")
@@ -48,7 +48,9 @@ def read_outputs(
     by_question = {_words(q): i for q, i in zip(questions, ids, strict=bool(questions)) if asked[_words(q)] == 1}
     known, split, samples = set(ids), ids[0].partition("/")[0], []
     ways, places, rest, first = Counter(), [], Counter(), None
-    for where, row in _rows(Path(path)):
+    path = Path(path)
+    path = path / "outputs.jsonl" if path.is_dir() else path  # of a run
+    for where, row in rows_with_places(path):
         row = row if isinstance(row, dict) else {"output": row}
         column = field or next((name for name in FIELDS if name in row), "")
         key = next((name for name in KEYS if name in row), None)
@@ -90,15 +92,6 @@ def read_outputs(
         ]
         said.append(f"{path}: {'; '.join(how)}")
     return samples
-
-
-def _rows(path: Path) -> Iterator[tuple[str, object]]:
-    """(where it stands, row)."""
-    path = path / "outputs.jsonl" if path.is_dir() else path  # of a run
-    if path.suffix == ".json":
-        yield from ((f"{path}, entry {i}", row) for i, row in enumerate(read_json(path, list, nan=True), 1))
-    else:
-        yield from ((f"{path}, line {number}", row) for number, row in read_rows(path, nan=True))
 
 
 def _texts(value) -> list[str]:

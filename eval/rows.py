@@ -1,13 +1,13 @@
 """Rows of JSON, a line each. Generated texts are appended as they are made, so that a kill loses little."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TextIO
 
 from runtime.folder import write_bytes
 from runtime.machine import World
-from schedules.textlines import fault, read_rows
+from schedules.textlines import fault, read_json, read_rows
 
 
 def json_line(row: dict) -> str:
@@ -17,6 +17,14 @@ def json_line(row: dict) -> str:
 def write_rows(path: Path, rows: Iterable[dict]) -> None:
     """Writes a file of rows, atomically."""
     write_bytes(path, lambda file: file.write("".join(map(json_line, rows)).encode()))
+
+
+def rows_with_places(path: Path) -> Iterator[tuple[str, object]]:
+    """(where it stands, row) of a list in a .json file, else of a JSONL file."""
+    if path.suffix == ".json":
+        yield from ((f"{path}, entry {i}", row) for i, row in enumerate(read_json(path, list, nan=True), 1))
+    else:
+        yield from ((f"{path}, line {number}", row) for number, row in read_rows(path, nan=True))
 
 
 def whole_rows(path: Path) -> list[dict]:

@@ -228,15 +228,22 @@ def stratified_bootstrap(
     return float(low), float(high)
 
 
+def wilson(rate: float, n: float, *, alpha: float = 0.05) -> tuple[float, float]:
+    """Wilson's score interval (1927) of a share ``rate`` of ``n``, above 0, whole or effective."""
+    z = float(stats.norm.isf(alpha / 2))
+    middle, scale = rate + z * z / (2 * n), 1 + z * z / n
+    half = z * math.sqrt(max(rate * (1 - rate), 0) / n + (z / (2 * n)) ** 2)
+    return max((middle - half) / scale, 0.0), min((middle + half) / scale, 1.0)
+
+
 def proportion_interval(right: int, n: int, *, alpha: float = 0.05) -> tuple[float, float]:
-    """Wilson's score interval of a proportion (1927), as Brown, Cai and DasGupta (2001) advise for small n.
+    """`wilson` of a proportion, as Brown, Cai and DasGupta (2001) advise for small n.
 
     It has a width where none or all are right, [0, 0.038] for 0 of 96, where a bootstrap has none. Raises ValueError
     unless 0 <= right <= n and n >= 1."""
     if n < 1 or not 0 <= right <= n:
         raise ValueError(f"{right} of {n}: expected a count between 0 and a number of trials of 1 or more")
-    found = stats.binomtest(int(right), int(n)).proportion_ci(1 - alpha, method="wilson")
-    return max(0.0, float(found.low)), min(1.0, float(found.high))
+    return wilson(right / n, n, alpha=alpha)
 
 
 def rate_interval(

@@ -18,9 +18,10 @@ from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
+from eval.rows import rows_with_places
 from runtime.folder import write_json
 from runtime.staging import staged
-from schedules.textlines import read_json, read_rows, read_text
+from schedules.textlines import read_json, read_text
 
 QUESTIONS = ("Which text is more fluent?", "Which text is more informative?")
 SPLITS = ("test", "val", "ood")
@@ -120,10 +121,7 @@ def read_arms(files: Sequence[Path], names: Sequence[str], sources: Path | None 
 
 def _rows_of(file: Path, columns: Sequence[str]) -> list[dict]:
     """The objects of a JSONL file, or of a list in a .json file, each with a text in one of ``columns``."""
-    if file.suffix == ".json":
-        rows = [(f"{file}, entry {i}", row) for i, row in enumerate(read_json(file, list, nan=True), 1)]
-    else:
-        rows = [(f"{file}, line {number}", row) for number, row in read_rows(file, nan=True)]
+    rows = [*rows_with_places(file)]
     for where, row in rows:
         if not isinstance(row, dict) or _first(row, columns) is None:
             raise ValueError(f"{where}: no text, expected an object with id or index and {' or '.join(columns)}")

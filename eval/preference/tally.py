@@ -21,7 +21,7 @@ from scipy.sparse.csgraph import connected_components
 from scipy.stats import norm
 
 from eval.preference.study import KEY
-from eval.stats import holm, mcnemar_exact
+from eval.stats import holm, mcnemar_exact, wilson
 from runtime.folder import write_json
 from schedules.commandline import package
 from schedules.textlines import read_json
@@ -188,13 +188,6 @@ def share(vote: Vote, item: Item, first: int) -> float:
     if vote.choice == "tie":
         return 0.5
     return float((item.left if vote.choice == "left" else item.right) == first)
-
-
-def wilson(rate: float, n: float) -> tuple[float, float]:
-    """Wilson's score interval (JASA, 1927) at 95 % of a share of ``n``, above 0, whole or effective."""
-    middle, scale = rate + Z * Z / (2 * n), 1 + Z * Z / n
-    half = Z * math.sqrt(max(rate * (1 - rate), 0) / n + (Z / (2 * n)) ** 2)
-    return max((middle - half) / scale, 0.0), min((middle + half) / scale, 1.0)
 
 
 def win_rate(scores: Sequence[float]) -> tuple[float, float, float]:

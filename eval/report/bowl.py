@@ -200,10 +200,11 @@ def decided_table(rules: list[Rule]) -> Table | None:
     return table_of(heads, rows, note=NOTES["decided"])
 
 
-def bowl_blocks(arms: list[Arm], others: Sequence[float] = ()) -> tuple[list[tuple], dict[str, bytes]]:
-    """Blocks of the report and their figures, none where there is no such grid. ``others``: the p-values of the page's
-    other claims."""
-    blocks, figures, grids = [], {}, bowls(arms)
+def bowl_blocks(
+    grids: list[tuple[str, list[Rule]]], others: Sequence[float] = ()
+) -> tuple[list[tuple], dict[str, bytes]]:
+    """Blocks of the report and their figures, of `bowls`. ``others``: the p-values of the page's other claims."""
+    blocks, figures = [], {}
     p_values = [*claim_tests(grids), *others]
     for k, (title, rules) in enumerate(grids, 1):
         figures[f"bowl_{k}"] = plots.bowl(rules)

@@ -228,12 +228,13 @@ def build(folders: list[str | Path], title: str = "") -> Report:
     plots.assign_colours(arms)
     done = [arm for arm in arms if arm.finished]
     # The claims are of language models and of DPSM: without both there is nothing to hold against them.
-    fot_tests = claim_tests(bowls(arms))
-    trained = not bowls(arms) and any(a.config.get("script", "train_lm.py") == "train_lm.py" for a in arms)
+    bowl = bowls(arms)
+    fot_tests = claim_tests(bowl)
+    trained = not bowl and any(a.config.get("script", "train_lm.py") == "train_lm.py" for a in arms)
     claimed = trained or any(a.loss == "dpsm" for a in arms)
     found = verdicts(arms, fot_tests) if claimed else []
     dpsm_tests = [v.p for v in found]
-    rivals, pictures = bowl_blocks(arms, dpsm_tests)
+    rivals, pictures = bowl_blocks(bowl, dpsm_tests)
     report = Report(title or "Scorecast report", arms, find_warnings(arms) + warnings, found)
     report.blocks.append(("p", head_line(arms)))
     report.blocks += [("warn", report.warnings)] if report.warnings else []

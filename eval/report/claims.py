@@ -136,12 +136,8 @@ def judge(c: Criterion, arm: Arm | None, arms: list[Arm]) -> Verdict:
         return Verdict(*of, "-", limit, "-", why)
     never, n = values.count(math.inf), len(values)
     if never:
-        text, holds, state, p = (
-            f"never reached by {never} of {n}",
-            False,
-            "not met" if n > 1 else "not powered",
-            math.nan,
-        )
+        text, holds, p = f"never reached by {never} of {n}", False, math.nan
+        state = "not met" if n > 1 else "not powered"
     else:
         mean, sd, _ = summarize(values)
         digits, state, p = digits_of(c), "", claim_p(values, c.threshold) if c.claim else math.nan

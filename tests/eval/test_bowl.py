@@ -74,12 +74,12 @@ def test_claims_of_rules_are_tested_with_all_others_of_the_page(tmp_path):
         shifted = GRID | {"fot": [v + noise for v in GRID["fot"]]}
         folders += grid(tmp_path / str(number), shifted, seeds=(number,), noise=0)
     arms = arms_of(*folders)
-    alone, among = ({r[0].text: r for r in bowl_blocks(arms, more)[0][3][1].rows} for more in ((), (0.5, 0.6)))
+    alone, among = ({r[0].text: r for r in bowl_blocks(bowls(arms), more)[0][3][1].rows} for more in ((), (0.5, 0.6)))
     name = "mean regret below linear's"  # -0.3, sd 0.1: t = 5.196 of 3 seeds, p = 0.0351
     assert (alone[name][3].text, alone[name][3].sub) == ("not powered", "p = 0.035, finds 0.567 nats, needs 5 seeds")
     assert f"finds {0.1 * detectable(3, alpha=0.05 / 3):.3f} nats" in alone[name][3].sub
     assert f"finds {0.1 * detectable(3, alpha=0.05 / 5):.3f} nats" in among[name][3].sub
-    note = bowl_blocks(arms, (0.5, 0.6))[0][3][1].note
+    note = bowl_blocks(bowls(arms), (0.5, 0.6))[0][3][1].note
     assert note.endswith("5 claims are tested on this page; Holm's procedure over all decides those with p up to 0.01.")
 
 
@@ -105,7 +105,7 @@ def test_settings_are_apart_and_other_knobs_make_other_rules(tmp_path):
     assert [title for title, _ in found] == ["steps 1000", "steps 2000"]
     assert len(found[0][1]) == 6 and "linear lr_warmup=0.2" in [r.label for r in found[0][1]]
     assert bowls(arms_of(*grid(tmp_path / "d", {"linear": GRID["linear"]}))) == []  # one rule is no comparison
-    assert bowl_blocks(arms_of(*grid(tmp_path / "e", {"linear": GRID["linear"]}))) == ([], {})
+    assert bowl_blocks(bowls(arms_of(*grid(tmp_path / "e", {"linear": GRID["linear"]})))) == ([], {})
 
 
 def test_what_the_rules_decided(tmp_path):

@@ -16,7 +16,8 @@ from scipy.stats import binomtest
 
 from eval.preference.__main__ import main
 from eval.preference.study import Text, build, read_arms, shuffled, to_html
-from eval.preference.tally import agreement, bradley_terry, read_key, read_votes, wilson, win_rate
+from eval.preference.tally import agreement, bradley_terry, read_key, read_votes, win_rate
+from eval.stats import wilson
 
 WORDS = "the farm has two sheep and a cow which nobody has seen before".split()
 EVIL = "</script><script>document.title = 'gone'</script><!--<img src=x onerror=alert(1)> {{data}} \u2028 & \\"

@@ -260,12 +260,12 @@ def test_stratified_bootstrap_of_the_iqm_is_rliables():
 
 
 def test_a_proportion_of_none_or_all_has_an_interval():
-    """Wilson's formula in full, and its closed form at the ends, z^2 / (n + z^2)."""
+    """scipy's, and the closed form at the ends, z^2 / (n + z^2)."""
     z = scipy.stats.norm.isf(0.025)
     for right, n in ((0, 96), (96, 96), (1, 96), (15, 50), (3, 7), (1319, 1319)):
-        p, centre = right / n, (right + z * z / 2) / (n + z * z)
-        half = z * math.sqrt(n * p * (1 - p) + z * z / 4) / (n + z * z)
-        assert proportion_interval(right, n) == pytest.approx((centre - half, centre + half), abs=1e-12)
+        for alpha in (0.05, 0.2):
+            theirs = scipy.stats.binomtest(right, n).proportion_ci(1 - alpha, method="wilson")
+            assert proportion_interval(right, n, alpha=alpha) == pytest.approx(tuple(theirs), abs=1e-12)
     assert proportion_interval(0, 96) == pytest.approx((0, z * z / (96 + z * z)), abs=1e-15)
     # Newcombe (1998), table I: 81 of 263 has 0.2553 to 0.3662, 0 of 20 has 0 to 0.1611.
     assert proportion_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
