@@ -2,7 +2,7 @@
 
 import torch
 
-from eval.rows import Parts, json_line, whole_rows, write_rows
+from eval.rows import Parts, json_line, rows_with_places, whole_rows, write_rows
 from runtime.machine import World
 
 ROWS = [{"id": i, "text": text} for i, text in enumerate(("ü\u2028\x85", 'a "quoted"\nline', ""))]
@@ -32,3 +32,11 @@ def test_parts_are_written_on_after_a_kill(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
     first.remove()
     assert first.read() == [] and not list(tmp_path.iterdir())
+
+
+def test_rows_of_others_are_told_by_line_or_by_entry(tmp_path):
+    lines, entries = tmp_path / "a.jsonl", tmp_path / "a.json"
+    lines.write_text('{"x": 1}\n\n"text"\n')
+    entries.write_text('[{"x": 1}, "text"]')
+    assert [*rows_with_places(lines)] == [(f"{lines}, line 1", {"x": 1}), (f"{lines}, line 3", "text")]
+    assert [*rows_with_places(entries)] == [(f"{entries}, entry 1", {"x": 1}), (f"{entries}, entry 2", "text")]
