@@ -32,10 +32,10 @@ def check_least(args: argparse.Namespace, **least: int) -> None:
             raise ValueError(f"{flag_name(name)} {getattr(args, name)}: expected at least {value}")
 
 
-def check_new(out: Path) -> None:
+def check_new(out: Path, flag: str = "--out") -> None:
     """Raises ValueError where the folder is there already."""
     if out.exists():
-        raise ValueError(f"{out} exists; give another --out")
+        raise ValueError(f"{out} exists; give another {flag}")
 
 
 def synchronize(device: torch.device) -> None:

@@ -10,7 +10,9 @@
     python -m kernels.bench --claims-of all.csv         # the verdicts again, from rows measured before
 
 The providers take turns in one process, so that what else the machine does falls on all of them. Times are medians:
-"forward" without gradient, "step" forward and backward.
+"forward" without gradient, "step" forward and backward. On a GPU they are the device's, with the work queued before it
+begins; "eager" is a step with what the host takes to launch it. Targets are drawn from the softmax; of the rows of
+logits one in a hundred has its target tied with the maximum.
 
 of copy      speed of one read and one write of the logits over that of copying them, in the same turns
 x products   a linear loss's time over that of its bare matrix products

@@ -18,8 +18,11 @@ AUDIT_TOKENS = 2000
 IGNORING = ", 3 of 4 rows ignored"
 
 
-def time_losses(functions: dict, leaves, targets, repeats: int, forward: bool, copy: bool) -> dict[str, list[float]]:
-    """Seconds of each loss in each round; with ``copy``, "copy" is copying the first leaf."""
+def time_losses(
+    functions: dict, leaves, targets, repeats: int, forward: bool, copy: bool, queued: bool = True
+) -> dict[str, list[float]]:
+    """Seconds of each loss in each round; with ``copy``, "copy" is copying the first leaf. On a GPU the device's time
+    alone, with what the host takes unless ``queued``."""
     device = leaves[0].device.type
     own = {name: [leaves[0].detach().clone().requires_grad_()] for name in functions if name.endswith("in place")}
     jobs = {name: partial(timing.run_once, f, own.get(name, leaves), targets, forward) for name, f in functions.items()}
@@ -28,7 +31,7 @@ def time_losses(functions: dict, leaves, targets, repeats: int, forward: bool, c
         target = torch.empty_like(source)
         jobs["copy"] = lambda: target.copy_(source)
     every = sum(own.values(), start=list(leaves))
-    return timing.time_in_turns(jobs, device, repeats, between=lambda: timing.drop_gradients(every))
+    return timing.time_in_turns(jobs, device, repeats, between=lambda: timing.drop_gradients(every), queued=queued)
 
 
 def gradient_error(function, shape: Shape, dtype: str, device: str, alpha: float) -> float:
@@ -54,12 +57,20 @@ def compare(shape: Shape, args, rows: Rows) -> None:
         missing |= drop_failing(functions, leaves, targets)
     step = time_losses(functions, leaves, targets, args.repeats, forward=False, copy=not linear)
     forward = time_losses(functions, leaves, targets, args.repeats, forward=True, copy=False)
+    eager = {}
+    if args.device == "cuda":
+        few = max(1, args.repeats // 3)
+        eager = time_losses(functions, leaves, targets, few, forward=False, copy=False, queued=False)
     gradient_bytes = sum(x.nbytes for x in leaves)
     del leaves
     logits_bytes = shape.n * shape.v * timing.DTYPE_OF[args.dtype].itemsize
     base = "linear + literal DPSM" if linear else "literal DPSM"
     where = f"{args.dtype} on {rows.about['device']}, {rows.about['threads']} CPU threads"
-    columns = ["forward_ms", "step_ms", "ratio_to_literal", "ratio_to_products" if linear else "share_of_copy"]
+    columns = (
+        ["forward_ms", "step_ms"]
+        + ["eager_step_ms"] * (args.device == "cuda")
+        + ["ratio_to_literal", "ratio_to_products" if linear else "share_of_copy"]
+    )
     columns += ["peak_logits", "beside_bytes", "gradient_error"]
     rows.begin(f"N={shape.n} V={shape.v} D={shape.d or '-'} {where}", "provider", *columns)
     common = shape._asdict() | dict(dtype=args.dtype)
@@ -72,6 +83,7 @@ def compare(shape: Shape, args, rows: Rows) -> None:
         error = gradient_error(function, shape, *how) if name != "matrix products" else None
         ms, share = timing.median_ms(step, name), None if linear else timing.median_ratio(step, "copy", name)
         row = dict(provider=name, **common, forward_ms=timing.median_ms(forward, name), step_ms=ms)
+        row |= dict(eager_step_ms=timing.median_ms(eager, name) if eager else None)
         row |= dict(best_step_ms=1e3 * min(step[name]), ratio_to_literal=timing.median_ratio(step, name, base))
         row |= dict(share_of_copy=share, ratio_to_products=timing.median_ratio(step, name, "matrix products"))
         row |= dict(beside_bytes=peak - gradient_bytes, gb_per_s=None if linear else 2e-6 * logits_bytes / ms)

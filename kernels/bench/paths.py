@@ -39,7 +39,7 @@ def time_paths(v: int, dtype: torch.dtype, device: str, repeats: int) -> dict[tu
     results = dict(stats=stats, correct=correct, losses=stats[0].clone(), fisher=stats[0].clone(), out=out)
     run = partial(fused_score, "dpsm", torch.full((), 0.5, device=device), z, y, None, None, **results)
     jobs = {key: partial(run, shape=shape) for key, shape in shapes_of(v, dtype).items()}
-    times = timing.time_in_turns(jobs | {"copy": lambda: out.copy_(z)}, device, repeats)
+    times = timing.time_in_turns(jobs | {"copy": lambda: out.copy_(z)}, device, repeats, queued=True)
     return {key: timing.median_ms(times, key) for key in times}
 
 
@@ -50,7 +50,7 @@ def time_chunks(shape: Shape, dtype: str, device: str, repeats: int, sizes) -> d
     for size in sizes:
         functions[size] = lambda *x, chunk=size: linear_score(*x, dpsm(ALPHA), fisher=True, chunk=chunk)[0]
     jobs = {key: partial(timing.run_once, function, leaves, targets) for key, function in functions.items()}
-    times = timing.time_in_turns(jobs, device, repeats)
+    times = timing.time_in_turns(jobs, device, repeats, queued=True)
     return {size: timing.median_ratio(times, size, "products") for size in sizes}
 
 

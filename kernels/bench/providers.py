@@ -82,26 +82,33 @@ def _liger_linear_ce():
     return lambda h, w, y: loss(w, h, y)
 
 
+def _chunked_linear_ce():
+    """torch's own in chunks; without options it is F.cross_entropy of all the logits."""
+    options = peer("torch.nn", "LinearCrossEntropyOptions")()
+    return partial(peer("torch.nn.functional", "linear_cross_entropy"), options=options)
+
+
 def _flash_attn_ce():
     loss = peer("flash_attn.ops.triton.cross_entropy", "cross_entropy_loss")
     return lambda z, y: loss(z, y)[0].mean()
 
 
 PEERS_FROM_LOGITS: dict[str, Callable[[], Callable]] = {
-    "torch.compile CE": lambda: torch.compile(F.cross_entropy),
+    "torch.compile CE": lambda: torch.compile(F.cross_entropy, dynamic=False),  # V a constant
     "Liger CE": lambda: peer("liger_kernel.transformers", "LigerCrossEntropyLoss")(),
     "QuACK CE": lambda: peer("quack.cross_entropy", "cross_entropy"),
     "flash-attn CE": _flash_attn_ce,
 }
 _CUT = ("cut_cross_entropy", "linear_cross_entropy")
 PEERS_FROM_HIDDEN: dict[str, Callable[[], Callable]] = {
-    "torch.compile linear CE": lambda: torch.compile(FROM_HIDDEN["linear + torch CE"]),
+    "torch.compile linear CE": lambda: torch.compile(FROM_HIDDEN["linear + torch CE"], dynamic=False),
     "F.linear_cross_entropy": lambda: peer("torch.nn.functional", "linear_cross_entropy"),
+    "F.linear_cross_entropy, chunked": _chunked_linear_ce,
     "Liger linear CE": _liger_linear_ce,
     "Cut Cross-Entropy": lambda: peer(*_CUT),
     "Cut Cross-Entropy, no filter": lambda: partial(peer(*_CUT), filter_eps=None),  # of small gradients
 }
-ON_CPU_TOO = {"F.linear_cross_entropy"}  # the other peers are kernels for CUDA
+ON_CPU_TOO = {"F.linear_cross_entropy", "F.linear_cross_entropy, chunked"}  # the other peers are kernels for CUDA
 
 
 def providers(linear: bool, device: str) -> tuple[dict[str, Callable], dict[str, str]]:

@@ -15,6 +15,7 @@ import torch
 COLUMNS = {
     "forward_ms": ("forward ms", 1, ".3f"),
     "step_ms": ("step ms", 1, ".3f"),
+    "eager_step_ms": ("eager ms", 1, ".3f"),
     "ratio_to_literal": ("x literal", 1, ".3f"),
     "ratio_to_torch_ce": ("x torch CE", 1, ".3f"),
     "ratio_to_brier": ("x Brier", 1, ".3f"),
@@ -29,7 +30,7 @@ COLUMNS = {
     "flops": ("GFLOP", 1e-9, ".1f"),
     "joules": ("joules a step", 1, ".3f"),
 }
-NAME_WIDTH, CELL_WIDTH = 29, 9
+NAME_WIDTH, CELL_WIDTH = 31, 9
 
 
 def device_name(device: str) -> str:

@@ -25,6 +25,9 @@ Parser, alive = commandline.Parser, commandline.alive
 DTYPE_OF = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 REPEATS = {"cuda": 30, "cpu": 7}  # rounds that count
 WARM_UPS = {"cuda": 3, "cpu": 1}  # rounds that do not count: they compile, and fill the allocator's pools
+AHEAD = 8_000_000  # clocks that the device spins while a job is queued behind: some 4 ms
+TIED = 100  # of so many rows of logits one has its target tied with the maximum
+DRAWN = 2**25  # logits at a time that targets are drawn from
 
 
 class Shape(NamedTuple):
@@ -54,12 +57,21 @@ def fill_options(args: argparse.Namespace) -> str | None:
 
 
 def make_inputs(shape: Shape, dtype: str, device: str) -> tuple[list[Tensor], Tensor]:
-    """Leaves that require a gradient, logits or hidden and weight, and targets."""
+    """Leaves that require a gradient, logits or hidden and weight, and targets drawn from their softmax, as a trained
+    model's are. One row of logits in TIED has its target tied with the maximum."""
     n, v, d = shape
     new = dict(device=device, generator=torch.Generator(device).manual_seed(0))
-    targets = torch.randint(v, (n,), **new)
     sizes = [(n, v, 3)] if d is None else [(n, d, 1), (v, d, 0.02)]  # rows, columns, standard deviation
-    return [torch.randn(r, c, dtype=DTYPE_OF[dtype], **new).mul_(s).requires_grad_() for r, c, s in sizes], targets
+    leaves = [torch.randn(r, c, dtype=DTYPE_OF[dtype], **new).mul_(s) for r, c, s in sizes]
+    targets = torch.empty(n, dtype=torch.int64, device=device)
+    for part in torch.arange(n).split(max(1, DRAWN // v)):
+        z = leaves[0][part[0] : part[-1] + 1]
+        z = z if d is None else z @ leaves[1].t()
+        targets[part[0] : part[-1] + 1] = z.float().softmax(1).multinomial(1, generator=new["generator"])[:, 0]
+    if d is None:
+        tied = torch.arange(0, n, TIED, device=device)
+        leaves[0][tied, targets[tied]] = leaves[0][tied].amax(1)
+    return [leaf.requires_grad_() for leaf in leaves], targets
 
 
 def drop_gradients(leaves) -> None:
@@ -76,15 +88,22 @@ def run_once(function: Callable, leaves, targets, forward: bool = False) -> None
         loss.backward()
 
 
-def time_once(job: Callable[[], object], device: str) -> float:
-    """Seconds of one call: on CUDA between events, the device idle before and after."""
+def time_once(job: Callable[[], object], device: str, queued: bool = False) -> float:
+    """Seconds of one call: on CUDA between events, the device idle before and after. ``queued``: the device is kept
+    busy until all of the job is in its queue, so that what the host takes to launch it does not count; a job that is
+    not there in time is queued again behind a longer wait."""
     if device == "cuda":
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        begin.record()
-        job()
-        end.record()
-        torch.cuda.synchronize()
+        ahead, late = AHEAD, True
+        while late:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize()
+            if queued:
+                torch.cuda._sleep(ahead)
+            begin.record()
+            job()
+            end.record()
+            late, ahead = queued and begin.query() and ahead < 64 * AHEAD, 2 * ahead
+            torch.cuda.synchronize()
         return begin.elapsed_time(end) / 1000
     start = time.perf_counter()
     job()
@@ -92,14 +111,14 @@ def time_once(job: Callable[[], object], device: str) -> float:
 
 
 def time_in_turns(
-    jobs: dict[object, Callable], device: str, repeats: int, between: Callable | None = None
+    jobs: dict[object, Callable], device: str, repeats: int, between: Callable | None = None, queued: bool = False
 ) -> dict[object, list[float]]:
     """Seconds of every job in each of ``repeats`` rounds, in which they take turns: what else the machine does falls on
-    all of them. ``between`` runs after each job and is not timed."""
+    all of them. ``between`` runs after each job and is not timed. ``queued`` as in ``time_once``."""
     times = {name: [] for name in jobs}
     for turn in range(repeats + WARM_UPS[device]):
         for name, job in jobs.items():
-            seconds = time_once(job, device)
+            seconds = time_once(job, device, queued)
             if turn >= WARM_UPS[device]:
                 times[name].append(seconds)
             if between:
@@ -173,20 +192,24 @@ def measure_memory_apart(
 
 
 def measure_joules(job: Callable[[], object], device: str) -> float | None:
-    """Joules of one call, from a second of calls, by NVML's counter; None where there is none."""
+    """Joules of one call, from a second of calls, by NVML's counter; None, not measured, where there is none or NVML
+    refuses, as some virtual machines do."""
     if device != "cuda":
         return None
     try:
         import pynvml
     except ImportError:
         return None
-    pynvml.nvmlInit()
-    uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
-    handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}".encode())
-    before, calls = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle), 0  # millijoules
-    stop = time.perf_counter() + 1.0  # the counter moves in steps of milliseconds
-    while time.perf_counter() < stop:
-        job()
-        torch.cuda.synchronize()
-        calls += 1
-    return (pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) - before) / 1000 / calls
+    try:
+        pynvml.nvmlInit()
+        uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}".encode())
+        before, calls = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle), 0  # millijoules
+        stop = time.perf_counter() + 1.0  # the counter moves in steps of milliseconds
+        while time.perf_counter() < stop:
+            job()
+            torch.cuda.synchronize()
+            calls += 1
+        return (pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) - before) / 1000 / calls
+    except pynvml.NVMLError:
+        return None

@@ -1,0 +1,150 @@
+"""Everything that only a device tells, in one time-boxed run: the decisive parts first, each on file as it comes.
+
+    python -m races.device --out FOLDER --data TEXTS --tokenizer GPT2_FILES
+    python -m races.device --out FOLDER --only probes,claims --seconds 240
+    python -m races.device --out FOLDER --device cpu --tiny            # shows that all parts run, no more
+
+probes    races.probes: ceilings, and the kernels beside the bytes that they must move
+tests     the values of the kernels on the device, compiled in parallel (pytest -m gpu), what the others use first
+claims    kernels.bench --claims with races.train_step's rows: every claim's verdict
+train     train_lm.py, GPT-2 124M on --data for 60 steps: tokens a second and MFU
+paths     kernels.bench --paths: how a row is held, tokens a chunk
+fot       races.fot_overhead, GPT-2 124M
+peft      races.peft_gsm8k: a LoRA step of Qwen3-0.6B's shape beside peft
+nanogpt   races.nanogpt beside the checkout --nanogpt
+
+A part ends at its limit or with the time that is left, and the next one begins; what it had written stays. FOLDER gets
+at most eight files: log.txt with all that was printed, parts.json with each part's seconds and end, and the parts' own
+CSV and JSON lines.
+"""
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from races.common import check_new, here_and_now, race_parser
+from runtime.cli import user_errors
+from runtime.folder import write_json
+from schedules.commandline import alive
+
+LIMITS = dict(probes=60, tests=150, claims=150, train=110, paths=60, fot=100, peft=120, nanogpt=150)  # seconds
+TESTS = ("tests/kernels/test_gpu.py", "tests/kernels/test_ignored_rows.py", "tests/test_finetune_gsm8k_gpu.py")
+
+
+def commands(args) -> dict[str, list[list[str]]]:
+    """{part: its command lines}. Each is run in this folder; those of a part share its limit."""
+    work, out, device = args.work, args.out, ["--device", args.device]
+    python, tiny = sys.executable, args.tiny
+    workers = str(min(12, os.cpu_count() or 1))
+    text = [] if not args.data else ["--data", str(args.data)]
+    text += ["--tokenizer", str(args.tokenizer)] if args.tokenizer else []
+    lm = ["--model", "pico", "--steps", "4"] if tiny else ["--model", "gpt2", "--steps", "60", "--batch", "64"]
+    few = ["--repeats", "1"] if tiny else ["--repeats", "15"]
+    step_csv, head = str(out / "step.csv"), ["--n", "32", "--v", "64", "--d", "8"] if tiny else []
+    claims = [] if tiny else ["--claims", "--train-step-csv", step_csv]
+    shape = ["--shape", "pico" if tiny else "gpt2"] + (
+        ["--steps", "16", "--window", "8"] if tiny else ["--steps", "64"]
+    )
+    lora = ["--shape", "tiny", "--base", "fp32"] if tiny else ["--shape", "0.6b", "--base", "nf4"]
+    lora += ["--batch", "4"] if tiny else ["--batch", "32"]
+    lora += ["--steps", "1", "--prompts", "0", "--rounds", "1", "--seq-len", "32" if tiny else "512"]
+    race = ["--model", "pico" if tiny else "gpt2", "--steps", "20", "--rounds", "1", "--batch", "2" if tiny else "16"]
+    race += ["--seq-len", "32" if tiny else "1024", "--cache", str(work / "cache"), "--out", str(work / "nanogpt")]
+    found = {
+        "probes": [["-m", "races.probes", *device, "--jsonl", str(out / "probes.jsonl")]],
+        "tests": [["-m", "pytest", "-m", "gpu", "-n", workers, "-p", "no:cacheprovider", *TESTS]],
+        "claims": [
+            ["-m", "races.train_step", *device, *few, "--csv", step_csv],
+            ["-m", "kernels.bench", *device, *few, *head, *claims, "--csv", str(out / "bench.csv")],
+        ],
+        "train": [
+            ["train_lm.py", *device, *lm, *text, "--loss", "dpsm", "--cache", str(work / "cache")]
+            + ["--out", str(work / "run"), "--eval-every", "1000"]
+        ],
+        "paths": [["-m", "kernels.bench", "--paths", *device, "--repeats", "10", "--csv", str(out / "paths.csv")]],
+        "fot": [["-m", "races.fot_overhead", *shape, *device, "--csv", str(out / "fot.csv")]],
+        "peft": [["-m", "races.peft_gsm8k", *device, *lora, "--out", str(work / "peft")]],
+        "nanogpt": [["-m", "races.nanogpt", str(args.nanogpt), *device, *race, *text]],
+    }
+    if args.device == "cpu":
+        del found["paths"], found["tests"]  # of a GPU alone
+    if not args.nanogpt:
+        del found["nanogpt"]
+    return {part: [[python, *line] for line in lines] for part, lines in found.items()}
+
+
+def run(line: list[str], seconds: float, log) -> str:
+    """How a command ended within ``seconds``: "done", "stopped at its limit", or its exit code. ``log``: a file for
+    what it prints."""
+    started = subprocess.Popen(line, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        code = started.wait(max(0.0, seconds))
+    except subprocess.TimeoutExpired:
+        os.killpg(started.pid, signal.SIGKILL)
+        started.wait()
+        return "stopped at its limit"
+    return "done" if code == 0 else f"exit code {code}"
+
+
+def keep(args, part: str) -> None:
+    """What a part has left in the work folder and a reader wants, into the output."""
+    wanted = {"train": ("run/summary.json", "train.json"), "peft": ("peft/race.csv", "peft.csv")}
+    wanted |= {"nanogpt": ("nanogpt/race.json", "nanogpt.json")}
+    if part in wanted and (args.work / wanted[part][0]).is_file():
+        shutil.copy(args.work / wanted[part][0], args.out / wanted[part][1])
+
+
+def run_parts(args, parts: dict[str, list[list[str]]]) -> dict:
+    """{part: {seconds, end}} of all parts, on file after each."""
+    end, report = time.monotonic() + args.seconds, {}
+    about = here_and_now(torch.device(args.device))
+    with open(args.out / "log.txt", "ab") as log:
+        for part, lines in parts.items():
+            began, how = time.monotonic(), "no time left"
+            limit = min(LIMITS[part], end - began)
+            for line in lines if limit >= min(5, LIMITS[part]) else ():
+                log.write(f"\n=== {part}: {' '.join(line[1:])}\n".encode())
+                log.flush()
+                how = run(line, limit - (time.monotonic() - began), log)
+            keep(args, part)
+            report[part] = dict(seconds=round(time.monotonic() - began, 1), end=how)
+            print(f"{part}: {how}, {report[part]['seconds']} s", flush=True)
+            write_json(args.out / "parts.json", about | dict(parts=report))
+    return report
+
+
+@alive()
+def main(argv=None) -> int:
+    parser = race_parser("device", __doc__)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--work", type=Path, default=Path("runs/device"), help="folder for runs and caches; new")
+    parser.add_argument("--data", type=Path, help="folder of text to train on (default: train_lm.py's)")
+    parser.add_argument("--tokenizer", type=Path, help="folder of vocab.json and merges.txt (default: train_lm.py's)")
+    parser.add_argument("--nanogpt", type=Path, help="checkout of nanoGPT; without it that part is left out")
+    parser.add_argument("--seconds", type=float, default=540, help="of all parts together (default: %(default)s)")
+    parser.add_argument("--only", default="", help="names of parts, with commas, in the order given")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=device)
+    parser.add_argument("--tiny", action=argparse.BooleanOptionalAction, default=False, help="the smallest shapes")
+    args = parser.parse_args(argv)
+    with user_errors():
+        check_new(args.work, "--work")
+        parts = commands(args)
+        names = [name for name in args.only.split(",") if name] or list(parts)
+        if unknown := [name for name in names if name not in parts]:
+            raise ValueError(f"--only {unknown[0]}: the parts here are {', '.join(parts)}")
+        args.out.mkdir(parents=True, exist_ok=True)
+        args.work.mkdir(parents=True)
+    report = run_parts(args, {name: parts[name] for name in names})
+    return 0 if all(part["end"] == "done" for part in report.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

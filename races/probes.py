@@ -1,0 +1,241 @@
+"""What one device does, a line a figure: its ceilings, and each kernel beside the bytes that it must move.
+
+    python -m races.probes --jsonl probes.jsonl
+    python -m races.probes --only ceilings,ties
+
+ceilings   a copy of 2 GB (bytes read and written a second), a product of 8192 cubed, those of both heads
+ties       score_kernel with gradient, where no target ties with the maximum, 1 % do, 3 % do; its share of a copy
+passes     moments_kernel, gradient_kernel and rescale_kernel (by 1, which reads nothing, and by 2) beside a copy
+host       what the host takes to launch a loss: of 64 tokens, where the device has nothing to do
+graph      linear_score, forward and backward, captured in a CUDA graph: its gradients are those of the eager call
+attention  scaled_dot_product_attention of a shape seen before and of new ones, with cuDNN's and without
+
+Every figure is a JSON line: probe, case, value, unit. A probe that fails has the reason and the next one begins. On a
+CPU the shapes are tiny, and the Triton kernels need TRITON_INTERPRET=1: it shows that the probes run, no more.
+"""
+
+import contextlib
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from kernels import dpsm, linear_score
+from kernels.bench import timing
+from kernels.bench.providers import ALPHA, MatrixProducts
+from kernels.bench.timing import HEADS, Shape
+from kernels.impl import choose_impl
+from kernels.moments import Stats, new_stats
+from races.common import here_and_now, race_parser
+from schedules.commandline import alive
+
+TINY = {"gpt2": Shape(4, 130, 32), "qwen3": Shape(4, 509, 32)}
+Figures = Iterator[tuple[str, float, str]]  # case, value, unit
+
+
+class Bench:
+    """The device, its shapes, and its timer."""
+
+    def __init__(self, device: str):
+        self.device, self.cuda = device, device == "cuda"
+        self.heads = HEADS if self.cuda else TINY
+        self.dtype = torch.bfloat16 if self.cuda else torch.float32
+
+    def ms(self, jobs: dict[str, Callable]) -> dict[str, float]:
+        repeats = 20 if self.cuda else 1
+        times = timing.time_in_turns(jobs, self.device, repeats, queued=True)
+        return {name: timing.median_ms(times, name) for name in jobs}
+
+    def logits(self, v: int, tied: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits and targets of a head's rows; ``tied``: the share of rows whose target ties with the maximum."""
+        n = self.heads["gpt2"].n
+        z = torch.randn(n, v, device=self.device, dtype=self.dtype).mul_(3)
+        y = torch.randint(v, (n,), device=self.device)
+        rows = torch.arange(n, device=self.device)
+        z[rows, y] = -1.0
+        z[rows, (y + 1) % v] = 20.0
+        some = rows[: round(tied * n)]
+        z[some, y[some]] = 20.0
+        return z, y
+
+    def scored(self, z, y, out) -> Callable:
+        """DPSM with its gradient by the fused kernel."""
+        triton = choose_impl("triton", z)
+        stats, correct = new_stats(z, len(z))
+        rest = dict(stats=stats, correct=correct, losses=stats[0].clone(), fisher=stats[0].clone(), out=out)
+        knob = torch.full((), ALPHA, device=self.device)
+        return partial(triton.fused_score, "dpsm", knob, z, y, None, None, **rest)
+
+
+def ceilings(b: Bench) -> Figures:
+    source = torch.randn(2**29 if b.cuda else 2**12, device=b.device, dtype=b.dtype)
+    target, k = torch.empty_like(source), 8192 if b.cuda else 64
+    x, w = (torch.randn(k, k, device=b.device, dtype=b.dtype) for _ in range(2))
+    jobs = {"copy": lambda: target.copy_(source), f"{k} cubed": lambda: x @ w}
+    flops = {f"{k} cubed": 2 * k**3}
+    for name, (n, v, d) in b.heads.items():
+        leaves, y = timing.make_inputs(Shape(n, v, d), "bf16" if b.cuda else "fp32", b.device)
+        case = f"head's products, {name}"
+        jobs[case] = partial(timing.run_once, MatrixProducts.apply, leaves, y)
+        flops[case] = 6 * n * v * d
+    ms = b.ms(jobs)
+    yield "copy", 2e-6 * source.nbytes / ms["copy"], "GB/s"
+    for case, count in flops.items():
+        yield case, ms[case], "ms"
+        yield case, 1e-9 * count / ms[case], "TFLOP/s"
+
+
+def ties(b: Bench) -> Figures:
+    for _, v, _ in b.heads.values():
+        jobs, out = {}, None
+        for share in (0.0, 0.01, 0.03):
+            z, y = b.logits(v, share)
+            out = torch.empty_like(z) if out is None else out
+            jobs[f"V={v}, {share:.0%} tied"] = b.scored(z, y, out)
+        jobs["copy"] = lambda z=z, out=out: out.copy_(z)
+        ms = b.ms(jobs)
+        for case in jobs:
+            yield case if case != "copy" else f"V={v}, copy", ms[case], "ms"
+        yield f"V={v}, of a copy", ms["copy"] / ms[f"V={v}, 0% tied"], "share"
+
+
+def passes(b: Bench) -> Figures:
+    for _, v, _ in b.heads.values():
+        z, y = b.logits(v)
+        triton, out, one = choose_impl("triton", z), torch.empty_like(z), torch.ones((), device=b.device)
+        stats, correct = new_stats(z, len(z))
+        triton.forward(z, y, stats, correct, 0.0)
+        a = torch.ones(len(z), device=b.device)
+        coefficients = (a, a, None, None, None, a)
+        jobs = {
+            "copy": lambda z=z, out=out: out.copy_(z),
+            "moments": partial(triton.forward, z, y, stats, correct, 0.0),
+            "gradient": partial(triton.gradient, z, y, None, Stats(*stats), coefficients, 0.0, out),
+            "rescale by 1": partial(triton.rescale, out, one),
+            "rescale by 2": partial(triton.rescale, out, 2 * one),
+        }
+        for case, value in b.ms(jobs).items():
+            yield f"V={v}, {case}", value, "ms"
+
+
+def host(b: Bench) -> Figures:
+    leaves, y = timing.make_inputs(Shape(64, 1000, 64), "bf16" if b.cuda else "fp32", b.device)
+    score = dpsm(ALPHA)
+    losses = {
+        "linear_score, DPSM with Fisher": lambda h, w, y: linear_score(h, w, y, score, fisher=True)[0],
+        "torch, linear and cross-entropy": lambda h, w, y: F.cross_entropy(F.linear(h, w), y),
+    }
+    for case, loss in losses.items():
+        seconds = []
+        for _ in range(50 if b.cuda else 2):
+            start = time.perf_counter()
+            timing.run_once(loss, leaves, y)
+            seconds.append(time.perf_counter() - start)
+            if b.cuda:
+                torch.cuda.synchronize()
+        yield case, 1e6 * statistics.median(seconds), "us"
+
+
+def graph(b: Bench) -> Figures:
+    for name, shape in b.heads.items():
+        leaves, y = timing.make_inputs(shape._replace(n=2048), "bf16", b.device)
+        alpha = torch.full((), ALPHA, device=b.device)
+        score, denominator = dpsm(alpha), torch.full((), 2048.0, device=b.device)
+
+        def step(h, w, y, score=score, denominator=denominator):
+            return linear_score(h, w, y, score, fisher=True, denominator=denominator)[0]
+
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                timing.run_once(step, leaves, y)
+        torch.cuda.current_stream().wait_stream(side)
+        wanted = [x.grad.clone() for x in leaves]
+        timing.drop_gradients(leaves)
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):
+            step(*leaves, y).backward()
+        captured.replay()
+        torch.cuda.synchronize()
+        off = max(((x.grad - w).abs().max() / w.abs().max()).item() for x, w in zip(leaves, wanted, strict=True))
+        yield f"{name}, gradients of the graph less the eager ones", off, "of the largest"
+        yield f"{name}, replay", b.ms({"replay": captured.replay})["replay"], "ms"
+        timing.drop_gradients(leaves)
+        times = timing.time_in_turns({"eager": partial(timing.run_once, step, leaves, y)}, b.device, 20)
+        yield f"{name}, eager", timing.median_ms(times, "eager"), "ms"
+        del captured
+
+
+def attention(b: Bench) -> Figures:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def inputs(batch, length):
+        new = dict(device=b.device, dtype=b.dtype, requires_grad=True)
+        return [torch.randn(batch, 12, length, 64, **new) for _ in range(3)]
+
+    def step(qkv):
+        F.scaled_dot_product_attention(*qkv, is_causal=True).sum().backward()
+
+    kinds = {"as torch chooses": None, "flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
+    for kind, backend in kinds.items() if b.cuda else [("as torch chooses", None)]:
+        try:
+            with sdpa_kernel(backend) if backend else contextlib.nullcontext():
+                known = inputs(16 if b.cuda else 1, 1024 if b.cuda else 16)
+                ms = b.ms({"known": lambda known=known: step(known)})["known"]
+                yield f"{kind}, a shape seen before, 16 x 12 x 1024 x 64", ms, "ms"
+                seconds = []
+                for length in range(521, 527) if b.cuda else (17, 18):
+                    fresh = inputs(16 if b.cuda else 1, length)
+                    seconds.append(timing.time_once(lambda fresh=fresh: step(fresh), b.device))
+                yield f"{kind}, a new length", 1e3 * statistics.median(seconds), "ms"
+        except RuntimeError as e:
+            print(f"attention, {kind}: {e}".splitlines()[0], file=sys.stderr)
+
+
+PROBES = {f.__name__: f for f in (ceilings, ties, passes, host, graph, attention)}
+
+
+@alive()
+def main(argv=None) -> int:
+    parser = race_parser("probes", __doc__)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=device)
+    parser.add_argument(
+        "--only", default="", help="names of probes, with commas (default: all; on a CPU without graph)"
+    )
+    parser.add_argument("--jsonl", type=Path, help="also write the lines there, each as it comes")
+    args = parser.parse_args(argv)
+    names = [name for name in args.only.split(",") if name]
+    names = names or [name for name in PROBES if name != "graph" or args.device == "cuda"]
+    if unknown := [name for name in names if name not in PROBES]:
+        print(f"races.probes: --only {unknown[0]}: expected names of {', '.join(PROBES)}", file=sys.stderr)
+        return 2
+    where, failed = here_and_now(torch.device(args.device)), 0
+
+    def say(row: dict) -> None:
+        print(json.dumps(row), flush=True)
+        if args.jsonl:
+            with args.jsonl.open("a") as file:
+                file.write(json.dumps(row | where) + "\n")
+
+    for name in names:
+        try:
+            for case, value, unit in PROBES[name](Bench(args.device)):
+                say(dict(probe=name, case=case, value=float(f"{value:.4g}"), unit=unit))
+        except Exception as e:  # the next probe may go through
+            failed += 1
+            say(dict(probe=name, case="failed", value=None, unit=f"{type(e).__name__}: {e}".splitlines()[0][:300]))
+        if args.device == "cuda":
+            torch.cuda.empty_cache()
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
