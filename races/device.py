@@ -42,7 +42,8 @@ def commands(args) -> dict[str, list[list[str]]]:
     """{part: its command lines}. Each is run in this folder; those of a part share its limit."""
     work, out, device = args.work, args.out, ["--device", args.device]
     python, tiny = sys.executable, args.tiny
-    workers = str(min(12, os.cpu_count() or 1))
+    workers = str(min(14, os.cpu_count() or 1))
+    chosen = ["-k", args.tests] if args.tests else []
     text = [] if not args.data else ["--data", str(args.data)]
     text += ["--tokenizer", str(args.tokenizer)] if args.tokenizer else []
     lm = ["--model", "pico", "--steps", "4"] if tiny else ["--model", "gpt2", "--steps", "60", "--batch", "64"]
@@ -59,7 +60,7 @@ def commands(args) -> dict[str, list[list[str]]]:
     race += ["--seq-len", "32" if tiny else "1024", "--cache", str(work / "cache"), "--out", str(work / "nanogpt")]
     found = {
         "probes": [["-m", "races.probes", *device, "--jsonl", str(out / "probes.jsonl")]],
-        "tests": [["-m", "pytest", "-m", "gpu", "-n", workers, "-p", "no:cacheprovider", *TESTS]],
+        "tests": [["-m", "pytest", "-m", "gpu", "-n", workers, "--dist", "worksteal", "-v", *TESTS, *chosen]],
         "claims": [
             ["-m", "races.train_step", *device, *few, "--csv", step_csv],
             ["-m", "kernels.bench", *device, *few, *head, *claims, "--csv", str(out / "bench.csv")],
@@ -129,6 +130,7 @@ def main(argv=None) -> int:
     parser.add_argument("--data", type=Path, help="folder of text to train on (default: train_lm.py's)")
     parser.add_argument("--tokenizer", type=Path, help="folder of vocab.json and merges.txt (default: train_lm.py's)")
     parser.add_argument("--nanogpt", type=Path, help="checkout of nanoGPT; without it that part is left out")
+    parser.add_argument("--tests", default="", help="tests by name, as pytest -k takes them (default: all)")
     parser.add_argument("--seconds", type=float, default=540, help="of all parts together (default: %(default)s)")
     parser.add_argument("--only", default="", help="names of parts, with commas, in the order given")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=device)

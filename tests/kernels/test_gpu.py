@@ -11,8 +11,8 @@ import torch
 from accounting import bytes_beside
 
 from kernels import linear_score, logits_score, losses
-from kernels.bench.providers import FROM_HIDDEN
-from kernels.bench.timing import HEADS, measure_memory
+from kernels.bench.providers import ALPHA, FROM_HIDDEN, FROM_LOGITS
+from kernels.bench.timing import HEADS, make_inputs, measure_memory
 from kernels.chunks import ALLOWANCE, cuda_chunk
 
 pytestmark = [
@@ -47,8 +47,30 @@ def rows(kind, n, v, dtype):
     return z.to(dtype), targets
 
 
+@pytest.mark.parametrize("shape", HEADS)
+@pytest.mark.parametrize(
+    "name", [name for name in (*FROM_LOGITS, *FROM_HIDDEN) if name.startswith(("ours", "linear_"))]
+)
+def test_the_benchs_losses_at_its_heads(name, shape):
+    """What kernels.bench times, of fewer tokens: the loss is that of float64. First, as the others wait for these."""
+    _, v, d = HEADS[shape]
+    leaves, targets = make_inputs(HEADS[shape]._replace(n=260, d=d if name in FROM_HIDDEN else None), "bf16", "cuda")
+    exact = leaves[0].detach().double()
+    exact = exact @ leaves[1].detach().double().t() if name in FROM_HIDDEN else exact
+    log_p = exact.log_softmax(1)
+    log_p_y = log_p.gather(1, targets[:, None])[:, 0]
+    share = 0.0 if name.endswith("CE") else ALPHA
+    brier = log_p.exp().square().sum(1) - 2 * log_p_y.exp() + 1
+    want = ((1 - share) * -log_p_y + share * brier).mean()
+    function = (FROM_HIDDEN if name in FROM_HIDDEN else FROM_LOGITS)[name]
+    loss = function(*(leaf.detach().clone().requires_grad_() for leaf in leaves), targets)
+    loss.backward()
+    # The product's logits are rounded to bf16.
+    torch.testing.assert_close(loss.double(), want, rtol=2e-3 if name in FROM_HIDDEN else 2e-5, atol=0)
+
+
 @pytest.mark.parametrize("kind", ["random", "equal", "extreme", "one live"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("v", [1, 2, 128, 507, 4095, 50257, 50304, 151936])
 @pytest.mark.parametrize("n", [1, 3, 4097])
 def test_triton_gives_what_torch_gives(n, v, dtype, kind):
@@ -73,7 +95,7 @@ def test_triton_gives_what_torch_gives(n, v, dtype, kind):
         assert ((got_z.grad.float() - want_z.grad.float()).abs() <= tolerance * scale + 1e-7).all(), name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("v", [507, 50257, 151936])
 def test_softcap_order_entropy_predictions_and_the_likeliest(v, dtype):
     z, targets = rows("random", 9, v, dtype)

@@ -1,0 +1,95 @@
+"""The run of everything that a device tells: parts in their order, within their time, on file as they come."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from races import device, probes
+
+
+@pytest.fixture
+def args(tmp_path):
+    out, work = tmp_path / "out", tmp_path / "work"
+    out.mkdir(), work.mkdir()
+    return SimpleNamespace(out=out, work=work, seconds=60.0, device="cpu")
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+def test_a_part_that_fails_or_hangs_does_not_end_the_run(args, monkeypatch):
+    monkeypatch.setitem(device.LIMITS, "paths", 0.3)
+    parts = {
+        "probes": [python("print('one'); raise SystemExit(3)")],
+        "paths": [python("import time; print('two', flush=True); time.sleep(60)")],
+        "train": [python("print('three')"), python("print('four')")],
+    }
+    report = device.run_parts(args, parts)
+    assert [part["end"] for part in report.values()] == ["exit code 3", "stopped at its limit", "done"]
+    assert report["paths"]["seconds"] < 10
+    log = (args.out / "log.txt").read_text()
+    assert log.index("one") < log.index("=== paths") < log.index("=== train") < log.index("three") < log.index("four")
+    assert json.loads((args.out / "parts.json").read_text())["parts"] == report
+
+
+def test_what_no_time_is_left_for_is_said(args):
+    args.seconds = 0.0
+    assert device.run_parts(args, {"train": [python("print(1)")]})["train"]["end"] == "no time left"
+
+
+def test_all_parts_run_on_a_cpu_in_their_smallest_shapes(tmp_path, corpus, monkeypatch):
+    """Every command is one that its program takes: those that do not measure memory in processes of their own."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    out, work = tmp_path / "out", tmp_path / "work"
+    where = ["--out", str(out), "--work", str(work), "--data", str(corpus), "--device", "cpu", "--tiny"]
+    assert device.main([*where, "--only", "train,fot"]) == 0
+    assert {p.name for p in out.iterdir()} == {"log.txt", "parts.json", "train.json", "fot.csv"}
+    assert json.loads((out / "train.json").read_text())["steps"] == 4
+    parts = device.commands(
+        SimpleNamespace(
+            **dict.fromkeys(("work", "out"), out),
+            device="cuda",
+            tiny=False,
+            data=None,
+            tokenizer=None,
+            nanogpt=None,
+            tests="",
+        )
+    )
+    assert {*parts} == {*device.LIMITS} - {"nanogpt"}
+
+
+def test_probes_are_lines_on_file(tmp_path, monkeypatch, capsys):
+    def broken(bench):
+        yield "first", 12.345678, "ms"
+        raise ValueError("no such device")
+
+    monkeypatch.setitem(probes.PROBES, "ties", broken)
+    file = tmp_path / "probes.jsonl"
+    assert probes.main(["--device", "cpu", "--only", "ties,host", "--jsonl", str(file)]) == 1
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [row["probe"] for row in rows] == ["ties", "ties", "host", "host"]
+    assert rows[0]["value"] == 12.35 and rows[1]["unit"] == "ValueError: no such device" and rows[2]["value"] > 0
+    assert all(row["device"] and row["date"] for row in rows)
+    assert capsys.readouterr().out.count("\n") == 4
+
+
+def test_probes_of_the_kernels_run(capsys):
+    assert probes.main(["--device", "cpu", "--only", "ties,passes"]) == 0
+    shown = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    cases = {row["case"] for row in shown}
+    assert {"V=130, 1% tied", "V=509, of a copy", "V=130, rescale by 1", "V=509, gradient"} <= cases
+
+
+@pytest.mark.parametrize("command, flags", [(probes, ["--only", "tie"]), (device, ["--only", "clams", "--out", "x"])])
+def test_unknown_names_are_one_line(command, flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = command.main(["--device", "cpu", *flags])
+    except SystemExit as e:
+        code = e.code
+    assert code == 2 and capsys.readouterr().err.strip().count("\n") == 0
+    assert not (tmp_path / "x").exists()
