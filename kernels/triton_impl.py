@@ -24,7 +24,8 @@ HELD = 25  # vectors of 4 registers that a lane of score_kernel holds of a row, 
 HELD_OF_MORE = 18  # the same where more follows
 REGISTERS = 128  # a lane: so two programs of 8 warps (V up to 51 k in bf16) or one of 16 fit a multiprocessor
 MOST_WARPS = 16
-RESCALED = 4096  # elements a program of rescale_kernel
+RESCALED = 4096  # elements that a program of rescale_kernel takes at a time
+RESCALERS = 1056  # its programs: 8 for each of 132 multiprocessors, and few to start where the scale is 1
 
 
 def forward(logits, targets, stats, correct, tail, *, order=None, link=PLAIN, predicted=None) -> None:
@@ -97,9 +98,12 @@ def fused_score(
 
 def rescale(gradient: Tensor, scale: Tensor) -> None:
     """gradient [N, V] times the 0-d ``scale``, in place, without waiting for its value."""
-    vocab = gradient.shape[1]
-    rest = dict(stride=gradient.stride(0), scale_ptr=scale, V=vocab, BLOCK=RESCALED)
-    _run(rescale_kernel, gradient, triton.cdiv(vocab, RESCALED), g_ptr=gradient, **rest)
+    rows, vocab = gradient.shape
+    blocks = rows * triton.cdiv(vocab, RESCALED)
+    if blocks:
+        with torch.cuda.device_of(gradient):
+            grid = (min(blocks, RESCALERS),)
+            rescale_kernel[grid](gradient, gradient.stride(0), scale, blocks, vocab, BLOCK=RESCALED)
 
 
 def _run(kernel, rows: Tensor, programs: int = 1, **arguments) -> None:

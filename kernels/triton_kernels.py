@@ -388,12 +388,16 @@ def rest_kernel(
         tl.store(out_ptr + places, tl.where(on, found, 0.0).to(out_ptr.dtype.element_ty), mask=mine)
 
 
-@triton.jit
-def rescale_kernel(g_ptr, stride, scale_ptr, V, BLOCK: tl.constexpr):
-    """g *= scale, in place; nothing is read or written where scale is 1."""
+@triton.jit(do_not_specialize=["blocks"])
+def rescale_kernel(g_ptr, stride, scale_ptr, blocks, V, BLOCK: tl.constexpr):
+    """g *= scale in place, in ``blocks`` of BLOCK elements, dealt to the programs in turn. Where scale is 1 it reads
+    nothing else and writes nothing."""
     scale = tl.load(scale_ptr).to(tl.float32)
     if scale != 1.0:
-        j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        at = g_ptr + tl.program_id(0).to(tl.int64) * stride + j
-        g = tl.load(at, mask=j < V, other=0.0).to(tl.float32)
-        tl.store(at, (g * scale).to(g_ptr.dtype.element_ty), mask=j < V)
+        a_row = tl.cdiv(V, BLOCK)
+        for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
+            row = block // a_row
+            j = (block - row * a_row) * BLOCK + tl.arange(0, BLOCK)
+            at = g_ptr + row.to(tl.int64) * stride + j
+            g = tl.load(at, mask=j < V, other=0.0).to(tl.float32)
+            tl.store(at, (g * scale).to(g_ptr.dtype.element_ty), mask=j < V)

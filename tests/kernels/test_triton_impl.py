@@ -115,3 +115,20 @@ def test_kernels_get_only_tensors_on_16_byte_boundaries():
         got, result = triton_impl._aligned(logits, out)
         assert torch.equal(got, logits) and got.stride() == result.stride() and got.shape == result.shape
         assert got.data_ptr() % 16 == result.data_ptr() % 16 == 0
+
+
+@pytest.mark.parametrize("programs", [3, 1056])  # fewer than blocks, and more
+@pytest.mark.parametrize("scale", [1.0, 1.7, 0.0, float("nan")])
+@pytest.mark.parametrize("rows, vocab", [(5, 37), (2, 64), (1, 7)])
+def test_rescaling_takes_every_element_once(rows, vocab, scale, programs, monkeypatch):
+    triton_impl = pytest.importorskip("kernels.triton_impl")
+    monkeypatch.setattr(triton_impl, "RESCALED", 16)
+    monkeypatch.setattr(triton_impl, "RESCALERS", programs)
+    generator = torch.Generator().manual_seed(rows)
+    for padding in (0, 11):
+        whole = torch.randn(rows, vocab + padding, generator=generator).to(DEVICE)
+        want = whole.clone()
+        want[:, :vocab] *= scale
+        triton_impl.rescale(whole[:, :vocab], torch.tensor(scale, device=DEVICE))
+        torch.testing.assert_close(whole, want, rtol=0, atol=0, equal_nan=True)
+    triton_impl.rescale(whole[:0], torch.tensor(2.0, device=DEVICE))
