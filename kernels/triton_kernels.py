@@ -54,9 +54,11 @@ def moments_kernel(
     lanes = rows.add_edge(lanes, rows.linked(z_e, link, LINK, True), off, g, R, ORDER)
     lanes = rows.add_blocks(z_ptr, at, 0, lanes, link, g, K, R, W, PACKED, LINK, ORDER)
     top, sums = rows.over_lanes(lanes, g, ORDER)
-    live, beaten = V - 1.0, z_y <= top
-    if rows.needs_care(top, sums[5], z_y, LINK):
+    live, beaten = V - 1.0, z_y < top
+    if rows.needs_care(top, sums[5], LINK):
         top, sums, live, beaten = rows.careful_sums(z_ptr, at, V, y, z_y, True, link, g, R, W, LINK, ORDER)
+    elif z_y == top:
+        beaten = rows.tied_before(z_ptr, at, V, y, z_y, link, R, W, LINK)
     to = stats_ptr + row, stats_stride, correct_ptr + row
     found = top, sums, live, beaten
     moments, ref, powers, rest = rows.finish_row(to, True, z_y, found, g, ORDER)
@@ -277,24 +279,27 @@ def score_kernel(
         lanes = rows.add_blocks(z_ptr, at, PIECES * R, lanes, link, g, K, R, W, PACKED, LINK, ORDER)
     top, sums = rows.over_lanes(lanes, g, ORDER)
     z_y = rows.linked(tl.load(z_ptr + row * z_stride + y).to(tl.float32), link, LINK, False)
-    if rows.needs_care(top, sums[5], z_y, LINK):
+    if rows.needs_care(top, sums[5], LINK):
         tl.store(correct_ptr, LEFT)
         return
     to = stats_ptr + row, stats_stride, correct_ptr
-    found = top, sums, V - 1.0, z_y <= top
+    found = top, sums, V - 1.0, z_y < top
     rule, target, ref = scored(
         to, loss_ptr + row, fisher_ptr + row, knob_ptr, True, z_y, found, link, g, SCORE, LINK, ORDER
     )
+    # Read back, so that the compiler holds the row as it was loaded and not its exponentials.
+    tl.debug_barrier()
+    ref = tl.load(stats_ptr + row + rows.ROW_MAX * stats_stride, volatile=True)
+    zero = tl.num_programs(2) - 1
+    # The row's place anew, for the compiler another one: kept since above it would cost registers.
+    row += zero
+    lane += zero
+    y = tl.load(targets_ptr + row).to(tl.int32)
+    at = rows.place(row, z_stride, V, y, W)
+    if z_y == top:
+        # Before the gradient, which may be written over the row.
+        tl.store(correct_ptr, rows.tied_before(z_ptr, at, V, y, z_y, link, R, W, LINK) == 0)
     if out_ptr is not None:
-        # Read back, so that the compiler holds the row as it was loaded and not its exponentials.
-        tl.debug_barrier()
-        ref = tl.load(stats_ptr + row + rows.ROW_MAX * stats_stride, volatile=True)
-        zero = tl.num_programs(2) - 1
-        # The row's place anew, for the compiler another one: kept since above it would cost registers.
-        row += zero
-        lane += zero
-        y = tl.load(targets_ptr + row).to(tl.int32)
-        at = rows.place(row, z_stride, V, y, W)
         a, c, b = rule
         if weights_ptr is not None:
             weight = tl.load(weights_ptr + row)

@@ -379,9 +379,21 @@ def careful_sums(
 
 
 @triton.jit
-def needs_care(top, s_t, z_y, LINK: tl.constexpr):
-    """Whether there may be ties with the target, entries that are not finite, or none at all."""
-    rare = (z_y == top) | (s_t - s_t != 0.0) | (top <= NO_TOP)
+def tied_before(ptr, at, V, y, z_y, link, R: tl.constexpr, W: tl.constexpr, LINK: tl.constexpr):
+    """Whether an entry before the target equals it. Reads the row up to there once more."""
+    lane = tl.arange(0, R)
+    ties = tl.zeros([R], tl.int32)
+    for start in range(0, at[4] + 1, R):
+        for half in tl.static_range(W // 4):
+            z, j = element(ptr, at, start + lane, half, V, y, W)
+            ties = tl.maximum(ties, tl.max(((linked(z, link, LINK, False) == z_y) & (j < y)).to(tl.int32), 1))
+    return tl.max(ties, 0) > 0
+
+
+@triton.jit
+def needs_care(top, s_t, LINK: tl.constexpr):
+    """Whether there may be entries that are not finite, or none at all."""
+    rare = (s_t - s_t != 0.0) | (top <= NO_TOP)
     if LINK:
         rare = rare | (s_t < FILL / 2)  # an entry that ``linked`` took for a FILL
     return rare

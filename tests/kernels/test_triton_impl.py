@@ -5,7 +5,7 @@ import torch
 from formulas import DEVICE
 from named_scores import NAMED, same_moments
 
-from kernels import logits_score, losses
+from kernels import logits_score, losses, softmax_moments
 
 
 # bf16 507: held on chip; fp32 20011: read twice; 8: less than a vector; 1024: rows on 16-byte boundaries.
@@ -103,6 +103,42 @@ def test_rows_of_every_kind_and_length(kind, held, monkeypatch):
         if "least" not in kind or v % 2 == 0:  # dpsm's does not read that sum
             torch.testing.assert_close(m.fisher, w.fisher.float(), rtol=1e-3, atol=3e-6)
         torch.testing.assert_close(got_z.grad.double(), want_z.grad, rtol=2**-7, atol=1e-6)
+
+
+# Entries that tie with the target at 40, of 403: in the row's first vector, the target's own, the last, and others.
+TIES = ([], [0], [39], [41], [402], [0, 402], [41, 300], [16, 17], [250], [3, 39, 41, 250])
+
+
+@pytest.mark.parametrize(
+    "held, name, scale", [(None, "dpsm", 1.0), (1, "smoothing", 0.3), (0, "power", 1.0), (1, "dpsm", 1.0)]
+)
+def test_the_first_of_a_tie_is_the_prediction(held, name, scale, monkeypatch):
+    """The fast kernel decides it, of rows that it holds whole, in part or not at all: the other has no row."""
+    triton_impl = pytest.importorskip("kernels.triton_impl")
+    if held is not None:
+        shape = triton_impl.score_shape
+        monkeypatch.setattr(triton_impl, "score_shape", lambda v, dtype: shape(v, dtype, warps=1, held=held))
+    monkeypatch.setattr(triton_impl, "rest_kernel", {(len(TIES) + 1, 1): lambda **arguments: None})
+    z = torch.randn(len(TIES) + 1, 403, generator=torch.Generator().manual_seed(5))
+    for row, places in zip(z, [*TIES, [41]], strict=True):
+        row[[40, *places]] = row.max() + 1
+    z[-1, 200] = z.max() + 1  # beats the target
+    z = z.to(DEVICE, torch.bfloat16)
+    targets = torch.full((len(z),), 40, device=DEVICE)
+    how = dict(reduction="sum", fisher=True, scale=scale)
+    found = {}
+    for impl in ("triton", "torch"):
+        leaf = z.clone().requires_grad_()
+        loss, m = logits_score(leaf * 1, targets, NAMED[name], inplace=impl == "triton", impl=impl, **how)
+        loss.backward()
+        found[impl] = loss, m, leaf.grad
+    (got, m, got_grad), (want, w, want_grad) = found.values()
+    assert w.correct.tolist() == [not places or min(places) > 40 for places in TIES] + [False]
+    same_moments(m, w)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got_grad, want_grad, rtol=2**-6, atol=5e-7)
+    moments = softmax_moments(z, targets, scale=scale, impl="triton")
+    assert torch.equal(moments.correct, w.correct)
 
 
 def test_kernels_get_only_tensors_on_16_byte_boundaries():
