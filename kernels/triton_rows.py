@@ -393,7 +393,9 @@ def tied_before(ptr, at, V, y, z_y, link, R: tl.constexpr, W: tl.constexpr, LINK
 @triton.jit
 def needs_care(top, s_t, LINK: tl.constexpr):
     """Whether there may be entries that are not finite, or none at all."""
-    rare = (s_t - s_t != 0.0) | (top <= NO_TOP)
+    # Not s_t - s_t: the compiler fuses it with the product that s_t is, and the difference is what that one rounded.
+    rare = (tl.abs(s_t) < float("inf")) == 0
+    rare = rare | (top <= NO_TOP)
     if LINK:
         rare = rare | (s_t < FILL / 2)  # an entry that ``linked`` took for a FILL
     return rare
