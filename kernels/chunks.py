@@ -24,11 +24,18 @@ def row_stride(vocab: int) -> int:
     return -(-vocab // 64) * 64
 
 
+def padded_rows(vocab: int, itemsize: int, device: torch.device) -> int:
+    """Rows of the weight in the products: on CUDA those of ``row_stride`` where a row of logits is no multiple of 16
+    bytes. On an H200 (torch 2.11) the three products at 8192 x 50257 x 768 ran at 150 TFLOP/s, others at 800."""
+    return row_stride(vocab) if device.type == "cuda" and vocab * itemsize % 16 else vocab
+
+
 def weight_bytes_beside(v: int, d: int, hidden_bytes: int, weight_bytes: int) -> int:
     """Bytes of size [V, D] beside what is the caller's while the chunks run: the fp32 sum beyond the weight's gradient,
-    and the weight in the dtype of ``hidden`` where that is another."""
+    and the weight in the dtype of ``hidden`` where that is another, or with ``padded_rows``."""
     sum_bytes = max(4, hidden_bytes)
-    return v * d * (sum_bytes - min(sum_bytes, weight_bytes) + (hidden_bytes if hidden_bytes != weight_bytes else 0))
+    copied = hidden_bytes != weight_bytes or v * hidden_bytes % 16
+    return v * d * (sum_bytes - min(sum_bytes, weight_bytes) + (hidden_bytes if copied else 0))
 
 
 def chunk_rows(n: int, v: int, d: int, dtype_bytes: int, sm_count: int, free_bytes: int, beside: int = 0) -> int:

@@ -6,7 +6,7 @@ import contextlib
 import torch
 from torch import Tensor
 
-from .chunks import cuda_chunk, products_widen, row_stride
+from .chunks import cuda_chunk, padded_rows, products_widen, row_stride
 from .impl import brought, check_logits, check_targets, choose_impl, fused_form, with_class_weights
 from .moments import (
     Moments,
@@ -70,7 +70,7 @@ class HeadPass:
         if torch.is_autocast_enabled(device.type):
             hidden = hidden.to(torch.get_autocast_dtype(device.type))
         self.module = choose_impl(impl, hidden)
-        self.hidden, self.vocab, self.tail = hidden, vocab or len(weight), tail
+        self.hidden, self.vocab, self.weight_rows, self.tail = hidden, vocab or len(weight), len(weight), tail
         self.order, self.link = brought(order, hidden.device), make_link(scale, softcap)
         self.grad_dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         check_logits(hidden.new_empty(0, self.vocab), self.module)
@@ -89,7 +89,9 @@ class HeadPass:
         self.top = new_top(hidden, self.n, topk) if topk else None  # its log_p less lse
         self.weights = None if weights is None else weights.detach().to(self.stats.dtype)
         self.can_keep_w = hidden.dtype == self.stats.dtype and self.module.CAN_KEEP_W and not self.link.softcap
-        self.stride = row_stride(self.vocab) if hidden.is_cuda else self.vocab
+        # With a vocabulary of its own a pass makes its own logits, see parallel.
+        self.padded = len(weight) if vocab else padded_rows(self.vocab, hidden.itemsize, device)
+        self.stride = row_stride(self.vocab) if hidden.is_cuda else max(self.vocab, self.padded)
         if chunk is None and hidden.is_cuda:
             chunk = cuda_chunk(self.n, self.vocab, hidden.shape[1], hidden.itemsize, weight.itemsize, device)
         elif chunk is None:
@@ -97,8 +99,8 @@ class HeadPass:
             chunk = -(-self.n // max(1, -(-self.n // most)))  # chunks of equal size
         chunk = max(1, min(chunk, self.n))
         self.chunks = [slice(i, min(i + chunk, self.n)) for i in range(0, self.n, chunk)]
-        self.weight = weight.detach().to(hidden.dtype)
-        self.bias = None if bias is None else bias.detach().to(hidden.dtype)
+        self.weight = self.padded_with_zeros(weight)
+        self.bias = None if bias is None else self.padded_with_zeros(bias)
         self.buffer, self.can_fuse, self.form = None, True, None
 
     def rows_in_loss(self, tokens: int | None) -> tuple[Tensor | None, Tensor | None]:
@@ -163,7 +165,7 @@ class HeadPass:
                 # A copy, as the caller may refill its tensor before backward.
                 denominator = self.count() if denominator is None else brought(denominator, total.device).clone()
                 total = total / denominator
-            grads[0] = self.of_all_rows(grads[0])
+            self.finished(grads)
         return total, moments, grads, denominator
 
     def new_vector(self) -> Tensor:
@@ -217,6 +219,22 @@ class HeadPass:
             *self.form, logits, self.targets[rows], stats=self.stats[:, rows], out=out, **vectors, **how
         )
 
+    def padded_with_zeros(self, x: Tensor) -> Tensor:
+        """The weight or bias as the products take it: in the dtype of ``hidden``, with ``padded`` rows."""
+        x = x.detach()
+        if len(x) == self.padded:
+            return x.to(self.h.dtype)
+        wider = self.h.new_empty(self.padded, *x.shape[1:])
+        wider[: len(x)] = x
+        wider[len(x) :] = 0
+        return wider
+
+    def in_products(self, logits: Tensor) -> Tensor:
+        """A chunk's logits with the columns of the padding: 0, as their weights are, and never written to."""
+        if logits.shape[1] >= self.padded:
+            return logits
+        return logits.as_strided((len(logits), self.padded), logits.stride())
+
     def rows_of_buffer(self, rows: slice) -> Tensor:
         """Storage for the logits of a chunk, the same for every chunk."""
         if self.buffer is None:
@@ -226,12 +244,14 @@ class HeadPass:
     def logits(self, rows: slice) -> Tensor:
         out = self.rows_of_buffer(rows)
         if self.bias is None:
-            return torch.mm(self.h[rows], self.weight.t(), out=out)
-        return torch.addmm(self.bias, self.h[rows], self.weight.t(), out=out)
+            torch.mm(self.h[rows], self.weight.t(), out=self.in_products(out))
+        else:
+            torch.addmm(self.bias, self.h[rows], self.weight.t(), out=self.in_products(out))
+        return out
 
     def logits_again(self, rows: slice, index: Tensor) -> Tensor:
         logits = self.h[rows][index] @ self.weight.t()
-        return logits if self.bias is None else logits + self.bias
+        return (logits if self.bias is None else logits + self.bias)[:, : self.vocab]
 
     def mask_of(self, rows: slice) -> Tensor | None:
         return None if self.mask is None else self.mask[rows]
@@ -269,12 +289,18 @@ class HeadPass:
         return as_moments(Stats(*stats), correct, self.valid, self.vocab, self.tail, self.order, **more)
 
     def new_grads(self, wants) -> list[Tensor | None]:
-        """Buffers for d_hidden, d_weight in fp32 (fp64 for fp64), and d_bias likewise."""
+        """Buffers for d_hidden, d_weight [padded, D] in fp32 (fp64 for fp64), and d_bias likewise."""
         d_hidden = torch.empty_like(self.h) if wants[0] else None
         new = torch.empty if self.n else torch.zeros  # the first chunk overwrites, see accumulate
         wide = dict(dtype=self.stats.dtype, device=self.h.device)
         d_weight = new(self.weight.shape, **wide) if wants[1] else None
-        return [d_hidden, d_weight, torch.zeros(len(self.weight), **wide) if wants[2] else None]
+        return [d_hidden, d_weight, torch.zeros(self.vocab, **wide) if wants[2] else None]
+
+    def finished(self, grads) -> None:
+        """Makes of the buffers what the caller gets."""
+        grads[0] = self.of_all_rows(grads[0])
+        if grads[1] is not None:
+            grads[1] = grads[1][: self.weight_rows]
 
     def gradient(self, logits: Tensor, rows: slice, partials: Partials | None, kept_w: bool = False) -> None:
         """Turns the chunk's logits into their gradient, where ``score`` has not."""
@@ -288,10 +314,11 @@ class HeadPass:
     def accumulate(self, logits: Tensor, rows: slice, grads) -> None:
         """Adds what follows from the gradient of a chunk's logits to ``grads``."""
         d_hidden, d_weight, d_bias = grads
-        if d_hidden is not None:
-            torch.mm(logits, self.weight, out=d_hidden[rows])
         if d_bias is not None:
             d_bias += logits.sum(0, dtype=d_bias.dtype)
+        logits = self.in_products(logits)
+        if d_hidden is not None:
+            torch.mm(logits, self.weight, out=d_hidden[rows])
         if d_weight is None:
             return
         g, h, first = logits.t(), self.h[rows], rows.start == 0
@@ -316,7 +343,7 @@ class HeadPass:
                 else:
                     self.gradient(logits, rows, partials.map(upstream[rows].mul))
                 self.accumulate(logits, rows, grads)
-            grads[0] = self.of_all_rows(grads[0])
+            self.finished(grads)
         return [None if g is None else g.to(d) for g, d in zip(grads, self.grad_dtypes, strict=True)]
 
 

@@ -4,6 +4,7 @@ A provider takes leaves that require a gradient, (logits,) or (hidden, weight), 
 Peers are made on demand: what is not installed raises ImportError, which the bench names.
 """
 
+import functools
 import importlib
 from collections.abc import Callable
 from functools import partial
@@ -11,7 +12,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from ..chunks import row_stride
+from ..chunks import padded_rows
 from ..head import linear_score
 from ..logits import logits_score
 from ..losses import LOSSES, ce, dpsm, make_score
@@ -30,22 +31,28 @@ def literal_loss(logits, targets):
     return ((1 - ALPHA) * ce + ALPHA * brier).mean()
 
 
+@functools.lru_cache(maxsize=1)
+def _padded_weight(rows: int, d: int, dtype: torch.dtype, device: torch.device):
+    return torch.randn(rows, d, dtype=dtype, device=device) * 0.02
+
+
 class MatrixProducts(torch.autograd.Function):
-    """The three products of a head and its backward, without any loss: what no linear loss can be faster than."""
+    """The three products of a head and its backward, without any loss: what no linear loss can be faster than. With
+    the rows of ``padded_rows``, of a weight that is at hand: an odd V alone would slow them down."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets):
-        ctx.save_for_backward(hidden, weight)
-        # In rows on 16-byte boundaries, as linear_score has them: an odd V alone would slow the products down.
-        logits = hidden.new_empty(len(hidden), row_stride(len(weight)))[:, : len(weight)]
-        ctx.logits = torch.mm(hidden, weight.t(), out=logits)
+        rows = padded_rows(len(weight), hidden.itemsize, hidden.device)
+        padded = weight if rows == len(weight) else _padded_weight(rows, *weight.shape[1:], weight.dtype, weight.device)
+        ctx.save_for_backward(hidden, weight, padded)
+        ctx.logits = hidden @ padded.t()
         return ctx.logits.new_zeros(())
 
     @staticmethod
     def backward(ctx, grad):
-        hidden, weight = ctx.saved_tensors
+        hidden, weight, padded = ctx.saved_tensors
         logits, ctx.logits = ctx.logits, None
-        return logits @ weight, logits.t() @ hidden, None
+        return logits @ padded, (logits.t() @ hidden)[: len(weight)], None
 
 
 # Named for what they compute; "ours" with every moment that calibration and Fisher need.

@@ -14,6 +14,7 @@ from kernels import linear_score, logits_score, losses
 from kernels.bench.providers import ALPHA, FROM_HIDDEN, FROM_LOGITS
 from kernels.bench.timing import HEADS, make_inputs, measure_memory
 from kernels.chunks import ALLOWANCE, cuda_chunk
+from kernels.moments import new_stats
 
 pytestmark = [
     pytest.mark.gpu,
@@ -118,6 +119,26 @@ def test_softcap_order_entropy_predictions_and_the_likeliest(v, dtype):
     assert torch.equal(m.predicted, w.predicted) and torch.equal(m.top_ids, w.top_ids)
     torch.testing.assert_close(m.top_log_p, w.top_log_p, rtol=2e-5, atol=1e-5)
     torch.testing.assert_close(m.top_entropy, w.top_entropy, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("v", [507, 50257, 151936])
+def test_the_second_kernel_is_for_rare_rows_alone(v, monkeypatch):
+    """Ordinary rows and those with ties are the first kernel's. It marks what it leaves with 2 in ``correct``."""
+    from kernels import triton_impl
+
+    class Nothing:
+        def __getitem__(self, grid):
+            return lambda **arguments: None
+
+    monkeypatch.setattr(triton_impl, "rest_kernel", Nothing())
+    z, targets = rows("random", 64, v, torch.bfloat16)
+    targets = targets.clamp_min(0)
+    z[::2].scatter_(1, targets[::2, None], z[::2].amax(1, keepdim=True))
+    z[5, 3] = float("-inf")
+    stats, correct = new_stats(z, len(z))
+    rest = dict(stats=stats, correct=correct, losses=stats[0].clone(), fisher=stats[0].clone(), out=torch.empty_like(z))
+    triton_impl.fused_score("dpsm", 0.5, z, targets, None, None, **rest)
+    assert (correct.view(torch.uint8) == 2).nonzero()[:, 0].tolist() == [5]
 
 
 def of_last_rows(z, targets, score, upstream):

@@ -324,3 +324,21 @@ def test_under_activation_checkpointing(reduction):
         loss.sum().backward()
         results.append([loss.detach(), *(x.grad for x in leaves)])
     torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_padded_rows_of_the_weight_change_nothing(reduction, impl, monkeypatch):
+    """As on a GPU where a row of logits is no multiple of 16 bytes."""
+    found = []
+    for rows in (lambda v, *_: v, lambda v, *_: v + 7):
+        monkeypatch.setattr("kernels.head_pass.padded_rows", rows)
+        hidden, weight, bias, targets, weights = head(ignored=(1, 6))
+        how = dict(bias=bias, weights=weights, reduction=reduction, chunk=5, fisher=True, impl=impl)
+        loss, m = linear_score(hidden, weight, targets, losses.dpsm(0.3), **how)
+        loss.sum().backward()
+        moments = linear_moments(hidden, weight, targets, bias=bias, impl=impl)
+        found.append((loss, m.fisher, m.entropy, moments.lse, hidden.grad, weight.grad, bias.grad))
+    for plain, padded in zip(*found, strict=True):
+        assert padded.shape == plain.shape
+        torch.testing.assert_close(padded, plain, rtol=1e-5, atol=1e-6)

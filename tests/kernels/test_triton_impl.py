@@ -168,3 +168,9 @@ def test_rescaling_takes_every_element_once(rows, vocab, scale, programs, monkey
         triton_impl.rescale(whole[:, :vocab], torch.tensor(scale, device=DEVICE))
         torch.testing.assert_close(whole, want, rtol=0, atol=0, equal_nan=True)
     triton_impl.rescale(whole[:0], torch.tensor(2.0, device=DEVICE))
+
+
+def test_no_difference_is_compared_with_zero():
+    """A compiler fuses a product into the difference that follows: x - x of a rounded x = a * b is its rounding."""
+    for file in sorted(Path(triton_kernels.__file__).parent.glob("triton_*.py")):
+        assert not re.search(r"(\w+(?:\[\d+\])?) - \1\b", file.read_text()), file.name
