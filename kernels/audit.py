@@ -8,6 +8,7 @@ No GPU is needed: Triton's own assembler and disassembler do the work. Launch sh
     regs     registers a thread
     spill    bytes a thread that do not fit the registers (0 wanted)
     loads    loads of global memory in the code, by bits a thread
+    copies   asynchronous copies of global to shared memory, the prefetch of a loop, in the same way
     stores   the same for stores; of the narrow ones a few belong to scalars and to the ends of a row
     instr/el instructions that a lane executes for its part of a row, over its elements. Hopper's 132 multiprocessors
              issue 128 a clock; at 1.7 GHz and 3 TB/s that is 38 while a bf16 logit is read and written
@@ -34,8 +35,8 @@ VOCABULARIES = (50257, 151936)
 TYPES = {"targets_ptr": "*i64", "ids_ptr": "*i64", "mask_ptr": "*u8", "correct_ptr": "*u8"}
 TYPES |= dict.fromkeys(("tail", "scale", "link_scale", "softcap"), "fp32")
 TYPES |= dict.fromkeys(("z_stride", "stats_stride", "V"), "i32")
-LINE = "{:40} {:>3} {:>7} {:>5} {:>5} {:22} {:22} {:>8} {:>6} {:>6}"
-HEADINGS = ("kernel", "sm", "V", "regs", "spill", "loads", "stores", "instr/el", "sfu/el", "shared")
+LINE = "{:40} {:>3} {:>7} {:>5} {:>5} {:22} {:6} {:22} {:>8} {:>6} {:>6}"
+HEADINGS = ("kernel", "sm", "V", "regs", "spill", "loads", "copies", "stores", "instr/el", "sfu/el", "shared")
 # One instruction a line: /*0040*/  @P0 LDG.E.128 R4, ...
 OPCODE = re.compile(r"\s*/\*[0-9a-f]+\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
 OPTIONS = ("num_warps", "maxnreg", "enable_fp_fusion")  # of a launch; its other constants are the kernel's
@@ -103,16 +104,19 @@ def compile_for(kernel, constants: dict, capability: int, dtype: str, vocab: int
 
 
 def executed(lines: list[str], vectors_a_go: int, rounds: int) -> list[str]:
-    """The opcodes of nvdisasm's ``lines`` that a lane executes, as often as it does: those of a loop that loads
-    ``vectors_a_go`` vectors ``rounds`` times, those of other loops (for rare rows) not at all."""
-    labels, opcodes, loops = {}, [], []
+    """The opcodes of nvdisasm's ``lines`` that a lane executes, as often as it does: those of a loop that loads or
+    copies ``vectors_a_go`` vectors ``rounds`` times, those of other loops (for rare rows) not at all. A jump back over
+    the kernel's end is no loop, it is out of code that stands behind it."""
+    labels, opcodes, loops, last = {}, [], [], 0
     for line in lines:
         if label := re.match(r"\s*(\.L_x_\d+):", line):
             labels[label[1]] = len(opcodes)
         elif code := OPCODE.match(line):
             opcodes.append(code[1])
             target = re.search(r"BRA\b.*`\((\.L_x_\d+)\)", line)
-            if target and target[1] in labels and labels[target[1]] < len(opcodes) - 1:
+            if re.match(r"\s*/\*[0-9a-f]+\*/\s+EXIT\b", line):  # without a condition
+                last = len(opcodes)
+            if target and last <= labels.get(target[1], -1) < len(opcodes) - 1:
                 loops.append((labels[target[1]], len(opcodes)))
     times = [1] * len(opcodes)
     for begin, end in loops:
@@ -153,7 +157,8 @@ def read_code(compiled, constants: dict, vocab: int) -> dict:
     special, local = sum(op.startswith("MUFU") for op in run), sum(op.split(".")[0] in ("LDL", "STL") for op in opcodes)
     usage = {name: int(n) for name, n in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
     figures = dict(registers=usage["REG"], spill_bytes=usage["STACK"] + usage["LOCAL"], spill_instructions=local)
-    figures |= dict(loads=widths("LDG"), stores=widths("STG"), shared_bytes=compiled.metadata.shared)
+    figures |= dict(loads=widths("LDG"), copies=widths("LDGSTS"), stores=widths("STG"))
+    figures |= dict(shared_bytes=compiled.metadata.shared)
     figures |= dict(instructions_per_element=len(run) / elements, special_per_element=special / elements)
     return figures | dict(instructions=len(opcodes))
 
@@ -192,7 +197,7 @@ def main(argv: list[str] | None = None) -> int:
     for vocab, capability in itertools.product(args.vocab, args.capability):
         for row in audit(capability, vocab, args.dtype, args.kernel):
             rows.append(row)
-            accesses = [" ".join(f"{n}x{bits}" for bits, n in row[k].items()) for k in ("loads", "stores")]
+            accesses = [" ".join(f"{n}x{bits}" for bits, n in row[k].items()) for k in ("loads", "copies", "stores")]
             figures = f"{row['instructions_per_element']:.1f}", f"{row['special_per_element']:.2f}"
             sizes = capability, vocab, row["registers"], row["spill_bytes"]
             print(LINE.format(row["kernel"], *sizes, *accesses, *figures, row["shared_bytes"]), flush=True)

@@ -22,6 +22,7 @@ VECTOR_BYTES = 16
 # kernels.audit shows what fits without spilling, kernels.bench --paths what is fast.
 HELD = 25  # vectors of 4 registers that a lane of score_kernel holds of a row, where that is the whole row
 HELD_OF_MORE = 18  # the same where more follows
+STAGES = 2  # of the loops over what follows: the next vectors are copied to shared memory while these are taken
 REGISTERS = 128  # a lane: so two programs of 8 warps (V up to 51 k in bf16) or one of 16 fit a multiprocessor
 MOST_WARPS = 16
 RESCALED = 4096  # elements that a program of rescale_kernel takes at a time
@@ -172,13 +173,15 @@ def _shape(vocab: int, dtype: torch.dtype, *without: str) -> dict:
     return {name: value for name, value in _launch(dtype, warps, per_go=4).items() if name not in without}
 
 
-def score_shape(vocab: int, dtype: torch.dtype, warps: int = 0, held: int | None = None) -> dict:
+def score_shape(vocab: int, dtype: torch.dtype, warps: int = 0, held: int | None = None, stages: int = STAGES) -> dict:
     """Launch constants of score_kernel: the fewest warps whose lanes hold the row in HELD vectors each, or ``warps``;
-    MORE where the row is longer than that. ``held``: vectors a lane instead of HELD or HELD_OF_MORE."""
+    MORE where the row is longer than that. ``held``: vectors a lane instead of HELD or HELD_OF_MORE. ``stages``:
+    1 is no prefetch."""
     vectors = _vectors(vocab, dtype)
     if not warps:
         warps = min(MOST_WARPS, triton.next_power_of_2(triton.cdiv(vectors, 32 * HELD)))
     pieces = triton.cdiv(vectors, 32 * warps)
     if held is None:
         held = HELD if pieces <= HELD else HELD_OF_MORE
-    return dict(PIECES=min(pieces, held), MORE=pieces > held, maxnreg=REGISTERS) | _launch(dtype, warps, per_go=2)
+    constants = dict(PIECES=min(pieces, held), MORE=pieces > held, STAGES=stages, maxnreg=REGISTERS)
+    return constants | _launch(dtype, warps, per_go=2)

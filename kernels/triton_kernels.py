@@ -52,7 +52,7 @@ def moments_kernel(
     z_e, _places, _mine, off = rows.edge(z_ptr, at, V, y, R, W)
     lanes = none + rows.FILL, none, rows.no_sums_a_lane(R)
     lanes = rows.add_edge(lanes, rows.linked(z_e, link, LINK, True), off, g, R, ORDER)
-    lanes = rows.add_blocks(z_ptr, at, 0, lanes, link, g, K, R, W, PACKED, LINK, ORDER)
+    lanes = rows.add_blocks(z_ptr, at, 0, lanes, link, g, K, R, W, PACKED, 1, LINK, ORDER)
     top, sums = rows.over_lanes(lanes, g, ORDER)
     live, beaten = V - 1.0, z_y < top
     if rows.needs_care(top, sums[5], LINK):
@@ -237,6 +237,7 @@ def score_kernel(
     PIECES: tl.constexpr,
     MORE: tl.constexpr,
     PACKED: tl.constexpr,
+    STAGES: tl.constexpr,
     K: tl.constexpr,
     R: tl.constexpr,
     W: tl.constexpr,
@@ -245,7 +246,7 @@ def score_kernel(
 
     The first PIECES vectors of each lane are held in registers and read once: all of 50257 bf16 logits, half of 151936.
     MORE: what follows is read K vectors a lane at a time, and again for the gradient, from the row's end, where the
-    cache still has it. What is rare is left to rest_kernel, and said so in ``correct``."""
+    cache still has it, in loops of STAGES. What is rare is left to rest_kernel, and said so in ``correct``."""
     DTYPE: tl.constexpr = z_ptr.dtype.element_ty
     ORDER: tl.constexpr = order_ptr is not None
     link = link_scale, 0.0  # no softcap here, see triton_impl.fused_score
@@ -276,7 +277,7 @@ def score_kernel(
     z_e, _places, _mine, off = rows.edge(z_ptr, at, V, y, R, W)
     lanes = rows.add_edge((new_top, count, sums), rows.linked(z_e, link, LINK, True), off, g, R, ORDER)
     if MORE:
-        lanes = rows.add_blocks(z_ptr, at, PIECES * R, lanes, link, g, K, R, W, PACKED, LINK, ORDER)
+        lanes = rows.add_blocks(z_ptr, at, PIECES * R, lanes, link, g, K, R, W, PACKED, STAGES, LINK, ORDER)
     top, sums = rows.over_lanes(lanes, g, ORDER)
     z_y = rows.linked(tl.load(z_ptr + row * z_stride + y).to(tl.float32), link, LINK, False)
     if rows.needs_care(top, sums[5], LINK):
@@ -314,7 +315,7 @@ def score_kernel(
         rule = a * scale, c * power, b
         if MORE:
             blocks = (tl.maximum(at[3] - PIECES * R, 0) + K * R - 1) // (K * R)
-            for n_block in range(0, blocks):
+            for n_block in tl.range(0, blocks, num_stages=STAGES):
                 start = PIECES * R + (blocks - 1 - n_block) * (K * R)
                 for k in tl.static_range(K):
                     v = start + k * R + lane

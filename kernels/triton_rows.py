@@ -291,14 +291,15 @@ def add_blocks(
     R: tl.constexpr,
     W: tl.constexpr,
     PACKED: tl.constexpr,
+    STAGES: tl.constexpr,
     LINK: tl.constexpr,
     ORDER: tl.constexpr,
 ):
-    """``lanes`` with the row's vectors from ``begin`` on, K a lane at a time."""
+    """``lanes`` with the row's vectors from ``begin`` on, K a lane at a time, in a loop of STAGES."""
     DTYPE: tl.constexpr = ptr.dtype.element_ty
     top, count, sums = lanes
     lane = tl.arange(0, R)
-    for start in range(begin, at[3], K * R):
+    for start in tl.range(begin, at[3], K * R, num_stages=STAGES):
         words = ()
         for k in tl.static_range(K):
             v = start + k * R + lane

@@ -54,10 +54,17 @@ def test_instructions_are_counted_as_often_as_they_run():
         /*0060*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
         /*0070*/               @P1 BRA `(.L_x_2) ;
 .L_x_3:
-        /*0080*/                   EXIT ;
+        /*0080*/               @P3 BRA `(.L_x_5) ;
+.L_x_6:
+        /*0090*/                   EXIT ;
+.L_x_5:
+        /*00a0*/                   CALL.REL.NOINC `(f) ;
+        /*00b0*/                   BRA `(.L_x_6) ;
 .L_x_4:
-        /*0090*/                   BRA `(.L_x_4);
+        /*00c0*/                   BRA `(.L_x_4);
 """
     run = executed(code.splitlines(), 2, 3)
     loop = ["LDG.E.128", "LDG.E.128", "MUFU.EX2", "BRA"]
-    assert Counter(run) == Counter(["S2R", *3 * loop, "BRA", "EXIT", "BRA"])  # the last is padding behind the end
+    assert Counter(run) == Counter(
+        ["S2R", *3 * loop, *4 * ["BRA"], "EXIT", "CALL.REL.NOINC"]
+    )  # the last is padding behind the end
