@@ -173,15 +173,17 @@ def _shape(vocab: int, dtype: torch.dtype, *without: str) -> dict:
     return {name: value for name, value in _launch(dtype, warps, per_go=4).items() if name not in without}
 
 
-def score_shape(vocab: int, dtype: torch.dtype, warps: int = 0, held: int | None = None, stages: int = STAGES) -> dict:
+def score_shape(
+    vocab: int, dtype: torch.dtype, warps: int = 0, held: int | None = None, stages: int = STAGES, hints: bool = False
+) -> dict:
     """Launch constants of score_kernel: the fewest warps whose lanes hold the row in HELD vectors each, or ``warps``;
     MORE where the row is longer than that. ``held``: vectors a lane instead of HELD or HELD_OF_MORE. ``stages``:
-    1 is no prefetch."""
+    1 is no prefetch. ``hints``: to the cache, what is read again and what is not."""
     vectors = _vectors(vocab, dtype)
     if not warps:
         warps = min(MOST_WARPS, triton.next_power_of_2(triton.cdiv(vectors, 32 * HELD)))
     pieces = triton.cdiv(vectors, 32 * warps)
     if held is None:
         held = HELD if pieces <= HELD else HELD_OF_MORE
-    constants = dict(PIECES=min(pieces, held), MORE=pieces > held, STAGES=stages, maxnreg=REGISTERS)
-    return constants | _launch(dtype, warps, per_go=2)
+    constants = dict(PIECES=min(pieces, held), MORE=pieces > held, STAGES=stages, HINTS=hints)
+    return constants | dict(maxnreg=REGISTERS) | _launch(dtype, warps, per_go=2)

@@ -238,6 +238,7 @@ def score_kernel(
     MORE: tl.constexpr,
     PACKED: tl.constexpr,
     STAGES: tl.constexpr,
+    HINTS: tl.constexpr,
     K: tl.constexpr,
     R: tl.constexpr,
     W: tl.constexpr,
@@ -246,9 +247,12 @@ def score_kernel(
 
     The first PIECES vectors of each lane are held in registers and read once: all of 50257 bf16 logits, half of 151936.
     MORE: what follows is read K vectors a lane at a time, and again for the gradient, from the row's end, where the
-    cache still has it, in loops of STAGES. What is rare is left to rest_kernel, and said so in ``correct``."""
+    cache still has it, in loops of STAGES. HINTS tell the cache which is which. What is rare is left to rest_kernel,
+    and said so in ``correct``."""
     DTYPE: tl.constexpr = z_ptr.dtype.element_ty
     ORDER: tl.constexpr = order_ptr is not None
+    ONCE: tl.constexpr = "evict_first" if HINTS else ""
+    AGAIN: tl.constexpr = "evict_last" if HINTS else ""
     link = link_scale, 0.0  # no softcap here, see triton_impl.fused_score
     g = tl.load(order_ptr) if ORDER else 2.0
     row = tl.program_id(0).to(tl.int64)
@@ -264,7 +268,7 @@ def score_kernel(
     held = ()
     for k in tl.static_range(PIECES):
         live = rows.is_whole(k * R + lane, at, k == 0, MORE or k >= PIECES - 2)
-        held = held + (rows.load_words(z_ptr, at, k * R + lane, live),)
+        held = held + (rows.load_words(z_ptr, at, k * R + lane, live, ONCE),)
     new_top = rows.linked(rows.top_of(held, PIECES, R, DTYPE, PACKED), link, LINK, True)
     base = rows.base_of(new_top)
     fresh = rows.no_sums(R)
@@ -277,7 +281,7 @@ def score_kernel(
     z_e, _places, _mine, off = rows.edge(z_ptr, at, V, y, R, W)
     lanes = rows.add_edge((new_top, count, sums), rows.linked(z_e, link, LINK, True), off, g, R, ORDER)
     if MORE:
-        lanes = rows.add_blocks(z_ptr, at, PIECES * R, lanes, link, g, K, R, W, PACKED, STAGES, LINK, ORDER)
+        lanes = rows.add_blocks(z_ptr, at, PIECES * R, lanes, link, g, K, R, W, PACKED, STAGES, LINK, ORDER, AGAIN)
     top, sums = rows.over_lanes(lanes, g, ORDER)
     z_y = rows.linked(tl.load(z_ptr + row * z_stride + y).to(tl.float32), link, LINK, False)
     if rows.needs_care(top, sums[5], LINK):
@@ -320,12 +324,12 @@ def score_kernel(
                 for k in tl.static_range(K):
                     v = start + k * R + lane
                     live = rows.is_whole(v, at, True, True)
-                    word = rows.load_words(z_ptr, at, v, live)
-                    rows.store_gradient(out_ptr, at, v, live, word, 0, base, rule, link, g, HAS_B, LINK, ORDER)
+                    word = rows.load_words(z_ptr, at, v, live, ONCE)
+                    rows.store_gradient(out_ptr, at, v, live, word, 0, base, rule, link, g, HAS_B, LINK, ORDER, ONCE)
         for k in tl.static_range(PIECES):
             live = rows.is_whole(k * R + lane, at, k == 0, MORE or k >= PIECES - 2)
             v = k * R + lane
-            rows.store_gradient(out_ptr, at, v, live, held[k], zero, base, rule, link, g, HAS_B, LINK, ORDER)
+            rows.store_gradient(out_ptr, at, v, live, held[k], zero, base, rule, link, g, HAS_B, LINK, ORDER, ONCE)
         z_e, places, _mine, off = rows.edge(z_ptr, at, V, y, R, W)
         found = rows.gradient_at(z_e, base, rule, link, g, HAS_B, LINK, ORDER)
         tl.store(out_ptr + places, found.to(out_ptr.dtype.element_ty), mask=off)

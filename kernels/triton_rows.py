@@ -17,6 +17,7 @@ order, which counts with ORDER.
 import triton
 import triton.language as tl
 
+USUAL = tl.constexpr("")  # no hint to the cache
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 FILL = tl.constexpr(-(2.0**120))  # finite, also as a sum of many times LOG2E
@@ -134,15 +135,15 @@ def words_of(ptr, at, v):
 
 
 @triton.jit
-def load_words(ptr, at, v, live):
-    """[R, 4] words, FILL where not ``live``."""
+def load_words(ptr, at, v, live, EVICT: tl.constexpr = USUAL):
+    """[R, 4] words, FILL where not ``live``. EVICT: Triton's hint to the cache."""
     if ptr.dtype.element_ty == tl.float32:
         fill = tl.full([], FILL, tl.float32).to(tl.int32, bitcast=True)
     elif ptr.dtype.element_ty == tl.bfloat16:
         fill = FILL_BF16_TWICE
     else:
         fill = FILL_FP16_TWICE
-    return tl.load(words_of(ptr, at, v), mask=live[:, None], other=fill)
+    return tl.load(words_of(ptr, at, v), mask=live[:, None], other=fill, eviction_policy=EVICT)
 
 
 @triton.jit
@@ -159,13 +160,13 @@ def part_of(word, half: tl.constexpr, zero, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def store_words(ptr, at, v, live, low, high):
+def store_words(ptr, at, v, live, low, high, EVICT: tl.constexpr = USUAL):
     """[R, 4] values of the words' halves (fp32: of the words, ``low``) over whole vectors."""
     if ptr.dtype.element_ty == tl.float32:
-        tl.store(places_of(ptr, at, v, 4), low, mask=live[:, None])
+        tl.store(places_of(ptr, at, v, 4), low, mask=live[:, None], eviction_policy=EVICT)
     else:
         g = tl.reshape(tl.join(low, high).to(ptr.dtype.element_ty), [low.shape[0], 8])
-        tl.store(places_of(ptr, at, v, 8), g, mask=live[:, None])
+        tl.store(places_of(ptr, at, v, 8), g, mask=live[:, None], eviction_policy=EVICT)
 
 
 @triton.jit
@@ -294,6 +295,7 @@ def add_blocks(
     STAGES: tl.constexpr,
     LINK: tl.constexpr,
     ORDER: tl.constexpr,
+    EVICT: tl.constexpr = USUAL,
 ):
     """``lanes`` with the row's vectors from ``begin`` on, K a lane at a time, in a loop of STAGES."""
     DTYPE: tl.constexpr = ptr.dtype.element_ty
@@ -303,7 +305,7 @@ def add_blocks(
         words = ()
         for k in tl.static_range(K):
             v = start + k * R + lane
-            words = words + (load_words(ptr, at, v, is_whole(v, at, True, True)),)
+            words = words + (load_words(ptr, at, v, is_whole(v, at, True, True), EVICT),)
         new_top = tl.maximum(top, linked(top_of(words, K, R, DTYPE, PACKED), link, LINK, True))
         base = base_of(new_top)
         sums = rescaled(sums, count, base_of(top) - base, g, ORDER)
@@ -501,10 +503,23 @@ def gradient_at(z, base, rule, link, g, HAS_B: tl.constexpr, LINK: tl.constexpr,
 
 @triton.jit
 def store_gradient(
-    ptr, at, v, live, word, zero, base, rule, link, g, HAS_B: tl.constexpr, LINK: tl.constexpr, ORDER: tl.constexpr
+    ptr,
+    at,
+    v,
+    live,
+    word,
+    zero,
+    base,
+    rule,
+    link,
+    g,
+    HAS_B: tl.constexpr,
+    LINK: tl.constexpr,
+    ORDER: tl.constexpr,
+    EVICT: tl.constexpr,
 ):
     """``gradient_at`` the logits in [R, 4] words, over whole vectors of the same dtype."""
     DTYPE: tl.constexpr = ptr.dtype.element_ty
     low = gradient_at(part_of(word, 0, zero, DTYPE), base, rule, link, g, HAS_B, LINK, ORDER)
     high = gradient_at(part_of(word, 1, zero, DTYPE), base, rule, link, g, HAS_B, LINK, ORDER)
-    store_words(ptr, at, v, live, low, high)
+    store_words(ptr, at, v, live, low, high, EVICT)

@@ -120,7 +120,9 @@ def test_the_first_of_a_tie_is_the_prediction(held, name, scale, monkeypatch):
     triton_impl = pytest.importorskip("kernels.triton_impl")
     if held is not None:
         shape = triton_impl.score_shape
-        monkeypatch.setattr(triton_impl, "score_shape", lambda v, dtype: shape(v, dtype, warps=1, held=held))
+        monkeypatch.setattr(
+            triton_impl, "score_shape", lambda v, dtype: shape(v, dtype, warps=1, held=held, hints=True)
+        )
     monkeypatch.setattr(triton_impl, "rest_kernel", {(len(TIES) + 1, 1): lambda **arguments: None})
     z = torch.randn(len(TIES) + 1, 403, generator=torch.Generator().manual_seed(5))
     for row, places in zip(z, [*TIES, [41]], strict=True):
