@@ -19,6 +19,7 @@ CSV and JSON lines.
 """
 
 import argparse
+import contextlib
 import os
 import shutil
 import signal
@@ -34,6 +35,7 @@ from runtime.cli import user_errors
 from runtime.folder import write_json
 from schedules.commandline import alive
 
+LAST_WORDS = 8  # seconds between asking a part to stop and ending it
 LIMITS = dict(probes=60, tests=150, claims=150, train=110, paths=60, fot=100, peft=120, nanogpt=150)  # seconds
 TESTS = ("tests/kernels/test_gpu.py", "tests/kernels/test_ignored_rows.py", "tests/test_finetune_gsm8k_gpu.py")
 
@@ -43,6 +45,7 @@ def commands(args) -> dict[str, list[list[str]]]:
     work, out, device = args.work, args.out, ["--device", args.device]
     python, tiny = sys.executable, args.tiny
     workers = str(min(14, os.cpu_count() or 1))
+    spread = ["--dist", "worksteal"]
     chosen = ["-k", args.tests] if args.tests else []
     text = [] if not args.data else ["--data", str(args.data)]
     text += ["--tokenizer", str(args.tokenizer)] if args.tokenizer else []
@@ -60,7 +63,9 @@ def commands(args) -> dict[str, list[list[str]]]:
     race += ["--seq-len", "32" if tiny else "1024", "--cache", str(work / "cache"), "--out", str(work / "nanogpt")]
     found = {
         "probes": [["-m", "races.probes", *device, "--jsonl", str(out / "probes.jsonl")]],
-        "tests": [["-m", "pytest", "-m", "gpu", "-n", workers, "--dist", "worksteal", "-v", *TESTS, *chosen]],
+        "tests": [
+            ["-m", "pytest", "-o", "addopts=-v", "-m", "gpu", "-n", workers, "--dist", "worksteal", *TESTS, *chosen]
+        ],
         "claims": [
             ["-m", "races.train_step", *device, *few, "--csv", step_csv],
             ["-m", "kernels.bench", *device, *few, *head, *claims, "--csv", str(out / "bench.csv")],
@@ -88,7 +93,11 @@ def run(line: list[str], seconds: float, log) -> str:
     try:
         code = started.wait(max(0.0, seconds))
     except subprocess.TimeoutExpired:
-        os.killpg(started.pid, signal.SIGKILL)
+        started.send_signal(signal.SIGINT)  # tests and runs say what they have
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            started.wait(LAST_WORDS)
+        with contextlib.suppress(ProcessLookupError):  # what it has started, too
+            os.killpg(started.pid, signal.SIGKILL)
         started.wait()
         return "stopped at its limit"
     return "done" if code == 0 else f"exit code {code}"

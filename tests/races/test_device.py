@@ -20,18 +20,36 @@ def python(code: str) -> list[str]:
     return [sys.executable, "-c", code]
 
 
+HANGS = """
+import time
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("what there is", flush=True)
+    time.sleep(60)
+"""
+
+
 def test_a_part_that_fails_or_hangs_does_not_end_the_run(args, monkeypatch):
-    monkeypatch.setitem(device.LIMITS, "paths", 0.3)
+    monkeypatch.setitem(device.LIMITS, "paths", 1.0)
+    monkeypatch.setattr(device, "LAST_WORDS", 1.0)
     parts = {
         "probes": [python("print('one'); raise SystemExit(3)")],
-        "paths": [python("import time; print('two', flush=True); time.sleep(60)")],
+        "paths": [python(HANGS)],
         "train": [python("print('three')"), python("print('four')")],
     }
     report = device.run_parts(args, parts)
     assert [part["end"] for part in report.values()] == ["exit code 3", "stopped at its limit", "done"]
     assert report["paths"]["seconds"] < 10
     log = (args.out / "log.txt").read_text()
-    assert log.index("one") < log.index("=== paths") < log.index("=== train") < log.index("three") < log.index("four")
+    assert (
+        log.index("one")
+        < log.index("=== paths")
+        < log.index("what there is")
+        < log.index("=== train")
+        < log.index("three")
+        < log.index("four")
+    )
     assert json.loads((args.out / "parts.json").read_text())["parts"] == report
 
 
