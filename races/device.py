@@ -63,9 +63,7 @@ def commands(args) -> dict[str, list[list[str]]]:
     race += ["--seq-len", "32" if tiny else "1024", "--cache", str(work / "cache"), "--out", str(work / "nanogpt")]
     found = {
         "probes": [["-m", "races.probes", *device, "--jsonl", str(out / "probes.jsonl")]],
-        "tests": [
-            ["-m", "pytest", "-o", "addopts=-v", "-m", "gpu", "-n", workers, "--dist", "worksteal", *TESTS, *chosen]
-        ],
+        "tests": [["-m", "pytest", "-o", "addopts=-v", "-m", "gpu", "-n", workers, *spread, *TESTS, *chosen]],
         "claims": [
             ["-m", "races.train_step", *device, *few, "--csv", step_csv],
             ["-m", "kernels.bench", *device, *few, *head, *claims, "--csv", str(out / "bench.csv")],
