@@ -135,6 +135,7 @@ class Config:
     kernels: str = flag("kernels")
     checkpoint_activations: bool = flag("checkpoint_activations")
     wandb: str = flag("wandb")
+    track: str = flag("track")
 
 
 def check(cfg: Config, world) -> None:

@@ -162,6 +162,7 @@ class Config:
     compile: bool = opt(False, "torch.compile the layers, with dynamic shapes", role="system")
     checkpoint_activations: bool = flag("checkpoint_activations")
     wandb: str = flag("wandb")
+    track: str = flag("track")
 
 
 def complete(values: dict) -> dict:

@@ -131,6 +131,7 @@ class Config:
     checkpoint_activations: bool = flag("checkpoint_activations")
     fsdp: bool = opt(False, "shard parameters and optimizer over the ranks (FSDP2) instead of DDP", role="system")
     wandb: str = flag("wandb")
+    track: str = flag("track")
 
 
 def folder(values: dict) -> Path:

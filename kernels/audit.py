@@ -185,13 +185,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write the rows there")
     args = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET") == "1":
-        print("TRITON_INTERPRET=1 is set, so that Triton does not compile; unset it", file=sys.stderr)
-        return 2
+        parser.error("TRITON_INTERPRET=1 is set, so that Triton does not compile; unset it")
     try:
         import triton
     except ImportError:
-        print("triton is not installed (it has wheels for Linux); pip install triton", file=sys.stderr)
-        return 2
+        parser.error("triton is not installed (it has wheels for Linux); pip install triton")
     rows = []
     print(f"triton {triton.__version__}, {args.dtype}", LINE.format(*HEADINGS), sep="\n")
     for vocab, capability in itertools.product(args.vocab, args.capability):

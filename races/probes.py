@@ -215,7 +215,10 @@ def main(argv=None) -> int:
     names = [name for name in args.only.split(",") if name]
     names = names or [name for name in PROBES if name != "graph" or args.device == "cuda"]
     if unknown := [name for name in names if name not in PROBES]:
-        print(f"races.probes: --only {unknown[0]}: expected names of {', '.join(PROBES)}", file=sys.stderr)
+        print(
+            f"python -m races.probes: error: --only {unknown[0]}: expected names of {', '.join(PROBES)}",
+            file=sys.stderr,
+        )
         return 2
     where, failed = here_and_now(torch.device(args.device)), 0
 

@@ -81,7 +81,7 @@ def main(argv=None) -> int:
     timing.add_options(parser)
     args = parser.parse_args(argv)
     if wrong := timing.fill_options(args):
-        print(f"races.train_step: cannot do this: {wrong}", file=sys.stderr)
+        print(f"python -m races.train_step: error: {wrong}", file=sys.stderr)
         return 2
     train_step(args.device, args.dtype, args.repeats, Rows(args.device, args.csv))
     return 0

@@ -114,9 +114,9 @@ def parse_config(cls, argv: list[str] | None = None, description="", complete=la
 
 
 def program() -> str:
-    """What runs, as an error begins: the script, or the package of a `python -m`."""
-    path = Path(sys.argv[0])
-    return path.parent.name if path.name == "__main__.py" else path.name
+    """What runs, as an error begins and as one types it: train_lm.py, python -m eval.report."""
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    return f"python -m {spec.name.removesuffix('.__main__')}" if spec else Path(sys.argv[0]).name
 
 
 @contextlib.contextmanager

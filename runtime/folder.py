@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import datetime
 import errno
-import importlib.util
 import json
 import math
 import os
@@ -13,7 +12,6 @@ import shutil
 import subprocess
 import sys
 import time
-import uuid
 from importlib.metadata import distributions
 from pathlib import Path
 
@@ -28,6 +26,7 @@ from runtime.machine import World, device_name
 from runtime.optim import plans_no_end
 from runtime.process import code_of
 from runtime.staging import LOCK, TEMPORARY, probe, release_lock, remove, staged, sweep, take_lock, write_bytes
+from runtime.tracking import tracker_of
 from schedules import textlines
 
 TREE = Path(__file__).resolve().parents[1]
@@ -50,27 +49,6 @@ def write_json(path: Path, value) -> None:
 
 def _finite(value):
     return json.loads(json.dumps(value), parse_constant=lambda name: None)
-
-
-def wandb_id(run: Path, *, resumed: bool) -> str:
-    """The id of ``run`` at Weights & Biases, under which a resumed run goes on there: drawn once and kept in the
-    folder, as two folders may have one name. A run of before, which kept none, has its folder's name."""
-    kept = run / "wandb" / "id.txt"
-    if not resumed:
-        kept.parent.mkdir(exist_ok=True)
-        write_bytes(kept, lambda file: file.write(uuid.uuid4().hex[:16].encode()))
-    return textlines.read_text(kept) if kept.exists() else run.name
-
-
-@contextlib.contextmanager
-def wandb_errors(project: str):
-    """Turns what W&B raises, its own errors among them, into a ValueError of one line that says what else can be
-    done."""
-    try:
-        yield
-    except Exception as e:  # no key, no network, a setting it does not know
-        says = " ".join(str(e).split())[:200].rstrip(".")
-        raise ValueError(f"--wandb {project}: {says}; wandb login keeps a key, WANDB_MODE=offline needs none") from e
 
 
 def parse_json(text: str | bytes, where: str | Path, advice: str = ""):
@@ -186,7 +164,7 @@ class RunFolder:
 
     def __init__(self, path: str | Path, world: World):
         self.path, self.world = Path(path), world
-        self._metrics = self._wandb = None
+        self._metrics = self._tracker = None
         self._place, self._looked_at, self._modules = "source", set(), 0
         self._anew, self._rows = False, 0
         self.dry: Aside | None = None  # of a dry run, which writes nothing
@@ -295,13 +273,8 @@ class RunFolder:
             raise ValueError(f"{self.path} exists and is not a folder; give another --out")
         if self.world.main:
             probe(self.path)
-        if cfg.wandb and importlib.util.find_spec("wandb") is None:
-            raise ValueError("--wandb needs the package wandb: pip install -r requirements-optional.txt")
-        if cfg.wandb and self.world.main and os.environ.get("WANDB_MODE") not in ("offline", "dryrun", "disabled"):
-            with wandb_errors(cfg.wandb):
-                import wandb
-
-                wandb.login()  # asks for a key where there is a terminal; found out now, before anything is written
+        if (tracker := tracker_of(cfg)) and self.world.main:
+            tracker.check()
 
     def start(self, cfg, script: str, checkpoint: dict | None) -> None:
         """Creates the folder of ``script``'s run, or, resuming, drops the metrics after the ``checkpoint``. What is
@@ -344,14 +317,10 @@ class RunFolder:
                 remove(self / "summary.json")
                 write_json(self / "config.json", held | {"steps": config["steps"]})
         self._metrics = open(metrics, "ab", buffering=0)  # noqa: SIM115 - closed by finish()
-        if cfg.wandb:
-            import wandb
-
-            how = dict(name=self.path.name, id=wandb_id(self.path, resumed=checkpoint is not None))
+        if tracker := tracker_of(cfg):
             try:
-                with wandb_errors(cfg.wandb):
-                    how |= dict(dir=str(self.path), config=config, resume="allow")
-                    self._wandb = wandb.init(project=cfg.wandb, **how)
+                tracker.start(self.path, config, resumed=checkpoint is not None)
+                self._tracker = tracker
             except ValueError:
                 self._metrics.close()
                 if checkpoint is None:  # no step has been made: no dead folder stays
@@ -386,7 +355,7 @@ class RunFolder:
         return changed
 
     def log(self, kind: str, step: int, **values) -> None:
-        """Appends one row to ``metrics.jsonl`` (rank 0), and to Weights & Biases where it is asked for."""
+        """Appends one row to ``metrics.jsonl`` (rank 0), and to the tracker that is asked for."""
         if self._metrics is None:
             return
         # Some are imported when they are needed, the Triton kernels for one.
@@ -397,8 +366,8 @@ class RunFolder:
         if self._metrics.write(line) < len(line):
             raise OSError(errno.ENOSPC, "a row of metrics was cut off; free some space", str(self / "metrics.jsonl"))
         self._rows += 1
-        if self._wandb and kind != "event":
-            self._wandb.log({f"{kind}/{k}": v for k, v in row.items()}, step=step)
+        if self._tracker and kind != "event":
+            self._tracker.log({f"{kind}/{k}": v for k, v in row.items()}, step)
 
     def rows(self, kind: str) -> list[dict]:
         """The rows of one kind so far."""
@@ -452,8 +421,8 @@ class RunFolder:
         for name, content in (files | {"summary": summary}).items():
             self.write(name, content)
         remove(self / "evaluation.json")
-        if self._wandb:
-            self._wandb.summary.update(summary)
+        if self._tracker:
+            self._tracker.summarise(summary, summary.get("steps", 0))
 
     def finish(self, code: int) -> int:
         """Closes everything that a script opened; returns ``code``, the script's exit code."""
@@ -462,8 +431,8 @@ class RunFolder:
             self.dry.close()
         if self._metrics is not None:
             self._metrics.close()
-        if self._wandb:
-            self._wandb.finish(exit_code=code)
+        if self._tracker:
+            self._tracker.finish(code)
         if dist.is_initialized():
             dist.destroy_process_group()
             # FSDP keeps the group, so gloo's threads live on. One that still waits for the GIL to drop a tensor of the

@@ -108,7 +108,7 @@ def main(argv=None) -> int:
     except (OSError, ValueError) as e:
         wrong = wrong or e
     if wrong:
-        print(f"kernels.bench: cannot do this: {wrong}", file=sys.stderr)
+        print(f"python -m kernels.bench: error: {wrong}", file=sys.stderr)
         return 2
     if args.claims_of:
         print_verdicts(known)

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -279,35 +278,6 @@ def test_a_place_that_cannot_hold_a_run_is_refused_before_anything_is_written(tm
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "link"]
 
 
-def test_a_missing_wandb_is_found_out_before_anything_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(folder.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="--wandb needs the package wandb"):
-        start(tmp_path / "run", Config(out=str(tmp_path / "run"), wandb="project"))
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("fails", ["login", "init"])
-def test_wandb_without_a_key_or_a_network_leaves_nothing(tmp_path, monkeypatch, fails):
-    """`login` before anything is written, `init` with all of it taken away again; offline asks for no key."""
-
-    def no(*args, **given):
-        raise RuntimeError("No API key\nconfigured.")
-
-    stub = SimpleNamespace(login=lambda: True, init=lambda **given: None, __spec__=object())
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(**vars(stub) | {fails: no}))
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    cfg = Config(out=str(tmp_path / "run"), wandb="project")
-    says = "^--wandb project: No API key configured; wandb login keeps a key, WANDB_MODE=offline needs none$"
-    run = RunFolder(cfg.out, World(0, 1, torch.device("cpu")))
-    if fails == "init":
-        assert run.enter(cfg) is None
-    with pytest.raises(ValueError, match=says):
-        run.enter(cfg) if fails == "login" else run.start(cfg, "train.py", None)
-    assert not list(tmp_path.iterdir())
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    assert run.enter(cfg) is None
-
-
 TRAINS = """
 import sys, time, torch
 from pathlib import Path
@@ -393,22 +363,3 @@ def test_a_checkpoint_of_something_else_is_one_line(tmp_path):
         run.save("last.pt", state)
         with pytest.raises(ValueError, match="is no checkpoint of ours"):
             run.enter(replace(cfg, resume=True))
-
-
-def test_a_run_has_an_id_of_its_own_at_wandb(tmp_path, monkeypatch):
-    """Of two folders with one name, and of one that W&B would refuse; a resumed run has the same, one of before its
-    folder's name."""
-    inits = []
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **given: inits.append(given)))
-    folders = [tmp_path / name for name in ("a/dpsm-seed1", "b/dpsm-seed1", "lr=3e-4: a #1?/100%")]
-    for path in (*folders, *folders):
-        run = RunFolder(path, World(0, 1, torch.device("cpu")))
-        run.start(Config(out=str(path), wandb="p"), "s.py", {"step": 0} if (path / "config.json").exists() else None)
-        run._wandb = None
-        run.finish(0)
-    ids = [given["id"] for given in inits]
-    assert len(set(ids[:3])) == 3 and ids[:3] == ids[3:] and all(i.isalnum() for i in ids)
-    assert [given["name"] for given in inits[:3]] == [path.name for path in folders]
-    (folders[0] / "wandb" / "id.txt").unlink()
-    RunFolder(folders[0], World(0, 1, torch.device("cpu"))).start(Config(out="", wandb="p"), "s.py", {"step": 0})
-    assert inits[-1]["id"] == "dpsm-seed1"
