@@ -5,9 +5,9 @@
     python -m races.device --out FOLDER --device cpu --tiny            # shows that all parts run, no more
 
 probes    races.probes: ceilings, and the kernels beside the bytes that they must move
-tests     the values of the kernels on the device, compiled in parallel (pytest -m gpu), what the others use first
-claims    kernels.bench --claims with races.train_step's rows: every claim's verdict
+claims    races.train_step, then kernels.bench --claims, compiled in parallel first: every claim's verdict
 train     train_lm.py, GPT-2 124M on --data for 60 steps: tokens a second and MFU
+tests     the values of the kernels on the device, compiled in parallel (pytest -m gpu)
 paths     kernels.bench --paths: how a row is held, tokens a chunk
 fot       races.fot_overhead, GPT-2 124M
 peft      races.peft_gsm8k: a LoRA step of Qwen3-0.6B's shape beside peft
@@ -36,7 +36,7 @@ from runtime.folder import write_json
 from schedules.commandline import alive
 
 LAST_WORDS = 8  # seconds between asking a part to stop and ending it
-LIMITS = dict(probes=60, tests=150, claims=150, train=110, paths=60, fot=100, peft=120, nanogpt=150)  # seconds
+LIMITS = dict(probes=60, claims=200, train=110, tests=180, paths=60, fot=100, peft=120, nanogpt=150)  # seconds
 TESTS = ("tests/kernels/test_gpu.py", "tests/kernels/test_ignored_rows.py", "tests/test_finetune_gsm8k_gpu.py")
 
 
@@ -52,6 +52,7 @@ def commands(args) -> dict[str, list[list[str]]]:
     lm = ["--model", "pico", "--steps", "4"] if tiny else ["--model", "gpt2", "--steps", "60", "--batch", "64"]
     few = ["--repeats", "1"] if tiny else ["--repeats", "15"]
     step_csv, head = str(out / "step.csv"), ["--n", "32", "--v", "64", "--d", "8"] if tiny else []
+    warm = [] if tiny else ["--warm", workers]
     claims = [] if tiny else ["--claims", "--train-step-csv", step_csv]
     shape = ["--shape", "pico" if tiny else "gpt2"] + (
         ["--steps", "16", "--window", "8"] if tiny else ["--steps", "64"]
@@ -63,15 +64,15 @@ def commands(args) -> dict[str, list[list[str]]]:
     race += ["--seq-len", "32" if tiny else "1024", "--cache", str(work / "cache"), "--out", str(work / "nanogpt")]
     found = {
         "probes": [["-m", "races.probes", *device, "--jsonl", str(out / "probes.jsonl")]],
-        "tests": [["-m", "pytest", "-o", "addopts=-v", "-m", "gpu", "-n", workers, *spread, *TESTS, *chosen]],
         "claims": [
             ["-m", "races.train_step", *device, *few, "--csv", step_csv],
-            ["-m", "kernels.bench", *device, *few, *head, *claims, "--csv", str(out / "bench.csv")],
+            ["-m", "kernels.bench", *device, *few, *head, *claims, *warm, "--csv", str(out / "bench.csv")],
         ],
         "train": [
             ["train_lm.py", *device, *lm, *text, "--loss", "dpsm", "--cache", str(work / "cache")]
             + ["--out", str(work / "run"), "--eval-every", "1000"]
         ],
+        "tests": [["-m", "pytest", "-o", "addopts=-v", "-m", "gpu", "-n", workers, *spread, *TESTS, *chosen]],
         "paths": [["-m", "kernels.bench", "--paths", *device, "--repeats", "10", "--csv", str(out / "paths.csv")]],
         "fot": [["-m", "races.fot_overhead", *shape, *device, "--csv", str(out / "fot.csv")]],
         "peft": [["-m", "races.peft_gsm8k", *device, *lora, "--out", str(work / "peft")]],

@@ -35,7 +35,7 @@ from pathlib import Path
 import torch
 
 from .claims import TRAIN_STEP, print_verdicts
-from .compare import audit_scores, compare
+from .compare import audit_scores, compare, warm
 from .diagnostics import diagnose
 from .paths import time_choices
 from .rows import Rows, read_csv, write_plot
@@ -49,6 +49,7 @@ def parse(argv) -> argparse.Namespace:
     parser.add_argument("--v", type=int, default=0, help="vocabulary")
     parser.add_argument("--d", type=int, default=0, help="hidden size; above 0 also times the linear head")
     add_options(parser)
+    parser.add_argument("--warm", type=int, default=0, help="compile first, so many processes at a time (GPU)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
     parser.add_argument("--json", metavar="FILE", help="likewise")
     parser.add_argument("--plot", metavar="FILE", help="step times as a PNG")
@@ -74,6 +75,7 @@ def what_is_wrong(args) -> str | None:
     checks = {
         "--trace and --nvtx go with --audit-2k": (args.trace or args.nvtx) and not args.audit_2k,
         "--nvtx needs a CUDA device": args.nvtx and cpu,
+        "--warm is of the bench and of --claims": args.warm and other and not args.claims,
         "--plot is of the bench; leave out --audit-2k, --diagnostics, --paths, --claims and --claims-of": args.plot
         and other,
         "--plot needs the package matplotlib: pip install matplotlib": args.plot and find_spec("matplotlib") is None,
@@ -124,7 +126,10 @@ def main(argv=None) -> int:
     elif args.paths:
         time_choices(args, rows)
     else:
-        for shape in shapes_to_compare(args):
+        shapes = shapes_to_compare(args)
+        if args.warm:
+            warm(shapes, args)
+        for shape in shapes:
             compare(shape, args, rows)
     if args.claims:
         print_verdicts([*rows, *known])

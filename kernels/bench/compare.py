@@ -1,6 +1,8 @@
 """The two comparisons of kernels.bench: providers side by side at one shape, and every score on 2,000 tokens."""
 
+import multiprocessing
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -16,6 +18,7 @@ from .timing import Shape
 
 AUDIT_TOKENS = 2000
 IGNORING = ", 3 of 4 rows ignored"
+NOT_COMPILED = {"literal DPSM", "torch CE", "linear + literal DPSM", "linear + torch CE", "matrix products"}
 
 
 def time_losses(
@@ -91,6 +94,26 @@ def compare(shape: Shape, args, rows: Rows) -> None:
         rows.add(row)
     for name, why in missing.items():
         rows.add(dict(provider=name, **common, missing=why))
+
+
+def warm(shapes: list[Shape], args) -> None:
+    """Compiles what ``compare`` will run, a provider and shape a process, ``args.warm`` at a time: the kernels stay in
+    the compilers' caches on disk. What fails here fails, and is named, there."""
+    jobs = [(name, shape) for shape in shapes for name in providers(shape.d is not None, args.device)[0]]
+    jobs = [(name, shape) for name, shape in jobs if name not in NOT_COMPILED]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.warm, context, max_tasks_per_child=1) as pool:
+        for job in jobs:
+            pool.submit(_run_small, *job, args.dtype, args.device)
+
+
+def _run_small(name: str, shape: Shape, dtype: str, device: str) -> None:
+    # Ours are the same kernels for any number of tokens, the compiler's are for one alone.
+    small = shape if "compile" in name else shape._replace(n=min(shape.n, 64))
+    leaves, targets = timing.make_inputs(small, dtype, device)
+    function = providers(shape.d is not None, device)[0][name]
+    timing.run_once(function, leaves, targets)
+    timing.run_once(function, leaves, targets, forward=True)
 
 
 def drop_failing(functions: dict, leaves, targets, ours=(*FROM_LOGITS, *FROM_HIDDEN)) -> dict[str, str]:

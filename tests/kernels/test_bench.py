@@ -21,7 +21,7 @@ from kernels import head_pass, linear_score, losses
 from kernels.bench import claims, compare, diagnostics, timing
 from kernels.bench.__main__ import main
 from kernels.bench.paths import shapes_of, time_chunks
-from kernels.bench.providers import FROM_HIDDEN, FROM_LOGITS
+from kernels.bench.providers import FROM_HIDDEN, FROM_LOGITS, ON_CPU_TOO
 from kernels.bench.rows import write_csv, write_plot
 from kernels.bench.timing import Shape, make_inputs
 from kernels.chunks import ALLOWANCE, TILE, chunk_rows, cuda_chunk, row_stride, weight_bytes_beside
@@ -535,3 +535,29 @@ def _a_large_tensor():
 def test_chunks_are_timed_beside_the_products():
     ratios = time_chunks(Shape(8, 30, 4), "fp32", "cpu", 1, (2, 8))
     assert list(ratios) == [2, 8] and all(x > 0 for x in ratios.values())
+
+
+def test_what_a_gpu_compiles_is_run_once_in_processes_of_their_own(monkeypatch, capsys):
+    """Every loss of ours and every peer at each shape; one that fails does not end the bench."""
+    ran = []
+
+    class Pool:
+        def __init__(self, *args, **how):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *args):
+            pass
+
+        def submit(self, run, *job):
+            ran.append((run, job))
+
+    monkeypatch.setattr(compare, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(timing, "measure_memory_apart", lambda *args: 1000)
+    assert main(["--n", "8", "--v", "20", "--d", "4", "--repeats", "1", "--device", "cpu", "--warm", "2"]) == 0
+    assert {job[0] for _, job in ran} == {*FROM_LOGITS, *FROM_HIDDEN, *ON_CPU_TOO} - compare.NOT_COMPILED
+    for run, job in ran:
+        run(*job)
+    assert main(["--audit-2k", "--warm", "2", "--device", "cpu"]) == 2
