@@ -107,9 +107,11 @@ def close(a, b) -> None:
 @pytest.fixture(scope="module")
 def by_one_and_by_fsdp(lm_base, tmp_path_factory):
     """(flags, folder): a run by one process in "one", and by FSDP2 on 2 ranks, accumulation 2, in "fsdp". The data end
-    in a padded window, so a wrong normalisation (mean of means) shows."""
+    in a padded window, so a wrong normalisation (mean of means) shows. FoT measures, and its envelope alone sets the
+    learning rates: the same on any ranks."""
     folder = tmp_path_factory.mktemp("ranks")
     flags = [*lm_base, "--loss", "dpsm", "--warmup", "0.5", "--label-noise", "0.1"]
+    flags += ["--schedule", "fot", "--fot-parts", "envelope", "--fot-window", "4"]
     assert train(flags, folder / "one") == 0
     ran = torchrun(2, flags, folder / "fsdp", "--fsdp", "--micro-batch", 2)
     assert ran.returncode == 0, ran.stderr[-3000:]
@@ -130,6 +132,12 @@ def test_batch_ranks_and_accumulation_give_one_loss_curve(by_one_and_by_fsdp, tm
         close(runs["one"], runs[name])
         for key in ("temperature", "val_nll", "val_nll_t", "test_nll", "test_ece10", "test_brier_t", "test_accuracy"):
             assert found[key] == pytest.approx(summaries["one"][key], rel=1e-3, abs=1e-4), (name, key)
+        measured = [[r for r in rows(runs[run], "fot") if r["after"] is not None] for run in ("one", name)]
+        assert measured[0]
+        for a, b in zip(*measured, strict=True):
+            # The same gradients in another order of summation; ranks and micro-batches halve their own rows, so the
+            # noise is another sample of the same thing.
+            assert (b["after"], b["g2"] + b["noise"]) == pytest.approx((a["after"], a["g2"] + a["noise"]), rel=1e-3)
 
 
 def test_a_checkpoint_can_be_continued_on_other_ranks(by_one_and_by_fsdp, tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lm_runs import rows, torchrun, train
+from lm_runs import rows, train
 
 from data.windows import Windows
 from runtime.folder import load_checkpoint
@@ -483,24 +483,6 @@ def test_train_lm_forecasts_the_nll_and_takes_the_old_flag(base, tmp_path, capsy
     last, trained = rows(tmp_path / "dpsm", "fot")[-1], rows(tmp_path / "dpsm", "train")[-1]
     assert abs(last["forecast"] - trained["nll"]) < 0.5 < last["forecast"] - trained["loss"]
     assert last["target"] is None
-
-
-def test_train_lm_on_two_ranks_is_the_run_of_one(base, tmp_path):
-    flags = [*base, *WINDOW, "--schedule", "fot", "--fot-parts", "envelope", "--steps", "14"]
-    assert train(flags, tmp_path / "one") == 0
-    ran = torchrun(2, flags, tmp_path / "two")
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    one, two = rows(tmp_path / "one", "fot"), rows(tmp_path / "two", "fot")
-    assert len(one) == len(two) == 3
-    for a, b in zip(one, two, strict=True):
-        if a["after"] is not None:
-            # The same gradients in another order of summation; the ranks halve their own rows, so the noise is another
-            # sample of the same thing.
-            assert (b["after"], b["g2"] + b["noise"]) == pytest.approx((a["after"], a["g2"] + a["noise"]), rel=1e-3)
-    # The same losses, up to rounding of sums, as the envelope alone sets the learning rates.
-    assert [r["loss"] for r in rows(tmp_path / "two", "train")] == pytest.approx(
-        [r["loss"] for r in rows(tmp_path / "one", "train")], rel=1e-4
-    )
 
 
 @pytest.mark.parametrize(
