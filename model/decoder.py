@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from model import layers
 from model.layers import Embedding, KVCache, Linear
+from schedules.textlines import shown
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 # What rope_scaling holds beside rope_type: needed, and known.
@@ -97,7 +98,7 @@ def check_rope(rope: dict | None) -> None:
     if missing := [name for name in needed if name not in rope]:
         raise ValueError(f"rope_scaling of rope_type {kind!r} does not say {', '.join(missing)}")
     if unknown := sorted(set(rope) - {"rope_type", *needed, *known}):
-        raise ValueError(f"rope_scaling of rope_type {kind!r} holds {', '.join(unknown)}, which is not supported")
+        raise ValueError(f"rope_scaling of rope_type {kind!r} holds {shown(unknown)}, which is not supported")
     for name, value in rope.items():
         if name not in ("rope_type", "truncate") and not (value is None and name in known):
             layers.check_value(f"rope_scaling's {name}", value, "a positive number")

@@ -12,7 +12,7 @@ from model import weights
 from model.decoder import FAMILIES, Decoder, DecoderConfig
 from model.gguf_hub import GGUF, is_gguf
 from model.layers import Linear
-from schedules.textlines import read_bytes
+from schedules.textlines import read_bytes, shown
 
 # Options that change the function and are not built, and their allowed values, as weights.check_fields takes them: of
 # all families, and of some. The rotary fields, layer_types and Mistral's window are checked apart. Dropout is not read:
@@ -104,7 +104,7 @@ def _rope(fields: dict, config: DecoderConfig) -> dict:
             del rope["partial_rotary_factor"]
         if rope["rope_type"] == "default":
             if unknown := sorted(set(rope) - {"rope_type"}):
-                raise ValueError(f"{name} holds {', '.join(unknown)}, not supported with rope_type 'default'")
+                raise ValueError(f"{name} holds {shown(unknown)}, not supported with rope_type 'default'")
             continue
         if rope["rope_type"] in ("llama3", "yarn"):  # as transformers reads one that does not say
             rope.setdefault("original_max_position_embeddings", config.max_position_embeddings)

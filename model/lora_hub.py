@@ -12,6 +12,7 @@ from torch import Tensor
 from model import weights
 from model.decoder import Decoder
 from model.lora import TARGETS, LoRAConfig, adapted, add_lora, check_plain, targeted
+from schedules.textlines import shown
 
 log = logging.getLogger("scorecast")
 
@@ -93,7 +94,8 @@ def _config_of(fields: dict, path: Path) -> tuple[LoRAConfig, str | None]:
         raise ValueError(f"{path}: {saved}: whole modules trained beside LoRA are not supported; merge them with peft")
     for name, value in fields.items():
         if name not in (*READ, *HARMLESS, *FIXED) and value:
-            raise ValueError(f"{path}: {name}={value!r} is not supported; only plain LoRA and rsLoRA adapters are")
+            what = f"{shown([name])}={value!r} is not supported"
+            raise ValueError(f"{path}: {what}; only plain LoRA and rsLoRA adapters are")
     targets, layers = fields["target_modules"], fields.get("layers_to_transform")
     if fields.get("layers_pattern") not in (None, [], "layers", ["layers"]):
         raise ValueError(f"{path}: layers_pattern={fields['layers_pattern']!r}; the blocks here are called 'layers'")

@@ -24,7 +24,7 @@ import os
 import re
 import tomllib
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from math import isinf
 
 BOM = b"\xef\xbb\xbf"
@@ -37,6 +37,12 @@ _PATH = str | os.PathLike
 def fault(where: _PATH, line: int | None, what: str, advice: str = MEND) -> ValueError:
     """The error of a file's ``line``; None where ``where`` says the place already."""
     return ValueError(f"{where}{'' if line is None else f', line {line}'}: {what}; {advice}")
+
+
+def shown(names: Iterable[str]) -> str:
+    """Names that somebody else has given, for a message of one line: those with line ends or the like as Python writes
+    them."""
+    return ", ".join(name if name.isprintable() else repr(name) for name in names)
 
 
 def read_bytes(path: _PATH) -> bytes:

@@ -359,6 +359,8 @@ def test_the_published_form_of_the_config_is_read(tmp_path):
         (dict(rope_scaling=dict(type="linear")), "rope_type 'linear' does not say factor"),
         (dict(rope_scaling=dict(type="linear", factor="2")), "rope_scaling's factor='2': expected a positive number"),
         (dict(rope_scaling=dict(type="linear", factor=2.0, beta_fast=32)), "holds beta_fast, which is not supported"),
+        (dict(rope_scaling={"type": "linear", "factor": 2.0, "a\nb": 1}), r"holds 'a\nb', which is not supported"),
+        (dict(rope_scaling={"type": "default", "a\nb": 1}), r"holds 'a\nb', not supported"),
         (dict(rope_scaling=LLAMA3 | dict(type="llama3", high_freq_factor=1)), "a low_freq_factor below"),
         (dict(rope_scaling=[1.0]), "rope_scaling=[1.0]: expected an object"),
         (dict(rope_scaling=dict(type="linear", factor=2.0), rope_parameters=YARN), "and rope_parameters differ"),

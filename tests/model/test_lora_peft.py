@@ -115,6 +115,7 @@ def test_dropout_is_pefts_down_to_the_draws(folder, tmp_path):
         (dict(r=8), r"lora_A.weight is \(4, 64\) instead of \(8, 64\)"),
         (dict(use_dora=True), "use_dora=True is not supported"),
         (dict(bias="all"), "bias='all' is not supported"),
+        ({"r\nk_pattern": 2}, r"'r\\nk_pattern'=2 is not supported"),
         (dict(peft_type="IA3"), "peft_type='IA3'"),
         (dict(init_lora_weights="pissa"), "init_lora_weights='pissa'"),
         (dict(rank_pattern={"q_proj": 2}), r"q_proj.lora_A.weight is \(4, 64\) instead of \(2, 64\)"),
