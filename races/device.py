@@ -4,6 +4,8 @@
     python -m races.device --out FOLDER --only probes,claims --seconds 240
     python -m races.device --out FOLDER --device cpu --tiny            # shows that all parts run, no more
 
+races.carry makes a folder of what it needs on a machine without a network.
+
 probes    races.probes: ceilings, and the kernels beside the bytes that they must move
 claims    races.train_step, then kernels.bench --claims, compiled in parallel first: every claim's verdict
 train     train_lm.py, GPT-2 124M on --data for 60 steps: tokens a second and MFU

@@ -28,6 +28,7 @@ RUN_BY = {
     "kernels.bench": "kernels.test_bench.test_audit_of_2000_tokens",
     "model.export": "model.test_export.test_a_merged_folder_holds_the_sum_in_16_bits",
     "model.gpt2_hub": "model.test_gpt2_hub.test_command_line",
+    "races.carry": "races.test_carry.test_everything_is_there_and_one_library_of_bitsandbytes",
     "races.device": "races.test_device.test_all_parts_run_on_a_cpu_in_their_smallest_shapes",
     "races.fot_overhead": "races.test_fot_overhead.test_the_table",
     "races.nanogpt": "races.test_nanogpt.test_a_round",
