@@ -12,8 +12,8 @@ from schedules.commandline import Parser
 
 COMMANDS = """data.gsm8k data.lm eval.attack eval.campaign eval.gsm8k eval.method_comparison eval.preference eval.report
 eval.verdicts kernels.audit kernels.bench model.export model.gpt2_hub races.carry races.device races.fot_overhead
-races.nanogpt races.peft_gsm8k races.probes races.train_step races.transformers_seq2seq recipes.smollm2 recipes.tiny_qwen3
-schedules""".split()
+races.nanogpt races.peft_gsm8k races.probes races.train_step races.transformers_seq2seq recipes.smollm2
+recipes.tiny_qwen3 schedules""".split()
 VALUES = [
     *map(str, ODD[:-2]),
     "0.1",
