@@ -78,7 +78,8 @@ def test_any_words_are_taken_or_refused_in_a_line(command, monkeypatch):
     def use(argv):
         code, heard = said(argv)
         assert code in (None, 0, 2), (argv, heard)
-        if code == 2:
-            assert heard.count("\n") == 1 and ": error: " in heard, (argv, heard)
+        if code == 2:  # beside what is said where other programs hold the processor for long
+            lines = [line for line in heard.splitlines() if not line.startswith("... at work for")]
+            assert len(lines) == 1 and ": error: " in lines[0] and heard.endswith("\n"), (argv, heard)
 
     many_words(use, words)
