@@ -84,7 +84,7 @@ for script in ("finetune_gsm8k", "finetune_seq2seq", "train_lm"):
         module.main(["--help"])
     except SystemExit as end:
         assert end.code == 0, (script, end.code)
-import eval.gsm8k, eval.campaign, eval.report.build, schedules.__main__
+import eval.gsm8k, eval.campaign.__main__, eval.report.build, schedules.__main__
 for more in ([], ["--resume"]):
     code = module.main([*FLAGS, *more])
     assert code == 0, (more, code)

@@ -17,7 +17,7 @@ RUN_BY = {
     "finetune_gsm8k": "test_finetune_gsm8k.test_run_folder_is_complete",
     "data.lm": "data.test_lm.test_command",
     "eval.attack": "eval.test_attack_run.test_the_command_attacks_resumes_and_reports",
-    "eval.campaign": "eval.test_campaign.test_recipes_run_side_by_side_go_on_and_say_what_failed",
+    "eval.campaign": "eval.test_campaign_runs.test_a_grid_of_small_runs_and_its_report",
     "eval.gsm8k": "eval.test_gsm8k.test_command_line",
     "eval.method_comparison": "test_finetune_gsm8k_answers.test_a_row_of_no_run_is_refused",
     "eval.preference make": "eval.test_preference.test_folders_of_runs",

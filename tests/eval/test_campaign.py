@@ -1,281 +1,289 @@
-"""Recipes: their grids, the flags that each cell reads, and runs one after the other or side by side."""
+"""A campaign on its way: failures, stops, kills, budget, what it shows, what it keeps."""
 
+import fcntl
+import io
+import json
+import multiprocessing.forkserver
 import os
-import shlex
+import random
+import re
 import signal
-import subprocess
 import sys
-import textwrap
 import time
 from pathlib import Path
 
 import pytest
-import torch
 
-from eval import campaign
-from eval.campaign import cells, fit, load_script
-from runtime.cli import parse_config
-from runtime.machine import World
-
-ROOT = Path(__file__).parents[2]
-SCRIPT = """
-    import dataclasses, json, sys
-    from pathlib import Path
-
-    from runtime.cli import opt, parse_config
-
-    @dataclasses.dataclass(frozen=True)
-    class Config:
-        out: str = opt("", "folder", role="where")
-        resume: bool = opt(False, "go on", role="where")
-        seed: int = opt(1, "seed", role="bookkeeping")
-        steps: int = opt(10, "steps", within="[1, inf)")
-        preset: str = opt("none", "preset", ("none", "fot"))
-        loss: str = opt("ce", "loss", ("ce", "brier", "focal", "dpsm"))
-        schedule: str = opt("", "schedule", ("", "cosine", "fot"))
-        gamma: float = opt(2.0, "exponent", only={"loss": ("focal",)})
-        warmup: float = opt(0.1, "ramp", within="[0, 1]", only={"loss": ("dpsm",)})
-        fot_window: int = opt(32, "steps", only={"schedule": ("fot",)})
-        fast: bool = opt(False, "fast")
-
-    def complete(values):
-        return values | {"schedule": values["schedule"] or {"none": "cosine"}.get(values["preset"], "fot")}
-
-    def main(argv=None):
-        cfg = parse_config(Config, argv, complete=complete)
-        Path(cfg.out).mkdir(parents=True)
-        (Path(cfg.out) / "summary.json").write_text(json.dumps(dataclasses.asdict(cfg)))
-        return 0
-
-    if __name__ == "__main__":
-        sys.exit(main())
-"""
+from eval.campaign import __main__ as campaign
+from eval.campaign import run as loop
+from eval.campaign.progress import Run
+from eval.campaign.table import SILENCE, Table
 
 
 @pytest.fixture
-def toy(tmp_path, monkeypatch):
-    """A folder with a script of its own, toy.py, as the working directory."""
-    (tmp_path / "toy.py").write_text(textwrap.dedent(SCRIPT))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    yield load_script("toy.py")
-    sys.modules.pop("toy", None)
+def reports(monkeypatch):
+    """The command lines of the reports, which are not made."""
+    calls = []
+    monkeypatch.setattr(campaign.subprocess, "call", lambda line: calls.append(line) or 0)
+    return calls
 
 
-def dry(capsys, recipe: str, *argv: str) -> tuple[list[dict], str]:
-    """Flags of every command that the recipe comes to, and what stands on stderr."""
-    Path("r.toml").write_text(f'script = "toy.py"\nout = "runs/toy"\n{recipe}')
-    assert campaign.main(["r.toml", "--dry-run", *argv]) == 0
-    said = capsys.readouterr()
-    lines = [shlex.split(line)[2:] for line in said.out.splitlines()]
-    return [{k: v for k, v in zip(line, line[1:], strict=False) if k.startswith("--")} for line in lines], said.err
+def recipe(toy: str, rest: str, out: str = "runs") -> None:
+    Path("r.toml").write_text(f'script = "{toy}"\nout = "{out}"\n{rest}')
 
 
-def refused(capsys, recipe: str, *argv: str) -> str:
-    Path("r.toml").write_text(recipe)
-    with pytest.raises(SystemExit) as stopped:
-        campaign.main(["r.toml", *argv])
+def held(name: str = "runs") -> dict:
+    return json.loads(Path(name, "campaign.json").read_text())
+
+
+def begun(seed: int | str) -> int:
+    """How often the run of a seed has begun."""
+    path = Path(f"runs/{seed if isinstance(seed, str) else f'seed{seed}'}/began")
+    return len(path.read_text().split()) if path.exists() else 0
+
+
+def test_a_failure_is_told_the_others_go_on_and_the_same_command_tries_it_again(toy, reports, capsys):
+    recipe(toy, 'title = "T"\n[[arm]]\nseed = 1\n[[arm]]\nseed = 2\nfails = true\n[[arm]]\nseed = 3\n')
+    assert campaign.main(["r.toml"]) == 3
+    said = capsys.readouterr().out
+    assert "runs/seed2-failsTrue has not finished (exit code 3), see runs/seed2-failsTrue.log" in said
+    assert "    it is broken here" in said and "2 of 3 finished, 1 failed" in said
+    runs = held()["runs"]
+    assert [run["state"] for run in runs.values()] == ["finished", "failed", "finished"]
+    assert runs["seed2-failsTrue"] | {"seconds": 0} == dict(state="failed", exit=3, why="it is broken here", seconds=0)
+    Path("runs/mended").touch()
+    assert campaign.main(["r.toml"]) == 0
+    assert [begun(name) for name in ("seed1", "seed2-failsTrue", "seed3")] == [1, 2, 1]
+    folders = ["runs/seed1", "runs/seed2-failsTrue", "runs/seed3", "--out", "runs/report", "--title", "T"]
+    assert [line[3:] for line in reports] == [folders] * 2
+    assert Path("runs/seed2-failsTrue.log").read_text().count("begins") == 2
+
+
+def test_a_second_campaign_in_the_folder_is_refused(toy, capsys):
+    recipe(toy, "[grid]\nseed = [1]\n")
+    Path("runs").mkdir()
+    with open("runs/lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(SystemExit) as stopped:
+            campaign.main(["r.toml"])
     err = capsys.readouterr().err
-    assert stopped.value.code == 2 and err.count("\n") == 1 and not Path("runs").exists()
-    return err
+    assert stopped.value.code == 2 and err.count("\n") == 1 and "runs is in use" in err and not begun(1)
 
 
-def test_cells_are_the_product_of_arms_and_grid():
-    recipe = {"flags": {"steps": 3, "lr": 1}, "arm": [{"loss": "ce"}, {"loss": "dpsm", "warmup": 0.1}]}
-    found = cells(recipe | {"grid": {"lr": [1, 2], "seed": [7]}}, {"lr": "9"})
-    assert [c.name for c in found] == [
-        "ce-lr1-seed7",
-        "ce-lr2-seed7",
-        "dpsm-warmup0.1-lr1-seed7",
-        "dpsm-warmup0.1-lr2-seed7",
-    ]
-    assert found[-1].shared == {"steps": 3, "lr": "9"} and found[-1].own == {"loss": "dpsm", "warmup": 0.1, "seed": 7}
-    with pytest.raises(ValueError, match="same flags"):
-        cells({"arm": [{"loss": "ce"}, {"loss": "ce"}]}, {})
+def test_a_run_whose_folder_is_in_use_waits_for_it(toy, reports, capsys, monkeypatch):
+    """As after kill -9 of a campaign, whose runs save and let go a little later."""
+    recipe(toy, "[grid]\nseed = [1, 2]\n")
+    Path("runs/seed1").mkdir(parents=True)
+    file = open("runs/seed1/lock", "w")  # noqa: SIM115 - let go below
+    fcntl.flock(file, fcntl.LOCK_EX)
+    say = Table.say
+
+    def let_go(self, text):
+        if "seed2 has finished" in text:
+            assert not begun(1)
+            file.close()
+        say(self, text)
+
+    monkeypatch.setattr(Table, "say", let_go)
+    assert campaign.main(["r.toml"]) == 0 and begun(1) == begun(2) == 1
+    assert "seed1 waits: a process of before" in capsys.readouterr().out
 
 
-def test_shared_flags_are_left_out_where_nothing_reads_them(toy, capsys):
-    recipe = '[flags]\nwarmup = 0.3\nfot_window = 16\nfast = true\n[grid]\nloss = ["ce", "brier", "dpsm"]\n'
-    found, said = dry(capsys, recipe)
-    assert ["--warmup" in flags for flags in found] == [False, False, True] and found[2]["--warmup"] == "0.3"
-    assert all("--fast" in flags and "--fot-window" not in flags for flags in found)
-    assert said == "left out where nothing reads them: warmup (ce, brier), fot_window (cosine)\n"
-    found, said = dry(capsys, recipe, "--set", "preset=fot", "--set", "loss=dpsm")  # a preset may decide what is read
-    assert {flags["--fot-window"] for flags in found} == {"16"} and said == ""
+def test_the_budget_stops_what_has_not_begun(toy, reports, capsys):
+    """The first run begins, as nothing is known of its cost; with a larger budget the same command goes on."""
+    recipe(toy, "[flags]\npace = 0.02\n[grid]\nseed = [1, 2, 3]\n")
+    assert campaign.main(["r.toml", "--budget", "1e-4"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"budget: .* of 0.0001 hours are spent, with the next run .*: 2 runs do not begin", said)
+    kept = held()
+    assert [run["state"] for run in kept["runs"].values()] == ["finished", "waiting", "waiting"]
+    assert kept["budget_hours"] == 1e-4 and kept["gpu_hours"] is None
+    spent = [run["seconds"] for run in kept["runs"].values()]
+    assert spent[0] > 0.2 and spent[1:] == [0, 0] and kept["hours"] == pytest.approx(spent[0] / 3600, rel=0.01)
+    assert campaign.main(["r.toml", "--budget", "1"]) == 0
+    assert [begun(seed) for seed in (1, 2, 3)] == [1, 1, 1] and held()["hours"] > kept["hours"]
 
 
-def test_a_cells_own_flag_is_passed_as_it_is_and_refused_where_nothing_reads_it(toy, capsys):
-    head = 'script = "toy.py"\nout = "runs/toy"\n'
-    err = refused(capsys, head + '[flags]\ngamma = 1.0\n[[arm]]\nloss = "ce"\n[[arm]]\nloss = "brier"\ngamma = 3.0\n')
-    assert "r.toml: cell brier-gamma3.0: --gamma is read by --loss focal alone" in err
-    assert "cell ce: unrecognized arguments: --stepz; did you mean --steps?" in refused(
-        capsys, head + '[flags]\nstepz = 3\n[grid]\nloss = ["ce"]\n'
-    )
-    assert "cell steps0: --steps 0" in refused(capsys, head + "[grid]\nsteps = [5, 0]\n")
-    assert "cell run: argument --loss: invalid choice: 'brie'" in refused(capsys, head + '[flags]\nloss = "brie"\n')
-    assert "--set gamma: no cell reads it" in refused(capsys, head, "--set", "gamma=3")
-    assert "--set gamma: expected FLAG=VALUE" in refused(capsys, head, "--set", "gamma")
-    assert "--jobs 0" in refused(capsys, head, "--jobs", "0")
+def test_what_was_interrupted_costs_too(toy, reports):
+    """Seconds of earlier starts stay, and those of runs that the recipe no longer has."""
+    recipe(toy, "[grid]\nseed = [1]\n")
+    Path("runs").mkdir()
+    entry = {"state": "waiting", "seconds": 7200.0, "exit": None, "why": None}
+    Path("runs/campaign.json").write_text(json.dumps({"runs": {"seed1": entry, "old": entry}}))
+    assert campaign.main(["r.toml", "--budget", "3.9"]) == 0 and not begun(1)
+    assert campaign.main(["r.toml", "--budget", "5"]) == 0 and begun(1) == 1
+    assert held()["hours"] == pytest.approx(4, abs=0.01) and held()["runs"]["old"] == entry
 
 
 @pytest.mark.parametrize(
-    ("recipe", "says"),
+    "text", ["[]", '{"runs": []}', '{"runs": {"seed1": 3}}', '{"runs": {"a": {"state": "done", "seconds": 1}}}', "{"]
+)
+def test_a_damaged_record_is_refused(toy, capsys, text):
+    recipe(toy, "[grid]\nseed = [1]\n")
+    Path("runs").mkdir()
+    Path("runs/campaign.json").write_text(text)
+    with pytest.raises(SystemExit) as stopped:
+        campaign.main(["r.toml"])
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and err.count("\n") == 1 and "runs/campaign.json" in err and not begun(1)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
     [
-        ("grid = [", "r.toml: not TOML"),
-        ('out = "x"', "r.toml needs script and out"),
-        ('script = "toy.py"\nout = "x"\nflag = 3', "check ['flag']"),
-        ('script = "no.py"\nout = "x"', "r.toml: script 'no.py' is not a script"),
-        ('script = 3\nout = "x"', "r.toml: script is '3', expected a text"),
-        ('script = "toy.py"\nout = "x"\nflags = [1]', "flags is '[1]', expected a table of values"),
-        ('script = "toy.py"\nout = "x"\n[flags]\nlr = [1]', "flags is \"{'lr': [1]}\", expected a table of values"),
-        ('script = "toy.py"\nout = "x"\n[grid]\nlr = 1', "grid is \"{'lr': 1}\", expected a table of lists"),
-        ('script = "toy.py"\nout = "x"\n[grid]\nloss = "ce"', "expected a table of lists that have a value or more"),
-        ('script = "toy.py"\nout = "x"\n[grid]\nlr = []', "expected a table of lists that have a value or more"),
-        ('script = "toy.py"\nout = "x"\n[arm]\nlr = 1', "expected tables of values, each below its [[arm]]"),
-        ('script = "toy.py"\nout = "x"\narm = []', "expected tables of values, each below its [[arm]]"),
-        ('script = "empty.py"\nout = "x"', "r.toml: script 'empty.py' is not a script with a Config"),
+        (["--budget", "0"], "--budget 0.0: expected hours"),
+        (["--jobs", "2", "--nproc", "2"], "expected one of them to be 1"),
+        (["--engine", "slurm", "--prune", "asha"], "--budget and --prune need local or ray"),
+        (["--sbatch", "x"], "--sbatch 'x' is read by --engine slurm alone"),
+        (["--prune", "ahsa"], "did you mean asha?"),
+        (["--dry-run", "comands"], "did you mean commands?"),
     ],
 )
-def test_a_broken_recipe_is_one_line(toy, capsys, recipe, says):
-    Path("empty.py").write_text("")
-    assert says in refused(capsys, recipe)
+def test_flags_that_do_not_go_together(toy, capsys, flags, says):
+    recipe(toy, "[grid]\nseed = [1]\n")
+    with pytest.raises(SystemExit) as stopped:
+        campaign.main(["r.toml", *flags])
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and err.count("\n") == 1 and says in err and not Path("runs").exists()
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda p: p.stem)
-def test_recipes_are_valid(path, monkeypatch):
-    """Each cell's flags are parsed and read by the script, and no two cells have one folder."""
-    monkeypatch.chdir(ROOT)
-    recipe = campaign.read_recipe(path)
-    script = load_script(recipe["script"])
-    complete = getattr(script, "complete", dict)
-    found, _ = fit(script, cells(recipe, {}))
-    assert len({cell.name for cell in found}) == len(found) > 0
-    for cell in found:
-        cfg = parse_config(script.Config, campaign.arguments(cell.shared | cell.own), complete=complete)
-        cfg = script.with_preset(cfg) if hasattr(script, "with_preset") else cfg
-        if hasattr(script, "check"):
-            script.check(cfg, World(0, 1, torch.device("cpu")))
+def test_a_gpu_for_each_job(toy, reports):
+    """Ids that nobody has here: each run sees one, and it is the one that is used least; their hours are counted."""
+    recipe(toy, "[flags]\npace = 0.05\n[grid]\nseed = [1, 2, 3]\n")
+    assert campaign.main(["r.toml", "--jobs", "3", "--device", "5,7"]) == 0
+    seen = [json.loads(Path(f"runs/seed{seed}/summary.json").read_text())["seen"] for seed in (1, 2, 3)]
+    assert seen == ["5", "7", "5"]
+    kept = held()
+    assert kept["gpu_hours"] == pytest.approx(kept["hours"] * 2 / 3, rel=0.01)  # three jobs on two GPUs
 
 
-def test_runs_one_after_the_other_go_on_and_stop_at_a_failure(toy, capfd, monkeypatch):
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    calls = []
-    monkeypatch.setattr(subprocess, "call", lambda line: calls.append(line) or 0)
-    Path("r.toml").write_text('script = "toy.py"\nout = "runs"\ntitle = "T"\n[grid]\nseed = [1, 2]\n')
-    try:
-        assert campaign.main(["r.toml"]) == 0 and campaign.main(["r.toml"]) == 0
-        report = [sys.executable, "-m", "eval.report", "runs/seed1", "runs/seed2", "--out", "runs/report", "--title"]
-        assert calls == [[*report, "T"]] * 2
-        assert capfd.readouterr().out.count("has finished already") == 2
-        Path("runs/seed2/summary.json").unlink()  # its folder is in the way: the run fails
-        assert campaign.main(["r.toml"]) == 1 and len(calls) == 2
-        assert "runs/seed2 has not finished (exit code 1)" in capfd.readouterr().err
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-def test_an_unfinished_run_is_resumed(tmp_path):
-    (tmp_path / "last.pt").touch()
-    line = campaign.command_line("train_lm.py", tmp_path, {"fast": False, "lr_warmup": 0.1, "seed": 2}, 4)
-    assert line[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
-    assert line[6:] == f"train_lm.py --out {tmp_path} --no-fast --lr-warmup 0.1 --seed 2 --resume".split()
-
-
-def test_recipes_run_side_by_side_go_on_and_say_what_failed(corpus, tmp_path, monkeypatch, capfd):
-    """Two runs at a time, each in its folder with its log, then their report; what has finished is left alone, and a
-    run that fails is named with its log."""
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    recipe = tmp_path / "two.toml"
-    recipe.write_text(
-        f'script = "train_lm.py"\nout = "{tmp_path / "runs"}"\n[flags]\ndata = "{corpus}"\n'
-        f'cache = "{tmp_path / "cache"}"\n'
-        'tokenizer = "bpe:320"\nmodel = "pico"\nseq_len = 32\nbatch = 4\nsteps = 3\nsample_tokens = 2\ndevice = "cpu"\n'
-        "[grid]\nseed = [1, 2, 3]\n"
+def test_which_gpus_there_are(monkeypatch):
+    monkeypatch.setattr(campaign.torch.cuda, "device_count", lambda: 3)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert (
+        campaign.gpus("auto") == ["0", "1", "2"] and campaign.gpus("cpu") == [] and campaign.gpus("1,2") == ["1", "2"]
     )
-    try:
-        assert campaign.main([str(recipe), "--jobs", "2"]) == 0
-        done = [tmp_path / "runs" / f"seed{seed}" for seed in (1, 2, 3)]
-        assert all(
-            (d / "summary.json").exists() and "validation ppl" in (d.parent / f"{d.name}.log").read_text() for d in done
-        )
-        assert (tmp_path / "runs" / "report" / "report.md").exists()
-        before = [(d / "summary.json").stat().st_mtime_ns for d in done]
-        capfd.readouterr()
-        fails = tmp_path / "fails.toml"
-        fails.write_text(recipe.read_text().replace("[1, 2, 3]", "[1]"))
-        monkeypatch.setattr(campaign.subprocess, "call", lambda line: 0)  # a report again shows nothing more
-        assert campaign.main([str(fails), "--jobs", "2", "--set", "data=/no/such", "--out", str(tmp_path / "b")]) != 0
-        assert f"{tmp_path / 'b' / 'seed1'}.log" in capfd.readouterr().err
-        assert campaign.main([str(recipe), "--jobs", "2"]) == 0
-        assert before == [(d / "summary.json").stat().st_mtime_ns for d in done]
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-x,6")
+    assert campaign.gpus("auto") == ["4", "GPU-x", "6"]
 
 
-SLOW = """
-    def main(argv=None):
-        cfg = parse_config(Config, argv, complete=complete)
-        folder = Path(cfg.out)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "began").write_text(f"{os.getpid()}")
-
-        def saves(number, frame):
-            (folder / "saved").touch()
-            sys.exit(143)
-
-        signal.signal(signal.SIGTERM, saves)
-        time.sleep(100)
-"""
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
-@pytest.mark.parametrize("jobs", ["1", "2"])
-def test_the_runs_of_a_campaign_that_is_killed_save_and_end(toy, jobs):
-    """kill -9 of the campaign is SIGTERM to its runs: none is left to train beside the next start."""
-    head, tail = textwrap.dedent(SCRIPT).split("def main", 1)
-    head = head.replace("import dataclasses, json, sys", "import dataclasses, json, os, signal, sys, time")
-    Path("toy.py").write_text(head + textwrap.dedent(SLOW) + tail[tail.index('\nif __name__ == "__main__"') :])
-    Path("r.toml").write_text('script = "toy.py"\nout = "runs"\n[grid]\nseed = [1, 2]\n')
-    env = os.environ | {"PYTHONPATH": f"{ROOT}:{Path.cwd()}", "OMP_NUM_THREADS": "1"}
-    line = [sys.executable, "-m", "eval.campaign", "r.toml", "--jobs", jobs]
-    killed = subprocess.Popen(line, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    folders = [Path(f"runs/seed{seed}") for seed in range(1, 1 + int(jobs))]
-    wait_for(lambda: all((f / "began").exists() and (f / "began").read_text() for f in folders))
-    time.sleep(0.2)  # until their handler stands
-    killed.kill()
-    killed.wait()
-    wait_for(lambda: all((f / "saved").exists() for f in folders))
-    wait_for(lambda: not any(Path(f"/proc/{(f / 'began').read_text()}").exists() for f in folders))
+def invented(state: str, name: str, **more) -> Run:
+    return Run(name, Path(name), {"steps": 300, "schedule": "cosine"}, state, **more)
 
 
-def wait_for(there, seconds: float = 30) -> None:
+def test_the_table_on_a_terminal_is_rewritten_in_place(monkeypatch):
+    monkeypatch.setattr("eval.campaign.table.shutil.get_terminal_size", lambda: os.terminal_size((90, 8)))
+    table, clock = Table(Terminal()), time.monotonic()
+    run = invented("waiting", "ce-seed1", handle=object(), began=clock - 10, step=100, loss=3.25)
+    run.forecast = run.forecast._replace(mean=2.5, sd=0.25)
+    others = [invented("waiting", f"brier-seed{i}") for i in range(9)]
+    failed = invented("failed", "dpsm-seed1", why="it is broken here " * 9)
+    table.show([*others, failed, run], "the foot")
+    first = table.stream.getvalue().splitlines()
+    assert re.match(r"ce-seed1 +runs +100/300 +3.250 +2.500 \+- 0.25 +(19|20|21) s left$", first[1])
+    assert first[2].startswith("dpsm-seed1") and "it is broken here" in first[2] and max(map(len, first)) < 90
+    assert first[-2:] == ["and 7 more", "the foot"] and len(first) <= 8
+    table.shown = 0.0
+    table.show([run], "the foot")
+    assert f"\x1b[{len(first)}F\x1b[J" in table.stream.getvalue()
+
+
+def test_lines_where_there_is_no_terminal_and_no_long_silence():
+    table = Table(io.StringIO())
+    run = invented("waiting", "ce-seed1", handle=object(), began=time.monotonic(), step=100, loss=3.25)
+    table.show([run], "the foot")
+    assert table.stream.getvalue() == ""
+    table.spoke -= 8.5
+    table.show([run], "the foot")
+    assert table.stream.getvalue().startswith("the foot | ce-seed1 runs 100/300 3.250") and SILENCE < 10
+
+
+def test_what_is_left_is_forecast_from_what_runs_alike(toy, reports, monkeypatch):
+    """When all is done, and what for, at two jobs: the others cost what the one that runs will have cost."""
+    clock = 1000.0
+    runs = {n: invented("waiting", n) for n in ("a", "b", "c")}
+    how = dict(jobs=2, devices=["0", "1"], ranks=1, size=lambda run: 1)
+    ledger = campaign.Ledger(Path("."), True, None)
+    made = loop.Campaign(runs, None, None, ledger, None, **how)
+    runs["a"].handle, runs["a"].began, runs["a"].step, runs["a"].seconds = object(), clock - 100, 150, 100.0
+    assert [made.expected(runs[n], clock) for n in "ab"] == [100.0, 200.0]
+    runs["a"].gpu_seconds = 100.0
+    assert "1 running, 2 waiting; all done in 4 min 10 s" in made.foot(clock)
+    assert made.foot(clock).endswith("for 0.167 GPU hours in all")
+
+
+def begin(*flags: str) -> multiprocessing.Process:
+    """The campaign in a process of its own, which has a forkserver of its own."""
+
+    def work():
+        multiprocessing.forkserver._forkserver = server = multiprocessing.forkserver.ForkServer()
+        for name in ("ensure_running", "get_inherited_fds", "connect_to_new_process", "set_forkserver_preload"):
+            setattr(multiprocessing.forkserver, name, getattr(server, name))
+        campaign.subprocess.call = lambda line: 0
+        sys.exit(campaign.main(["r.toml", *flags]))
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    return process
+
+
+def wait_for(there, seconds: float = 60) -> None:
     ends = time.monotonic() + seconds
     while not there():
         assert time.monotonic() < ends
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("jobs", ["1", "2"])
-def test_a_campaign_that_is_stopped_ends_with_the_signals_code(toy, jobs, monkeypatch, capfd):
-    """SIGTERM while the first run works: no second one begins, and the code is 128 + 15."""
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{Path.cwd()}")
-    Path("toy.py").write_text(
-        Path("toy.py")
-        .read_text()
-        .replace(
-            "Path(cfg.out).mkdir",
-            "import os, signal, time\n    os.kill(os.getppid(), "
-            "signal.SIGTERM) if cfg.steps == 1 else None\n    time.sleep(1)\n    Path(cfg.out).mkdir",
-        )
-    )
-    Path("r.toml").write_text('script = "toy.py"\nout = "runs"\n[flags]\nsteps = 1\n[grid]\nseed = [1, 2, 3]\n')
-    if jobs == "2":  # there the parent is the forkserver: the signal is sent from here
-        monkeypatch.setattr(campaign.time, "sleep", lambda s: os.kill(os.getpid(), signal.SIGTERM))
-        Path("toy.py").write_text(Path("toy.py").read_text().replace("if cfg.steps == 1", "if False"))
-    assert campaign.main(["r.toml", "--jobs", jobs]) == 143
-    assert not Path("runs/seed3/summary.json").exists()
-    assert "the same command goes on from here" in capfd.readouterr().err
+def alive(folder: Path) -> bool:
+    return Path(f"/proc/{(folder / 'began').read_text().split()[-1]}").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_kill_9_of_a_campaign_loses_and_repeats_nothing(toy):
+    """Three times while a run works: it saves and ends; what had finished is not begun again, and in the end all is as
+    if nothing had been."""
+    recipe(toy, "[flags]\npace = 0.03\nsteps = 40\n[grid]\nseed = [1, 2, 3, 4]\nlevel = [2.0]\n")
+    folders, moments = [Path(f"runs/seed{seed}-level2.0") for seed in (1, 2, 3, 4)], random.Random(1)
+    for count in range(3):
+        killed = begin("--jobs", "2")
+        wait_for(lambda c=count: sum((f / "began").exists() for f in folders) >= min(1 + c, 4))
+        time.sleep(moments.uniform(0, 1))
+        finished = {f: (f / "summary.json").stat().st_mtime_ns for f in folders if (f / "summary.json").exists()}
+        killed.kill()
+        killed.join()
+        wait_for(lambda: not any(alive(f) for f in folders if (f / "began").exists()))
+        assert all((f / "last.pt").exists() for f in folders if (f / "began").exists())
+    last = begin("--jobs", "2")
+    last.join(60)
+    assert last.exitcode == 0
+    assert all((f / "summary.json").stat().st_mtime_ns == at for f, at in finished.items())
+    for folder in folders:
+        rows = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows] == list(range(1, 41))
+        assert json.loads((folder / "summary.json").read_text())["nll"] == rows[-1]["nll"]
+    assert {run["state"] for run in held()["runs"].values()} == {"finished"}
+    assert sum(begun(f.name) for f in folders) > 4  # some were interrupted
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_campaign_that_is_stopped_ends_with_the_signals_code(toy, reports, monkeypatch, capsys, number):
+    """The runs get one SIGTERM each, and save; no other begins."""
+    recipe(toy, "[flags]\npace = 0.05\nsteps = 1000\n[grid]\nseed = [1, 2, 3]\n")
+    look = loop.Campaign._look
+
+    def send(self, now):
+        look(self, now)
+        if not self.stopped and all(Path(f"runs/seed{seed}/metrics.jsonl").exists() for seed in (1, 2)):
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(loop.Campaign, "_look", send)
+    assert campaign.main(["r.toml", "--jobs", "2"]) == 128 + number and not reports
+    assert [begun(seed) for seed in (1, 2, 3)] == [1, 1, 0]
+    assert all(int(Path(f"runs/seed{seed}/last.pt").read_text()) > 0 for seed in (1, 2))
+    assert "the same command goes on from here" in capsys.readouterr().err
+    assert {run["state"] for run in held()["runs"].values()} == {"waiting"}

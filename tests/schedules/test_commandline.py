@@ -124,7 +124,7 @@ COMMANDS = {
 
 
 MAIN = {"eval.report": "eval.report.terminal", "eval.attack": "eval.attack.run"}
-MAIN |= {name: f"{name}.__main__" for name in ("schedules", "kernels.bench")}
+MAIN |= {name: f"{name}.__main__" for name in ("schedules", "kernels.bench", "eval.campaign")}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
