@@ -207,7 +207,8 @@ def adapter(drill: Drill) -> str:
 
 
 def grid(drill: Drill, jobs: int) -> str:
-    """kill -9 of a campaign: its runs save and end, and the same command ends them as if nothing had been."""
+    """kill -9 of a campaign: its runs save and end, and the same command ends them as if nothing had been. What had
+    finished is left as it is."""
     out, name = drill.folder("runs"), "train_lm"
     flags = drill.runs[name]
     lines = "\n".join(
@@ -225,9 +226,13 @@ def grid(drill: Drill, jobs: int) -> str:
         time.sleep(drill.random.uniform(0.2, 1) * (2 * drill.seconds[name] + 15))
         killed.kill()
         killed.wait()
+        finished = {file: file.stat().st_mtime_ns for file in out.glob("seed*/summary.json")}
         if code := subprocess.run(line, **how, timeout=LIMIT).returncode:
             return f"the same command ends with {code}: {last_line(out)}"
-    return differs(out / "seed1", drill.whole[name])
+    if repeated := [str(file) for file, at in finished.items() if file.stat().st_mtime_ns != at]:
+        return f"written again: {', '.join(repeated)}"
+    states = [run["state"] for run in json.loads((out / "campaign.json").read_text())["runs"].values()]
+    return differs(out / "seed1", drill.whole[name]) if states == ["finished"] * 2 else f"campaign.json says {states}"
 
 
 def ranks(drill: Drill, how: str) -> str:

@@ -29,7 +29,7 @@ def kept(recipe: dict, todo: list[Job]) -> set[str]:
     losses, those of the losses that the report's criteria compare, and in one of a single loss none."""
     several = len({cell.config.get("loss") for cell in todo}) > 1
     names = recipe.get("keep", COMPARED if several else ())
-    return {cell.name for cell in todo if any(keeps(name, cell.config) for name in names)}
+    return {cell.name for cell in todo if any(keeps(name, cell) for name in names)}
 
 
 def loss_at(curve: Curve, step: float, steps: int) -> float:

@@ -1,9 +1,10 @@
 """Recipes: grids of a script's flags as TOML files, checked as a whole before anything starts.
 
 A recipe has ``script``, ``out``, a table ``flags`` that all cells share, a table ``grid`` of lists whose product is
-taken, and optionally ``arm``, an array of tables of flags, each an arm of its own. A shared flag is left out of the
+taken, and optionally ``arm``, an array of tables of flags, each an arm of its own. An axis of the grid is a list of a
+flag's values, or, under a name of yours, of tables of flags that change together. A shared flag is left out of the
 cells whose loss or schedule does not read it. ``keep`` lists the arms that are never pruned, each as a loss or as
-FLAG=VALUE.
+FLAG=VALUE of a flag that the recipe gives.
 """
 
 import dataclasses
@@ -41,7 +42,7 @@ KEYS = {
     "title": "a text",
     "keep": "a list of losses, or FLAG=VALUE, of arms that are never pruned",
     "flags": "a table of values",
-    "grid": "a table of lists that have a value or more",
+    "grid": "a table of lists that have a value or more, or tables of flags",
     "arm": "tables of values, each below its [[arm]]",
 }
 
@@ -58,7 +59,8 @@ def _fits(key: str, found) -> bool:
     if key == "flags":
         return isinstance(found, dict) and values(found.values())
     if key == "grid":
-        return isinstance(found, dict) and all(isinstance(v, list) and v and values(v) for v in found.values())
+        axes = found.values() if isinstance(found, dict) else [None]
+        return all(isinstance(axis, list) and axis and (values(axis) or _fits("arm", axis)) for axis in axes)
     if key == "arm":
         return isinstance(found, list) and found != [] and all(_fits("flags", arm) for arm in found)
     if key == "keep":
@@ -110,7 +112,9 @@ def cells(recipe: dict, extra: dict) -> list[Job]:
     for (number, arm), values in itertools.product(
         enumerate(recipe.get("arm", [{}])), itertools.product(*grid.values())
     ):
-        own = arm | dict(zip(grid, values, strict=True))
+        own = dict(arm)
+        for axis, value in zip(grid, values, strict=True):
+            own |= value if isinstance(value, dict) else {axis: value}
         name = "-".join(f"{v}" if k == "loss" else f"{k}{v}" for k, v in own.items()).replace("/", "_") or "run"
         if name in out:
             raise ValueError(f"two cells of the recipe have the same flags: {name}")
@@ -173,9 +177,13 @@ def check(path: Path, extra: dict, ranks: int = 1, device: str = "cpu") -> tuple
     recipe, text = read_recipe(path), read_text(path)
 
     def where(cell: Job, flag: str) -> str:
-        section = next((s for s in ("grid", "flags") if flag in recipe.get(s, {})), "arm")
-        section = "arm" if "arm" in recipe and flag in recipe["arm"][cell.arm] else section
-        return f"{place(path, text, flag, section, cell.arm * (section == 'arm'))}: "
+        if "arm" in recipe and flag in recipe["arm"][cell.arm]:
+            return f"{place(path, text, flag, 'arm', cell.arm)}: "
+        together = [n for n, axis in recipe.get("grid", {}).items() if any(flag in v for v in axis if type(v) is dict)]
+        key, section = (
+            (together[0], "grid") if together else (flag, "grid" if flag in recipe.get("grid", ()) else "flags")
+        )
+        return f"{place(path, text, key, section)}: "
 
     try:
         script = load_script(recipe["script"])
@@ -198,7 +206,7 @@ def check(path: Path, extra: dict, ranks: int = 1, device: str = "cpu") -> tuple
     if useless := [flag for flag in extra if not any(flag in (cell.shared | cell.own) for cell in todo)]:
         raise ValueError(f"{path}: --set {useless[0]}: no cell reads it")
     for name in recipe.get("keep", ()):
-        if not any(keeps(name, cell.config) for cell in todo):
+        if not any(keeps(name, cell) for cell in todo):
             has = sorted({str(cell.config.get("loss")) for cell in todo})
             raise ValueError(f"{place(path, text, 'keep')}: keep: no cell has {name!r}{nearest(name, has)}")
     return recipe, todo, says
@@ -213,10 +221,13 @@ def missing(todo: list[Job]) -> str:
     return ""
 
 
-def keeps(name: str, config: dict) -> bool:
-    """Whether an entry of ``keep``, a loss or FLAG=VALUE, names the arm of a run with this ``config``."""
-    flag, _, value = name.partition("=") if "=" in name else ("loss", "", name)
-    return str(config.get(flag.replace("-", "_"))) == value
+def keeps(name: str, cell: Job) -> bool:
+    """Whether an entry of ``keep``, a loss or FLAG=VALUE, names the arm of ``cell``."""
+    if "=" not in name:
+        return cell.config.get("loss") == name
+    given = {k.replace("-", "_"): str(v) for k, v in (cell.shared | cell.own).items()}
+    flag, _, value = name.partition("=")
+    return given.get(flag.replace("-", "_")) == value
 
 
 def alike(script, cell: Job, *kinds: str) -> tuple:

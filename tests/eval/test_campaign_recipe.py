@@ -46,6 +46,20 @@ def test_cells_are_the_product_of_arms_and_grid():
         cells({"arm": [{"loss": "ce"}, {"loss": "ce"}]}, {})
 
 
+def test_an_axis_of_flags_that_change_together(toy, capsys):
+    grid = "[grid]\nsize = [{steps = 3, lr = 0.1}, {steps = 4, lr = 0.2}]\nseed = [1, 2]\n"
+    found, _ = dry(capsys, toy, grid)
+    assert [(f["--steps"], f["--lr"], f["--seed"]) for f in found] == [
+        ("3", "0.1", "1"),
+        ("3", "0.1", "2"),
+        ("4", "0.2", "1"),
+        ("4", "0.2", "2"),
+    ]
+    assert Path(found[3]["--out"]).name == "steps4-lr0.2-seed2"
+    err = refused(capsys, toy, f'script = "{toy}"\nout = "runs/x"\n' + grid.replace("steps = 4", "stesp = 4"))
+    assert "line 4: cell stesp4-lr0.2-seed1: unrecognized arguments: --stesp; did you mean --steps?" in err
+
+
 def test_shared_flags_are_left_out_where_nothing_reads_them(toy, capsys):
     recipe = '[flags]\nwarmup = 0.3\nfot_window = 16\nfast = true\n[grid]\nloss = ["ce", "brier", "dpsm"]\n'
     found, said = dry(capsys, toy, recipe)
