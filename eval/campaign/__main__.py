@@ -102,10 +102,11 @@ def report(runs: list[Run], root: Path, recipe: dict) -> int:
 @functools.partial(command, speaks=False)  # its table does, and its runs
 def main(argv: list[str] | None = None) -> int:
     args = parser_of_campaigns().parse_args(argv)
-    with user_errors():
+    with user_errors(), alive():
         extra = check_flags(args)
         devices = gpus(args.device)
-        recipe, todo, says = check(args.recipe, extra, args.nproc, "cuda" if devices else "cpu")
+        elsewhere = args.engine != "local"  # a cluster's GPUs are not here
+        recipe, todo, says = check(args.recipe, extra, args.nproc, "cuda" if devices or elsewhere else "cpu")
         script = load_script(recipe["script"])
         root = args.out or Path(recipe["out"])
         if all(cell.config.get("device") == "cpu" for cell in todo):
@@ -124,8 +125,7 @@ def main(argv: list[str] | None = None) -> int:
         if lost := missing(todo):
             raise ValueError(f"{args.recipe}: {lost}")
         if args.dry_run:
-            with alive():
-                return tell(script, recipe["script"], todo, root, args.nproc, args.jobs, args.dry_run)
+            return tell(script, recipe["script"], todo, root, args.nproc, args.jobs, args.dry_run)
         probe(root)
         root.mkdir(parents=True, exist_ok=True)
         take_lock(root)

@@ -28,7 +28,6 @@ class Campaign:
         self.table, self.failed, self.stopped, self.full = Table(), 0, [], False
         self.waits: dict[str, float] = {}  # since when a run's folder was found in use
         self.looked = self.kept = 0.0
-        self.estimates: dict[object, float] = {}
 
     @property
     def going(self) -> list[Run]:
@@ -52,7 +51,7 @@ class Campaign:
             if not self.going and (self.stopped or self.full or not self.queue):
                 break
             self._look(now)
-            self.table.show(list(self.runs.values()), self.foot(now))
+            self.table.show(list(self.runs.values()), lambda at=now: self.foot(at))
             time.sleep(0.05)
         self.ledger.write(self.runs)
         self.table.end(list(self.runs.values()), self.foot(time.monotonic()))
@@ -77,14 +76,13 @@ class Campaign:
 
     def _begin(self, now: float) -> None:
         for run in self.queue:
-            if len(self.going) >= self.jobs:
-                return
-            if self._too_much(run, now):
+            if self.stopped or len(self.going) >= self.jobs or self._too_much(run, now):
                 return
             if in_use(run.folder):
-                since = self.waits.setdefault(run.name, now)
-                if now - since < LET_GO:
-                    self.table.say(f"{run.name} waits: a process of before still has its folder") if since == now else 0
+                if run.name not in self.waits:
+                    self.waits[run.name] = now
+                    self.table.say(f"{run.name} waits: a process of before still has its folder")
+                if now - self.waits[run.name] < LET_GO:
                     continue
             run.folder.parent.mkdir(parents=True, exist_ok=True)
             line = self.line_of(run)
@@ -114,7 +112,7 @@ class Campaign:
                 continue
             run.handle = None
             run.look()
-            if code == 0 and run.done:
+            if run.done and (code == 0 or self.stopped):  # the summary comes last
                 run.state, run.exit = "finished", 0
                 self.table.say(f"{run.name} has finished in {span(run.seconds)}")
             elif run.state == "pruned":
@@ -145,14 +143,21 @@ class Campaign:
 
     # -- what it takes ---------------------------------------------------------------------------
 
-    def expected(self, run: Run, now: float) -> float | None:
+    def wholes(self, now: float) -> dict[object, float]:
+        """size -> mean seconds of a whole run, of those that have finished or run at a known pace."""
+        found: dict[object, list[float]] = {}
+        for run in self.runs.values():
+            left = run.left(now) if run.handle else 0.0 if run.state == "finished" and run.seconds else None
+            if left is not None:
+                found.setdefault(self.size(run), []).append(run.seconds + left)
+        return {size: sum(seconds) / len(seconds) for size, seconds in found.items()}
+
+    def expected(self, run: Run, now: float, wholes: dict[object, float]) -> float | None:
         """Seconds that ``run`` will still take: by its own pace, else as those that cost alike; None if unknown."""
         if run.handle and (left := run.left(now)) is not None:
             return left
-        like = [r for r in self.runs.values() if self.size(r) == self.size(run)]
-        whole = [r.seconds for r in like if r.state == "finished" and r.seconds]
-        whole += [r.seconds + r.left(now) for r in like if r.handle and r.left(now) is not None]
-        return max(sum(whole) / len(whole) - run.seconds, 0.0) if whole else None
+        whole = wholes.get(self.size(run))
+        return None if whole is None else max(whole - run.seconds, 0.0)
 
     def cost(self, seconds: float) -> float:
         """Hours, of GPUs where there are some, of so many seconds of runs."""
@@ -173,8 +178,8 @@ class Campaign:
         budget = self.ledger.budget
         if budget is None:
             return False
-        others = sum(self.expected(r, now) or 0.0 for r in self.going)
-        would = self.spent() + self.cost(others + (self.expected(run, now) or 0.0))
+        wholes = self.wholes(now)
+        would = self.spent() + self.cost(sum(self.expected(r, now, wholes) or 0.0 for r in (*self.going, run)))
         self.full = would > budget or self.spent() >= budget
         if self.full:
             left = len(self.queue)
@@ -194,7 +199,8 @@ class Campaign:
         parts = [f"{counts['finished']} of {len(self.runs)} finished"]
         parts += [f"{len(self.going)} running"] * bool(self.going)
         parts += [f"{n} {name}" for name, n in counts.items() if n and name != "finished"]
-        left = [self.expected(r, now) for r in (*self.going, *(() if self.full else self.queue))]
+        wholes = self.wholes(now)
+        left = [self.expected(r, now, wholes) for r in (*self.going, *(() if self.full else self.queue))]
         text, spent = ", ".join(parts), self.spent()
         known = [seconds for seconds in left if seconds is not None]
         if not left:

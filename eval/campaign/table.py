@@ -3,6 +3,7 @@
 import shutil
 import sys
 import time
+from collections.abc import Callable
 
 from eval.campaign.progress import Run
 from runtime.dry_run import span
@@ -24,18 +25,18 @@ class Table:
         self._write(self._cleared() + text + "\n")
         self.spoke, self.shown = time.monotonic(), 0.0
 
-    def show(self, runs: list[Run], foot: str) -> None:
-        """Where the ``runs`` stand, with a last line ``foot``, as often as it is worth it."""
+    def show(self, runs: list[Run], foot: Callable[[], str]) -> None:
+        """Where the ``runs`` stand, with a last line ``foot()``, as often as it is worth it."""
         now = time.monotonic()
         if self.live and now - self.shown >= REFRESH:
             self.shown = self.spoke = now
-            rows = self._rows(runs, now, foot)
+            rows = self._rows(runs, now, foot())
             self._write(self._cleared() + "\n".join(rows) + "\n")
             self.height = len(rows)
         elif not self.live and now - self.spoke >= SILENCE:
             self.spoke = now
             going = "; ".join(" ".join(line(run, now).split()) for run in runs if run.handle)
-            self._write(f"{foot}{' | ' * bool(going)}{going}\n")
+            self._write(f"{foot()}{' | ' * bool(going)}{going}\n")
 
     def end(self, runs: list[Run], foot: str) -> None:
         """The last state."""

@@ -183,23 +183,23 @@ def test_the_table_on_a_terminal_is_rewritten_in_place(monkeypatch):
     run.forecast = run.forecast._replace(mean=2.5, sd=0.25)
     others = [invented("waiting", f"brier-seed{i}") for i in range(9)]
     failed = invented("failed", "dpsm-seed1", why="it is broken here " * 9)
-    table.show([*others, failed, run], "the foot")
+    table.show([*others, failed, run], lambda: "the foot")
     first = table.stream.getvalue().splitlines()
     assert re.match(r"ce-seed1 +runs +100/300 +3.250 +2.500 \+- 0.25 +(19|20|21) s left$", first[1])
     assert first[2].startswith("dpsm-seed1") and "it is broken here" in first[2] and max(map(len, first)) < 90
     assert first[-2:] == ["and 7 more", "the foot"] and len(first) <= 8
     table.shown = 0.0
-    table.show([run], "the foot")
+    table.show([run], lambda: "the foot")
     assert f"\x1b[{len(first)}F\x1b[J" in table.stream.getvalue()
 
 
 def test_lines_where_there_is_no_terminal_and_no_long_silence():
     table = Table(io.StringIO())
     run = invented("waiting", "ce-seed1", handle=object(), began=time.monotonic(), step=100, loss=3.25)
-    table.show([run], "the foot")
+    table.show([run], lambda: "the foot")
     assert table.stream.getvalue() == ""
     table.spoke -= 8.5
-    table.show([run], "the foot")
+    table.show([run], lambda: "the foot")
     assert table.stream.getvalue().startswith("the foot | ce-seed1 runs 100/300 3.250") and SILENCE < 10
 
 
@@ -211,7 +211,7 @@ def test_what_is_left_is_forecast_from_what_runs_alike(toy, reports, monkeypatch
     ledger = campaign.Ledger(Path("."), True, None)
     made = loop.Campaign(runs, None, None, ledger, None, **how)
     runs["a"].handle, runs["a"].began, runs["a"].step, runs["a"].seconds = object(), clock - 100, 150, 100.0
-    assert [made.expected(runs[n], clock) for n in "ab"] == [100.0, 200.0]
+    assert [made.expected(runs[n], clock, made.wholes(clock)) for n in "ab"] == [100.0, 200.0]
     runs["a"].gpu_seconds = 100.0
     assert "1 running, 2 waiting; all done in 4 min 10 s" in made.foot(clock)
     assert made.foot(clock).endswith("for 0.167 GPU hours in all")
@@ -266,6 +266,7 @@ def test_kill_9_of_a_campaign_loses_and_repeats_nothing(toy):
         rows = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
         assert [row["step"] for row in rows] == list(range(1, 41))
         assert json.loads((folder / "summary.json").read_text())["nll"] == rows[-1]["nll"]
+        assert all(int(step) > 0 for step in (folder / "from").read_text().split()[1:])  # goes on, not anew
     assert {run["state"] for run in held()["runs"].values()} == {"finished"}
     assert sum(begun(f.name) for f in folders) > 4  # some were interrupted
 

@@ -46,6 +46,8 @@ SCRIPT = """
             file.write(f"{os.getpid()}\\n")
         (folder / "config.json").write_text(json.dumps(dataclasses.asdict(cfg)))
         first = int((folder / "last.pt").read_text()) if cfg.resume else 0
+        with open(folder / "from", "a") as file:
+            file.write(f"{first}\\n")
         metrics = folder / "metrics.jsonl"
         rows, nll = map(json.loads, metrics.read_text().splitlines()) if first else (), 0.0
         rows = [row for row in rows if row["step"] <= first]
