@@ -55,7 +55,7 @@ def test_a_run_is_asked_once_a_share():
     best, bad = run("best", 3.0, 1000, "finished"), run("bad", 4.5, 90)
     pruner = Pruner("forecast", set(), question)
     assert pruner.why(bad, [best, bad]) == ""  # before the first share
-    pruner.asked["bad"] = 0.3
+    assert pruner.why(run("bad", 4.5, 300), []) == ""  # nothing has ended yet; asked at 30 %
     assert pruner.why(run("bad", 4.5, 390), [best]) == "" != pruner.why(run("bad", 4.5, 400), [best])
 
 
