@@ -5,7 +5,8 @@ their tiles, and the row kernel to whole waves over the multiprocessors. Large c
 
 With a bf16 gradient the fp32 sum of d_weight is beside it as well: 2 V D bytes while the chunks run, 4 V D while
 backward narrows it. That is 622 MB at (V, D) = (151936, 1024), where no chunk helps; then a chunk is given as much as
-the sum takes. (A sum in bf16 doubled d_weight's error.) With fp32 weights the weight's bf16 copy is what is beside.
+the sum takes. (A sum in bf16 doubled d_weight's error.) Where one chunk is all there is no sum: its product is the
+gradient. With fp32 weights the weight's bf16 copy is what is beside.
 """
 
 import functools
@@ -13,7 +14,7 @@ import math
 
 import torch
 
-ALLOWANCE = 300_000_000  # bytes beside inputs and gradients
+ALLOWANCE = 300_000_000  # bytes beside inputs and gradients, where linear_score's ``memory`` says no other number
 TILE = 128  # rows of a matrix product's tile
 # bf16 products over memory bandwidth, FLOPs a byte: about 270 on an H100 (800 TFLOP/s, 3.0 TB/s), 185 on an H200.
 FLOPS_PER_BYTE = 256
@@ -30,25 +31,40 @@ def padded_rows(vocab: int, itemsize: int, device: torch.device) -> int:
     return row_stride(vocab) if device.type == "cuda" and vocab * itemsize % 16 else vocab
 
 
-def weight_bytes_beside(v: int, d: int, hidden_bytes: int, weight_bytes: int) -> int:
+def weight_bytes_beside(v: int, d: int, hidden_bytes: int, weight_bytes: int, summed: bool = True) -> int:
     """Bytes of size [V, D] beside what is the caller's while the chunks run: the fp32 sum beyond the weight's gradient,
-    and the weight in the dtype of ``hidden`` where that is another, or with ``padded_rows``."""
+    if it is ``summed``, and the weight in the dtype of ``hidden`` where that is another, or with ``padded_rows``."""
     sum_bytes = max(4, hidden_bytes)
     copied = hidden_bytes != weight_bytes or v * hidden_bytes % 16
-    return v * d * (sum_bytes - min(sum_bytes, weight_bytes) + (hidden_bytes if copied else 0))
+    summed = sum_bytes - min(sum_bytes, weight_bytes) if summed else 0
+    return v * d * (summed + (hidden_bytes if copied else 0))
 
 
-def chunk_rows(n: int, v: int, d: int, dtype_bytes: int, sm_count: int, free_bytes: int, beside: int = 0) -> int:
+def chunk_rows(
+    n: int,
+    v: int,
+    d: int,
+    dtype_bytes: int,
+    sm_count: int,
+    free_bytes: int,
+    beside: int = 0,
+    alone: int | None = None,
+    allowance: int = ALLOWANCE,
+) -> int:
     """Tokens a chunk for N tokens, V entries of ``dtype_bytes`` each, hidden size D, on ``sm_count`` multiprocessors.
 
     The candidates are the multiples of 128 whose logits fit, and N itself if it fits; the least cost wins, the smaller
-    of equals. What fits is ALLOWANCE less ``beside`` (weight_bytes_beside), or ``beside`` where that is more, and at
-    most half of ``free_bytes``: a choice of shape alone as long as memory is not short. At least one row."""
-    fits = min(max(ALLOWANCE - beside, beside), free_bytes // 2)
-    most = max(1, fits // (row_stride(v) * dtype_bytes))
+    of equals. What fits is ``allowance`` less ``beside`` (weight_bytes_beside; ``alone`` where one chunk is all), or
+    twice ``beside`` less that where it is more, and at most half of ``free_bytes``: a choice of shape alone as long as
+    memory is not short. At least one row."""
+    alone = beside if alone is None else alone
+    room = max(allowance, 2 * beside)
+    most, most_alone = (
+        max(1, min(room - x, free_bytes // 2) // (row_stride(v) * dtype_bytes)) for x in (beside, alone)
+    )
     if n <= TILE:
-        return max(1, min(n, most))
-    sizes = [n] if n <= most else []
+        return max(1, min(n, most_alone if n <= most_alone else most))
+    sizes = [n] if n <= most_alone else []
     sizes += range(TILE, min(most, n) + 1, TILE)
     if not sizes:
         return most
@@ -71,14 +87,34 @@ def _cost(n: int, rows: int, d: int, sm_count: int) -> float:
     return full * chunk(rows) + (chunk(rest) if rest else 0)
 
 
+@functools.lru_cache(maxsize=4096)
+def cuda_chunk(
+    n: int,
+    v: int,
+    d: int,
+    hidden_bytes: int,
+    weight_bytes: int,
+    device: torch.device,
+    trained: bool = True,
+    direct: bool = False,
+    allowance: int | None = None,
+) -> int:
+    """``chunk_rows`` for a CUDA device. ``trained``: the weight gets a gradient; ``direct``: in one chunk without a sum
+    in fp32. ``allowance``: bytes, by default ALLOWANCE."""
+    free, sms = _of_device(n.bit_length(), v, d, trained, device)
+    beside, alone = (
+        weight_bytes_beside(v, d, hidden_bytes, weight_bytes, summed) for summed in (trained, trained and not direct)
+    )
+    return chunk_rows(n, v, d, hidden_bytes, sms, free, beside, alone, ALLOWANCE if allowance is None else allowance)
+
+
 @functools.lru_cache(maxsize=256)
-def cuda_chunk(n: int, v: int, d: int, hidden_bytes: int, weight_bytes: int, device: torch.device) -> int:
-    """``chunk_rows`` for a CUDA device, which is asked for its free memory once a shape."""
+def _of_device(bits: int, v: int, d: int, trained: bool, device: torch.device) -> tuple[int, int]:
+    """(free bytes, multiprocessors). The driver, which takes its time, is asked once a head and number of binary digits
+    of N, ``bits``: anew for the first batch that is twice as long."""
     free = torch.cuda.mem_get_info(device)[0]
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # the allocator's own
-    sms = torch.cuda.get_device_properties(device).multi_processor_count
-    beside = weight_bytes_beside(v, d, hidden_bytes, weight_bytes)
-    return chunk_rows(n, v, d, hidden_bytes, sms, free, beside)
+    return free, torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @functools.cache

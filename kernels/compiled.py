@@ -35,6 +35,7 @@ class _Options(NamedTuple):
     topk: int
     tokens: int | None
     chunk: int | None
+    memory: int | None
     impl: str
 
 
@@ -44,7 +45,7 @@ _TENSORS = (
 )
 _OPTIONS = (
     "int score, bool[] wants, str reduction, bool fisher, int ignore_index, float tail, float scale, float? softcap, "
-    "bool predictions, int topk, int? tokens, int? chunk, str impl"
+    "bool predictions, int topk, int? tokens, int? chunk, int? memory, str impl"
 )
 
 
@@ -66,6 +67,10 @@ def traced_linear_score(tensors, score, **options) -> tuple[Tensor, Moments]:
     if not hasattr(score, "number"):
         raise ValueError("inside torch.compile a score must be marked, outside of it: kernels.compilable(score)")
     hidden, weight, targets, bias, *_ = tensors
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind):  # here, where autograd sees it and the operator's fake knows its dtype
+        hidden = hidden.to(torch.get_autocast_dtype(kind))
+        tensors = hidden, *tensors[1:]
     grad = torch.is_grad_enabled()
     wants = [grad and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     o = _Options(score=score.number, wants=wants, **options)
@@ -90,10 +95,8 @@ def _open(arguments) -> tuple[HeadPass, Callable, Tensor | None, _Options]:
     how = dict(
         bias=bias, weights=weights, class_weights=class_weights, order=order_of(score), ignore_index=o.ignore_index
     )
-    how |= {
-        name: getattr(o, name)
-        for name in ("tail", "scale", "softcap", "predictions", "topk", "tokens", "chunk", "impl")
-    }
+    names = ("tail", "scale", "softcap", "predictions", "topk", "tokens", "chunk", "memory", "impl")
+    how |= {name: getattr(o, name) for name in names} | dict(trained=o.wants[1], wide=True)
     return HeadPass(hidden, weight, targets, **how), score, last, o
 
 

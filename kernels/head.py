@@ -34,6 +34,7 @@ def linear_score(
     predictions: bool = False,
     topk: int = 0,
     chunk: int | None = None,
+    memory: int | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Moments]:
     """The score of a linear head's predictions, and the detached moments of every token.
@@ -50,8 +51,9 @@ def linear_score(
 
     ``weights`` [N], without gradient: a factor for each token's loss and gradient. A token of weight 0, such as a
     prompt's, has its moments and Fisher, and no part in the loss. ``class_weights`` [V]: a factor more, that of the
-    target's class. ``chunk``: tokens at a time, by default what fits a fixed budget on CPU, and chunks.chunk_rows on
-    CUDA.
+    target's class. ``chunk``: tokens at a time, by default what fits in ``memory`` bytes. On CPU these hold a chunk's
+    logits, by default head_pass.CPU_BUDGET; on CUDA all that there is beside inputs and gradients, by default
+    chunks.ALLOWANCE, and chunks.chunk_rows chooses.
 
     Ignored rows are left out before the head, and cost nothing, on CPU; on a GPU where ``tokens`` says how many targets
     are in the loss, as the device is not asked. A wrong number there gives a loss of NaN.
@@ -63,14 +65,14 @@ def linear_score(
     together; targets are checked on CPU only. Inside torch.compile the score must be marked (kernels.compilable)."""
     check_reduction(reduction, denominator, weights, hidden)
     how = dict(ignore_index=ignore_index, tail=tail, scale=scale, softcap=softcap, predictions=predictions)
-    how |= dict(topk=topk_of(score, topk, len(weight)), tokens=tokens, chunk=chunk, impl=impl)
+    how |= dict(topk=topk_of(score, topk, len(weight)), tokens=tokens, chunk=chunk, memory=memory, impl=impl)
     if torch.compiler.is_compiling():
         tensors = (hidden, weight, targets, bias, weights, class_weights, denominator)
         return traced_linear_score(tensors, score, reduction=reduction, fisher=fisher, **how)
-    given = dict(bias=bias, weights=weights, class_weights=class_weights, order=order_of(score))
+    wants = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias))
+    given = dict(bias=bias, weights=weights, class_weights=class_weights, order=order_of(score), trained=wants[1])
     head = HeadPass(hidden, weight, targets, **given, **how)
     leaves = (head.hidden, weight, bias)
-    wants = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in leaves)
     if reduction == "none":
         total, moments, kept = head.losses(score, fisher)
         if any(wants):
@@ -78,8 +80,8 @@ def linear_score(
         return total, moments
     total, moments, grads, denominator = head.reduced(score, reduction, denominator, fisher, wants)
     if any(wants):
-        dtypes = head.grad_dtypes  # not head, which would keep its buffers until backward
-        total = GradientKnown.apply(total, lambda up: scaled(grads, up, denominator, dtypes), True, *leaves)
+        how = dict(dtypes=head.grad_dtypes, rescale=getattr(head.module, "rescale", None))  # not head, with its buffers
+        total = GradientKnown.apply(total, lambda up: scaled(grads, up, denominator, **how), True, *leaves)
     return total, moments
 
 

@@ -32,7 +32,8 @@ ALL = slice(None)
 
 class HeadPass:
     """The checked inputs of one pass, and the buffers that it reuses. Arguments as in ``linear_score``; ``order`` is
-    that of the score, and ``vocab`` the length of a row of logits where it is not the number of the weight's rows.
+    that of the score, ``trained`` whether the weight gets a gradient, ``wide`` whether that has to be the fp32 sum, and
+    ``vocab`` the length of a row of logits where it is not the number of the weight's rows.
 
     Rows outside of the loss are left out, where that takes no wait: ``index`` has the numbers of those that stay, None
     for all, and the vectors and buffers here are theirs. What goes back to the caller is of all rows again."""
@@ -44,8 +45,11 @@ class HeadPass:
         targets,
         *,
         ignore_index,
-        chunk,
         impl,
+        chunk=None,
+        memory=None,
+        trained=False,
+        wide=False,
         bias=None,
         weights=None,
         class_weights=None,
@@ -64,6 +68,8 @@ class HeadPass:
             raise ValueError(f"hidden must be [N, D] and weight [V, D], got {shapes}; flatten batch and time")
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk must be a positive number of tokens, got {chunk}")
+        if memory is not None and memory < 1:
+            raise ValueError(f"memory must be a positive number of bytes, got {memory}; None is the default")
         if bias is not None and bias.shape != weight.shape[:1]:
             raise ValueError(f"bias must be [V], one a row of weight, {len(weight)}; got {tuple(bias.shape)}")
         device = hidden.device
@@ -92,13 +98,19 @@ class HeadPass:
         # With a vocabulary of its own a pass makes its own logits, see parallel.
         self.padded = len(weight) if vocab else padded_rows(self.vocab, hidden.itemsize, device)
         self.stride = row_stride(self.vocab) if hidden.is_cuda else max(self.vocab, self.padded)
+        direct = trained and not wide and weight.dtype == hidden.dtype == torch.bfloat16
         if chunk is None and hidden.is_cuda:
-            chunk = cuda_chunk(self.n, self.vocab, hidden.shape[1], hidden.itemsize, weight.itemsize, device)
+            sizes = self.n, self.vocab, hidden.shape[1], hidden.itemsize, weight.itemsize
+            chunk = cuda_chunk(*sizes, device, trained, direct, memory)
         elif chunk is None:
-            most = max(1, CPU_BUDGET // (self.stride * hidden.itemsize))
+            most = max(1, (memory or CPU_BUDGET) // (self.stride * hidden.itemsize))
             chunk = -(-self.n // max(1, -(-self.n // most)))  # chunks of equal size
         chunk = max(1, min(chunk, self.n))
         self.chunks = [slice(i, min(i + chunk, self.n)) for i in range(0, self.n, chunk)]
+        # A product sums in fp32: where it is all of d_weight, it is rounded there to the gradient. fp16 might overflow.
+        self.direct = direct and len(self.chunks) == 1
+        # bf16 has fp32's range: "mean" divides before the gradient, and backward finds it done. fp16 might underflow.
+        self.divides_first = not wide and hidden.dtype == torch.bfloat16
         self.weight = self.padded_with_zeros(weight)
         self.bias = None if bias is None else self.padded_with_zeros(bias)
         self.buffer, self.can_fuse, self.form = None, True, None
@@ -156,8 +168,15 @@ class HeadPass:
             return self.of_all_rows(losses), self.all_moments(fishers), kept
 
     def reduced(self, score, reduction: str, denominator: Tensor | None, fisher: bool, wants):
-        """(loss, Moments, gradients of the weighted SUM, denominator): one pass over the chunks."""
+        """(loss, Moments, gradients, denominator by which they are still to be divided or None): one pass over the
+        chunks."""
         grads = self.new_grads(wants)
+        if reduction == "mean" and self.divides_first:
+            with self.quiet():
+                denominator = self.count() if denominator is None else brought(denominator, self.h.device)
+                ones = 1.0 if self.weights is None else self.weights
+                self.weights = (ones / denominator).to(self.stats.dtype).expand(self.n)
+            reduction, denominator = "sum", None
         losses, moments, _ = self.losses(score, fisher, grads if any(wants) else None)
         with self.quiet():
             total = losses.sum()
@@ -289,11 +308,12 @@ class HeadPass:
         return as_moments(Stats(*stats), correct, self.valid, self.vocab, self.tail, self.order, **more)
 
     def new_grads(self, wants) -> list[Tensor | None]:
-        """Buffers for d_hidden, d_weight [padded, D] in fp32 (fp64 for fp64), and d_bias likewise."""
+        """Buffers for d_hidden, d_weight [padded, D] in fp32 (fp64 for fp64; bf16 if direct), and d_bias in fp32."""
         d_hidden = torch.empty_like(self.h) if wants[0] else None
         new = torch.empty if self.n else torch.zeros  # the first chunk overwrites, see accumulate
         wide = dict(dtype=self.stats.dtype, device=self.h.device)
-        d_weight = new(self.weight.shape, **wide) if wants[1] else None
+        narrow = wide | dict(dtype=self.h.dtype)
+        d_weight = new(self.weight.shape, **narrow if self.direct else wide) if wants[1] else None
         return [d_hidden, d_weight, torch.zeros(self.vocab, **wide) if wants[2] else None]
 
     def finished(self, grads) -> None:
@@ -347,12 +367,18 @@ class HeadPass:
         return [None if g is None else g.to(d) for g, d in zip(grads, self.grad_dtypes, strict=True)]
 
 
-def scaled(grads, grad: Tensor, denominator: Tensor | None, dtypes, inplace: bool = True) -> list[Tensor | None]:
-    """The gradients of the sum, times upstream over the denominator, in their inputs' dtypes."""
+def scaled(
+    grads, grad: Tensor, denominator: Tensor | None, dtypes, inplace: bool = True, rescale=None
+) -> list[Tensor | None]:
+    """The gradients of the sum, times upstream over the denominator, in their inputs' dtypes. ``rescale`` is
+    triton_impl's, which does nothing where that is 1."""
     # Together, as either alone can underflow in fp16.
     scale = grad if denominator is None else grad / denominator
 
     def one(g: Tensor, dtype: torch.dtype) -> Tensor:
+        if inplace and rescale and g.dtype == dtype and g.dim() == 2:
+            rescale(g, scale)
+            return g
         if inplace:  # one read, one write
             return torch.mul(g, scale, out=g if g.dtype == dtype else torch.empty_like(g, dtype=dtype))
         return (g * scale).to(dtype)

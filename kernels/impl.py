@@ -30,8 +30,13 @@ def choose_impl(impl: str, tensor: Tensor) -> ModuleType:
     return triton_impl
 
 
-@functools.cache  # so that each choice is logged once
+@torch.compiler.assume_constant_result  # torch.compile runs this while it traces, and looks no further
 def _automatic(device_type: str, cuda_float64: bool) -> str:
+    return _chosen(device_type, cuda_float64)
+
+
+@functools.cache  # so that each choice is logged once
+def _chosen(device_type: str, cuda_float64: bool) -> str:
     name, why = "torch", "tensors are float64" if cuda_float64 else f"tensors are on {device_type}"
     if device_type == "cuda" and not cuda_float64:
         try:
@@ -95,7 +100,7 @@ def check_targets(
         raise ValueError(f"targets are on {targets.device} and the logits on {device}; move them together")
     valid = targets != ignore_index
     targets = targets.long()
-    if n and not targets.is_cuda:
+    if n and not targets.is_cuda and not torch.compiler.is_compiling():
         low, high = (x.item() for x in targets.aminmax())
         if low >= 0 and high < vocab and not low <= ignore_index <= high:
             return targets, valid, None

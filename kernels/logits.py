@@ -68,8 +68,13 @@ def logits_score(
     how = dict(ignore_index=ignore_index, tail=tail, inplace_backward=inplace and grad, impl=impl)
     how |= dict(order=order, scale=scale, softcap=softcap, predictions=predictions, topk=topk)
     moments = softmax_moments(logits, targets, **how)
-    for value in (getattr(moments, name) for name in Partials._fields):
-        if value is not None and value.requires_grad:  # 0 times an infinite slope is no gradient
+    for name in Partials._fields:
+        value = getattr(moments, name)
+        if value is None or not value.requires_grad:
+            continue
+        if torch.compiler.is_compiling():  # which knows no hooks; each passes on 0 where the factor is 0
+            setattr(moments, name, torch.where(factor == 0, value.detach(), value))
+        else:  # 0 times an infinite slope is no gradient
             value.register_hook(lambda g: g if g is None else torch.where(factor == 0, 0.0, g))
     each = score(moments)
     if not torch.compiler.is_compiling():

@@ -56,14 +56,14 @@ def parallel_linear_score(
     if len(wrong):
         raise ValueError(f"target {wrong[0].item()} is outside [0, {vocab}), the vocabulary of all ranks together")
     how = dict(ignore_index=ignore_index, order=order_of(score), scale=scale, softcap=softcap, chunk=chunk, impl=impl)
-    head = _PartPass(hidden, weight, targets, first, group, **how)
     wants = tuple(torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)) + (False,)
+    head = _PartPass(hidden, weight, targets, first, group, trained=wants[1], **how)
     total, moments, grads, count = head.reduced(score, reduction, None, fisher, wants)
     if grads[0] is not None:
         dist.all_reduce(grads[0], group=group)
     if any(wants):
-        dtypes = head.grad_dtypes  # not head, which would keep its buffers until backward
-        total = GradientKnown.apply(total, lambda up: scaled(grads, up, count, dtypes), True, hidden, weight, None)
+        how = dict(dtypes=head.grad_dtypes, rescale=getattr(head.module, "rescale", None))  # not head, with its buffers
+        total = GradientKnown.apply(total, lambda up: scaled(grads, up, count, **how), True, hidden, weight, None)
     return total, moments
 
 

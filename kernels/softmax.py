@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .compiled_softmax import traced_softmax_moments
 from .impl import brought, check_logits, check_targets, choose_impl
 from .moments import (
     WITHOUT_GRADIENT,
@@ -45,18 +46,25 @@ def softmax_moments(
     ``tail`` > 0 fills tail_log_p. ``order`` > 1, a number or a 0-d tensor on the device, is the power g of Moments.s,
     by default 2. The softmax is that of softcap * tanh(scale * logits / softcap), or of scale * logits; the gradient is
     with respect to the logits as given. ``predictions`` fills Moments.predicted, ``topk`` the fields of so many of the
-    likeliest tokens. ``inplace_backward`` writes the gradient over the logits, which nothing else may need.
+    likeliest tokens. ``inplace_backward`` writes the gradient over the logits, which nothing else may need; not inside
+    torch.compile.
 
     ``impl`` is "triton", "torch", or "auto": Triton for CUDA tensors, torch for others. Raises ValueError for wrong
     shapes, dtypes, order, scale, softcap or impl, and on CPU for targets out of range; on CUDA that would wait for the
     device. Backward raises ValueError where a moment was used that has no gradient."""
     module = choose_impl(impl, logits)
     check_logits(logits, module)
+    given = targets
     targets, valid, mask = check_targets(targets, len(logits), logits.shape[1], ignore_index, logits.device)
     order = brought(check_order(order), logits.device)
     how = dict(tail=tail, order=order, link=make_link(scale, softcap))
-    ids = torch.empty_like(targets) if predictions else None
-    *values, correct = _SoftmaxMoments.apply(logits, targets, mask, how, ids, inplace_backward, module)
+    if torch.compiler.is_compiling():
+        values, correct, ids = traced_softmax_moments(
+            logits, given, **how, predictions=predictions, ignore_index=ignore_index, impl=impl
+        )
+    else:
+        ids = torch.empty_like(targets) if predictions else None
+        *values, correct = _SoftmaxMoments.apply(logits, targets, mask, how, ids, inplace_backward, module)
     more = dict(predicted=ids)
     if topk:
         how = dict(lse=Stats(*values).lse.detach(), mask=mask, scale=scale, softcap=softcap, impl=impl)

@@ -70,7 +70,7 @@ def time_choices(args, rows: Rows) -> None:
     title = "linear_score over its matrix products, bf16, by tokens a chunk"
     rows.begin(title, "provider", "v", "chunk", "ratio_to_products")
     for shape in timing.HEADS.values():
-        chosen = cuda_chunk(*shape, 2, 2, torch.device("cuda", torch.cuda.current_device()))
+        chosen = cuda_chunk(*shape, 2, 2, torch.device("cuda", torch.cuda.current_device()), direct=True)
         ratios = time_chunks(shape, "bf16", args.device, args.repeats, sorted({*sizes, chosen}))
         for size, ratio in ratios.items():
             row = dict(provider="linear_score", **shape._asdict(), dtype="bf16", chunk=size, ratio_to_products=ratio)

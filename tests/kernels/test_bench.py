@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import weakref
+from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -15,9 +16,10 @@ if not torch.cuda.is_available():
 
 from accounting import bytes_beside
 from matplotlib.figure import Figure
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import head_pass, linear_score, losses
+from kernels import chunks, head_pass, linear_score, losses
 from kernels.bench import claims, compare, diagnostics, timing
 from kernels.bench.__main__ import main
 from kernels.bench.paths import shapes_of, time_chunks
@@ -74,25 +76,79 @@ def test_choice_at_the_heads_of_the_claims(name, rows, megabytes):
     assert bytes_beside(n, v, d, chosen, 2, 4) == chosen * row_stride(v) * 2 + 2 * v * d
 
 
-def test_the_device_is_asked_once_a_shape(monkeypatch):
-    asked, short = [], False
+@pytest.fixture
+def device(monkeypatch):
+    """A CUDA device that answers: 10 GB free, or as ``free`` says; ``asked`` counts the questions."""
+    told = SimpleNamespace(cuda=torch.device("cuda", 0), free=10 * 10**9, asked=0)
 
     def memory(device):
-        asked.append(device)
-        return (2 * 10**8 if short else 10 * 10**9), 80 * 10**9
+        told.asked += 1
+        return told.free, 80 * 10**9
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", memory)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 5 * 10**8)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 4 * 10**8)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
+    chunks._of_device.cache_clear()
     cuda_chunk.cache_clear()
-    device = torch.device("cuda", 0)
-    sizes = [cuda_chunk(n, 50257, 768, 2, 2, device) for n in (8192, 8192, 4096)]
-    assert sizes == [1408, 1408, 1408] and len(asked) == 2
-    short = True  # 200 MB of the driver's and 100 MB of the allocator's, of which half: 1490 rows
+    yield told
+    chunks._of_device.cache_clear()
     cuda_chunk.cache_clear()
-    assert cuda_chunk(8192, 50257, 768, 2, 2, device) <= 1490
+
+
+def test_the_device_is_asked_once_a_head_however_long_its_batches_are(device):
+    ask = partial(cuda_chunk, v=50257, d=768, hidden_bytes=2, weight_bytes=2, device=device.cuda)
+    assert [ask(n) for n in (8192, 8192, 9000, 16000)] == [1408] * 4 and device.asked == 1
+    for n in range(1, 4096):
+        ask(n)
+    assert device.asked == 13, "once for each power of two"
+    assert ask(8192, d=1024) and device.asked == 14, "another head"
+    device.free = 2 * 10**8  # 200 MB of the driver's and 100 MB of the allocator's, of which half: 1490 rows
+    assert ask(8193) == 1408 and ask(20000) <= 1490, "only a batch twice as long asks anew"
+
+
+def test_a_frozen_head_has_no_gradient_to_make_room_for(device):
+    ask = partial(cuda_chunk, 8192, 151936, 1024, 2, 2, device.cuda)
+    assert ask() == 1024 and ask(trained=False) == 896  # 622 MB are needed anyway; 300 MB of logits
+    assert weight_bytes_beside(151936, 1024, 2, 2, summed=False) == 0
+    assert ask(trained=False, allowance=600_000_000) == 1664
+
+
+def test_one_chunk_where_the_memory_is_allowed(device):
+    ask = partial(cuda_chunk, 8192, 151936, 1024, 2, 2, device.cuda)
+    whole = 8192 * row_stride(151936) * 2  # 2.5 GB
+    assert ask(direct=True, allowance=whole) == 8192 and ask(direct=True, allowance=whole - 1) < 8192
+    assert ask(allowance=whole) < 8192, "a sum in fp32 is beside the logits"
+    device.free = whole
+    chunks._of_device.cache_clear()
     cuda_chunk.cache_clear()
+    assert ask(direct=True, allowance=whole) < 8192, "at most half of what is free"
+
+
+def test_linear_score_says_whether_the_head_is_trained(monkeypatch):
+    class Asked(Exception):
+        pass
+
+    def chunk_of(n, v, d, hidden_bytes, weight_bytes, device, trained, direct, allowance):
+        raise Asked(trained, direct, allowance)
+
+    monkeypatch.setattr(head_pass, "cuda_chunk", chunk_of)
+    with FakeTensorMode():
+        hidden = torch.empty(300, 16, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        weight, targets = torch.empty(1000, 16, device="cuda"), torch.zeros(300, dtype=torch.long, device="cuda")
+        narrow = weight.bfloat16()
+        for head, memory, said in (
+            (weight, None, (False, False, None)),
+            (weight.clone().requires_grad_(), 10**9, (True, False, 10**9)),
+            (narrow, None, (False, False, None)),
+            (narrow.clone().requires_grad_(), None, (True, True, None)),
+        ):
+            with pytest.raises(Asked) as found:
+                linear_score(hidden, head, targets, losses.ce, memory=memory, impl="torch")
+            assert found.value.args == said
+        with pytest.raises(Asked) as found, torch.no_grad():
+            linear_score(hidden, narrow.clone().requires_grad_(), targets, losses.ce, impl="torch")
+        assert found.value.args == (False, False, None)
 
 
 class Live(TorchDispatchMode):
@@ -155,7 +211,8 @@ def test_memory_is_what_the_accounting_says(rows, weight_dtype, monkeypatch):
     want = bytes_beside(n, v, d, rows, 2, weight.element_size())
     # Beside it what is of size N, the 17 statistics of a token and a dozen vectors; the rows have V = 64 k here.
     assert want <= beside <= want + 200 * n, (beside, want)
-    assert calls == ["mm"] + ["addmm"] * (n // rows - 1)
+    in_one = rows == n and weight_dtype == torch.bfloat16  # the product is the gradient
+    assert calls == ([] if in_one else ["mm"] + ["addmm"] * (n // rows - 1))
 
 
 # --- the table of claims ----------------------------------------------------------------------------------

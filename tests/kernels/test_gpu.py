@@ -220,7 +220,7 @@ def test_memory_of_linear_score(shape):
     n, v, d = HEADS[shape]
     peak = measure_memory(FROM_HIDDEN["linear_score DPSM, Fisher"], HEADS[shape], "bf16", "cuda")
     beside = peak - 2 * (n + v) * d
-    rows = cuda_chunk(n, v, d, 2, 2, torch.device("cuda", torch.cuda.current_device()))
+    rows = cuda_chunk(n, v, d, 2, 2, torch.device("cuda", torch.cuda.current_device()), direct=True)
     # What the accounting leaves out is of size N: statistics, targets, masks, some 200 bytes a token; and the
     # allocator hands out up to 1 MB more than was asked for, of some large tensors.
     assert abs(beside - bytes_beside(n, v, d, rows, 2, 2)) <= 400 * n + 8 * 2**20

@@ -143,6 +143,17 @@ def test_linear_score_never_holds_all_logits():
         assert seen.elements <= 60 * 900
 
 
+def test_memory_is_that_of_a_chunk_of_logits():
+    hidden, weight, targets, _ = make_head(n=600, v=900, d=8)
+    targets = targets.clamp_min(0)  # none ignored
+    found = []
+    for memory in (None, 100 * 900 * 4):
+        with Largest(hidden, weight) as seen:
+            found.append(linear_score(hidden, weight, targets, losses.ce, memory=memory)[0])
+        assert seen.elements == (600 if memory is None else 100) * 900
+    torch.testing.assert_close(*found)
+
+
 def test_gradient_in_forward_runs_back_once():
     hidden, weight, targets, _ = make_head()
     loss, _ = linear_score(hidden, weight, targets, losses.ce)
@@ -257,6 +268,8 @@ def test_bad_arguments_of_linear_score_are_named():
             linear_score(*arguments)
     with pytest.raises(ValueError, match="unknown reduction"):
         linear_score(hidden, weight, targets, losses.ce, reduction="batchmean")
+    with pytest.raises(ValueError, match="memory must be a positive number of bytes"):
+        linear_score(hidden, weight, targets, losses.ce, memory=0)
     with pytest.raises(ValueError, match="chunk"):
         linear_score(hidden, weight, targets, losses.ce, chunk=0)
 

@@ -42,7 +42,7 @@ def test_triton_on_cpu_needs_the_interpreter(monkeypatch):
 
 
 def test_auto_says_once_what_it_chose(caplog):
-    kernels.impl._automatic.cache_clear()
+    kernels.impl._chosen.cache_clear()
     with caplog.at_level(logging.INFO, logger="scorecast"):
         for _ in range(3):
             softmax_moments(torch.zeros(1, 4), torch.tensor([0]))
