@@ -133,6 +133,7 @@ class Config:
     device: str = flag("device")
     dtype: str = flag("dtype")
     kernels: str = flag("kernels")
+    head_memory: int = flag("head_memory")
     checkpoint_activations: bool = flag("checkpoint_activations")
     wandb: str = flag("wandb")
     track: str = flag("track")
@@ -224,7 +225,7 @@ def main(argv: list[str] | None = None) -> int:
     alpha = torch.zeros((), device=device)  # filled each optimizer step; the score reads it on the device
     with user_errors():
         score = make_score(cfg.loss, alpha=alpha, **knobs(cfg))
-    scoring = dict(tail=cfg.tail_smoothing, impl=cfg.kernels)
+    scoring = dict(tail=cfg.tail_smoothing, impl=cfg.kernels, memory=cfg.head_memory * 10**6 or None)
     ramp = dict(warmup=cfg.warmup, schedule=cfg.alpha_schedule, alpha_max=cfg.alpha_max, start=cfg.alpha_start)
 
     def alpha_of(step: int) -> float:

@@ -35,7 +35,7 @@ from runtime.folder import RunFolder
 from runtime.machine import start_world, to_device
 from runtime.meter import Meter
 from runtime.process import command
-from schedules import averaged
+from schedules import ADAPTIVE, averaged
 
 # ----------------------------------------------------------------------------------------------
 # config
@@ -127,6 +127,7 @@ class Config:
     device: str = flag("device")
     dtype: str = flag("dtype")
     kernels: str = flag("kernels")
+    head_memory: int = flag("head_memory")
     compile: bool | None = opt(None, "torch.compile the model; default: on CUDA", role="system")
     checkpoint_activations: bool = flag("checkpoint_activations")
     fsdp: bool = opt(False, "shard parameters and optimizer over the ranks (FSDP2) instead of DDP", role="system")
@@ -175,7 +176,7 @@ def forwards(model: GPT2, windows: Windows, rows: int, world):
 def main(argv: list[str] | None = None) -> int:
     cfg = parse_config(Config, argv, __doc__, complete=complete)
     with user_errors():
-        world = start_world(cfg.device)
+        world = start_world(cfg.device, fixed_shapes=True)
         check(cfg, world)
         device, dtype = world.device, world.dtype(cfg.dtype)
         out = folder(asdict(cfg))
@@ -202,7 +203,7 @@ def main(argv: list[str] | None = None) -> int:
         check_samples(cfg, corpus.tokenizer)  # found out now, not after the training
     shape, parameters = model.config, parameter_count(model)
     model.to(device).checkpoint_activations = cfg.checkpoint_activations
-    if cfg.compile or (cfg.compile is None and device.type == "cuda"):
+    if compiled := cfg.compile or (cfg.compile is None and device.type == "cuda"):
         for part in model.h if cfg.fsdp else [model]:
             part.compile()  # in place: names and checkpoints stay as they are
     trained = optim.on_ranks(model, world, blocks=model.h if cfg.fsdp else None, dtype=dtype)
@@ -211,7 +212,7 @@ def main(argv: list[str] | None = None) -> int:
     alpha = torch.zeros((), device=device)  # filled each optimizer step; the score reads it on the device
     with user_errors():
         score = make_score(cfg.loss, alpha=alpha, **knobs(cfg))
-    scoring = dict(tail=cfg.tail_smoothing, impl=cfg.kernels)
+    scoring = dict(tail=cfg.tail_smoothing, impl=cfg.kernels, memory=cfg.head_memory * 10**6 or None)
     ramp = dict(warmup=cfg.warmup, schedule=cfg.alpha_schedule, alpha_max=cfg.alpha_max, start=cfg.alpha_start)
 
     def alpha_of(step: int) -> float:
@@ -264,7 +265,9 @@ def main(argv: list[str] | None = None) -> int:
     # -- loop ----------------------------------------------------------------------------------
     share = cfg.batch // world.size  # of a step's sequences, this rank's
     mine = slice(world.rank * share, (world.rank + 1) * share)
-    micro = next(m for m in range(min(cfg.micro_batch, share), 0, -1) if share % m == 0)
+    # A measured step needs two micro-batches: where the model is compiled, of the shape that all have.
+    most = max(1, share // 2) if compiled and cfg.schedule in ADAPTIVE and not cfg.fsdp else share
+    micro = next(m for m in range(min(cfg.micro_batch, most), 0, -1) if share % m == 0)
     trained.train()
     plan = dict(name=cfg.model, tokens=len(corpus.train.tokens), step_tokens=cfg.batch * cfg.seq_len)
     plan |= dict(validated=len(corpus.val.tokens), rows=micro, flops=flops_per_token(shape, cfg.seq_len))

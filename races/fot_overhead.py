@@ -174,7 +174,10 @@ def train_step(side: Side, batch: torch.Tensor | Rows, args) -> None:
     """A step of either script, without its log lines."""
     side.clock.mark("")
     total = torch.zeros((), device=side.clock.device)
-    for loss, nll, tokens, more in (lm_parts if args.shape in SIZES else lora_parts)(side, batch, args.micro_batch):
+    micro = args.micro_batch
+    if args.compile and isinstance(side.rule, FoT) and micro == args.batch:  # as train_lm.py: one shape for all steps
+        micro = max(m for m in range(1, args.batch // 2 + 1) if args.batch % m == 0)
+    for loss, nll, tokens, more in (lm_parts if args.shape in SIZES else lora_parts)(side, batch, micro):
         loss.backward()
         total += loss.detach()
         side.clock.mark("forward and backward")

@@ -100,7 +100,8 @@ def estimate(model: nn.Module, cfg, forwards: Callable[[int, World], Iterator], 
         model.checkpoint_activations = True
     one, two = (a + (1 + again) * b // blocks for a, b in zip((one, two), whole, strict=True))
     head, tokens = model.head_weight, len(hidden) * rows // rows_of[1]
-    chunk = min(tokens * len(head) * hidden.itemsize, ALLOWANCE if cuda else CPU_BUDGET)
+    most = cfg.head_memory * 10**6 or (ALLOWANCE if cuda else CPU_BUDGET)
+    chunk = min(tokens * len(head) * hidden.itemsize, most)
     bytes_each = STATE_BYTES.get(cfg.optimizer, 8) + 4 * bool(getattr(cfg, "tail_average", 0))
     return Memory(
         weights=weights,

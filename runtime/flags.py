@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from kernels.chunks import ALLOWANCE
+from kernels.head_pass import CPU_BUDGET
 from kernels.losses import ALPHA_SCHEDULES, LOSSES, PATHS
 from runtime.cli import opt
 from runtime.optim import OPTIMIZERS, OWN_STEP
@@ -126,6 +128,13 @@ FLAGS = {
     # system
     "device": opt("auto", "where to run", ("auto", "cpu", "cuda"), role="where", group="system"),
     "dtype": opt("auto", "dtype of the activations; auto is bfloat16 on CUDA", ("auto", "float32", "bfloat16")),
+    "head_memory": opt(
+        0,
+        "MB for a chunk of logits, on CUDA with what the head takes beside it; more is faster there; 0 is "
+        f"{ALLOWANCE // 10**6} on CUDA, {round(CPU_BUDGET / 1e6)} on CPU",
+        within=POSITIVE,
+        role="system",
+    ),
     "kernels": opt("auto", "implementation of the scores", ("auto", "triton", "torch"), role="system"),
     "checkpoint_activations": opt(False, "recompute each block in backward to save memory", role="system"),
     "wandb": opt("", "Weights & Biases project to log to as well (WANDB_MODE=offline works)", role="where"),

@@ -106,6 +106,7 @@ def environment(device: torch.device) -> dict:
         "packages": {p: next((found.version for found in distributions(name=p)), None) for p in PACKAGES},
         "device": device_name(device, threads=True),
         "cuda": torch.version.cuda if cuda else None,
+        "cudnn_attention": torch.backends.cuda.cudnn_sdp_enabled() if cuda else None,
         "world_size": int(os.environ.get("WORLD_SIZE", 1)),
         "git_commit": git("rev-parse", "HEAD"),
         "git_dirty": None if status is None else bool(status),

@@ -68,10 +68,11 @@ class World:
             self.wait()
 
 
-def start_world(device: str = "auto") -> World:
+def start_world(device: str = "auto", fixed_shapes: bool = False) -> World:
     """Joins torchrun's process group when there is one (NCCL on CUDA, gloo on CPU).
 
-    ``device`` is auto, cpu or cuda. Raises ValueError when cuda is asked for and there is none."""
+    ``device`` is auto, cpu or cuda. Without ``fixed_shapes`` cuDNN's attention is switched off: it builds a plan for
+    each new shape. Raises ValueError when cuda is asked for and there is none."""
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda, but torch sees no CUDA device; use --device cpu or check the driver")
     cuda = device != "cpu" and torch.cuda.is_available()
@@ -83,6 +84,8 @@ def start_world(device: str = "auto") -> World:
     if cuda:
         torch.cuda.set_device(here)
         torch.set_float32_matmul_precision("high")
+        if not fixed_shapes:
+            torch.backends.cuda.enable_cudnn_sdp(False)
     else:
         keep_freed_memory()
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -124,12 +127,13 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return None
     name = device_name(device)
-    sheet = {"H200": 989.4e12, "GH200": 989.4e12, "H100 PCIe": 756e12, "H100": 989.4e12, "A100": 312e12}
+    sheet = {"GB200": 2500e12, "B200": 2250e12, "H200": 989.4e12, "GH200": 989.4e12, "H100 PCIe": 756e12}
+    sheet |= {"H100": 989.4e12, "H20": 148e12, "A100": 312e12, "L40S": 362.05e12}
     return next((v for k, v in sheet.items() if k in name), None)
 
 
 class EnergyMeter:
-    """Joules of this process's GPU from NVML's counter; ``read()`` is None where there is none."""
+    """Joules of this process's GPU from NVML's counter; ``read()`` is None where there is none, or NVML fails."""
 
     def __init__(self, device: torch.device):
         self._handle = None
@@ -138,13 +142,22 @@ class EnergyMeter:
                 import pynvml
             except ImportError:
                 return  # optional package; the summary then says null
-            pynvml.nvmlInit()
-            uuid = str(torch.cuda.get_device_properties(device).uuid)
-            self._nvml, self._handle = pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}".encode())
+            uuid, self._nvml = str(torch.cuda.get_device_properties(device).uuid), pynvml
+            try:
+                pynvml.nvmlInit()
+                self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}".encode())
+            except pynvml.NVMLError as error:
+                logging.getLogger("scorecast").warning("energy is not measured: NVML says %s", error)
 
     def read(self) -> float | None:
-        held = self._handle is not None
-        return self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) / 1000 if held else None  # millijoules
+        if self._handle is None:
+            return None
+        try:
+            return self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) / 1000  # millijoules
+        except self._nvml.NVMLError as error:
+            logging.getLogger("scorecast").warning("energy is not measured from here on: NVML says %s", error)
+            self._handle = None
+            return None
 
 
 def device_name(device: torch.device, threads: bool = False) -> str:

@@ -228,9 +228,10 @@ class Meter:
         seconds = time.perf_counter() - self._clock
         self.seconds += seconds
         rate, self._clocked = (self.tokens - self._clocked) / seconds, self.tokens
-        if self._read is not None:
-            used = torch.tensor(self._energy.read() - self._read, dtype=torch.float64, device=self.world.device)
-            self.joules += float(self.world.all_reduce(used))
+        if self.world.device.type == "cuda":  # every rank, as one alone may have lost its counter
+            read = self._energy.read()
+            used = math.nan if self._read is None or read is None else read - self._read
+            self.joules += float(self.world.all_reduce(torch.tensor(used, dtype=torch.float64).to(self.world.device)))
         self.go_on()
         if self.health["worst_streak"] >= HOPELESS:
             self.ending = "diverged"
@@ -358,7 +359,7 @@ class Meter:
             "mfu": rate * flops_per_token / (peak * world.size) if peak and rate else None,
             "clip_rate": sum(r["clip_rate"] * r["steps"] for r in rows) / done if done else None,
             "peak_memory_bytes": self.memory,
-            "energy_joules": self.joules if self._read is not None else None,
+            "energy_joules": self.joules if self._read is not None and math.isfinite(self.joules) else None,
             "divergences": int(health["divergences"]),
             "skipped_steps": int(health["skipped"]),
             "peak_memory_of": "CUDA allocations" if world.device.type == "cuda" else "process resident set",

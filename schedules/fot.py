@@ -162,6 +162,7 @@ class FoT(LRScheduler):
         device = self.stats.sums.device
         self.points = torch.zeros(2, every, dtype=torch.float64, device=device)  # sum of NLL and tokens of each step
         self.fisher = torch.zeros(4, dtype=torch.float64, device=device)  # prompt: sum, tokens; answer: sum, tokens
+        self.late, self.sent = device.type == "cuda", None  # what a decision is made of, on its way to the host
         self.clipped_by, self._began = None, False  # of the coming step; whether the last one began a sample
         self.careful = rule == "fot" and "noise" in self.parts and self.measures and every < total
         self.m = 1 / RANGE if self.careful else 1.0
@@ -256,14 +257,18 @@ class FoT(LRScheduler):
         self.clipped_by = None
 
     def step(self, epoch: int | None = None) -> dict | None:
-        """After each optimizer step; every W steps it decides. Returns the decision where it made one."""
+        """After each optimizer step; every W steps it decides. Returns the decision where it made one.
+
+        On a GPU it decides a step later: what was measured is on its way to the host meanwhile, and nobody waits."""
         decision = None
         if self.last_epoch >= 0:  # not the call that LRScheduler's constructor makes
             done = self.last_epoch + 1
             self.previous_lr = self.planned(self.last_epoch)
             self.lrs.append(self.previous_lr)
+            decision = self._decide()  # of a window that ended a step ago
             if done % self.every == 0 and done < self.total:
-                self.decision = decision = self._decide(done)
+                self._send(done)
+                decision = decision if self.late else self._decide()
         super().step(epoch)
         return decision
 
@@ -286,7 +291,8 @@ class FoT(LRScheduler):
         """Plain numbers, strings and lists; `load_state_dict` goes on bit for bit. Every rank must call it."""
         buffers = {k: self.reduce(b.clone()).tolist() for k, b in self._buffers().items()}
         state = {"settings": self._settings(), "forecaster": self.forecaster.state_dict(), "buffers": buffers}
-        return state | {k: getattr(self, k) for k in SAVED}
+        sent = {"sent": self.sent | {"host": self._arrived()}} if self.sent else {}
+        return state | sent | {k: getattr(self, k) for k in SAVED}
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Raises ValueError for the state of another rule or run length, and for what is not a state of FoT."""
@@ -295,6 +301,7 @@ class FoT(LRScheduler):
         if (settings := {"shape": "linear"} | state_dict["settings"]) != self._settings():
             raise ValueError(f"FoT's state is of {settings}, this one is {self._settings()}")
         self.forecaster.load_state_dict(state_dict["forecaster"])
+        self.sent = state_dict.get("sent")
         for name, buffer in self._buffers().items():
             buffer.copy_(torch.tensor(state_dict["buffers"][name], dtype=torch.float64) / self.ranks)
         for name in SAVED:
@@ -319,13 +326,41 @@ class FoT(LRScheduler):
             return "no forecast"
         return f"forecast {self.decision['forecast']:.4g} +- {self.decision['sd']:.2g} at step {self.total}"
 
-    def _decide(self, done: int) -> dict:
+    def _send(self, done: int) -> None:
+        """What a decision after ``done`` steps reads, summed over ranks, on its way to the host: one reduction."""
         sums = self._buffers() | ({"rms": self.block_rms().to(self.points) / self.ranks} if self.weighs_blocks else {})
-        host = self._reduced(sums)
+        flat, landed = self.reduce(torch.cat([v.flatten() for v in sums.values()])), None
+        if flat.is_cuda:
+            host, landed = torch.empty_like(flat, device="cpu", pin_memory=True), torch.cuda.Event()
+            host.copy_(flat, non_blocking=True)
+            landed.record()
+        else:
+            host = flat
+        shapes = {name: list(v.shape) for name, v in sums.items()}
+        self.sent = {"done": done, "lrs": self.lrs, "shapes": shapes, "host": (host, landed)}
         for name in ("points", "fisher", "sums"):
             sums[name].zero_()
-        self._learn(done, *host["points"])
         self.lrs = []
+
+    def _arrived(self) -> list[float]:
+        """What was sent, on the host; a list where it comes from a saved state."""
+        if isinstance(self.sent["host"], list):
+            return self.sent["host"]
+        host, landed = self.sent["host"]
+        if landed is not None:
+            landed.synchronize()
+        return host.tolist()
+
+    def _decide(self) -> dict | None:
+        """The decision of what was sent; None where nothing was."""
+        if self.sent is None:
+            return None
+        flat = torch.tensor(self._arrived(), dtype=torch.float64)
+        done, shapes, lrs = (self.sent[name] for name in ("done", "shapes", "lrs"))
+        self.sent = None
+        parts = flat.split([math.prod(shape) for shape in shapes.values()])
+        host = {name: part.view(shape).tolist() for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+        self._learn(done, lrs, *host["points"])
         warm = done >= self.warmup * self.total
         x = self._averaged(GradientStats.means(host["sums"]), warm)
         forecast = self._forecast()
@@ -350,13 +385,8 @@ class FoT(LRScheduler):
         self.counts["decisions"] += 1
         self.counts["bound"] += row["bound"]
         self.counts["infeasible"] += row["infeasible"]
-        return row | {"multiplier": self.multiplier, "blocks": self.blocks, "lr": self.planned(done)}
-
-    def _reduced(self, sums: dict[str, Tensor]) -> dict[str, list]:
-        """Sums over ranks on the host, as nested lists: one reduction and one synchronisation for all of them."""
-        flat = self.reduce(torch.cat([v.flatten() for v in sums.values()])).cpu()
-        parts = flat.split([v.numel() for v in sums.values()])
-        return {k: part.view(v.shape).tolist() for (k, v), part in zip(sums.items(), parts, strict=True)}
+        self.decision = row | {"multiplier": self.multiplier, "blocks": self.blocks, "lr": self.planned(done)}
+        return self.decision
 
     def _averaged(self, means: dict[str, float] | None, warm: bool) -> dict[str, float]:
         """Averages of the measurements over decisions, now with these ``means``; {} before the first."""
@@ -371,9 +401,9 @@ class FoT(LRScheduler):
         """Of the plan as it is: the learning rate of a point is that of the step before it."""
         return self.forecaster.forecast(self.total, lambda step: self.planned(step - 1))
 
-    def _learn(self, done: int, nll: list[float], tokens: list[float]) -> None:
+    def _learn(self, done: int, lrs: list[float], nll: list[float], tokens: list[float]) -> None:
         """One point a step for the forecaster; steps that nobody observed are not points."""
-        slots = [(step, step % self.every, lr) for step, lr in enumerate(self.lrs, done - len(self.lrs))]
+        slots = [(step, step % self.every, lr) for step, lr in enumerate(lrs, done - len(lrs))]
         points = [(step + 1, nll[i] / tokens[i], lr) for step, i, lr in slots if tokens[i] > 0]
         if points:
             self.forecaster.extend(*zip(*points, strict=True))

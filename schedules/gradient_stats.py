@@ -35,12 +35,14 @@ do with the micro-batch alone, and u(g) of the step waits in the optimizer's sta
 This needs micro-batches. u(g_r) has a little more noise than u(g), which Muon's scale turns into a smaller slope.
 
 All are linear in sums over the parameters, so samples, ranks and shards are averaged before anything is divided. The
-sums stay on the device. A sample takes one pass over gradients and moments at one step and half of one at the next.
+sums stay on the device. A sample takes one pass over gradients and moments at one step and half of one at the next;
+on CUDA triton_stats is that pass, in one kernel: 32 bytes a parameter in all instead of 180.
 """
 
 import logging
 import math
 from collections.abc import Iterator
+from importlib.util import find_spec
 from itertools import repeat
 
 import torch
@@ -119,19 +121,9 @@ class GradientStats:
             # 1 / P = sqrt(v / bias) + eps = s (sqrt(v) + eps / s): s goes to the sums instead of to each element.
             beta2 = max(beta2, 1e-12)  # it is divided by
             s, new_s = (1 - beta2**step).rsqrt(), math.sqrt(beta2) * (1 - beta2 ** (step + 1)).rsqrt()
-            new, dots = (1 / beta2 - 1) * (1.0 if share is None else scale**2 * share), []
-            for g, m, v, *micro in _chunks(held, CHUNK[self.sums.device.type]):
-                mp = v.sqrt().add_(eps / s)
-                torch.div(m, mp, out=mp)  # independent of g
-                dots.append([torch.dot(mp, g)])
-                if begin:
-                    o = micro[0].float() if micro else g
-                    op = torch.addcmul(v, o, o, value=new).sqrt_().add_(eps / new_s)
-                    torch.div(o, op, out=op)  # nearly the step's own P; see the top
-                    other = o if micro else m
-                    dots[-1] += [torch.dot(g, g), torch.dot(other, other)]
-                    dots[-1] += [torch.dot(op if micro else mp, other), torch.dot(mp, mp), torch.dot(op, g)]
-            gm, *more = torch.stack([torch.stack(d) for d in dots]).sum(0, dtype=torch.float64).unbind()
+            new = (1 / beta2 - 1) * (1.0 if share is None else scale**2 * share)
+            found = _dots_of(self.sums.device)(held, eps / s, eps / new_s, new, begin)
+            gm, *more = found.unbind()
             if begin:
                 gg, oo, opo, mpmp, xpg = more
                 opo = opo * scale**2 / (s if share is None else new_s)
@@ -207,6 +199,36 @@ class GradientStats:
         """Means of the samples by name, from `sums`, summed over ranks, on the host; None without a sample."""
         n = sums[0]
         return {k: v / n for k, v in zip(STATISTICS[1:], sums[1:], strict=True)} | {"samples": n} if n > 0 else None
+
+
+def _dots_of(device: torch.device):
+    """``_dots``, or its twin of one kernel on CUDA where there is Triton."""
+    if device.type == "cuda" and find_spec("triton"):
+        from .triton_stats import dots
+
+        return dots
+    return _dots
+
+
+def _dots(held: list[list[Tensor]], eps: Tensor, new_eps: Tensor, new: float, begin: bool) -> Tensor:
+    """Over all parameters' (g, m, v, and o of the micro-batch if there is), fp64: g'P m, and with ``begin`` also |g|^2,
+    |x|^2, x'P x, |P m|^2 and o'P' g.
+
+    P = 1 / (sqrt(v) + eps) and P' = 1 / (sqrt(v + new o^2) + new_eps), nearly the step's own; x'P x is of P' for the
+    micro-batch. Without one o is g, and x is m."""
+    dots = []
+    for g, m, v, *micro in _chunks(held, CHUNK[held[0][0].device.type]):
+        mp = v.sqrt().add_(eps)
+        torch.div(m, mp, out=mp)  # independent of g
+        dots.append([torch.dot(mp, g)])
+        if begin:
+            o = micro[0].float() if micro else g
+            op = torch.addcmul(v, o, o, value=new).sqrt_().add_(new_eps)
+            torch.div(o, op, out=op)
+            other = o if micro else m
+            dots[-1] += [torch.dot(g, g), torch.dot(other, other)]
+            dots[-1] += [torch.dot(op if micro else mp, other), torch.dot(mp, mp), torch.dot(op, g)]
+    return torch.stack([torch.stack(d) for d in dots]).sum(0, dtype=torch.float64)
 
 
 def _flat(x: Tensor) -> Tensor:

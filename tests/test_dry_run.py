@@ -144,7 +144,7 @@ def test_the_estimate_of_memory():
     """What autograd saves is linear in the rows; recomputing blocks saves most of it; AdamW keeps two numbers."""
     config = GPT2Config(vocab_size=64, block_size=32, n_layer=6, n_head=2, n_embd=32, dropout=0.0)
     model = GPT2(config, torch.float32)
-    cfg = SimpleNamespace(optimizer="adamw")
+    cfg = SimpleNamespace(optimizer="adamw", head_memory=0)
 
     def forwards(n, world):
         yield model(torch.zeros(n, 32, dtype=torch.long)).flatten(0, 1), None
@@ -159,7 +159,7 @@ def test_the_estimate_of_memory():
     model.checkpoint_activations = True
     assert estimate(model, cfg, forwards, 8, CPU).activations < 0.6 * a[8]
     assert model.checkpoint_activations and weight_count(model) == (parameters, parameters)
-    tailed = SimpleNamespace(optimizer="muon", tail_average=0.1)
+    tailed = SimpleNamespace(optimizer="muon", tail_average=0.1, head_memory=0)
     assert estimate(model, tailed, forwards, 1, CPU).optimizer == 8 * parameters
     assert found[1].head == 4 * (32 * 64 + 64 * 32) and flops_per_token(config, 32) > 0
 

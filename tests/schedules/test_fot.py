@@ -156,12 +156,15 @@ def test_block_multipliers_have_geometric_mean_1():
 # the scheduler
 
 
-def drive(rule, losses, total, *, scale=1.0, start=0, stop=None, state=None, reduce=None, seen=None, **options):
+def drive(
+    rule, losses, total, *, scale=1.0, start=0, stop=None, state=None, reduce=None, seen=None, late=False, **options
+):
     """Adam on a noisy bowl under ``rule``, told of ``losses``: (learning rates, scheduler, state at the end)."""
     generator = torch.Generator().manual_seed(1)
     w = torch.nn.Parameter(torch.ones(6))
     optimizer = torch.optim.AdamW([{"params": [w], "block": 0}], lr=0.1)
     fot = FoT(optimizer, total, rule=rule, every=4, warmup=0.1, reduce=reduce, **options)
+    fot.late = late
     if state:
         w.data.copy_(state["w"])
         optimizer.load_state_dict(state["optimizer"])
@@ -209,13 +212,27 @@ def test_any_history_gives_a_learning_rate_in_range(rule):
 
 
 @pytest.mark.parametrize("rule", ADAPTIVE)
-@pytest.mark.parametrize("cut", [1, 9, 32, 42])
-def test_resumed_anywhere_the_learning_rates_are_the_same_bits(rule, cut):
-    """Step 9 is between the two halves of a sample, 32 a decision."""
-    whole, _, end = drive(rule, falling(60), 60)
-    first, _, state = drive(rule, falling(60), 60, stop=cut)
+def test_on_a_gpu_the_same_is_decided_a_step_later(rule):
+    now, late = [], []
+    with_now, _, _ = drive(rule, falling(60), 60, seen=now)
+    with_late, _, _ = drive(rule, falling(60), 60, seen=late, late=True)
+    assert [d["step"] for d in now] == list(range(4, 60, 4)) and [d["step"] for d in late] == list(range(5, 60, 4))
+    at = next(t for t, (a, b) in enumerate(zip(with_now, with_late, strict=True)) if a != b)
+    before = [d["step"] for d in now if d["step"] <= at]
+    assert before[-1] == at, "the step after a decision is the first that differs"
+    for a, b in zip(now[: len(before)], late, strict=False):
+        assert a | {"step": 0} == b | {"step": 0}, "what is read is of the same steps"
+
+
+@pytest.mark.parametrize("rule", ADAPTIVE)
+@pytest.mark.parametrize("cut, late", [(1, False), (9, False), (32, False), (42, False), (32, True), (33, True)])
+def test_resumed_anywhere_the_learning_rates_are_the_same_bits(rule, cut, late):
+    """Step 9 is between the two halves of a sample, 32 a decision, which on a GPU is made at step 33."""
+    whole, _, end = drive(rule, falling(60), 60, late=late)
+    first, _, state = drive(rule, falling(60), 60, stop=cut, late=late)
     state["fot"] = json.loads(json.dumps(state["fot"]))  # plain numbers and no others
-    second, _, resumed = drive(rule, falling(60), 60, start=cut, state=state)
+    assert ("sent" in state["fot"]) == (late and cut == 32)
+    second, _, resumed = drive(rule, falling(60), 60, start=cut, state=state, late=late)
     assert first + second == whole
     assert json.dumps(resumed["fot"]) == json.dumps(end["fot"]) and torch.equal(resumed["w"], end["w"])
     assert len(set(whole)) > 7  # more than the warm-up: something was decided
