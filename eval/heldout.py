@@ -42,14 +42,16 @@ def evaluate(
     keep: list | None = None,
     marks: dict[str, list] | None = None,
     impl: str = "auto",
+    memory: int | None = None,
     says: str = "",
     count: int | None = None,
 ) -> Heldout:
     """Calibration of ``model`` on every target that is not -100.
 
     ``model``: with head_weight [V, D] and, where it has one, head_bias [V]. ``world``: runtime.machine.World.
-    ``scale``: 1 / temperature, for a second calibration. ``score``: a loss of the Moments, with ``tail`` as
-    `kernels.linear_score` has it, whose mean is given as well. ``keep`` collects hidden and targets of this rank.
+    ``scale``: 1 / temperature, for a second calibration. ``score``: a loss of the Moments, whose mean is given as well;
+    ``tail``, ``impl`` and ``memory`` as `kernels.linear_score` has them. ``keep`` collects hidden and targets of this
+    rank.
     ``marks`` collects, under raw and scaled, what `ece_ci95` takes.
     ``says``: what a bar is of, with ``count`` forwards; without it there is none."""
     was_training = model.training
@@ -59,7 +61,8 @@ def evaluate(
     how = dict(desc=says, total=count, unit="batch", leave=False, dynamic_ncols=True)
     for hidden, y in tqdm(forwards, disable=not (says and world.main), **how):
         # The head is read after the forward, which is when FSDP has gathered it.
-        head = dict(weight=model.head_weight, targets=y, bias=getattr(model, "head_bias", None), impl=impl)
+        head = dict(weight=model.head_weight, targets=y, bias=getattr(model, "head_bias", None))
+        head |= dict(impl=impl, memory=memory)
         if score is None:
             moments = linear_moments(hidden, **head)
         else:

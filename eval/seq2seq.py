@@ -133,9 +133,7 @@ def describe(name: str, summary: dict) -> list[str]:
     return out
 
 
-def profile(
-    trained, model: Seq2Seq, score: Callable, batch: tuple, world: World, *, steps: int, tail: float = 0.0, impl: str
-) -> dict:
+def profile(trained, model: Seq2Seq, score: Callable, batch: tuple, world: World, *, steps: int, **scoring) -> dict:
     """The cost of forward and backward of one fixed, collated ``batch``, over ``steps`` after some that warm up.
 
     ``trained`` is ``model`` or what wraps it. GPU utilisation and joules come from NVML and are None without it; so is
@@ -148,7 +146,7 @@ def profile(
         wait()
         clock = time.perf_counter()
         hidden, y = forward(trained, *batch, device, model.shift_right)
-        loss, _ = linear_score(hidden, model.head_weight, y, score, bias=model.head_bias, tail=tail, impl=impl)
+        loss, _ = linear_score(hidden, model.head_weight, y, score, bias=model.head_bias, **scoring)
         loss.backward()
         wait()
         if step >= 0:
@@ -156,7 +154,8 @@ def profile(
             if energy.read() is not None:
                 busy.append(torch.cuda.utilization(device))
         model.zero_grad(set_to_none=True)
-    joules = None if start is None else (energy.read() - start) / steps
+    end = energy.read()
+    joules = None if start is None or end is None else (end - start) / steps
     source, mask, labels = batch
     tokens = int(source.numel() if mask is None else mask.sum()) + int((labels != -100).sum())
     flops = float(len(source) * training_flops(model.config, source.shape[1], labels.shape[1]))

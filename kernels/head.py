@@ -114,6 +114,7 @@ def linear_moments(
     predictions: bool = False,
     topk: int = 0,
     chunk: int | None = None,
+    memory: int | None = None,
     impl: str = "auto",
 ) -> Moments:
     """Moments of the softmax at the targets, without gradient. Arguments as in ``linear_score`` and
@@ -123,7 +124,7 @@ def linear_moments(
         raise ValueError("with a softcap scale must be a number")
     number = 1.0 if isinstance(scale, Tensor) else scale
     how = dict(ignore_index=ignore_index, tokens=tokens, tail=tail, predictions=predictions, chunk=chunk, impl=impl)
-    how |= dict(order=check_order(order), scale=number, softcap=softcap, topk=topk)
+    how |= dict(order=check_order(order), scale=number, softcap=softcap, topk=topk, memory=memory)
     head = HeadPass(hidden, weight, targets, bias=bias, **how)
     with head.quiet():
         for rows in head.chunks:

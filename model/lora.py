@@ -170,6 +170,34 @@ class _Segments:
         self.elements[block] += sum(p[0].numel() for p in parts)
 
 
+class _Casts:
+    """A and B of all layers in the activations' dtype while the model's forward runs: one multi-tensor copy, where each
+    product would cast its own, and again in backward. The buffers stay; a forward fills them anew."""
+
+    def __init__(self):
+        self.layers: list[LoRALinear] = []
+        self.buffers: list[Tensor] = []
+        self.live = False
+
+    @torch.no_grad()
+    def begin(self, dtype: torch.dtype) -> None:
+        wide = [p for layer in self.layers for p in (layer.lora_A, layer.lora_B)]
+        if all(p.dtype == dtype for p in wide):
+            return
+        if [(b.dtype, b.device) for b in self.buffers] != [(dtype, p.device) for p in wide]:
+            self.buffers = [torch.empty_like(p, dtype=dtype) for p in wide]
+        torch._foreach_copy_(self.buffers, wide)
+        self.live = True
+
+    def end(self) -> None:
+        self.live = False
+
+    def of(self, layer: "LoRALinear", dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """(A, B) of a layer; None outside of the model's forward, as where an activation is computed again."""
+        at = 2 * layer.number
+        return tuple(self.buffers[at : at + 2]) if self.live and self.buffers[at].dtype == dtype else None
+
+
 class _LoRAProduct(torch.autograd.Function):
     """W x + s B A dropout(x) for a frozen W.
 
@@ -187,8 +215,10 @@ class _LoRAProduct(torch.autograd.Function):
             if keep_p < 1:
                 kept = torch.empty_like(rows, dtype=torch.bool).bernoulli_(keep_p)
                 h = rows * kept.to(x.dtype).div_(keep_p)
-            h = h @ A.to(x.dtype).t()
-            y.addmm_(h, B.to(x.dtype).t(), alpha=layer.scale)
+            ctx.narrow = layer.casts.of(layer, x.dtype)
+            a, b = ctx.narrow or (A.to(x.dtype), B.to(x.dtype))
+            h = h @ a.t()
+            y.addmm_(h, b.t(), alpha=layer.scale)
             ctx.save_for_backward(x, A, B, h, kept)
             # The rows that belong to THIS batch, whatever is set before its backward runs.
             ctx.order, ctx.n_prompt = layer.segments.order_N, layer.segments.n_prompt
@@ -204,12 +234,13 @@ class _LoRAProduct(torch.autograd.Function):
             return None if dx is None else dx.view(ctx.shape), None, None, None, None, None
         x, A, B, h, kept = saved
         rows, h = x.reshape(-1, x.shape[-1]), h * ctx.layer.scale
-        dh = (dy @ B.to(dy.dtype)).mul_(ctx.layer.scale)
+        a, b = ctx.narrow or (A.to(dy.dtype), B.to(dy.dtype))
+        dh = (dy @ b).mul_(ctx.layer.scale)
         if kept is not None:
             mask = kept.to(dy.dtype).div_(ctx.keep_p)
             rows = rows * mask
         if dx is not None:
-            dx = dx.addmm_(dh, A.to(dy.dtype)) if kept is None else dx.add_((dh @ A.to(dy.dtype)).mul_(mask))
+            dx = dx.addmm_(dh, a) if kept is None else dx.add_((dh @ a).mul_(mask))
             dx = dx.view(ctx.shape)
         if ctx.order is None:
             dA, dB = dh.t() @ rows, dy.t() @ h
@@ -231,8 +262,12 @@ def _two_parts(left: Tensor, right: Tensor, n: int) -> Tensor:
 class LoRALinear(nn.Module):
     """A frozen base layer with an adapter. ``base``: any module with ``shape`` and ``dense``."""
 
-    def __init__(self, base: nn.Module, r: int, scale: float, dropout: float, segments: _Segments, block: int):
+    def __init__(
+        self, base: nn.Module, r: int, scale: float, dropout: float, segments: _Segments, block: int, casts: _Casts
+    ):
         super().__init__()
+        self.casts, self.number = casts, len(casts.layers)
+        casts.layers.append(self)
         self.base, self.shape, self.scale, self.dropout = base, base.shape, scale, dropout
         self.segments, self.block = segments, block
         self.start: tuple[Tensor, Tensor] | None = None
@@ -311,15 +346,17 @@ def add_lora(model: Decoder, config: LoRAConfig, generator: torch.Generator | No
     check_plain(model)
     model.requires_grad_(False)
     model.lora, model.draws_random = config, config.dropout > 0
-    segments, device = _Segments(len(model.layers)), model.embed_tokens.weight.device
+    segments, casts, device = _Segments(len(model.layers)), _Casts(), model.embed_tokens.weight.device
     for path, block, base in targeted(model, config):
-        layer = LoRALinear(base, config.rank(path), config.scale(path), config.dropout, segments, block)
+        layer = LoRALinear(base, config.rank(path), config.scale(path), config.dropout, segments, block, casts)
         bound = 1 / math.sqrt(base.shape[1])
         layer.lora_A.uniform_(-bound, bound, generator=generator)
         layer = layer.to(device)
         if config.init == "pissa":
             layer.take_components()
         model.set_submodule(path, layer)
+    model.register_forward_pre_hook(lambda model, args: casts.begin(model.dtype))
+    model.register_forward_hook(lambda *_: casts.end(), always_call=True)
 
 
 def check_plain(model: Decoder) -> None:

@@ -7,9 +7,11 @@ import argparse
 import contextlib
 import datetime
 import gc
+import math
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -69,10 +71,63 @@ def cuda_peak(device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
-def median_ratio(rows: Iterable[dict], column: str, side: str, base: str) -> float:
-    """The median over rounds of ``side``'s value by ``base``'s; rows have a round, a side and the column."""
-    value = {(row["round"], row["side"]): row[column] for row in rows}
-    return statistics.median(value[i, side] / value[i, base] for i in {i for i, _ in value})
+def median_ratio(rows: Iterable[dict], column: str, side: str, base: str) -> float | None:
+    """The median over rounds of ``side``'s value by ``base``'s; rows have a round, a side and, unless the turn failed,
+    the column. None where no round has both."""
+    value = {(row["round"], row["side"]): row[column] for row in rows if row.get(column) is not None}
+    both = [i for i in {i for i, _ in value} if (i, side) in value and (i, base) in value]
+    return statistics.median(value[i, side] / value[i, base] for i in both) if both else None
+
+
+def add_limits(parser: argparse.ArgumentParser, parts: Iterable[str] = ()) -> None:
+    """--seconds, and --only for a race of several parts."""
+    parser.add_argument("--seconds", type=float, default=0, help="begin nothing more after so long; 0 is no limit")
+    if parts:
+        names = ", ".join(parts)
+        parser.add_argument("--only", default="", help=f"some of {names}, separated by commas (default: all)")
+
+
+def chosen(only: str, parts: Iterable[str]) -> list[str]:
+    """The parts that --only names, all where it names none. Raises ValueError for an unknown one."""
+    parts, names = [*parts], [name.strip() for name in only.split(",") if name.strip()]
+    if unknown := [name for name in names if name not in parts]:
+        raise ValueError(f"--only {unknown[0]}: expected some of {', '.join(parts)}")
+    return [name for name in parts if name in names] or parts
+
+
+class Turns(list):
+    """The rows of a race, in the CSV ``path`` after each, with what is the ``same`` in all.
+
+    A turn that fails is a row that says why, and the next one begins; none begins ``seconds`` after the first, unless
+    that is 0. ``left_out`` has the keys of those."""
+
+    def __init__(self, path: Path, same: dict, seconds: float = 0):
+        super().__init__()
+        self.path, self.same, self.left_out = path, same, []
+        self.end = time.monotonic() + seconds if seconds else math.inf
+
+    def over(self) -> bool:
+        return time.monotonic() >= self.end
+
+    def take(self, key: dict, measure: Callable[[], dict]) -> dict | None:
+        """``key`` and what ``measure`` gives as a row; None where that failed, or there was no time for it."""
+        if self.over():
+            self.left_out.append(key)
+            return None
+        try:
+            row = key | measure()
+        except Exception as e:  # the next one may go through
+            row = key | {"failed": f"{type(e).__name__}: {e}".splitlines()[0][:300]}
+            print(" ".join(map(str, key.values())), row["failed"], file=sys.stderr, flush=True)
+        self.append(row)
+        write_csv(self.path, self, self.same)
+        return None if "failed" in row else row
+
+    def ended(self) -> int:
+        """Says what was left out. The exit code: 1 where a turn failed or nothing was measured."""
+        if self.left_out:
+            print(f"no time was left for {len(self.left_out)} turns, the first of them {self.left_out[0]}")
+        return int(not self or any("failed" in row for row in self))
 
 
 def command(*words, **flags) -> list[str]:

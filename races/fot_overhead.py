@@ -26,7 +26,7 @@ import tempfile
 import time
 import warnings
 from collections import defaultdict, namedtuple
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial, wraps
 from itertools import count, islice
@@ -239,8 +239,11 @@ def make_sides(args, device: torch.device, total: int) -> list[Side]:
     return sides
 
 
-def race(sides: list[Side], batches: Iterator, args, windows: int, *, counted: bool = True) -> None:
-    """``windows`` windows of W steps of every side, in turns. Who begins a turn alternates from turn to turn, and for
+def race(
+    sides: list[Side], batches: Iterator, args, windows: int, *, counted: bool = True, after: Callable = lambda: True
+) -> int:
+    """``windows`` windows of W steps of every side, in turns, as long as ``after`` each gives True; how many were run.
+    Who begins a turn alternates from turn to turn, and for
     the same step of a window from window to window. Those that do not count are clocked; on a CPU all are, as two
     readings of a clock cost nothing there."""
     for side in sides:
@@ -256,6 +259,9 @@ def race(sides: list[Side], batches: Iterator, args, windows: int, *, counted: b
                 common.synchronize(side.clock.device)
                 if counted:
                     side.turns.append((time.perf_counter() - began, time.process_time() - began_cpu))
+        if not after():
+            return window + 1
+    return windows
 
 
 def synchronisations(side: Side, batches: list, args) -> int:
@@ -284,13 +290,17 @@ def judge(low: float, high: float, claim: float, windows: int) -> str:
     return "held" if high < claim else "failed" if low > claim else "open: the interval has it inside"
 
 
-def cost_rows(sides: list[Side], parts: list[dict[str, float]], steps: int, args, cpu: bool) -> Iterator[dict]:
-    """Rows of COLUMNS: the median step, and in CPU time on a CPU; FoT's own parts together; then every part."""
+def step_rows(sides: list[Side], args, cpu: bool) -> Iterator[dict]:
+    """Rows of COLUMNS: the median step, and in CPU time on a CPU."""
     took = np.array([side.turns for side in sides]).reshape(len(sides), -1, args.window // args.turn, 2)
     for clock, name in enumerate(("step", "step, CPU time")[: 2 if cpu else 1]):
         linear, fot = took[..., clock].sum(2)  # of each window
         medians = (1000 * np.median(took[..., clock], (1, 2)) / args.turn).tolist()
         yield dict(zip(COLUMNS, (name, *medians, *interval(100 * (fot / linear - 1))), strict=True))
+
+
+def part_rows(parts: list[dict[str, float]], steps: int) -> Iterator[dict]:
+    """FoT's own parts together; then every part."""
     whole = sum(parts[0].values())
     costs = {"timed alone": (0.0, sum(parts[1][name] for name in FOT_PARTS))}
     costs |= {name: (parts[0][name], parts[1][name]) for name in STEP_PARTS}
@@ -311,7 +321,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, torch.device]:
     parser.add_argument("--window", type=int, default=32, help="W, steps between decisions (default: %(default)s)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="a GPT-2 (default: on CUDA)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--csv", type=Path, help="file to write")
+    parser.add_argument("--csv", type=Path, help="file to write, after each window")
+    common.add_limits(parser)
     args = parser.parse_args(argv)
     shape = SHAPES[args.shape]
     args.vocab = shape.vocab
@@ -355,13 +366,21 @@ def main(argv: list[str] | None = None) -> int:
     for batch in islice(batches, args.window + args.window // 2):
         for side in sides:
             train_step(side, batch, args)
-    race(sides, batches, args, windows)
+    end = time.monotonic() + (args.seconds or math.inf)
+
+    def after() -> bool:
+        write(args, step_rows(sides, args, cpu), device)
+        return time.monotonic() < end
+
+    if (ran := race(sides, batches, args, windows, after=after)) < windows:
+        print(f"no time was left for {windows - ran} of {windows} windows")
+        windows = ran
     race(sides, batches, args, further, counted=False)
     parts = [side.clock.take() for side in sides]
     shared = list(islice(batches, args.window))
     syncs = {} if cpu else {side.name: synchronisations(side, shared, args) for side in sides}
 
-    rows = list(cost_rows(sides, parts, (further or windows) * args.window, args, cpu))
+    rows = [*step_rows(sides, args, cpu), *part_rows(parts, (further or windows) * args.window)]
     print(f"{'':22} {'linear ms':>10} {'FoT ms':>10} {'added %':>9}")
     for row in rows:
         bounds = f"   {row['low_percent']:.3f} to {row['high_percent']:.3f}" if "low_percent" in row else ""
@@ -375,14 +394,20 @@ def main(argv: list[str] | None = None) -> int:
         f"bootstrap interval {low:.3f} to {high:.3f}); claim: under {claim} %: {judge(low, high, claim, windows)}",
         flush=True,
     )
+    write(args, rows, device, syncs)
+    if args.csv:
+        print(args.csv)
+    return 0
+
+
+def write(args, rows: Iterable[dict], device: torch.device, syncs: dict[str, int] | None = None) -> None:
+    """The CSV, if one was asked for, with the rows that there are so far."""
     if args.csv:
         names = ("shape", "batch", "micro_batch", "seq_len", "base", "rank", "steps", "window", "compile")
         without = ("base", "rank") if args.shape in SIZES else ("compile",)
         same = {name: getattr(args, name) for name in names} | dict.fromkeys(without, "")
-        same |= {f"syncs_{side}": syncs.get(side, "") for side in SIDES}
-        common.write_csv(args.csv, rows, same | common.here_and_now(device))
-        print(args.csv)
-    return 0
+        same |= {f"syncs_{side}": (syncs or {}).get(side, "") for side in SIDES}
+        common.write_csv(args.csv, [*rows], same | common.here_and_now(device))
 
 
 if __name__ == "__main__":

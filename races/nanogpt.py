@@ -10,11 +10,13 @@ times are those it prints; ours come from metrics.jsonl by way of summary.json. 
 torch.compile.
 """
 
+import math
 import pickle
 import re
 import statistics
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,7 @@ import torch
 
 from data.lm import load_corpus
 from model.gpt2 import SIZES
-from races.common import check_new, command, output_of, race_parser
+from races.common import add_limits, check_new, command, output_of, race_parser
 from runtime.cli import user_errors
 from runtime.folder import environment, write_json
 from schedules.commandline import alive
@@ -93,6 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--cache", default="cache")
     parser.add_argument("--out", type=Path, default=Path("runs/race"))
+    add_limits(parser)
     args = parser.parse_args(argv)
     with user_errors():
         if not (args.checkout / "train.py").is_file():
@@ -102,12 +105,21 @@ def main(argv: list[str] | None = None) -> int:
         check_new(args.out)
         args.data = str(write_text(args))
         dataset, vocab = write_dataset(args)
-        rounds = []
-        for i in range(args.rounds):
+        end, rounds = time.monotonic() + (args.seconds or math.inf), []
+        while len(rounds) < args.rounds and (not rounds or time.monotonic() < end):
+            i = len(rounds)
             row = {"nanogpt": nanogpt_ms(dataset, args)}
             row |= {loss: our_ms(loss, args.out / f"{loss}{i}", args) for loss in ("ce", "dpsm")}
             rounds.append(row)
             print(f"round {i + 1}: " + ", ".join(f"{k} {v:.1f} ms" for k, v in row.items()), flush=True)
+            result = write_rounds(rounds, vocab, args)
+    ratios = f"ours with CE to nanoGPT {result['ce_over_nanogpt']:.3f}, ours DPSM to CE {result['dpsm_over_ce']:.3f}"
+    print(f"tokens/s, as a ratio: {ratios} (medians of {len(rounds)} rounds; {args.out}/race.json)")
+    return 0
+
+
+def write_rounds(rounds: list[dict], vocab: int, args) -> dict:
+    """race.json: the rounds so far, and what they say."""
     tokens = args.batch * args.seq_len
     ce, dpsm = (statistics.median(r[a] / r[b] for r in rounds) for a, b in (("nanogpt", "ce"), ("ce", "dpsm")))
     result = {"model": args.model, "vocab": vocab, "batch": args.batch, "seq_len": args.seq_len, "rounds_ms": rounds}
@@ -115,11 +127,7 @@ def main(argv: list[str] | None = None) -> int:
     result |= {"ce_over_nanogpt": ce, "dpsm_over_ce": dpsm}
     result["environment"] = environment(torch.device(args.device)) | {"git_diff": None}
     write_json(args.out / "race.json", result)
-    print(
-        f"tokens/s, as a ratio: ours with CE to nanoGPT {ce:.3f}, ours DPSM to CE {dpsm:.3f} (medians of {args.rounds} "
-        f"rounds; {args.out}/race.json)"
-    )
-    return 0
+    return result
 
 
 if __name__ == "__main__":

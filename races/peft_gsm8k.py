@@ -9,7 +9,8 @@
 
 Turns are processes of their own and alternate: theirs, ours, theirs, and so on. A training turn takes the largest
 micro-batch that fits, from --batch down by halves. Its time is the median step after two that are not counted, its
-memory the peak of the process. An evaluation turn generates from plain dense weights, as merged adapters are; ours are
+memory the peak of the process; where the sides' micro-batches differ, both run once more at the smaller, as only
+there their memories compare. An evaluation turn generates from plain dense weights, as merged adapters are; ours are
 packed on a CPU, as a run's are. It tries each of --eval-batches on two batches and takes the best. Every prompt gets
 all --new-tokens, so continuous batching gains nothing from early ends; with --early-ends a prompt gets between a
 quarter of them and all, and a batch of theirs goes on until its longest text has ended, as it does until the last EOS.
@@ -196,6 +197,7 @@ def evaluate_turn(args, side: str, world: World) -> dict:
 
 
 TURNS = {"train": train_turn, "evaluate": evaluate_turn}
+EQUAL = "train, equal micro-batch"
 
 
 def run_turn(turn: str, argv: list[str], model: Path) -> dict:
@@ -226,6 +228,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="of the activations")
     parser.add_argument("--out", type=Path, default=Path("runs/race-peft"))
     parser.add_argument("--model", type=Path, help="folder of the weights (default: random ones of --shape in --out)")
+    common.add_limits(parser, TURNS)
     parser.add_argument("--turn", default="", help="PART:SIDE: that turn alone, in this process; its row as JSON")
     args = parser.parse_args(argv)
     with user_errors():
@@ -233,6 +236,7 @@ def main(argv: list[str] | None = None) -> int:
         for name, given in (("eval", args.eval_batches), ("their", args.their_batches or "1")):
             if not all(b.isdigit() and int(b) for b in given.split(",")):
                 raise ValueError(f"--{name}-batches {given!r}: expected batch sizes separated by commas")
+        parts = common.chosen(args.only, TURNS if args.prompts else ("train",))
         world = start_world(args.device)
         if args.turn:
             part, _, side = args.turn.partition(":")
@@ -245,18 +249,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.model is None:
             torch.manual_seed(0)
             save_decoder(Decoder(SHAPES[args.shape]), args.out / "model", dtype=torch.bfloat16)
-        parts = [*TURNS] if args.prompts else ["train"]
-        rows, model = [], (args.model or args.out / "model").resolve()
-        for i in range(args.rounds):
-            for part in parts:
-                for side in SIDES if i % 2 == 0 else SIDES[::-1]:
-                    row = {"round": i + 1, "part": part, "side": side} | run_turn(f"{part}:{side}", argv, model)
-                    rows.append(row)
-                    print(
-                        f"round {i + 1} {part} {side}: {row['tokens_per_second']:,.0f} tokens/s at batch "
-                        f"{row['batch']}, peak {row['peak_memory_bytes'] / 1e6:,.0f} MB",
-                        flush=True,
-                    )
+        model = (args.model or args.out / "model").resolve()
         same = {
             "shape": args.model.name if args.model else args.shape,
             "base": args.base,
@@ -265,13 +258,36 @@ def main(argv: list[str] | None = None) -> int:
             "step_batch": args.batch,
         }
         same |= {k: getattr(args, k) for k in ("seq_len", "prompts", "prompt_tokens", "new_tokens", "early_ends")}
-        common.write_csv(args.out / "race.csv", rows, same | common.here_and_now(world.device))
-    for part in parts:
+    rows = common.Turns(args.out / "race.csv", same | common.here_and_now(world.device), args.seconds)
+
+    def take(round: int, part: str, side: str, *more: str) -> dict | None:
+        turn = "train" if part == EQUAL else part
+        row = rows.take(
+            {"round": round, "part": part, "side": side}, lambda: run_turn(f"{turn}:{side}", [*argv, *more], model)
+        )
+        if row:
+            print(
+                f"round {round} {part} {side}: {row['tokens_per_second']:,.0f} tokens/s at batch {row['batch']}, peak "
+                f"{row['peak_memory_bytes'] / 1e6:,.0f} MB",
+                flush=True,
+            )
+        return row
+
+    for i in range(args.rounds):
+        for part in parts:
+            sides = SIDES if i % 2 == 0 else SIDES[::-1]
+            found = [take(i + 1, part, side) for side in sides]
+            if part == "train" and all(found) and found[0]["batch"] != found[1]["batch"]:
+                common_batch = min(row["batch"] for row in found)  # memory is compared where both do the same
+                for side in sides:
+                    take(i + 1, EQUAL, side, "--micro-batch", str(common_batch))
+    for part in dict.fromkeys(row["part"] for row in rows):
         for key, word in (("tokens_per_second", "tokens/s"), ("peak_memory_bytes", "peak memory")):
             ratio = common.median_ratio((row for row in rows if row["part"] == part), key, "ours", "theirs")
-            print(f"{part}: {word}, ours over theirs {ratio:.3f} (median of {args.rounds} rounds)")
+            if ratio is not None:
+                print(f"{part}: {word}, ours over theirs {ratio:.3f} (median of the rounds)")
     print(f"{args.out / 'race.csv'}")
-    return 0
+    return rows.ended()
 
 
 if __name__ == "__main__":

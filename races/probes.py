@@ -16,6 +16,7 @@ CPU the shapes are tiny, and the Triton kernels need TRITON_INTERPRET=1: it show
 
 import contextlib
 import json
+import math
 import statistics
 import sys
 import time
@@ -32,7 +33,7 @@ from kernels.bench.providers import ALPHA, MatrixProducts
 from kernels.bench.timing import HEADS, Shape
 from kernels.impl import choose_impl
 from kernels.moments import Stats, new_stats
-from races.common import here_and_now, race_parser
+from races.common import add_limits, here_and_now, race_parser
 from schedules.commandline import alive
 
 TINY = {"gpt2": Shape(4, 130, 32), "qwen3": Shape(4, 258, 32)}
@@ -211,6 +212,7 @@ def main(argv=None) -> int:
         "--only", default="", help="names of probes, with commas (default: all; on a CPU without graph)"
     )
     parser.add_argument("--jsonl", type=Path, help="also write the lines there, each as it comes")
+    add_limits(parser)
     args = parser.parse_args(argv)
     names = [name for name in args.only.split(",") if name]
     names = names or [name for name in PROBES if name != "graph" or args.device == "cuda"]
@@ -228,7 +230,11 @@ def main(argv=None) -> int:
             with args.jsonl.open("a") as file:
                 file.write(json.dumps(row | where) + "\n")
 
+    end = time.monotonic() + (args.seconds or math.inf)
     for name in names:
+        if time.monotonic() >= end:
+            say(dict(probe=name, case="left out", value=None, unit="no time was left"))
+            continue
         try:
             for case, value, unit in PROBES[name](Bench(args.device)):
                 say(dict(probe=name, case=case, value=float(f"{value:.4g}"), unit=unit))

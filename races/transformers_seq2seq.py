@@ -30,6 +30,7 @@ from model.seq2seq import SIZES, Seq2Seq, Seq2SeqConfig
 from races import common
 from runtime.cli import user_errors
 from runtime.folder import environment, write_json
+from runtime.machine import device_name
 from schedules.commandline import alive, package
 
 SIDES = ("transformers", "ce", "dpsm")
@@ -103,12 +104,14 @@ TASKS = {"train": (train_turn, SIDES), "generate": (generate_turn, SIDES[:2])}
 
 def turns(task: str, config: Seq2SeqConfig, args, batch: int) -> dict[str, tuple[float, int | None]]:
     """{side: (milliseconds, peak bytes on CUDA)}, a turn each."""
-    found, (measure, sides) = {}, TASKS[task]
-    for side in sides:
-        common.forget_peak(args.device)
-        torch.manual_seed(0)
-        found[side] = measure(side, config, batch, args), common.cuda_peak(args.device)
-    return found
+    return {side: turn(task, side, config, args, batch) for side in TASKS[task][1]}
+
+
+def turn(task: str, side: str, config: Seq2SeqConfig, args, batch: int) -> tuple[float, int | None]:
+    """(milliseconds, peak bytes on CUDA)"""
+    common.forget_peak(args.device)
+    torch.manual_seed(0)
+    return TASKS[task][0](side, config, batch, args), common.cuda_peak(args.device)
 
 
 @alive()
@@ -131,6 +134,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bf16 on CUDA")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--out", type=Path, default=Path("runs/race_transformers"))
+    common.add_limits(parser, TASKS)
     args = parser.parse_args(argv)
     with user_errors():
         common.check_least(args, batch=1, source=1, target=1, steps=1, warm=0, beams=2, new_tokens=1, generate_batch=1)
@@ -145,6 +149,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"{longest} tokens are more than the {config.max_position_embeddings} positions of BART")
         their_model(SIZES["bart-tiny"](vocab_size=16), torch.float32, torch.device("cpu"))  # is the package there?
         batches = {"train": args.batch, "generate": args.generate_batch}
+        batches = {task: batches[task] for task in common.chosen(args.only, TASKS)}
         if args.device.type == "cuda":
             torch.set_float32_matmul_precision("high")
             trial = argparse.Namespace(**vars(args) | {"steps": 1})
@@ -152,29 +157,43 @@ def main(argv: list[str] | None = None) -> int:
             for task, batch in batches.items():
                 batches[task] = common.largest_that_fits(partial(turns, task, config, trial), batch, complaint)
         args.out.mkdir(parents=True)
-    rows, tokens = [], {"train": args.source + args.target, "generate": args.new_tokens}  # of a row of the batch
+    rows = common.Turns(args.out / "race.csv", about(args), args.seconds)
+    tokens = {"train": args.source + args.target, "generate": args.new_tokens}  # of a row of the batch
     for i in range(args.rounds):
         for task, batch in batches.items():
             shown = []
-            for side, (ms, peak) in turns(task, config, args, batch).items():
-                rate = 1000 * batch * tokens[task] / ms
-                row = {"round": i, "task": task, "side": side, "batch": batch, "ms": ms, "tokens_per_second": rate}
-                rows.append(row | {"peak_memory_bytes": peak})
-                shown.append(f"{side} {rate:,.0f}" + (f" ({peak / 1e9:.2f} GB)" if peak else ""))
-            print(f"round {i + 1}, {task}, tokens/s at batch {batch}: {', '.join(shown)}", flush=True)
+            for side in TASKS[task][1]:
+                key = {"round": i, "task": task, "side": side, "batch": batch}
+
+                def measure(task=task, side=side, batch=batch) -> dict:
+                    ms, peak = turn(task, side, config, args, batch)
+                    rate = 1000 * batch * tokens[task] / ms
+                    return {"ms": ms, "tokens_per_second": rate, "peak_memory_bytes": peak}
+
+                if row := rows.take(key, measure):
+                    peak = row["peak_memory_bytes"]
+                    shown.append(
+                        f"{side} {row['tokens_per_second']:,.0f}" + (f" ({peak / 1e9:.2f} GB)" if peak else "")
+                    )
+            if shown:
+                print(f"round {i + 1}, {task}, tokens/s at batch {batch}: {', '.join(shown)}", flush=True)
     write_results(rows, args)
-    return 0
+    return rows.ended()
 
 
-def write_results(rows: list[dict], args) -> None:
-    """race.csv, a row a measurement with where and when, and race.json, with the ratios that are printed."""
+def about(args) -> dict:
+    """What is the same in all rows: sizes, where and when."""
     import transformers
 
+    same = {"model": args.model, "source": args.source, "target": args.target, "dtype": str(args.dtype).split(".")[1]}
+    same |= {"compile": args.compile, "beams": args.beams, "new_tokens": args.new_tokens}
+    same |= {"device": device_name(args.device, threads=True), "torch": torch.__version__}
+    return same | {"transformers": transformers.__version__, "date": common.today()}
+
+
+def write_results(rows: common.Turns, args) -> None:
+    """race.json, with the rows and the ratios that are printed."""
     env = environment(args.device) | {"git_diff": None}
-    about = {"model": args.model, "source": args.source, "target": args.target, "dtype": str(args.dtype).split(".")[1]}
-    about |= {"compile": args.compile, "beams": args.beams, "new_tokens": args.new_tokens, "device": env["device"]}
-    about |= {"torch": torch.__version__, "transformers": transformers.__version__, "date": common.today()}
-    common.write_csv(args.out / "race.csv", rows, about)
 
     def ratio(task: str, side: str, base: str) -> float:
         return common.median_ratio((row for row in rows if row["task"] == task), "tokens_per_second", side, base)
@@ -182,7 +201,8 @@ def write_results(rows: list[dict], args) -> None:
     compared = (("ce", "transformers"), ("dpsm", "transformers"), ("dpsm", "ce"))
     ratios = {f"train_{side}_over_{base}": ratio("train", side, base) for side, base in compared}
     ratios["generate_over_transformers"] = ratio("generate", "ce", "transformers")
-    write_json(args.out / "race.json", about | ratios | {"rows": rows, "environment": env})
+    ratios = {name: value for name, value in ratios.items() if value is not None}
+    write_json(args.out / "race.json", rows.same | ratios | {"rows": rows, "environment": env})
     shown = ", ".join(f"{name} {value:.3f}" for name, value in ratios.items())
     print(f"tokens/s as a ratio, medians of {args.rounds} rounds: {shown} ({args.out / 'race.csv'})")
 

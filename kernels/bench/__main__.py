@@ -28,7 +28,9 @@ see other values, but do the same work. python -m races.train_step times a whole
 
 import argparse
 import json
+import math
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -50,6 +52,8 @@ def parse(argv) -> argparse.Namespace:
     parser.add_argument("--d", type=int, default=0, help="hidden size; above 0 also times the linear head")
     add_options(parser)
     parser.add_argument("--warm", type=int, default=0, help="compile first, so many processes at a time (GPU)")
+    parser.add_argument("--only", default="", help="providers whose name holds this; ratios to others are then empty")
+    parser.add_argument("--seconds", type=float, default=0, help="begin no further shape after so long; 0: no limit")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
     parser.add_argument("--json", metavar="FILE", help="likewise")
     parser.add_argument("--plot", metavar="FILE", help="step times as a PNG")
@@ -73,6 +77,7 @@ def what_is_wrong(args) -> str | None:
     other = args.audit_2k or args.diagnostics or args.paths or args.claims or args.claims_of
     no_gpu = "needs a GPU; torch sees no CUDA device or --device is cpu"
     checks = {
+        "--only and --seconds are of the bench and --claims": (args.only or args.seconds) and other and not args.claims,
         "--trace and --nvtx go with --audit-2k": (args.trace or args.nvtx) and not args.audit_2k,
         "--nvtx needs a CUDA device": args.nvtx and cpu,
         "--warm is of the bench and of --claims": args.warm and other and not args.claims,
@@ -126,11 +131,14 @@ def main(argv=None) -> int:
     elif args.paths:
         time_choices(args, rows)
     else:
-        shapes = shapes_to_compare(args)
+        shapes, end = shapes_to_compare(args), time.monotonic() + (args.seconds or math.inf)
         if args.warm:
             warm(shapes, args)
         for shape in shapes:
-            compare(shape, args, rows)
+            if time.monotonic() < end:
+                compare(shape, args, rows)
+            else:
+                print(f"no time was left for {' x '.join(str(x) for x in shape if x)}")
     if args.claims:
         print_verdicts([*rows, *known])
     if args.json:

@@ -55,9 +55,11 @@ def compare(shape: Shape, args, rows: Rows) -> None:
     """One row a provider. One that is not there has its reason in ``missing``."""
     linear = shape.d is not None
     functions, missing = providers(linear, args.device)
+    functions, missing = ({name: x for name, x in found.items() if args.only in name} for found in (functions, missing))
     leaves, targets = timing.make_inputs(shape, args.dtype, args.device)
-    if args.device == "cuda":
-        missing |= drop_failing(functions, leaves, targets)
+    missing |= drop_failing(functions, leaves, targets)
+    if not functions:
+        print(f"no provider of {' x '.join(str(x) for x in shape if x)} has {args.only!r} in its name, or all failed")
     step = time_losses(functions, leaves, targets, args.repeats, forward=False, copy=not linear)
     forward = time_losses(functions, leaves, targets, args.repeats, forward=True, copy=False)
     eager = {}
@@ -125,7 +127,8 @@ def drop_failing(functions: dict, leaves, targets, ours=(*FROM_LOGITS, *FROM_HID
             own = [leaves[0].detach().clone().requires_grad_()] if name.endswith("in place") else leaves
             timing.run_once(function, own, targets)
             timing.run_once(function, own, targets, forward=True)
-            torch.cuda.synchronize()
+            if leaves[0].is_cuda:
+                torch.cuda.synchronize()
         except torch.OutOfMemoryError:
             missing[name] = "out of memory"
         except Exception as e:  # another project's kernel, on a version of its choice

@@ -332,6 +332,23 @@ def test_bench_writes_its_rows(tmp_path, monkeypatch, capsys):
     assert "linear_score DPSM, Fisher" in shown and "Liger CE" in shown and "needs CUDA" in shown
 
 
+def test_the_bench_of_some_providers_in_some_time(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(timing, "measure_memory_apart", lambda *args: 1)
+    broken = {**FROM_LOGITS, "ours broken": lambda z, y: 1 / 0}
+    monkeypatch.setattr(compare, "providers", lambda linear, device: (dict(broken), {"Liger CE": "needs CUDA"}))
+    file, shape = tmp_path / "bench.csv", ["--n", "8", "--v", "20", "--repeats", "1", "--device", "cpu"]
+    assert main([*shape, "--only", "ours", "--csv", str(file)]) == 0
+    with open(file) as opened:
+        rows = {r["provider"]: r for r in csv.DictReader(opened)}
+    assert set(rows) == {name for name in broken if "ours" in name}
+    assert (
+        rows["ours broken"]["missing"] == "failed: ZeroDivisionError: division by zero" and rows["ours DPSM"]["step_ms"]
+    )
+    assert main([*shape, "--d", "4", "--only", "literal", "--seconds", "1e-9"]) == 0
+    assert "no time was left for 8 x 20 x 4" in capsys.readouterr().out
+    assert main([*shape, "--diagnostics", "--only", "ours"]) == 2
+
+
 def test_the_benchs_picture_says_whose_bars_they_are_and_times_in_words(tmp_path, monkeypatch):
     same = dict(n=32, v=100, d=0, dtype="float32", device="CPU", torch="2", date="2026-11-27T00:00")
     times = {"literal DPSM": 1580.3, "ours DPSM": 99.96, "Liger CE": 0.04211}

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from lora_models import LOGITS_TOLERANCE, adapted, answers_of, backward, logits_of, theirs, tokens_of
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import lora
 from model.decoder import Decoder, DecoderConfig
@@ -50,6 +51,56 @@ def test_bf16_activations_give_fp32_gradients_of_the_same_value(folder):
             e = gradients[0][name]
             # bf16 keeps 8 bits: a few roundings of 2^-9 in each of two blocks; a wrong term is far from 5 %.
             assert (g - e).norm() <= 0.05 * e.norm(), name
+
+
+class Casts(TorchDispatchMode):
+    """How many adapter matrices, of rank 4, are cast one by one, and how many copies of many there are."""
+
+    def __init__(self):
+        super().__init__()
+        self.alone = self.together = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.alone += func is torch.ops.aten._to_copy.default and args[0].dim() == 2 and 4 in args[0].shape
+        self.together += func is torch.ops.aten._foreach_copy_.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "recomputed"])
+def test_adapters_are_cast_together_once_a_forward(folder, again, dropout, monkeypatch):
+    results = []
+    for together in (True, False):
+        model = adapted(folder, "bf16", dtype=torch.bfloat16, dropout=dropout).train()
+        model.checkpoint_activations = again
+        if not together:
+            monkeypatch.setattr(lora._Casts, "begin", lambda self, dtype: None)
+        torch.manual_seed(3)
+        found = []
+        for _ in range(2):
+            with Casts() as seen:
+                found.append(backward(model, tokens_of()))
+            with torch.no_grad():
+                for p in model.parameters():
+                    if p.requires_grad:
+                        p.data.add_(0.1)  # as an optimizer would that torch's count of versions does not see
+        gradients = 2 * 2 * 7  # of fp32 parameters, each cast from bf16
+        assert seen.together == together and (again or (seen.alone == gradients) == together)
+        results.append(found)
+    for one, other in zip(*results, strict=True):
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert any(not torch.equal(results[0][0][name], results[0][1][name]) for name in results[0][0])
+
+
+def test_an_fp32_model_casts_nothing_and_a_forward_that_fails_leaves_nothing(folder):
+    model = adapted(folder)
+    with Casts() as seen:
+        backward(model, tokens_of())
+    assert seen.alone == seen.together == 0
+    model = adapted(folder, "bf16", dtype=torch.bfloat16)
+    with pytest.raises((IndexError, RuntimeError)):
+        model(tokens_of() + 1000)
+    assert not next(iter(lora.adapted(model).values())).casts.live
 
 
 @pytest.mark.parametrize("base", ["fp32", "nf4"])

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from races import common
+from races import common, peft_gsm8k
 
 
 def test_memory_ends_a_batch_is_halved(monkeypatch):
@@ -46,3 +46,64 @@ def test_a_csv_has_the_same_columns_in_every_row(tmp_path):
         rows = list(csv.DictReader(file))
     assert [(row["a"], row["b"]) for row in rows] == [("1", "x,y"), ("2", "")]
     assert list(rows[0]) == ["a", "b", "device", "versions", "date"] and rows[1]["versions"].startswith("torch 2")
+
+
+def test_a_turn_that_fails_is_a_row_and_the_file_is_whole_after_each(tmp_path, capsys):
+    path = tmp_path / "race.csv"
+    rows = common.Turns(path, {"where": "here"})
+
+    def fails():
+        with open(path, newline="") as file:  # what was measured before is on file already
+            assert [row["ms"] for row in csv.DictReader(file)] == ["3"]
+        raise RuntimeError("a kernel of theirs\nand its trace")
+
+    assert rows.take({"side": "a"}, lambda: {"ms": 3}) == {"side": "a", "ms": 3} and rows.ended() == 0
+    assert rows.take({"side": "b"}, fails) is None and rows.ended() == 1
+    assert rows.take({"side": "c"}, lambda: {"ms": 4})
+    with open(path, newline="") as file:
+        found = [(row["side"], row["ms"], row["failed"], row["where"]) for row in csv.DictReader(file)]
+    assert found == [
+        ("a", "3", "", "here"),
+        ("b", "", "RuntimeError: a kernel of theirs", "here"),
+        ("c", "4", "", "here"),
+    ]
+    assert "b RuntimeError: a kernel of theirs" in capsys.readouterr().err
+
+
+def test_no_turn_begins_after_the_time_is_over(tmp_path, monkeypatch, capsys):
+    now = iter([100.0, 109.0, 111.0])
+    monkeypatch.setattr(common.time, "monotonic", lambda: next(now))
+    rows = common.Turns(tmp_path / "race.csv", {}, seconds=10)
+    assert rows.take({"round": 1, "side": "a"}, lambda: {"ms": 1})
+    assert rows.take({"round": 1, "side": "b"}, lambda: {"ms": 1}) is None
+    assert len(rows) == 1 and rows.ended() == 0 and "no time was left for 1 turns" in capsys.readouterr().out
+    assert common.median_ratio(rows, "ms", "a", "b") is None
+
+
+def test_parts_by_name():
+    assert common.chosen("", "xy") == ["x", "y"] and common.chosen("y, x", "xyz") == ["x", "y"]
+    with pytest.raises(ValueError, match="--only q: expected some of x, y"):
+        common.chosen("y,q", "xy")
+
+
+def test_lora_s_memory_is_compared_at_one_micro_batch(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def run_turn(turn, argv, model):
+        asked.append((turn, argv[-2:] if "--micro-batch" in argv else []))
+        if turn == "evaluate:theirs":
+            raise ValueError("it does not fit")
+        batch = 2 if turn.endswith("theirs") or "--micro-batch" in argv else 4
+        return {"batch": batch, "tokens_per_second": 1.0, "seconds": 1.0, "peak_memory_bytes": 10 * batch}
+
+    monkeypatch.setattr(peft_gsm8k, "run_turn", run_turn)
+    flags = "--shape tiny --base fp32 --device cpu --rounds 1 --prompts 2 --out"
+    assert peft_gsm8k.main([*flags.split(), str(tmp_path / "race")]) == 1
+    again = ["--micro-batch", "2"]
+    trained = [("train:theirs", []), ("train:ours", []), ("train:theirs", again), ("train:ours", again)]
+    assert asked == [*trained, ("evaluate:theirs", []), ("evaluate:ours", [])]
+    said = capsys.readouterr().out
+    assert "train: peak memory, ours over theirs 2.000" in said
+    assert "train, equal micro-batch: peak memory, ours over theirs 1.000" in said
+    with open(tmp_path / "race" / "race.csv", newline="") as file:
+        assert [row["failed"] for row in csv.DictReader(file)] == ["", "", "", "", "ValueError: it does not fit", ""]

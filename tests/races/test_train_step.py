@@ -18,6 +18,21 @@ def test_training_step_of_a_tiny_model(tmp_path, capsys):
     assert "step: DPSM, Fisher" in capsys.readouterr().out
 
 
+def test_a_side_that_fails_is_a_row_and_sides_are_chosen_by_name(tmp_path, monkeypatch, capsys):
+    def fails(h, w, y):
+        raise RuntimeError("no such kernel")
+
+    sides = train_step.sides("cpu")
+    monkeypatch.setattr(train_step, "sides", lambda device: sides | {"step: our CE": fails})
+    file = tmp_path / "step.csv"
+    assert train_step.main(["--repeats", "1", "--device", "cpu", "--csv", str(file), "--only", "our CE"]) == 0
+    with open(file) as opened:
+        (row,) = csv.DictReader(opened)
+    assert row["provider"] == "step: our CE" and row["missing"] == "failed: RuntimeError: no such kernel"
+    assert train_step.main(["--device", "cpu", "--only", "theirs"]) == 2
+    assert "--only theirs: the sides are step: torch CE, step: our CE" in capsys.readouterr().err
+
+
 def test_sides_of_the_training_step_compute_their_loss():
     hidden, weight, targets = torch.randn(6, 8), torch.randn(30, 8), torch.randint(30, (6,))
     values = {name: loss_of(hidden, weight, targets) for name, loss_of in train_step.sides("cpu").items()}
