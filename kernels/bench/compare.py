@@ -102,7 +102,7 @@ def warm(shapes: list[Shape], args) -> None:
     """Compiles what ``compare`` will run, a provider and shape a process, ``args.warm`` at a time: the kernels stay in
     the compilers' caches on disk. What fails here fails, and is named, there."""
     jobs = [(name, shape) for shape in shapes for name in providers(shape.d is not None, args.device)[0]]
-    jobs = [(name, shape) for name, shape in jobs if name not in NOT_COMPILED]
+    jobs = [(name, shape) for name, shape in jobs if name not in NOT_COMPILED and args.only in name]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.warm, context, max_tasks_per_child=1) as pool:
         for job in jobs:
