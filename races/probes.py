@@ -8,6 +8,9 @@ ties       score_kernel with gradient, where no target ties with the maximum, 1 
 passes     moments_kernel, gradient_kernel and rescale_kernel (by 1, which reads nothing, and by 2) beside a copy
 host       what the host takes to launch a loss: of 64 tokens, where the device has nothing to do
 graph      linear_score, forward and backward, captured in a CUDA graph: its gradients are those of the eager call
+memory     linear_score over the head's products, in 300 MB and where one chunk is all
+fot        the sums of a sample of FoT's over 124 M parameters, torch's operations and the one kernel
+casts      Qwen3-0.6B's adapters of rank 64 from fp32 to bf16, each alone and all together
 attention  scaled_dot_product_attention of a shape seen before and of new ones, with cuDNN's and without
 
 Every figure is a JSON line: probe, case, value, unit. A probe that fails has the reason and the next one begins. On a
@@ -200,7 +203,56 @@ def attention(b: Bench) -> Figures:
             print(f"attention, {kind}: {e}".splitlines()[0], file=sys.stderr)
 
 
-PROBES = {f.__name__: f for f in (ceilings, ties, passes, host, graph, attention)}
+def memory(b: Bench) -> Figures:
+    for name, shape in b.heads.items():
+        leaves, y = timing.make_inputs(shape, "bf16" if b.cuda else "fp32", b.device)
+        jobs = {"products": partial(timing.run_once, MatrixProducts.apply, leaves, y)}
+        for case, given in (("300 MB", 3 * 10**8), ("one chunk", 4 * 10**9)):
+
+            def loss(h, w, y, given=given):
+                return linear_score(h, w, y, dpsm(ALPHA), fisher=True, memory=given)[0]
+
+            jobs[case] = partial(timing.run_once, loss, leaves, y)
+        ms = b.ms(jobs)
+        for case, value in ms.items():
+            yield f"{name}, {case}", value, "ms"
+            yield f"{name}, {case}", value / ms["products"], "of the products"
+
+
+def fot(b: Bench) -> Figures:
+    from schedules import gradient_stats, triton_stats
+
+    shapes = [(50257, 768), (1024, 768)] + 12 * [(768,), (2304, 768), (768, 768), (3072, 768), (768, 3072)]
+    shapes = shapes if b.cuda else [(40, 30), (7,)]
+    held = [[torch.randn(shape, device=b.device).flatten() for _ in range(3)] for shape in shapes]
+    for tensors in held:
+        tensors[2].square_()
+        tensors.append(tensors[0].bfloat16())
+    eps = torch.full((), 1e-8, device=b.device, dtype=torch.float64)
+    for what, begin in (("begins", True), ("ends", False)):
+        given = [x if begin else x[:3] for x in held], eps, eps, 0.5, begin
+        jobs = {"torch": partial(gradient_stats._dots, *given), "one kernel": partial(triton_stats.dots, *given)}
+        for case, value in b.ms(jobs).items():
+            yield f"a sample {what}, {case}", value, "ms"
+
+
+def casts(b: Bench) -> Figures:
+    layers = [(2048, 1024), (1024, 1024), (1024, 1024), (1024, 2048), (3072, 1024), (3072, 1024), (1024, 3072)]
+    layers = layers * 28 if b.cuda else layers[:1]  # Qwen3-0.6B's, of rank 64
+    wide = [torch.randn(size, device=b.device) for n_out, n_in in layers for size in ((64, n_in), (n_out, 64))]
+    narrow = [x.bfloat16() for x in wide]
+    together = partial(torch._foreach_copy_, narrow, wide)
+    for case, job in {"alone": lambda: [x.bfloat16() for x in wide], "together": together}.items():
+        yield f"{case}, the device", b.ms({case: job})[case], "ms"
+        seconds = []
+        for _ in range(5):
+            start = time.perf_counter()
+            job()
+            seconds.append(time.perf_counter() - start)
+        yield f"{case}, the host", 1e3 * statistics.median(seconds), "ms"
+
+
+PROBES = {f.__name__: f for f in (ceilings, ties, passes, host, graph, memory, fot, casts, attention)}
 
 
 @alive()
