@@ -250,9 +250,8 @@ def main(argv: list[str] | None = None) -> int:
         if best:
             with averaged(optimizer):
                 run.save("best.pt", kept() | {"step": meter.step, "best": meter.best})
-        state = kept()
-        state |= meter.state_dict() | {"optimizer": optimizer.state_dict(), "fot": rule.state_dict(), "room": room}
-        run.save("last.pt", state | {"alpha": alpha_of(meter.step)})
+        state = kept() | meter.state_dict() | {"optimizer": optimizer.state_dict(), "fot": rule.state_dict()}
+        run.save("last.pt", state | {"room": room, "alpha": alpha_of(meter.step)})
 
     with user_errors():
         run.start(cfg, "finetune_gsm8k.py", checkpoint)
