@@ -101,6 +101,8 @@ def parse_config(cls, argv: list[str] | None = None, description="", complete=la
     values = complete({f.name: given.get(f.name, f.default) for f in dataclasses.fields(cls)})
     for f in dataclasses.fields(cls):
         value, interval = values[f.name], f.metadata["within"]
+        if not interval and isinstance(value, float) and not math.isfinite(value):
+            parser.error(f"{flag_name(f.name)} {value} must be finite")
         if interval and value is not None and (wrong := outside(value, interval)):
             parser.error("; ".join(filter(None, (f"{flag_name(f.name)} {value} {wrong}", f.metadata["unlike"]))))
     for f in dataclasses.fields(cls):

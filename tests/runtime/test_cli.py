@@ -68,6 +68,7 @@ def test_help_is_grouped_and_says_ranges_choices_and_defaults(capsys):
         ("--lr 0", "--lr 0.0 is outside (0, 1]"),
         ("--lr nan", "--lr nan is outside (0, 1]"),
         ("--lr inf", "--lr inf is outside (0, 1]"),
+        ("--mode beta --knob 1e999", "--knob inf must be finite"),
         ("--knob 1", "--knob is read by --mode beta alone, not by --mode a"),
         ("--knob 0.5", "--knob is read by --mode beta alone"),  # also at its default: it was given
         ("--faster 3", "--faster needs --fast"),
