@@ -66,7 +66,7 @@ COST = (
     Metric("tokens_per_second", "throughput", "tokens/s", "higher", 1, 0, "table terminal"),
     Metric("peak_memory_bytes", "peak memory", "MB = 1e6 bytes", "lower", 1e-6, 0),
     Metric("train_seconds", "training", "s", "lower", 1, 1),
-    Metric("flops_per_token", "FLOPs a token", "1e9", "lower", 1e-9, 3),
+    Metric("flops_per_token", "FLOPs a token", "millions", "lower", 1e-6, 1),
     Metric("mfu", "MFU", "%", "higher", 100, 1),
     Metric("energy_joules", "energy", "kJ", "lower", 1e-3, 2),
 )

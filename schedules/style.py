@@ -10,6 +10,7 @@ from .commandline import package
 # out on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8a5a2b", "#7f7f7f", "#6a3d9a")
 INK, FAINT = "#222222", "#8a8a8a"
+STYLES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.2, 1.5)))  # of lines that share a colour
 RC = Path(__file__).with_name("pictures.mplstyle")  # matplotlib's settings
 
 

@@ -119,7 +119,7 @@ def test_the_report_shows_confidence_and_epochs(run, tmp_path):
         assert f"Confidence of answers: {kind}, after training" in page
         assert f"Confidence of answers: {kind}, before training" in page
     for picture in ("confidence", "epochs"):
-        assert report.figures[picture].startswith(b"\x89PNG") and f"{picture}.png" in page
+        assert report.figures[picture]().startswith(b"\x89PNG") and f"{picture}.png" in page
 
 
 def test_the_row_for_pefts_comparison(run, model):

@@ -12,11 +12,12 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from eval.report import plots
+from eval.report.charts import Chart, Line
 from eval.report.claims import holm_words, power_words
 from eval.report.runs import Arm, Run, differing, finite, grouped, show
 from eval.report.tables import NOTES, Cell, Table, p_text, section, shared, table_of, toned
 from eval.stats import claim_p, holm_level, summarize, t_interval, verdict
+from schedules.style import INK, PALETTE, STYLES
 
 
 @dataclass
@@ -107,7 +108,7 @@ def rule_table(rules: list[Rule]) -> Table:
         summary = mean_sd(regret[rule.label].values()), f"{rule.best:g}", mean_sd(rule.nll(rule.best).values())
         training = f"{statistics.fmean(seconds):,.1f}" if seconds else "-"
         rows.append([rule.label, "-".join(map(str, seeds)), *at_peaks, *summary, training])
-    heads = "rule", "seeds", *(f"{lr:g}" for lr in peaks), "mean regret", "best peak", "NLL there", "training|s"
+    heads = "rule", "n|seeds", *(f"{lr:g}" for lr in peaks), "mean regret", "best peak", "NLL there", "training|s"
     return table_of(heads, rows, note=NOTES["rivals"])
 
 
@@ -200,15 +201,51 @@ def decided_table(rules: list[Rule]) -> Table | None:
     return table_of(heads, rows, note=NOTES["decided"])
 
 
-def bowl_blocks(
-    grids: list[tuple[str, list[Rule]]], others: Sequence[float] = ()
-) -> tuple[list[tuple], dict[str, bytes]]:
-    """Blocks of the report and their figures, of `bowls`. ``others``: the p-values of the page's other claims."""
-    blocks, figures = [], {}
+def bowl_chart(rules: list[Rule]) -> Chart:
+    """Validation NLL over the peak learning rate, a line a rule."""
+    lines, dashes = [], itertools.cycle(STYLES)  # tell the rules of ours apart, colours the others
+    for k, rule in enumerate(rules):
+        ours = rule.config["schedule"] == "fot"
+        colour = INK if ours else PALETTE[k % len(PALETTE)]
+        dash = next(dashes) if ours else STYLES[k // len(PALETTE) % len(STYLES)]
+        peaks = [lr for lr in rule.peaks if math.isfinite(rule.mean(lr))]
+        ys = [[f(rule.nll(lr).values()) for lr in peaks] for f in (statistics.fmean, min, max)]
+        lines.append(Line(rule.label, colour, peaks, *ys, dash=dash, width=2.2 if ours else 1.3, dots=True))
+    return Chart("", "peak learning rate", "validation NLL (nats a token)", lines, log="x")
+
+
+DECISIONS = {"multiplier": "multiplier m", "gate": "gate", "lr": "learning rate", "D": "forecast descent D (nats)"}
+
+
+def decision_charts(rules: list[Rule]) -> list[Chart]:
+    """What rules that measure decided at each step, a line a run; all at their rule's best peak."""
+    out = []
+    for key, label in DECISIONS.items():
+        lines = []
+        for k, rule in enumerate(rules):
+            runs = [run for (lr, _), run in rule.runs.items() if lr == rule.best and run.fot]
+            for run in runs:
+                rows = [
+                    (row["step"], v, row.get("bound")) for row in run.fot if (v := finite(row.get(key))) is not None
+                ]
+                if len({v for _, v, _ in rows}) > 1:
+                    xs, ys, bound = map(list, zip(*rows, strict=True))
+                    notes = [run.path.name + ", at the bound" * bool(b) for b in bound]
+                    lines.append(Line(rule.label, PALETTE[k % len(PALETTE)], xs, ys, notes=notes))
+        if lines:
+            out.append(Chart(label[0].upper() + label[1:], "optimizer step", label, lines))
+    return out
+
+
+def bowl_blocks(grids: list[tuple[str, list[Rule]]], others: Sequence[float], figure) -> list[tuple]:
+    """Blocks of the report, of `bowls`. ``others``: the p-values of the page's other claims; ``figure``:
+    `build.Report.charts`."""
+    blocks = []
     p_values = [*claim_tests(grids), *others]
     for k, (title, rules) in enumerate(grids, 1):
-        figures[f"bowl_{k}"] = plots.bowl(rules)
-        picture = "figure", f"bowl_{k}", "Line: mean over seeds; band: smallest to largest."
+        picture = figure(f"bowl_{k}", [bowl_chart(rules)], "Line: mean over seeds; band: smallest to largest.")
         heading = "Learning-rate rules" + (f": {title}" if title else "")
-        blocks += section(heading, picture, rule_table(rules), claim_table(rules, p_values), decided_table(rules))
-    return blocks, figures
+        decided = figure(f"decisions_{k}", decision_charts(rules), NOTES["decisions"])
+        blocks += section(heading, picture, rule_table(rules), claim_table(rules, p_values))
+        blocks += section("What the rules decided", decided_table(rules), decided, kind="h3")
+    return blocks

@@ -1,8 +1,9 @@
 """Makes a report of run folders: one page of tables, curves and verdicts.
 
-The page is a list of blocks: ("h" | "h3" | "p" | "code", text), ("warn", [text]), ("table", Table),
-("figure", name, caption), ("samples", prompt, [(Cell, text)]), ("fold", title, blocks). A number that was not measured
-is a dash.
+The page is a list of blocks: ("h" | "h3" | "p" | "code", text), ("answer" | "warn", [text]), ("table", Table),
+("charts", name, charts as page.js takes them, caption), ("map", name, [HeatMap], caption),
+("glossary", [(term, text)]), ("samples", prompt, [(Cell, text)]), ("fold", title, blocks).
+A number that was not measured is a dash.
 """
 
 import datetime
@@ -11,18 +12,23 @@ import math
 import os
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from eval import metrics
 from eval.answer_calibration import KINDS
-from eval.report import plots, tables
+from eval.report import charts, export, fot_claims, plots, tables
+from eval.report.answer import answer_blocks
 from eval.report.bowl import bowl_blocks, bowls, claim_tests
+from eval.report.charts import Chart
 from eval.report.claims import Verdict, holm_words, verdicts
+from eval.report.cost import campaign_blocks
 from eval.report.forecasts import forecast_blocks
-from eval.report.gsm8k import answer_blocks, confidences
+from eval.report.gsm8k import confidences, gsm8k_blocks
 from eval.report.page import to_html, to_markdown
+from eval.report.robustness import robustness_blocks
 from eval.report.runs import (
     Arm,
     Run,
@@ -37,11 +43,15 @@ from eval.report.runs import (
     system_differences,
 )
 from eval.report.sources import other_files, usual
+from eval.report.study import study_blocks
 from eval.report.summaries import summary_blocks
 from eval.report.tables import NOTES, Cell, label_cell, section, table_of
+from schedules.textlines import read_toml
 
 SPLIT_NAMES = {"val": "validation", "test": "test", "ood": "out of domain"}
-MOST_CURVES, MOST_PANELS = 10, 6  # arms in a figure of curves; in one of a panel an arm
+MOST_CURVES, MOST_PANELS = 10, 6  # arms that a figure of curves draws at first; in one of a panel an arm
+MOST_SHOWN = 24  # arms in the legend of a figure of curves
+GLOSSARY = [*read_toml(Path(__file__).with_name("glossary.toml"))["terms"].items()]
 
 
 @dataclass
@@ -52,16 +62,19 @@ class Report:
     arms: list[Arm]
     warnings: list[str]
     verdicts: list[Verdict]
+    answers: list[str] = field(default_factory=list)  # the sentences that the page begins with
     blocks: list[tuple] = field(default_factory=list)
-    figures: dict[str, bytes] = field(default_factory=dict)  # name -> PNG
+    figures: dict[str, Callable[[], plots.Picture]] = field(default_factory=dict)  # name -> what draws it
     out: Path | None = None
 
-    def figure(self, name: str, data: bytes | None, caption: str) -> tuple | None:
-        """Keeps a picture, and gives its block; None where there is nothing to draw."""
-        if data is None:
+    def charts(self, name: str, found: list[Chart], caption: str, off: frozenset[str] = frozenset()) -> tuple | None:
+        """The block of a group of charts, whose picture `write` draws; None for none. ``off``: labels not drawn at
+        first."""
+        if not found:
             return None
-        self.figures[name] = data
-        return "figure", name, caption
+        drawn = [c._replace(lines=[line for line in c.lines if line.label not in off]) for c in found]
+        self.figures[name] = partial(plots.draw, drawn)
+        return "charts", name, charts.as_json(found, off), caption
 
 
 def find_warnings(arms: list[Arm]) -> list[str]:
@@ -138,7 +151,7 @@ def run_row(arm: Arm, run: Run) -> list:
 def fact_blocks(arms: list[Arm]) -> list[tuple]:
     """What was run, where, how, and what happened on the way."""
     runs, rows = [(arm, run) for arm in arms for run in arm.runs], []
-    heads = "run", "arm", "state", "device", "commit", "started (UTC)", "seed", "steps", "tokens"
+    heads = "run", "arm", "state", "device", "commit", "started (UTC)", "seed|number", "steps", "tokens"
     blocks = section("What was run", table_of(heads, [run_row(*pair) for pair in runs], left=6))
     events = [(run.path.as_posix(), event) for _, run in runs for event in run.events]
     for kind, found in grouped(events, lambda pair: (pair[0], str(pair[1].get("event")))).items():
@@ -151,14 +164,21 @@ def fact_blocks(arms: list[Arm]) -> list[tuple]:
     flags = differing(arms, unread=True)
     rows = [[label_cell(arm), *(show(arm.config.get(k)) for k in flags)] for arm in arms if flags]
     blocks += section("Where the arms differ", table_of(["arm", *flags], rows, note=NOTES["arms"]), kind="h3")
-    shared = ", ".join(f"{k} {show(v)}" for k, v in arms[0].config.items() if k not in flags)
+    shared = ", ".join(f"{k} {show(v)}" for k, v in arms[0].config.items() if k not in flags and v not in (None, ""))
     blocks += section("What they share", shared and ("p", f"{shared}."), kind="h3")
-    commands = dict.fromkeys(str(command) for _, run in runs if (command := run.environment.get("command")))
+    commands = dict.fromkeys(command for _, run in runs if (command := command_of(run)))
     blocks += section("Commands", commands and ("code", "\n".join(commands)), kind="h3")
     packages = [{"python": run.environment.get("python")} | (run.environment.get("packages") or {}) for _, run in runs]
     versions = dict.fromkeys(", ".join(f"{k} {v}" for k, v in each.items() if v) for each in packages)
     says = "; ".join(filter(None, versions))
     return blocks + ([("p", f"Versions: {says}.")] if says else [])
+
+
+def command_of(run: Run) -> str:
+    """The command line that ran, as it can be typed; "" where the run does not say."""
+    said, ranks = str(run.environment.get("command") or ""), run.environment.get("world_size")
+    many = isinstance(ranks, int) and ranks > 1
+    return said and (f"torchrun --nproc_per_node {ranks} " if many else "python ") + said
 
 
 def sample_blocks(arms: list[Arm]) -> list[tuple]:
@@ -216,75 +236,120 @@ def head_line(arms: list[Arm]) -> str:
     models = [(a.config.get("model") or a.config.get("size"), a.config.get("data")) for a in arms]
     what = ", ".join(dict.fromkeys(f"{show(model)} on {show(data)}" for model, data in models))
     count = ", ".join(f"{len(of)} {word}" + "s" * (len(of) != 1) for of, word in ((arms, "arm"), (runs, "run")))
-    seeds = ", ".join(sorted({str(run.seed) for run in runs}))
+    seeds = sorted({str(run.seed) for run in runs})
     devices = "; ".join(sorted({str(run.environment.get("device") or "-") for run in runs}))
     count += f" ({sum(run.finished for run in runs)} finished)"
-    return f"{what}. {count}, seeds {seeds}, on {devices}. Written {datetime.datetime.now():%Y-%m-%d %H:%M}."
+    numbers = f"{len(seeds)} seed{'s' * (len(seeds) != 1)} (number{'s' * (len(seeds) != 1)} {', '.join(seeds)})"
+    return f"{what}. {count}, {numbers}, on {devices}. Written {datetime.datetime.now():%Y-%m-%d %H:%M}."
 
 
-def build(folders: list[str | Path], title: str = "") -> Report:
-    """Reads the run folders and makes the whole report in memory. Raises ValueError, one line, for bad input."""
-    arms, warnings = group_arms([load_run(folder) for folder in folders])
+def build(folders: list[str | Path], title: str = "", votes: list[str | Path] = ()) -> Report:
+    """Reads the run folders, and files of the human study's ``votes``, and makes the whole report in memory. Raises
+    ValueError, one line, for bad input."""
+    runs = [load_run(folder) for folder in folders]
+    arms, warnings = group_arms(runs)
     plots.assign_colours(arms)
-    done = [arm for arm in arms if arm.finished]
-    # The claims are of language models and of DPSM: without both there is nothing to hold against them.
     bowl = bowls(arms)
-    fot_tests = claim_tests(bowl)
-    trained = not bowl and any(a.config.get("script", "train_lm.py") == "train_lm.py" for a in arms)
-    claimed = trained or any(a.loss == "dpsm" for a in arms)
-    found = verdicts(arms, fot_tests) if claimed else []
-    dpsm_tests = [v.p for v in found]
-    rivals, pictures = bowl_blocks(bowl, dpsm_tests)
+    # All claims of a page are decided together.
+    rules, fot = claim_tests(bowl), fot_claims.rows(arms)
+    fot_p = [v.p for v in fot]
+    found = verdicts(arms, [*rules, *fot_p])
+    dpsm_p = [v.p for v in found]
+    fot = fot_claims.decide(fot, [*rules, *dpsm_p])
     report = Report(title or "Scorecast report", arms, find_warnings(arms) + warnings, found)
     report.blocks.append(("p", head_line(arms)))
+    first = answer_blocks(found, fot, [*rules, *fot_p, *dpsm_p])
+    report.answers = first[0][1]
+    report.blocks += first
     report.blocks += [("warn", report.warnings)] if report.warnings else []
-    graded, grades = forecast_blocks(arms)
-    report.blocks += rivals + graded
-    report.figures |= pictures | grades
-    for split, name in SPLIT_NAMES.items():
-        report.blocks += section(f"Results, {name}", tables.final_table(arms, split), kind="fold" if rivals else "h")
-        report.blocks += section(f"Summaries, {name}", tables.summary_table(arms, split), kind="h3")
-        report.blocks += summary_blocks(arms, split, name)
-    if not done:
-        report.blocks.append(("p", "No run has finished: there are curves, and no final numbers yet."))
-    report.blocks += answer_blocks(arms)
-    few = best_arms(done, MOST_PANELS)
-    sure = plots.answer_confidence(confidences(few), confidences(few, "before"), KINDS)
-    report.blocks += filter(None, [report.figure("confidence", sure, NOTES["confidence_figure"])])
-    if not rivals:  # with CE there would be as many as there are rules
-        report.blocks += section("Differences from CE, validation", tables.delta_table(arms))
-        report.blocks += section("Over all settings", tables.settings_table(arms), kind="h3")
-    note = NOTES["verdict"] + holm_words([*fot_tests, *dpsm_tests])
-    report.blocks += section("The claims of DPSM", claimed and ("p", note))
+    report.blocks += bowl_blocks(bowl, [*fot_p, *dpsm_p], report.charts)
+    report.blocks += curve_blocks(report) + result_blocks(report, folded=bool(bowl))
+    if found:
+        note = NOTES["verdict"] + holm_words([*rules, *fot_p, *dpsm_p])
+        report.blocks += [("h", "The claims of DPSM, arm by arm"), ("p", note)]
     for i, label in enumerate(dict.fromkeys(v.arm for v in found)):
         part = tables.verdict_table([v for v in found if v.arm == label])
         report.blocks += section(label, part, kind="fold" if i else "h3")
-    few = best_arms(arms, MOST_CURVES)
-    cut = f" {len(few)} of {len(arms)} arms: the best of each loss, then the next best." if few != arms else ""
-    curves = report.figure("curves", plots.curves(few, "val"), NOTES["curves"] + cut)
-    training = report.figure("training", plots.curves(few, "train"), NOTES["training"] + cut)
-    epochs = report.figure("epochs", plots.curves(few, "val", "epoch"), NOTES["epochs"] + cut)
-    report.blocks += section("Learning curves", curves, epochs, training)
-    for k, (name, x, y, cells, split) in enumerate(grids(arms), 1):
-        picture = plots.heat_maps(name, x, y, cells, SPLIT_NAMES[split])
-        report.blocks += section(f"{name}: {x} and {y}", report.figure(f"grid_{k}", picture, NOTES["grid"]))
-    few, reliability = best_arms(done, MOST_PANELS), []
-    for split, name in SPLIT_NAMES.items():
-        caption = f"{name.capitalize()}. {NOTES['reliability']}"
-        reliability.append(report.figure(f"reliability_{split}", plots.reliability(few, split), caption))
-    report.blocks += section("Reliability before and after temperature", *reliability)
-    report.blocks += section("Cost", tables.cost_table(arms)) + sample_blocks(best_arms(arms, MOST_PANELS))
+    report.blocks += section("Efficiency", tables.cost_table(arms)) + campaign_blocks(runs)
+    report.blocks += calibration_blocks(report) + sample_blocks(best_arms(arms, MOST_PANELS)) + study_blocks(votes)
+    report.blocks += robustness_blocks(arms) + grid_blocks(report) + forecast_blocks(arms, report.charts)
     report.blocks += fact_blocks(arms)
+    report.blocks += [("h", "Glossary"), ("glossary", GLOSSARY)]
     return report
 
 
+def curve_blocks(report: Report) -> list[tuple]:
+    """Learning curves; of many arms the best are drawn at first."""
+    more, few = best_arms(report.arms, MOST_SHOWN), best_arms(report.arms, MOST_CURVES)
+    off = frozenset(arm.label for arm in more if arm not in few)
+    cut = f" {len(more)} of {len(report.arms)} arms: the best of each loss, then the next best." * (more != report.arms)
+    cut += f" {len(off)} of them are switched off in the legend." if off else ""
+    parts = [
+        report.charts(name, charts.curves(more, kind, panels), NOTES[name] + cut, off)
+        for name, kind, panels in (("curves", "val", ""), ("epochs", "val", "epoch"), ("training", "train", ""))
+    ]
+    return section("Learning curves", *parts)
+
+
+def result_blocks(report: Report, folded: bool) -> list[tuple]:
+    """Final metrics of each split, GSM8K's, and differences from CE. ``folded``: of a grid of learning-rate rules."""
+    arms, blocks = report.arms, []
+    for split, name in SPLIT_NAMES.items():
+        blocks += section(f"Results, {name}", tables.final_table(arms, split), kind="fold" if folded else "h")
+        blocks += section(f"Summaries, {name}", tables.summary_table(arms, split), kind="h3")
+        blocks += summary_blocks(arms, split, name)
+    done = [arm for arm in arms if arm.finished]
+    if not done:
+        blocks.append(("p", "No run has finished: there are curves, and no final numbers yet."))
+    blocks += gsm8k_blocks(arms)
+    few = best_arms(done, MOST_PANELS)
+    sure = charts.answer_confidence(confidences(few), confidences(few, "before"), KINDS)
+    blocks += filter(None, [report.charts("confidence", sure, NOTES["confidence_figure"])])
+    if not folded:  # with CE there would be as many as there are rules
+        blocks += section("Differences from CE, validation", tables.delta_table(arms))
+        blocks += section("Over all settings", tables.settings_table(arms), kind="h3")
+    return blocks
+
+
+def calibration_blocks(report: Report) -> list[tuple]:
+    """Reliability of each split, and calibration beside perplexity."""
+    done, parts = [arm for arm in report.arms if arm.finished], []
+    for split, name in SPLIT_NAMES.items():
+        few = best_arms(done, MOST_PANELS)
+        caption = f"{name.capitalize()}. {NOTES['reliability']}"
+        if block := report.charts(f"reliability_{split}", charts.reliability(few, split), caption):
+            report.figures[block[1]] = partial(plots.reliability, few, split)  # with bars and counts, as papers have it
+            parts.append(block)
+    out = section("Reliability before and after temperature", *parts)
+    more = best_arms(done, MOST_SHOWN)
+    return out + section(
+        "Perplexity and calibration", report.charts("frontier", charts.frontier(more, "val"), NOTES["frontier"])
+    )
+
+
+def grid_blocks(report: Report) -> list[tuple]:
+    """Sensitivity: a map for each metric over two settings."""
+    blocks = []
+    for k, (name, x, y, cells, split) in enumerate(grids(report.arms), 1):
+        report.figures[f"grid_{k}"] = partial(plots.heat_maps, name, x, y, cells, SPLIT_NAMES[split])
+        maps = charts.heat_maps(x, y, cells)
+        block = "map", f"grid_{k}", maps, f"{SPLIT_NAMES[split].capitalize()}. {NOTES['grid']}"
+        blocks += section(f"Sensitivity of {name} to {x} and {y}", block)
+    return blocks
+
+
 def write(report: Report, out: str | Path) -> None:
-    """report.md, report.html and the PNGs into ``out``: whole into a temporary folder, then moved into place."""
+    """report.html, report.md, results.csv, results.tex and the figures as PNG and SVG into ``out``: whole into a
+    temporary folder, then moved into place."""
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; give a folder")
-    files = {"report.md": to_markdown(report).encode(), "report.html": to_html(report).encode()}
-    files |= {f"{name}.png": data for name, data in report.figures.items()}
+    files = {"report.md": to_markdown(report), "report.html": to_html(report)}
+    files |= {"results.csv": export.csv_text(report.arms), "results.tex": export.latex(report.arms, SPLIT_NAMES)}
+    files = {name: text.encode() for name, text in files.items()}
+    for name, draw in report.figures.items():
+        picture = draw()
+        files |= {f"{name}.png": picture, f"{name}.svg": picture.svg}
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".report-") as folder:
         for name, data in files.items():

@@ -1,4 +1,4 @@
-"""The claims under test: criteria, and what the runs say of each.
+"""The claims of DPSM under test: criteria, and what the runs say of each. FoT's are in fot_claims.py.
 
 Every criterion compares arms over the seeds that both finished. The verdict over seeds is `eval.stats.verdict`, at the
 level that Holm's procedure leaves over all claims of a page.
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from eval.report.runs import Arm, Run, reference, system_differences
-from eval.stats import claim_p, detectable, holm_level, seeds_needed, summarize, verdict
+from eval.stats import claim_p, detectable, holm_level, seeds_needed, summarize, t_interval, verdict
 from schedules.textlines import read_toml
 
 QUALITY = 0.95  # criterion 4: CE's last PPL is this share of the level that is timed
@@ -21,8 +21,8 @@ class Criterion(NamedTuple):
     number: int
     name: str
     definition: str
-    against: str  # the loss compared with
-    kind: str  # "difference" a - b, "change" 100 (a / b - 1), or "time"
+    against: str  # the loss compared with, or the schedules
+    kind: str  # "difference" a - b, "change" 100 (a / b - 1), "time"; of FoT "forecast" and "diverged" as well
     keys: tuple[str, str]  # of the two summaries
     direction: str
     threshold: float
@@ -30,10 +30,13 @@ class Criterion(NamedTuple):
     scale: float = 1.0
     system: bool = False  # needs the same device and settings of the system
     claim: bool = True  # False: for information
+    steps: int = 0  # of the runs that it is about; 0: of any
 
 
-_ROWS = read_toml(Path(__file__).with_name("claims.toml"))["criterion"]
-CRITERIA = tuple(Criterion(**row | {"keys": tuple(row["keys"])}) for row in _ROWS)
+_TABLES = read_toml(Path(__file__).with_name("claims.toml"))
+CRITERIA, FOT_CRITERIA = (
+    tuple(Criterion(**row | {"keys": tuple(row["keys"])}) for row in _TABLES[name]) for name in ("criterion", "fot")
+)
 
 
 class Verdict(NamedTuple):
@@ -53,6 +56,14 @@ class Verdict(NamedTuple):
     def count(self) -> str:
         """How many seeds have a value, and of how many: those that failed must not go unseen."""
         return f"{len(self.values)}" + (f" of {self.seeds}" if len(self.values) < self.seeds else "")
+
+    @property
+    def interval(self) -> str:
+        """Student's 95 % interval of the mean, "" where there is none."""
+        if len(self.values) < 2 or not all(map(math.isfinite, self.values)):
+            return ""
+        sign, digits = "" if self.criterion.kind in ("time", "forecast") else "+", digits_of(self.criterion)
+        return "{} to {}".format(*(f"{end:{sign}.{digits}f}" for end in t_interval(self.values)))
 
 
 def time_to(curve: list[tuple[float, float]], level: float) -> float | None:
@@ -117,12 +128,10 @@ def digits_of(c: Criterion) -> int:
     return 3 if c.unit in ("PPL", "nats") else 1
 
 
-def judge(c: Criterion, arm: Arm | None, arms: list[Arm]) -> Verdict:
+def judge(c: Criterion, arm: Arm, arms: list[Arm]) -> Verdict:
     """One row of the verdict, by shared seeds; ``verdict`` is empty where it takes the level of `decided`."""
-    sign = "" if c.kind == "time" else "+"
-    limit = f"{c.direction} {c.threshold:{sign if c.threshold else ''}g} {c.unit}"
-    values, other, why = [], None, f"missing: no {'finished ' if arm else ''}run with --loss dpsm"
-    if arm and arm.finished:
+    values, other, why = [], None, "missing: no finished run with --loss dpsm"
+    if arm.finished:
         other, why = reference(arm, arms, c.against)
     if other and c.system and (apart := system_differences(arm, other)):
         why = f"not comparable: {', '.join(apart)}"
@@ -131,7 +140,14 @@ def judge(c: Criterion, arm: Arm | None, arms: list[Arm]) -> Verdict:
         pairs = [(run, theirs[run.seed]) for run in arm.finished if run.seed in theirs]
         values = [v for a, b in pairs if (v := criterion_value(c, a, b)) is not None]
         why = "" if values else "not measured" if pairs else "missing: no seed that both arms finished"
-    of = c, arm.label if arm else "dpsm", other.label if other else c.against, values, len(arm.runs) if arm else 0
+    return row_of(c, arm.label, other.label if other else c.against, values, len(arm.runs), why)
+
+
+def row_of(c: Criterion, arm: str, against: str, values: list[float], seeds: int, why: str = "") -> Verdict:
+    """The row that ``values`` make, one a seed; ``why`` says why there is none."""
+    sign = "" if c.kind in ("time", "forecast") else "+"
+    limit = f"{c.direction} {c.threshold:{sign if c.threshold else ''}g} {c.unit}"
+    of = c, arm, against, values, seeds
     if why:
         return Verdict(*of, "-", limit, "-", why)
     never, n = values.count(math.inf), len(values)
@@ -150,8 +166,8 @@ def verdicts(arms: list[Arm], others: Sequence[float] = ()) -> list[Verdict]:
     """All criteria for every DPSM arm, those with most seeds first, and of these the lowest validation NLL.
 
     ``others``: the p-values of the page's other claims, which Holm's procedure takes in."""
-    under_test = [arm for arm in arms if arm.loss == "dpsm"] or [None]
-    under_test.sort(key=lambda a: (-len(a.finished), a.mean("val_nll")) if a else ())
+    under_test = [arm for arm in arms if arm.loss == "dpsm"]
+    under_test.sort(key=lambda a: (-len(a.finished), a.mean("val_nll")))
     rows = [judge(c, arm, arms) for arm in under_test for c in CRITERIA]
     level = holm_level([*(row.p for row in rows), *others])
     return [decided(row, level) for row in rows]

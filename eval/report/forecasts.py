@@ -1,15 +1,22 @@
-"""The forecasts that runs logged on their way, against the loss that they reached: errors and coverage."""
+"""The forecasts of every run against the loss that it reached: errors and coverage.
+
+A run whose rule measures logs its forecasts on the way. Of the others the report makes them afterwards, from the log up
+to there and the learning rates of the whole run, which the run had planned."""
 
 import statistics
 from typing import NamedTuple
 
-from eval.report import plots
+import numpy as np
+
+from eval.report.charts import Chart, Line
 from eval.report.runs import Arm, Run, finite
 from eval.report.tables import NOTES, Cell, Table, section, table_of
-from schedules.forecast import student_quantile
-from schedules.learn import FRACTIONS, LAST
+from schedules.forecast import Forecaster, student_quantile
+from schedules.learn import FRACTIONS, LAST, feed, stop_at
+from schedules.logs import Curve
 
 WIDE = student_quantile(0.975)  # half of the 95 % interval, in sds
+MOST_ROWS = 30  # of the table of runs, before it is folded
 
 
 class Graded(NamedTuple):
@@ -27,6 +34,15 @@ class Graded(NamedTuple):
 
     def inside(self, width: float) -> bool:
         return abs(self.mean - self.reached) <= width * self.sd
+
+
+class Forecasts(NamedTuple):
+    """Of one run that came to its last step."""
+
+    arm: Arm
+    run: Run
+    logged: bool  # on the way; else made afterwards
+    grades: list[Graded]  # one a fraction of FRACTIONS
 
 
 def reached(run: Run) -> float | None:
@@ -53,7 +69,33 @@ def grade(run: Run) -> list[Graded]:
     return out
 
 
-def forecast_table(grades: list[Graded]) -> Table | None:
+def grade_afterwards(run: Run) -> list[Graded]:
+    """The same of a run that logged none, as the forecaster would have said at each of FRACTIONS."""
+    rows = [[row["step"], finite(row.get("nll")), finite(row.get("lr"))] for row in run.train]
+    rows = [row for row in rows if row[1] is not None]
+    if reached(run) is None or len(rows) < 2:
+        return []
+    steps, losses, lrs = (np.array(column, dtype=np.float64) for column in zip(*rows, strict=True))
+    curve = Curve(run.path.name, "", steps, losses, None if np.isnan(lrs).any() else lrs)
+    out = []
+    for fraction in FRACTIONS:
+        stop = stop_at(curve, fraction)
+        made = feed(Forecaster(), curve, stop.seen).forecast(stop.end, stop.plan, window=stop.width)
+        out.append(Graded(fraction, made.mean, made.sd, stop.final))
+    return out
+
+
+def forecasts_of(arms: list[Arm]) -> list[Forecasts]:
+    """Of every run that came to its last step and has a log to forecast from."""
+    found = []
+    for arm, run in ((a, r) for a in arms for r in a.runs):
+        logged = grade(run)
+        if grades := logged or grade_afterwards(run):
+            found.append(Forecasts(arm, run, bool(logged), grades))
+    return found
+
+
+def forecast_table(grades: list[Graded], note: str = NOTES["forecasts"]) -> Table | None:
     """Errors and coverage by the fraction of the run, and over all."""
     rows = []
     for fraction in (*FRACTIONS, None):
@@ -69,19 +111,63 @@ def forecast_table(grades: list[Graded]) -> Table | None:
         error = Cell(f"{statistics.median(errors):.2f}", f"worst {max(errors):.1f}")
         rows.append([name, f"{len(made)} of {len(group)}", error, bias, *inside])
     heads = "made at", "forecasts", "error|median, %", "bias|mean, %", "in 68 %|%", "in 95 %|%"
-    return table_of(heads, rows, note=NOTES["forecasts"]) if grades else None
+    return table_of(heads, rows, note=note, foot=1) if grades else None
 
 
-def forecast_blocks(arms: list[Arm]) -> tuple[list[tuple], dict[str, bytes]]:
-    """Blocks of the report and the figure, none where no run that ended has logged a forecast."""
-    graded = [(arm.colour, graded_at) for arm in arms for run in arm.runs for graded_at in grade(run)]
-    if not graded:
-        return [], {}
-    points = [(colour, g.fraction, g.reached, g.mean, WIDE * g.sd) for colour, g in graded if g.mean is not None]
-    figure = {"forecasts": plots.forecasts(points)} if points else {}
-    picture = (
-        "figure",
-        "forecasts",
-        "What was forecast, with its 95 % interval, over what was reached; a colour an arm.",
-    )
-    return section("Forecasts", picture if points else None, forecast_table([grade for _, grade in graded])), figure
+def run_table(found: list[Forecasts]) -> Table | None:
+    """A row a run: each forecast, its error, and whether its 95 % interval held what was reached."""
+
+    def cell(g: Graded) -> Cell:
+        if g.mean is None:
+            return Cell("none")
+        held = "inside" if g.inside(WIDE) else "outside"
+        tone = "good" if held == "inside" else "bad"
+        return Cell(f"{g.mean:.3f} ± {WIDE * g.sd:.3f}", f"{g.error:+.2f} %, {held}", tone=tone)
+
+    rows = [
+        [Cell(f.run.path.as_posix(), colour=f.arm.colour), f.arm.label, "logged" if f.logged else "afterwards"]
+        + [f"{f.grades[0].reached:.3f}", *map(cell, f.grades)]
+        for f in found
+    ]
+    heads = "run", "arm", "made", "reached|NLL", *(f"at {fraction:.0%}|NLL ± 95 %" for fraction in FRACTIONS)
+    return table_of(heads, rows, left=3)
+
+
+def fan_chart(found: list[Forecasts]) -> Chart | None:
+    """Error of every forecast over the share of the run, with its 95 % interval where it was logged on the way."""
+    lines = []
+    for f in found:
+        total, final = f.run.config["steps"], f.grades[0].reached
+        rows = [(g.fraction * total, g.mean, g.sd) for g in f.grades]
+        if f.logged:
+            rows = [(row["step"], finite(row.get("forecast")), finite(row.get("sd"))) for row in f.run.fot]
+        rows = [(step, mean, sd) for step, mean, sd in rows if mean is not None and sd]
+        if not rows:
+            continue
+        ends = [[100 * (mean + k * WIDE * sd - final) / abs(final) for _, mean, sd in rows] for k in (0, -1, 1)]
+        notes = [f"{f.run.path.name}: {mean:.4g} ± {WIDE * sd:.2g}, reached {final:.4g}" for _, mean, sd in rows]
+        xs = [100 * step / total for step, *_ in rows]
+        look = dict(dash=f.arm.style, width=1, dots=not f.logged, notes=notes)
+        lines.append(
+            Line(f.arm.label, f.arm.colour, xs, *(ends if f.logged and len(found) <= 12 else ends[:1]), **look)
+        )
+    if not lines:
+        return None
+    late = [abs(y) for line in lines for x, y in zip(line.x, line.y, strict=True) if x >= 20]
+    view = (-1.3 * max(late), 1.3 * max(late)) if late and max(late) > 0 else None
+    title, marks = "Error of each forecast", [(0, "what was reached")]
+    return Chart(title, "share of the steps done (%)", "forecast - reached (%)", lines, view=view, marks=marks)
+
+
+def forecast_blocks(arms: list[Arm], figure) -> list[tuple]:
+    """Blocks of the report, none where no run that ended can be forecast. ``figure``: `build.Report.charts`."""
+    found = forecasts_of(arms)
+    chart = fan_chart(found)
+    parts = [figure("forecasts", [chart], NOTES["forecasts_figure"])] if chart else []
+    for logged, kind in ((True, "logged on the way"), (False, "made afterwards")):
+        grades = [g for f in found if f.logged == logged for g in f.grades]
+        note = NOTES["forecasts"] if logged else NOTES["forecasts_afterwards"]
+        parts += section(f"Forecasts {kind}", forecast_table(grades, note), kind="h3")
+    table = run_table(found)
+    parts += section("Run by run", table, kind="fold" if len(found) > MOST_ROWS else "h3")
+    return section("Forecasts of every run", *parts) if found else []

@@ -15,7 +15,7 @@ from eval.stats import holm, mcnemar_exact, paired, proportion_interval, rate_di
 from eval.verdicts import read_verdicts
 
 
-def answer_blocks(arms: list[Arm]) -> list[tuple]:
+def gsm8k_blocks(arms: list[Arm]) -> list[tuple]:
     """Blocks of the report, none where no run has answered GSM8K. Raises ValueError naming a broken verdicts.jsonl."""
     rates = [m.key for m in metrics.ANSWERS if m.name == "pass@1"]
     done = [arm for arm in arms if any(arm.values(key) for key in rates)]
@@ -29,7 +29,7 @@ def confidence_blocks(arms: list[Arm]) -> list[tuple]:
     for kind, columns in metrics.ANSWER_CONFIDENCE.items():
         for when, split in (("after training", ""), ("before training", "before")):
             had = [arm for arm in arms if any(arm.measured(m, split) for m in columns)]
-            lead = {"seeds": [len(arm.finished) for arm in had]}
+            lead = {"n|seeds": [len(arm.finished) for arm in had]}
             lead["rule"] = [", ".join(said([arm], f"{split}_answers_rule".lstrip("_"))) for arm in had]
             table = metric_table(had, lead, columns, split, interval=partial(interval_of, split=split))
             blocks += section(f"Confidence of answers: {kind}, {when}", table, kind="h3")
@@ -61,7 +61,7 @@ def confidences(arms: list[Arm], folder: str = "") -> list[tuple[Arm, dict[str, 
 
 
 def answer_table(arms: list[Arm]) -> Table | None:
-    lead = {"seeds": [len(arm.finished) for arm in arms]}
+    lead = {"n|seeds": [len(arm.finished) for arm in arms]}
     interval, columns = partial(interval_of, split=""), metrics.shown(metrics.ANSWERS, "table")
     return metric_table(arms, lead, columns, "", interval=interval, note=NOTES["answers"])
 
@@ -88,7 +88,7 @@ def paired_table(arms: list[Arm]) -> Table | None:
         rows.append([label_cell(arm), base.label, len(seeds), len(ids), difference, won, lost])
     for row, p in zip(rows, holm(tests), strict=True):
         row.append("-" if math.isnan(p) else p_text(p))
-    heads = "arm", "minus", "seeds", "problems", "difference in pp", "won", "lost", "p"
+    heads = "arm", "minus", "n|seeds", "problems", "difference in pp", "won", "lost", "p"
     return table_of(heads, rows, 2, NOTES["paired"])
 
 

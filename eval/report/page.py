@@ -1,60 +1,49 @@
 """The report's page as HTML, self-contained, and as Markdown. Cells, tables and blocks are those of build.py."""
 
 import base64
+import hashlib
+import json
 import re
-from html import escape
+from collections.abc import Iterator
 from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
 
 from schedules.textlines import read_text
 
-TAGS = {"h": "h2", "h3": "h3", "p": "p", "code": "pre"}
+HERE = Path(__file__).parent
+VENDOR = HERE / "vendor"  # uPlot 1.6.32, MIT, as it came from npm
 
 
-def to_html(report) -> str:
-    """One file: styles inside, pictures as data, no script and nothing fetched."""
-    title, css = escape(report.title), read_text(Path(__file__).with_name("page.css"))
-    body = "\n".join(html_block(block, report.figures, lede=i == 0) for i, block in enumerate(report.blocks))
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head>{head}<style>\n{css}</style></head>\n'
-        f"<body>\n<h1>{title}</h1>\n{body}\n</body>\n</html>\n"
+def every_block(blocks: list[tuple]) -> Iterator[tuple]:
+    """The blocks, and those that are folded into others."""
+    for block in blocks:
+        yield block
+        yield from every_block(block[2]) if block[0] == "fold" else ()
+
+
+def to_html(report, refresh: int = 0) -> str:
+    """One file that fetches nothing and runs no script but its own: others' texts are data in it. ``refresh``: seconds
+    after which the page reads itself again; 0: never."""
+    script, license = (read_text(VENDOR / name) for name in ("uPlot.iife.min.js", "LICENSE.uPlot.txt"))
+    script = f"/* uPlot: {license} */\n{script}\n{read_text(HERE / 'page.js')}"
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = "default-src 'none'; base-uri 'none'; form-action 'none'; style-src 'unsafe-inline'"
+    policy += f"; script-src 'sha256-{digest}'"
+    groups = {block[1]: block[2] for block in every_block(report.blocks) if block[0] == "charts"}
+    data = json.dumps(groups, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    heads = dict.fromkeys(block[1] for block in report.blocks if block[0] == "h")
+    page = Environment(autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True)
+    return page.from_string(read_text(HERE / "page.html")).render(
+        report=report,
+        refresh=refresh,
+        policy=policy,
+        ids={text: f"part-{i}" for i, text in enumerate(heads, 1)},
+        css=Markup(read_text(VENDOR / "uPlot.min.css") + read_text(HERE / "page.css")),
+        data=Markup(data),
+        script=Markup(script),
     )
-
-
-def html_block(block: tuple, figures: dict[str, bytes], lede: bool = False) -> str:
-    match block:
-        case ("h" | "h3" | "p" | "code") as kind, text:
-            return f"<{TAGS[kind]}{' class=lede' if lede else ''}>{escape(text)}</{TAGS[kind]}>"
-        case "warn", texts:
-            return "<div class=warn><ul>" + "".join(f"<li>{escape(text)}</li>" for text in texts) + "</ul></div>"
-        case "table", table:
-            return html_table(table)
-        case "figure", name, caption:
-            data = base64.b64encode(figures[name]).decode()
-            image = f'<img alt="{escape(name)}" src="data:image/png;base64,{data}">'
-            return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
-        case "samples", prompt, texts:
-            card = '<div class=sample style="border-color:{}"><b>{}</b><div class=text>{}</div></div>'
-            cards = "".join(card.format(cell.colour, escape(cell.text), escape(text)) for cell, text in texts)
-            return f'<div class="prompt text">{escape(prompt)}</div><div class=samples>{cards}</div>'
-        case "fold", title, blocks:
-            inner = "\n".join(html_block(b, figures) for b in blocks)
-            return f"<details><summary>{escape(title)}</summary>{inner}</details>"
-    raise ValueError(f"no such block: {block[0]!r}")
-
-
-def html_table(table) -> str:
-    def cell(c, column: int, tag: str) -> str:
-        classes = ["words"] * (column < table.left) + ["long"] * (len(c.text) > 40) + [c.tone] * bool(c.tone)
-        text = f"<b>{escape(c.text)}</b>" if c.bold else escape(c.text)
-        swatch = f'<span class=swatch style="background:{c.colour}"></span>' if c.colour else ""
-        small = f"<small>{escape(c.sub)}</small>" if c.sub else ""
-        return f'<{tag} class="{" ".join(classes)}">{swatch}{text}{small}</{tag}>'
-
-    rows = [(table.head, "th"), *((row, "td") for row in table.rows)]
-    body = "\n".join("<tr>" + "".join(cell(c, i, tag) for i, c in enumerate(row)) + "</tr>" for row, tag in rows)
-    note = f"<p class=note>{escape(table.note)}</p>" if table.note else ""
-    return f"<div class=wide><table>\n{body}\n</table></div>{note}"
 
 
 def to_markdown(report) -> str:
@@ -68,15 +57,19 @@ def markdown_block(block: tuple) -> str:
             return {"h": "## ", "h3": "### ", "p": ""}[kind] + plain(text)
         case "code", text:
             return indented(text)
+        case "answer", texts:
+            return "\n\n".join(f"**{plain(text)}**" for text in texts)
         case "warn", texts:
             return "\n".join(f"> - {plain(text)}" for text in texts)
         case "table", table:
             return markdown_table(table)
-        case "figure", name, caption:
+        case (("charts" | "map"), name, _, caption):
             return f"![{name}]({name}.png)\n\n{plain(caption)}"
         case "samples", prompt, texts:
             cards = (f"{plain(cell.text)}:\n\n{indented(text)}" for cell, text in texts)
             return "\n\n".join(["Prompt:", indented(prompt), *cards])
+        case "glossary", terms:
+            return "\n".join(f"- **{plain(term)}**: {plain(text)}" for term, text in terms)
         case "fold", title, blocks:
             return "\n\n".join([f"### {plain(title)}", *map(markdown_block, blocks)])
     raise ValueError(f"no such block: {block[0]!r}")

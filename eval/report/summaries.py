@@ -19,7 +19,7 @@ def summary_blocks(arms: list[Arm], split: str, name: str) -> list[tuple]:
     naming a broken file of predictions."""
     blocks = section(f"Summaries compared by text, {name}", paired_table(arms, split), kind="h3")
     had = [arm for arm in arms if any(arm.measured(m, split) for m in metrics.SUMMARY_CONFIDENCE)]
-    lead, interval = {"seeds": [len(arm.finished) for arm in had]}, partial(ends_under, split=split)
+    lead, interval = {"n|seeds": [len(arm.finished) for arm in had]}, partial(ends_under, split=split)
     note = NOTES["summary_confidence"]
     worth = metric_table(had, lead, metrics.SUMMARY_CONFIDENCE, split, interval=interval, note=note)
     return blocks + section(f"Confidence of summaries, {name}", worth, kind="h3")
@@ -73,4 +73,4 @@ def paired_table(arms: list[Arm], split: str) -> Table | None:
             under = t and f"[{t.boot_low:+.2f}, {t.boot_high:+.2f}], p {p_text(p, '= ')}"
             row.append(Cell(f"{t.mean:+.2f}", under) if t else "-")
     heads = [m for m in metrics.SUMMARIES if m.key in ROUGE]
-    return table_of(["arm", "minus", "seeds", "texts", *heads], rows, 2, NOTES["paired_texts"])
+    return table_of(["arm", "minus", "n|seeds", "texts", *heads], rows, 2, NOTES["paired_texts"])

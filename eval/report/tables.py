@@ -34,13 +34,14 @@ class Table(NamedTuple):
     rows: list[list[Cell]]
     left: int = 1  # columns of words, the others hold numbers
     note: str = ""
+    foot: int = 0  # rows at the end that are of all the others, and stay there
 
 
-def table_of(heads, rows, left: int = 1, note: str = "") -> Table | None:
+def table_of(heads, rows, left: int = 1, note: str = "", foot: int = 0) -> Table | None:
     """A table of ``heads``, each a text, "text|unit" or a metric, and rows of cells or texts; None without rows."""
     heads = (f"{h.name}|{h.unit}{ARROWS[h.better]}" if isinstance(h, Metric) else h for h in heads)
     rows = [[c if isinstance(c, Cell) else Cell(str(c)) for c in row] for row in rows]
-    return Table([Cell(*map(str.strip, head.split("|"))) for head in heads], rows, left, note) if rows else None
+    return Table([Cell(*map(str.strip, head.split("|"))) for head in heads], rows, left, note, foot) if rows else None
 
 
 def section(heading: str, *parts, kind: str = "h") -> list[tuple]:
@@ -127,7 +128,7 @@ def final_table(arms: list[Arm], split: str) -> Table | None:
     rows, columns = final_rows(arms), metrics.shown(metrics.TOKENS + metrics.TEMPERED, "table")
     if not any(row.measured(m, split) for row in rows for m in columns if m.key != "temperature"):
         return None
-    lead, note = {"seeds": [len(row.finished) for row in rows]}, NOTES["final"] if split == "val" else ""
+    lead, note = {"n|seeds": [len(row.finished) for row in rows]}, NOTES["final"] if split == "val" else ""
     bold, interval = not setting_differences(*rows), partial(ece_under, split=split)
     return metric_table(rows, lead, columns, split, bold=bold, interval=interval, note=note)
 
@@ -184,7 +185,7 @@ def delta_table(arms: list[Arm]) -> Table | None:
             t, p = found.get(metric), next(adjusted)
             size = t and f"{'+' if t.mean >= 0 else '-'}{metric.format(abs(t.mean))} ± {metric.format(t.sd)}"
             cells.append(Cell(size, f"p {p_text(p, '= ')}") if t else "-")
-    return table_of(["arm", "minus", "pairs", *columns], body, 2, NOTES["delta"])
+    return table_of(["arm", "minus", "n|seeds", *columns], body, 2, NOTES["delta"])
 
 
 def settings_table(arms: list[Arm]) -> Table | None:

@@ -79,6 +79,9 @@ def print_summary(report: Report) -> None:
         print(f"! and {len(report.warnings) - WARNINGS} more warnings in the report")
     if final_rows(report.arms):
         print_results(report.arms)
+    print()
+    for text in report.answers:
+        print(textwrap.fill(text, WIDTH - 2, subsequent_indent="  "))
     if report.verdicts:
         print_verdicts(report.verdicts)
 

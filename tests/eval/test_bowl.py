@@ -74,12 +74,13 @@ def test_claims_of_rules_are_tested_with_all_others_of_the_page(tmp_path):
         shifted = GRID | {"fot": [v + noise for v in GRID["fot"]]}
         folders += grid(tmp_path / str(number), shifted, seeds=(number,), noise=0)
     arms = arms_of(*folders)
-    alone, among = ({r[0].text: r for r in bowl_blocks(bowls(arms), more)[0][3][1].rows} for more in ((), (0.5, 0.6)))
+    blocks = [bowl_blocks(bowls(arms), more, lambda name, *about: ("charts", name)) for more in ((), (0.5, 0.6))]
+    alone, among = ({r[0].text: r for r in found[3][1].rows} for found in blocks)
     name = "mean regret below linear's"  # -0.3, sd 0.1: t = 5.196 of 3 seeds, p = 0.0351
     assert (alone[name][3].text, alone[name][3].sub) == ("not powered", "p = 0.035, finds 0.567 nats, needs 5 seeds")
     assert f"finds {0.1 * detectable(3, alpha=0.05 / 3):.3f} nats" in alone[name][3].sub
     assert f"finds {0.1 * detectable(3, alpha=0.05 / 5):.3f} nats" in among[name][3].sub
-    note = bowl_blocks(bowls(arms), (0.5, 0.6))[0][3][1].note
+    note = blocks[1][3][1].note
     assert note.endswith("5 claims are tested on this page; Holm's procedure over all decides those with p up to 0.01.")
 
 
@@ -105,7 +106,7 @@ def test_settings_are_apart_and_other_knobs_make_other_rules(tmp_path):
     assert [title for title, _ in found] == ["steps 1000", "steps 2000"]
     assert len(found[0][1]) == 6 and "linear lr_warmup=0.2" in [r.label for r in found[0][1]]
     assert bowls(arms_of(*grid(tmp_path / "d", {"linear": GRID["linear"]}))) == []  # one rule is no comparison
-    assert bowl_blocks(bowls(arms_of(*grid(tmp_path / "e", {"linear": GRID["linear"]})))) == ([], {})
+    assert bowl_blocks(bowls(arms_of(*grid(tmp_path / "e", {"linear": GRID["linear"]}))), (), None) == []
 
 
 def test_what_the_rules_decided(tmp_path):
@@ -123,8 +124,13 @@ def test_what_the_rules_decided(tmp_path):
 def test_the_report_puts_the_bowl_first_and_makes_no_claims_of_dpsm(tmp_path):
     report = rp.build(grid(tmp_path), "rules")
     heads = [b[1] for b in report.blocks if b[0] in ("h", "fold")]
-    assert heads[:2] == ["Learning-rate rules", "Results, validation"]
-    assert "The claims of DPSM" not in heads and not report.verdicts
-    assert report.figures["bowl_1"].startswith(b"\x89PNG")
+    assert heads[:3] == ["The claims", "Learning-rate rules", "Learning curves"]
+    assert not any("DPSM" in head for head in heads) and not report.verdicts
+    assert [text.partition(":")[0] for text in report.answers] == ["FoT (fot)"]
+    chart = next(b[2] for b in report.blocks if b[0] == "charts" and b[1] == "bowl_1")["charts"][0]
+    line = next(line for line in chart["lines"] if line["label"] == "wsd")
+    assert line["x"] == list(PEAKS) and line["y"] == [3.3, 3.2, 3.9] and line["high"] == [3.31, 3.21, 3.91]
+    assert chart["log"] == "x"
+    assert report.figures["bowl_1"]().startswith(b"\x89PNG")
     rp.write(report, tmp_path / "out")
     assert "mean regret below wsd" in (tmp_path / "out" / "report.md").read_text()

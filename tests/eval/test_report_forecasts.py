@@ -6,7 +6,7 @@ import math
 from invented_runs import arms_of, write_run
 
 from eval.report import build as rp
-from eval.report.forecasts import forecast_blocks, forecast_table, grade
+from eval.report.forecasts import WIDE, forecast_table, forecasts_of, grade, run_table
 
 REACHED = 3.0
 
@@ -43,12 +43,33 @@ def test_runs_without_forecasts_or_an_end_are_not_graded(tmp_path):
     none = [(s, None, None) for s in (100, 500)]
     runs = runs_of(folder(tmp_path, "literal", none), folder(tmp_path, "short", [(100, 3.0, 0.1)], last=800, seed=2))
     assert [grade(run) for run in runs] == [[], []]
-    assert forecast_blocks(arms_of(folder(tmp_path, "b", none))) == ([], {})
+    assert forecasts_of(arms_of(folder(tmp_path, "short2", none, last=800))) == []
 
 
 def test_the_report_shows_predicted_against_reached_over_all_runs(tmp_path):
     folders = [folder(tmp_path, f"r{i}", [(100, 3 + i / 10, 0.15), (500, 3.0, 0.1)], seed=i) for i in range(4)]
     report = rp.build(folders, "forecasts")
-    assert ("h", "Forecasts") in report.blocks and report.figures["forecasts"][:4] == b"\x89PNG"
+    assert ("h", "Forecasts of every run") in report.blocks and report.figures["forecasts"]()[:4] == b"\x89PNG"
     table = next(b[1] for b in report.blocks if b[0] == "table" and b[1].head[0].text == "made at")
     assert [c.text for c in table.rows[0]] == ["10%", "4 of 4", "5.00", "+5.00", "50", "100"]  # 0, 0.1, 0.2 and 0.3 off
+
+
+def test_a_run_that_logged_none_is_forecast_afterwards_from_its_own_log(tmp_path):
+    """A power law in the step, with its learning rates: the forecaster knows it, and is told no more than was known."""
+    path = write_run(tmp_path / "plain", config={"steps": 1000}, curve=[(1000, 20.0, math.exp(3))])
+    loss = {step: 2.0 + 6.0 * step**-0.5 for step in range(10, 1010, 10)}
+    rows = [{"kind": "train", "step": step, "loss": v, "nll": v, "lr": 1e-3} for step, v in loss.items()]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    logged = folder(tmp_path, "logged", [(500, 3.06, 0.05)], seed=2)
+    plain, other = forecasts_of(arms_of(path, logged))
+    assert (plain.logged, other.logged) == (False, True)
+    late = plain.grades[-1]
+    assert late.reached == (loss[990] + loss[1000]) / 2 and abs(late.error) < 1 and late.inside(WIDE)
+    cells = run_table([plain, other]).rows
+    assert [c.text for c in cells[0][2:4]] == ["afterwards", f"{late.reached:.3f}"]
+    assert cells[1][6].text == f"3.060 ± {WIDE * 0.05:.3f}" and cells[1][6].sub == "+2.00 %, inside"
+    spoilt = {step: v if step <= 750 else 9.0 for step, v in loss.items()}  # what came later is not known at 75 %
+    rows = [{"kind": "train", "step": step, "loss": v, "nll": v, "lr": 1e-3} for step, v in spoilt.items()]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    [again] = forecasts_of(arms_of(path))
+    assert again.grades[-1].mean == late.mean and again.grades[-1].reached == 9.0

@@ -1,6 +1,7 @@
 """The page is one self-contained file that shows all of a report, hostile text included."""
 
 import base64
+import hashlib
 import re
 from html.parser import HTMLParser
 
@@ -8,7 +9,7 @@ import pytest
 from invented_runs import falling, three_losses, write_run
 
 from eval.report import build as rp
-from eval.report import plots
+from eval.report import charts
 
 
 class Page(HTMLParser):
@@ -53,12 +54,19 @@ def test_html_is_one_file_that_fetches_nothing(page):
     text = (page.out / "report.html").read_text()
     parsed = Page(text)
     assert not parsed.open
-    assert {link.split(",")[0] for link in parsed.links} == {"data:image/png;base64"}
-    assert not set(parsed.tags) & {"script", "link", "iframe", "object", "base"}
-    assert "url(" not in text and "@import" not in text and not re.search(r"https?:", text)
-    pictures = [base64.b64decode(link.split(",")[1]) for link in parsed.links]
-    assert pictures == [(page.out / f"{name}.png").read_bytes() for name in page.figures]
-    assert set(page.figures) == {"curves", "training", "reliability_val"}
+    assert all(link.startswith("#part-") for link in parsed.links) and len(parsed.links) > 6  # the contents
+    assert not set(parsed.tags) & {"link", "iframe", "object", "base", "img"} and parsed.tags.count("script") == 2
+    addresses = re.findall(r"https?:[^ ]*", text)
+    assert "url(" not in text and "@import" not in text and addresses == ["https://github.com/leeoniya/uPlot"]
+    script = text.rpartition("<script>")[2].partition("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = re.search('Content-Security-Policy" content="([^"]*)"', text)[1].replace("&#39;", "'")
+    assert f"script-src 'sha256-{digest}'" in policy and "default-src 'none'" in policy
+    assert "Permission is hereby granted, free of charge" in script  # uPlot's licence goes with it
+    assert set(page.figures) == {"curves", "training", "reliability_val", "frontier", "forecasts"}
+    for name in page.figures:
+        assert (page.out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert b"<svg" in (page.out / f"{name}.svg").read_bytes()
 
 
 def test_html_shows_hostile_text_as_text(page):
@@ -82,7 +90,13 @@ def test_markdown_tables_keep_their_columns_and_pictures_exist(page):
 
 def test_the_page_says_what_was_run(page):
     text = "".join(Page((page.out / "report.html").read_text()).text)
-    for fact in ("fixture device", "train_lm.py --fixture", ("f1x7u2e" * 5)[:10], "torch 0.0", "7 runs (6 finished)"):
+    for fact in (
+        "fixture device",
+        "python train_lm.py --fixture",
+        ("f1x7u2e" * 5)[:10],
+        "torch 0.0",
+        "7 runs (6 finished)",
+    ):
         assert fact in text
     assert "nonfinite_loss" in text and "300 to 320" in text
     assert "Distinct-2" in text and "0.830" in text and "MB = 1e6 bytes" in text
@@ -90,8 +104,8 @@ def test_the_page_says_what_was_run(page):
 
 def test_an_unfinished_run_is_in_the_curves_only(page):
     focal = next(arm for arm in page.arms if arm.loss == "focal")
-    assert not focal.finished and plots.points(focal.runs[0], "val", "step", "ppl")
+    assert not focal.finished and charts.points(focal.runs[0], "val", "step", "ppl")
     assert any("UNFINISHED" in w and "half" in w and "step 400 of 1000" in w for w in page.warnings)
     tables = [block[1] for block in page.blocks if block[0] == "table"]
-    results = next(t for t in tables if t.head[1].text == "seeds")
+    results = next(t for t in tables if t.head[1] == ("n", "seeds", False, "", ""))
     assert [line[0].text for line in results.rows] == ["ce", "ce + temperature", "brier", "dpsm"]

@@ -5,7 +5,7 @@ import json
 import pytest
 from invented_runs import arms_of, bins, write_run
 
-from eval.report import plots
+from eval.report import charts, plots
 from kernels import Calibration
 
 
@@ -13,13 +13,13 @@ def test_the_band_is_mean_and_range_over_the_steps_that_all_seeds_have(tmp_path)
     curves = ([(1, 10, 8.0), (2, 20, 4.0), (3, 30, 2.0)], [(1, 14, 6.0), (2, 22, 5.0)])
     folders = [write_run(tmp_path / f"{s}", config={"seed": s}, summary={}, curve=c) for s, c in enumerate(curves)]
     (arm,) = arms_of(*folders)
-    assert plots.band(arm.runs, "val", "train_seconds", "ppl") == ([12, 21], [7, 4.5], [6, 4], [8, 5])
+    assert charts.band(arm.runs, "val", "train_seconds", "ppl") == ([12, 21], [7, 4.5], [6, 4], [8, 5])
 
 
 def test_the_first_points_do_not_squash_the_view(tmp_path):
     curve = [(100 * k, k, 50_000.0 if k == 1 else 60.0 - k) for k in range(1, 11)]
     (arm,) = arms_of(write_run(tmp_path / "run", summary={}, curve=curve))
-    assert plots.frame([arm], "val", "ppl", skip=0.2) == (50.0, 57.0)
+    assert charts.frame([arm], "val", "ppl", skip=0.2) == (50.0, 57.0)
 
 
 def test_reliability_adds_the_bins_up_and_averages_the_ece(tmp_path):
@@ -28,16 +28,16 @@ def test_reliability_adds_the_bins_up_and_averages_the_ece(tmp_path):
         for s, sharpness in ((1, 1.0), (2, 1.5))
     ]
     (arm,) = arms_of(*folders)
-    curve, ece = plots.pooled(arm, "val", "raw", 10)
+    curve, ece = charts.pooled(arm, "val", "raw", 10)
     each = [Calibration.from_bins(bins(sharpness)) for sharpness in (1.0, 1.5)]
     assert curve["count"] == [2 * n for n in each[0].reliability(10)["count"]]  # the same confidences, twice
     assert ece == pytest.approx((each[0].ece(10) + each[1].ece(10)) / 2, rel=1e-12)  # a mean of two doubles
-    assert plots.pooled(arm, "test", "raw", 10) is None
+    assert charts.pooled(arm, "test", "raw", 10) is None
 
 
 def test_a_run_without_a_temperature_has_the_reliability_before_it_alone(tmp_path):
     folder = write_run(tmp_path / "run", summary={"temperature": None})
     (folder / "calibration.json").write_text(json.dumps({"val": {"raw": bins(1.3), "scaled": None}, "test": None}))
     (arm,) = arms_of(folder)
-    assert set(arm.runs[0].calibration) == {("val", "raw")} and plots.pooled(arm, "val", "scaled", 10) is None
+    assert set(arm.runs[0].calibration) == {("val", "raw")} and charts.pooled(arm, "val", "scaled", 10) is None
     assert plots.reliability([arm], "val").startswith(b"\x89PNG")

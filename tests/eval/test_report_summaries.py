@@ -39,7 +39,7 @@ def test_arms_are_paired_by_text_in_the_mean_of_their_seeds(tmp_path):
     deltas = [0.0, 10.0, 40.0, 10.0]
     low, high = bootstrap_interval(deltas, resamples=1000)
     p = min(1, 4 * scipy.stats.ttest_1samp(deltas, 0).pvalue)  # four columns
-    assert (line["minus"].text, line["seeds"].text, line["texts"].text) == ("ce", "2", "4")
+    assert (line["minus"].text, line["n seeds"].text, line["texts"].text) == ("ce", "2", "4")
     assert line["ROUGE-1 F1, % ↑"][:2] == ("+15.00", f"[{low:+.2f}, {high:+.2f}], p = {p:.3f}")
 
 

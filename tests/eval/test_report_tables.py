@@ -27,7 +27,7 @@ def test_final_table_holds_mean_and_sd_in_the_units_of_its_head(tmp_path):
     # By hand: mean and sd of 30, 31, 32 are 31 and 1; of 3, 4, 5 %, 4 and 1.
     assert ce["PPL per token ↓"][:2] == ("31.00", "± 1.00")
     assert ce["ECE 10 bins, % ↓"][:2] == ("4.00", "± 1.00")
-    assert ce["Accuracy % ↑"][:2] == ("25.00", "± 0.00") and ce["seeds"].text == "3"
+    assert ce["Accuracy % ↑"][:2] == ("25.00", "± 0.00") and ce["n seeds"].text == "3"
     assert brier["PPL per token ↓"][:2] == ("30.00", "") and brier["Spherical loss, 0 to 1 ↓"].text == "-"
     after = row(table, "ce + temperature")
     assert after["PPL per token ↓"].text == "30.00" and after["NLL nats per token ↓"].text == "3.0000"
@@ -96,7 +96,7 @@ def test_differences_from_ce_are_paired_by_seed_and_holm_corrected(tmp_path):
     # for the 11 that are left; the other metrics do not differ.
     assert row(table, "dpsm")["PPL per token ↓"][:2] == ("+0.20 ± 0.10", "p = 0.890")
     assert row(table, "brier")["PPL per token ↓"][:2] == ("+3.00 ± 1.73", "p = 1.000")
-    assert row(table, "dpsm")["NLL after T nats per token ↓"].text == "-" and row(table, "dpsm")["pairs"].text == "3"
+    assert row(table, "dpsm")["NLL after T nats per token ↓"].text == "-" and row(table, "dpsm")["n seeds"].text == "3"
 
 
 def test_changes_over_settings_have_an_interquartile_mean(tmp_path):
