@@ -59,7 +59,7 @@ def row(run: Path) -> dict:
 
 def _row(run: Path, config: dict, summary: dict, environment: dict) -> dict:
     adapter = run / "adapter" / "adapter_model.safetensors"
-    on_device = summary["peak_memory_of"] == "CUDA allocations"
+    on_device = summary["peak_memory_of"].startswith("CUDA allocations")
     rule = main_rule(config["format"])
     versions: Mapping = environment.get("packages") or {}
     return {

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import dataclasses
+import gc
 import logging
 import os
 import platform
@@ -175,6 +176,23 @@ def peak_memory(device: torch.device) -> int | None:
     except ImportError:
         return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def forget_peak(device: torch.device) -> bool:
+    """Lets `peak_memory` count from now on; whether it does. On CPU that takes Linux's /proc/self/clear_refs, and what
+    was freed goes back to the system first, as far as glibc can: it counts as resident."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    gc.collect()
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # no glibc; Windows
+        ctypes.CDLL(None).malloc_trim(0)
+    try:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+    except OSError:
+        return False
+    return True
 
 
 def to_device(t: Tensor, device: torch.device) -> Tensor:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from runtime.dry_run import Rehearsal, estimate, weight_count
-from runtime.machine import EnergyMeter, device_name, peak_flops, peak_memory, rng_states, set_rng_states
+from runtime.machine import EnergyMeter, device_name, forget_peak, peak_flops, peak_memory, rng_states, set_rng_states
 from runtime.process import Stopped, StopRequest
 from runtime.pulse import Pulse
 
@@ -159,6 +159,7 @@ class Meter:
             self.pulse = Pulse(self.world.rank, self.world.size, dist.distributed_c10d._get_default_store())
             self.pulse.start()
         self._clocked = self.tokens
+        self._alone = forget_peak(self.world.device)  # what tokenising took is not training's
         self._steps = Agreement(self.stop, self.world, self.step)
         self.go_on()
         if self.owed:
@@ -362,7 +363,8 @@ class Meter:
             "energy_joules": self.joules if self._read is not None and math.isfinite(self.joules) else None,
             "divergences": int(health["divergences"]),
             "skipped_steps": int(health["skipped"]),
-            "peak_memory_of": "CUDA allocations" if world.device.type == "cuda" else "process resident set",
+            "peak_memory_of": ("CUDA allocations" if world.device.type == "cuda" else "process resident set")
+            + " of the loop alone" * self._alone,
             "device": device_name(world.device),
             "world_size": world.size,
             "dtype": str(dtype).removeprefix("torch."),

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from eval import metrics
 from kernels import Calibration, softmax_moments
 from runtime.folder import RunFolder
-from runtime.machine import World
+from runtime.machine import World, peak_memory
 from runtime.meter import DivergenceWatch, Meter
 from runtime.process import Stopped
 
@@ -229,3 +230,20 @@ def test_a_signal_after_the_last_step_is_not_lost(tmp_path):
     meter.stop.signal = "SIGINT"
     with pytest.raises(Stopped, match="SIGINT"):
         meter.end()
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="only Linux forgets a peak")
+def test_peak_memory_is_that_of_the_loop_alone(tmp_path):
+    """400 MB before the loop are not training's, 100 MB in it are; the rest of the process is in both."""
+    before = torch.ones(100_000_000)  # fp32
+    high = peak_memory(CPU)
+    del before
+    meter = new_meter(tmp_path)
+    meter.start()
+    begun = peak_memory(CPU)
+    inside = torch.ones(25_000_000)
+    step(meter)
+    del inside
+    meter.end()
+    assert begun < high - 350e6 and 90e6 < meter.memory - begun < 150e6
+    assert meter.summary(1.0, torch.float32)["peak_memory_of"] == "process resident set of the loop alone"
