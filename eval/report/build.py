@@ -338,13 +338,13 @@ def grid_blocks(report: Report) -> list[tuple]:
     return blocks
 
 
-def write(report: Report, out: str | Path) -> None:
+def write(report: Report, out: str | Path, refresh: int = 0) -> None:
     """report.html, report.md, results.csv, results.tex and the figures as PNG and SVG into ``out``: whole into a
-    temporary folder, then moved into place."""
+    temporary folder, then moved into place. ``refresh``: see `to_html`."""
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; give a folder")
-    files = {"report.md": to_markdown(report), "report.html": to_html(report)}
+    files = {"report.md": to_markdown(report), "report.html": to_html(report, refresh)}
     files |= {"results.csv": export.csv_text(report.arms), "results.tex": export.latex(report.arms, SPLIT_NAMES)}
     files = {name: text.encode() for name, text in files.items()}
     for name, draw in report.figures.items():

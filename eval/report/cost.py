@@ -22,6 +22,14 @@ def campaign_blocks(runs: list[Run]) -> list[tuple]:
     return [("h", "Campaign"), *blocks] if blocks else []
 
 
+def given_up(run: Run) -> bool:
+    """Whether its campaign will not go on with it: it failed, or was pruned."""
+    path = run.path.parent / NAME
+    runs = read_json(path, dict).get("runs") if path.is_file() else {}
+    about = runs.get(run.path.name) if isinstance(runs, dict) else {}
+    return isinstance(about, dict) and about.get("state") in ("failed", "pruned")
+
+
 def of_file(path: Path) -> list[tuple]:
     row = read_json(path, dict)
     runs = row.get("runs")

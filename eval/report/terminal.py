@@ -1,22 +1,32 @@
 """Compares runs: one page of tables, curves and verdicts, from run folders alone.
 
     python -m eval.report runs/A runs/B ... --out reports/NAME --title "DPSM on WikiText-103"
+    python -m eval.report runs/* --out report --live 60           # anew every minute until all have ended
+    python -m eval.report --compare runs/A runs/B                 # settings, code, place, results
 
-Runs that differ only in seed and bookkeeping form an arm (eval.report.runs). The page is written three times: as
-`report.md`, as one self-contained `report.html`, and as a short table on the terminal. Every statistic over seeds is
-eval.stats'; a number that was not measured is a dash.
+Runs that differ only in seed and bookkeeping form an arm (eval.report.runs). The page is written as one self-contained
+`report.html` and as `report.md`, with the final metrics as `results.csv` and `results.tex` and the figures as PNG and
+SVG beside it, and as a short table on the terminal. Every statistic over seeds is eval.stats'; a number that was not
+measured is a dash.
 """
 
 import math
+import sys
 import textwrap
+import time
+from pathlib import Path
 
 from eval import metrics
 from eval.metrics import Metric
 from eval.report.build import Report, build, write
+from eval.report.compare import compared
+from eval.report.cost import given_up
 from eval.report.tables import final_rows, mean_cell
 from runtime.cli import Parser, user_errors
 from schedules.commandline import alive
+from schedules.textlines import read_rows
 
+ENDED = ("finished", "diverged")  # states of a run that will not go on by itself
 WIDTH = 110  # columns of the terminal
 LABEL, WARNINGS = 33, 6  # columns of an arm's label; warnings that are printed
 
@@ -90,16 +100,63 @@ def short(text: str, width: int) -> str:
     return text if len(text) <= width else text[: width - 2] + ".."
 
 
+def has_begun(run: Path) -> bool:
+    """Whether it has logged a row that a report can show."""
+    path = run / "metrics.jsonl"
+    rows = read_rows(path, half=[]) if path.is_file() else ()
+    return any(isinstance(row, dict) and row.get("kind") in ("train", "val") for _, row in rows)
+
+
+def follow(args) -> Report:
+    """Writes the report again and again until all runs have finished or ended, waiting for those that have not begun.
+    Returns the last one."""
+    while True:
+        begun = [run for run in args.runs if has_begun(Path(run))]
+        waiting = len(args.runs) - len(begun)
+        report = built(args, begun) if begun else None
+        runs = [run for arm in report.arms for run in arm.runs] if report else []
+        going = sum(not run.state.startswith(ENDED) and not given_up(run) for run in runs)
+        if report:
+            write(report, args.out, refresh=args.live if going or waiting else 0)
+        print(f"{len(runs) - going} runs ended, {going} going on, {waiting} not begun", file=sys.stderr, flush=True)
+        if not going and not waiting:
+            return report
+        time.sleep(args.live)
+
+
+def built(args, runs: list[str]) -> Report:
+    return build(runs, args.title, args.preference)
+
+
 @alive()
 def main(argv: list[str] | None = None) -> int:
-    usage = "%(prog)s RUN [RUN ...] --out DIR [--title TITLE]"
+    usage = "%(prog)s RUN [RUN ...] --out DIR [flags]\n       %(prog)s --compare A B"
     parser = Parser(prog="python -m eval.report", usage=usage, description=__doc__.split("\n")[0])
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, finished or not")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder for report.md, report.html and the figures")
-    parser.add_argument("--title", default="", help="heading of the report")
+    add = parser.add_argument
+    add("runs", nargs="*", metavar="RUN", help="run folders, finished or not")
+    add("--out", metavar="DIR", help="folder for report.html, report.md, results.csv, results.tex and the figures")
+    add("--title", default="", help="heading of the report")
+    text = "files of the human study, votes or eval.preference tally --json"
+    add("--preference", nargs="+", default=[], metavar="VOTES", help=text)
+    text = "write it anew every so many seconds until all runs have ended (30 without a number)"
+    add("--live", type=int, nargs="?", const=30, metavar="SECONDS", help=text)
+    text = "print what differs between two runs in settings, code, place and results"
+    add("--compare", nargs=2, metavar=("A", "B"), help=text)
     args = parser.parse_args(argv)
     with user_errors():
-        report = build(args.runs, args.title)
-        write(report, args.out)
+        if args.compare:
+            if args.runs or args.out or args.live:
+                raise ValueError("--compare takes two runs and nothing else")
+            print(compared(*args.compare))
+            return 0
+        if not args.runs or not args.out:
+            raise ValueError("give run folders and --out DIR, or --compare A B")
+        if args.live is not None and args.live < 1:
+            raise ValueError(f"--live {args.live}: expected seconds, 1 or more")
+        if args.live:
+            report = follow(args)
+        else:
+            report = built(args, args.runs)
+            write(report, args.out)
     print_summary(report)
     return 0
