@@ -30,6 +30,7 @@ from math import isinf
 BOM = b"\xef\xbb\xbf"
 CONVERT, MEND = "convert it to UTF-8, or take it away", "mend the line, or take it away"
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")  # may begin or be half a pair
+_HUGE = re.compile(r"[eE]\+?[0-9]{3}|[0-9]{200}")  # may be beyond the largest float; only then each one is looked at
 _LONG = re.compile(r"[0-9]{309}")  # may be an integer beyond the largest float
 _PATH = str | os.PathLike
 
@@ -92,7 +93,8 @@ def parse_json(text: str | bytes, where: _PATH, line: int | None = 1, *, nan: bo
 
     try:
         more = {"parse_int": integer} if _LONG.search(text) else {}
-        value = json.loads(text, parse_constant=constant, parse_float=number, **more)
+        more |= {"parse_float": number} if _HUGE.search(text) else {}
+        value = json.loads(text, parse_constant=constant, **more)
         if _HALF.search(text):
             json.dumps(value, ensure_ascii=False).encode()
         return value

@@ -44,17 +44,16 @@ class Chart(NamedTuple):
     marks: list[tuple[float, str]] = ()  # y, label
 
 
+def every_nth(values: list, most: int) -> list:
+    """At most ``most`` of the values, evenly, and the last one; done twice it is as done once."""
+    n = -(-(len(values) - 1) // most)
+    return [*values[:-1:n], *values[-1:]] if n > 1 else values
+
+
 def thinned(line: Line, most: int = MOST_POINTS) -> Line:
     """The line with at most ``most`` points and the last one."""
-    n = -(-len(line.x) // most)
-    if n < 2:
-        return line
-
-    def some(values: list) -> list:
-        return values[:-1:n] + values[-1:] if values else values
-
     fields = ("x", "y", "low", "high", "notes")
-    return line._replace(**{name: some(getattr(line, name)) for name in fields})
+    return line._replace(**{name: every_nth(getattr(line, name), most) for name in fields})
 
 
 def log_ticks(low: float, high: float) -> list[float]:
@@ -69,17 +68,21 @@ def log_ticks(low: float, high: float) -> list[float]:
     return [step * k for k in range(int(low / step), int(high / step) + 1) if low <= step * k <= high]
 
 
-def points(run: Run, kind: str, x: str, y: str) -> list[tuple[int, float, float]]:
-    """(step, x, y) of the rows of ``kind`` in which both are finite numbers."""
-    rows = ((row.get("step"), row.get(x), row.get(y)) for row in getattr(run, kind))
+def points(run: Run, kind: str, x: str, y: str, most: int = MOST_POINTS) -> list[tuple[int, float, float]]:
+    """(step, x, y) of the rows of ``kind`` in which both are finite numbers; of more than ``most`` rows every n-th,
+    and the last."""
+    rows = getattr(run, kind)
+    rows = ((row.get("step"), row.get(x), row.get(y)) for row in every_nth(rows, most))
     return [row for row in rows if None not in map(finite, row)]
 
 
 def band(runs: list[Run], kind: str, x: str, y: str) -> tuple[list, list, list, list]:
-    """Over the steps that all ``runs`` have: mean x, mean y, smallest and largest y."""
-    by_step = [{step: (a, b) for step, a, b in points(run, kind, x, y)} for run in runs]
-    steps = sorted(set.intersection(*map(set, by_step))) if by_step else []
-    xs, ys = ([[found[step][i] for found in by_step] for step in steps] for i in (0, 1))
+    """Over the steps that all ``runs`` have, thinned: mean x, mean y, smallest and largest y."""
+    by_step = [{row["step"]: row for row in getattr(run, kind)} for run in runs]
+    steps = every_nth(sorted(set.intersection(*map(set, by_step))), MOST_POINTS) if by_step else []
+    found = [[(finite(rows[step].get(x)), finite(rows[step].get(y))) for rows in by_step] for step in steps]
+    found = [at for at in found if not any(None in pair for pair in at)]
+    xs, ys = ([[pair[i] for pair in at] for at in found] for i in (0, 1))
     return [*map(statistics.fmean, xs)], [*map(statistics.fmean, ys)], [*map(min, ys)], [*map(max, ys)]
 
 

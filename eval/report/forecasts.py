@@ -49,11 +49,11 @@ def reached(run: Run) -> float | None:
     """The mean NLL of training over the last 2 % of the steps, or the last log line where that is longer; None for a
     run that did not come to its last step."""
     total = finite(run.config.get("steps"))
-    rows = [row for row in run.train if finite(row.get("nll")) is not None]
-    if not rows or not total or rows[-1]["step"] < total:
+    if not total or not run.train or run.train[-1]["step"] < total:
         return None
-    late = [row for row in rows if row["step"] > (1 - LAST) * total]
-    return statistics.fmean(row["nll"] for row in late)
+    late = [finite(row.get("nll")) for row in run.train if row["step"] > (1 - LAST) * total]
+    late = [v for v in late if v is not None]
+    return statistics.fmean(late) if late else None
 
 
 def grade(run: Run) -> list[Graded]:
@@ -71,11 +71,11 @@ def grade(run: Run) -> list[Graded]:
 
 def grade_afterwards(run: Run) -> list[Graded]:
     """The same of a run that logged none, as the forecaster would have said at each of FRACTIONS."""
-    rows = [[row["step"], finite(row.get("nll")), finite(row.get("lr"))] for row in run.train]
-    rows = [row for row in rows if row[1] is not None]
-    if reached(run) is None or len(rows) < 2:
+    if reached(run) is None:
         return []
-    steps, losses, lrs = (np.array(column, dtype=np.float64) for column in zip(*rows, strict=True))
+    rows = [row for row in run.train if finite(row.get("nll")) is not None]
+    columns = ([finite(row.get(k)) for row in rows] for k in ("step", "nll", "lr"))
+    steps, losses, lrs = (np.array(column, dtype=np.float64) for column in columns)
     curve = Curve(run.path.name, "", steps, losses, None if np.isnan(lrs).any() else lrs)
     out = []
     for fraction in FRACTIONS:

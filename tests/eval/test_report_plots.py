@@ -16,6 +16,13 @@ def test_the_band_is_mean_and_range_over_the_steps_that_all_seeds_have(tmp_path)
     assert charts.band(arm.runs, "val", "train_seconds", "ppl") == ([12, 21], [7, 4.5], [6, 4], [8, 5])
 
 
+def test_a_long_line_is_thinned_and_keeps_its_ends():
+    for n in (2, 300, 301, 302, 599, 2000):
+        kept = charts.every_nth([*range(n)], 300)
+        assert kept[0] == 0 and kept[-1] == n - 1 and min(n, 150) <= len(kept) <= 301
+        assert charts.every_nth(kept, 300) == kept
+
+
 def test_the_first_points_do_not_squash_the_view(tmp_path):
     curve = [(100 * k, k, 50_000.0 if k == 1 else 60.0 - k) for k in range(1, 11)]
     (arm,) = arms_of(write_run(tmp_path / "run", summary={}, curve=curve))
