@@ -225,7 +225,7 @@ def frontier(arms: list[Arm], split: str) -> list[Chart]:
         return []
     best = [m for m in sorted(means) if not any(o[0] <= m[0] and o[1] <= m[1] and o[:2] != m[:2] for o in means)]
     xs, ys, notes = map(list, zip(*best, strict=True))
-    edge = Line("frontier of the means", FAINT, xs, ys, dash="--", width=1, dots=True, notes=notes)
+    edge = Line("frontier of the means", FAINT, xs, ys, dash="--", width=1, notes=notes)
     return [Chart("ECE over perplexity", "perplexity", "ECE, 10 bins (%)", [*lines, edge], log="x")]
 
 

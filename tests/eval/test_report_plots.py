@@ -16,6 +16,23 @@ def test_the_band_is_mean_and_range_over_the_steps_that_all_seeds_have(tmp_path)
     assert charts.band(arm.runs, "val", "train_seconds", "ppl") == ([12, 21], [7, 4.5], [6, 4], [8, 5])
 
 
+def test_the_frontier_is_of_the_arms_that_no_other_beats_in_both(tmp_path):
+    found = {"ce": (30.0, 0.04), "brier": (36.0, 0.02), "dpsm": (31.0, 0.05)}
+    folders = [
+        write_run(
+            tmp_path / f"{loss}{s}", config={"loss": loss, "seed": s}, summary={"val_ppl": ppl + s, "val_ece10": ece}
+        )
+        for loss, (ppl, ece) in found.items()
+        for s in (0, 2)
+    ]
+    [chart] = charts.frontier(arms_of(*folders), "val")
+    lines = {line.label: line for line in chart.lines}
+    assert lines["dpsm"].x == [31.0, 33.0] and lines["dpsm"].y == [5.0, 5.0] and not lines["dpsm"].joined
+    edge = lines["frontier of the means"]
+    assert (edge.x, edge.y, edge.notes) == ([31.0, 37.0], [4.0, 2.0], ["ce", "brier"])  # CE beats DPSM in both
+    assert charts.frontier(arms_of(*folders[:2]), "val") == []
+
+
 def test_a_long_line_is_thinned_and_keeps_its_ends():
     for n in (2, 300, 301, 302, 599, 2000):
         kept = charts.every_nth([*range(n)], 300)
