@@ -26,7 +26,7 @@ from tokenizers import Tokenizer as Backend
 
 from data.files import lm_data, write_cached
 from model.weights import first_line
-from schedules.textlines import BOM, decoded, parse_json, read_bytes
+from schedules.textlines import BOM, decoded, one_line, parse_json, read_bytes
 
 EOS = "<|endoftext|>"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -203,7 +203,7 @@ def _cached_bpe(size: int, documents: Callable[[], Iterable[str]], path: Path) -
     try:
         return Tokenizer.from_files({"tokenizer.json": read_bytes(path)}, name)
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); delete the file and it will be made again") from None
+        raise ValueError(f"{path} is damaged ({one_line(error)}); delete the file and it will be made again") from None
 
 
 def _gpt2_files() -> dict[str, bytes]:
@@ -239,7 +239,7 @@ def _through_tiktoken(files: dict[str, bytes], eos: str, label: str) -> tuple:
         if not ordered or len(ranks) != len(vocab) - 1 or eos not in vocab:
             raise KeyError("order of the ids")
     except (KeyError, TypeError, ValueError) as error:
-        wrong = f"vocab.json and merges.txt are not a GPT-2 style byte-level BPE with {eos} ({error})"
+        wrong = f"vocab.json and merges.txt are not a GPT-2 style byte-level BPE with {eos} ({one_line(error)})"
         raise ValueError(f"{label}: {wrong}; give its tokenizer.json") from None
     special = {eos: vocab[eos]}
     encoding = tiktoken.Encoding("scorecast", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special)
@@ -249,7 +249,7 @@ def _through_tiktoken(files: dict[str, bytes], eos: str, label: str) -> tuple:
             with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
                 return list(pool.map(lambda text: encoding.encode_to_numpy(text, disallowed_special=()), texts))
         except ValueError as error:  # hundreds of thousands of blanks in a row exhaust the regex engine
-            raise ValueError(f"{label}: cannot tokenise ({error}); is there a huge run of blanks?") from None
+            raise ValueError(f"{label}: cannot tokenise ({one_line(error)}); is there a huge run of blanks?") from None
 
     return max(vocab.values()) + 1, vocab[eos], encode, encoding.decode, True
 

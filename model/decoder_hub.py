@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from model import weights
 from model.decoder import FAMILIES, Decoder, DecoderConfig
 from model.gguf_hub import GGUF, is_gguf
-from model.layers import Linear
+from model.layers import VALID, Linear
 from schedules.textlines import read_bytes, shown
 
 # Options that change the function and are not built, and their allowed values, as weights.check_fields takes them: of
@@ -68,7 +68,7 @@ def _config_of(fields: dict, path: Path) -> DecoderConfig:
     interval = fields.get("no_rope_layer_interval", 4)
     if family != "smollm3":
         values.pop("no_rope_layers", None)
-    elif values.get("no_rope_layers") is None and isinstance(fields["num_hidden_layers"], int):
+    elif values.get("no_rope_layers") is None and VALID["an integer from 1 to 10,000"](fields["num_hidden_layers"]):
         values["no_rope_layers"] = [int((i + 1) % interval != 0) for i in range(fields["num_hidden_layers"])]
     try:
         config = DecoderConfig(**values)

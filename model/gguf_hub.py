@@ -73,6 +73,8 @@ class GGUF:
         self.held = {t.name: t for t in self.reader.tensors}
         if "token_embd.weight" not in self.held:
             raise ValueError(f"{self.path} holds no token_embd.weight")
+        if len(shape := self.held["token_embd.weight"].shape) != 2:
+            raise ValueError(f"{self.path}: token_embd.weight has {len(shape)} dimensions, expected 2")
         self.config = self._config()
         self.shapes = {_name(n): tuple(map(int, t.shape[::-1])) for n, t in self.held.items() if n != ROPE_FACTORS}
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .commandline import package
-from .textlines import parse_json, read_bytes, read_csv, read_json, read_lines, read_rows
+from .textlines import one_line, parse_json, read_bytes, read_csv, read_json, read_lines, read_rows
 
 STEP_NAMES = ("step", "_step", "current_steps", "global_step", "trainer/global_step", "iter", "iteration", "s")
 LOSS_NAMES = ("loss", "train/loss", "train_loss", "train_loss_step", "trl", "val_loss", "eval_loss", "eval/loss", "tel")
@@ -221,7 +221,7 @@ def _trackio(path: Path) -> Iterator[tuple[int, dict]]:
         with sqlite3.connect(f"file:{path.resolve()}?mode=ro", uri=True) as base:
             rows = base.execute("SELECT id, run_name, step, metrics FROM metrics ORDER BY id").fetchall()
     except (sqlite3.Error, UnicodeDecodeError) as error:  # the latter in a message that quotes damaged bytes
-        raise ValueError(f"{path}: not a project of trackio ({error})") from None
+        raise ValueError(f"{path}: not a project of trackio ({one_line(error)})") from None
     for number, run, step, metrics in rows:
         try:
             values = dict(parse_json(metrics, path, nan=True))

@@ -40,6 +40,11 @@ def fault(where: _PATH, line: int | None, what: str, advice: str = MEND) -> Valu
     return ValueError(f"{where}{'' if line is None else f', line {line}'}: {what}; {advice}")
 
 
+def one_line(error: Exception) -> str:
+    """What a library says, which may quote line ends of the file that it read."""
+    return " ".join(str(error).split())
+
+
 def shown(names: Iterable[str]) -> str:
     """Names that somebody else has given, for a message of one line: those with line ends or the like as Python writes
     them."""

@@ -376,6 +376,7 @@ def test_the_published_form_of_the_config_is_read(tmp_path):
         (dict(num_hidden_layers=1), "unexpected model.layers.1."),
         (dict(num_hidden_layers=3), "3 blocks by its config, 2 in its files"),
         (dict(tie_word_embeddings=False), "missing lm_head.weight"),
+        (dict(model_type="smollm3", num_hidden_layers=10**30), "expected an integer from 1 to 10,000"),
     ],
 )
 def test_a_config_that_changes_the_function_is_refused_in_one_line(tmp_path, tied, change, says):

@@ -252,6 +252,10 @@ def test_files_that_cannot_be_read_are_one_line(tmp_path, definition):
         says("no GGUF file, damaged or cut short")
     path.write_bytes(whole.replace(b"\5\0\0\0\0\0\0\0llama", b"\5\0\0\0\0\0\0\0gemma", 1))
     says("architecture 'gemma'; expected one of llama, qwen2, qwen3")
+    name = b"token_embd.weight"
+    dimensions = whole.index(name) + len(name)
+    path.write_bytes(whole[:dimensions] + bytes(4) + whole[dimensions + 4 + 2 * 8 :])
+    says("token_embd.weight has 0 dimensions, expected 2")
     name = b"blk.1.attn_v.weight"
     kind = whole.index(name) + len(name) + 4 + 2 * 8
     for number, told in ((10, "Q2_K"), (16, "IQ2_XXS"), (99, "number 99")):
