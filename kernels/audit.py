@@ -105,8 +105,9 @@ def compile_for(kernel, constants: dict, capability: int, dtype: str, vocab: int
 
 def executed(lines: list[str], vectors_a_go: int, rounds: int) -> list[str]:
     """The opcodes of nvdisasm's ``lines`` that a lane executes, as often as it does: those of a loop that loads or
-    copies ``vectors_a_go`` vectors ``rounds`` times, those of other loops (for rare rows) not at all. A jump back over
-    the kernel's end is no loop, it is out of code that stands behind it."""
+    copies ``vectors_a_go`` vectors ``rounds`` times, those of other loops (for rare rows) not at all. Where a jump goes
+    back over the kernel's end, out of code that stands behind it, that code alone is the loop, but within one that
+    loads."""
     labels, opcodes, loops, last = {}, [], [], 0
     for line in lines:
         if label := re.match(r"\s*(\.L_x_\d+):", line):
@@ -116,12 +117,17 @@ def executed(lines: list[str], vectors_a_go: int, rounds: int) -> list[str]:
             target = re.search(r"BRA\b.*`\((\.L_x_\d+)\)", line)
             if re.match(r"\s*/\*[0-9a-f]+\*/\s+EXIT\b", line):  # without a condition
                 last = len(opcodes)
-            if target and last <= labels.get(target[1], -1) < len(opcodes) - 1:
-                loops.append((labels[target[1]], len(opcodes)))
-    times = [1] * len(opcodes)
-    for begin, end in loops:
-        wide = sum(op.startswith("LDG") and op.endswith("128") for op in opcodes[begin:end])
-        times[begin:end] = [rounds if wide == vectors_a_go else 0] * (end - begin)
+            if target and -1 < labels.get(target[1], -1) < len(opcodes) - 1:
+                loops.append((labels[target[1]], len(opcodes), last))
+
+    def loads(begin: int, end: int) -> bool:
+        return vectors_a_go == sum(op.startswith("LDG") and op.endswith("128") for op in opcodes[begin:end])
+
+    times, that_load = [1] * len(opcodes), [(begin, end) for begin, end, _ in loops if loads(begin, end)]
+    for begin, end, last in loops:
+        if not any(outer <= begin < over for outer, over in that_load):
+            begin = max(begin, last)
+        times[begin:end] = [rounds if (begin, end) in that_load else 0] * (end - begin)
     return [op for op, n in zip(opcodes, times, strict=True) for _ in range(n)]
 
 

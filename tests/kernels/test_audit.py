@@ -65,6 +65,5 @@ def test_instructions_are_counted_as_often_as_they_run():
 """
     run = executed(code.splitlines(), 2, 3)
     loop = ["LDG.E.128", "LDG.E.128", "MUFU.EX2", "BRA"]
-    assert Counter(run) == Counter(
-        ["S2R", *3 * loop, *4 * ["BRA"], "EXIT", "CALL.REL.NOINC"]
-    )  # the last is padding behind the end
+    # The last is padding behind the end; what stands there for rare rows is not counted.
+    assert Counter(run) == Counter(["S2R", *3 * loop, *3 * ["BRA"], "EXIT"])
