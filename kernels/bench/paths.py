@@ -2,6 +2,7 @@
 many tokens a chunk of linear_score has."""
 
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -18,18 +19,30 @@ LOGITS = (("bf16", 50257), ("bf16", 151936), ("fp32", 50257))
 TOKENS = 4096
 
 
-def shapes_of(v: int, dtype: torch.dtype) -> dict[tuple[int, int], dict]:
-    """{(warps, vectors that a lane holds): launch constants}, what score_shape chooses first; 0: all is read twice."""
+class Held(NamedTuple):
+    """How score_kernel holds a row: warps, vectors that a lane holds (0: all is read twice), stages of the loops over
+    what is read twice, hints to the cache."""
+
+    warps: int
+    held: int
+    stages: int
+    hints: bool
+
+
+def shapes_of(v: int, dtype: torch.dtype) -> dict[Held, dict]:
+    """{how: launch constants}, what score_shape chooses first."""
     from ..triton_impl import score_shape
 
     found = {}
-    for given in ({}, *(dict(warps=w, held=h) for w in (8, 16) for h in (25, 18, 0))):
+    others = [dict(warps=w, held=h) for w in (8, 16) for h in (25, 18, 0)] + [dict(stages=2), dict(hints=True)]
+    for given in ({}, *others):
         shape = score_shape(v, dtype, **given)
-        found.setdefault((shape["num_warps"], shape["PIECES"]), shape)
+        stages = shape["STAGES"] if shape["MORE"] else 1
+        found.setdefault(Held(shape["num_warps"], shape["PIECES"], stages, shape["HINTS"]), shape)
     return found
 
 
-def time_paths(v: int, dtype: torch.dtype, device: str, repeats: int) -> dict[tuple[int, int] | str, float]:
+def time_paths(v: int, dtype: torch.dtype, device: str, repeats: int) -> dict[Held | str, float]:
     """Milliseconds of DPSM with its gradient on TOKENS rows by ``shapes_of``, and of copying the logits ("copy")."""
     from ..triton_impl import fused_score
 
@@ -57,13 +70,13 @@ def time_chunks(shape: Shape, dtype: str, device: str, repeats: int, sizes) -> d
 def time_choices(args, rows: Rows) -> None:
     """One row a dtype, vocabulary and shape, and one a size of chunk. Needs CUDA."""
     title = f"DPSM with its gradient, N={TOKENS}, on {rows.about['device']}"
-    rows.begin(title, "provider", "dtype", "v", "warps", "held", "step_ms", "share_of_copy")
+    rows.begin(title, "provider", "dtype", "v", *Held._fields, "step_ms", "share_of_copy")
     for dtype, v in LOGITS:
         times = time_paths(v, timing.DTYPE_OF[dtype], args.device, args.repeats)
         copy = times.pop("copy")
         chosen, fastest = next(iter(times)), min(times, key=times.get)
         for key, ms in times.items():
-            row = dict(provider="score_kernel", n=TOKENS, v=v, d=None, dtype=dtype, warps=key[0], held=key[1])
+            row = dict(provider="score_kernel", n=TOKENS, v=v, d=None, dtype=dtype, **key._asdict())
             row |= dict(step_ms=ms, copy_ms=copy, share_of_copy=copy / ms, chosen=key == chosen, repeats=args.repeats)
             rows.add(row, "  chosen" * (key == chosen) + "  fastest" * (key == fastest))
     sizes = [TILE << i for i in range(7)]  # 128 ... 8192

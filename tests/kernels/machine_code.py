@@ -14,10 +14,10 @@ from kernels.audit import audit
 read = "part of it twice" if {vocab} == 151936 else "one read"
 most = {{
     "moments_kernel": 20, "moments_kernel, tail": 20, "gradient_kernel": 17, "gradient_kernel, tail": 24,
-    f"score_kernel, dpsm, {{read}}": 27 if {vocab} == 151936 else 23, "rest_kernel, dpsm": 65,
+    f"score_kernel, dpsm, {{read}}": 25 if {vocab} == 151936 else 23, "rest_kernel, dpsm": 65,
 }}
 powers = f"score_kernel, power, {{read}}"
-if {capability} == 80:  # the H100's are compiled from the same loops: two stand for all
+if ({capability}, {vocab}) == (80, 50257):  # the H100's are compiled from the same loops: two stand for all
     most = {{"gradient_kernel": 17, powers: most[f"score_kernel, dpsm, {{read}}"] + 6}}  # at most 6 for a real order
 elif {vocab} == 50257:  # their loops are the same for any length
     most |= {{"gradient_kernel, order": 23, "gradient_kernel, entropy": 24, "gradient_kernel, softcap": 48}}
@@ -33,8 +33,6 @@ for name, r in rows.items():
     vectors = r["PIECES"] or r["K"]
     # Every load of a row is a vector. Narrow ones: the target's and the edges' elements.
     assert r["loads"][128] >= vectors and r["loads"].get(16, 0) <= 3 and 64 not in r["loads"], r
-    # What a long row's loops take next is on its way to shared memory: K vectors ahead of the loop, K in it.
-    assert r["copies"] == ({{128: 4 * r["K"]}} if name[:5] == "score" and {vocab} == 151936 else {{}}), r
     if "moments" not in name:
         assert r["stores"][128] >= vectors, r
     assert r["instructions_per_element"] <= more * most[name], r
