@@ -5,38 +5,18 @@ import math
 import os
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
+from run_folders import Config, start
 
 from runtime import folder
-from runtime.cli import opt
-from runtime.flags import flag
 from runtime.folder import RunFolder, environment, read_metrics, same_config, write_bytes, write_json
 from runtime.machine import World
 
 ROOT = Path(__file__).parents[2]
-
-
-@dataclass(frozen=True)
-class Config:
-    out: str = flag("out")
-    resume: bool = flag("resume")
-    resume_from: str = flag("resume_from")
-    wandb: str = flag("wandb")
-    lr: float = flag("lr")
-    micro_batch: int = flag("micro_batch")
-    newer: str = opt("old way", "a flag that runs of before did not have")
-
-
-def start(path, cfg=None) -> RunFolder:
-    cfg = cfg or Config(out=str(path))
-    run = RunFolder(path, World(0, 1, torch.device("cpu")))
-    assert run.enter(cfg) is None
-    run.start(cfg, "script.py", None)
-    return run
 
 
 def test_atomic_write_leaves_the_old_file_when_the_writer_fails(tmp_path):

@@ -3,36 +3,12 @@
 import json
 import sqlite3
 import sys
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
-import torch
+from run_folders import Config, folder_at, start
 
 from runtime import tracking
-from runtime.flags import flag
-from runtime.folder import RunFolder
-from runtime.machine import World
-
-
-@dataclass(frozen=True)
-class Config:
-    out: str = flag("out")
-    resume: bool = flag("resume")
-    resume_from: str = flag("resume_from")
-    wandb: str = flag("wandb")
-    track: str = flag("track")
-
-
-def run_at(path) -> RunFolder:
-    return RunFolder(path, World(0, 1, torch.device("cpu")))
-
-
-def begun(path, **flags) -> RunFolder:
-    run, cfg = run_at(path), Config(out=str(path), **flags)
-    assert run.enter(cfg) is None
-    run.start(cfg, "train.py", None)
-    return run
 
 
 class Heard:
@@ -70,7 +46,7 @@ class Heard:
 def test_rows_and_the_summary_go_to_what_is_asked_for(flags, name, project, tmp_path, monkeypatch):
     heard = Heard()
     monkeypatch.setitem(sys.modules, name, heard)
-    run = begun(tmp_path / "run", **flags)
+    run = start(tmp_path / "run", Config(out=str(tmp_path / "run"), **flags))
     run.log("train", 3, loss=1.5, spike=float("nan"))
     run.log("event", 3, event="resumed")
     run.summarise(dict(steps=4, test_nll=1.25, model="nano"))
@@ -88,7 +64,7 @@ def test_rows_and_the_summary_go_to_what_is_asked_for(flags, name, project, tmp_
 def test_a_missing_package_is_found_out_before_anything_is_written(flags, asked, tmp_path, monkeypatch):
     monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=f"^{asked} needs the package (wandb|trackio): pip install"):
-        begun(tmp_path / "run", **flags)
+        start(tmp_path / "run", Config(out=str(tmp_path / "run"), **flags))
     assert not list(tmp_path.iterdir())
 
 
@@ -101,7 +77,7 @@ def test_a_missing_package_is_found_out_before_anything_is_written(flags, asked,
 )
 def test_what_cannot_be_asked_for(flags, says, tmp_path):
     with pytest.raises(ValueError, match=f"^{says}$"):
-        begun(tmp_path / "run", **flags)
+        start(tmp_path / "run", Config(out=str(tmp_path / "run"), **flags))
     assert not list(tmp_path.iterdir())
 
 
@@ -117,7 +93,7 @@ def test_wandb_without_a_key_or_a_network_leaves_nothing(tmp_path, monkeypatch, 
     monkeypatch.delenv("WANDB_MODE", raising=False)
     cfg = Config(out=str(tmp_path / "run"), wandb="project")
     says = "^--wandb project: No API key configured; wandb login keeps a key, WANDB_MODE=offline needs none$"
-    run = run_at(cfg.out)
+    run = folder_at(cfg.out)
     if fails == "init":
         assert run.enter(cfg) is None
     with pytest.raises(ValueError, match=says):
@@ -130,7 +106,7 @@ def test_wandb_without_a_key_or_a_network_leaves_nothing(tmp_path, monkeypatch, 
 def test_a_tracker_that_fails_on_the_way_costs_no_run(tmp_path, monkeypatch, capsys):
     heard = Heard()
     monkeypatch.setitem(sys.modules, "trackio", heard)
-    run = begun(tmp_path / "run", track="trackio")
+    run = start(tmp_path / "run", Config(out=str(tmp_path / "run"), track="trackio"))
     monkeypatch.setattr(heard, "log", lambda row, step: 1 / 0)
     for step in (1, 2):
         run.log("train", step, loss=1.0)
@@ -148,7 +124,7 @@ def test_a_run_has_an_id_of_its_own(name, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, name, heard)
     folders = [tmp_path / name for name in ("a/dpsm-seed1", "b/dpsm-seed1", "lr=3e-4: a #1?/100%")]
     for path in (*folders, *folders):
-        run = run_at(path)
+        run = folder_at(path)
         run.start(Config(out=str(path), track=name), "s.py", {"step": 0} if (path / "config.json").exists() else None)
         run.finish(0)
     ids = [given["id" if name == "wandb" else "name"] for given in heard.inits]
@@ -157,14 +133,14 @@ def test_a_run_has_an_id_of_its_own(name, tmp_path, monkeypatch):
         assert all(i.isalnum() for i in ids)
         assert [given["name"] for given in heard.inits[:3]] == [path.name for path in folders]
     (folders[0] / "wandb" / "id.txt").unlink()
-    run_at(folders[0]).start(Config(out="", track=name), "s.py", {"step": 0})
+    folder_at(folders[0]).start(Config(out="", track=name), "s.py", {"step": 0})
     assert heard.inits[-1]["name"] == "dpsm-seed1"
 
 
 def test_trackio_itself_has_the_rows(tmp_path, monkeypatch):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     pytest.importorskip("trackio")
-    run = begun(tmp_path / "run", track="trackio:mine")
+    run = start(tmp_path / "run", Config(out=str(tmp_path / "run"), track="trackio:mine"))
     for step in range(3):
         run.log("train", step, loss=3.0 - step)
     run.summarise({"steps": 3, "test_nll": 0.5})
