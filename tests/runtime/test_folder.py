@@ -259,15 +259,9 @@ def test_a_place_that_cannot_hold_a_run_is_refused_before_anything_is_written(tm
 
 
 TRAINS = """
-import sys, time, torch
-from pathlib import Path
-from tests_config import Config
-from runtime.folder import RunFolder
-from runtime.machine import World
-cfg = Config(out=sys.argv[1])
-run = RunFolder(sys.argv[1], World(0, 1, torch.device("cpu")))
-run.enter(cfg)
-run.start(cfg, "script.py", None)
+import sys, time
+from run_folders import start
+start(sys.argv[1])
 print("started", flush=True)
 time.sleep(100)
 """
@@ -275,12 +269,10 @@ time.sleep(100)
 
 def test_a_second_run_in_a_folder_is_refused_while_the_first_one_lives(tmp_path):
     """Before its first checkpoint and after; also one that looked at the folder before the first one made it."""
-    source = Path(__file__).read_text().split("\n\n\ndef start")[0]
-    (tmp_path / "tests_config.py").write_text(source.replace("Path(__file__).parents[2]", f"Path({str(ROOT)!r})"))
     late = RunFolder(tmp_path / "run", World(0, 1, torch.device("cpu")))
     cfg = Config(out=str(tmp_path / "run"))
     assert late.enter(cfg) is None
-    env = os.environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    env = os.environ | {"PYTHONPATH": f"{ROOT}:{Path(__file__).parent}"}
     first = subprocess.Popen([sys.executable, "-c", TRAINS, tmp_path / "run"], env=env, stdout=subprocess.PIPE)
     assert first.stdout.readline() == b"started\n"
     for again in (cfg, replace(cfg, resume=True)):
