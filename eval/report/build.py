@@ -27,6 +27,7 @@ from eval.report.claims import Verdict, holm_words, verdicts
 from eval.report.cost import campaign_blocks
 from eval.report.forecasts import forecast_blocks
 from eval.report.gsm8k import confidences, gsm8k_blocks
+from eval.report.overfit import overfit_blocks
 from eval.report.page import to_html, to_markdown
 from eval.report.robustness import robustness_blocks
 from eval.report.runs import (
@@ -306,6 +307,7 @@ def result_blocks(report: Report, folded: bool) -> list[tuple]:
     sure = charts.answer_confidence(confidences(few), confidences(few, "before"), KINDS)
     blocks += filter(None, [report.charts("confidence", sure, NOTES["confidence_figure"])])
     if not folded:  # with CE there would be as many as there are rules
+        blocks += overfit_blocks(arms)
         blocks += section("Differences from CE, validation", tables.delta_table(arms))
         blocks += section("Over all settings", tables.settings_table(arms), kind="h3")
     return blocks
