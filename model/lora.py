@@ -12,8 +12,9 @@ r largest singular components of W instead, and freezes what is left of W; with 
 NF4 is QLoRA's 4-bit base (Dettmers et al., 2023): blocks of 64 values share a scale, and double quantisation quantises
 the scales too. The package bitsandbytes does it, on a GPU and on a CPU.
 
-The backward also measures. After ``set_segments`` the gradient of each A and B is the sum of two products, over the
-prompt's rows and over the answer's, at the cost of one. ``segment_rms`` reads the size of both, block by block.
+The backward also measures. After ``set_segments`` the gradient of each A and B is the sum of two, over the prompt's
+rows and over the answer's, of one product that reads the wide side once. ``segment_rms`` reads the size of both, block
+by block.
 
 Shapes in names: N rows (all tokens of the batch), r the rank.
 """
@@ -158,8 +159,7 @@ class _Segments:
     """Which rows of the batch are the answer's, and what backwards measured. All layers of a model share one."""
 
     def __init__(self, blocks: int):
-        self.order_N: Tensor | None = None  # the prompt's rows, then the answer's
-        self.n_prompt = 0
+        self.parts_N2: Tensor | None = None  # bool: of the prompt, of the answer
         self.squares = torch.zeros(blocks, 2)  # fp32, moved to the device by set_segments
         self.elements = [0] * blocks  # of gradient, per column of squares: known on the host
 
@@ -221,7 +221,7 @@ class _LoRAProduct(torch.autograd.Function):
             y.addmm_(h, b.t(), alpha=layer.scale)
             ctx.save_for_backward(x, A, B, h, kept)
             # The rows that belong to THIS batch, whatever is set before its backward runs.
-            ctx.order, ctx.n_prompt = layer.segments.order_N, layer.segments.n_prompt
+            ctx.parts = layer.segments.parts_N2
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -242,21 +242,20 @@ class _LoRAProduct(torch.autograd.Function):
         if dx is not None:
             dx = dx.addmm_(dh, a) if kept is None else dx.add_((dh @ a).mul_(mask))
             dx = dx.view(ctx.shape)
-        if ctx.order is None:
+        if ctx.parts is None:
             dA, dB = dh.t() @ rows, dy.t() @ h
-        else:
-            # Rows sorted by segment, so that each part is one product of its own rows: the parts' sum is the
-            # gradient, at the multiplications of the undivided product.
-            dh, rows, dy, h = (z.index_select(0, ctx.order) for z in (dh, rows, dy, h))
-            dA, dB = _two_parts(dh, rows, ctx.n_prompt), _two_parts(dy, h, ctx.n_prompt)
+        else:  # the parts' sum is the gradient
+            dA, dB = _by_part(dh, rows, ctx.parts), _by_part(h, dy, ctx.parts).mT
             ctx.layer.segments.add(ctx.layer.block, [dA, dB])
             dA, dB = dA.sum(0, dtype=A.dtype), dB.sum(0, dtype=B.dtype)
         return dx, dA.to(A.dtype), dB.to(B.dtype), None, None, None
 
 
-def _two_parts(left: Tensor, right: Tensor, n: int) -> Tensor:
-    """left^T right over the first n rows and over the others, [2, columns of left, columns of right]."""
-    return torch.stack([left[:n].t() @ right[:n], left[n:].t() @ right[n:]])
+def _by_part(narrow_NR: Tensor, wide_NC: Tensor, parts_N2: Tensor) -> Tensor:
+    """narrow^T wide over the prompt's rows and over the answer's, [2, R, C]. Masked is the narrow side, twice beside
+    itself, so that the wide one is read once, where it stands, by one product."""
+    masked = narrow_NR[:, None] * parts_N2[:, :, None].to(narrow_NR.dtype)
+    return (masked.flatten(1).t() @ wide_NC).view(2, -1, wide_NC.shape[1])
 
 
 class LoRALinear(nn.Module):
@@ -304,9 +303,9 @@ class LoRALinear(nn.Module):
         return torch.addmm(base, self.lora_B.float(), self.lora_A.float(), alpha=self.scale).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        order, tokens = self.segments.order_N, x[..., 0].numel()
-        if order is not None and torch.is_grad_enabled() and tokens != len(order):
-            sizes = f"a batch of {tokens} tokens, but the answer mask has {len(order)}"
+        parts, tokens = self.segments.parts_N2, x[..., 0].numel()
+        if parts is not None and torch.is_grad_enabled() and tokens != len(parts):
+            sizes = f"a batch of {tokens} tokens, but the answer mask has {len(parts)}"
             raise ValueError(f"{sizes}: call set_segments with this batch's mask, or with None")
         keep_p = 1 - self.dropout if self.training else 1.0
         y = _LoRAProduct.apply(x, self.lora_A, self.lora_B, self.base, self, keep_p)
@@ -451,18 +450,16 @@ def lora_flops_per_token(config: DecoderConfig, lora: LoRAConfig, block: int, lo
 def set_segments(model: Decoder, answer_mask: Tensor | None) -> None:
     """Says which tokens of the coming batch are the answer's: bool, one entry per token, usually [B, T]. Every other
     token, padding too, counts to the prompt. None stops measuring. Call it between a micro-batch's backward and the
-    next one's forward. A mask on the GPU costs a synchronisation. Raises ValueError for a mask that is not boolean."""
+    next one's forward. Raises ValueError for a mask that is not boolean."""
     first = next(iter(adapted(model).values()))
     segments, device = first.segments, first.lora_A.device
     if answer_mask is None:
-        segments.order_N = None
+        segments.parts_N2 = None
         return
     if answer_mask.dtype != torch.bool:
         raise ValueError(f"answer mask of dtype {answer_mask.dtype}: expected bool, True where a token is the answer's")
-    answer_N = answer_mask.flatten()
-    segments.n_prompt = answer_N.numel() - int(answer_N.sum())
-    # Stable, so that rows of a segment keep their order and the sums do not depend on the sort.
-    segments.order_N = answer_N.to(torch.uint8).argsort(stable=True).to(device, non_blocking=True)
+    answer_N = answer_mask.flatten().to(device, non_blocking=True)
+    segments.parts_N2 = torch.stack([~answer_N, answer_N], 1)
     segments.squares = segments.squares.to(device)
 
 

@@ -99,7 +99,8 @@ def test_a_batch_of_one_segment_has_nothing_in_the_other(folder, share):
     assert not empty.any() and (full > 0).all()
 
 
-def test_measuring_costs_no_further_multiplications(folder):
+def test_measuring_repeats_the_narrow_products_alone(folder):
+    """The gradients of A and B twice as wide, 2 N r (in + out) operations a layer, and no other."""
     from torch.utils.flop_counter import FlopCounterMode
 
     counts = []
@@ -109,7 +110,9 @@ def test_measuring_costs_no_further_multiplications(folder):
         with FlopCounterMode(display=False) as counter:
             backward(model, tokens_of())
         counts.append(counter.get_total_flops())
-    assert counts[0] == counts[1] > 0
+    rows = tokens_of().numel()
+    sizes = [(len(layer.lora_A), sum(layer.shape)) for layer in lora.adapted(model).values()]
+    assert counts[1] - counts[0] == sum(2 * rows * r * both for r, both in sizes) > 0
 
 
 def test_dropout_and_checkpoints_measure_what_the_forward_drew(folder):
