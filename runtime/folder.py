@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import datetime
 import errno
+import functools
 import json
 import math
 import os
@@ -115,10 +116,17 @@ def environment(device: torch.device) -> dict:
     }
 
 
+@functools.cache
+def _in_tree(file: str) -> Path | None:
+    """A module's file with links resolved, if it is of this tree and none that is installed in it."""
+    path = Path(file).resolve()
+    return path if TREE in path.parents and "site-packages" not in path.parts else None
+
+
 def imported_sources() -> list[Path]:
     """Files of every module of this tree that has been imported, the script included."""
-    files = {Path(m.__file__).resolve() for m in list(sys.modules.values()) if getattr(m, "__file__", None)}
-    return sorted(f for f in files if TREE in f.parents and "site-packages" not in f.parts and f.is_file())
+    files = {_in_tree(m.__file__) for m in list(sys.modules.values()) if getattr(m, "__file__", None)}
+    return sorted(f for f in files if f and f.is_file())
 
 
 def source_folders(run: Path) -> list[Path]:

@@ -1,6 +1,7 @@
 """Shared fixtures. Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before import."""
 
 import functools
+import gc
 import json
 import logging
 import os
@@ -20,6 +21,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest  # noqa: E402
 from number_words import words  # noqa: E402
 from tiny_gsm8k import problem, write_model  # noqa: E402
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: the garbage collector need not look through it again, which each run asks for."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()  # nanobind counts what is not collected at the end as leaked
 
 
 @pytest.fixture(autouse=True)
