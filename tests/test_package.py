@@ -147,27 +147,22 @@ assert find_spec("kernels") is find_spec("schedules") is None
         assert HF_KERNELS in Path(theirs[0]).parents
 
 
-def test_importing_either_package_loads_nothing_optional(elsewhere, tmp_path):
-    """Neither the other one, nor what only extras bring."""
-    for name, other in (("kernels", "schedules"), ("schedules", "kernels")):
-        run(
-            elsewhere[0],
-            f"""
+ALONE = """
 import sys, scorecast.{name}
 assert not {{"matplotlib", "schedulefree", "transformers", "scorecast.{other}"}} & set(sys.modules)
-""",
-            tmp_path,
-        )
+"""
 
 
-def test_the_doors_of_the_installed_schedules_open(elsewhere, tmp_path):
+def test_importing_kernels_loads_nothing_optional(elsewhere, tmp_path):
+    """Neither schedules, nor what only extras bring."""
+    run(elsewhere[0], ALONE.format(name="kernels", other="schedules"), tmp_path)
+
+
+def test_schedules_load_nothing_optional_and_their_doors_open(elsewhere, tmp_path):
     pytest.importorskip("matplotlib")
-    run(
-        elsewhere[0],
-        "import runpy, sys; sys.argv = ['schedules', 'plot', '--steps', '20', '--out', 'lr.png']; "
-        "runpy.run_module('scorecast.schedules', run_name='__main__')",
-        tmp_path,
-    )
+    opens = "import runpy; sys.argv = ['schedules', 'plot', '--steps', '20', '--out', 'lr.png']\n"
+    opens += "runpy.run_module('scorecast.schedules', run_name='__main__')"
+    run(elsewhere[0], ALONE.format(name="schedules", other="kernels") + opens, tmp_path)
     assert (tmp_path / "lr.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -237,7 +232,7 @@ print("viable", is_kernels_available(), kernels.__file__)
 
 
 def test_ours_work_in_the_checkout_and_theirs_are_handed_through(beside):
-    """Importing ours runs nothing of theirs; what theirs offers is found beside it."""
+    """Importing ours runs nothing of theirs; what theirs offers is found beside it, or said to be not installed."""
     code = f"""
 import sys, kernels
 from kernels import torch_impl
@@ -267,24 +262,7 @@ import pickle
 assert pickle.loads(pickle.dumps(Mode.TRAINING)) is Mode.TRAINING
 assert pickle.loads(pickle.dumps(linear_score)) is linear_score
 """
-    run(sys.executable, code + theirs * bool(beside), ROOT, *beside)
-
-
-def test_no_submodule_of_theirs_is_hidden_by_one_of_ours():
-    def modules(folder):
-        return {p.stem for p in folder.iterdir() if p.suffix in (".py", ".so") or p.is_dir()} - {
-            "__init__",
-            "__pycache__",
-        }
-
-    assert not modules(ROOT / "kernels") & modules(hf_kernels() / "kernels")
-
-
-def test_without_theirs_it_is_said_that_it_is_not_installed():
-    without_theirs()
-    run(
-        sys.executable,
-        """
+    nothing = """
 import importlib.metadata, importlib.util, kernels
 assert importlib.util.find_spec("kernels").origin == kernels.__file__
 for ask, error, says in [
@@ -301,9 +279,18 @@ for ask, error, says in [
         assert says in str(e), e
     else:
         raise AssertionError(says)
-""",
-        ROOT,
-    )
+"""
+    run(sys.executable, code + (theirs if beside else nothing), ROOT, *beside)
+
+
+def test_no_submodule_of_theirs_is_hidden_by_one_of_ours():
+    def modules(folder):
+        return {p.stem for p in folder.iterdir() if p.suffix in (".py", ".so") or p.is_dir()} - {
+            "__init__",
+            "__pycache__",
+        }
+
+    assert not modules(ROOT / "kernels") & modules(hf_kernels() / "kernels")
 
 
 def test_theirs_broken_is_said_in_its_own_words(tmp_path):
