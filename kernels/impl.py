@@ -30,9 +30,13 @@ def choose_impl(impl: str, tensor: Tensor) -> ModuleType:
     return triton_impl
 
 
-@torch.compiler.assume_constant_result  # torch.compile runs this while it traces, and looks no further
 def _automatic(device_type: str, cuda_float64: bool) -> str:
     return _chosen(device_type, cuda_float64)
+
+
+# torch.compile runs it while it traces, and looks no further. All that torch.compiler.assume_constant_result does, but
+# for the import of the compiler, half of the seconds in which a command starts.
+_automatic._dynamo_marked_constant = True
 
 
 @functools.cache  # so that each choice is logged once
