@@ -30,19 +30,6 @@ def weights(out, name="last.pt") -> dict:
     return load_checkpoint(Path(out) / name)["model"]
 
 
-def torchrun(ranks, flags, out, *more):
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "train_lm.py"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*line, *flags, "--out", str(out), *map(str, more)],
-        cwd=ROOT,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-
-
 def two_nodes(ranks, flags, out, *more) -> list[tuple[int, str]]:
     """Two torchruns of ``ranks`` each that meet at a port of this machine, as two machines would: (exit code, output)
     of each."""

@@ -4,13 +4,12 @@ import json
 import os
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from gsm8k_runs import outputs, refused, rows, sigterm_at, sigterm_while_answering, tune
+from on_ranks import on_ranks
 from tiny_gsm8k import problem, write_model
 
 import finetune_gsm8k
@@ -18,7 +17,6 @@ from eval.report.build import build
 from runtime.cli import roles
 from runtime.folder import load_checkpoint
 
-ROOT = Path(__file__).parent.parent
 SUMMARY_KEYS = """
 pass_at_1_strict pass_at_1_flexible pass_at_1_code invalid_programs eval_seconds train_seconds tokens_per_second
 peak_memory_bytes divergences final_train_loss final_heldout_loss
@@ -182,12 +180,7 @@ def test_loss_falls_and_is_of_the_answer(plain_run, base, tmp_path):
 
 def test_two_ranks_train_the_same(base, plain_run, tmp_path):
     """Half a batch on each of two ranks: the same losses to fp32's rounding, and every problem answered."""
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "finetune_gsm8k.py"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    line += [*base, "--out", str(tmp_path / "two")]
-    done = subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-2000:]
-    said = done.stdout + done.stderr
+    said = on_ranks(2, ["finetune_gsm8k.py", *base, "--out", str(tmp_path / "two")])
     assert [said.count(f"step {step}: validation") for step in (6, 12)] == [1, 1] and "FutureWarning" not in said
     for kind in ("train", "val"):
         for ours, theirs in zip(rows(tmp_path / "two", kind), rows(plain_run, kind), strict=True):

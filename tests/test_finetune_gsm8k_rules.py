@@ -63,13 +63,19 @@ def test_gate_and_blocks_take_part(fot_run):
     assert summary["fot_decisions"] == 3 and {"fot_bound", "fot_clipped", "fot_not_finite"} <= set(summary)
 
 
-@pytest.mark.parametrize("rule, stop_at", [("fot", 6), ("fot", 8), ("fot-literal", 9), ("schedule-free", 7)])
-def test_rules_resume_exactly(base, fot_run, tmp_path, monkeypatch, rule, stop_at):
-    """Cut within a window and where one ends: the same decisions, learning rates, weights and answers, bit for bit."""
-    flags, whole = [*base, *flags_of(rule), "--segment-rms"], fot_run
-    if rule != "fot":
-        whole = tmp_path / "whole"
-        assert tune(flags, whole) == 0
+@pytest.fixture(scope="module")
+def schedule_free_run(base, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "schedule-free"
+    assert tune([*base, *flags_of("schedule-free")], out) == 0
+    return out
+
+
+@pytest.mark.parametrize("rule, stop_at", [("fot", 6), ("fot", 8), ("schedule-free", 7)])
+def test_rules_resume_exactly(base, fot_run, schedule_free_run, tmp_path, monkeypatch, rule, stop_at):
+    """Cut within a window and where one ends: the same decisions, learning rates, weights and answers, bit for bit.
+    tests/schedules/test_fot.py has every rule."""
+    whole = fot_run if rule == "fot" else schedule_free_run
+    flags = [*base, *flags_of(rule), *["--segment-rms"] * (rule == "fot")]
     sigterm_at(monkeypatch, stop_at - 1)
     assert tune(flags, tmp_path / "cut") == 143
     monkeypatch.undo()
@@ -85,8 +91,7 @@ def test_rules_resume_exactly(base, fot_run, tmp_path, monkeypatch, rule, stop_a
 
 
 @pytest.mark.parametrize(
-    "rule",
-    ["snac", "bacon", "fot-literal", "schedule-free", "fot --optimizer muon --lr 3e-2", "greedy --optimizer adamw8bit"],
+    "rule", ["snac", "bacon", "fot-literal", "fot --optimizer muon --lr 3e-2", "greedy --optimizer adamw8bit"]
 )
 def test_every_rule_learns(base, tmp_path, rule):
     assert tune([*base, *flags_of(rule)], tmp_path / "run", "--eval-problems", 1) == 0
@@ -101,17 +106,18 @@ def test_every_rule_learns(base, tmp_path, rule):
         assert decided[-1]["slope"] is not None  # of LoRA's A and B, which are all that there is
 
 
-def test_schedule_free_evaluates_its_averages(base, tmp_path):
+def test_schedule_free_learns_and_evaluates_its_averages(base, schedule_free_run, tmp_path):
     """The adapter that stays is the averaged x: the checkpoint's y, which was trained on, is (1 - beta1) z + beta1 x
     (Defazio et al., section 1), and the held-out loss is of x."""
     from model.lora import load_base
     from model.lora_hub import adapter_tensors, load_adapter
 
-    assert tune([*base, *flags_of("schedule-free")], tmp_path / "run") == 0
-    kept = load_checkpoint(tmp_path / "run" / "last.pt")
-    adapter = tmp_path / "run" / "adapter"
+    losses = [r["loss"] for r in rows(schedule_free_run, "train")]
+    assert losses[-1] < losses[0] - 0.1 and not rows(schedule_free_run, "fot")
+    kept = load_checkpoint(schedule_free_run / "last.pt")
+    adapter = schedule_free_run / "adapter"
     assert tune([*base, *LONGER], tmp_path / "again", "--adapter", adapter, "--lr", 0, "--steps", 1) == 0
-    last = rows(tmp_path / "run", "val")[-1]["nll"]
+    last = rows(schedule_free_run, "val")[-1]["nll"]
     assert rows(tmp_path / "again", "val")[0]["nll"] == pytest.approx(last, rel=1e-6)
     model = next(f for i, f in enumerate(base) if base[i - 1] == "--model")
     loaded = load_base(model, "fp32", torch.float32)
