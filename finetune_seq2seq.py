@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import summaries
+from data import denoising, summaries
 from eval import metrics
 from eval import seq2seq as measure
 from eval.heldout import evaluate, final_metrics
@@ -77,6 +77,7 @@ class Config:
         "max_target", opt(None, "tokens of a summary; the rest is cut off", within="[3, inf)", role="setting")
     )
     noise_references: float = opt(0.0, "share of summaries swapped in a batch", within="[0, 1]", role="setting")
+    denoise: float = opt(0.0, "pre-train on text: share of its tokens masked", within="[0, 1)", role="setting")
     # model
     model: str = opt("", "a BART or PEGASUS to start from: a folder or a hub id", role="setting", group="model")
     size: str = opt("", "with --random-start: the size instead", ("", *SIZES), role="setting")
@@ -238,16 +239,18 @@ def main(argv: list[str] | None = None) -> int:
         checkpoint, cfg = run.enter(cfg), run.aside(cfg)
 
         # -- data, and model: parameters in fp32, activations in dtype -------------------------
-        texts = summaries.load_texts(cfg.data, cfg.eval_data, folded=bool(cfg.fold), min_words=cfg.min_words)
+        texts = {"train": None} if cfg.denoise else summaries.load_texts(cfg)
         torch.manual_seed(cfg.seed)
         model, tokenizer = make_model(cfg, texts["train"], dtype, world)
         check_fit(cfg, model.config, cfg.model or cfg.size)
         options = measure.decoding(cfg, tokenizer)
         limits = dict(val=cfg.validation_examples, test=cfg.test_examples, ood=cfg.test_examples)
         with world.main_first():
-            train, sets, about = summaries.encode_sets(
-                texts, tokenizer, cfg.cache, cfg.max_source, cfg.max_target, part=cfg.fold, limits=limits
-            )
+            if cfg.denoise:
+                train, sets, about = denoising.noised_sets(cfg, tokenizer, limits)
+            else:
+                encoding = tokenizer, cfg.cache, cfg.max_source, cfg.max_target
+                train, sets, about = summaries.encode_sets(texts, *encoding, part=cfg.fold, limits=limits)
         counts = {name: -(-len(pairs) // (cfg.micro_batch * world.size)) for name, pairs in sets.items() if pairs}
         batches = summaries.Bucketed(train, cfg.batch, cfg.seed)
         if checkpoint and checkpoint["data_hash"] != train.hash:
@@ -348,11 +351,10 @@ def main(argv: list[str] | None = None) -> int:
     meter.start(validate)
     while meter.running:
         step = meter.step
-        rows = batches.indices(step)  # the global batch, a function of the step
+        pairs = train.at(batches.indices(step), step // batches.per_epoch)  # the global batch, a function of the step
         places = summaries.swapped_references(cfg.batch, cfg.noise_references, cfg.seed, step)
-        targets = rows[places]
-        count = int(train.target_lengths[targets].sum())
-        tokens = count + int(train.source_lengths[rows].sum())
+        count = int(pairs.target_lengths[places].sum())
+        tokens = count + int(pairs.source_lengths.sum())
         alpha.fill_(alpha_of(step))
         lr = rule.lr
 
@@ -362,7 +364,7 @@ def main(argv: list[str] | None = None) -> int:
         measured = rule.splits and share > 1
         parts = micro_batches(world.rank, mixed=measured)
         for i, part in enumerate(parts):
-            batch = summaries.collate(train, rows[part], targets[part], measure.multiple_of(device))
+            batch = summaries.collate(pairs, part, places[part], measure.multiple_of(device))
             last = i + 1 == len(parts)
             with optim.meeting(trained, last):
                 hidden, y = measure.forward(trained, *batch, device, model.shift_right)
@@ -371,7 +373,7 @@ def main(argv: list[str] | None = None) -> int:
                 )
                 loss.backward()
             meter.add(loss, moments)
-            tested = int(train.target_lengths[targets[part]].sum()) / count if measured and i == 0 else None
+            tested = int(pairs.target_lengths[places[part]].sum()) / count if measured and i == 0 else None
             rule.observe(-moments.log_p.sum(), moments.valid.sum(), share=tested)
         norm = optim.take_step(optimizer, model.parameters(), cfg.clip, world.all_reduce(meter.loss))
         swapped = int((places != np.arange(cfg.batch)).sum())

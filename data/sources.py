@@ -14,7 +14,7 @@ import re
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -268,12 +268,16 @@ def _split_of(file: str) -> str | None:
 
 
 def _documents(folder: Path, files: list[str]) -> Iterator[tuple[str, str]]:
-    """(identity, text): the path relative to ``folder``, and the line in a .jsonl."""
+    """(identity, text): the path relative to ``folder``, and the line in a .jsonl. Those of blanks alone are left out,
+    and their number is said."""
+    blank = []
     for identity in files:
         file = folder / identity
         if _suffix(identity) != ".jsonl":
             if (text := read_text(file)).strip():
                 yield identity, text
+            else:
+                blank.append(identity)
             continue
         for number, row in read_rows(file, nan=True):
             text = row.get("text") if isinstance(row, dict) else None
@@ -281,6 +285,15 @@ def _documents(folder: Path, files: list[str]) -> Iterator[tuple[str, str]]:
                 raise fault(file, number, 'no object with "text"')
             if text.strip():
                 yield f"{identity}#{number}", text
+            else:
+                blank.append(f"{identity}#{number}")
+    if blank:
+        _say_blank(folder, len(blank), blank[0])
+
+
+@cache  # a folder is read more than once
+def _say_blank(folder: Path, count: int, first: str) -> None:
+    log.warning("%s: documents without text are left out: %d, the first is %s", folder, count, first)
 
 
 def _whole(documents: Callable[[], Iterable[tuple[str, str]]]) -> Split:

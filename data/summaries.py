@@ -152,14 +152,14 @@ def _text(row, names: tuple[str, ...], where: str) -> str:
     return value.strip()
 
 
-def load_texts(data: str, eval_data: str = "", *, folded: bool, min_words: int) -> dict[str, Summaries | None]:
-    """The splits that a run reads: all of ``data``, only train where a part of that is held out (``folded``), and ood,
-    the test split of ``eval_data``. Raises ValueError without a split to train or to validate on."""
-    texts = load_summaries(data, ("train",) if folded else SUMMARY_SPLITS, min_words=min_words)
-    if texts["train"] is None or not (folded or texts["validation"]):
+def load_texts(cfg) -> dict[str, Summaries | None]:
+    """The splits that a run of finetune_seq2seq.py's ``cfg`` reads: all of data, only train where a fold of that is
+    held out, and ood, the test split of eval_data. Raises ValueError without a split to train or to validate on."""
+    texts = load_summaries(cfg.data, ("train",) if cfg.fold else SUMMARY_SPLITS, min_words=cfg.min_words)
+    if texts["train"] is None or not (cfg.fold or texts["validation"]):
         lacks = "training" if texts["train"] is None else "validation"
-        raise ValueError(f"{data} has no {lacks} split; add its file, or validate on a part with --fold 1/5")
-    ood = load_summaries(eval_data, ("test",), min_words=min_words)["test"] if eval_data else None
+        raise ValueError(f"{cfg.data} has no {lacks} split; add its file, or validate on a part with --fold 1/5")
+    ood = load_summaries(cfg.eval_data, ("test",), min_words=cfg.min_words)["test"] if cfg.eval_data else None
     return texts | {"ood": ood}
 
 
@@ -217,7 +217,7 @@ class SummaryTokenizer:
         return cls(Tokenizer.from_files(state["files"], state["name"]), *ids)
 
 
-def tokenizer_for_training(spec: str, train: Summaries, cache: str | Path, *, bos: bool) -> SummaryTokenizer:
+def tokenizer_for_training(spec: str, train: Summaries | None, cache: str | Path, *, bos: bool) -> SummaryTokenizer:
     """For a model from a random start: ``gpt2``, ``bpe:N`` trained on ``train``, or a folder, as data.tokenizer takes.
 
     A vocabulary that has <s>, <pad> and </s> (BART's vocab.json and merges.txt) keeps its ids; to any other they are
@@ -226,9 +226,12 @@ def tokenizer_for_training(spec: str, train: Summaries, cache: str | Path, *, bo
     if "tokenizer.json" not in (files := read_files(folder)) and "vocab.json" in files:
         base = Tokenizer.from_files(_with_definition(files, folder, None), folder.name)
     else:
-        corpus = f"{train.name}-{_hash(train.pairs, '')[:12]}"
-        base = load_tokenizer(spec, documents=partial(_texts, train.pairs), cache=cache, corpus=corpus)
-    known, new = _vocabulary(base.files()), range(base.vocab_size, base.vocab_size + len(SPECIALS))
+        how = {}
+        if train:
+            corpus = f"{train.name}-{_hash(train.pairs, '')[:12]}"
+            how = dict(documents=partial(_texts, train.pairs), cache=cache, corpus=corpus)
+        base = load_tokenizer(spec, **how)
+    known, new = vocabulary(base.files()), range(base.vocab_size, base.vocab_size + len(SPECIALS))
     bos_id, pad_id, eos_id = [known[name] for name in SPECIALS] if known.keys() >= set(SPECIALS) else new
     return SummaryTokenizer(base, bos_id if bos else None, pad_id, eos_id)
 
@@ -249,7 +252,7 @@ def tokenizer_of_model(folder_or_hub_id: str, config) -> SummaryTokenizer:
     return SummaryTokenizer(base, bos, config.pad_token_id, config.eos_token_id, newline)
 
 
-def _vocabulary(files: dict[str, bytes]) -> dict[str, int]:
+def vocabulary(files: dict[str, bytes]) -> dict[str, int]:
     """Token -> id of the tokenizer.json in ``files``; nothing without one."""
     return Definition(files["tokenizer.json"], "tokenizer").vocab if "tokenizer.json" in files else {}
 
@@ -268,7 +271,7 @@ def _with_definition(files: dict[str, bytes], folder: Path, eos_id: int | None) 
             names = [name for name in (*SPECIALS, "<unk>", "<mask>") if name in vocab]
             backend.add_special_tokens([AddedToken(name, special=True) for name in names])
             files = files | {"tokenizer.json": backend.to_str().encode()}
-        known = _vocabulary(files)
+        known = vocabulary(files)
         eos_id = known.get("</s>") if eos_id is None else eos_id
         eos = next((token for token, i in known.items() if i == eos_id), None)
         settings = parse_json(files.get("tokenizer_config.json", b"{}"), "tokenizer_config.json")
@@ -305,7 +308,11 @@ class TokenPairs:
         self.truncated = {side: int((lengths > limit).sum()) for side, lengths, limit in sides}
 
     def __len__(self) -> int:
-        return len(self.pairs)
+        return len(self.target_lengths)
+
+    def at(self, rows: np.ndarray, epoch: int) -> "TokenPairs":
+        """The pairs at ``rows`` as they are in the pass ``epoch`` over the set: here the same in each."""
+        return self.take(rows)
 
     def take(self, rows: np.ndarray) -> "TokenPairs":
         """The pairs at ``rows``, over the same tokens."""

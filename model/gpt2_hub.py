@@ -131,32 +131,18 @@ def export(checkpoint: str | os.PathLike, folder: str | os.PathLike) -> Path:
     The checkpoint is a ``torch.save`` dict with "model" (GPT2's state_dict), "model_config" (GPT2Config's fields) and
     optionally "tokenizer" (dict of "files", name -> bytes, and "eos_id"). A stranger's file cannot run code. Raises
     ValueError, before anything is written, for a file that is not that."""
-    if Path(checkpoint).is_dir():
-        there = [Path(checkpoint) / name for name in ("best.pt", "last.pt") if (Path(checkpoint) / name).is_file()]
-        if not there:
-            raise ValueError(f"{checkpoint} holds neither best.pt nor last.pt; expected a run's folder or a checkpoint")
-        checkpoint = there[0]
-    content = weights.load_pickled(checkpoint, "cannot be read as a checkpoint", mmap=True)
-    if not isinstance(content, dict) or not {"model", "model_config"} <= content.keys():
-        raise ValueError(f"{checkpoint} is no training checkpoint: expected a dict with 'model' and 'model_config'")
+    path, content, tokenizer = weights.read_checkpoint(checkpoint)
     try:
         config = GPT2Config(**content["model_config"])
     except TypeError as error:
         fields = ", ".join(f.name for f in dataclasses.fields(GPT2Config))
-        raise ValueError(f"{checkpoint}: 'model_config' must hold the fields {fields}: {error}") from error
-    state, tokenizer = content["model"], content.get("tokenizer") or {}
-    if not weights.holds_tensors(state):
-        raise ValueError(f"{checkpoint}: 'model' must hold GPT2's state_dict, names and tensors")
-    if not isinstance(tokenizer, dict):
-        raise ValueError(f"{checkpoint}: 'tokenizer' must hold a dict of 'files' and 'eos_id'")
-    state = weights.plain_names(state, checkpoint)
+        raise ValueError(f"{path}: 'model_config' must hold the fields {fields}: {error}") from error
     with torch.device("meta"):
         model = GPT2(config)
-    says = f"{checkpoint} does not hold the GPT-2 of its config"
-    weights.check_shapes(state, model.state_dict(), says)
-    model.load_state_dict(state, assign=True)
+    weights.check_shapes(content["model"], model.state_dict(), f"{path} does not hold the GPT-2 of its config")
+    model.load_state_dict(content["model"], assign=True)
     save_hf(model, folder, tokenizer.get("files"), tokenizer.get("eos_id"))
-    return Path(checkpoint)
+    return path
 
 
 @alive()

@@ -1,6 +1,13 @@
-"""BART and PEGASUS in and out of Hugging Face's layout: config.json and safetensors in one folder."""
+"""BART and PEGASUS in and out of Hugging Face's layout: config.json and safetensors in one folder.
 
+    python -m model.seq2seq_hub RUN FOLDER
+
+exports a run of finetune_seq2seq.py, or one of its checkpoints, with its tokenizer, for transformers, and as --model.
+"""
+
+import json
 import os
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -9,6 +16,9 @@ from torch import Tensor
 
 from model import weights
 from model.seq2seq import SHAPE_FIELDS, TOKEN_IDS, Seq2Seq, Seq2SeqConfig, sinusoids
+from runtime.cli import Parser, user_errors
+from schedules.commandline import alive
+from schedules.textlines import parse_json
 
 ARCHITECTURES = dict(bart="BartForConditionalGeneration", pegasus="PegasusForConditionalGeneration")
 
@@ -26,6 +36,7 @@ FIXED = {
     for kind, pegasus in (("bart", False), ("pegasus", True))
 }
 
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 TIED = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
 POSITIONS = ("encoder.embed_positions.weight", "decoder.embed_positions.weight")
@@ -125,3 +136,52 @@ def save_seq2seq(model: Seq2Seq, folder: str | os.PathLike, extra_files: dict[st
     content |= dict(model_type=config.kind, architectures=[ARCHITECTURES[config.kind]], is_encoder_decoder=True)
     content |= dict(tie_word_embeddings=True, forced_eos_token_id=config.eos_token_id)
     weights.write_model(folder, content, model.shared.weight.dtype, tensors, extra_files, what="extra file")
+
+
+def export(run: str | os.PathLike, folder: str | os.PathLike) -> tuple[Path, Seq2Seq]:
+    """Writes a checkpoint of finetune_seq2seq.py, or a run's best.pt, else last.pt, to ``folder``, as `load_seq2seq`
+    and transformers read it, with its tokenizer. (The file that was taken, the model.)
+
+    Raises ValueError, before anything is written, for what is none, and for a tokenizer without a tokenizer.json."""
+    path, content, tokenizer = weights.read_checkpoint(run)
+    with weights.kinds_of(path), torch.device("meta"):
+        model = Seq2Seq(Seq2SeqConfig(**content["model_config"]))
+    weights.check_shapes(content["model"], model.state_dict(), f"{path} does not hold the model of its config")
+    model.load_state_dict(content["model"], assign=True)
+    save_seq2seq(model, folder, _tokenizer_files(tokenizer.get("files") or {}, model.config, path))
+    return path, model
+
+
+def _tokenizer_files(files: dict[str, bytes], config: Seq2SeqConfig, path: Path) -> dict[str, bytes]:
+    """``files`` with the tokens around a text, which a random start adds behind its vocabulary, as special ones."""
+    if "tokenizer.json" not in files:
+        have = ", ".join(files) or "no file"
+        raise ValueError(f"{path}: its tokenizer has no tokenizer.json ({have}); only one that has is exported")
+    definition, settings = (parse_json(files.get(name, b"{}"), f"{path}: {name}") for name in TOKENIZER)
+    known = {i: token for token, i in (definition["model"].get("vocab") or {}).items()} if config.kind == "bart" else {}
+    known |= {token["id"]: token["content"] for token in definition["added_tokens"]}
+    plain = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+    for name, usual in (("bos", "<s>"), ("pad", "<pad>"), ("eos", "</s>")):
+        token_id = getattr(config, f"{name}_token_id")
+        if config.kind == "bart" and token_id is not None:
+            if token_id not in known:
+                definition["added_tokens"].append(dict(id=token_id, content=usual) | plain)
+            settings[f"{name}_token"] = known.get(token_id, usual)
+    return files | {name: json.dumps(of).encode() for name, of in zip(TOKENIZER, (definition, settings), strict=True)}
+
+
+@alive()
+def main(argv: list[str] | None = None) -> int:
+    about = "Exports a BART or PEGASUS of finetune_seq2seq.py to a folder in Hugging Face's layout, with its tokenizer."
+    parser = Parser(prog="python -m model.seq2seq_hub", usage=None, description=about)
+    parser.add_argument("run", help="a run's folder (best.pt, else last.pt), or one of its checkpoints")
+    parser.add_argument("folder", help="folder to write")
+    given = parser.parse_args(argv)
+    with user_errors():
+        taken, _ = export(given.run, given.folder)
+    print(f"wrote {given.folder} from {taken}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -176,6 +176,25 @@ def load_pickled(path: str | os.PathLike, says: str, **how):
         raise ValueError(f"{path} {says}: {why}") from error
 
 
+def read_checkpoint(run: str | os.PathLike) -> tuple[Path, dict, dict]:
+    """(the file, its content, what that says of the tokenizer) of a training checkpoint, or of a run's folder, best.pt,
+    else last.pt: a ``torch.save`` dict with "model", a state_dict, whose names come plain, and "model_config". Raises
+    ValueError for what is none; a stranger's file cannot run code."""
+    if Path(run).is_dir():
+        there = [Path(run) / name for name in ("best.pt", "last.pt") if (Path(run) / name).is_file()]
+        if not there:
+            raise ValueError(f"{run} holds neither best.pt nor last.pt; expected a run's folder or a checkpoint")
+        run = there[0]
+    content = load_pickled(run, "cannot be read as a checkpoint", mmap=True)
+    if not isinstance(content, dict) or not {"model", "model_config"} <= content.keys():
+        raise ValueError(f"{run} is no training checkpoint: expected a dict with 'model' and 'model_config'")
+    if not holds_tensors(content["model"]) or not isinstance(content["model_config"], dict):
+        raise ValueError(f"{run}: 'model' must hold a state_dict, names and tensors, and 'model_config' a dict")
+    if not isinstance(tokenizer := content.get("tokenizer") or {}, dict):
+        raise ValueError(f"{run}: 'tokenizer' must hold a dict of 'files' and 'eos_id'")
+    return Path(run), content | {"model": plain_names(content["model"], run)}, tokenizer
+
+
 def holds_tensors(content) -> bool:
     return isinstance(content, dict) and all(isinstance(t, Tensor) for t in content.values())
 

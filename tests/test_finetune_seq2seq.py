@@ -23,7 +23,7 @@ from eval.heldout import evaluate, final_metrics
 from kernels import linear_score
 from kernels.losses import brier, ce
 from model.seq2seq import Seq2Seq, bart_config, training_flops
-from model.seq2seq_hub import save_seq2seq
+from model.seq2seq_hub import export, save_seq2seq
 from recipes.presets import PRESETS, preset_values
 from runtime.cli import parse_config
 from runtime.folder import Pieces, load_checkpoint
@@ -328,14 +328,8 @@ def test_polynomial_decay_is_fairseqs():
 
 def test_a_model_folder_is_a_start_and_must_fit_its_tokenizer(seq2seq_base, dpsm_run, sums, tmp_path, capsys):
     """The run's model saved in Hugging Face's layout: at lr 0 another run reports its numbers."""
-    model, tokenizer, _ = eval.seq2seq.load_finetuned(dpsm_run)
-    files = dict(tokenizer.base.files())
-    definition = json.loads(files["tokenizer.json"])
-    for name, i in (("<s>", tokenizer.bos_id), ("<pad>", tokenizer.pad_id), ("</s>", tokenizer.eos_id)):
-        flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
-        definition["added_tokens"].append(dict(id=i, content=name, **flags))
-    del files["tokenizer_config.json"]
-    save_seq2seq(model, tmp_path / "hf", files | {"tokenizer.json": json.dumps(definition).encode()})
+    export(dpsm_run, tmp_path / "hf")
+    files = {p.name: p.read_bytes() for p in (tmp_path / "hf").glob("tokenizer*")}
     at = seq2seq_base.index("--size")
     start = [*seq2seq_base[:at], *seq2seq_base[at + 5 :], "--model", str(tmp_path / "hf")]
     assert train(start, tmp_path / "run", "--lr", 0, "--steps", 1) == 0
@@ -345,7 +339,7 @@ def test_a_model_folder_is_a_start_and_must_fit_its_tokenizer(seq2seq_base, dpsm
     fails(capsys, "is a bart: --preset pegasus", start, tmp_path / "bad", "--preset", "pegasus")
     # Broken in the ways that a download breaks.
     other = Seq2Seq(bart_config(1, 32, 2, max_position_embeddings=128, vocab_size=290))
-    save_seq2seq(other, tmp_path / "other", files | {"tokenizer.json": json.dumps(definition).encode()})
+    save_seq2seq(other, tmp_path / "other", files)
     start[-1] = str(tmp_path / "other")
     fails(capsys, "has \\d+ tokens, the model only 290|ends a text with|another's", start, tmp_path / "bad")
     (tmp_path / "hf" / "model.safetensors").write_bytes((tmp_path / "hf" / "model.safetensors").read_bytes()[:5000])

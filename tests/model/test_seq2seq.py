@@ -6,10 +6,12 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from refusals import refused
 
+from data.tokenizer import train_bpe
 from model.gpt2 import parameter_count
 from model.seq2seq import SIZES, Seq2Seq, bart_config, pegasus_config, sinusoids
-from model.seq2seq_hub import load_seq2seq, save_seq2seq
+from model.seq2seq_hub import load_seq2seq, main, save_seq2seq
 
 # fp32 logits of two implementations of one small network differ by the order of their sums: 1e-6 is what
 # we see at logits of order 1; 1e-4 is the promise we make to users.
@@ -482,3 +484,36 @@ def test_forward_refuses_bad_input():
         model.new_cache(torch.zeros(1, 5, 32), 1, 25)
     with pytest.raises(ValueError, match="int64"):
         Seq2Seq(model.config, torch.int64)
+
+
+def test_the_command_exports_a_run(tmp_path, capsys):
+    """best.pt before last.pt; the tokens that a random start has added are special ones of the tokenizer."""
+    definition, ids = train_bpe(["one two"], 257), dict(bos_token_id=257, pad_token_id=258, eos_token_id=259)
+    model = Seq2Seq(
+        bart_config(1, 32, 2, vocab_size=260, max_position_embeddings=24, **ids, decoder_start_token_id=259)
+    )
+    state = dict(model=model.state_dict(), model_config=dataclasses.asdict(model.config))
+    state["tokenizer"] = dict(files={"tokenizer.json": definition})
+    run, out = tmp_path / "run", tmp_path / "out"
+    run.mkdir()
+    torch.save(state, run / "best.pt")
+    torch.save({}, run / "last.pt")
+    assert main([str(run), str(out)]) == 0 and "best.pt" in capsys.readouterr().out
+    loaded = load_seq2seq(out).state_dict()
+    assert all(torch.equal(weight, loaded[name]) for name, weight in model.state_dict().items())
+    added = {
+        t["id"]: (t["content"], t["special"]) for t in json.loads((out / "tokenizer.json").read_text())["added_tokens"]
+    }
+    assert [added[i] for i in (257, 258, 259)] == [("<s>", True), ("<pad>", True), ("</s>", True)] and 0 in added
+    settings = json.loads((out / "tokenizer_config.json").read_text())
+    assert [settings[f"{name}_token"] for name in ("bos", "pad", "eos")] == ["<s>", "<pad>", "</s>"]
+
+    def stopped(match, **changes):
+        torch.save(state | changes, run / "best.pt")
+        refused(capsys, match, lambda: main([str(run), str(tmp_path / "bad")]), tmp_path / "bad")
+
+    stopped("has no tokenizer.json", tokenizer={})
+    stopped("must hold a state_dict", model={"a": 1})
+    stopped("d_model=33 is not a multiple", model_config=state["model_config"] | dict(d_model=33))
+    stopped("best.pt", model_config=dict(kind="bart"))
+    stopped("does not hold the model of its config", model={})
