@@ -1,7 +1,7 @@
 """A small BART that was pre-trained as the published one: a folder in Hugging Face's layout, for --model.
 
     python -m recipes.tiny_bart runs/tiny-bart --data novels --data web                # minutes on a GPU
-    python -m recipes.tiny_bart runs/tiny-bart --data novels --size bart-tiny --steps 1000 --batch 16 --seq-len 128
+    python -m recipes.tiny_bart runs/tiny-bart --data novels --size bart-micro --steps 1000 --batch 16 --seq-len 128
     python -m recipes.tiny_bart runs/tiny-bart --data novels --data web --resume       # go on after a signal
     python finetune_seq2seq.py --model runs/tiny-bart --preset none --data scitldr --max-source 256 --max-target 64
 
@@ -9,7 +9,7 @@ The folders are read as train_lm.py reads them: of their documents a twentieth, 
 validate, as many to test. On the rest a byte-level BPE is trained, and with it finetune_seq2seq.py --denoise trains
 random weights to undo the noise of data/denoising.py (Lewis et al., 2020): 30 % of a block's tokens masked in spans,
 its sentences permuted. That run's folder is FOLDER-run, and its best weights become FOLDER. bart-mini has 4 + 4 layers,
-256 wide, 10.0 M parameters with 8192 tokens; bart-tiny 2 + 2 layers, 128 wide, 2.2 M. A GPU is taken by itself.
+256 wide, 10.0 M parameters with 8192 tokens; bart-micro 2 + 2 layers, 128 wide, 2.2 M. A GPU is taken by itself.
 """
 
 import functools

@@ -97,6 +97,9 @@ def test_noise_is_a_function_of_seed_epoch_and_block(text, tokenizer, tmp_path):
     epochs = [train.at(long, epoch) for epoch in range(8)]
     for i in range(len(long)):
         assert len({tuple(of.ids(0, i)) for of in epochs}) == 8
+    alike = np.flatnonzero(train.target_lengths == 32)  # of one length, and masked in other places
+    places = [tuple(np.flatnonzero(train.at(alike, 0).ids(0, i) == train.mask_id)) for i in range(len(alike))]
+    assert len(set(places)) == len(alike) > 2
     source, padding, labels = collate(first, np.arange(3))
     assert (source == train.mask_id).any() and not (labels == train.mask_id).any()
     assert padding is None or padding.sum(1).tolist() == first.source_lengths.tolist()

@@ -257,13 +257,15 @@ def test_initial_values():
 
 
 def test_published_sizes(transformers):
-    def count(size):
+    def count(size, **changes):
         with torch.device("meta"):
-            return parameter_count(Seq2Seq(SIZES[size]()))
+            return parameter_count(Seq2Seq(SIZES[size](**changes)))
 
     # Counts of the published checkpoints; PEGASUS's without its sinusoids.
     assert count("bart-base") == 139_420_416
     assert count("bart-large") == 406_291_456
+    # What recipes.tiny_bart says of its own.
+    assert count("bart-mini", vocab_size=8192) == 9_996_288 and count("bart-micro", vocab_size=8192) == 2_237_440
     with torch.device("meta"):
         config = transformers.PegasusConfig(
             vocab_size=96103, encoder_layers=16, decoder_layers=16, activation_function="relu", scale_embedding=True
