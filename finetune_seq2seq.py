@@ -77,7 +77,7 @@ class Config:
         "max_target", opt(None, "tokens of a summary; the rest is cut off", within="[3, inf)", role="setting")
     )
     noise_references: float = opt(0.0, "share of summaries swapped in a batch", within="[0, 1]", role="setting")
-    denoise: float = opt(0.0, "pre-train on text: share of its tokens masked", within="[0, 1)", role="setting")
+    denoise: float = opt(0.0, "pre-train on text, --data A,B: share masked", within="[0, 1)", role="setting")
     # model
     model: str = opt("", "a BART or PEGASUS to start from: a folder or a hub id", role="setting", group="model")
     size: str = opt("", "with --random-start: the size instead", ("", *SIZES), role="setting")

@@ -1,6 +1,6 @@
 """A small BART that was pre-trained as the published one: a folder in Hugging Face's layout, for --model.
 
-    python -m recipes.tiny_bart runs/tiny-bart --data novels --data web                # minutes on a GPU
+    python -m recipes.tiny_bart runs/tiny-bart --data novels --data web                # for a GPU
     python -m recipes.tiny_bart runs/tiny-bart --data novels --size bart-micro --steps 1000 --batch 16 --seq-len 128
     python -m recipes.tiny_bart runs/tiny-bart --data novels --data web --resume       # go on after a signal
     python finetune_seq2seq.py --model runs/tiny-bart --preset none --data scitldr --max-source 256 --max-target 64
