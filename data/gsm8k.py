@@ -7,10 +7,15 @@ The set is Cobbe et al., "Training Verifiers to Solve Math Word Problems", 2021.
 calculator annotations, ``48/2 = <<48/2=24>>24 clips``, and end in a line ``#### 72``.
 """
 
+import sys
+
+if not __package__:  # a file by its name finds no package
+    print("python -m data.gsm8k: error: type it like this, in the folder that holds data/", file=sys.stderr)
+    sys.exit(2)
+
 import hashlib
 import json
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -8,6 +8,11 @@ prepares the cache ahead of training and prints what is in it.
 """
 
 import sys
+
+if not __package__:  # a file by its name finds no package
+    print("python -m data.lm: error: type it like this, in the folder that holds data/", file=sys.stderr)
+    sys.exit(2)
+
 from collections.abc import Iterable
 from dataclasses import dataclass
 

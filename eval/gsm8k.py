@@ -18,8 +18,13 @@ in the sandbox, each alone. The answer is the last number that it printed, of a 
 program that did not end by itself with exit code 0 is invalid and wrong, whatever it printed; exit() is such an end.
 """
 
-import math
 import sys
+
+if not __package__:  # a file by its name finds no package
+    print("python -m eval.gsm8k: error: type it like this, in the folder that holds eval/", file=sys.stderr)
+    sys.exit(2)
+
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction

@@ -24,8 +24,13 @@ NOT COMPARABLE as it stands: theirs trains on MetaMathQA, 5,000 steps of 4, and 
 of its own. A run of ours on GSM8K's train split stands beside it as what it is; train_config says the data.
 """
 
-import platform
 import sys
+
+if not __package__:  # a file by its name finds no package
+    print("python -m eval.method_comparison: error: type it like this, in the folder that holds eval/", file=sys.stderr)
+    sys.exit(2)
+
+import platform
 from collections.abc import Mapping
 from pathlib import Path
 

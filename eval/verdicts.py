@@ -8,6 +8,11 @@ above 0) are left out: the test needs one answer a problem. A rule that one file
 """
 
 import sys
+
+if not __package__:  # a file by its name finds no package
+    print("python -m eval.verdicts: error: type it like this, in the folder that holds eval/", file=sys.stderr)
+    sys.exit(2)
+
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple

@@ -16,13 +16,18 @@ No GPU is needed: Triton's own assembler and disassembler do the work. Launch sh
     shared   bytes of shared memory a program
 """
 
+import sys
+
+if not __package__:  # a file by its name finds no package
+    print("python -m kernels.audit: error: type it like this, in the folder that holds kernels/", file=sys.stderr)
+    sys.exit(2)
+
 import itertools
 import json
 import math
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from collections import Counter
 from pathlib import Path

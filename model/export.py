@@ -7,6 +7,11 @@ MODEL is a folder, a name on the hub or a GGUF file. The sum of weights and adap
 """
 
 import sys
+
+if not __package__:  # a file by its name finds no package
+    print("python -m model.export: error: type it like this, in the folder that holds model/", file=sys.stderr)
+    sys.exit(2)
+
 from pathlib import Path
 
 import torch

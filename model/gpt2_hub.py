@@ -9,10 +9,15 @@ Our parameters carry Hugging Face's names without the "transformer." prefix. Hug
 [in, out], for every matrix. Ours are [out, in] where they do not widen (gpt2.Linear); those are transposed on the way.
 """
 
+import sys
+
+if not __package__:  # a file by its name finds no package
+    print("python -m model.gpt2_hub: error: type it like this, in the folder that holds model/", file=sys.stderr)
+    sys.exit(2)
+
 import dataclasses
 import os
 import re
-import sys
 from pathlib import Path
 
 import torch

@@ -8,10 +8,15 @@ The packages are those of PACKAGES, as wheels for Linux and --python, unpacked; 
 two files for validation and test. Nothing of it is ours to commit.
 """
 
+import sys
+
+if not __package__:  # a file by its name finds no package
+    print("python -m races.carry: error: type it like this, in the folder that holds races/", file=sys.stderr)
+    sys.exit(2)
+
 import argparse
 import shutil
 import subprocess
-import sys
 import tempfile
 import zipfile
 from pathlib import Path

@@ -20,13 +20,18 @@ at most eight files: log.txt with all that was printed, parts.json with each par
 CSV and JSON lines.
 """
 
+import sys
+
+if not __package__:  # a file by its name finds no package
+    print("python -m races.device: error: type it like this, in the folder that holds races/", file=sys.stderr)
+    sys.exit(2)
+
 import argparse
 import contextlib
 import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 

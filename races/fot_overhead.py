@@ -18,10 +18,15 @@ other programs add nothing; the time that passes stands beside it. The parts are
 FoT's cost hardly depends on the tokens of a step, so its share does. Say the batch with the share.
 """
 
+import sys
+
+if not __package__:  # a file by its name finds no package
+    print("python -m races.fot_overhead: error: type it like this, in the folder that holds races/", file=sys.stderr)
+    sys.exit(2)
+
 import argparse
 import copy
 import math
-import sys
 import tempfile
 import time
 import warnings

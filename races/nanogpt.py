@@ -10,11 +10,16 @@ times are those it prints; ours come from metrics.jsonl by way of summary.json. 
 torch.compile.
 """
 
+import sys
+
+if not __package__:  # a file by its name finds no package
+    print("python -m races.nanogpt: error: type it like this, in the folder that holds races/", file=sys.stderr)
+    sys.exit(2)
+
 import math
 import pickle
 import re
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path

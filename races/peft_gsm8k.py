@@ -18,10 +18,15 @@ Theirs is what their users run: bfloat16 autocast over fp32 adapters, scaled_dot
 sides compute in --dtype: by default bfloat16 on CUDA and where the base is bf16, else float32.
 """
 
+import sys
+
+if not __package__:  # a file by its name finds no package
+    print("python -m races.peft_gsm8k: error: type it like this, in the folder that holds races/", file=sys.stderr)
+    sys.exit(2)
+
 import contextlib
 import json
 import statistics
-import sys
 from pathlib import Path
 
 import torch

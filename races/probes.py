@@ -17,11 +17,16 @@ Every figure is a JSON line: probe, case, value, unit. A probe that fails has th
 CPU the shapes are tiny, and the Triton kernels need TRITON_INTERPRET=1: it shows that the probes run, no more.
 """
 
+import sys
+
+if not __package__:  # a file by its name finds no package
+    print("python -m races.probes: error: type it like this, in the folder that holds races/", file=sys.stderr)
+    sys.exit(2)
+
 import contextlib
 import json
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial

@@ -9,6 +9,11 @@ needs beyond weights and optimizer state.
 """
 
 import sys
+
+if not __package__:  # a file by its name finds no package
+    print("python -m races.train_step: error: type it like this, in the folder that holds races/", file=sys.stderr)
+    sys.exit(2)
+
 from functools import partial
 
 import torch

@@ -11,9 +11,17 @@ halved for all sides. Generation runs every row to --new-tokens. In bf16, transf
 Trainer does, and both generate from bf16 weights. Peak memory is measured on CUDA only.
 """
 
+import sys
+
+if not __package__:  # a file by its name finds no package
+    print(
+        "python -m races.transformers_seq2seq: error: type it like this, in the folder that holds races/",
+        file=sys.stderr,
+    )
+    sys.exit(2)
+
 import argparse
 import statistics
-import sys
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path

@@ -9,9 +9,14 @@ Model: 30 layers, 576 wide, 49152 tokens (Ben Allal et al., "SmolLM2", 2025), li
 before is left as it is.
 """
 
+import sys
+
+if not __package__:  # a file by its name finds no package
+    print("python -m recipes.smollm2: error: type it like this, in the folder that holds recipes/", file=sys.stderr)
+    sys.exit(2)
+
 import hashlib
 import subprocess
-import sys
 import tempfile
 import zipfile
 from pathlib import Path

@@ -12,9 +12,14 @@ and how the calculator is used, is left to the adapter. The 256 problems that fi
 not read. The same flags give the same folder, bit for bit on the same machine.
 """
 
+import sys
+
+if not __package__:  # a file by its name finds no package
+    print("python -m recipes.tiny_qwen3: error: type it like this, in the folder that holds recipes/", file=sys.stderr)
+    sys.exit(2)
+
 import json
 import math
-import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path

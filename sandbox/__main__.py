@@ -1,8 +1,13 @@
 """python -m sandbox --probe: how this machine contains generated programs."""
 
+import sys
+
+if not __package__:  # a file by its name finds no package
+    print("python -m sandbox: error: type it like this, in the folder that holds sandbox/", file=sys.stderr)
+    sys.exit(2)
+
 import argparse
 import contextlib
-import sys
 from dataclasses import asdict
 
 from . import UNSAFE, Limits, probe

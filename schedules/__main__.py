@@ -6,9 +6,14 @@ python -m schedules forecast trainer_state.json --at 20000
 python -m schedules prune runs
 """
 
+import sys
+
+if not __package__:  # a file by its name finds no package
+    print("python -m schedules: error: type it like this, in the folder that holds schedules/", file=sys.stderr)
+    sys.exit(2)
+
 import argparse
 import os
-import sys
 
 from . import backtest, plot, predict, pruning
 from .commandline import Parser, alive

@@ -13,10 +13,15 @@ others go on. What has finished is left alone and what was interrupted goes on, 
 DIR/campaign.json keeps what each run came to and cost. The output of a run is in DIR/RUN.log.
 """
 
+import sys
+
+if "." not in (__package__ or ""):  # a file by its name finds no package
+    print("python -m eval.campaign: error: type it like this, in the folder that holds eval/", file=sys.stderr)
+    sys.exit(2)
+
 import functools
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import torch

@@ -9,6 +9,10 @@ study/KEY.json says which side is which arm, and stays with you.
 
 import sys
 
+if "." not in (__package__ or ""):  # a file by its name finds no package
+    print("python -m eval.preference: error: type it like this, in the folder that holds eval/", file=sys.stderr)
+    sys.exit(2)
+
 from eval.preference import study, tally
 from runtime.cli import Parser, user_errors
 from runtime.process import command

@@ -1,5 +1,9 @@
 import sys
 
+if "." not in (__package__ or ""):  # a file by its name finds no package
+    print("python -m eval.report: error: type it like this, in the folder that holds eval/", file=sys.stderr)
+    sys.exit(2)
+
 try:
     from eval.report.terminal import main
 except ModuleNotFoundError as e:

@@ -26,10 +26,15 @@ What is not installed, or fails, is named, and has its row in the CSV. "In place
 see other values, but do the same work. python -m races.train_step times a whole training step.
 """
 
+import sys
+
+if "." not in (__package__ or ""):  # a file by its name finds no package
+    print("python -m kernels.bench: error: type it like this, in the folder that holds kernels/", file=sys.stderr)
+    sys.exit(2)
+
 import argparse
 import json
 import math
-import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
