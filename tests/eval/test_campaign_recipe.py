@@ -10,6 +10,7 @@ from eval.campaign import cells
 from eval.campaign.__main__ import main
 from eval.campaign.plan import seconds_of
 from eval.campaign.recipe import line_of
+from kernels.losses import LOSSES
 
 ROOT = Path(__file__).parents[2]
 
@@ -117,6 +118,13 @@ def test_recipes_are_valid(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     _, found, _ = campaign.check(path, {})
     assert len({cell.name for cell in found}) == len(found) > 0
+
+
+def test_the_audit_has_every_loss_and_steps_of_2000_tokens(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    _, found, _ = campaign.check(ROOT / "recipes" / "audit_2k.toml", {})
+    assert {cell.config["loss"] for cell in found} == set(LOSSES)
+    assert {cell.config["batch"] * cell.config["seq_len"] for cell in found} == {2000}
 
 
 def test_the_line_of_a_fault_is_said(toy, capsys):
