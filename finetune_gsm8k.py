@@ -274,7 +274,7 @@ def main(argv: list[str] | None = None) -> int:
         """The summary's entries of answers and of solutions, and reliability. A signal loses the answers of a batch."""
         lora.set_segments(model, None)
         sets = {"val": heldout_rows, "test": test_rows}
-        how = dict(pieces=run.pieces(f"{folder.name} {cfg.report} {meter.step}"), impl=cfg.kernels)
+        how = dict(pieces=run.pieces(f"{folder.name} {cfg.report} {meter.step}"), impl=cfg.kernels, train=train)
         sure, bins = answers.solutions(model, sets, cfg.loss_on, cfg.micro_batch, world, **how)
         drawn = dict(samples=cfg.samples, temperature=cfg.temperature, seed=cfg.seed, k=ks(cfg))
         with user_errors():

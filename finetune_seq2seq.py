@@ -403,7 +403,7 @@ def main(argv: list[str] | None = None) -> int:
         name: (lambda pairs=pairs: forwards(final, pairs, cfg.micro_batch, world)) if pairs else None
         for name, pairs in sets.items()
     }
-    how = dict(pieces=run.pieces(f"{cfg.report} {kept['step']}"), counts=counts, impl=cfg.kernels)
+    how = dict(pieces=run.pieces(f"{cfg.report} {kept['step']}"), counts=counts, impl=cfg.kernels, text=train.data)
     entries, bins = final_metrics(final, made, world, **how)
     written = {}  # of weights that yield inf or nan there is nothing to read
     if entries["temperature"]:

@@ -324,6 +324,7 @@ def main(argv: list[str] | None = None) -> int:
     made = {name: (lambda w=w: forwards(final, w, cfg.micro_batch, world)) if w else None for name, w in sets.items()}
     sizes = {name: w.bytes for name, w in sets.items() if w}
     how = dict(pieces=run.pieces(f"{cfg.report} {kept['step']}"), sizes=sizes, counts=counts, impl=cfg.kernels)
+    how |= dict(text=corpus.train.tokens)
     entries, bins = final_metrics(final, made, world, **how)
     entries |= {f"{name}_losses": t.losses for name, t in tokens.items() if t}  # of the text in tokenising
     if not world.main:

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -48,14 +49,24 @@ def forwards(model: Decoder, heldout: Rows, loss_on: str, rows: int, world: Worl
 
 
 def solutions(
-    model: Decoder, sets: dict[str, Rows | None], loss_on: str, rows: int, world: World, *, pieces, impl: str = "auto"
+    model: Decoder,
+    sets: dict[str, Rows | None],
+    loss_on: str,
+    rows: int,
+    world: World,
+    *,
+    pieces,
+    train: list[Example],
+    impl: str = "auto",
 ) -> tuple[dict, dict]:
     """`eval.heldout.final_metrics` of the reference solutions in each of ``sets``, name -> packed rows, which are read
-    ``rows`` at a time, None where there are none; ``pieces`` keeps what is done. Every rank must call it."""
+    ``rows`` at a time, None where there are none; ``pieces`` keeps what is done. The training text is what the loss of
+    ``train`` was of. Every rank must call it."""
     there = {name: part for name, part in sets.items() if part is not None}
     made = dict.fromkeys(sets) | {n: partial(forwards, model, part, loss_on, rows, world) for n, part in there.items()}
     counts = {name: -(-len(part) // (rows * world.size)) for name, part in there.items()}
-    return final_metrics(model, made, world, pieces=pieces, counts=counts, impl=impl)
+    text = np.concatenate([e.tokens[0 if loss_on == "all" else e.prompt :] for e in train])
+    return final_metrics(model, made, world, pieces=pieces, counts=counts, text=text, impl=impl)
 
 
 class SegmentFisher:

@@ -14,6 +14,7 @@ PLACES = {
     "line": "the line that a validation prints",
     "final": "summary.json, of each set, before and after temperature",
     "table": "the report's table of its kind",
+    "band": "summary.json's and the report's parts of a set by how often the training text has the target",
     "delta": "the report's differences from CE",
     "terminal": "the lines that the report prints",
     "grid": "the report's heat maps",
@@ -45,14 +46,17 @@ def bits_per_byte(calibration, numbers: dict) -> float | None:
 # Of next-token probabilities on a set. nll, ppl, brier, spherical, accuracy, entropy and ECE are in every Calibration.
 TOKENS = (
     Metric("ppl", "PPL", "per token", "lower", 1, 2, "train line final table delta terminal grid", "PPL {:.1f}"),
-    Metric("nll", "NLL", "nats per token", "lower", shown="train line final table delta grid"),
+    Metric("nll", "NLL", "nats per token", "lower", shown="train line final table band delta grid"),
     Metric("bits_per_byte", "bits/byte", "bits", "lower", shown="final table", of=bits_per_byte),
-    Metric("ece10", "ECE", "10 bins, %", "lower", 100, 2, "train line final table delta terminal grid", "ECE {:.3f}"),
+    Metric(
+        "ece10", "ECE", "10 bins, %", "lower", 100, 2, "train line final table band delta terminal grid", "ECE {:.3f}"
+    ),
     Metric("ece100", "ECE", "100 bins, %", "lower", 100, 2, "final table"),
     Metric("ece10_mass", "ECE", "10 equal-mass bins, %", "lower", 100, 2, "final table"),
     Metric("brier", "Brier", "0 to 2", "lower", shown="train line final table delta terminal"),
     Metric("spherical", "Spherical", "loss, 0 to 1", "lower", shown="final table"),
-    Metric("accuracy", "Accuracy", "%", "higher", 100, 2, "train final table delta"),
+    Metric("accuracy", "Accuracy", "%", "higher", 100, 2, "train final table band delta"),
+    Metric("confidence", "confidence", "mean, %", "", 100, 2, "band"),
     Metric("entropy", "Entropy", "nats", "", shown="train final"),
 )
 # After temperature: the key of TOKENS, then _t.

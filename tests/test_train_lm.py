@@ -139,6 +139,11 @@ def test_batch_ranks_and_accumulation_give_one_loss_curve(by_one_and_by_fsdp, tm
         close(runs["one"], runs[name])
         for key in ("temperature", "val_nll", "val_nll_t", "test_nll", "test_ece10", "test_brier_t", "test_accuracy"):
             assert found[key] == pytest.approx(summaries["one"][key], rel=1e-3, abs=1e-4), (name, key)
+        for band, ours in found["bands"].items():
+            theirs = summaries["one"]["bands"][band]
+            assert {**ours, "val": 0, "test": 0} == {**theirs, "val": 0, "test": 0}
+            assert ours["test"]["tokens"] == theirs["test"]["tokens"] > 0
+            assert ours["test"] == pytest.approx(theirs["test"], rel=1e-3, abs=1e-4), (name, band)
         measured = [[r for r in rows(runs[run], "fot") if r["after"] is not None] for run in ("one", name)]
         assert measured[0]
         for a, b in zip(*measured, strict=True):

@@ -314,15 +314,20 @@ def result_blocks(report: Report, folded: bool) -> list[tuple]:
 
 
 def calibration_blocks(report: Report) -> list[tuple]:
-    """Reliability of each split, and calibration beside perplexity."""
-    done, parts = [arm for arm in report.arms if arm.finished], []
+    """Reliability of each split, also by how often its tokens are seen, and calibration beside perplexity."""
+    done, parts, bands = [arm for arm in report.arms if arm.finished], [], []
     for split, name in SPLIT_NAMES.items():
         few = best_arms(done, MOST_PANELS)
         caption = f"{name.capitalize()}. {NOTES['reliability']}"
         if block := report.charts(f"reliability_{split}", charts.reliability(few, split), caption):
             report.figures[block[1]] = partial(plots.reliability, few, split)  # with bars and counts, as papers have it
             parts.append(block)
+        if table := tables.band_table(best_arms(done, MOST_SHOWN), split):
+            found = [] if bands else charts.reliability(few, split, charts.OFTEN)
+            caption = f"{name.capitalize()}. {NOTES['bands_figure']}"
+            bands += [("p", f"{name.capitalize()}:"), table, report.charts(f"bands_{split}", found, caption)]
     out = section("Reliability before and after temperature", *parts)
+    out += section("By how often the training text has the target", *bands, kind="h3")
     more = best_arms(done, MOST_SHOWN)
     return out + section(
         "Perplexity and calibration", report.charts("frontier", charts.frontier(more, "val"), NOTES["frontier"])

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from eval import metrics
 from eval.answer_calibration import reliability as bins_reliability
 from eval.answer_calibration import risk_coverage
+from eval.heldout import BANDS
 from eval.report.runs import Arm, Run, finite
 from kernels import Calibration
 from schedules.style import FAINT
@@ -194,10 +195,14 @@ def pooled(arm: Arm, split: str, which: str, bins: int) -> tuple[dict, float] | 
 PERFECT = Line("perfect", FAINT, [0, 1], [0, 1], dash="--", width=1)
 
 
-def reliability(arms: list[Arm], split: str, bins: int = 10) -> list[Chart]:
-    """Accuracy by confidence before and after temperature, of the bins that hold tokens, with their counts."""
+WHEN = {"raw": "Reliability before temperature", "scaled": "Reliability after temperature"}
+OFTEN = {band: f"Reliability of {band} targets" for band in BANDS}  # before temperature
+
+
+def reliability(arms: list[Arm], split: str, titles: dict[str, str] = WHEN, bins: int = 10) -> list[Chart]:
+    """Accuracy by confidence of each part in ``titles``, of the bins that hold tokens, with their counts."""
     out = []
-    for which, when in (("raw", "before"), ("scaled", "after")):
+    for which, title in titles.items():
         lines = []
         for arm in arms:
             curve, ece = pooled(arm, split, which, bins) or ({}, None)
@@ -207,7 +212,6 @@ def reliability(arms: list[Arm], split: str, bins: int = 10) -> list[Chart]:
                 notes = [f"{n:,} tokens, ECE {100 * ece:.2f} %" for n in counts]
                 lines.append(Line(arm.label, arm.colour, xs, ys, dash=arm.style, dots=True, notes=notes))
         if lines:
-            title = f"Reliability {when} temperature"
             out.append(Chart(title, "confidence", "accuracy", [*lines, PERFECT], view=(0, 1)))
     return out
 

@@ -142,6 +142,22 @@ def read_summaries(folder: Path, count: int = 3) -> list[dict]:
     return []
 
 
+def with_bands(summary: dict, path: Path) -> dict:
+    """The summary, and in it the numbers of its ``bands`` as SET_BAND_KEY. Raises ValueError naming the file ``path``
+    where they are none."""
+    out = dict(summary)
+    try:
+        for band, about in (summary.get("bands") or {}).items():
+            (least, most), types = about["times"], about["types"]
+            if not all(isinstance(number, int) for number in (least, most, types)):
+                raise TypeError("times and types are no whole numbers")
+            sets = {name: numbers for name, numbers in about.items() if isinstance(numbers, dict)}
+            out |= {f"{name}_{band}_{key}": v for name, numbers in sets.items() for key, v in numbers.items()}
+    except (TypeError, KeyError, AttributeError, ValueError) as e:
+        raise ValueError(f"{path}: bands are no bands ({e}); let the run write it again") from e
+    return out
+
+
 def load_run(folder: str | Path) -> Run:
     """Reads a run folder. Raises ValueError, one line, when it is none, is broken, or holds no metrics yet."""
     folder = Path(folder)
@@ -153,6 +169,7 @@ def load_run(folder: str | Path) -> Run:
     rows = read_rows(folder / "metrics.jsonl", unfinished=not files["summary"])
     if not rows["train"] and not rows["val"]:
         raise ValueError(f"{folder / 'metrics.jsonl'} holds no train or val rows; the run has not logged anything yet")
+    files["summary"] = with_bands(files["summary"], folder / "summary.json")
     return Run(
         folder,
         **files,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from eval import metrics
+from eval.heldout import BANDS
 from eval.metrics import Metric
 from eval.report.claims import Verdict
 from eval.report.runs import Arm, differing, reference, setting_differences, system_differences
@@ -131,6 +132,19 @@ def final_table(arms: list[Arm], split: str) -> Table | None:
     lead, note = {"n|seeds": [len(row.finished) for row in rows]}, NOTES["final"] if split == "val" else ""
     bold, interval = not setting_differences(*rows), partial(ece_under, split=split)
     return metric_table(rows, lead, columns, split, bold=bold, interval=interval, note=note)
+
+
+def band_table(arms: list[Arm], split: str) -> Table | None:
+    """Rows of each arm by how often the training text has the target; None where no run says so."""
+    rows, columns = [], metrics.shown(metrics.TOKENS, "band")
+    for arm in final_rows(arms):
+        for band in (band for band in BANDS if arm.values(tokens := f"{split}_{band}_tokens")):
+            about = next(run.summary["bands"][band] for run in arm.finished if run.number(tokens) is not None)
+            text = ["{:,} to {:,}".format(*about["times"]), f"{about['types']:,}", f"{arm.mean(tokens):,.0f}"]
+            found = (mean_cell(m, arm.measured(m, f"{split}_{band}"), len(arm.finished)) for m in columns)
+            rows.append([label_cell(arm), band, *text, *found])
+    heads = "arm", "targets", "times|in the training text", "different", "tokens|of the set", *columns
+    return table_of(heads, rows, 2, NOTES["bands"] if split == "val" else "")
 
 
 def ends_under(arm: Arm, metric: Metric, split: str) -> str:

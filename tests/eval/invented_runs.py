@@ -65,6 +65,16 @@ def bins(sharpness: float, tokens: int = 200_000) -> dict:
     }
 
 
+def bands(nll: float) -> dict:
+    """What summary.json says of targets by how often the training text has them."""
+    found = {}
+    for name, least, most, more in (("frequent", 5000, 90000, -1.0), ("middle", 60, 4999, 0.2), ("rare", 0, 59, 0.8)):
+        numbers = {"tokens": 66_000, "nll": nll + more, "ece10": 0.05, "accuracy": 0.3, "confidence": 0.25}
+        of_set = numbers | {f"{key}_t": value for key, value in numbers.items() if key != "tokens"}
+        found[name] = {"times": [least, most], "types": most - least, "val": of_set}
+    return found
+
+
 def write_run(folder: Path, *, config=None, summary=None, curve=None, events=(), samples=(), sharpness=1.3, env=None):
     """A run folder as a training script leaves it; ``summary=None`` leaves it unfinished."""
     folder.mkdir(parents=True)
@@ -100,10 +110,11 @@ def write_run(folder: Path, *, config=None, summary=None, curve=None, events=(),
             "val_ece100_t": 0.012, "val_brier_t": 0.79, "val_accuracy_t": 0.3, "test_nll": None, "test_ppl": None,
             "tokens_per_second": 20000.0, "ms_per_step_median": 102.4, "peak_memory_bytes": 1_000_000_000,
             "train_seconds": seconds, "flops_per_token": 6e7, "mfu": None, "energy_joules": None, "distinct_1": 0.41,
-            "distinct_2": 0.83,
+            "distinct_2": 0.83, "bands": bands(math.log(ppl)),
         }  # fmt: skip
         (folder / "summary.json").write_text(json.dumps(values | summary))
         both = {"raw": bins(sharpness), "scaled": bins(1.02)}
+        both |= {band: bins(sharpness + more) for band, more in (("frequent", -0.3), ("middle", 0.0), ("rare", 0.5))}
         (folder / "calibration.json").write_text(json.dumps({"val": both, "test": None}))
         (folder / "samples.json").write_text(json.dumps(list(samples)))
     return folder

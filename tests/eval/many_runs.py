@@ -9,6 +9,8 @@ import json
 import math
 from pathlib import Path
 
+from eval.heldout import BANDS
+
 LOSSES, SEEDS = ("ce", "brier", "dpsm", "spherical", "focal"), 5
 
 
@@ -48,13 +50,18 @@ def make(out: Path, runs: int, points: int) -> list[Path]:
         keys = ("nll", "ppl", "ece10", "brier", "accuracy")
         summary = {f"val_{key}{t}": last[key] for key in keys for t in ("", "_t")} | {"temperature": 1.1}
         summary |= {"steps": 10 * points, "tokens_seen": last["tokens"], "train_seconds": last["train_seconds"]}
+        bands = {"tokens": 10**5, "confidence": 0.2} | {key: last[key] for key in ("nll", "ece10", "accuracy")}
+        summary["bands"] = {name: {"times": [1, 9], "types": 9, "val": bands} for name in BANDS}
         summary |= {"tokens_per_second": 66000.0, "peak_memory_bytes": 10**9, "divergences": 0}
         count = [1000 + k for k in range(300)]
         bins = {"count": count, "confidence_sum": [n * (k + 0.5) / 300 for k, n in enumerate(count)]}
         bins["correct_sum"] = [round(n * (k + 0.5) / 330) for k, n in enumerate(count)]
         samples = [{"prompt": f"prompt {i}", "text": "words " * 100} for i in range(4)]
         files = {"config": config | {"steps": 10 * points, "batch": 16}, "summary": summary, "samples": samples}
-        files |= {"calibration": {"val": {"raw": bins, "scaled": bins}}, "environment": {"command": "train_lm.py"}}
+        files |= {
+            "calibration": {"val": dict.fromkeys(("raw", "scaled", *BANDS), bins)},
+            "environment": {"command": "train_lm.py"},
+        }
         for name, value in files.items():
             (folder / f"{name}.json").write_text(json.dumps(value))
         (folder / "metrics.jsonl").write_text(text)

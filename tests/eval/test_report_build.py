@@ -104,8 +104,7 @@ def test_a_second_report_replaces_the_first_and_leaves_other_files(tmp_path):
     rp.write(rp.build([folder], "report two"), out)
     assert "report two" in (out / "report.html").read_text() and "report one" not in (out / "report.md").read_text()
     assert (out / "notes.txt").read_text() == "mine"
-    pictures = {
-        f"{name}.{kind}" for name in ("curves", "training", "reliability_val", "forecasts") for kind in ("png", "svg")
-    }
+    figures = ("curves", "training", "reliability_val", "bands_val", "forecasts")
+    pictures = {f"{name}.{kind}" for name in figures for kind in ("png", "svg")}
     names = {"notes.txt", "report.md", "report.html", "results.csv", "results.tex"} | pictures
     assert {path.name for path in out.iterdir()} == names

@@ -63,7 +63,7 @@ def test_html_is_one_file_that_fetches_nothing(page):
     policy = re.search('Content-Security-Policy" content="([^"]*)"', text)[1].replace("&#39;", "'")
     assert f"script-src 'sha256-{digest}'" in policy and "default-src 'none'" in policy
     assert "Permission is hereby granted, free of charge" in script  # uPlot's licence goes with it
-    assert set(page.figures) == {"curves", "training", "reliability_val", "frontier", "forecasts"}
+    assert set(page.figures) == {"curves", "training", "reliability_val", "bands_val", "frontier", "forecasts"}
     for name in page.figures:
         assert (page.out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert b"<svg" in (page.out / f"{name}.svg").read_bytes()
