@@ -11,6 +11,8 @@ import uuid
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from schedules import textlines
+
 try:
     import fcntl
 except ImportError:  # Windows, where it is msvcrt that locks
@@ -152,6 +154,18 @@ def _holder(says: str) -> str:
         return f" by process {held['process']} of {held['host']} since {held['since']}"
     except (ValueError, KeyError, TypeError):
         return ""  # it has just been taken
+
+
+def let_go(folder: Path) -> bool:
+    """Whether the process that held ``folder`` last has ended, as its lock and this machine's list of processes say;
+    False where they cannot. It takes no lock, so that nobody is refused because somebody looked."""
+    try:
+        held = textlines.read_json(folder / LOCK, dict)
+    except (OSError, ValueError):
+        return False
+    if held.get("host") != socket.gethostname() or not os.path.exists("/proc/self"):
+        return False
+    return isinstance(held.get("process"), int) and not os.path.exists(f"/proc/{held['process']}")
 
 
 def release_lock(folder: Path) -> None:

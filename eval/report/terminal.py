@@ -23,6 +23,7 @@ from eval.report.compare import compared
 from eval.report.cost import given_up
 from eval.report.tables import final_rows, mean_cell
 from runtime.cli import Parser, user_errors
+from runtime.staging import LOCK, let_go
 from schedules.commandline import alive
 from schedules.textlines import read_rows
 
@@ -107,19 +108,36 @@ def has_begun(run: Path) -> bool:
     return any(isinstance(row, dict) and row.get("kind") in ("train", "val") for _, row in rows)
 
 
+def left(run: Path) -> bool:
+    """Whether nobody works on it any more: its process has ended, or if it has none yet its campaign."""
+    campaign = run.parent
+    if (campaign / LOCK).exists():  # which may still begin it
+        return let_go(campaign) and (let_go(run) or not (run / LOCK).exists())
+    return let_go(run)
+
+
 def follow(args) -> Report:
     """Writes the report again and again until all runs have finished or ended, waiting for those that have not begun.
-    Returns the last one."""
+    Returns the last one. Raises ValueError where none has begun and none will."""
     while True:
         begun = [run for run in args.runs if has_begun(Path(run))]
-        waiting = len(args.runs) - len(begun)
         report = built(args, begun) if begun else None
         runs = [run for arm in report.arms for run in arm.runs] if report else []
-        going = sum(not run.state.startswith(ENDED) and not given_up(run) for run in runs)
+        going = [run.path for run in runs if not run.state.startswith(ENDED) and not given_up(run)]
+        waiting = [Path(run) for run in args.runs if run not in begun]
+        stopped = [run for run in (*going, *waiting) if left(run)]
+        counts = f"{len(runs) - len(going)} runs ended, {len(set(going) - set(stopped))} going on"
+        counts += f", {len(set(waiting) - set(stopped))} not begun" + f", {len(stopped)} stopped" * bool(stopped)
+        more = len(stopped) < len(going) + len(waiting)
         if report:
-            write(report, args.out, refresh=args.live if going or waiting else 0)
-        print(f"{len(runs) - going} runs ended, {going} going on, {waiting} not begun", file=sys.stderr, flush=True)
-        if not going and not waiting:
+            write(report, args.out, refresh=args.live if more else 0)
+        print(counts, file=sys.stderr, flush=True)
+        if not more:
+            if stopped:
+                names = ", ".join(map(str, stopped))
+                print(f"stopped before their end: {names}; --resume or their campaign goes on", file=sys.stderr)
+            if not report:
+                raise ValueError("no run has begun, and their campaign has stopped; start it again")
             return report
         time.sleep(args.live)
 
@@ -138,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--title", default="", help="heading of the report")
     text = "files of the human study, votes or eval.preference tally --json"
     add("--preference", nargs="+", default=[], metavar="VOTES", help=text)
-    text = "write it anew every so many seconds until all runs have ended (30 without a number)"
+    text = "write it anew every so many seconds until all runs have ended or were stopped (30 without a number)"
     add("--live", type=int, nargs="?", const=30, metavar="SECONDS", help=text)
     text = "print what differs between two runs in settings, code, place and results"
     add("--compare", nargs=2, metavar=("A", "B"), help=text)

@@ -3,12 +3,16 @@
 import csv
 import io
 import json
+import os
 import re
+import socket
+import subprocess
 import threading
 import time
 
 import pytest
 from invented_runs import arms_of, falling, write_run
+from refusals import refused
 
 from eval.report import build as rp
 from eval.report import export, plots, terminal
@@ -159,6 +163,31 @@ def test_live_writes_again_until_every_run_has_ended(tmp_path, capsys, monkeypat
     assert 'http-equiv="refresh"' not in page.read_text() and "3 runs (2 finished)" in page.read_text()
     said = [line for line in capsys.readouterr().err.splitlines() if "runs ended" in line]
     assert said[0] == "1 runs ended, 1 going on, 1 not begun" and said[-1] == "3 runs ended, 0 going on, 0 not begun"
+
+
+def test_live_ends_where_runs_were_stopped(tmp_path, capsys, monkeypatch):
+    """A run whose process is gone, and one that a campaign which is gone had not begun; not while it goes on."""
+    monkeypatch.setattr(terminal, "write", lambda report, out, refresh=0: written.append(refresh))
+    written, out = [], ["--out", str(tmp_path / "out"), "--live", "1"]
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    stopped = write_run(tmp_path / "stopped", config={"seed": 2}, curve=falling(30)[:4])
+    lock = {"host": socket.gethostname(), "process": gone.pid, "since": "then"}
+    (stopped / "lock").write_text(json.dumps(lock))
+    assert terminal.main([str(write_run(tmp_path / "done", summary={})), str(stopped), *out]) == 0
+    said = capsys.readouterr().err
+    assert "1 runs ended, 0 going on, 0 not begun, 1 stopped\n" in said and written == [0]
+    assert f"stopped before their end: {stopped}; --resume or their campaign goes on" in said
+    assert not terminal.left(tmp_path / "done")  # of which nothing is known
+    for other in ({"host": "elsewhere"}, {"process": os.getpid()}, {"process": None}):
+        (stopped / "lock").write_text(json.dumps(lock | other))
+        assert not terminal.left(stopped)
+    (stopped / "lock").write_text(json.dumps(lock))
+    (tmp_path / "lock").write_text(json.dumps(lock | {"process": os.getpid()}))
+    assert not terminal.left(stopped) and not terminal.left(tmp_path / "late")
+    (tmp_path / "lock").write_text(json.dumps(lock))
+    assert terminal.left(stopped) and terminal.left(tmp_path / "late")
+    refused(capsys, "no run has begun", lambda: terminal.main([str(tmp_path / "late"), *out]), tmp_path / "out")
 
 
 def kept(run, text, commit, **summary):
