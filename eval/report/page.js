@@ -206,4 +206,5 @@ for (const table of document.querySelectorAll("table.data")) {
     };
   });
 }
+addEventListener("beforeprint", () => document.querySelectorAll("details").forEach(fold => { fold.open = true; }));
 document.documentElement.dataset.ready = "yes";

@@ -125,6 +125,21 @@ def test_dark_is_dark_for_tables_and_charts(page):
     page.look(1280, 900)
 
 
+def test_on_paper_charts_stay_in_their_panels_and_nothing_is_folded(page):
+    """A4 or Letter is narrower than the window for which the charts were drawn."""
+    fits = "[...document.querySelectorAll('.panel canvas')].every(c => c.getBoundingClientRect().right <= "
+    fits += "c.closest('.panel').getBoundingClientRect().right + 1)"
+    page.value("document.querySelector('main').append(document.createElement('details'))")
+    page("Emulation.setEmulatedMedia", media="print")
+    page("Emulation.setDeviceMetricsOverride", width=720, height=1000, deviceScaleFactor=1, mobile=False)
+    assert page.value(fits)
+    assert page.value("getComputedStyle(document.querySelector('.swatch')).printColorAdjust") == "exact"
+    page("Emulation.setEmulatedMedia", media="")
+    page("Page.printToPDF")
+    assert page.value("[...document.querySelectorAll('details')].every(fold => fold.open)")
+    page.look(1280, 900)
+
+
 def test_hostile_text_stays_text_and_nothing_is_fetched(page):
     assert page.value("document.title") == " ".join(EVIL.split(" ")) != "gone"
     assert page.value("document.querySelectorAll('main img, main b > script').length") == 0
