@@ -1,6 +1,7 @@
 """Runs a recipe: every cell of a grid of script flags, then the report over all of them.
 
     python -m eval.campaign recipes/demo.toml
+    python -m eval.campaign recipes/demo.toml --seeds 1,2,3 --jobs 2      # goes on from the one seed of before
     python -m eval.campaign recipes/wikitext103.toml --nproc 8 --set steps=1000
     python -m eval.campaign recipes/wikitext103.toml --dry-run            # sizes, tokens, FLOPs, hours and memory
     python -m eval.campaign recipes/fot_small.toml --jobs 2               # small runs side by side on one machine
@@ -55,6 +56,7 @@ def parser_of_campaigns() -> Parser:
     add("recipe", type=Path)
     add("--out", type=Path, metavar="DIR", help="folder of the runs (default: the recipe's)")
     add("--set", action="append", default=[], metavar="FLAG=VALUE", help="override a flag in every cell")
+    add("--seeds", default="", metavar="N,N,...", help="these seeds of every cell in the place of the recipe's")
     add("--jobs", type=int, default=1, help="runs side by side (default: 1)")
     add("--nproc", type=int, default=1, help="ranks per run, through torchrun (default: 1)")
     add("--device", default="auto", help="auto, cpu, or ids of GPUs such as 0,1; a run has one (default: auto)")
@@ -92,6 +94,16 @@ def check_flags(args) -> dict[str, str]:
     return {k.replace("-", "_"): v for k, v in (s.split("=", 1) for s in args.set)}
 
 
+def seeds_of(text: str) -> list[int]:
+    """The seeds that --seeds means, [] for none. Raises ValueError for what is no list of different whole numbers."""
+    if not text:
+        return []
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isascii() and word.isdigit() for word in words) or len({*map(int, words)}) < len(words):
+        raise ValueError(f"--seeds {text}: expected different whole numbers, such as 1,2,3")
+    return list(map(int, words))
+
+
 def report(runs: list[Run], root: Path, recipe: dict) -> int:
     """The report over the runs that have logged something; those without are named. Returns its exit code."""
     ready = [run for run in runs if (run.folder / "config.json").exists() and (run.look() or run.step)]
@@ -111,7 +123,8 @@ def main(argv: list[str] | None = None) -> int:
         extra = check_flags(args)
         devices = gpus(args.device)
         elsewhere = args.engine != "local"  # a cluster's GPUs are not here
-        recipe, todo, says = check(args.recipe, extra, args.nproc, "cuda" if devices or elsewhere else "cpu")
+        where = args.nproc, "cuda" if devices or elsewhere else "cpu"
+        recipe, todo, says = check(args.recipe, extra, *where, seeds=seeds_of(args.seeds))
         script = load_script(recipe["script"])
         root = args.out or Path(recipe["out"])
         if all(cell.config.get("device") == "cpu" for cell in todo):

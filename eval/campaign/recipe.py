@@ -169,12 +169,17 @@ def _named(message: str, cell: Job) -> str:
     return next((given[flag] for flag in re.findall(r"--[\w-]+", message) if flag in given), "")
 
 
-def check(path: Path, extra: dict, ranks: int = 1, device: str = "cpu") -> tuple[dict, list[Job], str]:
+def check(
+    path: Path, extra: dict, ranks: int = 1, device: str = "cpu", seeds: list[int] = ()
+) -> tuple[dict, list[Job], str]:
     """The recipe of a file, its cells and what `fit` says of them.
 
-    ``extra`` as `cells` takes it; ``ranks`` and ``device`` ("cpu", "cuda") of a run. Raises ValueError, one line with
-    the line of the file, for all that can be told without the data: a flag, a value, flags that do not go together."""
+    ``extra`` as `cells` takes it; ``ranks`` and ``device`` ("cpu", "cuda") of a run; ``seeds``: in the place of the
+    recipe's. Raises ValueError, one line with the line of the file, for all that can be told without the data: a flag,
+    a value, flags that do not go together."""
     recipe, text = read_recipe(path), read_text(path)
+    if seeds:
+        recipe["grid"] = recipe.get("grid", {}) | {"seed": list(seeds)}
 
     def where(cell: Job, flag: str) -> str:
         if "arm" in recipe and flag in recipe["arm"][cell.arm]:

@@ -148,6 +148,17 @@ def test_the_line_of_a_fault_is_said(toy, capsys):
     assert "cell run: --data ./gone: there is no such file" in says(head + 'data = "./gone"')
 
 
+def test_other_seeds_than_the_recipes(toy, capsys):
+    """In the place of the grid's, or where it has none; the folders are those of the recipe, so that its run stays."""
+    for axis in ("seed = [1]", ""):
+        found, _ = dry(capsys, toy, f'[grid]\nloss = ["ce", "brier"]\n{axis}\n', "--seeds", "1, 2,3")
+        assert [cell["--seed"] for cell in found] == ["1", "2", "3"] * 2
+        assert found[0]["--out"] == "runs/toy/ce-seed1"
+    for bad in ("1,1", "x", "1,,2", "-1", "1.5", "1,01"):
+        says = refused(capsys, toy, f'script = "{toy}"\nout = "runs/toy"', f"--seeds={bad}")
+        assert f"--seeds {bad}: expected different whole numbers" in says
+
+
 def test_where_a_key_stands():
     text = 'out = 1\n[flags]\nseq_len = 3\n"b" = 1\n[[arm]]\nloss = "x"\n\n[[arm]]\nseq-len = 4\n'
     assert [line_of(text, "out"), line_of(text, "seq-len", "flags"), line_of(text, "b", "flags")] == [1, 3, 4]
