@@ -30,6 +30,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]  # one process starts as a module, 
 
 import torch  # noqa: E402
 from drill_runs import (  # noqa: E402
+    CLOCK,
     LIMIT,
     ROOT,
     content,
@@ -206,24 +207,27 @@ def adapter(drill: Drill) -> str:
     return "" if {p.name for p in folder.iterdir()} == {lora_hub.ADAPTER, lora_hub.ADAPTER_CONFIG} else "is not whole"
 
 
-def grid(drill: Drill, jobs: int) -> str:
-    """kill -9 of a campaign: its runs save and end, and the same command ends them as if nothing had been. What had
-    finished is left as it is."""
-    out, name = drill.folder("runs"), "train_lm"
-    flags = drill.runs[name]
+def campaign_of(drill: Drill, out: Path, jobs: int, seeds: int) -> tuple[list[str], dict]:
+    """(command line, arguments of Popen but for its streams) of a campaign of tiny runs of train_lm.py in ``out``."""
+    flags = drill.runs["train_lm"]
     lines = "\n".join(
         f"{f[2:].replace('-', '_')} = {json.dumps(v)}" for f, v in zip(flags[::2], flags[1::2], strict=True)
     )
-    recipe = out.parent / "r.toml"
-    recipe.write_text(f'script = "train_lm.py"\nout = "{out}"\n[flags]\n{lines}\n[grid]\nseed = [1, 2]\n')
-    line, env = (
-        [sys.executable, "-m", "eval.campaign", str(recipe), "--jobs", str(jobs)],
-        os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    recipe, numbers = out.parent / "r.toml", list(range(1, seeds + 1))
+    recipe.write_text(f'script = "train_lm.py"\nout = "{out}"\n[flags]\n{lines}\n[grid]\nseed = {numbers}\n')
+    line = [sys.executable, "-m", "eval.campaign", str(recipe), "--jobs", str(jobs)]
+    return line, dict(cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def grid(drill: Drill, jobs: int) -> str:
+    """kill -9 of a campaign: its runs save and end, and the same command ends them as if nothing had been. What had
+    finished is left as it is."""
+    out = drill.folder("runs")
+    line, how = campaign_of(drill, out, jobs, 2)
     with open(out.parent / "log", "w") as log:
-        how = dict(cwd=ROOT, env=env, stdout=log, stderr=log)
+        how |= dict(stdout=log, stderr=log)
         killed = subprocess.Popen(line, **how)
-        time.sleep(drill.random.uniform(0.2, 1) * (2 * drill.seconds[name] + 15))
+        time.sleep(drill.random.uniform(0.2, 1) * (2 * drill.seconds["train_lm"] + 15))
         killed.kill()
         killed.wait()
         finished = {file: file.stat().st_mtime_ns for file in out.glob("seed*/summary.json")}
@@ -232,7 +236,46 @@ def grid(drill: Drill, jobs: int) -> str:
     if repeated := [str(file) for file, at in finished.items() if file.stat().st_mtime_ns != at]:
         return f"written again: {', '.join(repeated)}"
     states = [run["state"] for run in json.loads((out / "campaign.json").read_text())["runs"].values()]
-    return differs(out / "seed1", drill.whole[name]) if states == ["finished"] * 2 else f"campaign.json says {states}"
+    return differs(out / "seed1", drill.whole["train_lm"]) if states == ["finished"] * 2 else f"states: {states}"
+
+
+def final_table(out: Path) -> list[str]:
+    """Rows of a campaign's results.csv without the folders, and without what a clock or the memory says."""
+    rows = [line.split(",", 1)[1] for line in (out / "report" / "results.csv").read_text().splitlines()]
+    return [row for row in rows if not CLOCK.search(row)]
+
+
+def runs_of_grid(drill: Drill, kills: int) -> str:
+    """kill -9 of single runs of a campaign, each at a random moment of its own; the campaign tells them and goes on,
+    the same command ends them, and the final table is that of a campaign that nobody disturbed."""
+    out = drill.folder("runs")
+    calm = out.parent / "calm"
+    moments = {f"seed{seed}": drill.random.uniform(0, 1) * drill.seconds["train_lm"] for seed in range(1, kills + 1)}
+    with open(out.parent / "log", "w") as log:
+        line, how = campaign_of(drill, calm, 2, kills + 1)
+        if code := subprocess.run(line, **how, stdout=log, stderr=log).returncode:
+            return f"undisturbed it ends with {code}"
+        line, how = campaign_of(drill, out, 2, kills + 1)
+        campaign, began, killed = subprocess.Popen(line, **how, stdout=log, stderr=log), {}, []
+        while campaign.poll() is None:
+            for name in moments.keys() - set(killed):
+                with contextlib.suppress(OSError, ValueError):  # it has not begun, or has ended
+                    began.setdefault(name, ((out / name / "lock").stat(), time.monotonic())[1])
+                    if time.monotonic() - began[name] > moments[name]:
+                        os.kill(json.loads((out / name / "lock").read_text())["process"], signal.SIGKILL)
+                        killed.append(name)
+            time.sleep(0.01)
+        states = {name: run["state"] for name, run in json.loads((out / "campaign.json").read_text())["runs"].items()}
+        finished = {file: file.stat().st_mtime_ns for file in out.glob("seed*/summary.json")}
+        if {file.parent.name for file in finished} != {name for name, state in states.items() if state == "finished"}:
+            return f"states: {states}"
+        print(f"{len(killed)} of {kills} were killed, {len(finished)} had finished", file=sys.stderr, flush=True)
+        if code := subprocess.run(line, **how, stdout=log, stderr=log).returncode:
+            return f"the same command ends with {code}: {last_line(out)}"
+    if repeated := [str(file) for file, at in finished.items() if file.stat().st_mtime_ns != at]:
+        return f"written again: {', '.join(repeated)}"
+    wrong = [differs(out / f"seed{seed}", content(calm / f"seed{seed}")) for seed in range(1, kills + 2)]
+    return next(filter(None, wrong), "" if final_table(out) == final_table(calm) else "the final table differs")
 
 
 def ranks(drill: Drill, how: str) -> str:
@@ -358,6 +401,8 @@ def planned(kills: int, rest: int, scripts: tuple[str, ...], campaigns: int) -> 
     for trial in range(campaigns):
         jobs = 1 + trial % 2
         yield "kill", f"kill -9 of a campaign, --jobs {jobs}", lambda d, j=jobs: grid(d, j)
+    if campaigns:
+        yield "runs", f"kill -9 of {rest} single runs of a campaign", lambda d: runs_of_grid(d, rest)
     for trial in range(rest):
         name = scripts[trial % len(scripts)]
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -420,8 +465,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--only",
         default="",
-        help="kinds, by commas: kill, signal, stream, disk, lock, name, clock, place, validation, restart, elsewhere, "
-        "ranks",
+        help="kinds, by commas: kill, runs, signal, stream, disk, lock, name, clock, place, validation, restart, "
+        "elsewhere, ranks",
     )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--table", type=Path, help="file for the table")
