@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from data.cache import TokenSet, cached_tokens
 from data.sources import TEXT_NAMES, TEXT_SPLITS, Source, open_all, open_source
 from data.tokenizer import Tokenizer, load_tokenizer
-from runtime.cli import Parser
+from runtime.cli import Parser, user_errors
 from schedules.commandline import alive
 
 
@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--splits", default=",".join(TEXT_SPLITS), help="comma-separated (default: %(default)s)")
     parser.add_argument("--one-set", action="store_true", help="all text as one evaluation set, without splits")
     given = parser.parse_args(arguments)
-    try:
+    with user_errors():
         if given.one_set:
             tokenizer, origin = load_tokenizer(given.tokenizer), given.data
             sets = [load_text_set(given.data, tokenizer, given.cache)]
@@ -85,8 +85,6 @@ def main(arguments: list[str] | None = None) -> None:
             corpus = load_corpus(given.data, tokenizer=given.tokenizer, cache=given.cache, splits=splits)
             tokenizer, origin = corpus.tokenizer, corpus.origin
             sets = [s for s in (corpus.train, corpus.val, corpus.test) if s is not None]
-    except ValueError as error:
-        sys.exit(f"error: {error}")
     print(f"text       {origin}")
     print(f"tokenizer  {tokenizer.name}, {tokenizer.vocab_size} tokens, {tokenizer.hash[:12]}")
     print(f"{'split':24}{'documents':>12}{'tokens':>16}{'bytes':>16}{'bytes/token':>13}  file")

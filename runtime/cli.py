@@ -123,7 +123,7 @@ def program() -> str:
 
 @contextlib.contextmanager
 def user_errors():
-    """Around set-up: turns a ValueError or OSError into one line on stderr and exit code 2."""
+    """Around set-up: turns a ValueError or OSError into one line on stderr and exit code 2, Ctrl-C into one and 130."""
     try:
         yield
     except (ValueError, OSError) as e:
@@ -135,4 +135,6 @@ def user_errors():
     except KeyboardInterrupt as e:
         if type(e) is not KeyboardInterrupt:
             raise  # of `runtime.process.command`
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"{program()}: stopped; the same command does it again", file=sys.stderr, flush=True)
         sys.exit(130)

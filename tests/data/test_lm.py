@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+from refusals import refused
 from text_files import WIKI, fill, message, texts, topics
 
 from data.cache import open_tokens
@@ -90,5 +90,5 @@ def test_command(tmp_path, capsys):
     saved = fill(tmp_path / "t", load_tokenizer("bpe:400", documents=topics, cache=tmp_path, corpus="x").files())
     main([str(folder), "--tokenizer", str(saved), "--cache", str(tmp_path / "cache"), "--one-set"])
     assert re.search(r"text all\s+6 ", capsys.readouterr().out)
-    with pytest.raises(SystemExit, match="^error: unknown data 'nowhere'"):
-        main(["nowhere", "--tokenizer", str(saved)])
+    line = ["nowhere", "--tokenizer", str(saved)]
+    refused(capsys, "error: unknown data 'nowhere'", lambda: main(line), tmp_path / "nothing")

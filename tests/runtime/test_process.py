@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from runtime.cli import user_errors
 from runtime.process import StopRequest, command
 from runtime.staging import HELD, take_lock
 
@@ -55,6 +56,14 @@ def test_a_loop_is_asked_and_a_second_interrupt_is_at_once(capsys):
         raise AssertionError("not reached")
 
     assert main() == 130
+
+
+def test_an_interrupt_of_a_command_without_a_loop_is_one_line(capsys):
+    with pytest.raises(SystemExit) as stopped, user_errors():
+        os.kill(os.getpid(), signal.SIGINT)
+        signal.pause()
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err.endswith(": stopped; the same command does it again\n")
 
 
 def test_what_is_ignored_stays_ignored(capsys):
