@@ -19,6 +19,7 @@ import threading
 import time
 from pathlib import Path
 
+from runtime.folder import CHECKPOINTS
 from runtime.process import end_with_parent
 from runtime.staging import release_lock, take_lock, write_bytes
 from schedules.commandline import package
@@ -178,7 +179,7 @@ def ray_task(line: list[str], log: str, where: str) -> int:
         time.sleep(0.2)
     if (out / "summary.json").exists():
         return 0
-    resume = ["--resume"] * any((out / f).exists() for f in ("last.pt", "previous.pt"))
+    resume = ["--resume"] * any((out / name).exists() for name in CHECKPOINTS)
     child = Spawned([*(word for word in line if word != "--resume"), *resume], log)
     try:
         return as_shells_say(child.process.wait())
@@ -201,7 +202,7 @@ case "$SLURM_ARRAY_TASK_ID" in
 *) echo "no run number $SLURM_ARRAY_TASK_ID" >&2; exit 2 ;;
 esac
 if [ -e "$out/summary.json" ]; then echo "$out has finished already"; exit 0; fi
-if [ -e "$out/last.pt" ] || [ -e "$out/previous.pt" ]; then set -- "$@" --resume; fi
+if [ -e "$out/last.pt" ] || [ -e "$out/previous.pt" ] || [ -e "$out/best.pt" ]; then set -- "$@" --resume; fi
 exec "$@"
 """
 

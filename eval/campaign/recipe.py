@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 
 from runtime.cli import flag_name, parse_config, parser_of
+from runtime.folder import CHECKPOINTS
 from runtime.machine import World
 from schedules.commandline import nearest
 from schedules.textlines import read_text, read_toml
@@ -249,7 +250,8 @@ def arguments(flags: dict) -> list[str]:
 
 
 def command_line(script: str, folder: Path, flags: dict, ranks: int) -> list[str]:
-    """The command line of one cell; it resumes where the folder already holds an unfinished run."""
+    """The command line of one cell; it resumes where the folder holds an unfinished run. One with best.pt alone, of a
+    kill between the first best.pt and last.pt, begins anew under --resume only."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
-    resume = ["--resume"] * any((folder / f).exists() for f in ("last.pt", "previous.pt"))
+    resume = ["--resume"] * any((folder / name).exists() for name in CHECKPOINTS)
     return [sys.executable, *torchrun, script, "--out", str(folder), *arguments(flags), *resume]

@@ -9,7 +9,7 @@ from eval import campaign
 from eval.campaign import cells
 from eval.campaign.__main__ import main
 from eval.campaign.plan import seconds_of
-from eval.campaign.recipe import line_of
+from eval.campaign.recipe import command_line, line_of
 from kernels.losses import LOSSES
 
 ROOT = Path(__file__).parents[2]
@@ -157,6 +157,15 @@ def test_other_seeds_than_the_recipes(toy, capsys):
     for bad in ("1,1", "x", "1,,2", "-1", "1.5", "1,01"):
         says = refused(capsys, toy, f'script = "{toy}"\nout = "runs/toy"', f"--seeds={bad}")
         assert f"--seeds {bad}: expected different whole numbers" in says
+
+
+@pytest.mark.parametrize("name", ["last.pt", "previous.pt", "best.pt"])
+def test_a_run_with_any_checkpoint_is_resumed(tmp_path, name):
+    """best.pt stands alone where a run was killed before its first last.pt: without --resume it is refused."""
+    line = ["train_lm.py", tmp_path, {"seed": 1}, 1]
+    assert "--resume" not in command_line(*line)
+    (tmp_path / name).touch()
+    assert command_line(*line)[-1] == "--resume"
 
 
 def test_where_a_key_stands():
