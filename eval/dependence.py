@@ -10,6 +10,11 @@ what is gained by the own article is their difference, with a 95 % bootstrap int
 """
 
 import sys
+
+if not __package__:  # a file by its name finds no package
+    print("python -m eval.dependence: error: type it like this, in the folder that holds eval/", file=sys.stderr)
+    sys.exit(2)
+
 from pathlib import Path
 from typing import NamedTuple
 

@@ -5,9 +5,14 @@
 exports a run of finetune_seq2seq.py, or one of its checkpoints, with its tokenizer, for transformers, and as --model.
 """
 
+import sys
+
+if not __package__:  # a file by its name finds no package
+    print("python -m model.seq2seq_hub: error: type it like this, in the folder that holds model/", file=sys.stderr)
+    sys.exit(2)
+
 import json
 import os
-import sys
 from dataclasses import fields
 from pathlib import Path
 

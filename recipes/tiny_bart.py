@@ -12,12 +12,17 @@ its sentences permuted. That run's folder is FOLDER-run, and its best weights be
 256 wide, 10.0 M parameters with 8192 tokens; bart-micro 2 + 2 layers, 128 wide, 2.2 M. A GPU is taken by itself.
 """
 
+import sys
+
+if not __package__:  # a file by its name finds no package
+    print("python -m recipes.tiny_bart: error: type it like this, in the folder that holds recipes/", file=sys.stderr)
+    sys.exit(2)
+
 import functools
 import hashlib
 import itertools
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import torch
