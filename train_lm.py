@@ -19,12 +19,13 @@ from pathlib import Path
 import torch
 
 from data.lm import TEXT_NAMES, load_corpus, load_text_set
-from data.windows import Windows, flip_labels
+from data.windows import Windows, flip_labels, token_counts
 from eval import metrics
 from eval.heldout import evaluate, final_metrics
 from eval.text import distinct_n
 from kernels import Calibration, linear_score
 from kernels.losses import alpha_at, make_score
+from kernels.prior import prior_gap
 from model.generate import sample
 from model.gpt2 import GPT2, SIZES, GPT2Config, decay_groups, flops_per_token, parameter_count
 from model.gpt2_hub import load_start
@@ -91,6 +92,7 @@ class Config:
     threshold: float = flag("threshold")
     eps: float = flag("eps")
     tail_smoothing: float = flag("tail_smoothing")
+    unigram: float = flag("unigram")
     # optimizer
     steps: int | None = flag("steps", None, help=f"optimizer steps; {by_size('steps')}")
     batch: int | None = flag("batch", None, help=f"sequences in a step, over all ranks; {by_size('batch')}")
@@ -215,8 +217,12 @@ def main(argv: list[str] | None = None) -> int:
     scoring = dict(tail=cfg.tail_smoothing, impl=cfg.kernels, memory=cfg.head_memory * 10**6 or None)
     ramp = dict(warmup=cfg.warmup, schedule=cfg.alpha_schedule, alpha_max=cfg.alpha_max, start=cfg.alpha_start)
 
-    def alpha_of(step: int) -> float:
-        return alpha_at(step, cfg.steps, **ramp) if cfg.loss == "dpsm" else 0.0
+    def alpha_of(step: int) -> float:  # of the whole loss, whose share --unigram is CE against the prior
+        return (1 - cfg.unigram) * alpha_at(step, cfg.steps, **ramp) if cfg.loss == "dpsm" else 0.0
+
+    if cfg.unigram:
+        counts_V = token_counts(corpus.train.tokens, shape.vocab_size) + 1.0
+        prior_V = to_device(torch.from_numpy(counts_V / counts_V.sum()).float(), device)
 
     # -- optimizer -----------------------------------------------------------------------------
     with user_errors():
@@ -295,6 +301,9 @@ def main(argv: list[str] | None = None) -> int:
                 loss, moments = linear_score(
                     hidden, model.head_weight, y[i : i + rows].flatten(), score, denominator=denominator, **scoring
                 )
+                if cfg.unigram:
+                    to_prior = hidden, model.head_weight, y[i : i + rows].flatten(), prior_V
+                    loss = loss + cfg.unigram * prior_gap(*to_prior, denominator=denominator)
                 loss.backward()
             meter.add(loss, moments)
             part = float(targets[:rows].ne(-100).sum() / count) if measured and i == 0 and not last else None

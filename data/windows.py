@@ -50,6 +50,14 @@ def _check(least: int, **counts: int) -> None:
             raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
 
 
+def token_counts(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
+    """How often ``tokens`` (whole numbers [n]) has each of the vocabulary: int64 [vocab_size]."""
+    counts, size = np.zeros(vocab_size, np.int64), 1 << 22  # at a time: bincount makes a copy as int64
+    for at in range(0, len(tokens), size):
+        counts += np.bincount(tokens[at : at + size], minlength=vocab_size)
+    return counts
+
+
 class Windows:
     """Non-overlapping windows of ``length`` inputs over a TokenSet; every token is a target exactly once an epoch.
 

@@ -76,6 +76,13 @@ FLAGS = {
     "tail_smoothing": opt(
         0.0, "brier, spherical: Shao's score smoothing with a logarithmic tail; 0 is off", within=SHARE, only=BOUNDED
     ),
+    "unigram": opt(
+        0.0,
+        "ce, dpsm: share of CE against the frequencies of the training tokens, label smoothing towards the unigram; "
+        "dpsm mixes in the rest",
+        within=DECAY,
+        only={"loss": ("ce", "dpsm")},
+    ),
     # optimizer
     "steps": opt(1000, "optimizer steps", within=COUNT, role="setting", group="optimizer"),
     "batch": opt(64, "examples in an optimizer step, over all ranks", within=COUNT, role="setting"),
@@ -144,9 +151,11 @@ FLAGS = {
 
 def knobs(cfg) -> dict:
     """What the flags say of the knobs of ``kernels.losses.make_score``, DPSM's alpha aside. Raises ValueError for an
-    --order that --path mix would not read."""
+    --order that --path mix would not read, and a --unigram that --path order has no form for."""
     if cfg.loss == "dpsm" and cfg.path == "mix" and cfg.order is not None:
         raise ValueError(f"--order {cfg.order} is read by --path order, not by --path mix")
+    if cfg.loss == "dpsm" and cfg.path != "mix" and getattr(cfg, "unigram", 0):
+        raise ValueError(f"--unigram {cfg.unigram} is for --path mix, not for --path {cfg.path}")
     gamma = cfg.mile_gamma if cfg.loss == "mile" else cfg.gamma
     rest = {name: getattr(cfg, name) for name in ("order", "path", "q", "threshold")}
     return rest | dict(gamma=gamma, eps=getattr(cfg, "eps", None), tail=cfg.tail_smoothing)
