@@ -93,6 +93,7 @@ class Config:
     eps: float = flag("eps")
     tail_smoothing: float = flag("tail_smoothing")
     unigram: float = flag("unigram")
+    unigram_gain: float = flag("unigram_gain")
     # optimizer
     steps: int | None = flag("steps", None, help=f"optimizer steps; {by_size('steps')}")
     batch: int | None = flag("batch", None, help=f"sequences in a step, over all ranks; {by_size('batch')}")
@@ -217,12 +218,13 @@ def main(argv: list[str] | None = None) -> int:
     scoring = dict(tail=cfg.tail_smoothing, impl=cfg.kernels, memory=cfg.head_memory * 10**6 or None)
     ramp = dict(warmup=cfg.warmup, schedule=cfg.alpha_schedule, alpha_max=cfg.alpha_max, start=cfg.alpha_start)
 
-    def alpha_of(step: int) -> float:  # of the whole loss, whose share --unigram is CE against the prior
-        return (1 - cfg.unigram) * alpha_at(step, cfg.steps, **ramp) if cfg.loss == "dpsm" else 0.0
-
+    smoothed = 0.0 if cfg.unigram_gain else cfg.unigram  # share of the loss that is CE against the prior
     if cfg.unigram:
         counts_V = token_counts(corpus.train.tokens, shape.vocab_size) + 1.0
         prior_V = to_device(torch.from_numpy(counts_V / counts_V.sum()).float(), device)
+
+    def alpha_of(step: int) -> float:
+        return (1 - smoothed) * alpha_at(step, cfg.steps, **ramp) if cfg.loss == "dpsm" else 0.0
 
     # -- optimizer -----------------------------------------------------------------------------
     with user_errors():
@@ -235,6 +237,7 @@ def main(argv: list[str] | None = None) -> int:
         optim.restore_training_state(model, optimizer, checkpoint)
         meter.load_state_dict(checkpoint, draws=cfg.dropout > 0)
         rule.restore(checkpoint["fot"], meter.step)
+        smoothed = checkpoint.get("unigram", smoothed)
 
     def save(best: bool) -> None:
         """last.pt and, if these are the best weights so far, best.pt. All ranks take part; rank 0 writes."""
@@ -245,16 +248,21 @@ def main(argv: list[str] | None = None) -> int:
         if best:
             run.save("best.pt", state)
         state |= meter.state_dict() | {"optimizer": moments, "fot": rule.state_dict(), "alpha": alpha_of(meter.step)}
+        state |= {"unigram": smoothed}
         run.save("last.pt", state)
 
     def validate() -> None:
         """Where one is due, a validation; where one is due, a checkpoint."""
+        nonlocal smoothed
         best = False
         if meter.at_eval:
             with averaged(optimizer):
                 made = meter.watched(forwards(model, sets["val"], cfg.micro_batch, world), counts["val"])
                 found = evaluate(model, made, world, impl=cfg.kernels)
-            best = meter.judge(metrics.measure(found.raw, size=sets["val"].bytes))
+            best = meter.judge(numbers := metrics.measure(found.raw, size=sets["val"].bytes))
+            gap = numbers["confidence"] - numbers["accuracy"]
+            if cfg.unigram_gain and math.isfinite(gap):
+                smoothed = min(max(smoothed + cfg.unigram_gain * gap, 0.0), cfg.unigram)
         if meter.saves(model, optimizer):
             save(best)
         meter.go_on()
@@ -301,9 +309,9 @@ def main(argv: list[str] | None = None) -> int:
                 loss, moments = linear_score(
                     hidden, model.head_weight, y[i : i + rows].flatten(), score, denominator=denominator, **scoring
                 )
-                if cfg.unigram:
+                if smoothed:
                     to_prior = hidden, model.head_weight, y[i : i + rows].flatten(), prior_V
-                    loss = loss + cfg.unigram * prior_gap(*to_prior, denominator=denominator)
+                    loss = loss + smoothed * prior_gap(*to_prior, denominator=denominator)
                 loss.backward()
             meter.add(loss, moments)
             part = float(targets[:rows].ne(-100).sum() / count) if measured and i == 0 and not last else None
@@ -315,7 +323,8 @@ def main(argv: list[str] | None = None) -> int:
         if not meter.due():
             continue
 
-        if row := meter.row(str(rule), alpha=alpha.item(), lr=lr):
+        shares = {"alpha": alpha.item()} | ({"unigram": smoothed} if cfg.unigram else {})
+        if row := meter.row(str(rule), **shares, lr=lr):
             meter.log("train", **row)
         if meter.ending == "diverged":
             break

@@ -83,6 +83,13 @@ FLAGS = {
         within=DECAY,
         only={"loss": ("ce", "dpsm")},
     ),
+    "unigram_gain": opt(
+        0.0,
+        "that share begins at 0, rises after each validation by this times its mean confidence less accuracy, and "
+        "--unigram is its limit; 0: --unigram from the start",
+        within=POSITIVE,
+        only={"loss": ("ce", "dpsm")},
+    ),
     # optimizer
     "steps": opt(1000, "optimizer steps", within=COUNT, role="setting", group="optimizer"),
     "batch": opt(64, "examples in an optimizer step, over all ranks", within=COUNT, role="setting"),
@@ -156,6 +163,8 @@ def knobs(cfg) -> dict:
         raise ValueError(f"--order {cfg.order} is read by --path order, not by --path mix")
     if cfg.loss == "dpsm" and cfg.path != "mix" and getattr(cfg, "unigram", 0):
         raise ValueError(f"--unigram {cfg.unigram} is for --path mix, not for --path {cfg.path}")
+    if getattr(cfg, "unigram_gain", 0) and not cfg.unigram:
+        raise ValueError(f"--unigram-gain {cfg.unigram_gain} needs its limit; give --unigram, such as 0.4")
     gamma = cfg.mile_gamma if cfg.loss == "mile" else cfg.gamma
     rest = {name: getattr(cfg, name) for name in ("order", "path", "q", "threshold")}
     return rest | dict(gamma=gamma, eps=getattr(cfg, "eps", None), tail=cfg.tail_smoothing)

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from lm_runs import ROOT, rows, train, two_nodes, weights
+from lm_runs import ROOT, rows, same_run, train, two_nodes, weights
 from on_ranks import on_ranks
 
 import train_lm
@@ -103,6 +103,27 @@ def test_dpsm_at_alpha_0_is_ce_and_at_1_is_brier(plain_runs, lm_base, tmp_path):
         assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+def test_the_share_of_the_unigram_follows_over_confidence_and_resumes(lm_base, tmp_path):
+    """After a validation it rises by gain times (confidence - accuracy), within [0, the limit], and alpha has the rest
+    of the loss; a run that goes on from a checkpoint has the share that it had."""
+    noisy = ["--loss", "dpsm", "--warmup", "0.5", "--unigram", "0.3", "--unigram-gain", "2", "--eval-every", "2"]
+    assert train(lm_base, tmp_path / "run", *noisy, "--lr", 3e-2, "--log-every", 1) == 0
+    share, expected, val = 0.0, {}, {r["step"]: r for r in rows(tmp_path / "run", "val")}
+    for step in range(1, 13):
+        expected[step] = share
+        if step in val:
+            share = min(max(share + 2 * (val[step]["confidence"] - val[step]["accuracy"]), 0.0), 0.3)
+    logged = rows(tmp_path / "run", "train")
+    assert {r["step"]: r["unigram"] for r in logged} == pytest.approx(expected)
+    assert len(set(expected.values())) > 3 and 0.0 in expected.values()
+    for r in logged:
+        assert r["alpha"] == pytest.approx((1 - r["unigram"]) * alpha_at(r["step"] - 1, 12, warmup=0.5), rel=1e-6)
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    back = ("--resume", "--resume-from", tmp_path / "again" / "previous.pt")
+    assert train(lm_base, tmp_path / "again", *noisy, "--lr", 3e-2, "--log-every", 1, *back) == 0
+    same_run(tmp_path / "run", tmp_path / "again")
+
+
 # -- exactness -----------------------------------------------------------------------------------
 
 
@@ -118,7 +139,7 @@ def by_one_and_by_fsdp(lm_base, tmp_path_factory):
     in a padded window, so a wrong normalisation (mean of means) shows. FoT measures, and its envelope alone sets the
     learning rates: the same on any ranks."""
     folder = tmp_path_factory.mktemp("ranks")
-    flags = [*lm_base, "--loss", "dpsm", "--warmup", "0.5", "--label-noise", "0.1"]
+    flags = [*lm_base, "--loss", "dpsm", "--warmup", "0.5", "--label-noise", "0.1", "--unigram", "0.1"]
     flags += ["--schedule", "fot", "--fot-parts", "envelope", "--fot-window", "4"]
     assert train(flags, folder / "one") == 0
     said = on_ranks(2, ["train_lm.py", *flags, "--out", str(folder / "fsdp"), "--fsdp", "--micro-batch", "2"])
