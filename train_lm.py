@@ -23,9 +23,8 @@ from data.windows import Windows, flip_labels, token_counts
 from eval import metrics
 from eval.heldout import evaluate, final_metrics
 from eval.text import distinct_n
-from kernels import Calibration, linear_score
+from kernels import Calibration, linear_score, prior_gap
 from kernels.losses import alpha_at, make_score
-from kernels.prior import prior_gap
 from model.generate import sample
 from model.gpt2 import GPT2, SIZES, GPT2Config, decay_groups, flops_per_token, parameter_count
 from model.gpt2_hub import load_start

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch import distributed as dist
 from tqdm import tqdm
 
+from data.windows import token_counts
 from eval import metrics
 from eval.calibration import fit_temperature, temperature_sums
 from eval.stats import ece_interval
@@ -45,10 +46,7 @@ def frequency_bands(text: np.ndarray, vocab_size: int) -> Bands:
     """Three bands of tokens, each a third of the training ``text`` (whole numbers [n], one token or more) as nearly as
     can be: tokens that occur equally often stay together, and go where the middle of their share lies. Tokens that do
     not occur are rare. A band that one frequent token leaves without tokens is not in ``about``."""
-    counts, size = np.zeros(vocab_size, np.int64), 1 << 22  # at a time: bincount makes a copy as int64
-    for at in range(0, len(text), size):
-        counts += np.bincount(text[at : at + size], minlength=vocab_size)
-    times, index, types = np.unique(counts, return_inverse=True, return_counts=True)
+    times, index, types = np.unique(token_counts(text, vocab_size), return_inverse=True, return_counts=True)
     share = times * types
     up_to = share.cumsum()
     middle = 2 * (up_to[-1] - up_to) + share  # twice the tokens of the text that occur more often, and half of its own

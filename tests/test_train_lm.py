@@ -106,13 +106,13 @@ def test_dpsm_at_alpha_0_is_ce_and_at_1_is_brier(plain_runs, lm_base, tmp_path):
 def test_the_share_of_the_unigram_follows_over_confidence_and_resumes(lm_base, tmp_path):
     """After a validation it rises by gain times (confidence - accuracy), within [0, the limit], and alpha has the rest
     of the loss; a run that goes on from a checkpoint has the share that it had."""
-    noisy = ["--loss", "dpsm", "--warmup", "0.5", "--unigram", "0.3", "--unigram-gain", "2", "--eval-every", "2"]
+    noisy = ["--loss", "dpsm", "--warmup", "0.5", "--unigram", "0.3", "--unigram-gain", "0.5", "--eval-every", "2"]
     assert train(lm_base, tmp_path / "run", *noisy, "--lr", 3e-2, "--log-every", 1) == 0
     share, expected, val = 0.0, {}, {r["step"]: r for r in rows(tmp_path / "run", "val")}
     for step in range(1, 13):
         expected[step] = share
         if step in val:
-            share = min(max(share + 2 * (val[step]["confidence"] - val[step]["accuracy"]), 0.0), 0.3)
+            share = min(max(share + 0.5 * (val[step]["confidence"] - val[step]["accuracy"]), 0.0), 0.3)
     logged = rows(tmp_path / "run", "train")
     assert {r["step"]: r["unigram"] for r in logged} == pytest.approx(expected)
     assert len(set(expected.values())) > 3 and 0.0 in expected.values()

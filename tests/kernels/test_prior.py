@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from kernels import linear_score, make_score
-from kernels.prior import prior_gap
+from kernels import linear_score, make_score, prior_gap
 
 N, V, D, SHARE = 50, 33, 16, 0.2
 
