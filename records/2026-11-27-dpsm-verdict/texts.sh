@@ -13,6 +13,7 @@ novels() {
 }
 novels text-a 40 Doyle_Hound_1902 Cbronte_Jane_1847 Dickens_Expectations_1861 Wcollins_Woman_1860
 novels text-b 40 Haggard_She_1887 Eliot_Felix_1866 Forster_Howards_1910 Kipling_Captains_1896
+novels text-c 40 Burnett_Lord_1886 Gissing_Warburton_1903 Lawrence_Peacock_1911 Trollope_Phineas_1869
 novels one-pass 560 Eliot_Adam_1859 Hardy_Tess_1891 Gissing_Women_1893 Trollope_Angel_1881 Thackeray_Esmond_1852 \
   Braddon_Audley_1862 James_Roderick_1875 Gaskell_Ruth_1855
 mkdir -p speeches ood
