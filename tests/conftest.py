@@ -2,7 +2,6 @@
 
 import functools
 import gc
-import inspect
 import json
 import logging
 import os
@@ -20,6 +19,7 @@ if not torch.cuda.is_available():
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest  # noqa: E402
+from interpreter import list_members_once  # noqa: E402
 from number_words import words  # noqa: E402
 from tiny_gsm8k import problem, write_model  # noqa: E402
 
@@ -36,23 +36,7 @@ def pytest_sessionfinish():
 
 @pytest.fixture(scope="session", autouse=True)
 def what_the_interpreter_replaces():
-    """At each call of a function within a kernel, Triton 3.7's interpreter goes through all members of triton.language
-    for what it has to replace, half of its time: the names are the same each time."""
-    try:
-        from triton.runtime import interpreter
-    except ImportError:
-        return
-    names, is_builtin = {}, interpreter.tl.core.is_builtin
-
-    def replace(package, builder, scope):
-        if package not in names:
-            names[package] = [name for name, member in inspect.getmembers(package) if is_builtin(member)]
-        if names[package] and is_builtin(getattr(package, names[package][0])):  # else all are replaced already
-            for name in names[package]:
-                interpreter._patch_attr(package, name, getattr(package, name), builder, scope)
-
-    if hasattr(interpreter, "_patch_builtin"):
-        interpreter._patch_builtin = replace
+    list_members_once()
 
 
 @pytest.fixture(autouse=True)

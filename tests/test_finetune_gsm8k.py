@@ -180,7 +180,7 @@ def test_loss_falls_and_is_of_the_answer(plain_run, base, tmp_path):
 
 def test_two_ranks_train_the_same(base, plain_run, tmp_path):
     """Half a batch on each of two ranks: the same losses to fp32's rounding, and every problem answered."""
-    said = on_ranks(2, ["finetune_gsm8k.py", *base, "--out", str(tmp_path / "two")])
+    said = on_ranks(2, finetune_gsm8k.main, [*base, "--out", str(tmp_path / "two")])
     assert [said.count(f"step {step}: validation") for step in (6, 12)] == [1, 1] and "FutureWarning" not in said
     for kind in ("train", "val"):
         for ours, theirs in zip(rows(tmp_path / "two", kind), rows(plain_run, kind), strict=True):

@@ -251,6 +251,12 @@ def close(a, b) -> None:
         assert [r[key] for r in rows(a, kind)] == pytest.approx([r[key] for r in rows(b, kind)], rel=1e-4, abs=1e-5)
 
 
+def with_small_bart(argv) -> int:
+    """The script on a rank, whose process knows nothing of this module's fixtures."""
+    finetune_seq2seq.SIZES["bart-tiny"] = functools.partial(bart_config, 1, 32, 2, max_position_embeddings=128)
+    return finetune_seq2seq.main(argv)
+
+
 def test_batch_ranks_and_accumulation_give_one_loss_curve(seq2seq_base, tmp_path):
     """Micro-batches of 8, 4 and 1, which are padded differently, layers run again in backward, and two ranks. Targets
     differ in length, so a wrong normalisation (mean of means) shows."""
@@ -259,10 +265,7 @@ def test_batch_ranks_and_accumulation_give_one_loss_curve(seq2seq_base, tmp_path
     for name, more in (("8", ()), ("1", ()), ("4", ("--checkpoint-activations",))):
         assert train(flags, tmp_path / name, "--micro-batch", name, *more) == 0
         close(tmp_path / "four", tmp_path / name)
-    # Two ranks as torchrun starts them, in processes that know nothing of this module's smaller sizes.
-    small = "import sys, functools, finetune_seq2seq as f; from model.seq2seq import bart_config as b\n"
-    small += "f.SIZES['bart-tiny'] = functools.partial(b, 1, 32, 2, max_position_embeddings=128)\nsys.exit(f.main())\n"
-    said = on_ranks(2, ["-c", small, *flags, "--out", str(tmp_path / "ddp")])
+    said = on_ranks(2, with_small_bart, [*flags, "--out", str(tmp_path / "ddp")])
     assert [said.count(f"step {step}: validation") for step in (3, 6)] == [1, 1]
     close(tmp_path / "four", tmp_path / "ddp")
     assert [r["prediction"] for r in predictions(tmp_path / "ddp")] == [

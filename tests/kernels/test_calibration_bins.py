@@ -7,8 +7,8 @@ import types
 import numpy as np
 import pytest
 import torch
+from on_ranks import on_ranks
 from torch import distributed as dist
-from torch import multiprocessing as mp
 
 import kernels
 from kernels import Calibration
@@ -302,9 +302,9 @@ def test_cuda_matches_cpu_without_synchronising():
     assert calibration.compute() == pytest.approx(calibrated(moments).compute(), rel=1e-12)
 
 
-def reduce_on_rank(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def reduce_on_rank(arguments) -> None:
+    dist.init_process_group("gloo")
+    (folder,), rank = arguments, dist.get_rank()
     calibration = calibrated(take(random_moments(4000), slice(0, 1500) if rank == 0 else slice(1500, None)))
     before = calibration.state_dict()
     calls, all_reduce = [], dist.all_reduce
@@ -315,7 +315,7 @@ def reduce_on_rank(rank, folder):
 
 
 def test_all_reduce_over_two_processes(tmp_path):
-    mp.spawn(reduce_on_rank, args=(str(tmp_path),), nprocs=2)
+    on_ranks(2, reduce_on_rank, [str(tmp_path)])
     whole = calibrated(random_moments(4000))
     for rank in range(2):
         before, after, calls = torch.load(tmp_path / f"{rank}.pt")

@@ -3,9 +3,10 @@
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from formulas import DEVICE
+from interpreter import list_members_once
 from named_scores import NAMED, custom, head, same_moments
+from on_ranks import on_ranks
 
 from kernels import linear_score, losses, parallel_linear_score
 
@@ -17,9 +18,8 @@ def everything(m):
 everything.order = 1.25
 
 
-def _part(rank, file, sizes, impl, seed):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=len(sizes))
+def part(sizes, impl, seed=2):
+    rank = dist.get_rank()
     hidden, weight, _, targets, _ = head(v=sum(sizes), seed=seed)
     weight = weight.detach()
     weight[0], weight[9] = weight[4], weight[4]  # ties within a rank and between ranks
@@ -45,10 +45,17 @@ def _part(rank, file, sizes, impl, seed):
             torch.testing.assert_close(m.fisher, w.fisher, rtol=1e-4, atol=1e-7)
         torch.testing.assert_close(h.grad, whole_h.grad, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(mine.grad, whole_w.grad[first : first + sizes[rank]], rtol=1e-4, atol=1e-6)
+
+
+def parts(_) -> None:
+    list_members_once()
+    dist.init_process_group("gloo")
+    for sizes, impl in (((20, 17), "torch"), ((36, 1), "torch"), ((11, 26), "triton")):
+        part(sizes, impl)
+        print("the whole head")
     dist.destroy_process_group()
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="two gloo ranks on CPU")
-@pytest.mark.parametrize("sizes, impl", [((20, 17), "torch"), ((36, 1), "torch"), ((11, 26), "triton")])
-def test_vocabulary_over_ranks_is_the_whole_head(tmp_path, sizes, impl):
-    mp.spawn(_part, (tmp_path / "store", sizes, impl, 2), nprocs=len(sizes))
+def test_vocabulary_over_ranks_is_the_whole_head():
+    assert on_ranks(2, parts).count("the whole head") == 6

@@ -4,8 +4,8 @@ half of a batch each get the gradients of one process with all of it."""
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
+from on_ranks import on_ranks
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -95,9 +95,9 @@ def after_muon(kind: str, rows: slice) -> dict[str, torch.Tensor]:
     return {name: p.detach() for name, p in model.named_parameters()}
 
 
-def compare(rank: int, file: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+def compare(_) -> None:
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     for form, kind, checkpointed in CASES:
         want = gradients("one", form, False, slice(None))
         got = gradients(kind, form, checkpointed, slice(rank, rank + 1))
@@ -115,5 +115,5 @@ def compare(rank: int, file: str) -> None:
 
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="two gloo ranks on CPU")
-def test_ranks_with_half_a_batch_get_the_gradient_of_the_whole(tmp_path):
-    mp.spawn(compare, (str(tmp_path / "store"),), nprocs=2)
+def test_ranks_with_half_a_batch_get_the_gradient_of_the_whole():
+    on_ranks(2, compare)
