@@ -172,6 +172,7 @@ def panel_chart(panel: Panel, arms: list[Arm], kind: str) -> Chart | None:
 def quality_mark(arms: list[Arm]) -> list[tuple[float, str]]:
     """The perplexity at which an arm has 95 % of CE's final quality, where there is one CE arm."""
     ces = [arm for arm in arms if arm.loss == "ce" and arm.finished]
+    ces = [arm for arm in ces if arm.plain] or ces
     last = [curve[-1][1] for run in ces[0].finished if (curve := run.curve())] if len(ces) == 1 else []
     return [(statistics.fmean(last) / QUALITY, "95 % of CE's final")] if last and len(arms) > 1 else []
 

@@ -17,7 +17,8 @@ def settings(arms: list[Arm]) -> dict[str, list[tuple[str, Arm, Arm]]]:
     done = [arm for arm in arms if arm.finished]
     flags, found = [k for k in differing(done) if k != "loss"], {}
     for arm in (arm for arm in done if arm.loss != "ce"):
-        for ce in (a for a in done if a.loss == "ce"):
+        ces = [a for a in done if a.loss == "ce"]
+        for ce in [a for a in ces if a.plain] or ces:
             both = [k for k in flags if k not in arm.unread | ce.unread and k in arm.config and k in ce.config]
             if both and all(arm.config[k] == ce.config[k] for k in both):
                 own = [k for k in flags if k not in both and k in arm.config]

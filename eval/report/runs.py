@@ -190,6 +190,7 @@ class Arm:
     runs: list[Run]
     roles: dict[str, str] = field(default_factory=dict)  # flag -> role
     unread: frozenset[str] = frozenset()  # flags that nothing reads under this config
+    of_loss: frozenset[str] = frozenset()  # flags that this loss reads, and not all do
     code: str = ""  # what tells it from an arm of the same config that ran other code
     label: str = ""
     tempered: bool = False  # the metrics of it are those after the fitted temperature
@@ -204,6 +205,11 @@ class Arm:
     def source(self) -> dict[str, int]:
         """The code that ran; its runs agree on every file that two of them hold."""
         return {name: code for run in self.runs for name, code in run.source.items()}
+
+    @property
+    def plain(self) -> bool:
+        """Whether the loss is what its name says, without smoothing and other additions: all of its flags are off."""
+        return not any(self.config.get(flag) for flag in self.of_loss)
 
     def label_of(self, name: str, flags: list[str]) -> str:
         """``name``, the values of ``flags``, and what tells the arm's code apart."""
@@ -234,7 +240,7 @@ def roles_before() -> dict[str, dict]:
 
 def make_arm(run: Run, flags: dict[str, dict]) -> Arm:
     """An arm for ``run``, without it; ``flags``: {flag: {"role", "only"}}. A flag that is not known is a knob."""
-    config, roles, unread = {}, {}, set()
+    config, roles, unread, of_loss = {}, {}, set(), set()
     for flag, value in run.config.items():
         about = flags.get(flag, {"role": "knob", "only": {}})
         roles[flag] = about["role"]
@@ -242,7 +248,8 @@ def make_arm(run: Run, flags: dict[str, dict]) -> Arm:
             unread.add(flag)
         elif about["role"] not in ("where", "bookkeeping"):
             config[flag] = value
-    return Arm(str(config.get("loss", "run")), config, [], roles, frozenset(unread))
+            of_loss |= {flag} if "loss" in about["only"] else set()
+    return Arm(str(config.get("loss", "run")), config, [], roles, frozenset(unread), frozenset(of_loss))
 
 
 def group_arms(runs: list[Run]) -> tuple[list[Arm], list[str]]:
@@ -326,8 +333,9 @@ def system_differences(a: Arm, b: Arm) -> list[str]:
 def reference(arm: Arm, arms: list[Arm], loss: str) -> tuple[Arm | None, str]:
     """The arm of ``loss`` to compare ``arm`` with, or None and why.
 
-    It has the same setting. Of several it is the one that ran the same code, then the one with the fewest differences
-    of the system, then that of the lowest validation NLL: what the setting does not fix is tuned for each loss."""
+    It has the same setting, and is plain where one of them is. Of several it is the one that ran the same code, then
+    the one with the fewest differences of the system, then that of the lowest validation NLL: what the setting does not
+    fix is tuned for each loss."""
     found = [a for a in arms if a.loss == loss and a.finished]
     if not found:
         unfinished = any(a.loss == loss for a in arms)
@@ -338,6 +346,6 @@ def reference(arm: Arm, arms: list[Arm], loss: str) -> tuple[Arm | None, str]:
         return None, "not comparable: " + ", ".join(f"{k} {ours} / {theirs}" for k, ours, theirs in sides)
 
     def rank(a):
-        return bool(other_files(a.source, arm.source)), len(system_differences(a, arm)), a.mean("val_nll")
+        return not a.plain, bool(other_files(a.source, arm.source)), len(system_differences(a, arm)), a.mean("val_nll")
 
     return min(same, key=rank), ""

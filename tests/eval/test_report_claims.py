@@ -1,5 +1,6 @@
 """The claims of DPSM are judged by paired seeds, and only where the arms can be compared."""
 
+import json
 import math
 
 import pytest
@@ -7,6 +8,7 @@ from invented_runs import arms_of, judged, pairs, row, write_run
 
 from eval.report import build as rp
 from eval.report import claims, tables
+from eval.report.runs import reference
 
 
 @pytest.mark.parametrize(
@@ -183,3 +185,23 @@ def test_the_reference_has_the_same_setting_and_is_the_best_of_several(tmp_path)
     ]
     dpsm = write_run(tmp_path / "dpsm", config={"loss": "dpsm"}, summary={})
     assert judged(1, arms_of(*folders, dpsm)).against == "ce lr=0.0003 label_noise=-"
+
+
+def test_ce_that_is_smoothed_is_an_arm_and_not_the_reference(tmp_path):
+    """Though its NLL is lower: what DPSM is compared with is CE itself. Where all CE is smoothed, that is the CE."""
+    about = {flag: {"role": "knob", "only": {}} for flag in ("loss", "warmup")}
+    about |= {"unigram": {"role": "knob", "only": {"loss": ["ce", "dpsm"]}}}
+    folders = []
+    for name, config, nll in (
+        ("plain", {"unigram": 0.0}, 3.4),
+        ("smoothed", {"unigram": 0.4}, 3.2),
+        ("dpsm", {"loss": "dpsm", "unigram": 0.0}, 3.5),
+    ):
+        folders.append(write_run(tmp_path / name, config=config, summary={"val_nll": nll, "val_ppl": math.exp(nll)}))
+        (folders[-1] / "flags.json").write_text(json.dumps(about))
+    arms = arms_of(*folders)
+    plain, dpsm = (next(a for a in arms if a.runs[0].path.name == name) for name in ("plain", "dpsm"))
+    assert reference(dpsm, arms, "ce") == (plain, "")
+    assert judged(1, arms).values == pytest.approx([math.exp(3.5) - math.exp(3.4)])
+    rest = [arm for arm in arms if arm is not plain]
+    assert reference(dpsm, rest, "ce")[0].runs[0].path.name == "smoothed"
