@@ -50,8 +50,8 @@ def draw(charts: list[Chart]) -> Picture | None:
         return None
     columns = min(len(charts), 2)
     fig = figure(5 * columns + (2.5 if columns == 1 else 0), 0.9 + 3.2 * -(-len(charts) // columns))
-    axes = fig.subplots(-(-len(charts) // columns), columns, squeeze=False).flat
-    for ax in [*axes][len(charts) :]:
+    axes = [*fig.subplots(-(-len(charts) // columns), columns, squeeze=False).flat]
+    for ax in axes[len(charts) :]:
         ax.set_visible(False)
     handles: dict[str, Line2D] = {}
     for ax, chart in zip(axes, charts, strict=False):

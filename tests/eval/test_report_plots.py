@@ -65,3 +65,12 @@ def test_a_run_without_a_temperature_has_the_reliability_before_it_alone(tmp_pat
     (arm,) = arms_of(folder)
     assert set(arm.runs[0].calibration) == {("val", "raw")} and charts.pooled(arm, "val", "scaled", 10) is None
     assert plots.reliability([arm], "val").startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_every_chart_of_a_group_is_in_its_picture(monkeypatch, count):
+    drawn, draw_chart = [], plots.draw_chart
+    monkeypatch.setattr(plots, "draw_chart", lambda ax, chart: drawn.append(chart.title) or draw_chart(ax, chart))
+    line = charts.Line("ce", "#333333", [1.0, 2.0], [3.0, 4.0])
+    group = [charts.Chart(f"chart {i}", "x", "y", [line]) for i in range(count)]
+    assert plots.draw(group).startswith(b"\x89PNG") and drawn == [chart.title for chart in group]
