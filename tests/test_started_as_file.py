@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# sandbox/jailer.py is started as a file by sandbox/run.py, what is in records/ by its README; tests are no commands.
+# sandbox/jailer.py is started as a file by sandbox/run.py; tests are no commands, nor is what a run's folder keeps.
+PACKAGES = "data eval kernels model races recipes runtime sandbox schedules".split()
 FILES = [
     path
-    for path in sorted(p.relative_to(ROOT) for p in ROOT.glob("[!.]*/**/*.py"))
-    if path.parts[0] not in ("tests", "records", "build") and path.as_posix() != "sandbox/jailer.py"
+    for path in sorted(p.relative_to(ROOT) for package in PACKAGES for p in (ROOT / package).rglob("*.py"))
+    if path.as_posix() != "sandbox/jailer.py"
 ]
 COMMANDS = [path for path in FILES if '\nif __name__ == "__main__":\n' in (ROOT / path).read_text()]
 OF_PACKAGE = ("eval.attack", "eval.campaign")  # python -m attack imports their __init__ first: the line is Python's own
