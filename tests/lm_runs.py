@@ -30,13 +30,13 @@ def weights(out, name="last.pt") -> dict:
     return load_checkpoint(Path(out) / name)["model"]
 
 
-def two_nodes(flags, out, *more) -> list[tuple[int, str]]:
-    """Two torchruns of a rank each that meet at a port of this machine, as two machines would: (exit code, output) of
-    each."""
+def two_nodes(ranks, flags, out, *more) -> list[tuple[int, str]]:
+    """Two torchruns of ``ranks`` each that meet at a port of this machine, as two machines would: (exit code, output)
+    of each."""
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
-    line = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
+    line = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--nproc_per_node={ranks}"]
     line += ["--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{port}", "--rdzv_id=1", "train_lm.py", *flags]
     how = dict(cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True)
     how |= dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)

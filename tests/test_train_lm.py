@@ -148,14 +148,14 @@ def by_one_and_by_fsdp(lm_base, tmp_path_factory):
 
 
 def test_batch_ranks_and_accumulation_give_one_loss_curve(by_one_and_by_fsdp, tmp_path):
-    """8 x 1 rank, accumulation 2 x 4, FSDP2 on 2 ranks, and DDP on two nodes, accumulation 4, under torchrun."""
+    """8 x 1 rank, accumulation 2 x 4, FSDP2 on 2 ranks, and DDP's 4 ranks on two nodes, under torchrun."""
     flags, before = by_one_and_by_fsdp
     assert train(flags, tmp_path / "accumulated", "--micro-batch", 4) == 0
-    for code, said in two_nodes(flags, tmp_path / "nodes", "--micro-batch", 1):
+    for code, said in two_nodes(2, flags, tmp_path / "nodes", "--micro-batch", 1):
         assert code == 0, said[-3000:]
     runs = {folder.name: folder for folder in (*before.iterdir(), *tmp_path.iterdir()) if folder.is_dir()}
     summaries = {name: json.loads((folder / "summary.json").read_text()) for name, folder in runs.items()}
-    assert summaries["nodes"]["world_size"] == 2 and len(summaries) == 4
+    assert summaries["nodes"]["world_size"] == 4 and len(summaries) == 4
     for name, found in summaries.items():
         close(runs["one"], runs[name])
         for key in ("temperature", "val_nll", "val_nll_t", "test_nll", "test_ece10", "test_brier_t", "test_accuracy"):
