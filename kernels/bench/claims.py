@@ -54,9 +54,9 @@ def verdicts(rows: list[dict]) -> list[dict]:
         claim(f"DPSM over our CE, from logits, V={v}", "<= 1.02 x", ratio, "ours DPSM", "ours CE", v, False)
         fisher = f"DPSM with Fisher over our CE, linear_score, V={v}"
         claim(fisher, "<= 1.02 x", ratio, FULL, "linear_score CE", v, True)
-    for v in VOCABULARIES:
+    for v, required in ((GPT2, "<= 1.15 x"), (QWEN3, "<= 1.10 x")):
         products, beside = f"linear_score over its matrix products, V={v}", "linear_score beside inputs and gradients"
-        claim(products, "<= 1.10 x", get, FULL, v, True, "ratio_to_products")
+        claim(products, required, get, FULL, v, True, "ratio_to_products")
         claim(f"{beside}, V={v}", "<= 300 MB", get, FULL, v, True, "beside_bytes", 1e-6)
         error = f"linear_score's error less the eager reference's, V={v}"
         claim(error, "<= 1e-3", excess, FULL, "linear + literal DPSM", v, True, "gradient_error")

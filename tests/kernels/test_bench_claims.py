@@ -56,7 +56,8 @@ def test_every_claim_has_its_line():
         ({"torch.compile CE": dict(step_ms=1.52)}, 2),
         ({"ours CE": dict(step_ms=0.99)}, 2),
         ({"linear_score CE": dict(step_ms=0.99)}, 2),
-        ({claims.FULL: dict(ratio_to_products=1.11)}, 2),
+        ({claims.FULL: dict(ratio_to_products=1.16)}, 2),
+        ({claims.FULL: dict(ratio_to_products=1.11)}, 1),  # allowed at D = 768
         ({claims.FULL: dict(beside_bytes=301e6)}, 2),
         ({claims.FULL: dict(gradient_error=0.0051)}, 2),
         ({"step: torch CE": dict(step_ms=98.0)}, 1),
