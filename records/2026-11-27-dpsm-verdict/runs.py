@@ -34,6 +34,7 @@ def read(folder: Path) -> tuple[dict, list[dict]]:
     val = [r for r in lines if r["kind"] == "val"]
     best, last = min(val, key=lambda r: r["nll"]), val[-1]
     found = {"grid": folder.parent.name, "run": folder.name}
+    config.setdefault("gap_gain", config.get("unigram_gain"))  # its name in the package
     found |= {name: config.get(name) for name in (*ARM, *SETTING)}
     for name, at in (("best", best), ("last", last)):
         found |= {f"{name}_step": at["step"]} | {f"{name}_{key}": at[key] for key in ("nll", "ece10", "brier")}

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from eval.stats import claim_p, holm_level, summarize, t_interval, verdict  # noqa: E402
 
 GRIDS = {"judge_c": "many passes, text C", "judge": "many passes, text B"}
-GRIDS |= {"one_pass": "one pass", "finetune": "fine-tuning"}
+GRIDS |= {"one_pass": "one pass", "finetune": "fine-tuning", "sizes": "nano, many passes, text C"}
 NAMES = {
     "ce": "CE",
     "brier": "Brier",
