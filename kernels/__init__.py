@@ -31,6 +31,6 @@ from .losses import (
 )
 from .moments import Moments, token_fisher
 from .parallel import parallel_linear_score
-from .prior import prior_gap
+from .prior import UnigramSmoothing, prior_gap
 from .softmax import softmax_moments
 from .topk import TopK, topk_log_probs
