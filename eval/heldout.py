@@ -195,7 +195,7 @@ def final_metrics(
     scale = entries["temperature"] and 1 / entries["temperature"]
 
     def measured(name: str) -> dict:
-        bar, marks = dict(says=name, count=counts.get(name)), {}
+        bar, marks = dict(says=name, count=counts.get(name)), {"raw": [], "scaled": []}
         found = evaluate(model, sets[name](), world, scale=scale, impl=impl, marks=marks, bands=bands, **bar)
         size = (sizes or {}).get(name)
         before, after = metrics.measure(found.raw, size=size), {}

@@ -9,6 +9,7 @@ import torch
 
 from eval.heldout import ece_ci95, evaluate, final_metrics
 from eval.stats import ece_interval
+from kernels import Calibration
 from runtime.machine import World
 
 WORLD = World(0, 1, torch.device("cpu"))
@@ -86,3 +87,12 @@ def test_a_summary_holds_the_interval_before_and_after_temperature():
     assert before[0] < entries["val_ece10"] < before[1] and after[0] <= entries["val_ece10_t"] < after[1]
     assert after[1] < before[0] and not any(map(math.isnan, before + after))
     assert entries["test_ece10_ci95"] is None and entries["ood_ece10_ci95"] == [None, None]
+
+
+def test_a_rank_without_a_forward_of_a_small_set_takes_part(monkeypatch):
+    """As the second of two, whose set is one row: what it has is what the other gives."""
+    other = evaluate(Head(), iter(batches(1)), WORLD).raw.state_dict()
+    monkeypatch.setattr(Calibration, "all_reduce", lambda self: self.load_state_dict(other))
+    pieces, sets = SimpleNamespace(get=lambda name, make: make()), {"val": lambda: iter(batches(3)), "test": tuple}
+    entries, _ = final_metrics(Head(), sets, WORLD, pieces=pieces)
+    assert entries["test_tokens"] == 16 and entries["test_ece10_ci95"] == [None, None]
