@@ -386,10 +386,6 @@ def main(argv: list[str] | None = None) -> int:
         return run.finish(code)
 
     # -- evaluation: answers to the test problems, and what they are worth -----------------------
-    if cfg.report == "best" and meter.best["step"] is None:
-        if world.main:
-            print(f"{out}: no validation had a finite NLL, so there are no best weights; lower --lr", file=sys.stderr)
-        return run.finish(1)
     with user_errors(), averaged(optimizer):
         if cfg.report == "best":
             world.wait()
@@ -412,9 +408,6 @@ def main(argv: list[str] | None = None) -> int:
         **graded,
         **{f"before_{key}": value for key, value in before.items()},
         "reported_step": reported,
-        "best_step": meter.best["step"],
-        "best_val_nll": meter.best["nll"] if meter.best["step"] else None,
-        "stopped_early": meter.ending,
         "epochs": meter.step * epochs,
         "final_train_loss": rows[-1]["loss"] if rows else None,
         "final_heldout_loss": last.get("loss"),

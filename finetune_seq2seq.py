@@ -393,10 +393,6 @@ def main(argv: list[str] | None = None) -> int:
 
     # -- evaluation: of the file that stays, on every rank ---------------------------------------
     world.wait()
-    if cfg.report == "best" and meter.best["step"] is None:
-        if world.main:
-            print(f"{out}: no validation had a finite NLL, so there are no best weights; lower --lr", file=sys.stderr)
-        return run.finish(1)
     with user_errors():
         final, _, kept = measure.load_finetuned(out, f"{cfg.report}.pt", device)
     made = {
@@ -426,9 +422,6 @@ def main(argv: list[str] | None = None) -> int:
         "parameters": parameters,
         "reported": cfg.report,
         "reported_step": kept["step"],
-        "best_step": meter.best["step"],
-        "best_val_nll": meter.best["nll"],
-        "stopped_early": meter.ending,
         "data": about,
         "partial": any(a["partial"] for a in about.values()),
         "fold": cfg.fold or None,

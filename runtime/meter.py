@@ -90,13 +90,14 @@ class Meter:
 
     ``run``: the RunFolder that rows go to. ``window``: a Calibration of the tokens trained on since the last log line.
     ``table``: eval.metrics, which measures it and says what a row shows. ``cfg``: with the flags steps, log_every,
-    eval_every and, where there is a best, patience. ``counted``: names of further numbers of a step, given to
-    `end_step`, whose sums a row shows."""
+    eval_every and, where there is a best, patience and report. ``counted``: names of further numbers of a step, given
+    to `end_step`, whose sums a row shows."""
 
     def __init__(self, run, window, table, cfg, counted: tuple[str, ...] = ()):
         self.run, self.world, self.window, self.table = run, run.world, window, table
         self.steps, self.log_every, self.eval_every = cfg.steps, cfg.log_every, cfg.eval_every
         self.patience, self.counted = getattr(cfg, "patience", 0), counted
+        self.reports_best = getattr(cfg, "report", "last") == "best"
         device = self.world.device
         self.step, self.tokens, self.seconds, self.joules = 0, 0, 0.0, 0.0
         self.best, self.stale = {"step": None, "nll": math.inf}, 0
@@ -324,8 +325,9 @@ class Meter:
         self.run.log(kind, self.step, tokens=self.tokens, train_seconds=self.seconds, **values)
 
     def end(self) -> int | None:
-        """After the loop: the exit code of a run that ends with it (1 diverged, 128 + the signal's number), None where
-        the final evaluation follows. That one a signal ends by an exception."""
+        """After the loop: the exit code of a run that ends with it (1 diverged, or without the best weights that it is
+        to report, 128 + the signal's number), None where the final evaluation follows. That one a signal ends by an
+        exception."""
         self.bar.close()
         self.stop.restore()
         if self.pulse:
@@ -338,6 +340,11 @@ class Meter:
         code = self.run.ended(self.ending, self.step, self.stop.signal)
         if code is None and self.stop.signal:
             raise Stopped(self.stop.signal)  # it came after the last step
+        if code is None and self.reports_best and self.best["step"] is None:
+            if self.world.main:
+                why = "no validation had a finite NLL, so there are no best weights; lower --lr"
+                print(f"{self.run.path}: {why}", file=sys.stderr)
+            return 1
         return code
 
     def summary(self, flops_per_token: float, dtype: torch.dtype) -> dict:
@@ -351,6 +358,9 @@ class Meter:
         ms = [1000 * n / r["tokens_per_second"] for n, r in zip(tokens_per_step, rows, strict=True)]
         peak, health = peak_flops(world.device, dtype), self.watch.read()
         return {
+            "best_step": self.best["step"],
+            "best_val_nll": None if self.best["step"] is None else self.best["nll"],
+            "stopped_early": self.ending,
             "steps": self.step,
             "tokens_seen": self.tokens,
             "tokens_per_second": rate,

@@ -72,6 +72,20 @@ def test_a_row_has_means_over_its_steps(meter):
     assert meter.due() and meter.row(alpha=0, lr=0)["loss"] == 1.0  # the window began anew
 
 
+@pytest.mark.parametrize("report, code", [("last", None), ("best", 1)])
+def test_a_run_that_is_to_report_best_weights_fails_without(tmp_path, capsys, report, code):
+    meter = new_meter(tmp_path, report=report)
+    meter.start()
+    for _ in range(12):
+        step(meter)
+    meter.due()
+    meter.judge({"nll": math.nan, "ppl": 0, "ece10": 0, "brier": 0})
+    assert meter.end() == code
+    assert ("no validation had a finite NLL" in capsys.readouterr().err) == bool(code)
+    found = meter.summary(1.0, torch.float32)
+    assert found["best_step"] is found["best_val_nll"] is None
+
+
 def test_steps_that_are_not_finite_are_skipped_and_end_a_hopeless_run(meter):
     step(meter)
     step(meter, loss=math.nan)
