@@ -279,8 +279,7 @@ def main(argv: list[str] | None = None) -> int:
     # -- optimizer -----------------------------------------------------------------------------
     with user_errors():
         optimizer = optim.make_optimizer(decay_groups(model, cfg.weight_decay), cfg, model, device)
-        same_units = cfg.loss == "ce" and not cfg.label_smoothing
-        rule = optim.rule_of(cfg, optimizer, world, power=cfg.lr_power, same_units=same_units)
+        rule = optim.rule_of(cfg, optimizer, world, power=cfg.lr_power)
     meter = Meter(run, Calibration(device), metrics, cfg, counted=("swapped_references", "step_tokens"))
 
     # -- state: everything that a resumed run needs ----------------------------------------------

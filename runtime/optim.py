@@ -144,20 +144,23 @@ def make_optimizer(groups: list, cfg, model: nn.Module, device: torch.device) ->
 def rule_of(cfg, optimizer, world: World, **more):
     """The learning-rate rule of the flags schedule, lr_warmup, lr_floor, decay_shape, fot_*: `schedules.make_rule`.
 
-    A rule that measures is fed the NLL, which stays one score while a mixture moves; only CE's is the loss itself
-    (``same_units``)."""
-    how = dict(warmup=cfg.lr_warmup, floor=cfg.lr_floor, same_units=cfg.loss == "ce")
+    A rule that measures is fed the NLL, which stays one score while a mixture moves; it is the loss itself
+    (``same_units``) for CE alone, without label smoothing of either kind."""
+    smoothed = getattr(cfg, "label_smoothing", 0) or getattr(cfg, "unigram", 0)
+    how = dict(warmup=cfg.lr_warmup, floor=cfg.lr_floor, same_units=cfg.loss == "ce" and not smoothed)
     how |= dict(parts=cfg.fot_parts, every=cfg.fot_window, beta=cfg.fot_beta, shape=cfg.decay_shape)
     return make_rule(cfg.schedule, optimizer, cfg.steps, **how | more, ranks=world.size, reduce=world.all_reduce)
 
 
 def plans_no_end(cfg, step: int, *totals: int) -> bool:
     """Whether what a run of ``cfg`` has done up to ``step``, and does from there on, is the same for each of these
-    ``totals`` of steps: a constant learning rate, and warm-up, ramp and label noise behind it."""
+    ``totals`` of steps: a constant learning rate, and warm-up, ramp and label noise behind it. A share of the unigram
+    that follows the validations has followed the last one too, where --eval-every alone would not have asked for it."""
     ramped = cfg.loss == "dpsm" and cfg.alpha_schedule != "fixed"
     until = max(cfg.lr_warmup, cfg.alpha_start + cfg.warmup if ramped else 0)
     noisy = getattr(cfg, "label_noise", 0) and getattr(cfg, "label_noise_steps", 1) < 1
-    if noisy or getattr(cfg, "tail_average", 0):
+    followed = getattr(cfg, "unigram_gain", 0) and step in totals and step % cfg.eval_every
+    if noisy or followed or getattr(cfg, "tail_average", 0):
         return False
     return cfg.schedule == "constant" and all(step >= until * total for total in totals)
 

@@ -193,3 +193,21 @@ def test_a_run_with_a_tail_average_cannot_get_more_steps():
     constant = dict(schedule="constant", lr_warmup=0.0)
     assert optim.plans_no_end(config("adamw", **constant), 20, 24, 48)
     assert not optim.plans_no_end(config("adamw", tail_average=0.1, **constant), 20, 24, 48)
+
+
+def test_a_validation_that_only_the_end_asked_for_has_moved_the_share_of_the_unigram():
+    """A longer run would not have made it: step 24 of 24, with --eval-every 10."""
+    driven = config("adamw", schedule="constant", lr_warmup=0.0, unigram=0.4, unigram_gain=3.0, eval_every=10)
+    assert not optim.plans_no_end(driven, 24, 24, 48)
+    assert optim.plans_no_end(driven, 20, 24, 48)
+    driven.eval_every = 12
+    assert optim.plans_no_end(driven, 24, 24, 48)
+
+
+@pytest.mark.parametrize(
+    "flags, same", [({}, True), ({"loss": "dpsm"}, False), ({"unigram": 0.1}, False), ({"label_smoothing": 0.1}, False)]
+)
+def test_the_nll_is_the_loss_of_plain_ce_alone(flags, same):
+    model = network()
+    rule = optim.rule_of(config("adamw", **flags), torch.optim.AdamW(model.parameters()), World(0, 1, CPU))
+    assert rule.same_units is same
