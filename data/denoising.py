@@ -190,12 +190,7 @@ def noised_sets(
 
 def unigram_nll(train: TokenPairs, held_out: TokenPairs) -> float:
     """Mean NLL, in nats, of a target token of ``held_out`` by the frequencies of ``train``'s targets, each plus one."""
-
-    def counts(pairs: TokenPairs) -> np.ndarray:
-        ids = np.concatenate([pairs.ids(1, i) for i in range(len(pairs))])
-        return np.bincount(ids, minlength=pairs.tokenizer.vocab_size)
-
-    seen, asked = counts(train) + 1, counts(held_out)
+    seen, asked = train.target_counts() + 1, held_out.target_counts()
     return float(-(asked * np.log(seen / seen.sum())).sum() / asked.sum())
 
 

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from data.windows import IGNORE_INDEX, epoch_blocks, permutation
+from data.windows import IGNORE_INDEX, epoch_blocks, permutation, token_counts
 
 
 class Example(NamedTuple):
@@ -28,6 +29,16 @@ class Example(NamedTuple):
     def targets(self, loss_on: str) -> int:
         """How many of its tokens are targets, of the answer or of all."""
         return self.length if loss_on == "all" else len(self.tokens) - self.prompt
+
+
+def targets_of(examples: Sequence[Example], loss_on: str) -> np.ndarray:
+    """The targets that the loss is of, of the answers or of all, of every one of ``examples``: int64 [n]."""
+    return np.concatenate([e.tokens[e.length - e.targets(loss_on) + 1 :] for e in examples])
+
+
+def target_counts(examples: Sequence[Example], loss_on: str, vocab_size: int) -> np.ndarray:
+    """How often each token of the vocabulary is such a target: int64 [vocab_size]."""
+    return token_counts(targets_of(examples, loss_on), vocab_size)
 
 
 class Seen(NamedTuple):

@@ -24,7 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from data.cache import cached_tokens
 from data.files import is_set, lm_data, load_hub, one_file
 from data.tokenizer import TOKENIZER_FILES, Definition, Tokenizer, byte_level, load_tokenizer, merges_of, read_files
-from data.windows import IGNORE_INDEX, permutation, random_uint64
+from data.windows import IGNORE_INDEX, permutation, random_uint64, token_counts
 from model.weights import first_line, folder_of
 from schedules.commandline import nearest
 from schedules.textlines import parse_json, read_csv, read_rows
@@ -324,6 +324,11 @@ class TokenPairs:
         """The source (``side`` 0) or target (1) of pair ``i``, int64 [n]."""
         start, end = (edge[i] for edge in self.spans[side])
         return self.tokenizer.wrap(self.data[start:end], self.limits[side])
+
+    def target_counts(self) -> np.ndarray:
+        """How often each token of the vocabulary is a target, with bos and eos: int64 [vocab_size]."""
+        ids = np.concatenate([self.ids(1, i) for i in range(len(self))])
+        return token_counts(ids, self.tokenizer.vocab_size)
 
 
 def encode_pairs(

@@ -14,14 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from data.gsm8k import Problem
 from data.numbers import last_number, same_number
-from data.packing import Example, Rows, fit, pack
+from data.packing import Example, Rows, fit, pack, targets_of
 from data.prompts import Prompter, calculate
 from eval import answer_calibration
 from eval.extraction import RULES, TEXT_RULES
@@ -65,8 +64,8 @@ def solutions(
     there = {name: part for name, part in sets.items() if part is not None}
     made = dict.fromkeys(sets) | {n: partial(forwards, model, part, loss_on, rows, world) for n, part in there.items()}
     counts = {name: -(-len(part) // (rows * world.size)) for name, part in there.items()}
-    text = np.concatenate([e.tokens[0 if loss_on == "all" else e.prompt :] for e in train])
-    return final_metrics(model, made, world, pieces=pieces, counts=counts, text=text, impl=impl)
+    how = dict(pieces=pieces, counts=counts, text=targets_of(train, loss_on), impl=impl)
+    return final_metrics(model, made, world, **how)
 
 
 class SegmentFisher:

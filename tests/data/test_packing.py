@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.packing import Example, batch_indices, fit, pack
+from data.packing import Example, batch_indices, fit, pack, target_counts
 from kernels import linear_score
 from kernels.losses import brier
 from model.decoder_hub import load_decoder
@@ -42,6 +42,13 @@ def test_rows_hold_every_example_once_and_nothing_else(seed):
             else:
                 found.add((tuple(tokens[here].tolist()), tuple(targets[here].tolist()), int(answer[here].sum())))
     assert found == {(tuple(e.tokens[:-1]), tuple(e.tokens[1:]), e.targets("answer")) for e in made}
+
+
+@pytest.mark.parametrize("loss_on", ["answer", "all"])
+def test_targets_are_counted_as_packed_rows_have_them(loss_on):
+    made = examples(30, 40)
+    seen = pack(made, 64).seen(loss_on)
+    assert target_counts(made, loss_on, 60).tolist() == torch.bincount(seen.targets, minlength=60).tolist()
 
 
 def test_packing_changes_no_loss(model):
