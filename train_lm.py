@@ -23,14 +23,14 @@ from data.windows import Windows, flip_labels, token_counts
 from eval import metrics
 from eval.heldout import evaluate, final_metrics
 from eval.text import distinct_n
-from kernels import Calibration, linear_score, prior_gap
-from kernels.losses import alpha_at, make_score
+from kernels import Calibration, UnigramSmoothing, linear_score
+from kernels.losses import make_score
 from model.generate import sample
 from model.gpt2 import GPT2, SIZES, GPT2Config, decay_groups, flops_per_token, parameter_count
 from model.gpt2_hub import load_start
 from runtime import optim
 from runtime.cli import opt, parse_config, user_errors
-from runtime.flags import flag, knobs
+from runtime.flags import alpha_of, flag, knobs
 from runtime.folder import RunFolder
 from runtime.machine import start_world, to_device
 from runtime.meter import Meter
@@ -215,15 +215,8 @@ def main(argv: list[str] | None = None) -> int:
     with user_errors():
         score = make_score(cfg.loss, alpha=alpha, **knobs(cfg))
     scoring = dict(tail=cfg.tail_smoothing, impl=cfg.kernels, memory=cfg.head_memory * 10**6 or None)
-    ramp = dict(warmup=cfg.warmup, schedule=cfg.alpha_schedule, alpha_max=cfg.alpha_max, start=cfg.alpha_start)
-
-    smoothed = 0.0 if cfg.unigram_gain else cfg.unigram  # share of the loss that is CE against the prior
-    if cfg.unigram:
-        counts_V = token_counts(corpus.train.tokens, shape.vocab_size) + 1.0
-        prior_V = to_device(torch.from_numpy(counts_V / counts_V.sum()).float(), device)
-
-    def alpha_of(step: int) -> float:
-        return (1 - smoothed) * alpha_at(step, cfg.steps, **ramp) if cfg.loss == "dpsm" else 0.0
+    counted = partial(token_counts, corpus.train.tokens, shape.vocab_size)
+    unigram = UnigramSmoothing(cfg.unigram, cfg.unigram_gain, counted, device)
 
     # -- optimizer -----------------------------------------------------------------------------
     with user_errors():
@@ -236,7 +229,7 @@ def main(argv: list[str] | None = None) -> int:
         optim.restore_training_state(model, optimizer, checkpoint)
         meter.load_state_dict(checkpoint, draws=cfg.dropout > 0)
         rule.restore(checkpoint["fot"], meter.step)
-        smoothed = checkpoint.get("unigram", smoothed)
+        unigram.share = checkpoint.get("unigram", unigram.share)
 
     def save(best: bool) -> None:
         """last.pt and, if these are the best weights so far, best.pt. All ranks take part; rank 0 writes."""
@@ -246,22 +239,20 @@ def main(argv: list[str] | None = None) -> int:
         state |= {"step": meter.step, "best": meter.best, "data_hash": corpus.train.hash}
         if best:
             run.save("best.pt", state)
-        state |= meter.state_dict() | {"optimizer": moments, "fot": rule.state_dict(), "alpha": alpha_of(meter.step)}
-        state |= {"unigram": smoothed}
+        state |= meter.state_dict() | {"optimizer": moments, "fot": rule.state_dict(), "unigram": unigram.share}
+        state |= {"alpha": alpha_of(cfg, meter.step, unigram.share)}
         run.save("last.pt", state)
 
     def validate() -> None:
         """Where one is due, a validation; where one is due, a checkpoint."""
-        nonlocal smoothed
         best = False
         if meter.at_eval:
             with averaged(optimizer):
                 made = meter.watched(forwards(model, sets["val"], cfg.micro_batch, world), counts["val"])
                 found = evaluate(model, made, world, impl=cfg.kernels)
             best = meter.judge(numbers := metrics.measure(found.raw, size=sets["val"].bytes))
-            gap = numbers["confidence"] - numbers["accuracy"]
-            if cfg.unigram_gain and math.isfinite(gap):
-                smoothed = min(max(smoothed + cfg.unigram_gain * gap, 0.0), cfg.unigram)
+            if not meter.owed:
+                unigram.follow(numbers)
         if meter.saves(model, optimizer):
             save(best)
         meter.go_on()
@@ -293,7 +284,7 @@ def main(argv: list[str] | None = None) -> int:
         y, flipped = flip_labels(y, shape.vocab_size, cfg.label_noise, cfg.label_noise_steps, cfg.seed, step)
         count, targets = (y != -100).sum(), y[mine]
         x, y = to_device(x[mine], device), to_device(targets, device)
-        alpha.fill_(alpha_of(step))
+        alpha.fill_(alpha_of(cfg, step, unigram.share))
         lr = rule.lr
 
         # The loss is the sum over the global batch's targets divided by their number. DDP and FSDP
@@ -305,12 +296,9 @@ def main(argv: list[str] | None = None) -> int:
             last = i + rows >= share
             with optim.meeting(trained, last):
                 hidden = trained(x[i : i + rows]).flatten(0, 1)
-                loss, moments = linear_score(
-                    hidden, model.head_weight, y[i : i + rows].flatten(), score, denominator=denominator, **scoring
-                )
-                if smoothed:
-                    to_prior = hidden, model.head_weight, y[i : i + rows].flatten(), prior_V
-                    loss = loss + smoothed * prior_gap(*to_prior, denominator=denominator)
+                predicted = hidden, model.head_weight, y[i : i + rows].flatten()
+                loss, moments = linear_score(*predicted, score, denominator=denominator, **scoring)
+                loss = loss + unigram.term(*predicted, denominator=denominator)
                 loss.backward()
             meter.add(loss, moments)
             part = float(targets[:rows].ne(-100).sum() / count) if measured and i == 0 and not last else None
@@ -322,8 +310,7 @@ def main(argv: list[str] | None = None) -> int:
         if not meter.due():
             continue
 
-        shares = {"alpha": alpha.item()} | ({"unigram": smoothed} if cfg.unigram else {})
-        if row := meter.row(str(rule), **shares, lr=lr):
+        if row := meter.row(str(rule), alpha=alpha.item(), **unigram.shown, lr=lr):
             meter.log("train", **row)
         if meter.ending == "diverged":
             break

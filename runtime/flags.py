@@ -4,7 +4,7 @@ import dataclasses
 
 from kernels.chunks import ALLOWANCE
 from kernels.head_pass import CPU_BUDGET
-from kernels.losses import ALPHA_SCHEDULES, LOSSES, PATHS
+from kernels.losses import ALPHA_SCHEDULES, LOSSES, PATHS, alpha_at
 from runtime.cli import opt
 from runtime.optim import OPTIMIZERS, OWN_STEP
 from schedules import ADAPTIVE, GREEDY, PARTS, RULES, SCHEDULE_FREE, SHAPES
@@ -78,8 +78,8 @@ FLAGS = {
     ),
     "unigram": opt(
         0.0,
-        "ce, dpsm: share of CE against the frequencies of the training tokens, label smoothing towards the unigram; "
-        "dpsm mixes in the rest",
+        "ce, dpsm: share of CE against how often each token is a target in training, label smoothing towards the "
+        "unigram; dpsm mixes in the rest",
         within=DECAY,
         only={"loss": ("ce", "dpsm")},
     ),
@@ -168,6 +168,20 @@ def knobs(cfg) -> dict:
     gamma = cfg.mile_gamma if cfg.loss == "mile" else cfg.gamma
     rest = {name: getattr(cfg, name) for name in ("order", "path", "q", "threshold")}
     return rest | dict(gamma=gamma, eps=getattr(cfg, "eps", None), tail=cfg.tail_smoothing)
+
+
+def alpha_of(cfg, step: int, smoothed: float = 0.0) -> float:
+    """DPSM's alpha before optimizer step ``step``, by the ramp of the flags, of a loss of which the share ``smoothed``
+    is CE against a prior; 0 for another loss. See `kernels.losses.alpha_at` and `kernels.prior_gap`."""
+    ramp = dict(warmup=cfg.warmup, schedule=cfg.alpha_schedule, alpha_max=cfg.alpha_max, start=cfg.alpha_start)
+    return (1 - smoothed) * alpha_at(step, cfg.steps, **ramp) if cfg.loss == "dpsm" else 0.0
+
+
+def without_fisher(cfg) -> str:
+    """The flag, as one types it, whose loss has a Fisher that does not follow from the Moments; "" where there is none.
+    A tail needs sums beside them, and so does a prior: that of q_j p_j."""
+    name = next((name for name in ("tail_smoothing", "unigram") if getattr(cfg, name)), "")
+    return name and f"--{name.replace('_', '-')} {getattr(cfg, name)}"
 
 
 def flag(name: str, default=dataclasses.MISSING, **changes) -> dataclasses.Field:

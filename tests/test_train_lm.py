@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import shutil
+import signal
 
 import pytest
 import torch
@@ -103,9 +105,10 @@ def test_dpsm_at_alpha_0_is_ce_and_at_1_is_brier(plain_runs, lm_base, tmp_path):
         assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_the_share_of_the_unigram_follows_over_confidence_and_resumes(lm_base, tmp_path):
+def test_the_share_of_the_unigram_follows_over_confidence_and_resumes(lm_base, tmp_path, monkeypatch):
     """After a validation it rises by gain times (confidence - accuracy), within [0, the limit], and alpha has the rest
-    of the loss; a run that goes on from a checkpoint has the share that it had."""
+    of the loss. SIGTERM in a validation: what was measured by then moves nothing, and the run that goes on makes it
+    first, to the whole run's numbers."""
     noisy = ["--loss", "dpsm", "--warmup", "0.5", "--unigram", "0.3", "--unigram-gain", "0.5", "--eval-every", "2"]
     assert train(lm_base, tmp_path / "run", *noisy, "--lr", 3e-2, "--log-every", 1) == 0
     share, expected, val = 0.0, {}, {r["step"]: r for r in rows(tmp_path / "run", "val")}
@@ -118,9 +121,21 @@ def test_the_share_of_the_unigram_follows_over_confidence_and_resumes(lm_base, t
     assert len(set(expected.values())) > 3 and 0.0 in expected.values()
     for r in logged:
         assert r["alpha"] == pytest.approx((1 - r["unigram"]) * alpha_at(r["step"] - 1, 12, warmup=0.5), rel=1e-6)
-    shutil.copytree(tmp_path / "run", tmp_path / "again")
-    back = ("--resume", "--resume-from", tmp_path / "again" / "previous.pt")
-    assert train(lm_base, tmp_path / "again", *noisy, "--lr", 3e-2, "--log-every", 1, *back) == 0
+    at = next(step for step in val if 0 < expected[step] < expected.get(step + 1, 0) < 0.3)
+    original, made = train_lm.forwards, []
+
+    def signalled(*args):
+        made.append(1)
+        if 2 * len(made) == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args)
+
+    with monkeypatch.context() as m:
+        m.setattr(train_lm, "forwards", signalled)
+        assert train(lm_base, tmp_path / "again", *noisy, "--lr", 3e-2, "--log-every", 1) == 143
+    saved = load_checkpoint(tmp_path / "again" / "last.pt")
+    assert saved["step"] == at and saved["owed"] and saved["unigram"] == pytest.approx(expected[at])
+    assert train(lm_base, tmp_path / "again", *noisy, "--lr", 3e-2, "--log-every", 1, "--resume") == 0
     same_run(tmp_path / "run", tmp_path / "again")
 
 
