@@ -26,15 +26,15 @@ from eval import metrics
 from eval import seq2seq as measure
 from eval.heldout import evaluate, final_metrics
 from eval.summaries import ROUGE_WORDS
-from kernels import Calibration, linear_score
-from kernels.losses import LOSSES, alpha_at, brier, make_score, smoothing
+from kernels import Calibration, UnigramSmoothing, linear_score
+from kernels.losses import LOSSES, brier, make_score, smoothing
 from model.gpt2 import decay_groups, parameter_count
 from model.seq2seq import SIZES, Seq2Seq, training_flops
 from model.seq2seq_hub import load_seq2seq
 from recipes.presets import PRESETS, check_fit, preset_values
 from runtime import optim
 from runtime.cli import opt, parse_config, user_errors
-from runtime.flags import flag, knobs
+from runtime.flags import alpha_of, flag, knobs
 from runtime.folder import RunFolder
 from runtime.machine import start_world
 from runtime.meter import Meter
@@ -90,7 +90,7 @@ class Config:
         "label_smoothing",
         opt(
             None,
-            "ce, dpsm's ce part: share of the uniform distribution (preset: ce only)",
+            "ce, dpsm's ce part: share of the uniform distribution (preset: ce without --unigram only)",
             within="[0, 1]",
             only={"loss": ("ce", "dpsm")},
         ),
@@ -106,6 +106,8 @@ class Config:
     q: float = flag("q")
     threshold: float = flag("threshold")
     tail_smoothing: float = flag("tail_smoothing")
+    unigram: float = flag("unigram")
+    unigram_gain: float = flag("unigram_gain")
     # optimizer
     steps: int | None = by_preset("steps")
     batch: int | None = by_preset("batch", flag("batch", None, help="pairs in an optimizer step, over all ranks"))
@@ -169,7 +171,7 @@ class Config:
 
 def complete(values: dict) -> dict:
     """Every None replaced by its preset's value for the data; label smoothing is the CE baseline's."""
-    preset = preset_values(values["preset"], values["data"], values["loss"])
+    preset = preset_values(*(values[name] for name in ("preset", "data", "loss", "unigram")))
     return values | {name: value for name, value in preset.items() if values[name] is None}
 
 
@@ -182,6 +184,8 @@ def check(cfg: Config, world) -> None:
         raise ValueError("give --model FOLDER_OR_HUB_ID, or --size NAME with --random-start, and not both")
     if cfg.random_start and not cfg.tokenizer:
         raise ValueError("--random-start needs --tokenizer: gpt2, bpe:SIZE or a folder with a tokenizer's files")
+    if cfg.unigram and cfg.label_smoothing:
+        raise ValueError(f"--unigram {cfg.unigram} smooths already; leave out --label-smoothing {cfg.label_smoothing}")
     measure.check_packages(cfg.bertscore)  # found out now, not after the training
 
 
@@ -209,8 +213,9 @@ def make_model(cfg: Config, train: summaries.Summaries, dtype: torch.dtype, worl
 
 def score_of(cfg: Config, alpha: torch.Tensor):
     """The training loss of a token, from its Moments."""
+    plain = make_score(cfg.loss, alpha=alpha, **knobs(cfg))
     if not cfg.label_smoothing:
-        return make_score(cfg.loss, alpha=alpha, **knobs(cfg))
+        return plain
     smoothed = smoothing(cfg.label_smoothing)
     return smoothed if cfg.loss == "ce" else lambda m: (1 - alpha) * smoothed(m) + alpha * brier(m)
 
@@ -269,12 +274,10 @@ def main(argv: list[str] | None = None) -> int:
 
     # -- loss ----------------------------------------------------------------------------------
     alpha = torch.zeros((), device=device)  # filled each optimizer step; the score reads it on the device
-    score = score_of(cfg, alpha)
+    with user_errors():
+        score = score_of(cfg, alpha)
     scoring = dict(tail=cfg.tail_smoothing, impl=cfg.kernels, memory=cfg.head_memory * 10**6 or None)
-    ramp = dict(warmup=cfg.warmup, schedule=cfg.alpha_schedule, alpha_max=cfg.alpha_max, start=cfg.alpha_start)
-
-    def alpha_of(step: int) -> float:
-        return alpha_at(step, cfg.steps, **ramp) if cfg.loss == "dpsm" else 0.0
+    unigram = UnigramSmoothing(cfg.unigram, cfg.unigram_gain, train.target_counts, device)
 
     # -- optimizer -----------------------------------------------------------------------------
     with user_errors():
@@ -287,6 +290,7 @@ def main(argv: list[str] | None = None) -> int:
         optim.restore_training_state(model, optimizer, checkpoint)
         meter.load_state_dict(checkpoint, draws=cfg.dropout > 0)
         rule.restore(checkpoint["fot"], meter.step)
+        unigram.share = checkpoint.get("unigram", unigram.share)
 
     def save(best: bool) -> None:
         """last.pt and, if these are the best weights so far, best.pt. All ranks take part; rank 0 writes."""
@@ -296,7 +300,8 @@ def main(argv: list[str] | None = None) -> int:
         state["dtype"] = str(dtype).removeprefix("torch.")
         if best:
             run.save("best.pt", state)
-        state |= meter.state_dict() | {"optimizer": moments, "fot": rule.state_dict(), "alpha": alpha_of(meter.step)}
+        state |= meter.state_dict() | {"optimizer": moments, "fot": rule.state_dict(), "unigram": unigram.share}
+        state["alpha"] = alpha_of(cfg, meter.step, unigram.share)
         run.save("last.pt", state)
 
     share = cfg.batch // world.size  # of a step's pairs, this rank's
@@ -318,7 +323,9 @@ def main(argv: list[str] | None = None) -> int:
             with averaged(optimizer):
                 made = meter.watched(forwards(model, sets["val"], cfg.micro_batch, world), counts["val"])
                 found = evaluate(model, made, world, impl=cfg.kernels)
-            best = meter.judge(metrics.measure(found.raw))
+            best = meter.judge(numbers := metrics.measure(found.raw))
+            if not meter.owed:
+                unigram.follow(numbers)
         if meter.saves(model, optimizer):
             save(best)
         meter.go_on()
@@ -338,9 +345,10 @@ def main(argv: list[str] | None = None) -> int:
     if meter.dry_run(cfg, model, partial(forwards, model, train), **plan):
         return run.finish(0)
     if cfg.profile:
-        alpha.fill_(alpha_of(cfg.steps - 1))
+        unigram.share = cfg.unigram  # the most that a driven one takes
+        alpha.fill_(alpha_of(cfg, cfg.steps - 1, unigram.share))
         batch = summaries.collate(train, batches.indices(0)[places[0]], multiple=measure.multiple_of(device))
-        cost = measure.profile(trained, model, score, batch, world, steps=cfg.profile, **scoring)
+        cost = measure.profile(trained, model, score, batch, world, unigram=unigram, steps=cfg.profile, **scoring)
         if world.main:
             run.write("profile", cost)
             print("\n".join(f"{k:24} {v}" for k, v in cost.items()))
@@ -354,7 +362,7 @@ def main(argv: list[str] | None = None) -> int:
         places = summaries.swapped_references(cfg.batch, cfg.noise_references, cfg.seed, step)
         count = int(pairs.target_lengths[places].sum())
         tokens = count + int(pairs.source_lengths.sum())
-        alpha.fill_(alpha_of(step))
+        alpha.fill_(alpha_of(cfg, step, unigram.share))
         lr = rule.lr
 
         # The loss is the sum over the global batch's target tokens divided by their number. DDP averages
@@ -367,9 +375,9 @@ def main(argv: list[str] | None = None) -> int:
             last = i + 1 == len(parts)
             with optim.meeting(trained, last):
                 hidden, y = measure.forward(trained, *batch, device, model.shift_right)
-                loss, moments = linear_score(
-                    hidden, model.head_weight, y, score, bias=model.head_bias, denominator=denominator, **scoring
-                )
+                predicted, how = (hidden, model.head_weight, y), dict(bias=model.head_bias, denominator=denominator)
+                loss, moments = linear_score(*predicted, score, **how, **scoring)
+                loss = loss + unigram.term(*predicted, **how)
                 loss.backward()
             meter.add(loss, moments)
             tested = int(pairs.target_lengths[places[part]].sum()) / count if measured and i == 0 else None
@@ -382,7 +390,7 @@ def main(argv: list[str] | None = None) -> int:
         if not meter.due():
             continue
 
-        if row := meter.row(str(rule), alpha=alpha.item(), lr=lr):
+        if row := meter.row(str(rule), alpha=alpha.item(), **unigram.shown, lr=lr):
             meter.log("train", **row | {"step_tokens": row["step_tokens"] / row["steps"]})
         if meter.ending == "diverged":
             break

@@ -133,11 +133,14 @@ def describe(name: str, summary: dict) -> list[str]:
     return out
 
 
-def profile(trained, model: Seq2Seq, score: Callable, batch: tuple, world: World, *, steps: int, **scoring) -> dict:
+def profile(
+    trained, model: Seq2Seq, score: Callable, batch: tuple, world: World, *, unigram, steps: int, **scoring
+) -> dict:
     """The cost of forward and backward of one fixed, collated ``batch``, over ``steps`` after some that warm up.
 
-    ``trained`` is ``model`` or what wraps it. GPU utilisation and joules come from NVML and are None without it; so is
-    mfu on a device whose peak FLOP/s are not known. Gradients are dropped."""
+    ``trained`` is ``model`` or what wraps it; ``unigram`` the `kernels.UnigramSmoothing` of the loss. GPU utilisation
+    and joules come from NVML and are None without it; so is mfu on a device whose peak FLOP/s are not known. Gradients
+    are dropped."""
     device, seconds, busy, energy = world.device, [], [], EnergyMeter(world.device)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     for step in range(-PROFILE_WARM_UP, steps):
@@ -147,6 +150,7 @@ def profile(trained, model: Seq2Seq, score: Callable, batch: tuple, world: World
         clock = time.perf_counter()
         hidden, y = forward(trained, *batch, device, model.shift_right)
         loss, _ = linear_score(hidden, model.head_weight, y, score, bias=model.head_bias, **scoring)
+        loss = loss + unigram.term(hidden, model.head_weight, y, bias=model.head_bias)
         loss.backward()
         wait()
         if step >= 0:

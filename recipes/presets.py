@@ -9,16 +9,17 @@ PAPERS = Path(__file__).with_name("papers")
 PRESETS = tuple(sorted(path.stem for path in PAPERS.glob("*.toml")))
 
 
-def preset_values(preset: str, data: str, loss: str = "ce") -> dict:
+def preset_values(preset: str, data: str, loss: str = "ce", unigram: float = 0.0) -> dict:
     """The flags of ``preset`` for ``data`` (a set's name or folder); XSum, by its name, has its own. Label smoothing is
-    the CE baseline's: 0 for any other loss. Raises ValueError for an unknown preset."""
+    the CE baseline's: 0 for any other loss, and where ``unigram`` takes its place. Raises ValueError for an unknown
+    preset."""
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}; expected one of {', '.join(PRESETS)}")
     values = read_toml(PAPERS / f"{preset}.toml")
     xsum = values.pop("xsum")  # where the published recipe for XSum is another one
     values |= xsum if is_set(data, "xsum") else {}
     values["lr_warmup"] = values.pop("warmup_steps") / values["steps"]
-    return values if loss == "ce" else values | {"label_smoothing": 0.0}
+    return values if loss == "ce" and not unigram else values | {"label_smoothing": 0.0}
 
 
 def check_fit(settings, config, what: str) -> None:

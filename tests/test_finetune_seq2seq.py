@@ -6,9 +6,12 @@ import json
 import logging
 import math
 import os
+import re
 import signal
 import sys
+from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,10 +21,10 @@ from seq2seq_runs import CLOCK, fails, predictions, rows, summary_of, train, wei
 import eval.seq2seq
 import eval.summaries
 import finetune_seq2seq
-from data.summaries import Bucketed, SummaryTokenizer, encode_pairs, load_summaries
+from data.summaries import Bucketed, SummaryTokenizer, collate, encode_pairs, load_summaries
 from eval.heldout import evaluate, final_metrics
-from kernels import linear_score
-from kernels.losses import brier, ce
+from kernels import UnigramSmoothing, linear_score
+from kernels.losses import alpha_at, brier, ce
 from model.seq2seq import Seq2Seq, bart_config, training_flops
 from model.seq2seq_hub import export, save_seq2seq
 from recipes.presets import PRESETS, preset_values
@@ -47,8 +50,9 @@ tokens_per_second ms_per_step_median peak_memory_bytes train_seconds flops_per_t
 
 @pytest.fixture(scope="module")
 def dpsm_flags(seq2seq_base):
-    """Everything random switched on."""
+    """Everything random switched on, and a share of the unigram that follows the validations."""
     more = "--loss dpsm --warmup 0.5 --dropout 0.1 --attention-dropout 0.1 --noise-references 0.15"
+    more += " --unigram 0.25 --unigram-gain 20"
     return [*seq2seq_base, *more.split()]
 
 
@@ -142,6 +146,53 @@ def test_a_log_line_is_said_once(capsys):
     assert capsys.readouterr().err == "a line\n"
 
 
+# -- the unigram ---------------------------------------------------------------------------------
+
+
+def test_the_share_of_the_unigram_follows_over_confidence(dpsm_run):
+    """After a validation it rises by gain times (confidence - accuracy), within [0, the limit], and alpha has the rest
+    of the loss."""
+    share, expected, val = 0.0, {}, {r["step"]: r for r in rows(dpsm_run, "val")}
+    for step in range(1, 10):
+        expected[step] = share
+        if step in val:
+            share = min(max(share + 20 * (val[step]["confidence"] - val[step]["accuracy"]), 0.0), 0.25)
+    logged = rows(dpsm_run, "train")
+    assert [r["unigram"] for r in logged] == pytest.approx([expected[r["step"]] for r in logged])
+    assert 0 == expected[3] < expected[4] < expected[7] < 0.25 and {3, 4, 8} <= {r["step"] for r in logged}
+    for r in logged:
+        assert r["alpha"] == pytest.approx((1 - r["unigram"]) * alpha_at(r["step"] - 1, 9, warmup=0.5), rel=1e-6)
+    assert load_checkpoint(dpsm_run / "last.pt")["unigram"] == pytest.approx(share)
+
+
+def test_the_loss_is_smoothed_towards_the_targets_frequencies(seq2seq_base, dpsm_run, sums, tmp_path):
+    """The loss of a step at lr 0, of two micro-batches under a bias of the logits, against its definition in float64:
+    (1 - u) CE + u CE(q, p), with q the add-one frequencies of the summaries' tokens."""
+    model, tokenizer, _ = eval.seq2seq.load_finetuned(dpsm_run)
+    model.config = dataclasses.replace(model.config, logits_bias=True)
+    bias = torch.randn(1, model.config.vocab_size, generator=torch.Generator().manual_seed(0))
+    model.register_buffer("final_logits_bias", bias)
+    export(dpsm_run, tmp_path / "hf")
+    save_seq2seq(model, tmp_path / "biased", {p.name: p.read_bytes() for p in (tmp_path / "hf").glob("tokenizer*")})
+    at = seq2seq_base.index("--size")
+    start = [*seq2seq_base[:at], *seq2seq_base[at + 5 :], "--model", str(tmp_path / "biased")]
+    more = "--lr 0 --steps 1 --seed 5 --loss ce --unigram 0.3 --test-examples 1"
+    assert train(start, tmp_path / "run", *more.split()) == 0
+    pairs = encode_pairs(load_summaries(sums, ("train",), min_words=20)["train"], tokenizer, tmp_path, 96, 48)
+    targets = np.concatenate([pairs.ids(1, i) for i in range(len(pairs))])
+    q = torch.from_numpy(np.bincount(targets, minlength=tokenizer.vocab_size) + 1.0)
+    q /= q.sum()
+    source, mask, y = collate(pairs, Bucketed(pairs, 8, 5).indices(0))
+    with torch.no_grad():
+        hidden = model(source, mask, model.shift_right(y))[y != -100]
+    log_p = torch.log_softmax(hidden.double() @ model.head_weight.double().t() + bias.double(), -1)
+    ce, smooth = F.nll_loss(log_p, y[y != -100]).item(), -(log_p @ q).mean().item()
+    (logged,) = rows(tmp_path / "run", "train")
+    assert logged["nll"] == pytest.approx(ce, rel=1e-5)  # fp32
+    assert logged["loss"] == pytest.approx(0.7 * ce + 0.3 * smooth, rel=1e-5) and logged["unigram"] == 0.3
+    assert abs(smooth - ce) > 1e-2
+
+
 # -- exactness -----------------------------------------------------------------------------------
 
 
@@ -171,6 +222,25 @@ def test_a_stopped_run_resumes_exactly(dpsm_flags, dpsm_run, tmp_path, monkeypat
     assert "--resume" in capsys.readouterr().out
     assert not (tmp_path / "run" / "summary.json").exists()
     assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 5
+    assert train(dpsm_flags, tmp_path / "run", "--resume") == 0
+    same_run(dpsm_run, tmp_path / "run")
+
+
+def test_a_signal_in_a_validation_ends_it_and_resume_makes_it_first(dpsm_flags, dpsm_run, tmp_path, monkeypatch):
+    """SIGTERM while step 6 is validated: what was measured by then moves nothing, the share of the unigram neither."""
+    original, made = finetune_seq2seq.forwards, []
+
+    def signalled(*args):
+        made.append(1)
+        if len(made) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args)
+
+    with monkeypatch.context() as m:
+        m.setattr(finetune_seq2seq, "forwards", signalled)
+        assert train(dpsm_flags, tmp_path / "run") == 143
+    saved = load_checkpoint(tmp_path / "run" / "last.pt")
+    assert saved["step"] == 6 and saved["owed"] and saved["unigram"] == rows(dpsm_run, "train")[2]["unigram"]
     assert train(dpsm_flags, tmp_path / "run", "--resume") == 0
     same_run(dpsm_run, tmp_path / "run")
 
@@ -247,13 +317,26 @@ def test_a_measured_part_is_of_every_length(seq2seq_base, tmp_path, monkeypatch)
 
 def close(a, b) -> None:
     """fp32 rounding of sums taken in another order, carried through 9 steps of AdamW: 1e-4 of the loss."""
-    for kind, key in (("train", "loss"), ("train", "grad_norm"), ("val", "nll"), ("val", "ece10")):
+    for kind, key in (
+        ("train", "loss"),
+        ("train", "unigram"),
+        ("train", "grad_norm"),
+        ("val", "nll"),
+        ("val", "ece10"),
+    ):
         assert [r[key] for r in rows(a, kind)] == pytest.approx([r[key] for r in rows(b, kind)], rel=1e-4, abs=1e-5)
 
 
 def with_small_bart(argv) -> int:
-    """The script on a rank, whose process knows nothing of this module's fixtures."""
+    """The script on a rank, whose process knows nothing of this module's fixtures, and what the unigram's share is."""
     finetune_seq2seq.SIZES["bart-tiny"] = functools.partial(bart_config, 1, 32, 2, max_position_embeddings=128)
+    follow = UnigramSmoothing.follow
+
+    def said(self, numbers):
+        follow(self, numbers)
+        print(f"share {self.share!r}\n", end="", flush=True)
+
+    UnigramSmoothing.follow = said
     return finetune_seq2seq.main(argv)
 
 
@@ -261,6 +344,7 @@ def test_batch_ranks_and_accumulation_give_one_loss_curve(seq2seq_base, tmp_path
     """Micro-batches of 8, 4 and 1, which are padded differently, layers run again in backward, and two ranks. Targets
     differ in length, so a wrong normalisation (mean of means) shows."""
     flags = [*seq2seq_base, "--loss", "dpsm", "--warmup", "0.5", "--noise-references", "0.3", "--steps", "6"]
+    flags += ["--unigram", "0.25", "--unigram-gain", "20"]
     assert train(flags, tmp_path / "four") == 0
     for name, more in (("8", ()), ("1", ()), ("4", ("--checkpoint-activations",))):
         assert train(flags, tmp_path / name, "--micro-batch", name, *more) == 0
@@ -268,6 +352,8 @@ def test_batch_ranks_and_accumulation_give_one_loss_curve(seq2seq_base, tmp_path
     said = on_ranks(2, with_small_bart, [*flags, "--out", str(tmp_path / "ddp")])
     assert [said.count(f"step {step}: validation") for step in (3, 6)] == [1, 1]
     close(tmp_path / "four", tmp_path / "ddp")
+    shares = Counter(re.findall(r"share (\S+)", said))  # both ranks have the same two
+    assert set(shares.values()) == {2} and {0 < float(share) < 0.25 for share in shares} == {True}
     assert [r["prediction"] for r in predictions(tmp_path / "ddp")] == [
         r["prediction"] for r in predictions(tmp_path / "four")
     ]
@@ -300,6 +386,7 @@ def test_presets():
     assert (xsum.beams, xsum.length_penalty, xsum.max_new_tokens, xsum.lr) == (6, 1.0, 61, 3e-5)
     assert resolved("--loss", "dpsm").label_smoothing == 0  # it is the CE baseline's
     assert resolved("--loss", "dpsm", "--label-smoothing", "0.1").label_smoothing == 0.1
+    assert resolved("--unigram", "0.4").label_smoothing == 0  # which takes its place
     assert resolved("--data", "mine/xsum").beams == bart.beams  # whatever is in a folder that is called so
     for field in dataclasses.fields(finetune_seq2seq.Config):  # --help says the default of each preset
         if field.default is None and field.name != "order":
@@ -371,8 +458,12 @@ def test_a_fold_leaves_the_test_set_alone(seq2seq_base, tmp_path):
     assert summary["val_examples"] == 13 and summary["fold"] == "2/5"  # ranks 1, 6, ..., 61 of 64
 
 
-def test_profile(seq2seq_base, tmp_path, capsys):
-    assert train(seq2seq_base, tmp_path / "run", "--profile", 3) == 0
+def test_profile(seq2seq_base, tmp_path, capsys, monkeypatch):
+    """A share that follows costs what it does at its limit."""
+    shares, term = [], UnigramSmoothing.term
+    monkeypatch.setattr(UnigramSmoothing, "term", lambda u, *a, **k: shares.append(u.share) or term(u, *a, **k))
+    assert train(seq2seq_base, tmp_path / "run", "--profile", 3, "--unigram", 0.25, "--unigram-gain", 2) == 0
+    assert shares == [0.25] * (eval.seq2seq.PROFILE_WARM_UP + 3)
     cost = json.loads((tmp_path / "run" / "profile.json").read_text())
     assert cost["pairs"] == 4 and cost["ms_forward_backward"] > 0 and cost["tokens_per_second"] > 0
     assert cost["peak_memory_bytes"] > 0 and cost["joules_per_step"] is None and cost["gpu_utilisation"] is None
