@@ -23,17 +23,17 @@ from pathlib import Path
 import torch
 
 from data.gsm8k import FORMATS, load_gsm8k, split_heldout
-from data.packing import batch_indices, pack
+from data.packing import batch_indices, pack, target_counts
 from data.prompts import PROMPTS, Prompter, make_examples, make_targets
 from eval import answers, method_comparison, metrics
 from eval.heldout import evaluate
-from kernels import Calibration, linear_score
-from kernels.losses import alpha_at, make_score
+from kernels import Calibration, UnigramSmoothing, linear_score
+from kernels.losses import make_score
 from model import lora, lora_hub
 from model.decode import Request, cache_length
 from runtime import optim
 from runtime.cli import opt, parse_config, user_errors
-from runtime.flags import flag, knobs
+from runtime.flags import alpha_of, flag, knobs, without_fisher
 from runtime.folder import RunFolder
 from runtime.machine import start_world, to_device
 from runtime.meter import Meter
@@ -93,6 +93,8 @@ class Config:
     threshold: float = flag("threshold")
     eps: float = flag("eps")
     tail_smoothing: float = flag("tail_smoothing")
+    unigram: float = flag("unigram")
+    unigram_gain: float = flag("unigram_gain")
     # optimizer
     steps: int = flag("steps", 2000)
     batch: int = flag("batch", 64, help="problems in an optimizer step, over all ranks")
@@ -143,11 +145,9 @@ def check(cfg: Config, world) -> None:
     """Raises ValueError, one line, for flags that do not go together."""
     world.check(cfg)
     optim.check_optimizer(cfg, world.device)
-    if cfg.tail_smoothing and "gate" in rule_reads(cfg.schedule, cfg.fot_parts):
-        raise ValueError(
-            f"--schedule {cfg.schedule} reads a Fisher that --tail-smoothing {cfg.tail_smoothing} has not; leave gate "
-            "out of fot's --fot-parts"
-        )
+    if (given := without_fisher(cfg)) and "gate" in rule_reads(cfg.schedule, cfg.fot_parts):
+        reads = f"--schedule {cfg.schedule} reads a Fisher that {given} has not"
+        raise ValueError(f"{reads}; leave gate out of fot's --fot-parts")
     if cfg.samples and max(ks(cfg)) > cfg.samples:
         raise ValueError(f"--k {cfg.k}: pass@{max(ks(cfg))} needs as many --samples, which are {cfg.samples}")
     if cfg.method_comparison and not Path(cfg.method_comparison).parent.is_dir():
@@ -226,10 +226,8 @@ def main(argv: list[str] | None = None) -> int:
     with user_errors():
         score = make_score(cfg.loss, alpha=alpha, **knobs(cfg))
     scoring = dict(tail=cfg.tail_smoothing, impl=cfg.kernels, memory=cfg.head_memory * 10**6 or None)
-    ramp = dict(warmup=cfg.warmup, schedule=cfg.alpha_schedule, alpha_max=cfg.alpha_max, start=cfg.alpha_start)
-
-    def alpha_of(step: int) -> float:
-        return alpha_at(step, cfg.steps, **ramp) if cfg.loss == "dpsm" else 0.0
+    counted = partial(target_counts, train, cfg.loss_on, prompter.definition.size)
+    unigram = UnigramSmoothing(cfg.unigram, cfg.unigram_gain, counted, device)
 
     # -- state: everything that a resumed run needs ----------------------------------------------
     meter = Meter(run, Calibration(device), metrics, cfg)
@@ -238,6 +236,7 @@ def main(argv: list[str] | None = None) -> int:
         optimizer.load_state_dict(checkpoint["optimizer"])
         meter.load_state_dict(checkpoint, draws=cfg.lora_dropout > 0)
         rule.restore(checkpoint["fot"], meter.step)
+        unigram.share = checkpoint.get("unigram", unigram.share)
         room.copy_(checkpoint["room"])
 
     def save(best: bool = False) -> None:
@@ -251,7 +250,8 @@ def main(argv: list[str] | None = None) -> int:
             with averaged(optimizer):
                 run.save("best.pt", kept() | {"step": meter.step, "best": meter.best})
         state = kept() | meter.state_dict() | {"optimizer": optimizer.state_dict(), "fot": rule.state_dict()}
-        run.save("last.pt", state | {"room": room, "alpha": alpha_of(meter.step)})
+        state |= {"unigram": unigram.share, "alpha": alpha_of(cfg, meter.step, unigram.share)}
+        run.save("last.pt", state | {"room": room})
 
     with user_errors():
         run.start(cfg, "finetune_gsm8k.py", checkpoint)
@@ -296,14 +296,17 @@ def main(argv: list[str] | None = None) -> int:
         """Where one is due, a validation; where one is due, a checkpoint."""
         best = False
         if meter.at_eval:
-            alpha.fill_(alpha_of(meter.step - 1))  # the last step's, also where a resumed run owes the validation
+            # The last step's, also where a resumed run owes the validation.
+            alpha.fill_(alpha_of(cfg, meter.step - 1, unigram.share))
             with averaged(optimizer):
                 made = answers.forwards(model, heldout_rows, cfg.loss_on, cfg.micro_batch, world)
                 made = meter.watched(made, count=-(-len(heldout_rows) // (cfg.micro_batch * world.size)))
-                found = evaluate(model, made, world, score=score, **scoring)
+                found = evaluate(model, made, world, score=score, unigram=unigram, **scoring)
                 right = {} if meter.owed else held_right()
             numbers = {"loss": found.loss, "epoch": meter.step * epochs} | metrics.measure(found.raw) | right
             best = meter.judge(numbers, next(iter(right), "nll"))
+            if not meter.owed:
+                unigram.follow(numbers)
         if meter.saves(model, optimizer):
             save(best)
         meter.go_on()
@@ -313,6 +316,7 @@ def main(argv: list[str] | None = None) -> int:
         run.write("before/summary", examined(run / "before")[0])
 
     # -- loop ----------------------------------------------------------------------------------
+    fishers = not without_fisher(cfg)
     share = cfg.batch // world.size  # of a step's problems, this rank's
     mine = slice(world.rank * share, (world.rank + 1) * share)
     trained.train()
@@ -329,7 +333,7 @@ def main(argv: list[str] | None = None) -> int:
         rows, size = pack(batch[mine], cfg.seq_len, pad_id=prompter.end), cfg.micro_batch
         count = sum(e.targets(cfg.loss_on) for e in batch)  # the global batch's targets
         room += torch.tensor([rows.targets_RT.numel(), rows.targets_RT.numel() - rows.tokens])
-        alpha.fill_(alpha_of(step))
+        alpha.fill_(alpha_of(cfg, step, unigram.share))
         lr = rule.lr
         if measured := rule.splits and len(rows) > 1:  # a part is compared with the whole: a random one, as pack sorts
             rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(step))]
@@ -338,7 +342,7 @@ def main(argv: list[str] | None = None) -> int:
         # In a probe, the last step of a log line or before a decision, the head also sees the targets outside the loss,
         # with weight 0, so that the prompt has its Fisher; the gradient is the same.
         logged = (step + 1) % cfg.log_every == 0
-        probe, thin = logged or rule.gates, 1 if logged or cfg.loss_on == "all" else THIN
+        probe, thin = fishers and (logged or rule.gates), 1 if logged or cfg.loss_on == "all" else THIN
         segments = (logged and cfg.segment_rms) or rule.weighs_blocks
         if segments:
             lora.segment_rms(model)  # begins anew: both readers want this step's alone
@@ -353,10 +357,10 @@ def main(argv: list[str] | None = None) -> int:
                 lora.set_segments(model, part.answer_RT if segments else None)
             with optim.meeting(trained, i + size >= len(rows)):
                 hidden = answers.hidden_at(trained, part, at, device)
-                how = dict(weights=inside.float(), fisher=not cfg.tail_smoothing) if probe else {}
-                loss, moments = linear_score(
-                    hidden, model.head_weight, y, score, denominator=denominator, **scoring, **how
-                )
+                predicted = hidden, model.head_weight, y
+                how = dict(weights=inside.float(), fisher=True) if probe else {}
+                loss, moments = linear_score(*predicted, score, denominator=denominator, **scoring, **how)
+                loss = loss + unigram.term(*predicted, denominator=denominator)
                 loss.backward()
             fisher.add(moments.fisher, answer)
             moments.valid = moments.valid & inside
@@ -372,10 +376,10 @@ def main(argv: list[str] | None = None) -> int:
         if not meter.due():
             continue
 
-        more = fisher.entries(world) if logged and not cfg.tail_smoothing else {}
+        more = fisher.entries(world) if logged and fishers else {}
         if logged and cfg.segment_rms:
             more["block_rms_prompt"], more["block_rms_answer"] = lora.segment_rms(model, reset=False).t().tolist()
-        if row := meter.row(str(rule), alpha=alpha.item(), lr=lr, epoch=meter.step * epochs):
+        if row := meter.row(str(rule), alpha=alpha.item(), **unigram.shown, lr=lr, epoch=meter.step * epochs):
             meter.log("train", **row, padding=float(room[1] / room[0]), **more)
         if meter.at_log:
             room.zero_()

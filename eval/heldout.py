@@ -67,6 +67,7 @@ def evaluate(
     *,
     scale: float | None = None,
     score: Callable | None = None,
+    unigram=None,
     tail: float = 0.0,
     keep: list | None = None,
     marks: dict[str, list] | None = None,
@@ -79,10 +80,10 @@ def evaluate(
     """Calibration of ``model`` on every target that is not -100.
 
     ``model``: with head_weight [V, D] and, where it has one, head_bias [V]. ``world``: runtime.machine.World.
-    ``scale``: 1 / temperature, for a second calibration. ``score``: a loss of the Moments, whose mean is given as well;
-    ``tail``, ``impl`` and ``memory`` as `kernels.linear_score` has them. ``keep`` collects hidden and targets of this
-    rank.
-    ``marks`` collects, under raw and scaled, what `ece_ci95` takes. ``bands``: of targets that are told apart as well.
+    ``scale``: 1 / temperature, for a second calibration. ``score``: a loss of the Moments, whose mean is given as well,
+    with the part of ``unigram``, a `kernels.UnigramSmoothing`; ``tail``, ``impl`` and ``memory`` as
+    `kernels.linear_score` has them. ``keep`` collects hidden and targets of this rank. ``marks`` collects, under raw
+    and scaled, what `ece_ci95` takes. ``bands``: of targets that are told apart as well.
     ``says``: what a bar is of, with ``count`` forwards; without it there is none."""
     was_training = model.training
     model.eval()
@@ -99,6 +100,8 @@ def evaluate(
             moments = linear_moments(hidden, **head)
         else:
             loss, moments = linear_score(hidden, score=score, reduction="sum", tail=tail, **head)
+            if unigram is not None:
+                loss = loss + unigram.term(hidden, model.head_weight, y, bias=head["bias"], denominator=1)
             total += torch.stack([loss.double(), moments.valid.sum().double()])
         valid = moments.valid
         for which, whole in enumerate((raw, scaled)):
