@@ -17,6 +17,7 @@ import torch
 from .calibration import Calibration
 from .hf_patch import Patch, as_loss, base_model, imported, patch, unpatch
 from .losses import ProperScoreLoss, knobs_of
+from .prior import UnigramSmoothing
 
 __all__ = ["Patch", "patch", "unpatch"]  # and the two trainers, see __getattr__
 
@@ -35,17 +36,33 @@ class _Scores:
     tokens in the loss since the last log, on all ranks, and alpha. ``evaluate()`` gives and logs the same of its set,
     eval_ece and so on. No logits are made: predictions are None.
 
+    ``unigram`` in [0, 1): the share of CE against how often each token is a label of ``train_dataset``, which is
+    collated once for it (`kernels.prior_gap`), where ``score`` is "ce" or "dpsm". With ``unigram_gain`` above 0 it is
+    the most: the share begins at 0 and rises after each evaluation by the gain times (mean confidence - accuracy). It
+    is a function of the log, so that a resumed run has the same, and logged as unigram. eval_loss is without it.
+
     Raises ValueError for what needs logits (compute_metrics, label smoothing), for a second loss (compute_loss_func),
-    for DataParallel, and for a model that ``patch`` refuses."""
+    for DataParallel, for a unigram that does not fit, and for a model that ``patch`` refuses."""
 
     figures = FIGURES
 
-    def __init__(self, *args, score: ProperScoreLoss | str | Callable = "dpsm", **kwargs):
+    def __init__(
+        self,
+        *args,
+        score: ProperScoreLoss | str | Callable = "dpsm",
+        unigram: float = 0.0,
+        unigram_gain: float = 0.0,
+        **kwargs,
+    ):
         self.score = as_loss(score, {})
         if self.score.reduction != "mean":
             raise ValueError(f"the trainer divides by the number of tokens; got reduction={self.score.reduction!r}")
+        self._asked, self._unigram, self._read = (unigram, unigram_gain), None, 0
+        self._alpha = self.score.alpha.clone()  # where it follows no ramp
         super().__init__(*args, **kwargs)
         self._check_arguments()
+        if unigram or unigram_gain:
+            self._check_unigram(unigram, unigram_gain)
         handle = self._patched()
         self.model_accepts_loss_kwargs = True  # num_items_in_batch
         self._loss_shifts_labels = not handle.seq2seq  # what num_items_in_batch counts
@@ -68,6 +85,46 @@ class _Scores:
                 f"{name} takes one GPU a process; start it with torchrun, or show it one by CUDA_VISIBLE_DEVICES"
             )
 
+    def _check_unigram(self, unigram: float, gain: float) -> None:
+        if not (0 < unigram < 1 and gain >= 0):
+            raise ValueError(f"unigram={unigram}, unigram_gain={gain}: expected a share in (0, 1) and a gain from 0 on")
+        given = self.score.given
+        if given not in ("ce", "dpsm") or self.score.knobs.get("path", "mix") != "mix" or self.score.tail:
+            raise ValueError(f"unigram smooths the score 'ce' or 'dpsm' by its mix, without a tail; got {given!r}")
+        if self.score.class_weights is not None or self._patched().caps:
+            raise ValueError("unigram does not go with class_weights, nor with a softcap of the logits")
+        if not hasattr(self.train_dataset, "__len__"):
+            raise ValueError("unigram counts the labels of train_dataset, which must have a length")
+        if gain and isinstance(self.eval_dataset, dict):
+            raise ValueError("unigram_gain follows one evaluation; give one eval_dataset")
+
+    def _label_counts(self) -> torch.Tensor:
+        """How often each token is a target of ``train_dataset``: int64 [V], on all ranks the same."""
+        counts = torch.zeros(len(self._patched().model.get_output_embeddings().weight), dtype=torch.int64)
+        counts = counts.to(self.args.device)
+        even, self.accelerator.even_batches = self.accelerator.even_batches, False  # each sample once
+        try:
+            with torch.random.fork_rng(devices=[]):  # what is drawn afterwards is what is drawn without it
+                for inputs in self.get_eval_dataloader(self.train_dataset):
+                    labels = inputs["labels"][..., 1:] if self._loss_shifts_labels else inputs["labels"]
+                    counts += torch.bincount(labels[labels != self.score.ignore_index], minlength=len(counts))
+        finally:
+            self.accelerator.even_batches = even
+        return self.accelerator.reduce(counts, "sum")
+
+    def train(self, *args, **kwargs):
+        if self._asked[0]:
+            self._unigram, self._read = UnigramSmoothing(*self._asked, self._label_counts, self.args.device), 0
+        return super().train(*args, **kwargs)
+
+    def _follow(self) -> float:
+        """The share after all evaluations of the log; those that were not read yet move it."""
+        for row in self.state.log_history[self._read :]:
+            if "eval_confidence" in row:
+                self._unigram.follow({name: row[f"eval_{name}"] for name in ("confidence", "accuracy")})
+        self._read = len(self.state.log_history)
+        return self._unigram.share
+
     def _patched(self) -> Patch:
         """The patch of the model, which model_init may have made anew."""
         found = vars(base_model(self.model)).get("_score_patches", {}).values()
@@ -79,9 +136,13 @@ class _Scores:
                 "the batch has no labels; take DataCollatorForLanguageModeling(tokenizer, mlm=False) or "
                 "DataCollatorForSeq2Seq, or put labels into the data set"
             )
-        if self.state.max_steps > 0:
-            self.score.set_step(self.state.global_step, self.state.max_steps)
         handle = self._patched()
+        if self.state.max_steps > 0 and self.score.follows:
+            self.score.set_step(self.state.global_step, self.state.max_steps)
+        if self._unigram is not None:
+            handle.unigram, share = self._unigram, self._follow()
+            alpha = self.score.alpha if self.score.follows else self._alpha
+            self.score.alpha.copy_((1 - share) * alpha)
         how = dict(return_outputs=True, num_items_in_batch=num_items_in_batch)
         loss, outputs = self._plain_trainer.compute_loss(self, model, inputs, **how)
         window = self._window if self._evaluated is None else self._evaluated
@@ -118,7 +179,8 @@ class _Scores:
         if not int(window.count.sum()):
             return {}
         numbers = window.compute()
-        return {prefix + name: numbers[key] for name, key in self.figures.items()}
+        more = {"confidence": "confidence"} if prefix and self._asked[1] else {}
+        return {prefix + name: numbers[key] for name, key in (self.figures | more).items()}
 
     def log(self, logs, *args, **kwargs):
         if "loss" in logs:  # of training, on every rank
@@ -126,6 +188,8 @@ class _Scores:
             self._window.reset()
             if isinstance(self.score.given, str) and "alpha" in knobs_of(self.score.given):
                 logs["alpha"] = self.score.alpha.item()
+            if self._unigram is not None:
+                logs |= self._unigram.shown
         super().log(logs, *args, **kwargs)
 
 

@@ -89,7 +89,8 @@ def base_model(model: nn.Module) -> nn.Module:
 
 
 class Patch:
-    """What ``patch`` returns. ``loss``: the ProperScoreLoss. ``remove()`` undoes the patch."""
+    """What ``patch`` returns. ``loss``: the ProperScoreLoss. ``unigram``: None, or a `kernels.UnigramSmoothing`, whose
+    part is added to the loss where gradients are made. ``remove()`` undoes the patch."""
 
     def __init__(self, model: nn.Module, loss: ProperScoreLoss):
         self.model, self.loss, self.name = model, loss, type(model).__name__
@@ -97,7 +98,7 @@ class Patch:
         self.inner = vars(model).get("forward")  # where another library has replaced it; else None: the class's
         signature = inspect.signature(type(model).forward)
         self.names = tuple(signature.parameters)[1:]
-        self.calls, self.verified, self.removed = 0, None, False
+        self.calls, self.verified, self.removed, self.unigram = 0, None, False, None
         self._check_model()
         self.scale, self.softcap = self._logits_config()
         if self.softcap and loss.softcap:
@@ -234,6 +235,11 @@ class Patch:
         (a c) tanh(a z / (a c))."""
         return self.softcap * self.loss.scale if self.softcap else self.loss.softcap
 
+    @property
+    def caps(self) -> bool:
+        """Whether the model or the loss caps the logits."""
+        return bool(self.softcap or self.loss.softcap)
+
     def _linear(self, head: nn.Module) -> nn.Linear:
         """The linear layer that ``head`` applies."""
         if hasattr(head, "modules_to_save"):  # PEFT trains a copy of the head
@@ -310,6 +316,9 @@ class Patch:
         how = dict(ignore_index=loss.ignore_index, reduction=loss.reduction, tail=loss.tail, impl=loss.impl)
         how |= dict(scale=self.scale * loss.scale, softcap=self._softcap(), class_weights=loss.class_weights)
         rows = hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1)
-        how |= dict(bias=self._bias(linear), denominator=items)
-        value, loss.moments = linear_score(*rows, loss.score(weight.device), **how)
+        both = dict(bias=self._bias(linear), denominator=items)
+        value, loss.moments = linear_score(*rows, loss.score(weight.device), **how, **both)
+        if self.unigram is not None and torch.is_grad_enabled():
+            part = self.unigram.term(*rows, ignore_index=loss.ignore_index, **both)
+            value = value + self.scale * loss.scale * part
         return value.view_as(targets) if loss.reduction == "none" else value

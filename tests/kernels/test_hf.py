@@ -20,7 +20,7 @@ from kernels.hf import patch, unpatch
 transformers = pytest.importorskip("transformers", reason="needs transformers (requirements-dev.txt)")
 pytest.importorskip("accelerate", reason="needs accelerate (requirements-dev.txt)")
 STEPS, EVERY, LR = 12, 3, 5e-3
-WEIGHTS = 1e-4  # Adam divides small gradients by their size, rounding included; its 12 steps are 5e-3 each
+WEIGHTS = 2e-4  # Adam divides small gradients by their size, rounding included; its 12 steps are 5e-3 each
 FIGURES = {"entropy": "entropy", "accuracy": "accuracy", "ece": "ece10", "brier": "brier", "nll": "nll"}
 PLAIN = dict(learning_rate=LR, lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=0.0, optim="adamw_torch")
 QUIET = dict(report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no", logging_steps=EVERY)
@@ -55,15 +55,15 @@ def forward(model, inputs):
     return model.base_model(inputs["input_ids"], attention_mask=inputs["attention_mask"]).last_hidden_state, None
 
 
-def plain_loop(model, batches, accumulation, score="dpsm", steps=STEPS, warmup=0.5):
-    """(rows as the Trainer logs them, the last alpha): torch's AdamW and linear_score."""
+def plain_loop(model, batches, accumulation, score="dpsm", steps=STEPS, warmup=0.5, prior=None, share=0.0):
+    """Rows as the Trainer logs them: torch's AdamW and linear_score, smoothed by ``share`` towards ``prior``."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR, weight_decay=0.0)
     rows, window, total = [], Calibration(), 0.0
     for step in range(steps):
         micro = batches[step * accumulation : (step + 1) * accumulation]
         targets = [shifted(model, b["labels"]) for b in micro]
         tokens = torch.tensor(float(sum((t != -100).sum() for t in targets)))
-        alpha = alpha_at(step, steps, warmup=warmup)
+        alpha = (1 - share) * alpha_at(step, steps, warmup=warmup)
         for inputs, target in zip(micro, targets, strict=True):
             hidden, bias = forward(model, inputs)
             loss, moments = linear_score(
@@ -74,6 +74,10 @@ def plain_loop(model, batches, accumulation, score="dpsm", steps=STEPS, warmup=0
                 bias=bias,
                 denominator=tokens,
             )
+            if share:
+                z = hidden @ model.get_output_embeddings().weight.T + (0.0 if bias is None else bias)
+                gap = z.gather(-1, target.clamp_min(0)[..., None])[..., 0] - z @ prior
+                loss = loss + share * gap[target != -100].sum() / tokens
             loss.backward()
             window.update(moments)
             total += loss.item()
@@ -172,6 +176,66 @@ def test_a_resumed_run_goes_on_with_the_same_alpha_and_losses(tmp_path):
         assert [r[name] for r in got] == [r[name] for r in want]
     assert want[-1]["alpha"] == pytest.approx(alpha_at(11, 12, warmup=1.0, schedule="cosine"))
     same_weights(again.model, whole.model)
+
+
+def frequencies(data, shift):
+    labels = torch.cat([row["labels"][shift:] for row in data])
+    counts = torch.bincount(labels[labels != -100], minlength=V) + 1.0
+    return counts / counts.sum()
+
+
+@pytest.mark.parametrize("name, score", [("llama", "dpsm"), ("bart", "ce")])
+def test_a_share_of_the_unigram_is_that_of_a_plain_loop(tmp_path, name, score):
+    """The labels are counted as they are predicted, once each, and the batches come as they do without it."""
+    recorder, data = Recorder(), samples(25)
+    how = dict(train_dataset=data, score=ProperScoreLoss(score, **dict(warmup=0.5) if score == "dpsm" else {}))
+    trainer = ours.ScoreTrainer(tiny(name), arguments(tmp_path), data_collator=recorder, unigram=0.3, **how)
+    before = torch.get_rng_state()
+    trainer._label_counts()
+    assert torch.equal(torch.get_rng_state(), before)
+    recorder.batches.clear()
+    trainer.train()
+    counted = -(-len(data) // trainer.args.eval_batch_size)  # batches that were collated for it
+    used, alone = recorder.batches[counted : counted + STEPS], Recorder()
+    ours.ScoreTrainer(tiny(name), arguments(tmp_path, max_steps=3), data_collator=alone, **how).train()
+    assert all(torch.equal(a["labels"], b["labels"]) for a, b in zip(used[:3], alone.batches[:3], strict=True))
+    model, prior = tiny(name), frequencies(data, shift=name == "llama")
+    rows = plain_loop(model, used, 1, score, prior=prior, share=0.3)
+    for row in rows:
+        if score == "ce":
+            del row["alpha"]
+    assert_logged(trainer.state.log_history, [r | dict(unigram=0.3) for r in rows])
+    same_weights(trainer.model, model)
+
+
+def test_a_driven_share_follows_the_evaluations_also_when_resumed(tmp_path):
+    def trainer():
+        args = arguments(tmp_path, eval_strategy="steps", eval_steps=EVERY, save_strategy="steps", save_steps=6)
+        data = dict(train_dataset=samples(60), eval_dataset=samples(6, seed=5))
+        return ours.ScoreTrainer(tiny("llama"), args, score="ce", unigram=0.4, unigram_gain=0.5, **data)
+
+    whole, again = trainer(), trainer()
+    whole.train()
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    share, found = 0.0, []
+    for row in whole.state.log_history:
+        if "unigram" in row:
+            found.append((row["unigram"], share))
+        elif "eval_confidence" in row:
+            share = min(max(share + 0.5 * (row["eval_confidence"] - row["eval_accuracy"]), 0.0), 0.4)
+    assert [got for got, _ in found] == [want for _, want in found]
+    assert len(found) == 4 and found[0][0] == 0 < found[1][0] < found[2][0]
+    for got, want in zip(again.state.log_history, whole.state.log_history, strict=False):
+        for name in ("loss", "unigram", "eval_loss", "eval_confidence"):
+            assert got.get(name) == want.get(name), (got["step"], name)
+    same_weights(again.model, whole.model)
+
+
+def test_an_alpha_that_is_given_stays(tmp_path):
+    score = ProperScoreLoss("dpsm", alpha=0.25)
+    trainer = ours.ScoreTrainer(tiny("llama"), arguments(tmp_path, max_steps=3), score=score, train_dataset=samples(9))
+    trainer.train()
+    assert [row["alpha"] for row in trainer.state.log_history if "loss" in row] == [0.25]
 
 
 def test_lora_and_a_model_made_by_model_init(tmp_path):
@@ -370,6 +434,12 @@ def test_bad_arguments_are_named(tmp_path):
         (dict(compute_metrics=print), "compute_metrics reads logits"),
         (dict(preprocess_logits_for_metrics=print), "preprocess_logits_for_metrics reads logits"),
         (dict(compute_loss_func=print), "are two losses"),
+        (dict(unigram=0.2), "smooths the score 'ce' or 'dpsm' by its mix, without a tail; got 'brier'"),
+        (dict(score="ce", unigram=1.2), "unigram=1.2, unigram_gain=0.0: expected a share in .0, 1. and a gain"),
+        (dict(score="ce", unigram_gain=3.0), "unigram=0.0, unigram_gain=3.0: expected a share"),
+        (dict(score="ce", unigram=0.2, model=tiny("gemma2")), "nor with a softcap"),
+        (dict(score="ce", unigram=0.2, data=iter([])), "labels of train_dataset, which must have a length"),
+        (dict(score="ce", unigram=0.2, unigram_gain=1.0, eval_dataset={"a": samples(2)}), "give one eval_dataset"),
         (dict(given=dict(label_smoothing_factor=0.1)), "ProperScoreLoss.'smoothing', eps=...."),
         (dict(model=torch.nn.Linear(3, 3)), "expected a model of transformers, got Linear"),
     ):
