@@ -97,6 +97,8 @@ class _Scores:
             raise ValueError("unigram counts the labels of train_dataset, which must have a length")
         if gain and isinstance(self.eval_dataset, dict):
             raise ValueError("unigram_gain follows one evaluation; give one eval_dataset")
+        if gain and self.args.eval_strategy == "no":
+            raise ValueError("unigram_gain follows the evaluations; set eval_strategy in the arguments")
 
     def _label_counts(self) -> torch.Tensor:
         """How often each token is a target of ``train_dataset``: int64 [V], on all ranks the same."""

@@ -291,8 +291,8 @@ def _on_ranks(folder, batch_size, **how):
     how |= dict(gradient_accumulation_steps=2, per_device_train_batch_size=batch_size, max_steps=6)
     how |= dict(train_sampling_strategy="sequential", per_device_eval_batch_size=batch_size)
     score = ProperScoreLoss("dpsm", warmup=0.5)
-    data = dict(train_dataset=samples(24), eval_dataset=samples(5, seed=5))
-    trainer = ours.ScoreTrainer(tiny("llama"), arguments(folder, **how), score=score, **data)
+    data = dict(train_dataset=samples(25), eval_dataset=samples(5, seed=5))  # of the 25 the last is counted alone
+    trainer = ours.ScoreTrainer(tiny("llama"), arguments(folder, **how), score=score, unigram=0.3, **data)
     trainer.train()
     found = trainer.evaluate()
     weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
@@ -357,7 +357,7 @@ def test_sft_is_a_plain_loop_over_the_completions(tmp_path, trl, tokenizer, lora
     if lora:
         peft = pytest.importorskip("peft", reason="needs peft (requirements-dev.txt)")
         how["peft_config"] = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
-    trainer = ours.ScoreSFTTrainer(tiny("llama"), args=args, **how)
+    trainer = ours.ScoreSFTTrainer(tiny("llama"), args=args, unigram=0.0 if lora else 0.2, **how)
     recorder = trainer.data_collator = Recorder(trainer.data_collator)
     initial = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     calls = []
@@ -371,7 +371,12 @@ def test_sft_is_a_plain_loop_over_the_completions(tmp_path, trl, tokenizer, lora
     with torch.no_grad():
         for name, p in trainer.model.named_parameters():
             p.copy_(initial[name])
-    rows = plain_loop(model, recorder.batches, 2)
+    prior, share = (None, 0.0) if lora else (trainer._unigram.prior, 0.2)
+    if share:
+        counted = recorder.batches[: -(-60 // trainer.args.eval_batch_size)]
+        del recorder.batches[: len(counted)]
+        torch.testing.assert_close(prior, frequencies([dict(labels=x) for b in counted for x in b["labels"]], 1))
+    rows = plain_loop(model, recorder.batches, 2, prior=prior, share=share)
     assert_logged(trainer.state.log_history, rows)
     for name, p in trainer.model.named_parameters():
         torch.testing.assert_close(p, trained[name], rtol=0, atol=WEIGHTS)
@@ -440,6 +445,7 @@ def test_bad_arguments_are_named(tmp_path):
         (dict(score="ce", unigram=0.2, model=tiny("gemma2")), "nor with a softcap"),
         (dict(score="ce", unigram=0.2, data=iter([])), "labels of train_dataset, which must have a length"),
         (dict(score="ce", unigram=0.2, unigram_gain=1.0, eval_dataset={"a": samples(2)}), "give one eval_dataset"),
+        (dict(score="ce", unigram=0.2, unigram_gain=1.0, eval_dataset=samples(2)), "evaluations; set eval_strategy"),
         (dict(given=dict(label_smoothing_factor=0.1)), "ProperScoreLoss.'smoothing', eps=...."),
         (dict(model=torch.nn.Linear(3, 3)), "expected a model of transformers, got Linear"),
     ):
