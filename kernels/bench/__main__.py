@@ -106,9 +106,9 @@ def heads_of(args, default: Shape) -> list[Shape]:
 
 
 def shapes_to_compare(args) -> list[Shape]:
-    """Each head as logits, and as a linear head where it has a hidden size."""
+    """Each head as logits, then each that has a hidden size as a linear head, whose peers compile longer."""
     heads = heads_of(args, Shape(2048, 50257))
-    return [shape for head in heads for shape in ((head._replace(d=None), head) if head.d else (head,))]
+    return [head._replace(d=None) for head in heads] + [head for head in heads if head.d]
 
 
 @alive()

@@ -1,6 +1,8 @@
 """The two comparisons of kernels.bench: providers side by side at one shape, and every score on 2,000 tokens."""
 
 import multiprocessing
+import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
@@ -17,6 +19,7 @@ from .rows import Rows
 from .timing import Shape
 
 AUDIT_TOKENS = 2000
+SLOW = 5  # seconds of a first call that are said
 IGNORING = ", 3 of 4 rows ignored"
 NOT_COMPILED = {"literal DPSM", "torch CE", "linear + literal DPSM", "linear + torch CE", "matrix products"}
 
@@ -123,12 +126,15 @@ def drop_failing(functions: dict, leaves, targets, ours=(*FROM_LOGITS, *FROM_HID
     Where one of ``ours`` fails it raises."""
     missing = {}
     for name, function in list(functions.items()):
+        began = time.monotonic()
         try:
             own = [leaves[0].detach().clone().requires_grad_()] if name.endswith("in place") else leaves
             timing.run_once(function, own, targets)
             timing.run_once(function, own, targets, forward=True)
             if leaves[0].is_cuda:
                 torch.cuda.synchronize()
+            if (took := time.monotonic() - began) > SLOW:
+                print(f"{name}: {took:.0f} s to its first result, compilation included", file=sys.stderr, flush=True)
         except torch.OutOfMemoryError:
             missing[name] = "out of memory"
         except Exception as e:  # another project's kernel, on a version of its choice
