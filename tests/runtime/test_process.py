@@ -1,7 +1,6 @@
 """A command as a process: signals, streams that are gone, errors of the disk, children that end with their parent."""
 
 import errno
-import os
 import signal
 import subprocess
 import sys
@@ -27,7 +26,7 @@ def test_a_signal_ends_a_command_with_a_line_and_its_code(number, code, capsys, 
     def main(argv=None):
         take_lock(tmp_path)
         (tmp_path / "last.pt").touch()
-        os.kill(os.getpid(), number)
+        signal.raise_signal(number)
         time.sleep(1)
         raise AssertionError("not reached")
 
@@ -50,7 +49,7 @@ def test_a_loop_is_asked_and_a_second_interrupt_is_at_once(capsys):
     def main(argv=None):
         stop = StopRequest()
         for number in (signal.SIGHUP, signal.SIGTERM):
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
         assert stop.signal == "SIGTERM"  # the loop went on
         signal.raise_signal(signal.SIGINT)
         raise AssertionError("not reached")
@@ -74,7 +73,7 @@ def test_what_is_ignored_stays_ignored(capsys):
         @command
         def main(argv=None):
             stop = StopRequest()
-            os.kill(os.getpid(), signal.SIGHUP)
+            signal.raise_signal(signal.SIGHUP)
             assert stop.signal is None
             return 0
 
