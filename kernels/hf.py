@@ -139,7 +139,7 @@ class _Scores:
                 "DataCollatorForSeq2Seq, or put labels into the data set"
             )
         handle = self._patched()
-        if self.state.max_steps > 0 and self.score.follows:
+        if self.state.max_steps > 0 and (self.score.follows or not isinstance(self.score.given, str)):
             self.score.set_step(self.state.global_step, self.state.max_steps)
         if self._unigram is not None:
             handle.unigram, share = self._unigram, self._follow()

@@ -1,13 +1,12 @@
 """finetune_gsm8k.py with a share of its loss towards how often the answers have each token."""
 
 import json
-import os
-import signal
 
 import numpy as np
 import pytest
 import torch
 from gsm8k_runs import rows, tune
+from signals import terminated_in_validation
 from tiny_gsm8k import write_model
 
 import eval.answers
@@ -76,16 +75,7 @@ def test_the_share_follows_over_confidence_and_resumes(base, problems, tmp_path,
     assert 0 == expected[2] < expected[5] < expected[7] < 0.4
     for r in logged:
         assert r["alpha"] == pytest.approx((1 - r["unigram"]) * alpha_at(r["step"] - 1, 8, warmup=0.5), rel=1e-6)
-    original, made = eval.answers.forwards, []
-
-    def signalled(*args):
-        made.append(1)
-        if len(made) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(*args)
-
-    with monkeypatch.context() as m:
-        m.setattr(eval.answers, "forwards", signalled)
+    with terminated_in_validation(monkeypatch, eval.answers, 3):
         assert tune(flags, tmp_path / "cut") == 143
     saved = load_checkpoint(tmp_path / "cut" / "last.pt")
     assert saved["step"] == 6 and saved["owed"] and saved["unigram"] == logged[5]["unigram"]

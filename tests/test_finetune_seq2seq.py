@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from on_ranks import on_ranks
 from seq2seq_runs import CLOCK, fails, predictions, rows, summary_of, train, weights, write_set
+from signals import terminated_in_validation
 
 import eval.seq2seq
 import eval.summaries
@@ -228,16 +229,7 @@ def test_a_stopped_run_resumes_exactly(dpsm_flags, dpsm_run, tmp_path, monkeypat
 
 def test_a_signal_in_a_validation_ends_it_and_resume_makes_it_first(dpsm_flags, dpsm_run, tmp_path, monkeypatch):
     """SIGTERM while step 6 is validated: what was measured by then moves nothing, the share of the unigram neither."""
-    original, made = finetune_seq2seq.forwards, []
-
-    def signalled(*args):
-        made.append(1)
-        if len(made) == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(*args)
-
-    with monkeypatch.context() as m:
-        m.setattr(finetune_seq2seq, "forwards", signalled)
+    with terminated_in_validation(monkeypatch, finetune_seq2seq, 2):
         assert train(dpsm_flags, tmp_path / "run") == 143
     saved = load_checkpoint(tmp_path / "run" / "last.pt")
     assert saved["step"] == 6 and saved["owed"] and saved["unigram"] == rows(dpsm_run, "train")[2]["unigram"]

@@ -2,14 +2,13 @@
 
 import json
 import math
-import os
 import shutil
-import signal
 
 import pytest
 import torch
 from lm_runs import ROOT, rows, same_run, train, two_nodes, weights
 from on_ranks import on_ranks
+from signals import terminated_in_validation
 
 import train_lm
 from eval import metrics
@@ -122,16 +121,7 @@ def test_the_share_of_the_unigram_follows_over_confidence_and_resumes(lm_base, t
     for r in logged:
         assert r["alpha"] == pytest.approx((1 - r["unigram"]) * alpha_at(r["step"] - 1, 12, warmup=0.5), rel=1e-6)
     at = next(step for step in val if 0 < expected[step] < expected.get(step + 1, 0) < 0.3)
-    original, made = train_lm.forwards, []
-
-    def signalled(*args):
-        made.append(1)
-        if 2 * len(made) == at:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(*args)
-
-    with monkeypatch.context() as m:
-        m.setattr(train_lm, "forwards", signalled)
+    with terminated_in_validation(monkeypatch, train_lm, at // 2):
         assert train(lm_base, tmp_path / "again", *noisy, "--lr", 3e-2, "--log-every", 1) == 143
     saved = load_checkpoint(tmp_path / "again" / "last.pt")
     assert saved["step"] == at and saved["owed"] and saved["unigram"] == pytest.approx(expected[at])

@@ -12,6 +12,7 @@ import sys
 import pytest
 import torch
 from lm_runs import ROOT, fails, rows, same_run, train, weights
+from signals import terminated_in_validation
 
 import train_lm
 from data.windows import Windows
@@ -41,16 +42,7 @@ def test_a_stopped_run_resumes_exactly(lm_run, tmp_path, monkeypatch, capsys):
 def test_a_signal_in_a_validation_ends_it_and_resume_makes_it_first(lm_run, tmp_path, monkeypatch):
     """SIGTERM while step 8 is validated: saved at step 8 without a row of it; and then all as in the whole run."""
     flags, whole = lm_run
-    original, made = train_lm.forwards, []
-
-    def signalled(*args):
-        made.append(1)
-        if len(made) == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(*args)
-
-    with monkeypatch.context() as m:
-        m.setattr(train_lm, "forwards", signalled)
+    with terminated_in_validation(monkeypatch, train_lm, 2):
         assert train(flags, tmp_path / "run") == 143
     saved = load_checkpoint(tmp_path / "run" / "last.pt")
     assert saved["step"] == 8 and saved["owed"] and [r["step"] for r in rows(tmp_path / "run", "val")] == [4]

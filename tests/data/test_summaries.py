@@ -304,13 +304,13 @@ def test_collate(pairs):
         assert labels[k][labels[k] != -100].tolist() == pairs.ids(1, j).tolist()
         assert (source[k][~mask[k]] == pairs.tokenizer.pad_id).all()
     assert collate(pairs, np.array([3]))[1] is None  # nothing is padded
+    assert sorted(np.concatenate(in_order(pairs, 7)).tolist()) == list(range(200))
 
 
 def test_targets_are_counted_as_batches_have_them(pairs):
     labels = collate(pairs, np.arange(len(pairs)))[2]
     counts = torch.bincount(labels[labels != -100], minlength=pairs.tokenizer.vocab_size)
     assert pairs.target_counts().tolist() == counts.tolist() and counts[pairs.tokenizer.eos_id] == len(pairs)
-    assert sorted(np.concatenate(in_order(pairs, 7)).tolist()) == list(range(200))
 
 
 @pytest.mark.parametrize("rate, batch", [(0.15, 8), (0.15, 3), (0.01, 4), (0.5, 2), (1.0, 5), (0.0, 1)])

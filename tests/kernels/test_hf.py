@@ -20,7 +20,7 @@ from kernels.hf import patch, unpatch
 transformers = pytest.importorskip("transformers", reason="needs transformers (requirements-dev.txt)")
 pytest.importorskip("accelerate", reason="needs accelerate (requirements-dev.txt)")
 STEPS, EVERY, LR = 12, 3, 5e-3
-WEIGHTS = 2e-4  # Adam divides small gradients by their size, rounding included; its 12 steps are 5e-3 each
+WEIGHTS = 1e-4  # Adam divides small gradients by their size, rounding included; its 12 steps are 5e-3 each
 FIGURES = {"entropy": "entropy", "accuracy": "accuracy", "ece": "ece10", "brier": "brier", "nll": "nll"}
 PLAIN = dict(learning_rate=LR, lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=0.0, optim="adamw_torch")
 QUIET = dict(report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no", logging_steps=EVERY)
@@ -189,18 +189,19 @@ def test_a_share_of_the_unigram_is_that_of_a_plain_loop(tmp_path, name, score):
     """The labels are counted as they are predicted, once each, and the batches come as they do without it."""
     recorder, data = Recorder(), samples(25)
     how = dict(train_dataset=data, score=ProperScoreLoss(score, **dict(warmup=0.5) if score == "dpsm" else {}))
-    trainer = ours.ScoreTrainer(tiny(name), arguments(tmp_path), data_collator=recorder, unigram=0.3, **how)
+    args = arguments(tmp_path, max_steps=6)
+    trainer = ours.ScoreTrainer(tiny(name), args, data_collator=recorder, unigram=0.3, **how)
     before = torch.get_rng_state()
     trainer._label_counts()
     assert torch.equal(torch.get_rng_state(), before)
     recorder.batches.clear()
     trainer.train()
     counted = -(-len(data) // trainer.args.eval_batch_size)  # batches that were collated for it
-    used, alone = recorder.batches[counted : counted + STEPS], Recorder()
+    used, alone = recorder.batches[counted : counted + 6], Recorder()
     ours.ScoreTrainer(tiny(name), arguments(tmp_path, max_steps=3), data_collator=alone, **how).train()
     assert all(torch.equal(a["labels"], b["labels"]) for a, b in zip(used[:3], alone.batches[:3], strict=True))
     model, prior = tiny(name), frequencies(data, shift=name == "llama")
-    rows = plain_loop(model, used, 1, score, prior=prior, share=0.3)
+    rows = plain_loop(model, used, 1, score, steps=6, prior=prior, share=0.3)
     for row in rows:
         if score == "ce":
             del row["alpha"]
