@@ -55,6 +55,17 @@ def let_go():
             staging.release_lock(folder)
 
 
+@pytest.fixture(autouse=True)
+def given_back():
+    """What a test leaves to a handler of its own would swallow the signals of the next one."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    left = {number: now for number in before if (now := signal.getsignal(number)) is not before[number]}
+    for number in left:
+        signal.signal(number, before[number])
+    assert not left, "a test ends with the handlers it began with"
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     """A folder of text that is the same on every machine: arithmetic in words, split into train, val and test."""
