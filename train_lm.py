@@ -32,6 +32,7 @@ from runtime import optim
 from runtime.cli import opt, parse_config, user_errors
 from runtime.flags import alpha_of, flag, knobs
 from runtime.folder import RunFolder
+from runtime.graph import Replayed, check_graph
 from runtime.machine import start_world, to_device
 from runtime.meter import Meter
 from runtime.process import command
@@ -132,6 +133,7 @@ class Config:
     head_memory: int = flag("head_memory")
     compile: bool | None = opt(None, "torch.compile the model; default: on CUDA", role="system")
     checkpoint_activations: bool = flag("checkpoint_activations")
+    cuda_graph: bool = flag("cuda_graph")
     fsdp: bool = opt(False, "shard parameters and optimizer over the ranks (FSDP2) instead of DDP", role="system")
     wandb: str = flag("wandb")
     track: str = flag("track")
@@ -153,6 +155,7 @@ def check(cfg: Config, world) -> None:
     """Raises ValueError, one line, for flags that do not go together."""
     world.check(cfg)
     optim.check_optimizer(cfg, world.device)
+    check_graph(cfg, world)
     if cfg.fsdp and world.size == 1:
         raise ValueError("--fsdp needs more than one rank; start with torchrun --nproc_per_node N")
 
@@ -273,6 +276,17 @@ def main(argv: list[str] | None = None) -> int:
     most = max(1, share // 2) if compiled and cfg.schedule in ADAPTIVE and not cfg.fsdp else share
     micro = next(m for m in range(min(cfg.micro_batch, most), 0, -1) if share % m == 0)
     trained.train()
+
+    def micro_step(x_BT, y_BT, denominator):
+        """Forward and backward of some of a step's sequences: their part of its loss, 0-d, and their Moments."""
+        predicted = trained(x_BT).flatten(0, 1), model.head_weight, y_BT.flatten()
+        loss, moments = linear_score(*predicted, score, denominator=denominator, **scoring)
+        loss = loss + unigram.term(*predicted, denominator=denominator)
+        loss.backward()
+        return loss.detach(), moments
+
+    if cfg.cuda_graph:
+        micro_step = Replayed(micro_step, model.parameters(), baked=lambda: unigram.share)
     plan = dict(name=cfg.model, tokens=len(corpus.train.tokens), step_tokens=cfg.batch * cfg.seq_len)
     plan |= dict(validated=len(corpus.val.tokens), rows=micro, flops=flops_per_token(shape, cfg.seq_len))
     if meter.dry_run(cfg, model, partial(forwards, model, train), **plan):
@@ -295,11 +309,7 @@ def main(argv: list[str] | None = None) -> int:
         for i in range(0, share, rows):
             last = i + rows >= share
             with optim.meeting(trained, last):
-                hidden = trained(x[i : i + rows]).flatten(0, 1)
-                predicted = hidden, model.head_weight, y[i : i + rows].flatten()
-                loss, moments = linear_score(*predicted, score, denominator=denominator, **scoring)
-                loss = loss + unigram.term(*predicted, denominator=denominator)
-                loss.backward()
+                loss, moments = micro_step(x[i : i + rows], y[i : i + rows], denominator)
             meter.add(loss, moments)
             part = float(targets[:rows].ne(-100).sum() / count) if measured and i == 0 and not last else None
             rule.observe(-moments.log_p.sum(), moments.valid.sum(), share=part)

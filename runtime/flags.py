@@ -151,6 +151,12 @@ FLAGS = {
     ),
     "kernels": opt("auto", "implementation of the scores", ("auto", "triton", "torch"), role="system"),
     "checkpoint_activations": opt(False, "recompute each block in backward to save memory", role="system"),
+    "cuda_graph": opt(
+        False,
+        "replay forward and backward as a CUDA graph: for models so small, or of so many adapters, that the host is "
+        "slower than the device",
+        role="system",
+    ),
     "wandb": opt("", "Weights & Biases project to log to as well (WANDB_MODE=offline works)", role="where"),
     "track": opt("", "log to trackio, which stays on this machine, or wandb as well; :PROJECT behind it", role="where"),
 }
