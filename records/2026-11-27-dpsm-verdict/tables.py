@@ -63,7 +63,7 @@ def number(text: str) -> float | str:
 
 
 def read(folder: Path) -> dict:
-    """grid -> arm -> seed -> numbers, with the first validated step at which an arm has 95 % of what CE came to."""
+    """grid -> arm -> seed -> numbers."""
     curves: dict = {}
     for row in csv.DictReader((folder / "curves.csv").open()):
         curves.setdefault((row["grid"], row["run"]), []).append((int(row["step"]), float(row["nll"])))
@@ -72,12 +72,15 @@ def read(folder: Path) -> dict:
         numbers = {k: number(v) for k, v in row.items()}
         numbers["curve"] = curves[row["grid"], row["run"]]
         found.setdefault(row["grid"], {}).setdefault(arm_of(row), {})[int(row["seed"])] = numbers
-    for arms in (found[grid] for grid in GRIDS if grid in found):
-        for seed, ce in arms["ce"].items():
-            target = min(nll for _, nll in ce["curve"]) / 0.95
-            for runs in arms.values():
-                runs[seed]["step_to_ce"] = next((s for s, nll in runs[seed]["curve"] if nll <= target), math.inf)
     return found
+
+
+def against_ce(arms: dict, ce: str = "ce") -> None:
+    """Gives each run the first validated step at which it has 95 % of what CE of its seed came to."""
+    for seed, run in arms[ce].items():
+        target = min(nll for _, nll in run["curve"]) / 0.95
+        for runs in (r for r in arms.values() if seed in r):
+            runs[seed]["step_to_ce"] = next((s for s, nll in runs[seed]["curve"] if nll <= target), math.inf)
 
 
 def table(arms: dict) -> None:
@@ -91,16 +94,16 @@ def table(arms: dict) -> None:
         print(f"| {NAMES[name]} | " + " | ".join(cells) + " |")
 
 
-def claims(arms: dict) -> None:
-    seeds, tests = sorted(arms["ce"]), {}
-    for name in (n for n in NAMES if n in arms and n != "ce"):
+def claims(arms: dict, ce: str = "ce") -> None:
+    seeds, tests = sorted(arms[ce]), {}
+    for name in (n for n in NAMES if n in arms and n != ce):
         for text, delta, threshold in CLAIMS:
-            deltas = [delta(arms[name][seed], arms["ce"][seed]) for seed in seeds]
+            deltas = [delta(arms[name][seed], arms[ce][seed]) for seed in seeds]
             tests[name, text] = [min(d, 99.0) for d in deltas], threshold  # one that never came there
     level = holm_level([claim_p(*test) for test in tests.values()])
     print(f"\n{len(tests)} claims, Holm's level {level:.4f}; mean of the difference and its 95 % interval.\n")
     print("| arm | " + " | ".join(text for text, *_ in CLAIMS) + " |\n|---" + "|---" * len(CLAIMS) + "|")
-    for name in (n for n in NAMES if n in arms and n != "ce"):
+    for name in (n for n in NAMES if n in arms and n != ce):
         cells = []
         for text, *_ in CLAIMS:
             deltas, threshold = tests[name, text]
@@ -116,6 +119,7 @@ def main() -> None:
     found = read(Path(__file__).parent)
     for grid, title in GRIDS.items():
         if grid in found:
+            against_ce(found[grid])
             print(f"\n### {title}\n")
             table(found[grid])
             claims(found[grid])
