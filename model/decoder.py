@@ -21,10 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from model import layers
+from model import layers, varlen
 from model.layers import Embedding, KVCache, Linear
 from schedules.textlines import shown
 
+# What a token sees: 0 and -inf by position, the tokens before it in its segment, or all before it in its row.
+Mask = Tensor | varlen.Segments | None
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 # What rope_scaling holds beside rope_type: needed, and known.
 ROPE = {
@@ -182,7 +184,7 @@ class Attention(nn.Module):
         x_BTHK = x_BTHK if norm is None else norm(x_BTHK)
         return rotate(x_BTHK, cos, sin) if self.rotates else x_BTHK
 
-    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, slot: tuple | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Mask, slot: tuple | None) -> Tensor:
         B, T, _ = x_BTD.shape
         q_BTHK = self.heads(x_BTD, self.q_proj, self.q_norm, cos, sin)
         k_BTJK = self.heads(x_BTD, self.k_proj, self.k_norm, cos, sin)
@@ -191,6 +193,8 @@ class Attention(nn.Module):
             k_cache, v_cache, where, rows_B = slot
             k_cache[where], v_cache[where] = k_BTJK, v_BTJK
             k_BTJK, v_BTJK = (k_cache, v_cache) if rows_B is None else (k_cache[rows_B], v_cache[rows_B])
+        if isinstance(mask, varlen.Segments):
+            return self.o_proj(varlen.attend(q_BTHK, k_BTJK, v_BTJK, mask).reshape(B, T, -1))
         k_BJLK, v_BJLK = k_BTJK.transpose(1, 2), v_BTJK.transpose(1, 2)
         J = k_BJLK.shape[1]
         if mask is None:
@@ -240,13 +244,15 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, slot: tuple | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Mask, slot: tuple | None) -> Tensor:
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos, sin, mask, slot)
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
 
 
 class Decoder(layers.Backbone):
-    """A decoder as a layers.Backbone: without a loss. Whoever puts dropout into a layer sets ``draws_random``."""
+    """A decoder as a layers.Backbone: without a loss. Whoever puts dropout into a layer sets ``draws_random``.
+
+    ``varlen = False`` has packed rows masked also where torch attends within segments, see model/varlen.py."""
 
     length_field = "max_position_embeddings"
 
@@ -256,6 +262,7 @@ class Decoder(layers.Backbone):
         self.layers = nn.ModuleList(Block(config, config.rotates(i)) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
+        self.varlen = True
         if not self.embed_tokens.weight.is_meta:
             self.init_weights()
 
@@ -281,6 +288,7 @@ class Decoder(layers.Backbone):
         documents_BT: Tensor | None = None,
         cache: KVCache | None = None,
         rows_B: Tensor | None = None,
+        segments: varlen.Segments | None = None,
     ) -> Tensor:
         """int32 or int64 [B, T] -> hidden states [B, T, D] after the final norm, in the activations' dtype.
 
@@ -291,6 +299,8 @@ class Decoder(layers.Backbone):
         up to its own. A row needs no clearing: a new sequence overwrites what it sees before it sees it. All shapes are
         static. Positions must be below the cache's length, not checked on a GPU. Runs without gradients.
         ``rows_B`` int64: the cache rows these sequences are, without it all in order.
+        ``segments``: those of ``documents_BT``, not checked on a GPU. With them scores between documents are not
+        computed where torch can do without; without them, and elsewhere, they are masked.
 
         Raises ValueError for other shapes and for combinations without a meaning."""
         self.check_tokens(tokens_BT)
@@ -300,6 +310,8 @@ class Decoder(layers.Backbone):
                 raise ValueError(f"{name} of shape {tuple(given.shape)}: expected the tokens', {(B, T)}")
         if cache is not None:
             self._check_cache(B, positions_BT, documents_BT, cache, rows_B)
+        if segments is not None:
+            self._check_segments(documents_BT, segments)
 
         index_T = torch.arange(T, device=tokens_BT.device)
         mask = None
@@ -307,8 +319,11 @@ class Decoder(layers.Backbone):
             where = (torch.arange(B, device=index_T.device) if rows_B is None else rows_B)[:, None], positions_BT
             mask = self._additive(torch.arange(cache.k.shape[2], device=index_T.device) <= positions_BT[:, :, None])
         elif documents_BT is not None:
-            same_BTT = documents_BT[:, :, None] == documents_BT[:, None, :]
-            mask = self._additive(same_BTT & (index_T[:, None] >= index_T))
+            if varlen.runs(segments, self.varlen, self.dtype, self.config.head_dim):
+                mask = segments
+            else:
+                same_BTT = documents_BT[:, :, None] == documents_BT[:, None, :]
+                mask = self._additive(same_BTT & (index_T[:, None] >= index_T))
             if positions_BT is None:
                 starts = F.pad(documents_BT[:, 1:] != documents_BT[:, :-1], (1, 0))
                 positions_BT = index_T - (starts * index_T).cummax(dim=1).values
@@ -327,6 +342,14 @@ class Decoder(layers.Backbone):
         groups = self.config.num_attention_heads // self.config.num_key_value_heads
         mask = torch.zeros(visible_BTL.shape, dtype=self.dtype, device=visible_BTL.device)
         return mask.masked_fill_(~visible_BTL, -math.inf).repeat(1, groups, 1)[:, None]
+
+    def _check_segments(self, documents_BT: Tensor | None, segments: varlen.Segments) -> None:
+        if documents_BT is None:
+            raise ValueError("segments without documents_BT: expected both, or documents_BT alone")
+        if documents_BT.device.type == "cpu":
+            starts, longest = varlen.segments_of(documents_BT)
+            if longest != segments.longest or not torch.equal(starts, segments.starts):
+                raise ValueError("segments are not those of documents_BT; expected varlen.segments_of(documents_BT)")
 
     def _check_cache(self, B: int, positions: Tensor | None, documents: Tensor | None, cache: KVCache, rows) -> None:
         if torch.is_grad_enabled():
