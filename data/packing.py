@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from data.windows import IGNORE_INDEX, epoch_blocks, permutation, token_counts
@@ -48,6 +49,11 @@ class Seen(NamedTuple):
     targets: Tensor  # [N] int64
     answer: Tensor  # [N] bool, of the answer; else of the prompt
     inside: Tensor  # [N] bool, in the loss
+
+    def padded(self, multiple: int) -> "Seen":
+        """With places of no target up to the next multiple."""
+        n, fills = -len(self.at) % multiple, (0, IGNORE_INDEX, False, False)
+        return Seen(*(F.pad(x, (0, n), value=fill) for x, fill in zip(self, fills, strict=True)))
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.packing import Example, batch_indices, fit, pack, target_counts
+from data.packing import IGNORE_INDEX, Example, batch_indices, fit, pack, target_counts
 from kernels import linear_score
 from kernels.losses import brier
 from model.decoder_hub import load_decoder
@@ -90,3 +90,13 @@ def test_batches_are_permutations_one_epoch_after_the_other():
 def test_packing_refuses(call):
     with pytest.raises(ValueError):
         call()
+
+
+def test_targets_are_padded_with_places_of_none():
+    rows = pack([Example("a", [5, 6, 7, 8], 2), Example("b", [5, 9], 1)], 8)
+    seen = rows.seen("answer")
+    padded = seen.padded(4)
+    assert [len(x) for x in padded] == [4] * 4 and len(seen.at) == 3
+    assert all(torch.equal(x[:3], y) for x, y in zip(padded, seen, strict=True))
+    assert padded.targets[3] == IGNORE_INDEX and not padded.inside[3] and not padded.answer[3]
+    assert all(torch.equal(x, y) for x, y in zip(seen.padded(3), seen, strict=True))
