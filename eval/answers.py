@@ -30,15 +30,15 @@ from eval.rows import Parts, json_line, write_rows
 from kernels import linear_moments
 from model.decode import Request, decode
 from model.decoder import Decoder
-from model.varlen import Segments, segments_of
+from model.varlen import Bounds, bounds_of
 from runtime.machine import World, to_device
 
 
 def hidden_at(model, part: Rows, at_N: Tensor, device: torch.device) -> Tensor:
     """Hidden states [N, D] at the places ``at_N`` of the flattened rows."""
     tokens, documents = (to_device(t, device) for t in (part.tokens_RT, part.documents_RT))
-    starts, longest = segments_of(part.documents_RT)  # on the host, which need not wait for the device
-    hidden = model(tokens, documents_BT=documents, segments=Segments(to_device(starts, device), longest))
+    cu_seqlens, max_seqlen = bounds_of(part.documents_RT)  # on the host, which need not wait for the device
+    hidden = model(tokens, documents_BT=documents, bounds=Bounds(to_device(cu_seqlens, device), max_seqlen))
     return hidden.flatten(0, 1).index_select(0, at_N)
 
 

@@ -25,8 +25,8 @@ from model import layers, varlen
 from model.layers import Embedding, KVCache, Linear
 from schedules.textlines import shown
 
-# What a token sees: 0 and -inf by position, the tokens before it in its segment, or all before it in its row.
-Mask = Tensor | varlen.Segments | None
+# What a token sees: 0 and -inf by position, the tokens before it in its document, or all before it in its row.
+Mask = Tensor | varlen.Bounds | None
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 # What rope_scaling holds beside rope_type: needed, and known.
 ROPE = {
@@ -193,7 +193,7 @@ class Attention(nn.Module):
             k_cache, v_cache, where, rows_B = slot
             k_cache[where], v_cache[where] = k_BTJK, v_BTJK
             k_BTJK, v_BTJK = (k_cache, v_cache) if rows_B is None else (k_cache[rows_B], v_cache[rows_B])
-        if isinstance(mask, varlen.Segments):
+        if isinstance(mask, varlen.Bounds):
             return self.o_proj(varlen.attend(q_BTHK, k_BTJK, v_BTJK, mask).reshape(B, T, -1))
         k_BJLK, v_BJLK = k_BTJK.transpose(1, 2), v_BTJK.transpose(1, 2)
         J = k_BJLK.shape[1]
@@ -252,7 +252,7 @@ class Block(nn.Module):
 class Decoder(layers.Backbone):
     """A decoder as a layers.Backbone: without a loss. Whoever puts dropout into a layer sets ``draws_random``.
 
-    ``varlen = False`` has packed rows masked also where torch attends within segments, see model/varlen.py."""
+    ``varlen = False`` has packed rows masked also where torch attends within bounds, see model/varlen.py."""
 
     length_field = "max_position_embeddings"
 
@@ -288,7 +288,7 @@ class Decoder(layers.Backbone):
         documents_BT: Tensor | None = None,
         cache: KVCache | None = None,
         rows_B: Tensor | None = None,
-        segments: varlen.Segments | None = None,
+        bounds: varlen.Bounds | None = None,
     ) -> Tensor:
         """int32 or int64 [B, T] -> hidden states [B, T, D] after the final norm, in the activations' dtype.
 
@@ -299,7 +299,7 @@ class Decoder(layers.Backbone):
         up to its own. A row needs no clearing: a new sequence overwrites what it sees before it sees it. All shapes are
         static. Positions must be below the cache's length, not checked on a GPU. Runs without gradients.
         ``rows_B`` int64: the cache rows these sequences are, without it all in order.
-        ``segments``: those of ``documents_BT``, not checked on a GPU. With them scores between documents are not
+        ``bounds``: those of ``documents_BT``, not checked on a GPU. With them scores between documents are not
         computed where torch can do without; without them, and elsewhere, they are masked.
 
         Raises ValueError for other shapes and for combinations without a meaning."""
@@ -310,8 +310,8 @@ class Decoder(layers.Backbone):
                 raise ValueError(f"{name} of shape {tuple(given.shape)}: expected the tokens', {(B, T)}")
         if cache is not None:
             self._check_cache(B, positions_BT, documents_BT, cache, rows_B)
-        if segments is not None:
-            self._check_segments(documents_BT, segments)
+        if bounds is not None:
+            self._check_bounds(documents_BT, bounds)
 
         index_T = torch.arange(T, device=tokens_BT.device)
         mask = None
@@ -319,8 +319,8 @@ class Decoder(layers.Backbone):
             where = (torch.arange(B, device=index_T.device) if rows_B is None else rows_B)[:, None], positions_BT
             mask = self._additive(torch.arange(cache.k.shape[2], device=index_T.device) <= positions_BT[:, :, None])
         elif documents_BT is not None:
-            if varlen.runs(segments, self.varlen, self.dtype, self.config.head_dim):
-                mask = segments
+            if varlen.runs(bounds, self.varlen, self.dtype, self.config.head_dim):
+                mask = bounds
             else:
                 same_BTT = documents_BT[:, :, None] == documents_BT[:, None, :]
                 mask = self._additive(same_BTT & (index_T[:, None] >= index_T))
@@ -343,13 +343,13 @@ class Decoder(layers.Backbone):
         mask = torch.zeros(visible_BTL.shape, dtype=self.dtype, device=visible_BTL.device)
         return mask.masked_fill_(~visible_BTL, -math.inf).repeat(1, groups, 1)[:, None]
 
-    def _check_segments(self, documents_BT: Tensor | None, segments: varlen.Segments) -> None:
+    def _check_bounds(self, documents_BT: Tensor | None, bounds: varlen.Bounds) -> None:
         if documents_BT is None:
-            raise ValueError("segments without documents_BT: expected both, or documents_BT alone")
+            raise ValueError("bounds without documents_BT: expected both, or documents_BT alone")
         if documents_BT.device.type == "cpu":
-            starts, longest = varlen.segments_of(documents_BT)
-            if longest != segments.longest or not torch.equal(starts, segments.starts):
-                raise ValueError("segments are not those of documents_BT; expected varlen.segments_of(documents_BT)")
+            wanted = varlen.bounds_of(documents_BT)
+            if wanted.max_seqlen != bounds.max_seqlen or not torch.equal(wanted.cu_seqlens, bounds.cu_seqlens):
+                raise ValueError("bounds are not those of documents_BT; expected varlen.bounds_of(documents_BT)")
 
     def _check_cache(self, B: int, positions: Tensor | None, documents: Tensor | None, cache: KVCache, rows) -> None:
         if torch.is_grad_enabled():

@@ -1,8 +1,8 @@
 """Attention within each document of packed rows, through torch.nn.attention.varlen.
 
-It runs FlashAttention (Dao, "FlashAttention-2", 2023) over a table of segments and computes no score between two
+It runs FlashAttention (Dao, "FlashAttention-2", 2023) over a list of lengths and computes no score between two
 documents, where a mask has all of a row's computed and most thrown away. torch has it from 2.10 on, on CUDA alone.
-Shapes in names as in model/decoder.py.
+Shapes in names as in model/decoder.py; S documents in all rows together.
 """
 
 import functools
@@ -12,21 +12,22 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 DTYPES = (torch.bfloat16, torch.float16)
 WIDEST = 192  # heads: above it FlashAttention's backward runs on some devices alone
 
 
-class Segments(NamedTuple):
-    """Where the documents of packed rows begin and end. All tokens are in one, padding too, and none in two rows."""
+class Bounds(NamedTuple):
+    """Where the documents of packed rows begin and end, in FlashAttention's terms. A row's padding is one, too."""
 
-    starts: Tensor  # [S + 1] int32, on the tokens' device: first tokens in the flattened rows, then how many tokens
-    longest: int  # tokens of the longest
+    cu_seqlens: Tensor  # [S + 1] int32, on the tokens' device: the first token of each in the flattened rows, and B * T
+    max_seqlen: int  # tokens of the longest
 
 
-def segments_of(documents_BT: Tensor) -> Segments:
-    """The segments, one a run of equal numbers in a row, of documents on the CPU: on a device it would wait for them.
+def bounds_of(documents_BT: Tensor) -> Bounds:
+    """Those of documents numbered as for a Decoder. Both are on the CPU: a device would have to be waited for.
 
     Raises ValueError where a number comes back within its row: a mask would join the two runs."""
     first = torch.ones_like(documents_BT, dtype=torch.bool)
@@ -34,19 +35,18 @@ def segments_of(documents_BT: Tensor) -> Segments:
     row, at = first.nonzero(as_tuple=True)
     if len(set(zip(row.tolist(), documents_BT[row, at].tolist(), strict=True))) < len(row):
         raise ValueError("a document of packed rows lies in two pieces; expected equal numbers side by side")
-    total = torch.tensor([documents_BT.numel()])
-    starts = torch.cat((row * documents_BT.shape[1] + at, total))
-    return Segments(starts.int(), int(starts.diff().max()))
+    cu_seqlens = F.pad(row * documents_BT.shape[1] + at, (0, 1), value=documents_BT.numel())
+    return Bounds(cu_seqlens.int(), int(cu_seqlens.diff().max()))
 
 
-def runs(segments: Segments | None, allowed: bool, dtype: torch.dtype, head_dim: int) -> bool:
+def runs(bounds: Bounds | None, allowed: bool, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether packed rows go through ``attend``, not a mask. What is chosen, and why, is logged once."""
-    if segments is None:
-        why = "their segments are not given"
+    if bounds is None:
+        why = "their bounds are not given"
     elif not allowed:
         why = "the model's varlen is False"
     else:
-        why = lacking(segments.starts.device, dtype, head_dim)
+        why = lacking(bounds.cu_seqlens.device, dtype, head_dim)
     _log(why)
     return not why
 
@@ -88,8 +88,8 @@ def operation() -> tuple[Callable, bool] | None:
     return None
 
 
-def attend(q_BTHK: Tensor, k_BTJK: Tensor, v_BTJK: Tensor, segments: Segments) -> Tensor:
-    """Causal attention within each segment, [B * T, H, K]. H is a multiple of J, and neighbours share keys."""
+def attend(q_BTHK: Tensor, k_BTJK: Tensor, v_BTJK: Tensor, bounds: Bounds) -> Tensor:
+    """Causal attention within each document, [B * T, H, K]. H is a multiple of J, neighbours share keys."""
     run, shares = operation()
     q, k, v = (x.flatten(0, 1) for x in (q_BTHK, k_BTJK, v_BTJK))
     groups, more = q.shape[1] // k.shape[1], {}
@@ -97,5 +97,5 @@ def attend(q_BTHK: Tensor, k_BTJK: Tensor, v_BTJK: Tensor, segments: Segments) -
         more = {"enable_gqa": True}
     elif groups > 1:
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-    starts, longest = segments
-    return run(q, k, v, starts, starts, longest, longest, **more)
+    cu_seqlens, max_seqlen = bounds
+    return run(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **more)

@@ -45,6 +45,7 @@ from schedules.commandline import alive
 LAST_WORDS = 8  # seconds between asking a part to stop and ending it
 LIMITS = dict(probes=60, claims=200, train=110, tests=180, paths=60, fot=100, peft=120, nanogpt=150)  # seconds
 TESTS = ("tests/kernels/test_gpu.py", "tests/kernels/test_ignored_rows.py", "tests/test_finetune_gsm8k_gpu.py")
+TESTS += ("tests/model/test_varlen.py",)
 
 
 def commands(args) -> dict[str, list[list[str]]]:

@@ -11,7 +11,8 @@ graph      linear_score, forward and backward, captured in a CUDA graph: its gra
 memory     linear_score over the head's products, in 300 MB and where one chunk is all
 fot        the sums of a sample of FoT's over 124 M parameters, torch's operations and the one kernel
 casts      Qwen3-0.6B's adapters of rank 64 from fp32 to bf16, each alone and all together
-attention  scaled_dot_product_attention of a shape seen before and of new ones, with cuDNN's and without
+attention  scaled_dot_product_attention of a shape seen before and of new ones, with cuDNN's and without; packed rows
+           of GSM8K's lengths at Qwen3-0.6B's heads, a layer, with a mask and with varlen_attn
 
 Every figure is a JSON line: probe, case, value, unit. A probe that fails has the reason and the next one begins. On a
 CPU the shapes are tiny, and the Triton kernels need TRITON_INTERPRET=1: it shows that the probes run, no more.
@@ -26,6 +27,7 @@ if not __package__:  # a file by its name finds no package
 import contextlib
 import json
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -35,12 +37,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from data.packing import Example, pack
 from kernels import dpsm, linear_score
 from kernels.bench import timing
 from kernels.bench.providers import ALPHA, MatrixProducts
 from kernels.bench.timing import HEADS, Shape
 from kernels.impl import choose_impl
 from kernels.moments import Stats, new_stats
+from model.decoder import Decoder, DecoderConfig
+from model.varlen import Bounds, bounds_of, lacking
 from races.common import add_limits, here_and_now, race_parser
 from schedules.commandline import alive
 
@@ -60,6 +65,17 @@ class Bench:
         repeats = 20 if self.cuda else 1
         times = timing.time_in_turns(jobs, self.device, repeats, queued=True)
         return {name: timing.median_ms(times, name) for name in jobs}
+
+    def host_us(self, job: Callable) -> float:
+        """What the host takes to launch it, the device idle before."""
+        seconds = []
+        for _ in range(50 if self.cuda else 2):
+            start = time.perf_counter()
+            job()
+            seconds.append(time.perf_counter() - start)
+            if self.cuda:
+                torch.cuda.synchronize()
+        return 1e6 * statistics.median(seconds)
 
     def logits(self, v: int, tied: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits and targets of a head's rows; ``tied``: the share of rows whose target ties with the maximum."""
@@ -141,14 +157,7 @@ def host(b: Bench) -> Figures:
         "torch, linear and cross-entropy": lambda h, w, y: F.cross_entropy(F.linear(h, w), y),
     }
     for case, loss in losses.items():
-        seconds = []
-        for _ in range(50 if b.cuda else 2):
-            start = time.perf_counter()
-            timing.run_once(loss, leaves, y)
-            seconds.append(time.perf_counter() - start)
-            if b.cuda:
-                torch.cuda.synchronize()
-        yield case, 1e6 * statistics.median(seconds), "us"
+        yield case, b.host_us(partial(timing.run_once, loss, leaves, y)), "us"
 
 
 def graph(b: Bench) -> Figures:
@@ -206,6 +215,37 @@ def attention(b: Bench) -> Figures:
                 yield f"{kind}, a new length", 1e3 * statistics.median(seconds), "ms"
         except RuntimeError as e:
             print(f"attention, {kind}: {e}".splitlines()[0], file=sys.stderr)
+    for length in (512, 1024) if b.cuda else (32,):
+        yield from packed(b, length)
+
+
+def packed(b: Bench, length: int) -> Figures:
+    """Layers that are attention and little else: 16 components beside the heads, and no positions. GSM8K's problems
+    have 206 of Qwen's tokens on average, most of them 120 to 337."""
+    heads, lengths, layers = ((16, 8, 128), (75, 337), 4) if b.cuda else ((4, 2, 8), (4, 12), 1)
+    shape = DecoderConfig(64, 16, 16, layers, *heads, length, model_type="smollm3", no_rope_layers=[0] * layers)
+    model, draw = Decoder(shape, b.dtype).to(b.device), random.Random(0)
+    rows = pack([Example("", [0] * draw.randint(*lengths), 1) for _ in range(length // 16)], length)
+    cu_seqlens, max_seqlen = bounds_of(rows.documents_RT)
+    tokens, documents, cu_seqlens = (t.to(b.device) for t in (rows.tokens_RT, rows.documents_RT, cu_seqlens))
+
+    def forward(varlen: bool) -> torch.Tensor:
+        model.varlen = varlen
+        return model(tokens, documents_BT=documents, bounds=Bounds(cu_seqlens, max_seqlen))
+
+    def step(varlen: bool) -> None:
+        forward(varlen).sum().backward()
+
+    kinds = {"mask": False, "varlen_attn": True}
+    if why := lacking(cu_seqlens.device, b.dtype, shape.head_dim):
+        print(f"attention, no varlen_attn: {why}", file=sys.stderr)
+        del kinds["varlen_attn"]
+    what = "{} x {} tokens, {} documents, {{}}".format(*tokens.shape, length // 16)
+    jobs = {f"{k}, {job.__name__}": partial(job, v) for k, v in kinds.items() for job in (forward, step)}
+    for case, value in b.ms(jobs).items():
+        yield what.format(case), value / layers, "ms a layer"
+    for case, job in jobs.items():
+        yield what.format(f"{case}, the host"), b.host_us(job) / layers, "us a layer"
 
 
 def memory(b: Bench) -> Figures:

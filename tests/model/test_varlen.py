@@ -1,6 +1,6 @@
 """Packed rows through varlen_attn are what a mask makes of them: hidden states, gradients, and which of the two runs.
 
-On a CPU a loop over the segments stands in for torch's, under the signatures it has had; `pytest -m gpu` has the real
+On a CPU a loop over the documents stands in for torch's, under the signatures it has had; `pytest -m gpu` has the real
 one.
 """
 
@@ -19,7 +19,7 @@ from eval.answers import hidden_at
 from model import varlen
 from model.decoder import Decoder, DecoderConfig
 from model.lora import LoRAConfig, add_lora
-from model.varlen import Segments, segments_of
+from model.varlen import Bounds, bounds_of
 
 T = 24
 # Beside each other, rows whose last and first documents have one number; a document that fills a row; documents of one
@@ -95,9 +95,9 @@ def tokens_of(documents):
     return torch.randint(97, documents.shape, generator=torch.Generator().manual_seed(1)).to(documents.device)
 
 
-def step(model, segments, documents=DOCUMENTS):
+def step(model, bounds, documents=DOCUMENTS):
     """Hidden states and gradients of a loss that every token has a share in."""
-    hidden = model(tokens_of(documents), documents_BT=documents, segments=segments)
+    hidden = model(tokens_of(documents), documents_BT=documents, bounds=bounds)
     weight = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2)).to(hidden)
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients = torch.autograd.grad((hidden * weight).sum(), trained, allow_unused=True)
@@ -116,10 +116,10 @@ def check_close(got, want):
 @pytest.mark.parametrize("family, shared", [("qwen3", 4), ("qwen3", 2), ("qwen3", 1), ("smollm3", 2), ("qwen2", 1)])
 def test_hidden_states_and_gradients_are_those_of_a_mask(had, family, shared):
     model = decoder(family, shared)
-    check_close(step(model, segments_of(DOCUMENTS)), step(model, None))
+    check_close(step(model, bounds_of(DOCUMENTS)), step(model, None))
     with torch.no_grad():
-        hidden = model(tokens_of(DOCUMENTS), documents_BT=DOCUMENTS, segments=segments_of(DOCUMENTS))
-    assert torch.equal(hidden, step(model, segments_of(DOCUMENTS))[0])
+        hidden = model(tokens_of(DOCUMENTS), documents_BT=DOCUMENTS, bounds=bounds_of(DOCUMENTS))
+    assert torch.equal(hidden, step(model, bounds_of(DOCUMENTS))[0])
 
 
 def test_adapters_and_recomputed_activations(had):
@@ -128,15 +128,15 @@ def test_adapters_and_recomputed_activations(had):
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
-    want, kept = step(model, None), step(model, segments_of(DOCUMENTS))
+    want, kept = step(model, None), step(model, bounds_of(DOCUMENTS))
     model.checkpoint_activations = True
-    again = step(model, segments_of(DOCUMENTS))
+    again = step(model, bounds_of(DOCUMENTS))
     check_close(kept, want)
     assert len(again[1]) == len(kept[1]) == 2 * 2 * 7
     assert all(torch.equal(a, b) for a, b in zip((again[0], *again[1]), (kept[0], *kept[1]), strict=True))
 
 
-def test_packed_examples_come_with_their_segments(had, monkeypatch):
+def test_packed_examples_come_with_their_bounds(had, monkeypatch):
     """``hidden_at``, which training and every evaluation go through, of all rows and of some."""
     asked = []
     attend = varlen.attend
@@ -147,17 +147,17 @@ def test_packed_examples_come_with_their_segments(had, monkeypatch):
         got = hidden_at(model, part, torch.arange(part.tokens_RT.numel()), cpu)
         want = model(part.tokens_RT, documents_BT=part.documents_RT).flatten(0, 1)
         torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
-    assert [a.starts.tolist() for a in asked[::2]] == [[0, 30, 31, 32, 49, 58, 62, 64, 73, 96], [0, 17, 26, 30, 32]]
-    assert [a.longest for a in asked[::2]] == [30, 17]
+    assert [a.cu_seqlens.tolist() for a in asked[::2]] == [[0, 30, 31, 32, 49, 58, 62, 64, 73, 96], [0, 17, 26, 30, 32]]
+    assert [a.max_seqlen for a in asked[::2]] == [30, 17]
 
 
-def test_segments_are_runs_within_rows():
-    starts, longest = segments_of(DOCUMENTS)
-    assert starts.tolist() == [0, 24, 34, 35, 48, 51, 56, 57, 64, 72, 84, 96, 120] and starts.dtype == torch.int32
-    assert longest == 24
-    assert segments_of(torch.tensor([[5]])).starts.tolist() == [0, 1]
+def test_bounds_are_those_of_runs_within_rows():
+    cu_seqlens, max_seqlen = bounds_of(DOCUMENTS)
+    assert cu_seqlens.tolist() == [0, 24, 34, 35, 48, 51, 56, 57, 64, 72, 84, 96, 120]
+    assert cu_seqlens.dtype == torch.int32 and max_seqlen == 24
+    assert bounds_of(torch.tensor([[5]])).cu_seqlens.tolist() == [0, 1]
     with pytest.raises(ValueError, match="in two pieces; expected equal numbers side by side"):
-        segments_of(torch.tensor([[0, 0, 1], [0, 1, 0]]))
+        bounds_of(torch.tensor([[0, 0, 1], [0, 1, 0]]))
 
 
 # ---------------------------------------------------------------- which of the two runs
@@ -168,27 +168,27 @@ def said(caplog) -> list[str]:
 
 
 def test_without_varlen_attn_nothing_changes_and_the_choice_is_logged_once(caplog, monkeypatch):
-    """On a CPU, where the model is told not to, and without segments: the bits of a mask."""
+    """On a CPU, where the model is told not to, and without bounds: the bits of a mask."""
     put(monkeypatch)
     caplog.set_level(logging.INFO, "scorecast")
-    model, segments = decoder(), segments_of(DOCUMENTS)
+    model, bounds = decoder(), bounds_of(DOCUMENTS)
     want = step(model, None)
-    made = [step(model, segments) for _ in range(2)]
+    made = [step(model, bounds) for _ in range(2)]
     monkeypatch.setattr(varlen, "lacking", cache(lambda *of: ""))
     monkeypatch.setattr(model, "varlen", False)
-    made.append(step(model, segments))
+    made.append(step(model, bounds))
     for got in made:
         assert all(torch.equal(a, b) for a, b in zip((got[0], *got[1]), (want[0], *want[1]), strict=True))
     assert said(caplog) == [
         f"packed rows: attention with a mask ({why})"
-        for why in ("their segments are not given", "tensors are on cpu", "the model's varlen is False")
+        for why in ("their bounds are not given", "tensors are on cpu", "the model's varlen is False")
     ]
 
 
 def test_that_it_runs_is_logged_once(had, caplog):
     caplog.set_level(logging.INFO, "scorecast")
     for _ in range(2):
-        step(decoder(), segments_of(DOCUMENTS))
+        step(decoder(), bounds_of(DOCUMENTS))
     assert said(caplog) == ["packed rows: attention within documents (varlen_attn)"]
 
 
@@ -226,14 +226,18 @@ def test_the_installed_torch_takes_the_call():
     inspect.signature(run.func).bind(*range(7), **run.keywords, **more)
 
 
-def test_segments_that_cannot_be_meant_are_one_line():
+def test_bounds_that_cannot_be_meant_are_one_line():
     model, tokens = decoder(), tokens_of(DOCUMENTS)
-    starts, longest = segments_of(DOCUMENTS)
-    with pytest.raises(ValueError, match="segments without documents_BT: expected both"):
-        model(tokens, segments=Segments(starts, longest))
-    for wrong in (Segments(starts[:-1], longest), Segments(starts, longest - 1), segments_of(DOCUMENTS.flip(0))):
-        with pytest.raises(ValueError, match="segments are not those of documents_BT"):
-            model(tokens, documents_BT=DOCUMENTS, segments=wrong)
+    cu_seqlens, max_seqlen = bounds_of(DOCUMENTS)
+    with pytest.raises(ValueError, match="bounds without documents_BT: expected both"):
+        model(tokens, bounds=Bounds(cu_seqlens, max_seqlen))
+    for wrong in (
+        Bounds(cu_seqlens[:-1], max_seqlen),
+        Bounds(cu_seqlens, max_seqlen - 1),
+        bounds_of(DOCUMENTS.flip(0)),
+    ):
+        with pytest.raises(ValueError, match="bounds are not those of documents_BT"):
+            model(tokens, documents_BT=DOCUMENTS, bounds=wrong)
 
 
 # ---------------------------------------------------------------- torch's own, on a device
@@ -255,8 +259,8 @@ class TestOnADevice:
         return calls
 
     def here(self, documents):
-        starts, longest = segments_of(documents)
-        return documents.cuda(), Segments(starts.cuda(), longest)
+        cu_seqlens, max_seqlen = bounds_of(documents)
+        return documents.cuda(), Bounds(cu_seqlens.cuda(), max_seqlen)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
     @pytest.mark.parametrize("head_dim", [64, 128])
@@ -273,10 +277,10 @@ class TestOnADevice:
         exact = decoder(family, shared, torch.float32, head_dim).cuda()
         model = Decoder(exact.config, dtype).cuda()
         model.load_state_dict(exact.state_dict())
-        documents, segments = self.here(documents)
+        documents, bounds = self.here(documents)
         want, masked = step(exact, None, documents), step(model, None, documents)
         assert not attended
-        got = step(model, segments, documents)
+        got = step(model, bounds, documents)
         assert len(attended) == 2
         for a, b, c in zip((got[0], *got[1]), (masked[0], *masked[1]), (want[0], *want[1]), strict=True):
             ours, theirs = ((x.float() - c).norm() / c.norm() for x in (a, b))

@@ -90,6 +90,14 @@ def test_probes_of_the_kernels_run(capsys):
     assert {"V=130, 1% tied", "V=258, of a copy", "V=130, rescale by 1", "V=258, gradient"} <= cases
 
 
+def test_packed_rows_are_probed_with_a_mask_where_there_is_no_varlen_attn(capsys):
+    assert probes.main(["--device", "cpu", "--only", "attention"]) == 0
+    said = capsys.readouterr()
+    assert "attention, no varlen_attn: tensors are on cpu\n" in said.err
+    cases = {row["case"] for row in map(json.loads, said.out.splitlines())}
+    assert {f"1 x 24 tokens, 2 documents, mask, {job}" for job in ("forward", "step", "step, the host")} <= cases
+
+
 @pytest.mark.parametrize("command, flags", [(probes, ["--only", "tie"]), (device, ["--only", "clams", "--out", "x"])])
 def test_unknown_names_are_one_line(command, flags, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
