@@ -13,10 +13,9 @@ folder; `python -m eval.gsm8k runs/A/outputs.jsonl runs/B/outputs.jsonl` compare
 import hashlib
 import json
 import math
-import re
 import statistics
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -35,6 +34,7 @@ from runtime import optim
 from runtime.cli import opt, parse_config, user_errors
 from runtime.flags import alpha_of, flag, knobs, without_fisher
 from runtime.folder import RunFolder
+from runtime.graph import Replayed, check_graph
 from runtime.machine import start_world, to_device
 from runtime.meter import Meter
 from runtime.process import command
@@ -42,6 +42,8 @@ from schedules import averaged, rule_reads
 
 # For the gate alone one in so many of the prompt's targets will do: their head costs as much as the answer's.
 THIN = 8
+# With --cuda-graph rows, their targets and their documents are padded to multiples of it, so that shapes come again.
+RECUR = 256
 
 # ----------------------------------------------------------------------------------------------
 # config
@@ -137,6 +139,7 @@ class Config:
     kernels: str = flag("kernels")
     head_memory: int = flag("head_memory")
     checkpoint_activations: bool = flag("checkpoint_activations")
+    cuda_graph: bool = flag("cuda_graph")
     wandb: str = flag("wandb")
     track: str = flag("track")
 
@@ -145,21 +148,16 @@ def check(cfg: Config, world) -> None:
     """Raises ValueError, one line, for flags that do not go together."""
     world.check(cfg)
     optim.check_optimizer(cfg, world.device)
+    check_graph(cfg, world)
     if (given := without_fisher(cfg)) and "gate" in rule_reads(cfg.schedule, cfg.fot_parts):
         reads = f"--schedule {cfg.schedule} reads a Fisher that {given} has not"
         raise ValueError(f"{reads}; leave gate out of fot's --fot-parts")
-    if cfg.samples and max(ks(cfg)) > cfg.samples:
-        raise ValueError(f"--k {cfg.k}: pass@{max(ks(cfg))} needs as many --samples, which are {cfg.samples}")
+    if cfg.samples and max(answers.ks(cfg.k)) > cfg.samples:
+        raise ValueError(f"--k {cfg.k}: pass@{max(answers.ks(cfg.k))} needs as many --samples, which are {cfg.samples}")
     if cfg.method_comparison and not Path(cfg.method_comparison).parent.is_dir():
         raise ValueError(f"--method-comparison {cfg.method_comparison}: there is no folder for it")
     if cfg.samples and not cfg.temperature:
         raise ValueError(f"--samples {cfg.samples} at --temperature 0 would all be the greedy answer")
-
-
-def ks(cfg: Config) -> list[int]:
-    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", cfg.k):
-        raise ValueError(f"--k {cfg.k!r}: expected whole numbers above 0, separated by commas")
-    return [int(k) for k in cfg.k.split(",")]
 
 
 # ----------------------------------------------------------------------------------------------
@@ -196,9 +194,8 @@ def main(argv: list[str] | None = None) -> int:
         test_rows = pack(tested, cfg.seq_len, pad_id=prompter.end) if tested else None
         data_hash = hashlib.sha256(json.dumps([train, held]).encode()).hexdigest()
         if checkpoint and checkpoint["data_hash"] != data_hash:
-            raise ValueError(
-                f"--resume: {cfg.data} or the tokenizer of {cfg.model} is not what {out} was trained on; restore it"
-            )
+            changed = f"{cfg.data} or the tokenizer of {cfg.model}"
+            raise ValueError(f"--resume: {changed} is not what {out} was trained on; restore it")
 
         # -- model: frozen base, adapters in fp32, activations in dtype ------------------------
         with world.main_first():
@@ -276,7 +273,7 @@ def main(argv: list[str] | None = None) -> int:
         sets = {"val": heldout_rows, "test": test_rows}
         how = dict(pieces=run.pieces(f"{folder.name} {cfg.report} {meter.step}"), impl=cfg.kernels, train=train)
         sure, bins = answers.solutions(model, sets, cfg.loss_on, cfg.micro_batch, world, **how)
-        drawn = dict(samples=cfg.samples, temperature=cfg.temperature, seed=cfg.seed, k=ks(cfg))
+        drawn = dict(samples=cfg.samples, temperature=cfg.temperature, seed=cfg.seed, k=answers.ks(cfg.k))
         with user_errors():
             subject = (lora.merged(model) if cfg.merge else model).eval()
             return answers.examine(subject, test, prompter, folder, world, **writing, **drawn) | sure, bins
@@ -326,11 +323,22 @@ def main(argv: list[str] | None = None) -> int:
     plan |= dict(rows=min(cfg.micro_batch, math.ceil(len(first) / world.size)), flops=flops)
     if meter.dry_run(cfg, model, partial(answers.forwards, model, heldout_rows, cfg.loss_on), **plan):
         return run.finish(0)
+
+    def micro_step(at_N, y_N, denominator, *placed, **how):
+        """Forward and backward of packed rows: their part of the step's loss, 0-d, and their targets' Moments."""
+        predicted = answers.hidden_of(trained, *placed, at_N), model.head_weight, y_N
+        loss, moments = linear_score(*predicted, score, denominator=denominator, **scoring, **how)
+        loss = loss + unigram.term(*predicted, denominator=denominator)
+        loss.backward()
+        return loss.detach(), moments
+
+    replayed = Replayed(micro_step, trainable, baked=lambda: unigram.share) if cfg.cuda_graph else None
     meter.start(validate)
     while meter.running:
         step = meter.step
         batch = [train[i] for i in batch_indices(len(train), step, cfg.batch, cfg.seed)]  # a function of the step
-        rows, size = pack(batch[mine], cfg.seq_len, pad_id=prompter.end), cfg.micro_batch
+        how = dict(multiple=RECUR) if replayed else {}
+        rows, size = pack(batch[mine], cfg.seq_len, pad_id=prompter.end, **how), cfg.micro_batch
         count = sum(e.targets(cfg.loss_on) for e in batch)  # the global batch's targets
         room += torch.tensor([rows.targets_RT.numel(), rows.targets_RT.numel() - rows.tokens])
         alpha.fill_(alpha_of(cfg, step, unigram.share))
@@ -346,24 +354,22 @@ def main(argv: list[str] | None = None) -> int:
         segments = (logged and cfg.segment_rms) or rule.weighs_blocks
         if segments:
             lora.segment_rms(model)  # begins anew: both readers want this step's alone
+        run_micro, multiple = (replayed, RECUR) if replayed and not (probe or segments) else (micro_step, 1)
         fisher = answers.SegmentFisher(device)
         # The loss is the sum over the global batch's targets divided by their number. DDP averages gradients over
         # ranks, hence the world size.
         denominator = to_device(torch.tensor(count / world.size), device)
         for i in range(0, len(rows), size):
             part = rows[i : i + size]
-            at, y, answer, inside = (to_device(x, device) for x in part.seen(cfg.loss_on, prompt=probe, thin=thin))
+            seen = part.seen(cfg.loss_on, prompt=probe, thin=thin).padded(multiple)
+            at, y, answer, inside = (to_device(x, device) for x in seen)
             if cfg.segment_rms or by_block:
                 lora.set_segments(model, part.answer_RT if segments else None)
             with optim.meeting(trained, i + size >= len(rows)):
-                hidden = answers.hidden_at(trained, part, at, device)
-                predicted = hidden, model.head_weight, y
                 how = dict(weights=inside.float(), fisher=True) if probe else {}
-                loss, moments = linear_score(*predicted, score, denominator=denominator, **scoring, **how)
-                loss = loss + unigram.term(*predicted, denominator=denominator)
-                loss.backward()
+                loss, moments = run_micro(at, y, denominator, *answers.placed(part, device, multiple), **how)
             fisher.add(moments.fisher, answer)
-            moments.valid = moments.valid & inside
+            moments = replace(moments, valid=moments.valid & inside)
             meter.add(loss, moments)
             nll = -moments.log_p.where(moments.valid, 0).sum()
             tested = len(part.positions(cfg.loss_on)) / count if measured and i == 0 else None
@@ -435,11 +441,8 @@ def adapt(model, cfg: Config, checkpoint: dict | None) -> None:
     elif cfg.adapter:
         lora_hub.load_adapter(model, cfg.adapter, cfg.model)
     else:
-        chosen = lora.TARGETS if cfg.targets == "all" else tuple(cfg.targets.split(","))
-        if re.search(r"[^\w,]", cfg.targets):
-            chosen = cfg.targets  # a regex
-        how = dict(rslora=cfg.rslora, init=cfg.lora_init)
-        lora.add_lora(model, lora.LoRAConfig(cfg.rank, cfg.lora_alpha, cfg.lora_dropout, chosen, **how))
+        how = dict(targets=lora.targets_of(cfg.targets), rslora=cfg.rslora, init=cfg.lora_init)
+        lora.add_lora(model, lora.LoRAConfig(cfg.rank, cfg.lora_alpha, cfg.lora_dropout, **how))
 
 
 if __name__ == "__main__":

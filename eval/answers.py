@@ -6,6 +6,7 @@ The answers are made in one stream, kept as they end, and graded by every rule. 
 
 import hashlib
 import math
+import re
 import shlex
 import time
 from collections import defaultdict
@@ -34,12 +35,25 @@ from model.varlen import Bounds, bounds_of
 from runtime.machine import World, to_device
 
 
-def hidden_at(model, part: Rows, at_N: Tensor, device: torch.device) -> Tensor:
-    """Hidden states [N, D] at the places ``at_N`` of the flattened rows."""
-    tokens, documents = (to_device(t, device) for t in (part.tokens_RT, part.documents_RT))
-    cu_seqlens, max_seqlen = bounds_of(part.documents_RT)  # on the host, which need not wait for the device
-    hidden = model(tokens, documents_BT=documents, bounds=Bounds(to_device(cu_seqlens, device), max_seqlen))
+def placed(part: Rows, device: torch.device, multiple: int = 1) -> tuple[Tensor, Tensor, Tensor, int]:
+    """What a Decoder reads of packed rows, on ``device``: tokens [R, T], documents [R, T], and the documents' bounds,
+    `model.varlen.Bounds`, of a length that is a ``multiple``; above 1 the row's length stands for the longest's."""
+    bounds = bounds_of(part.documents_RT)  # on the host, which need not wait for the device
+    if multiple > 1:
+        bounds = bounds.padded(multiple, part.tokens_RT.shape[1])
+    held = (to_device(x, device) for x in (part.tokens_RT, part.documents_RT, bounds.cu_seqlens))
+    return *held, bounds.max_seqlen
+
+
+def hidden_of(model, tokens_RT, documents_RT, cu_seqlens, max_seqlen: int, at_N: Tensor) -> Tensor:
+    """Hidden states [N, D] at the places ``at_N`` of the flattened rows, which are ``placed``."""
+    hidden = model(tokens_RT, documents_BT=documents_RT, bounds=Bounds(cu_seqlens, max_seqlen))
     return hidden.flatten(0, 1).index_select(0, at_N)
+
+
+def hidden_at(model, part: Rows, at_N: Tensor, device: torch.device) -> Tensor:
+    """The same of rows on the CPU."""
+    return hidden_of(model, *placed(part, device), at_N)
 
 
 def forwards(model: Decoder, heldout: Rows, loss_on: str, rows: int, world: World):
@@ -69,6 +83,13 @@ def solutions(
     counts = {name: -(-len(part) // (rows * world.size)) for name, part in there.items()}
     how = dict(pieces=pieces, counts=counts, text=targets_of(train, loss_on), impl=impl)
     return final_metrics(model, made, world, **how)
+
+
+def ks(text: str) -> list[int]:
+    """The k of pass@k that ``text`` names. Raises ValueError, one line, for anything else."""
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
+        raise ValueError(f"--k {text!r}: expected whole numbers above 0, separated by commas")
+    return [int(k) for k in text.split(",")]
 
 
 class SegmentFisher:

@@ -312,6 +312,13 @@ class LoRALinear(nn.Module):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
+def targets_of(text: str) -> str | tuple[str, ...]:
+    """The ``targets`` of a LoRAConfig that a flag names: "all", names of layers with commas between, or a regex."""
+    if re.search(r"[^\w,]", text):
+        return text
+    return TARGETS if text == "all" else tuple(text.split(","))
+
+
 def load_base(
     folder_or_hub_id: str | os.PathLike,
     base: str = "bf16",

@@ -23,7 +23,12 @@ class Bounds(NamedTuple):
     """Where the documents of packed rows begin and end, in FlashAttention's terms. A row's padding is one, too."""
 
     cu_seqlens: Tensor  # [S + 1] int32, on the tokens' device: the first token of each in the flattened rows, and B * T
-    max_seqlen: int  # tokens of the longest
+    max_seqlen: int  # tokens of the longest, or more
+
+    def padded(self, multiple: int, max_seqlen: int) -> "Bounds":
+        """With documents of no token up to the next multiple, so that shapes recur, as a CUDA graph needs it."""
+        n = -len(self.cu_seqlens) % multiple
+        return Bounds(torch.cat((self.cu_seqlens, self.cu_seqlens[-1:].expand(n))), max_seqlen)
 
 
 def bounds_of(documents_BT: Tensor) -> Bounds:

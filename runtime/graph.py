@@ -33,12 +33,13 @@ def capture(run: Callable[[], object], pool) -> tuple[object, Callable[[], None]
 
 
 class Replayed:
-    """``step(*tensors)``, which adds to the gradients of ``parameters``, with the same results and fewer launches.
+    """``step(*inputs)``, which adds to the gradients of ``parameters``, with the same results and fewer launches.
 
-    Inputs of new shapes are given to ``step`` as they are; when the same shapes come again it is captured, and from
-    then on replayed. What it returns is overwritten by the next call. ``step`` must not wait for the device, nor read
-    numbers of the host that change, but for those that ``baked`` gives: where they have changed, what was captured is
-    dropped. Every parameter has a gradient from then on, 0 where ``step`` gives it none."""
+    Tensors of new shapes are given to ``step`` as they are; when the same shapes come again, with the same of what is
+    no tensor, it is captured, and from then on replayed. What it returns is overwritten by the next call. ``step`` must
+    not wait for the device, nor read numbers of the host that change, but for those that ``baked`` gives: where they
+    have changed, what was captured is dropped. Every parameter has a gradient from then on, 0 where ``step`` gives it
+    none."""
 
     def __init__(
         self,
@@ -52,19 +53,21 @@ class Replayed:
         self.seen, self.numbers = {}, baked()
         self.pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
 
-    def __call__(self, *tensors: Tensor):
+    def __call__(self, *inputs):
         if self.numbers != (numbers := self.baked()):
             self.seen, self.numbers = {}, numbers
-        key = tuple((x.shape, x.dtype) for x in tensors)
+        key = tuple((x.shape, x.dtype) if isinstance(x, Tensor) else x for x in inputs)
         if key not in self.seen:
             self.seen[key] = None
-            return self.step(*tensors)
+            return self.step(*inputs)
         self._hold_gradients()
         if self.seen[key] is None:
-            inputs = [x.clone() for x in tensors]
-            self.seen[key] = inputs, *capture(lambda: self.step(*inputs), self.pool)
-        inputs, outputs, replay = self.seen[key]
-        torch._foreach_copy_(inputs, list(tensors))
+            places = [x.clone() if isinstance(x, Tensor) else x for x in inputs]
+            self.seen[key] = places, *capture(lambda: self.step(*places), self.pool)
+        places, outputs, replay = self.seen[key]
+        for place, x in zip(places, inputs, strict=True):
+            if isinstance(place, Tensor):
+                place.copy_(x, non_blocking=True)
         replay()
         return outputs
 

@@ -35,7 +35,7 @@ DOCUMENTS[2, 16:] = DOCUMENTS[4] = -1
 def loop(q, k, v, starts, starts_k, most, most_k, causal):
     assert starts is starts_k and starts.dtype == torch.int32 and starts[0] == 0 and starts[-1] == len(q) == len(k)
     lengths = starts.diff().tolist()
-    assert min(lengths) >= 1 and most == most_k >= max(lengths)
+    assert min(lengths) >= 0 and most == most_k >= max(lengths)
     parts = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in (q, k, v)), strict=True)
     made = [F.scaled_dot_product_attention(*part, is_causal=causal, enable_gqa=True) for part in parts]
     return torch.cat(made, dim=1).transpose(0, 1)
@@ -120,6 +120,13 @@ def test_hidden_states_and_gradients_are_those_of_a_mask(had, family, shared):
     with torch.no_grad():
         hidden = model(tokens_of(DOCUMENTS), documents_BT=DOCUMENTS, bounds=bounds_of(DOCUMENTS))
     assert torch.equal(hidden, step(model, bounds_of(DOCUMENTS))[0])
+
+
+def test_documents_of_no_token_change_nothing(had):
+    bounds = bounds_of(DOCUMENTS).padded(16, T)
+    assert len(bounds.cu_seqlens) == 16 and bounds.cu_seqlens[-1] == DOCUMENTS.numel()
+    check_close(step(decoder(), bounds), step(decoder(), None))
+    assert bounds_of(DOCUMENTS).padded(1, T).cu_seqlens.diff().min() > 0
 
 
 def test_adapters_and_recomputed_activations(had):
