@@ -11,6 +11,7 @@ graph      linear_score, forward and backward, captured in a CUDA graph: its gra
 memory     linear_score over the head's products, in 300 MB and where one chunk is all
 fot        the sums of a sample of FoT's over 124 M parameters, torch's operations and the one kernel
 casts      Qwen3-0.6B's adapters of rank 64 from fp32 to bf16, each alone and all together
+replay     forward and backward of the scripts' micro-batches, as they are and as CUDA graphs
 attention  scaled_dot_product_attention of a shape seen before and of new ones, with cuDNN's and without; packed rows
            of GSM8K's lengths at Qwen3-0.6B's heads, a layer, with a mask and with varlen_attn
 
@@ -45,8 +46,12 @@ from kernels.bench.timing import HEADS, Shape
 from kernels.impl import choose_impl
 from kernels.moments import Stats, new_stats
 from model.decoder import Decoder, DecoderConfig
+from model.gpt2 import GPT2, SIZES, GPT2Config
+from model.layers import Linear
+from model.lora import LoRAConfig, NF4Linear, add_lora
 from model.varlen import Bounds, bounds_of, lacking
 from races.common import add_limits, here_and_now, race_parser
+from runtime.graph import Replayed
 from schedules.commandline import alive
 
 TINY = {"gpt2": Shape(4, 130, 32), "qwen3": Shape(4, 258, 32)}
@@ -297,7 +302,61 @@ def casts(b: Bench) -> Figures:
         yield f"{case}, the host", 1e3 * statistics.median(seconds), "ms"
 
 
-PROBES = {f.__name__: f for f in (ceilings, ties, passes, host, graph, memory, fot, casts, attention)}
+def replay(b: Bench) -> Figures:
+    """Micro-batches as the scripts have them, each as it is and as `runtime.graph.Replayed` has it."""
+    for case, (model, tokens) in models(b).items():
+        if case.endswith("NF4"):
+            add_lora(model, LoRAConfig(64))
+        trained = [p for p in model.parameters() if p.requires_grad]
+        targets, alpha = tokens.flatten(), torch.full((), ALPHA, device=b.device)
+        score, denominator = dpsm(alpha), torch.full((), float(tokens.numel()), device=b.device)
+
+        def step(tokens, targets, model=model, score=score, denominator=denominator):
+            hidden = model(tokens).flatten(0, 1)
+            loss, moments = linear_score(hidden, model.head_weight, targets, score, denominator=denominator)
+            loss.backward()
+            return loss.detach(), moments
+
+        jobs = {"as it is": step} | ({"replayed": Replayed(step, trained)} if b.cuda else {})
+        for how, job in jobs.items():
+            for _ in range(3):  # what is replayed is captured in the second
+                job(tokens, targets)
+            run = partial(job, tokens, targets)
+            yield f"{case}, {how}", b.ms({how: run})[how], "ms"
+            yield f"{case}, {how}, the host", b.host_us(run), "us"
+            if b.cuda:
+                times = timing.time_in_turns({how: run}, b.device, 20)
+                yield f"{case}, {how}, with the host's lead", timing.median_ms(times, how), "ms"
+
+
+def models(b: Bench) -> dict[str, tuple[torch.nn.Module, torch.Tensor]]:
+    """Models on the device, with the tokens [B, T] of a micro-batch. Weights are drawn there, which takes no time."""
+    shapes = {"nano": (16, 128, 4096), "mini": (16, 256, 8192), "gpt2": (16, 1024, 50257)}
+    wide = (151936, 1024, 3072, 28, 16, 8, 128) if b.cuda else (130, 64, 64, 1, 2, 1, 32)
+    found = {}
+    with torch.device("meta"):
+        for name, (rows, length, vocab) in shapes.items() if b.cuda else [("pico", (2, 16, 100))]:
+            shape = GPT2Config(vocab_size=vocab, block_size=length, **SIZES[name])
+            found[f"GPT-2 {name}, {rows} x {length}"] = GPT2(shape, b.dtype), (rows, length)
+        decoder = Decoder(DecoderConfig(*wide, tie_word_embeddings=True), b.dtype).to(b.dtype)
+        rows, length = (8, 512) if b.cuda else (2, 16)
+    for case, (model, size) in found.items():
+        found[case] = drawn(model, b), torch.randint(model.config.vocab_size, size, device=b.device)
+    for path, layer in [*drawn(decoder, b).named_modules()]:
+        if isinstance(layer, Linear):
+            decoder.set_submodule(path, NF4Linear(layer.weight.detach()))
+    tokens = torch.randint(wide[0], (rows, length), device=b.device)
+    return found | {f"Qwen3-0.6B's shape, {rows} x {length}, NF4": (decoder, tokens)}
+
+
+@torch.no_grad()
+def drawn(model: torch.nn.Module, b: Bench) -> torch.nn.Module:
+    for p in model.to_empty(device=b.device).parameters():
+        p.normal_(0, 0.02) if p.ndim > 1 else p.fill_(1)
+    return model
+
+
+PROBES = {f.__name__: f for f in (ceilings, ties, passes, host, graph, memory, fot, casts, attention, replay)}
 
 
 @alive()
