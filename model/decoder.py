@@ -21,12 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from model import layers, varlen
+from model import layers
 from model.layers import Embedding, KVCache, Linear
+from model.varlen import Bounds, attend_within, bounds_of, choose_varlen
 from schedules.textlines import shown
 
 # What a token sees: 0 and -inf by position, the tokens before it in its document, or all before it in its row.
-Mask = Tensor | varlen.Bounds | None
+Mask = Tensor | Bounds | None
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 # What rope_scaling holds beside rope_type: needed, and known.
 ROPE = {
@@ -193,8 +194,8 @@ class Attention(nn.Module):
             k_cache, v_cache, where, rows_B = slot
             k_cache[where], v_cache[where] = k_BTJK, v_BTJK
             k_BTJK, v_BTJK = (k_cache, v_cache) if rows_B is None else (k_cache[rows_B], v_cache[rows_B])
-        if isinstance(mask, varlen.Bounds):
-            return self.o_proj(varlen.attend(q_BTHK, k_BTJK, v_BTJK, mask).reshape(B, T, -1))
+        if isinstance(mask, Bounds):
+            return self.o_proj(attend_within(q_BTHK, k_BTJK, v_BTJK, mask).reshape(B, T, -1))
         k_BJLK, v_BJLK = k_BTJK.transpose(1, 2), v_BTJK.transpose(1, 2)
         J = k_BJLK.shape[1]
         if mask is None:
@@ -244,7 +245,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Mask, slot: tuple | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, slot: tuple | None) -> Tensor:
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos, sin, mask, slot)
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
 
@@ -252,7 +253,7 @@ class Block(nn.Module):
 class Decoder(layers.Backbone):
     """A decoder as a layers.Backbone: without a loss. Whoever puts dropout into a layer sets ``draws_random``.
 
-    ``varlen = False`` has packed rows masked also where torch attends within bounds, see model/varlen.py."""
+    ``varlen = False`` has packed rows masked also where torch can attend within documents, see model/varlen.py."""
 
     length_field = "max_position_embeddings"
 
@@ -288,7 +289,7 @@ class Decoder(layers.Backbone):
         documents_BT: Tensor | None = None,
         cache: KVCache | None = None,
         rows_B: Tensor | None = None,
-        bounds: varlen.Bounds | None = None,
+        bounds: Bounds | None = None,
     ) -> Tensor:
         """int32 or int64 [B, T] -> hidden states [B, T, D] after the final norm, in the activations' dtype.
 
@@ -319,7 +320,7 @@ class Decoder(layers.Backbone):
             where = (torch.arange(B, device=index_T.device) if rows_B is None else rows_B)[:, None], positions_BT
             mask = self._additive(torch.arange(cache.k.shape[2], device=index_T.device) <= positions_BT[:, :, None])
         elif documents_BT is not None:
-            if varlen.runs(bounds, self.varlen, self.dtype, self.config.head_dim):
+            if choose_varlen(bounds, self.varlen, self.dtype, self.config.head_dim):
                 mask = bounds
             else:
                 same_BTT = documents_BT[:, :, None] == documents_BT[:, None, :]
@@ -343,14 +344,14 @@ class Decoder(layers.Backbone):
         mask = torch.zeros(visible_BTL.shape, dtype=self.dtype, device=visible_BTL.device)
         return mask.masked_fill_(~visible_BTL, -math.inf).repeat(1, groups, 1)[:, None]
 
-    def _check_bounds(self, documents_BT: Tensor | None, bounds: varlen.Bounds) -> None:
+    def _check_bounds(self, documents_BT: Tensor | None, bounds: Bounds) -> None:
         if documents_BT is None:
             raise ValueError("bounds without documents_BT: expected both, or documents_BT alone")
         if documents_BT.device.type == "cpu":
-            wanted = varlen.bounds_of(documents_BT).padded(len(bounds.cu_seqlens), bounds.max_seqlen)
+            wanted = bounds_of(documents_BT).padded(len(bounds.cu_seqlens), bounds.max_seqlen)
             least = int(wanted.cu_seqlens.diff().max())
             if bounds.max_seqlen < least or not torch.equal(wanted.cu_seqlens, bounds.cu_seqlens):
-                raise ValueError("bounds are not those of documents_BT; expected varlen.bounds_of(documents_BT)")
+                raise ValueError("bounds are not those of documents_BT; expected model.varlen.bounds_of(documents_BT)")
 
     def _check_cache(self, B: int, positions: Tensor | None, documents: Tensor | None, cache: KVCache, rows) -> None:
         if torch.is_grad_enabled():

@@ -44,8 +44,8 @@ def bounds_of(documents_BT: Tensor) -> Bounds:
     return Bounds(cu_seqlens.int(), int(cu_seqlens.diff().max()))
 
 
-def runs(bounds: Bounds | None, allowed: bool, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether packed rows go through ``attend``, not a mask. What is chosen, and why, is logged once."""
+def choose_varlen(bounds: Bounds | None, allowed: bool, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether packed rows go through ``attend_within``, not a mask. What is chosen, and why, is logged once."""
     if bounds is None:
         why = "their bounds are not given"
     elif not allowed:
@@ -93,7 +93,7 @@ def operation() -> tuple[Callable, bool] | None:
     return None
 
 
-def attend(q_BTHK: Tensor, k_BTJK: Tensor, v_BTJK: Tensor, bounds: Bounds) -> Tensor:
+def attend_within(q_BTHK: Tensor, k_BTJK: Tensor, v_BTJK: Tensor, bounds: Bounds) -> Tensor:
     """Causal attention within each document, [B * T, H, K]. H is a multiple of J, neighbours share keys."""
     run, shares = operation()
     q, k, v = (x.flatten(0, 1) for x in (q_BTHK, k_BTJK, v_BTJK))

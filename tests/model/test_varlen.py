@@ -146,8 +146,8 @@ def test_adapters_and_recomputed_activations(had):
 def test_packed_examples_come_with_their_bounds(had, monkeypatch):
     """``hidden_at``, which training and every evaluation go through, of all rows and of some."""
     asked = []
-    attend = varlen.attend
-    monkeypatch.setattr(varlen, "attend", lambda *of: asked.append(of[3]) or attend(*of))
+    attend = varlen.attend_within
+    monkeypatch.setattr("model.decoder.attend_within", lambda *of: asked.append(of[3]) or attend(*of))
     rows = pack([Example(str(n), [n] * (n + 1), 1) for n in (30, 17, 9, 9, 4, 1)], 32)
     model, cpu = decoder(), torch.device("cpu")
     for part in (rows, rows[1:2]):
@@ -260,9 +260,9 @@ class TestOnADevice:
 
     @pytest.fixture
     def attended(self, monkeypatch) -> list:
-        """What each call of ``attend`` was given."""
-        calls, attend = [], varlen.attend
-        monkeypatch.setattr(varlen, "attend", lambda *of: calls.append(of) or attend(*of))
+        """What each call of ``attend_within`` was given."""
+        calls, attend = [], varlen.attend_within
+        monkeypatch.setattr("model.decoder.attend_within", lambda *of: calls.append(of) or attend(*of))
         return calls
 
     def here(self, documents):
