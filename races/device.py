@@ -8,7 +8,7 @@ races.carry makes a folder of what it needs on a machine without a network.
 
 probes    races.probes: ceilings, and the kernels beside the bytes that they must move
 claims    races.train_step, then kernels.bench --claims, compiled in parallel first: every claim's verdict
-train     train_lm.py, GPT-2 124M on --data for 60 steps: tokens a second and MFU
+train     train_lm.py, GPT-2 124M on --data for 60 steps, with its micro-batch and with the widest: tokens/s and MFU
 tests     the values of the kernels on the device, compiled in parallel (pytest -m gpu)
 paths     kernels.bench --paths: how a row is held, tokens a chunk
 fot       races.fot_overhead, GPT-2 124M
@@ -16,8 +16,8 @@ peft      races.peft_gsm8k: a LoRA step of Qwen3-0.6B's shape beside peft
 nanogpt   races.nanogpt beside the checkout --nanogpt
 
 A part ends at its limit or with the time that is left, and the next one begins; what it had written stays. FOLDER gets
-at most eight files: log.txt with all that was printed, parts.json with each part's seconds and end, and the parts' own
-CSV and JSON lines.
+at most eight files: log.txt with all that was printed, parts.json with each part's seconds and end, the parts' own CSV
+and JSON lines, and results.jsonl with what the runs of whole scripts left.
 """
 
 import sys
@@ -28,8 +28,8 @@ if not __package__:  # a file by its name finds no package
 
 import argparse
 import contextlib
+import json
 import os
-import shutil
 import signal
 import subprocess
 import time
@@ -43,9 +43,9 @@ from runtime.folder import write_json
 from schedules.commandline import alive
 
 LAST_WORDS = 8  # seconds between asking a part to stop and ending it
-LIMITS = dict(probes=60, claims=200, train=110, tests=180, paths=60, fot=100, peft=120, nanogpt=150)  # seconds
+LIMITS = dict(probes=60, claims=200, train=160, tests=180, paths=60, fot=100, peft=120, nanogpt=150)  # seconds
 TESTS = ("tests/kernels/test_gpu.py", "tests/kernels/test_ignored_rows.py", "tests/test_finetune_gsm8k_gpu.py")
-TESTS += ("tests/model/test_varlen.py",)
+TESTS += ("tests/model/test_varlen.py", "tests/runtime/test_graph.py")
 
 
 def commands(args) -> dict[str, list[list[str]]]:
@@ -58,6 +58,9 @@ def commands(args) -> dict[str, list[list[str]]]:
     text = [] if not args.data else ["--data", str(args.data)]
     text += ["--tokenizer", str(args.tokenizer)] if args.tokenizer else []
     lm = ["--model", "pico", "--steps", "4"] if tiny else ["--model", "gpt2", "--steps", "60", "--batch", "64"]
+    train = ["train_lm.py", *device, *lm, *text, "--loss", "dpsm", "--cache", str(work / "cache")]
+    train += ["--eval-every", "1000"]
+    wide = ["--micro-batch", "64", "--head-memory", "2000"]
     few = ["--repeats", "1"] if tiny else ["--repeats", "15"]
     step_csv, head = str(out / "step.csv"), ["--n", "32", "--v", "64", "--d", "8"] if tiny else []
     warm = [] if tiny else ["--warm", workers]
@@ -76,10 +79,7 @@ def commands(args) -> dict[str, list[list[str]]]:
             ["-m", "races.train_step", *device, *few, "--csv", step_csv],
             ["-m", "kernels.bench", *device, *few, *head, *claims, *warm, "--csv", str(out / "bench.csv")],
         ],
-        "train": [
-            ["train_lm.py", *device, *lm, *text, "--loss", "dpsm", "--cache", str(work / "cache")]
-            + ["--out", str(work / "run"), "--eval-every", "1000"]
-        ],
+        "train": [[*train, "--out", str(work / "run")], [*train, *wide, "--out", str(work / "run-wide")]],
         "tests": [["-m", "pytest", "-o", "addopts=-v", "-m", "gpu", "-n", workers, *spread, *TESTS, *chosen]],
         "paths": [["-m", "kernels.bench", "--paths", *device, "--repeats", "10", "--csv", str(out / "paths.csv")]],
         "fot": [["-m", "races.fot_overhead", *shape, *device, "--csv", str(out / "fot.csv")]],
@@ -111,11 +111,12 @@ def run(line: list[str], seconds: float, log) -> str:
 
 
 def keep(args, part: str) -> None:
-    """What a part has left in the work folder and a reader wants, into the output."""
-    wanted = {"train": ("run/summary.json", "train.json"), "peft": ("peft/race.csv", "peft.csv")}
-    wanted |= {"nanogpt": ("nanogpt/race.json", "nanogpt.json")}
-    if part in wanted and (args.work / wanted[part][0]).is_file():
-        shutil.copy(args.work / wanted[part][0], args.out / wanted[part][1])
+    """What a part has left in the work folder and a reader wants, as lines of results.jsonl: part, file, text."""
+    wanted = dict(train="run*/summary.json", peft="peft/race.csv", nanogpt="nanogpt/race.json")
+    for path in sorted(args.work.glob(wanted[part])) if part in wanted else ():
+        line = dict(part=part, file=str(path.relative_to(args.work)), text=path.read_text())
+        with open(args.out / "results.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
 
 
 def run_parts(args, parts: dict[str, list[list[str]]]) -> dict:

@@ -49,6 +49,16 @@ def test_a_part_that_fails_or_hangs_does_not_end_the_run(args, monkeypatch):
     assert json.loads((args.out / "parts.json").read_text())["parts"] == report
 
 
+def test_what_runs_of_whole_scripts_leave_is_kept(args):
+    for name in ("run", "run-wide"):
+        (args.work / name).mkdir()
+        (args.work / name / "summary.json").write_text(f'{{"name": "{name}"}}\n')
+    device.run_parts(args, {"probes": [python("print(1)")], "train": [python("print(2)")]})
+    kept = [json.loads(line) for line in (args.out / "results.jsonl").read_text().splitlines()]
+    assert [(k["part"], k["file"]) for k in kept] == [("train", f"{n}/summary.json") for n in ("run", "run-wide")]
+    assert json.loads(kept[1]["text"])["name"] == "run-wide"
+
+
 def test_what_no_time_is_left_for_is_said(args):
     args.seconds = 0.0
     assert device.run_parts(args, {"train": [python("print(1)")]})["train"]["end"] == "no time left"
@@ -63,8 +73,8 @@ def test_all_parts_run_on_a_cpu_in_their_smallest_shapes(tmp_path, monkeypatch):
     how = SimpleNamespace(out=out, work=work, data=None, tokenizer=None, nanogpt=None, tests="")
     for how.device, how.tiny in (("cpu", True), ("cuda", False)):
         parts = device.commands(how)
-        words = parts["train"][0][2:]
-        assert parse_config(train_lm.Config, words, complete=train_lm.complete).loss == "dpsm"
+        runs = [parse_config(train_lm.Config, line[2:], complete=train_lm.complete) for line in parts["train"]]
+        assert [run.loss for run in runs] == ["dpsm", "dpsm"] and runs[0].micro_batch < runs[1].micro_batch
     assert {*parts} == {*device.LIMITS} - {"nanogpt"}
 
 
