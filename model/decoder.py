@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from kernels.layers import rms_norm, rope, swiglu
 from model import layers
 from model.layers import Embedding, KVCache, Linear
 from model.varlen import Bounds, attend_within, bounds_of, choose_varlen
@@ -110,10 +110,12 @@ def check_rope(rope: dict | None) -> None:
 
 
 class RMSNorm(nn.RMSNorm):
-    """x / sqrt(mean(x^2) + eps) * gain over the last dimension; torch takes the mean in fp32 whatever x is."""
+    """(y, s) of `kernels.rms_norm`: what is normed, and the sum of both inputs that it is the norm of."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+    impl = "torch"
+
+    def forward(self, x: Tensor, delta: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return rms_norm(x, delta, self.weight, self.eps, impl=self.impl)
 
 
 def frequencies(config: DecoderConfig, device: torch.device) -> tuple[Tensor, float]:
@@ -162,13 +164,9 @@ def rotary(positions_BT: Tensor, config: DecoderConfig, dtype: torch.dtype) -> t
     return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
 
 
-def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns component i with component i + K/2, the pairing of Hugging Face's checkpoints."""
-    a, b = x_BTHK.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-
-
 class Attention(nn.Module):
+    impl = "torch"  # of kernels.rope
+
     def __init__(self, config: DecoderConfig, rotates: bool):
         super().__init__()
         D, K, H, J = config.hidden_size, config.head_dim, config.num_attention_heads, config.num_key_value_heads
@@ -182,8 +180,10 @@ class Attention(nn.Module):
     def heads(self, x_BTD: Tensor, linear: nn.Module, norm: nn.Module | None, cos: Tensor, sin: Tensor) -> Tensor:
         """Queries or keys [B, T, heads, K]: projected, normed and turned where this model does."""
         x_BTHK = linear(x_BTD).view(*x_BTD.shape[:2], -1, self.head_dim)
-        x_BTHK = x_BTHK if norm is None else norm(x_BTHK)
-        return rotate(x_BTHK, cos, sin) if self.rotates else x_BTHK
+        if self.rotates:
+            norm_of_heads = () if norm is None else (norm.weight, norm.eps)
+            return rope(x_BTHK, cos, sin, *norm_of_heads, impl=self.impl)
+        return x_BTHK if norm is None else norm(x_BTHK)[0]
 
     def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Mask, slot: tuple | None) -> Tensor:
         B, T, _ = x_BTD.shape
@@ -210,23 +210,9 @@ class Attention(nn.Module):
         return self.o_proj(y.reshape(B, T, -1))
 
 
-class _SwiGLU(torch.autograd.Function):
-    """silu(gate) * up, keeping its two inputs alone for backward (Shazeer, "GLU Variants", 2020): silu(gate) is as wide
-    as the layer's widest activation, and is cheaper to compute again than to keep."""
-
-    @staticmethod
-    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate) * up
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(dy * up, gate), dy * F.silu(gate)
-
-
 class MLP(nn.Module):
+    impl = "torch"  # of kernels.swiglu
+
     def __init__(self, config: DecoderConfig):
         super().__init__()
         D, wide = config.hidden_size, config.intermediate_size
@@ -234,7 +220,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(wide, D, config.mlp_bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.down_proj(_SwiGLU.apply(self.gate_proj(x_BTD), self.up_proj(x_BTD)))
+        return self.down_proj(swiglu(self.gate_proj(x_BTD), self.up_proj(x_BTD), impl=self.impl))
 
 
 class Block(nn.Module):
@@ -246,8 +232,9 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, slot: tuple | None) -> Tensor:
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos, sin, mask, slot)
-        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+        h_BTD, x_BTD = self.input_layernorm(x_BTD)
+        h_BTD, x_BTD = self.post_attention_layernorm(x_BTD, self.self_attn(h_BTD, cos, sin, mask, slot))
+        return x_BTD + self.mlp(h_BTD)
 
 
 class Decoder(layers.Backbone):
@@ -270,6 +257,13 @@ class Decoder(layers.Backbone):
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Gains 1, matrices and embeddings N(0, 0.02), transformers' initializer_range; see ``draw_weights``."""
         layers.draw_weights(self, lambda name: 0.02, generator)
+
+    def set_layers(self, impl: str) -> None:
+        """How norms, rotations and SwiGLU are computed, forward and backward: by torch, as a new model has it, by
+        Triton's kernels, or "auto"; see kernels/layers.py."""
+        for module in self.modules():
+            if isinstance(module, RMSNorm | Attention | MLP):
+                module.impl = impl
 
     @property
     def head_weight(self) -> Tensor:
@@ -336,7 +330,7 @@ class Decoder(layers.Backbone):
         for i, block in enumerate(self.layers):
             slot = None if cache is None else (cache.k[i], cache.v[i], where, rows_B)
             x_BTD = self.run(block, x_BTD, cos, sin, mask, slot)
-        return self.norm(x_BTD)
+        return self.norm(x_BTD)[0]
 
     def _additive(self, visible_BTL: Tensor) -> Tensor:
         """0 where visible and -inf elsewhere, [B, 1, H/J * T, L], built once for all layers."""

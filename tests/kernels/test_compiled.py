@@ -1,11 +1,11 @@
-"""linear_score and logits_score inside torch.compile: whole graphs, a graph a score, sound operators."""
+"""The scores and the layers inside torch.compile: whole graphs, a graph a score, sound operators."""
 
 import pytest
 import torch
 from formulas import DEVICE
 from named_scores import NAMED, custom, head
 
-from kernels import ProperScoreLoss, compilable, impl, linear_score, logits_score, losses
+from kernels import ProperScoreLoss, compilable, impl, linear_score, logits_score, losses, rms_norm, rope, swiglu
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -137,3 +137,43 @@ def test_a_moment_without_a_gradient_is_refused_in_a_compiled_graph_too():
 
     with pytest.raises(Exception, match="reads r3 with a gradient"):
         step(torch.randn(3, 7, requires_grad=True), torch.arange(3)).backward()
+
+
+def test_layers_compile_without_a_graph_break():
+    """With gains that train and gains that are frozen, with a residual and without."""
+    generator = torch.Generator().manual_seed(0)
+    x, delta, gain = (torch.randn(n, generator=generator).to(DEVICE) for n in ((2, 3, 16), (2, 3, 16), (8,)))
+    cos, sin, frozen = x[:1, :, None, :4].cos(), x[:1, :, None, :4].sin(), gain.repeat(2)
+
+    def step(x, delta, gain):
+        y, s = rms_norm(x * 2, delta, gain.repeat(2), 1e-6, impl="triton")
+        z, _ = rms_norm(s, None, frozen, 1e-6, impl="triton")
+        heads = rope(swiglu(y, z, impl="triton").view(2, 3, 2, 8), cos, sin, gain, impl="triton")
+        return (heads + rope(s.view(2, 3, 2, 8), cos, sin, impl="triton")).sin().sum() + s.square().sum()
+
+    found = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        leaves = [t.detach().requires_grad_() for t in (x, delta, gain)]
+        total = function(*leaves)
+        total.backward()
+        found.append([total.detach(), *(t.grad for t in leaves)])
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("more", [True, False], ids=["all there is", "no more than needed"])
+def test_the_operators_of_the_layers_are_sound(more):
+    from kernels import compiled_layers
+
+    x, gain, angle = (torch.rand(*n, device=DEVICE) for n in ((1, 3, 2, 8), (8,), (1, 3, 1, 4)))
+    second = x.clone() if more else None
+    head = gain if more else None
+    for name, arguments in {
+        "_norm": (x, second, gain, 1e-6),
+        "norm_backward": (x, second, x, gain, 1e-6, more),
+        "rope": (x, angle, angle, head, 1e-6),
+        "rope_backward": (x, second, angle, angle, head, 1e-6, more),
+        "swiglu": (x, x + 1),
+        "swiglu_backward": (x, x, x + 1),
+    }.items():
+        op = getattr(compiled_layers, name)
+        torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
