@@ -2,9 +2,12 @@
 
     python -m kernels.audit
     python -m kernels.audit --vocab 32000 --dtype fp16 --json audit.json
+    python -m kernels.audit --capability 100 --kernel norm
 
-No GPU is needed: Triton's own assembler and disassembler do the work. Launch shapes are those of triton_impl.
+No GPU is needed: Triton's own assembler and disassembler do the work. Launch shapes are those of triton_impl and, for
+the layers of Qwen3-0.6B, of triton_layers.
 
+    V        the vocabulary, or the width of a layer's rows
     regs     registers a thread
     spill    bytes a thread that do not fit the registers (0 wanted)
     loads    loads of global memory in the code, by bits a thread
@@ -36,10 +39,12 @@ from .bench.timing import DTYPE_OF, Parser, alive
 
 CAPABILITIES = (80, 90)
 VOCABULARIES = (50257, 151936)
+D, HEADS, K, WIDE = 1024, 16, 128, 3072  # Qwen3-0.6B's width, query heads, width of a head and of SwiGLU
 # Types of the kernels' arguments, beside logits, constants and pointers to fp32.
 TYPES = {"targets_ptr": "*i64", "ids_ptr": "*i64", "mask_ptr": "*u8", "correct_ptr": "*u8"}
-TYPES |= dict.fromkeys(("tail", "scale", "link_scale", "softcap"), "fp32")
-TYPES |= dict.fromkeys(("z_stride", "stats_stride", "V"), "i32")
+TYPES |= dict.fromkeys(("tail", "scale", "link_scale", "softcap", "eps"), "fp32")
+TYPES |= dict.fromkeys(("z_stride", "stats_stride", "V", "N", "positions"), "i32")
+OF_LAYERS = tuple(f"{x}_ptr" for x in "x delta gain y s dy ds cos sin gate up d_gate d_up".split())  # of the dtype
 LINE = "{:40} {:>3} {:>7} {:>5} {:>5} {:22} {:6} {:22} {:>8} {:>6} {:>6}"
 HEADINGS = ("kernel", "sm", "V", "regs", "spill", "loads", "copies", "stores", "instr/el", "sfu/el", "shared")
 # One instruction a line: /*0040*/  @P0 LDG.E.128 R4, ...
@@ -84,6 +89,29 @@ def variants(capability: int, vocab: int, dtype: str) -> list[tuple[str, object,
     return found
 
 
+def layer_variants(dtype: str) -> list[tuple[str, object, dict]]:
+    """The same of what is launched for layers in Triton's ``dtype``."""
+    from . import triton_layers as impl
+
+    frozen, plain = dict(sums_ptr=None), dict(gain_ptr=None)
+    norm, rope, swiglu = dict(D=D) | impl.shape(D), impl.rope_shape(HEADS, K), impl.swiglu_shape() | dict(WIDTH=WIDE)
+    found = [
+        ("norm_kernel", impl.norm_kernel, norm),
+        ("norm_kernel, no delta", impl.norm_kernel, norm | dict(delta_ptr=None)),
+        ("norm_backward_kernel", impl.norm_backward_kernel, norm | frozen),
+        ("norm_backward_kernel, gain", impl.norm_backward_kernel, norm),
+        ("rope_kernel", impl.rope_kernel, rope | plain),
+        ("rope_kernel, norm", impl.rope_kernel, rope),
+        ("rope_backward_kernel", impl.rope_backward_kernel, rope | frozen | plain | dict(x_ptr=None)),
+        ("rope_backward_kernel, norm", impl.rope_backward_kernel, rope | frozen),
+        ("rope_backward_kernel, gain", impl.rope_backward_kernel, rope),
+        ("swiglu_kernel", impl.swiglu_kernel, swiglu),
+        ("swiglu_backward_kernel", impl.swiglu_backward_kernel, swiglu),
+    ]
+    common = dict(W=16 // DTYPE_OF[dtype].itemsize, LANE=impl.LANE, enable_fp_fusion=True)
+    return [(label, kernel, common | dict(R=32 * c["num_warps"]) | c) for label, kernel, c in found]
+
+
 def _without(constants: dict, names) -> dict:
     return {name: value for name, value in constants.items() if name not in names}
 
@@ -94,9 +122,9 @@ def compile_for(kernel, constants: dict, capability: int, dtype: str, vocab: int
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    types = TYPES | dict.fromkeys(("z_ptr", "out_ptr"), f"*{dtype}") | dict.fromkeys(constants, "constexpr")
+    types = TYPES | dict.fromkeys(("z_ptr", "out_ptr", *OF_LAYERS), f"*{dtype}") | dict.fromkeys(constants, "constexpr")
     signature = {name: types.get(name, "*fp32") for name in kernel.arg_names}
-    whole = ("z_ptr", "out_ptr", "knob_ptr")
+    whole = ("z_ptr", "out_ptr", "knob_ptr", "sums_ptr", "N", *OF_LAYERS)
     if constants.get("PADDED"):
         whole += ("z_stride",)
     elif vocab % 16 == 0:
@@ -137,7 +165,7 @@ def executed(lines: list[str], vectors_a_go: int, rounds: int) -> list[str]:
 
 
 def read_code(compiled, constants: dict, vocab: int) -> dict:
-    """What a compiled kernel's machine code shows, for rows of ``vocab`` logits."""
+    """What a compiled kernel's machine code shows, for rows of ``vocab`` logits, or for LANE elements a lane."""
     import triton
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -161,10 +189,13 @@ def read_code(compiled, constants: dict, vocab: int) -> dict:
         return dict(sorted(Counter(int(size[1]) if size else 32 for size in sizes).items(), reverse=True))
 
     lanes, width, a_go = constants["R"], constants["W"], constants.get("K", 1)
-    more = max(0, math.ceil(vocab / width / lanes) - constants.get("PIECES", 0))  # vectors that are not held
-    run = executed(code.splitlines(), a_go, math.ceil(more / a_go))
-    # Of a lane. A program of gradient_kernel is part of a row, without loops.
-    elements = a_go * width if compiled.metadata.name == "gradient_kernel" else vocab / lanes
+    if lane := constants.get("LANE"):  # a tile of a layer, all code once
+        run, elements = opcodes, lane
+    else:
+        more = max(0, math.ceil(vocab / width / lanes) - constants.get("PIECES", 0))  # vectors that are not held
+        run = executed(code.splitlines(), a_go, math.ceil(more / a_go))
+        # Of a lane. A program of gradient_kernel is part of a row, without loops.
+        elements = a_go * width if compiled.metadata.name == "gradient_kernel" else vocab / lanes
     special, local = sum(op.startswith("MUFU") for op in run), sum(op.split(".")[0] in ("LDL", "STL") for op in opcodes)
     usage = {name: int(n) for name, n in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
     figures = dict(registers=usage["REG"], spill_bytes=usage["STACK"] + usage["LOCAL"], spill_instructions=local)
@@ -174,22 +205,26 @@ def read_code(compiled, constants: dict, vocab: int) -> dict:
     return figures | dict(instructions=len(opcodes))
 
 
-def audit(capability: int, vocab: int, dtype: str, only: str = "", labels=None) -> list[dict]:
-    """A row of figures for each kernel whose label holds ``only``, and is one of ``labels`` where these are given."""
+def audit(capability: int, vocab: int | None, dtype: str, only: str = "", labels=None) -> list[dict]:
+    """A row of figures for each kernel whose label holds ``only``, and is one of ``labels`` where these are given.
+    Without ``vocab`` those of the layers."""
     rows = []
-    for label, kernel, constants in variants(capability, vocab, dtype):
+    for label, kernel, constants in variants(capability, vocab, dtype) if vocab else layer_variants(dtype):
         if only in label and (labels is None or label in labels):
-            compiled = compile_for(kernel, constants, capability, dtype, vocab)
+            width = vocab or constants.get("WIDTH") or constants["D"]
+            compiled = compile_for(kernel, constants, capability, dtype, width)
             shape = {k: constants.get(k, 0) for k in ("K", "R", "W", "PIECES", "num_warps")}
-            where = dict(kernel=label, capability=capability, vocab=vocab, dtype=dtype)
-            rows.append(where | shape | read_code(compiled, constants, vocab))
+            where = dict(kernel=label, capability=capability, vocab=width, dtype=dtype)
+            rows.append(where | shape | read_code(compiled, constants, width))
     return rows
 
 
 @alive()
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="python -m kernels.audit", usage=None, description=__doc__)
-    parser.add_argument("--capability", type=int, nargs="+", default=CAPABILITIES, help="80: A100, 90: H100, H200")
+    parser.add_argument(
+        "--capability", type=int, nargs="+", default=CAPABILITIES, help="80: A100, 90: H100, H200, 100: B200"
+    )
     parser.add_argument("--vocab", type=int, nargs="+", default=VOCABULARIES)
     parser.add_argument("--dtype", choices=DTYPE_OF, default="bf16", help="of the logits")
     parser.add_argument("--kernel", default="", help="only kernels whose label holds this")
@@ -203,12 +238,12 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("triton is not installed (it has wheels for Linux); pip install triton")
     rows = []
     print(f"triton {triton.__version__}, {args.dtype}", LINE.format(*HEADINGS), sep="\n")
-    for vocab, capability in itertools.product(args.vocab, args.capability):
+    for vocab, capability in itertools.product((*args.vocab, None), args.capability):
         for row in audit(capability, vocab, args.dtype, args.kernel):
             rows.append(row)
             accesses = [" ".join(f"{n}x{bits}" for bits, n in row[k].items()) for k in ("loads", "copies", "stores")]
             figures = f"{row['instructions_per_element']:.1f}", f"{row['special_per_element']:.2f}"
-            sizes = capability, vocab, row["registers"], row["spill_bytes"]
+            sizes = capability, row["vocab"], row["registers"], row["spill_bytes"]
             print(LINE.format(row["kernel"], *sizes, *accesses, *figures, row["shared_bytes"]), flush=True)
     if args.json:
         args.json.write_text(json.dumps(dict(triton=triton.__version__, rows=rows), indent=1) + "\n")
