@@ -137,6 +137,7 @@ class Config:
     device: str = flag("device")
     dtype: str = flag("dtype")
     kernels: str = flag("kernels")
+    layers: str = flag("layers")
     head_memory: int = flag("head_memory")
     checkpoint_activations: bool = flag("checkpoint_activations")
     cuda_graph: bool = flag("cuda_graph")
@@ -214,6 +215,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         block_rms = (lambda: lora.segment_rms(model, reset=False)) if by_block else None
         rule = optim.rule_of(cfg, optimizer, world, block_rms=block_rms)
+    model.set_layers(cfg.layers)
     model.checkpoint_activations = cfg.checkpoint_activations
     # The base is the same file everywhere and never changes: nothing of it is broadcast.
     trained = optim.on_ranks(model, world, broadcast_buffers=False)

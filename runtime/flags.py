@@ -150,6 +150,12 @@ FLAGS = {
         role="system",
     ),
     "kernels": opt("auto", "implementation of the scores", ("auto", "triton", "torch"), role="system"),
+    "layers": opt(
+        "torch",
+        "implementation of a decoder's norms, rotations and SwiGLU; triton has not been measured on a device yet",
+        ("torch", "triton"),
+        role="system",
+    ),
     "checkpoint_activations": opt(False, "recompute each block in backward to save memory", role="system"),
     "cuda_graph": opt(
         False,

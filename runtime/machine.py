@@ -53,8 +53,9 @@ class World:
         """Raises ValueError for flags that do not go together, or not with these ranks and this device."""
         if cfg.batch % self.size:
             raise ValueError(f"--batch {cfg.batch} is not divisible by the {self.size} ranks; change one of them")
-        if cfg.kernels == "triton" and self.device.type != "cuda":
-            raise ValueError("--kernels triton needs a CUDA device; use --kernels torch or auto")
+        for name in ("kernels", "layers"):
+            if getattr(cfg, name, "torch") == "triton" and self.device.type != "cuda":
+                raise ValueError(f"--{name} triton needs a CUDA device; use --{name} torch")
         if cfg.schedule in ADAPTIVE and cfg.lr_warmup == 1:
             raise ValueError(f"--lr-warmup 1 leaves no step to --schedule {cfg.schedule}")
         parse_parts(cfg.fot_parts)
