@@ -1,5 +1,5 @@
-"""What only a device shows: the compiled kernels over the full grid, tensors beyond 2^31 elements, the memory of
-linear_score, and that nothing waits for the device.
+"""What only a device shows: the compiled kernels over the full grid, the layers' too, tensors beyond 2^31 elements, the
+memory of linear_score, and that nothing waits for the device.
 
     pytest -m gpu tests/kernels/test_gpu.py -n 8     # pytest-xdist: most of the time is spent compiling kernels
 """
@@ -9,12 +9,15 @@ import time
 import pytest
 import torch
 from accounting import bytes_beside
+from layer_formulas import EPS, angles, draw, exact_norm, exact_swiglu, holds, norm, turned
 
-from kernels import linear_score, logits_score, losses
+from kernels import linear_score, logits_score, losses, rms_norm, rope, swiglu
 from kernels.bench.providers import ALPHA, FROM_HIDDEN, FROM_LOGITS
 from kernels.bench.timing import HEADS, make_inputs, measure_memory
 from kernels.chunks import ALLOWANCE, cuda_chunk
 from kernels.moments import new_stats
+from model.decoder import Decoder, DecoderConfig
+from model.lora import LoRAConfig, add_lora
 
 pytestmark = [
     pytest.mark.gpu,
@@ -268,3 +271,118 @@ def test_inside_torch_compile(reduction):
         grads.append([x.grad.float() for x in leaves])
     for got, want in zip(*grads, strict=True):
         assert (got - want).abs().max() <= 2**-7 * want.abs().max()  # a rounding to bf16 each
+
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+
+
+@DTYPES
+@pytest.mark.parametrize("d", [1, 30, 576, 1024, 4096, 8192])
+@pytest.mark.parametrize("n", [1, 3, 2049])
+def test_norm_against_fp64(n, d, dtype):
+    x, delta, gain = draw(n, d, dtype=dtype), draw(n, d, dtype=dtype, seed=1), draw(d, dtype=dtype, seed=2)
+    for second, frozen in ((delta, ()), (delta, (2,)), (None, ()), (None, (2,))):
+        holds(norm, exact_norm, [x, second, gain], frozen)
+
+
+@DTYPES
+@pytest.mark.parametrize("heads, width", [(16, 128), (8, 128), (9, 64), (3, 12), (1, 256)])
+@pytest.mark.parametrize("batch", [1, 3], ids=["shared positions", "positions a row"])
+def test_rope_against_fp64(batch, heads, width, dtype):
+    x, gain = draw(3, 257, heads, width, dtype=dtype), draw(width, dtype=dtype, seed=1)
+    cos, sin = angles(batch, 257, width, dtype)
+    for second, frozen in ((gain, ()), (gain, (1,)), (None, ())):
+        holds(
+            lambda x, gain, impl: rope(x, cos, sin, gain, EPS, impl=impl),
+            lambda x, gain: turned(x, cos.double(), sin.double(), gain),
+            [x, second],
+            frozen,
+        )
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7, 999), (2049, 3072)])
+def test_swiglu_against_fp64(shape, dtype):
+    holds(swiglu, exact_swiglu, [draw(*shape, dtype=dtype, scale=3.0), draw(*shape, dtype=dtype, seed=1)])
+
+
+def test_layers_of_more_elements_than_fit_32_bits():
+    """The last rows, forward and backward, are those of the rows alone."""
+    n = 2**31 // 1024 + 40
+    x = torch.empty(n, 1024, device="cuda", dtype=torch.bfloat16).normal_()
+    gain = torch.rand(1024, device="cuda", dtype=torch.bfloat16)
+    cos, sin = angles(1, n, 128, torch.bfloat16)
+
+    def layers(x, cos, sin, impl):
+        return (
+            lambda: rms_norm(x, None, gain, EPS, impl=impl)[0],
+            lambda: rope(x.view(1, -1, 8, 128), cos, sin, gain[:128], EPS, impl=impl),
+            lambda: swiglu(x, x, impl=impl),
+        )
+
+    x.requires_grad_()
+    last = x.detach()[-9:].requires_grad_()
+    whole, alone = layers(x, cos, sin, "triton"), layers(last, cos[:, -9:], sin[:, -9:], "triton")
+    for large, small in zip(whole, alone, strict=True):
+        got, want = large(), small()
+        assert torch.equal(got.view(n, -1)[-9:], want.view(9, -1))
+        (slope,) = torch.autograd.grad(got, x, got.detach())
+        (wanted,) = torch.autograd.grad(want, last, want.detach())
+        assert torch.equal(slope[-9:], wanted)
+        del got, slope
+
+
+def decoder_step(impl, dtype=torch.bfloat16):
+    """A step of a Qwen3 of two blocks with adapters, to be called again and again; and its adapters."""
+    torch.manual_seed(0)
+    model = Decoder(DecoderConfig(97, 256, 640, 2, 4, 2, head_dim=64), dtype).cuda()
+    add_lora(model, LoRAConfig(r=8))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    model.set_layers(impl)
+    tokens = torch.arange(300, device="cuda").view(2, 150) % 97
+    weights = torch.randn(2, 150, 256, device="cuda", generator=torch.Generator("cuda").manual_seed(1))
+
+    def step():
+        (model(tokens) * weights).sum().backward()
+
+    return step, [p for p in model.parameters() if p.requires_grad]
+
+
+def test_a_decoder_of_fused_layers_errs_no_more_than_torchs():
+    found = {}
+    for name, impl, dtype in (("exact", "torch", torch.float32), ("torch", "torch", None), ("triton", "triton", None)):
+        step, adapters = decoder_step(impl, dtype or torch.bfloat16)
+        step()
+        found[name] = torch.cat([p.grad.flatten() for p in adapters])
+    of_torch, of_triton = ((found[name] - found["exact"]).norm() for name in ("torch", "triton"))
+    assert of_triton <= 1.1 * of_torch  # both round at about the same places
+
+
+def test_the_layers_wait_for_nothing():
+    step, _ = decoder_step("triton")
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_layers_inside_torch_compile():
+    cos, sin = angles(1, 300, 64, torch.bfloat16)
+
+    def step(x, gain):
+        y, s = rms_norm(x * 2, x, gain, EPS)
+        y = swiglu(y, s).view(1, 300, 4, 64)
+        return (rope(y, cos, sin, gain[:64]) * 2 + s.view_as(y)).float().sin().sum()
+
+    grads = []
+    for function in (step, torch.compile(step, fullgraph=True)):
+        leaves = [draw(*n, dtype=torch.bfloat16).requires_grad_() for n in ((300, 256), (256,))]
+        function(*leaves).backward()
+        grads.append([t.grad.float() for t in leaves])
+    for got, want in zip(*grads, strict=True):
+        assert (got - want).abs().max() <= 2**-6 * want.abs().max()  # a rounding to bf16 each, of sums of two
