@@ -27,8 +27,8 @@ def test_norm(n, d, dtype, monkeypatch):
 @pytest.mark.parametrize("heads, width", [(3, 64), (2, 128), (5, 12)])
 def test_rope(heads, width, batch, dtype, monkeypatch):
     monkeypatch.setattr("kernels.triton_layers.PROGRAMS", 2)
-    x, gain = draw(2, 7, heads, width, dtype=dtype), draw(width, dtype=dtype, seed=1)
-    cos, sin = angles(batch, 7, width, dtype)
+    x, gain = draw(2, 17, heads, width, dtype=dtype), draw(width, dtype=dtype, seed=1)
+    cos, sin = angles(batch, 17, width, dtype)
 
     def layer(x, gain, impl):
         return rope(x, cos, sin, gain, EPS, impl=impl)
@@ -79,23 +79,23 @@ def test_a_gain_of_another_dtype_keeps_it():
     torch.testing.assert_close(d_gain.double(), want[3], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_layouts(impl):
-    """Inputs and gradients that are not contiguous: those of contiguous ones."""
+def test_layouts():
+    """Inputs and gradients that are not contiguous: what torch makes of contiguous ones."""
     x, delta, gain = draw(12, 6).t(), draw(6, 24)[:, ::2], draw(24, seed=1)[::2]
     q, (cos, sin) = draw(2, 3, 5, 8).transpose(1, 2), angles(2, 5, 16)
     cos, sin = cos[..., ::2], sin[..., ::2]
 
-    def everything(x, delta, gain, q, head, gate, up):
+    def everything(x, delta, gain, q, head, gate, up, impl="triton"):
         y, s = norm(x, delta, gain, impl)
-        return y.t(), s.t(), rope(q, cos, sin, head, EPS, impl=impl).transpose(1, 2), swiglu(gate, up, impl=impl).t()
+        turned = rope(q, cos, sin, head, EPS, impl=impl)
+        return y.t(), s.t(), turned.transpose(1, 2), swiglu(gate, up, impl=impl).t()
 
     given = [x, delta, gain, q, draw(16, seed=1)[::2], x, delta]
     assert not any(x.is_contiguous() for x in (*given, cos, sin))
-    as_they_are = outcome(everything, given)
+    found = outcome(everything, given)
     cos, sin = cos.contiguous(), sin.contiguous()
-    for got, want in zip(as_they_are, outcome(everything, [x.contiguous() for x in given]), strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+    wanted = outcome(lambda *t: everything(*(x.contiguous() for x in t), impl="torch"), given)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_derivatives_are_differences():
