@@ -124,7 +124,9 @@ def compile_for(kernel, constants: dict, capability: int, dtype: str, vocab: int
 
     types = TYPES | dict.fromkeys(("z_ptr", "out_ptr", *OF_LAYERS), f"*{dtype}") | dict.fromkeys(constants, "constexpr")
     signature = {name: types.get(name, "*fp32") for name in kernel.arg_names}
-    whole = ("z_ptr", "out_ptr", "knob_ptr", "sums_ptr", "N", *OF_LAYERS)
+    whole = ("z_ptr", "out_ptr", "knob_ptr", "sums_ptr", *OF_LAYERS)
+    if "WIDTH" in constants:
+        whole += ("N",)  # rows of that width
     if constants.get("PADDED"):
         whole += ("z_stride",)
     elif vocab % 16 == 0:

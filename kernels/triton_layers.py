@@ -7,6 +7,8 @@ trains, PROGRAMS programs go over all rows, each with a sum of its own; torch ad
 No constant here has been measured on a device yet.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -14,10 +16,11 @@ from torch import Tensor
 
 LANE = 16  # elements of each tensor that a lane has, two vectors of bf16, where a row is not too long for that
 WARPS = 4, 16  # of a program: fewest and most
+ROWS_VARY = ["N", "positions"]  # arguments that change from batch to batch: no value of theirs compiles anew
 PROGRAMS = 528  # that sum a gain's gradient: 4 for each of 132 multiprocessors
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROWS_VARY)
 def norm_kernel(
     x_ptr, delta_ptr, gain_ptr, y_ptr, s_ptr, N, eps, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -33,7 +36,7 @@ def norm_kernel(
     tl.store(y_ptr + places, y, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROWS_VARY)
 def norm_backward_kernel(
     dy_ptr, ds_ptr, s_ptr, gain_ptr, out_ptr, sums_ptr, N, eps, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -67,7 +70,7 @@ def norm_backward_tile(
     return dy * n
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROWS_VARY)
 def rope_kernel(
     x_ptr,
     cos_ptr,
@@ -98,7 +101,7 @@ def rope_kernel(
     tl.store(y_ptr + places + D // 2, b * cos + a * sin, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROWS_VARY)
 def rope_backward_kernel(
     dy_ptr,
     x_ptr,
@@ -287,6 +290,7 @@ def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tenso
     return d_gate, d_up
 
 
+@functools.cache  # small models wait for the host
 def shape(width: int) -> dict:
     """Launch constants for rows of ``width``."""
     block = triton.next_power_of_2(width)
@@ -294,6 +298,7 @@ def shape(width: int) -> dict:
     return dict(ROWS=max(1, 32 * warps * LANE // block), BLOCK=block, num_warps=warps)
 
 
+@functools.cache
 def rope_shape(heads: int, width: int) -> dict:
     constants = shape(2 * triton.next_power_of_2(width // 2))  # each half is a block of its own
     return constants | dict(HEADS=heads, D=width, BLOCK=constants["BLOCK"] // 2)
