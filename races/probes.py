@@ -11,6 +11,8 @@ graph      linear_score, forward and backward, captured in a CUDA graph: its gra
 memory     linear_score over the head's products, in 300 MB and where one chunk is all
 fot        the sums of a sample of FoT's over 124 M parameters, torch's operations and the one kernel
 casts      Qwen3-0.6B's adapters of rank 64 from fp32 to bf16, each alone and all together
+layers     a decoder's layers at the shapes of Qwen3-0.6B, 8192 tokens, gains frozen but in the last: torch's operations
+           and the one kernel, forward and backward, and what the host takes to launch both ways of 64 tokens
 replay     forward and backward of the scripts' micro-batches, as they are and as CUDA graphs
 attention  scaled_dot_product_attention of a shape seen before and of new ones, with cuDNN's and without; packed rows
            of GSM8K's lengths at Qwen3-0.6B's heads, a layer, with a mask and with varlen_attn
@@ -39,7 +41,7 @@ import torch
 import torch.nn.functional as F
 
 from data.packing import Example, pack
-from kernels import dpsm, linear_score
+from kernels import dpsm, linear_score, rms_norm, rope, swiglu
 from kernels.bench import timing
 from kernels.bench.providers import ALPHA, MatrixProducts
 from kernels.bench.timing import HEADS, Shape
@@ -356,7 +358,44 @@ def drawn(model: torch.nn.Module, b: Bench) -> torch.nn.Module:
     return model
 
 
-PROBES = {f.__name__: f for f in (ceilings, ties, passes, host, graph, memory, fot, casts, attention, replay)}
+def layers(b: Bench) -> Figures:
+    d, query_heads, key_heads, k, wide = (1024, 16, 8, 128, 3072) if b.cuda else (32, 2, 1, 8, 48)
+
+    def new(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=b.device, dtype=b.dtype, requires_grad=True)
+
+    def ways(tokens: int) -> Iterator[tuple[str, Callable, Callable]]:
+        """Each layer's case, its forward, and its backward, of a graph that is kept."""
+        x, delta, gain = new(tokens, d), new(tokens, d), new(d)
+        angles = (new(1, tokens, 1, k // 2).detach() for _ in range(2))
+        turned, frozen = (*angles, new(k).detach()), gain.detach()
+        cases = {
+            "norm": (rms_norm, (x, delta, frozen, 1e-6)),
+            "queries": (rope, (new(1, tokens, query_heads, k), *turned)),
+            "keys": (rope, (new(1, tokens, key_heads, k), *turned)),
+            "SwiGLU": (swiglu, (new(tokens, wide), new(tokens, wide))),
+            "norm with its gain": (rms_norm, (x, delta, gain, 1e-6)),
+        }
+        for impl in ("torch", "triton"):
+            for case, (layer, given) in cases.items():
+                forward = partial(layer, *given, impl=impl)
+                out = forward()
+                out = out if isinstance(out, tuple) else (out,)
+                trained = [t for t in given if torch.is_tensor(t) and t.requires_grad]
+                slopes = [torch.ones_like(y) for y in out]
+                yield f"{case}, {impl}", forward, partial(torch.autograd.grad, out, trained, slopes, retain_graph=True)
+
+    jobs = {}
+    for case, forward, backward in ways(8192 if b.cuda else 4):
+        jobs |= {f"{case}, forward": forward, f"{case}, backward": backward}
+    for case, value in b.ms(jobs).items():
+        yield case, value, "ms"
+    for case, forward, backward in ways(64 if b.cuda else 4):
+        yield f"{case}, forward, the host", b.host_us(forward), "us"
+        yield f"{case}, backward, the host", b.host_us(backward), "us"
+
+
+PROBES = {f.__name__: f for f in (ceilings, ties, passes, host, graph, memory, fot, casts, layers, replay, attention)}
 
 
 @alive()

@@ -94,10 +94,11 @@ def test_probes_are_lines_on_file(tmp_path, monkeypatch, capsys):
 
 
 def test_probes_of_the_kernels_run(capsys):
-    assert probes.main(["--device", "cpu", "--only", "ties,passes"]) == 0
+    assert probes.main(["--device", "cpu", "--only", "ties,passes,layers"]) == 0
     shown = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     cases = {row["case"] for row in shown}
     assert {"V=130, 1% tied", "V=258, of a copy", "V=130, rescale by 1", "V=258, gradient"} <= cases
+    assert {"norm, torch, forward", "queries, triton, backward", "SwiGLU, triton, backward, the host"} <= cases
 
 
 def test_packed_rows_are_probed_with_a_mask_where_there_is_no_varlen_attn(capsys):
