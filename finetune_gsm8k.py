@@ -153,12 +153,9 @@ def check(cfg: Config, world) -> None:
     if (given := without_fisher(cfg)) and "gate" in rule_reads(cfg.schedule, cfg.fot_parts):
         reads = f"--schedule {cfg.schedule} reads a Fisher that {given} has not"
         raise ValueError(f"{reads}; leave gate out of fot's --fot-parts")
-    if cfg.samples and max(answers.ks(cfg.k)) > cfg.samples:
-        raise ValueError(f"--k {cfg.k}: pass@{max(answers.ks(cfg.k))} needs as many --samples, which are {cfg.samples}")
+    answers.check_samples(cfg.samples, cfg.k, cfg.temperature)
     if cfg.method_comparison and not Path(cfg.method_comparison).parent.is_dir():
         raise ValueError(f"--method-comparison {cfg.method_comparison}: there is no folder for it")
-    if cfg.samples and not cfg.temperature:
-        raise ValueError(f"--samples {cfg.samples} at --temperature 0 would all be the greedy answer")
 
 
 # ----------------------------------------------------------------------------------------------

@@ -92,6 +92,14 @@ def ks(text: str) -> list[int]:
     return [int(k) for k in text.split(",")]
 
 
+def check_samples(samples: int, text: str, temperature: float) -> None:
+    """Raises ValueError, one line, for --samples that cannot give the pass@k of --k ``text``."""
+    if samples and (most := max(ks(text))) > samples:
+        raise ValueError(f"--k {text}: pass@{most} needs as many --samples, which are {samples}")
+    if samples and not temperature:
+        raise ValueError(f"--samples {samples} at --temperature 0 would all be the greedy answer")
+
+
 class SegmentFisher:
     """The mean Fisher of a prompt's and of an answer's token in one step."""
 

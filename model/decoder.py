@@ -231,7 +231,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, slot: tuple | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Mask, slot: tuple | None) -> Tensor:
         h_BTD, x_BTD = self.input_layernorm(x_BTD)
         h_BTD, x_BTD = self.post_attention_layernorm(x_BTD, self.self_attn(h_BTD, cos, sin, mask, slot))
         return x_BTD + self.mlp(h_BTD)

@@ -41,6 +41,7 @@ from races.common import check_new, here_and_now, race_parser
 from runtime.cli import user_errors
 from runtime.folder import write_json
 from schedules.commandline import alive
+from schedules.textlines import read_text
 
 LAST_WORDS = 8  # seconds between asking a part to stop and ending it
 LIMITS = dict(probes=60, claims=200, train=160, tests=180, paths=60, fot=100, peft=120, nanogpt=150)  # seconds
@@ -114,7 +115,7 @@ def keep(args, part: str) -> None:
     """What a part has left in the work folder and a reader wants, as lines of results.jsonl: part, file, text."""
     wanted = dict(train="run*/summary.json", peft="peft/race.csv", nanogpt="nanogpt/race.json")
     for path in sorted(args.work.glob(wanted[part])) if part in wanted else ():
-        line = dict(part=part, file=str(path.relative_to(args.work)), text=path.read_text())
+        line = dict(part=part, file=str(path.relative_to(args.work)), text=read_text(path))
         with open(args.out / "results.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
 
