@@ -7,17 +7,17 @@ import argparse
 import contextlib
 import datetime
 import gc
-import math
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
+from kernels.bench import limits
+from kernels.bench.rows import reason
 from kernels.bench.rows import write_csv as rows_to_file
 from runtime.cli import Parser, flag_name
 from runtime.machine import device_name
@@ -80,8 +80,8 @@ def median_ratio(rows: Iterable[dict], column: str, side: str, base: str) -> flo
 
 
 def add_limits(parser: argparse.ArgumentParser, parts: Iterable[str] = ()) -> None:
-    """--seconds, and --only for a race of several parts."""
-    parser.add_argument("--seconds", type=float, default=0, help="begin nothing more after so long; 0 is no limit")
+    """--seconds and --rows as in kernels.bench, and --only for a race of several parts."""
+    limits.add_limits(parser)
     if parts:
         names = ", ".join(parts)
         parser.add_argument("--only", default="", help=f"some of {names}, separated by commas (default: all)")
@@ -98,35 +98,38 @@ def chosen(only: str, parts: Iterable[str]) -> list[str]:
 class Turns(list):
     """The rows of a race, in the CSV ``path`` after each, with what is the ``same`` in all.
 
-    A turn that fails is a row that says why, and the next one begins; none begins ``seconds`` after the first, unless
-    that is 0. ``left_out`` has the keys of those."""
+    A turn that fails is a row that says why, and the next one begins, until ``seconds`` from now or ``rows`` are
+    reached (0 is no limit)."""
 
-    def __init__(self, path: Path, same: dict, seconds: float = 0):
+    def __init__(self, path: Path, same: dict, seconds: float = 0, rows: int = 0):
         super().__init__()
-        self.path, self.same, self.left_out = path, same, []
-        self.end = time.monotonic() + seconds if seconds else math.inf
-
-    def over(self) -> bool:
-        return time.monotonic() >= self.end
+        self.path, self.same, self.limits = path, same, limits.Limits(seconds, rows)
 
     def take(self, key: dict, measure: Callable[[], dict]) -> dict | None:
-        """``key`` and what ``measure`` gives as a row; None where that failed, or there was no time for it."""
-        if self.over():
-            self.left_out.append(key)
+        """``key`` and what ``measure`` gives as a row; None where that failed, or the limits left no room for it."""
+        if not self.limits.admit([" ".join(map(str, key.values()))], len(self)):
             return None
         try:
             row = key | measure()
         except Exception as e:  # the next one may go through
-            row = key | {"failed": f"{type(e).__name__}: {e}".splitlines()[0][:300]}
-            print(" ".join(map(str, key.values())), row["failed"], file=sys.stderr, flush=True)
+            self.fail(key, e)
+            return None
+        self.add(row)
+        return row
+
+    def fail(self, key: dict, error: Exception) -> None:
+        """A row that says why there is none."""
+        row = key | {"failed": reason(error)}
+        print(" ".join(map(str, row.values())), file=sys.stderr, flush=True)
+        self.add(row)
+
+    def add(self, row: dict) -> None:
         self.append(row)
         write_csv(self.path, self, self.same)
-        return None if "failed" in row else row
 
     def ended(self) -> int:
         """Says what was left out. The exit code: 1 where a turn failed or nothing was measured."""
-        if self.left_out:
-            print(f"no time was left for {len(self.left_out)} turns, the first of them {self.left_out[0]}")
+        self.limits.say()
         return int(not self or any("failed" in row for row in self))
 
 

@@ -15,6 +15,9 @@ On a GPU a turn is a window, without a synchronisation from outside. CUDA events
 windows that do not count. On a CPU a turn is one step, and the claim is judged by the CPU time of the process, to which
 other programs add nothing; the time that passes stands beside it. The parts are in CPU time too.
 
+The CSV is written after each window, and once more with the rows of the parts. --seconds ends the windows, and on a GPU
+leaves out the parts; --rows 1 is the step alone.
+
 FoT's cost hardly depends on the tokens of a step, so its share does. Say the batch with the share.
 """
 
@@ -43,6 +46,8 @@ import torch
 from data.packing import Example, Rows, batch_indices, pack
 from eval.answers import hidden_at
 from kernels import linear_score
+from kernels.bench.limits import Limits
+from kernels.bench.rows import reason
 from kernels.losses import ce
 from model.decoder import Decoder
 from model.decoder_hub import save_decoder
@@ -61,6 +66,7 @@ SIDES = ("linear", "fot")
 FOT_PARTS = ("observe", "gradient statistics", "decision", "forecasts")  # FoT's alone
 STEP_PARTS = ("forward and backward", "observe", "gradient statistics", "clipping", "optimizer", "schedule")
 STEP_PARTS += ("decision", "forecasts")
+PARTS = ("timed alone", *STEP_PARTS)
 COLUMNS = ("part", "linear_ms", "fot_ms", "added_percent", "low_percent", "high_percent")
 THIN = 8  # of finetune_gsm8k.py: of the prompt's tokens every so many go through the head
 FEWEST_WINDOWS = 5  # the whole range of five holds the median with a chance of 15 in 16
@@ -334,7 +340,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, torch.device]:
     args.seq_len = shape.seq_len if args.seq_len is None else args.seq_len
     args.batch = shape.batch if args.batch is None else args.batch
     args.micro_batch = min(shape.micro_batch, args.batch) if args.micro_batch is None else args.micro_batch
-    common.check_least(args, batch=2, micro_batch=1, seq_len=16, rank=1, window=8)
+    common.check_least(args, batch=2, micro_batch=1, seq_len=16, rank=1, window=8, rows=0, seconds=0)
     if args.window % 2:
         raise ValueError(f"--window {args.window}: expected an even number, windows are counted from half to half")
     if args.steps < 2 * args.window or args.steps % args.window:
@@ -371,29 +377,37 @@ def main(argv: list[str] | None = None) -> int:
     for batch in islice(batches, args.window + args.window // 2):
         for side in sides:
             train_step(side, batch, args)
-    end = time.monotonic() + (args.seconds or math.inf)
+    limits = Limits(args.seconds, args.rows)
 
     def after() -> bool:
         write(args, step_rows(sides, args, cpu), device)
-        return time.monotonic() < end
+        return not limits.over()
 
-    if (ran := race(sides, batches, args, windows, after=after)) < windows:
-        print(f"no time was left for {windows - ran} of {windows} windows")
-        windows = ran
-    race(sides, batches, args, further, counted=False)
-    parts = [side.clock.take() for side in sides]
-    shared = list(islice(batches, args.window))
-    syncs = {} if cpu else {side.name: synchronisations(side, shared, args) for side in sides}
-
-    rows = [*step_rows(sides, args, cpu), *part_rows(parts, (further or windows) * args.window)]
+    ran = race(sides, batches, args, windows, after=after)
+    limits.left_out += [f"window {i + 1}" for i in range(ran, windows)]
+    windows, syncs, failed = ran, {}, False
+    rows = list(step_rows(sides, args, cpu))
+    judged = rows[1 if cpu else 0]
+    limits.left_out += [row["part"] for row in rows[args.rows or len(rows) :]]
+    if wanted := limits.admit(PARTS, len(rows), timed=not cpu):
+        try:
+            race(sides, batches, args, further, counted=False)
+            parts = part_rows([side.clock.take() for side in sides], (further or windows) * args.window)
+            rows += [row for row in parts if row["part"] in wanted]
+            if not cpu:
+                shared = list(islice(batches, args.window))
+                syncs = {side.name: synchronisations(side, shared, args) for side in sides}
+        except Exception as e:  # what a step takes is known all the same
+            failed = True
+            print(f"the parts of a step: {reason(e)}", file=sys.stderr, flush=True)
+    limits.say()
     print(f"{'':22} {'linear ms':>10} {'FoT ms':>10} {'added %':>9}")
     for row in rows:
         bounds = f"   {row['low_percent']:.3f} to {row['high_percent']:.3f}" if "low_percent" in row else ""
         print(f"{row['part']:22} {row['linear_ms']:10.3f} {row['fot_ms']:10.3f} {row['added_percent']:9.3f}{bounds}")
     if syncs:
         print(f"synchronisations in {args.window} steps: {syncs['linear']} under linear, {syncs['fot']} under FoT")
-    judged, claim = rows[1 if cpu else 0], CLAIM[device.type]
-    low, high = judged["low_percent"], judged["high_percent"]
+    claim, low, high = CLAIM[device.type], judged["low_percent"], judged["high_percent"]
     print(
         f"FoT adds {judged['added_percent']:.3f} % {'of CPU time ' if cpu else ''}(median of {windows} windows, 95 % "
         f"bootstrap interval {low:.3f} to {high:.3f}); claim: under {claim} %: {judge(low, high, claim, windows)}",
@@ -402,17 +416,17 @@ def main(argv: list[str] | None = None) -> int:
     write(args, rows, device, syncs)
     if args.csv:
         print(args.csv)
-    return 0
+    return int(failed)
 
 
 def write(args, rows: Iterable[dict], device: torch.device, syncs: dict[str, int] | None = None) -> None:
-    """The CSV, if one was asked for, with the rows that there are so far."""
+    """The CSV, if one was asked for, with the rows that there are so far and that --rows allows."""
     if args.csv:
         names = ("shape", "batch", "micro_batch", "seq_len", "base", "rank", "steps", "window", "compile")
         without = ("base", "rank") if args.shape in SIZES else ("compile",)
         same = {name: getattr(args, name) for name in names} | dict.fromkeys(without, "")
         same |= {f"syncs_{side}": (syncs or {}).get(side, "") for side in SIDES}
-        common.write_csv(args.csv, [*rows], same | common.here_and_now(device))
+        common.write_csv(args.csv, [*rows][: args.rows or None], same | common.here_and_now(device))
 
 
 if __name__ == "__main__":

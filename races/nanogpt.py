@@ -7,7 +7,7 @@
 Processes take turns: nanoGPT, ours with CE, ours with DPSM, nanoGPT, and so on. Both sides have the same statistic:
 the mean over ten steps, as one log line of ours covers, and of these means the median, the first left out. nanoGPT's
 times are those it prints; ours come from metrics.jsonl by way of summary.json. On a CPU both run fp32 without
-torch.compile.
+torch.compile. race.json is written after each round, which is a row to --rows.
 """
 
 import sys
@@ -16,20 +16,19 @@ if not __package__:  # a file by its name finds no package
     print("python -m races.nanogpt: error: type it like this, in the folder that holds races/", file=sys.stderr)
     sys.exit(2)
 
-import math
 import pickle
 import re
 import statistics
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from data.lm import load_corpus
+from kernels.bench.limits import Limits
 from model.gpt2 import SIZES
-from races.common import add_limits, check_new, command, output_of, race_parser
+from races.common import add_limits, check_least, check_new, command, output_of, race_parser
 from runtime.cli import user_errors
 from runtime.folder import environment, write_json
 from schedules.commandline import alive
@@ -107,20 +106,30 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"{args.checkout} is no checkout of nanoGPT (no train.py)")
         if args.steps < 2 * WINDOW or args.steps % WINDOW:
             raise ValueError(f"--steps {args.steps}: give a multiple of {WINDOW}, at least {2 * WINDOW}")
+        check_least(args, rounds=1, rows=0, seconds=0)
         check_new(args.out)
         args.data = str(write_text(args))
         dataset, vocab = write_dataset(args)
-        end, rounds = time.monotonic() + (args.seconds or math.inf), []
-        while len(rounds) < args.rounds and (not rounds or time.monotonic() < end):
-            i = len(rounds)
-            row = {"nanogpt": nanogpt_ms(dataset, args)}
-            row |= {loss: our_ms(loss, args.out / f"{loss}{i}", args) for loss in ("ce", "dpsm")}
+        limits, rounds, failed = Limits(args.seconds, args.rows), [], []
+        for i in range(args.rounds):
+            if not limits.admit([f"round {i + 1}"], len(rounds)):
+                continue
+            try:
+                row = {"nanogpt": nanogpt_ms(dataset, args)}
+                row |= {loss: our_ms(loss, args.out / f"{loss}{i}", args) for loss in ("ce", "dpsm")}
+            except ValueError as e:  # the next one may go through
+                failed.append(f"round {i + 1}: {e}")
+                print(failed[-1], file=sys.stderr, flush=True)
+                continue
             rounds.append(row)
             print(f"round {i + 1}: " + ", ".join(f"{k} {v:.1f} ms" for k, v in row.items()), flush=True)
             result = write_rounds(rounds, vocab, args)
+        limits.say()
+        if not rounds:
+            raise ValueError(failed[-1] if failed else f"--seconds {args.seconds} left no time for a round")
     ratios = f"ours with CE to nanoGPT {result['ce_over_nanogpt']:.3f}, ours DPSM to CE {result['dpsm_over_ce']:.3f}"
     print(f"tokens/s, as a ratio: {ratios} (medians of {len(rounds)} rounds; {args.out}/race.json)")
-    return 0
+    return int(bool(failed))
 
 
 def write_rounds(rounds: list[dict], vocab: int, args) -> dict:

@@ -9,13 +9,14 @@
 
 Turns are processes of their own and alternate: theirs, ours, theirs, and so on. A training turn takes the largest
 micro-batch that fits, from --batch down by halves. Its time is the median step after two that are not counted, its
-memory the peak of the process; where the sides' micro-batches differ, both run once more at the smaller, as only
-there their memories compare. An evaluation turn generates from plain dense weights, as merged adapters are; ours are
-packed on a CPU, as a run's are. It tries each of --eval-batches on two batches and takes the best. Every prompt gets
-all --new-tokens, so continuous batching gains nothing from early ends; with --early-ends a prompt gets between a
-quarter of them and all, and a batch of theirs goes on until its longest text has ended, as it does until the last EOS.
-Theirs is what their users run: bfloat16 autocast over fp32 adapters, scaled_dot_product_attention, left padding. Both
-sides compute in --dtype: by default bfloat16 on CUDA and where the base is bf16, else float32.
+memory the peak of the process; where the sides' micro-batches differ, both run once more at the smaller, as memories
+are compared at an equal batch alone, here and in evaluation: where batches differ, that is said in place of a ratio. An
+evaluation turn generates from plain dense weights, as merged adapters are; ours are packed on a CPU, as a run's are. It
+tries each of --eval-batches on two batches and takes the best. Every prompt gets all --new-tokens, so continuous
+batching gains nothing from early ends; with --early-ends a prompt gets between a quarter of them and all, and a batch
+of theirs goes on until its longest text has ended, as it does until the last EOS. Theirs is what their users run:
+bfloat16 autocast over fp32 adapters, scaled_dot_product_attention, left padding. Both sides compute in --dtype: by
+default bfloat16 on CUDA and where the base is bf16, else float32.
 """
 
 import sys
@@ -27,6 +28,7 @@ if not __package__:  # a file by its name finds no package
 import contextlib
 import json
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -211,6 +213,20 @@ def run_turn(turn: str, argv: list[str], model: Path) -> dict:
     return json.loads(printed.strip().splitlines()[-1])
 
 
+def compared(rows: list[dict]) -> Iterator[str]:
+    """Ours over theirs in the rows of one part, as medians of the rounds; memory in rounds of an equal batch."""
+    batches = {}
+    for row in rows:
+        batches.setdefault(row["round"], {})[row["side"]] = row.get("batch")
+    equal = [row for row in rows if len(set(batches[row["round"]].values())) == 1]
+    for key, word, some in (("tokens_per_second", "tokens/s", rows), ("peak_memory_bytes", "peak memory", equal)):
+        if (ratio := common.median_ratio(some, key, "ours", "theirs")) is not None:
+            yield f"{word}, ours over theirs {ratio:.3f} (median of the rounds)"
+    if rows and not equal:
+        at = ", ".join(f"{side} {batch or 'failed'}" for side, batch in batches[rows[0]["round"]].items())
+        yield f"peak memory is not compared, as no round has an equal batch ({at})"
+
+
 @alive()
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
@@ -238,6 +254,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     with user_errors():
         common.check_least(args, rank=1, batch=1, seq_len=1, steps=1, new_tokens=1, rounds=1, prompt_tokens=1)
+        common.check_least(args, rows=0, seconds=0)
         for name, given in (("eval", args.eval_batches), ("their", args.their_batches or "1")):
             if not all(b.isdigit() and int(b) for b in given.split(",")):
                 raise ValueError(f"--{name}-batches {given!r}: expected batch sizes separated by commas")
@@ -263,7 +280,7 @@ def main(argv: list[str] | None = None) -> int:
             "step_batch": args.batch,
         }
         same |= {k: getattr(args, k) for k in ("seq_len", "prompts", "prompt_tokens", "new_tokens", "early_ends")}
-    rows = common.Turns(args.out / "race.csv", same | common.here_and_now(world.device), args.seconds)
+    rows = common.Turns(args.out / "race.csv", same | common.here_and_now(world.device), args.seconds, args.rows)
 
     def take(round: int, part: str, side: str, *more: str) -> dict | None:
         turn = "train" if part == EQUAL else part
@@ -287,10 +304,8 @@ def main(argv: list[str] | None = None) -> int:
                 for side in sides:
                     take(i + 1, EQUAL, side, "--micro-batch", str(common_batch))
     for part in dict.fromkeys(row["part"] for row in rows):
-        for key, word in (("tokens_per_second", "tokens/s"), ("peak_memory_bytes", "peak memory")):
-            ratio = common.median_ratio((row for row in rows if row["part"] == part), key, "ours", "theirs")
-            if ratio is not None:
-                print(f"{part}: {word}, ours over theirs {ratio:.3f} (median of the rounds)")
+        for line in compared([row for row in rows if row["part"] == part]):
+            print(f"{part}: {line}")
     print(f"{args.out / 'race.csv'}")
     return rows.ended()
 

@@ -29,7 +29,6 @@ if not __package__:  # a file by its name finds no package
 
 import contextlib
 import json
-import math
 import random
 import statistics
 import time
@@ -43,7 +42,9 @@ import torch.nn.functional as F
 from data.packing import Example, pack
 from kernels import dpsm, linear_score, rms_norm, rope, swiglu
 from kernels.bench import timing
+from kernels.bench.limits import Limits
 from kernels.bench.providers import ALPHA, MatrixProducts
+from kernels.bench.rows import reason
 from kernels.bench.timing import HEADS, Shape
 from kernels.impl import choose_impl
 from kernels.moments import Stats, new_stats
@@ -52,7 +53,8 @@ from model.gpt2 import GPT2, SIZES, GPT2Config
 from model.layers import Linear
 from model.lora import LoRAConfig, NF4Linear, add_lora
 from model.varlen import Bounds, bounds_of, lacking
-from races.common import add_limits, here_and_now, race_parser
+from races.common import add_limits, check_least, here_and_now, race_parser
+from runtime.cli import user_errors
 from runtime.graph import Replayed
 from schedules.commandline import alive
 
@@ -409,6 +411,8 @@ def main(argv=None) -> int:
     parser.add_argument("--jsonl", type=Path, help="also write the lines there, each as it comes")
     add_limits(parser)
     args = parser.parse_args(argv)
+    with user_errors():
+        check_least(args, rows=0, seconds=0)
     names = [name for name in args.only.split(",") if name]
     names = names or [name for name in PROBES if name != "graph" or args.device == "cuda"]
     if unknown := [name for name in names if name not in PROBES]:
@@ -417,27 +421,31 @@ def main(argv=None) -> int:
             file=sys.stderr,
         )
         return 2
-    where, failed = here_and_now(torch.device(args.device)), 0
+    where, limits, written, failed = here_and_now(torch.device(args.device)), Limits(args.seconds, args.rows), 0, 0
 
     def say(row: dict) -> None:
+        nonlocal written
+        written += 1
         print(json.dumps(row), flush=True)
         if args.jsonl:
             with args.jsonl.open("a") as file:
                 file.write(json.dumps(row | where) + "\n")
 
-    end = time.monotonic() + (args.seconds or math.inf)
     for name in names:
-        if time.monotonic() >= end:
-            say(dict(probe=name, case="left out", value=None, unit="no time was left"))
+        if not limits.admit([name], written):
             continue
         try:
             for case, value, unit in PROBES[name](Bench(args.device)):
                 say(dict(probe=name, case=case, value=float(f"{value:.4g}"), unit=unit))
+                if written == limits.rows:
+                    limits.left_out.append(f"what {name} has beyond {case}")
+                    break
         except Exception as e:  # the next probe may go through
             failed += 1
-            say(dict(probe=name, case="failed", value=None, unit=f"{type(e).__name__}: {e}".splitlines()[0][:300]))
+            say(dict(probe=name, case="failed", value=None, unit=reason(e)))
         if args.device == "cuda":
             torch.cuda.empty_cache()
+    limits.say()
     return 1 if failed else 0
 
 

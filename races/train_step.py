@@ -21,6 +21,7 @@ import torch.nn.functional as F
 
 from kernels import ce, dpsm, linear_score
 from kernels.bench import timing
+from kernels.bench.limits import Limits
 from kernels.bench.providers import ALPHA
 from kernels.bench.rows import Rows
 from model.gpt2 import GPT2, GPT2Config, decay_groups
@@ -68,26 +69,23 @@ def train_step(device: str, dtype: str, repeats: int, rows: Rows, only: str = ""
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    jobs = {name: partial(step, loss_of) for name, loss_of in sides(device).items() if only in name}
-    missing = {}
-    for name, job in list(jobs.items()):
-        try:
-            job()
-        except Exception as e:  # the others go through
-            missing[name] = f"failed: {type(e).__name__}: {e}".splitlines()[0][:200]
-            optimizer.zero_grad(set_to_none=True)
-            del jobs[name]
-    times = timing.time_in_turns(jobs, device, repeats)
     what = f"training step, {batch} x {block} tokens, {shape.n_layer} layers, D={d}, V={v}, {dtype}"
     columns = ("step_ms", "ratio_to_torch_ce", "tokens_per_s", "peak_bytes")
     rows.begin(f"{what} on {rows.about['device']}", "provider", *columns)
-    for name, why in missing.items():
-        rows.add(dict(provider=name, n=batch * block, v=v, d=d, dtype=dtype, missing=why))
-    for name, job in jobs.items():
-        ms, ratio = timing.median_ms(times, name), timing.median_ratio(times, name, BASE)
-        row = dict(provider=name, n=batch * block, v=v, d=d, dtype=dtype, step_ms=ms, ratio_to_torch_ce=ratio)
-        peak = timing.cuda_peak(job) if device == "cuda" else None
-        rows.add(row | dict(tokens_per_s=1e3 * batch * block / ms, peak_bytes=peak, repeats=repeats))
+    common, jobs = dict(n=batch * block, v=v, d=d, dtype=dtype), {}
+    for name, loss_of in sides(device).items():
+        if only in name and rows.admit([name], beside=len(jobs)):
+            with rows.part(name, **common):
+                optimizer.zero_grad(set_to_none=True)
+                step(loss_of)
+                jobs[name] = partial(step, loss_of)
+    with rows.part("all sides", **common):
+        times = timing.time_in_turns(jobs, device, repeats)
+        for name, job in jobs.items():
+            ms, ratio = timing.median_ms(times, name), timing.median_ratio(times, name, BASE)
+            row = dict(provider=name, **common, step_ms=ms, ratio_to_torch_ce=ratio)
+            peak = timing.cuda_peak(job) if device == "cuda" else None
+            rows.add(row | dict(tokens_per_s=1e3 * batch * block / ms, peak_bytes=peak, repeats=repeats))
 
 
 @alive()
@@ -102,8 +100,10 @@ def main(argv=None) -> int:
     if not any(args.only in name for name in sides("cpu")):
         print(f"races.train_step: --only {args.only}: the sides are {', '.join(sides('cpu'))}", file=sys.stderr)
         return 2
-    train_step(args.device, args.dtype, args.repeats, Rows(args.device, args.csv), args.only)
-    return 0
+    rows = Rows(args.device, args.csv, limits=Limits(args.seconds, args.rows))
+    train_step(args.device, args.dtype, args.repeats, rows, args.only)
+    rows.limits.say()
+    return int(rows.failed)
 
 
 if __name__ == "__main__":

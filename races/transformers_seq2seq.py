@@ -146,7 +146,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     with user_errors():
         common.check_least(args, batch=1, source=1, target=1, steps=1, warm=0, beams=2, new_tokens=1, generate_batch=1)
-        common.check_least(args, rounds=1, vocab=16)
+        common.check_least(args, rounds=1, vocab=16, rows=0, seconds=0)
         common.check_new(args.out)
         args.device = torch.device(args.device)
         bf16 = args.dtype == "bfloat16" or (args.dtype == "auto" and args.device.type == "cuda")
@@ -158,14 +158,18 @@ def main(argv: list[str] | None = None) -> int:
         their_model(SIZES["bart-tiny"](vocab_size=16), torch.float32, torch.device("cpu"))  # is the package there?
         batches = {"train": args.batch, "generate": args.generate_batch}
         batches = {task: batches[task] for task in common.chosen(args.only, TASKS)}
-        if args.device.type == "cuda":
-            torch.set_float32_matmul_precision("high")
-            trial = argparse.Namespace(**vars(args) | {"steps": 1})
-            complaint = "a batch of one does not fit on this device; choose a smaller model"
-            for task, batch in batches.items():
-                batches[task] = common.largest_that_fits(partial(turns, task, config, trial), batch, complaint)
         args.out.mkdir(parents=True)
-    rows = common.Turns(args.out / "race.csv", about(args), args.seconds)
+    rows = common.Turns(args.out / "race.csv", about(args), args.seconds, args.rows)
+    if args.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        trial = argparse.Namespace(**vars(args) | {"steps": 1})
+        complaint = "a batch of one does not fit on this device; choose a smaller model"
+        for task, batch in list(batches.items()):
+            try:
+                batches[task] = common.largest_that_fits(partial(turns, task, config, trial), batch, complaint)
+            except Exception as e:  # the other task may go through
+                rows.fail({"task": task}, e)
+                del batches[task]
     tokens = {"train": args.source + args.target, "generate": args.new_tokens}  # of a row of the batch
     for i in range(args.rounds):
         for task, batch in batches.items():

@@ -22,8 +22,10 @@ x loss alone time of a step with figures over that of the same provider's loss, 
 error        |gradient - exact| / |exact| in the 2-norm, of the leaf where it is larger, on 64 tokens (512 on a GPU);
              exact is float64 autograd of the same loss
 
-What is not installed, or fails, is named, and has its row in the CSV. "In place" overwrites the logits: later rounds
-see other values, but do the same work. python -m races.train_step times a whole training step.
+What is not installed, or fails, is named, and has its row in the CSV, which is written after each row; where what fails
+is ours the exit code is 1. --seconds and --rows end a run early, and what they leave out is counted. "In place"
+overwrites the logits: later rounds see other values, but do the same work. python -m races.train_step times a whole
+training step.
 """
 
 import sys
@@ -33,17 +35,14 @@ if "." not in (__package__ or ""):  # a file by its name finds no package
     sys.exit(2)
 
 import argparse
-import json
-import math
-import time
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 
 from .claims import TRAIN_STEP, print_verdicts
 from .compare import audit_scores, compare, warm
 from .diagnostics import diagnose
+from .limits import Limits
 from .paths import time_choices
 from .rows import Rows, read_csv, write_plot
 from .timing import HEADS, Parser, Shape, add_options, alive, fill_options
@@ -57,10 +56,9 @@ def parse(argv) -> argparse.Namespace:
     parser.add_argument("--d", type=int, default=0, help="hidden size; above 0 also times the linear head")
     add_options(parser)
     parser.add_argument("--warm", type=int, default=0, help="compile first, so many processes at a time (GPU)")
-    parser.add_argument("--only", default="", help="providers whose name holds this; ratios to others are then empty")
-    parser.add_argument("--seconds", type=float, default=0, help="begin no further shape after so long; 0: no limit")
+    parser.add_argument("--only", default="", help="what has this in its name; ratios to others are then empty")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
-    parser.add_argument("--json", metavar="FILE", help="likewise")
+    parser.add_argument("--json", metavar="FILE", help="likewise, as JSON")
     parser.add_argument("--plot", metavar="FILE", help="step times as a PNG")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument(
@@ -82,7 +80,8 @@ def what_is_wrong(args) -> str | None:
     other = args.audit_2k or args.diagnostics or args.paths or args.claims or args.claims_of
     no_gpu = "needs a GPU; torch sees no CUDA device or --device is cpu"
     checks = {
-        "--only and --seconds are of the bench and --claims": (args.only or args.seconds) and other and not args.claims,
+        "--only, --seconds and --rows measure; leave out --claims-of": args.claims_of
+        and (args.only or args.seconds or args.rows),
         "--trace and --nvtx go with --audit-2k": (args.trace or args.nvtx) and not args.audit_2k,
         "--nvtx needs a CUDA device": args.nvtx and cpu,
         "--warm is of the bench and of --claims": args.warm and other and not args.claims,
@@ -127,30 +126,26 @@ def main(argv=None) -> int:
         return 0
     if args.threads:
         torch.set_num_threads(args.threads)
-    rows = Rows(args.device, args.csv)
+    rows = Rows(args.device, args.csv, args.json, Limits(args.seconds, args.rows))
     if args.audit_2k:
         audit_scores(args, rows)
-    elif args.diagnostics:
-        for shape in heads_of(args, Shape(512, 50257, 256)):
-            diagnose(shape, args, rows)
     elif args.paths:
         time_choices(args, rows)
     else:
-        shapes, end = shapes_to_compare(args), time.monotonic() + (args.seconds or math.inf)
+        shapes = heads_of(args, Shape(512, 50257, 256)) if args.diagnostics else shapes_to_compare(args)
         if args.warm:
             warm(shapes, args)
         for shape in shapes:
-            if time.monotonic() < end:
-                compare(shape, args, rows)
-            else:
-                print(f"no time was left for {' x '.join(str(x) for x in shape if x)}")
+            with rows.part("all providers", **shape._asdict(), dtype=args.dtype):
+                (diagnose if args.diagnostics else compare)(shape, args, rows)
+    rows.limits.say()
+    if not rows and not rows.limits.left_out:
+        print(f"nothing has {args.only!r} in its name")
     if args.claims:
         print_verdicts([*rows, *known])
-    if args.json:
-        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
-    if args.plot:
+    if args.plot and any(row.get("step_ms") for row in rows):
         write_plot(rows, args.plot)
-    return 0
+    return int(rows.failed)
 
 
 if __name__ == "__main__":

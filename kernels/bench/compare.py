@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..head import linear_score
 from . import timing
 from .providers import ALPHA, AUDITED, FROM_HIDDEN, FROM_LOGITS, providers
-from .rows import Rows
+from .rows import Rows, reason
 from .timing import Shape
 
 AUDIT_TOKENS = 2000
@@ -56,13 +56,13 @@ def gradient_error(function, shape: Shape, dtype: str, device: str, alpha: float
 
 def compare(shape: Shape, args, rows: Rows) -> None:
     """One row a provider. One that is not there has its reason in ``missing``."""
-    linear = shape.d is not None
+    linear, size = shape.d is not None, " x ".join(str(x) for x in shape if x)
     functions, missing = providers(linear, args.device)
-    functions, missing = ({name: x for name, x in found.items() if args.only in name} for found in (functions, missing))
+    if not (names := rows.admit([name for name in (*functions, *missing) if args.only in name], f", {size}")):
+        return
+    functions, missing = ({name: x[name] for name in names if name in x} for x in (functions, missing))
     leaves, targets = timing.make_inputs(shape, args.dtype, args.device)
     missing |= drop_failing(functions, leaves, targets)
-    if not functions:
-        print(f"no provider of {' x '.join(str(x) for x in shape if x)} has {args.only!r} in its name, or all failed")
     step = time_losses(functions, leaves, targets, args.repeats, forward=False, copy=not linear)
     forward = time_losses(functions, leaves, targets, args.repeats, forward=True, copy=False)
     eager = {}
@@ -83,22 +83,22 @@ def compare(shape: Shape, args, rows: Rows) -> None:
     rows.begin(f"N={shape.n} V={shape.v} D={shape.d or '-'} {where}", "provider", *columns)
     common = shape._asdict() | dict(dtype=args.dtype)
     for name, function in functions.items():
-        if args.device == "cuda":
-            peak = timing.measure_memory(function, shape, args.dtype, "cuda")
-        else:
-            peak = timing.measure_memory_apart(name, shape, args.dtype, args.threads)
-        how = args.dtype, args.device, ALPHA if "DPSM" in name else 0.0
-        error = gradient_error(function, shape, *how) if name != "matrix products" else None
-        ms, share = timing.median_ms(step, name), None if linear else timing.median_ratio(step, "copy", name)
-        row = dict(provider=name, **common, forward_ms=timing.median_ms(forward, name), step_ms=ms)
-        row |= dict(eager_step_ms=timing.median_ms(eager, name) if eager else None)
-        row |= dict(best_step_ms=1e3 * min(step[name]), ratio_to_literal=timing.median_ratio(step, name, base))
-        row |= dict(share_of_copy=share, ratio_to_products=timing.median_ratio(step, name, "matrix products"))
-        row |= dict(beside_bytes=peak - gradient_bytes, gb_per_s=None if linear else 2e-6 * logits_bytes / ms)
-        row |= dict(peak_bytes=peak, peak_logits=peak / logits_bytes, gradient_error=error, repeats=args.repeats)
-        rows.add(row)
-    for name, why in missing.items():
-        rows.add(dict(provider=name, **common, missing=why))
+        with rows.part(name, **common):
+            if args.device == "cuda":
+                peak = timing.measure_memory(function, shape, args.dtype, "cuda")
+            else:
+                peak = timing.measure_memory_apart(name, shape, args.dtype, args.threads)
+            how = args.dtype, args.device, ALPHA if "DPSM" in name else 0.0
+            error = gradient_error(function, shape, *how) if name != "matrix products" else None
+            ms, share = timing.median_ms(step, name), None if linear else timing.median_ratio(step, "copy", name)
+            row = dict(provider=name, **common, forward_ms=timing.median_ms(forward, name), step_ms=ms)
+            row |= dict(eager_step_ms=timing.median_ms(eager, name) if eager else None)
+            row |= dict(best_step_ms=1e3 * min(step[name]), ratio_to_literal=timing.median_ratio(step, name, base))
+            row |= dict(share_of_copy=share, ratio_to_products=timing.median_ratio(step, name, "matrix products"))
+            row |= dict(beside_bytes=peak - gradient_bytes, gb_per_s=None if linear else 2e-6 * logits_bytes / ms)
+            row |= dict(peak_bytes=peak, peak_logits=peak / logits_bytes, gradient_error=error, repeats=args.repeats)
+            rows.add(row)
+    add_missing(rows, missing, common)
 
 
 def warm(shapes: list[Shape], args) -> None:
@@ -121,26 +121,32 @@ def _run_small(name: str, shape: Shape, dtype: str, device: str) -> None:
     timing.run_once(function, leaves, targets, forward=True)
 
 
-def drop_failing(functions: dict, leaves, targets, ours=(*FROM_LOGITS, *FROM_HIDDEN)) -> dict[str, str]:
-    """Runs each once, and takes out of ``functions`` what does not fit in memory and peers that fail: {name: why}.
-    Where one of ``ours`` fails it raises."""
+def add_missing(rows: Rows, missing: dict[str, str], common: dict, ours=(*FROM_LOGITS, *FROM_HIDDEN)) -> None:
+    """A row for each that is ``missing``; where one of ``ours`` failed, the run has."""
+    for name, why in missing.items():
+        rows.add({rows.name: name, **common, "missing": why})
+        rows.failed |= name in ours and why.startswith("failed")
+
+
+def drop_failing(functions: dict, leaves, targets, forward: bool = True) -> dict[str, str]:
+    """Runs each once, with ``forward`` once more without gradient, and takes out of ``functions`` what fails or does
+    not fit in memory: {name: why}."""
     missing = {}
     for name, function in list(functions.items()):
         began = time.monotonic()
         try:
             own = [leaves[0].detach().clone().requires_grad_()] if name.endswith("in place") else leaves
             timing.run_once(function, own, targets)
-            timing.run_once(function, own, targets, forward=True)
+            if forward:
+                timing.run_once(function, own, targets, forward=True)
             if leaves[0].is_cuda:
                 torch.cuda.synchronize()
             if (took := time.monotonic() - began) > SLOW:
                 print(f"{name}: {took:.0f} s to its first result, compilation included", file=sys.stderr, flush=True)
         except torch.OutOfMemoryError:
             missing[name] = "out of memory"
-        except Exception as e:  # another project's kernel, on a version of its choice
-            if name in ours:
-                raise
-            missing[name] = f"failed: {type(e).__name__}: {e}".splitlines()[0][:200]
+        except Exception as e:  # the others go through
+            missing[name] = f"failed: {reason(e)}"
         if name in missing:
             del functions[name]
             timing.drop_gradients(leaves)
@@ -167,29 +173,33 @@ def audit_scores(args, rows: Rows) -> None:
     shape = Shape(args.n or AUDIT_TOKENS, args.v or 50257, args.d or 768)
     base, brier = "linear + torch CE", "linear_score brier"
     names = ["linear + literal DPSM", base, *(f"linear_score {name}" for name in AUDITED), brier + IGNORING]
-    functions = {name: audited(name) for name in names}
+    functions = {name: audited(name) for name in rows.admit(name for name in names if args.only in name)}
     leaves, targets = timing.make_inputs(shape, args.dtype, args.device)
+    missing = drop_failing(functions, leaves, targets, forward=False)
     times = time_losses(functions, leaves, targets, args.repeats, forward=False, copy=False)
     where = f"V={shape.v} D={shape.d} {args.dtype} on {rows.about['device']}, {rows.about['threads']} CPU threads"
     columns = ("step_ms", "ratio_to_torch_ce", "ratio_to_brier", "peak_bytes", "flops", "joules")
     rows.begin(f"{shape.n:,} tokens, {where}; ours with every moment and the Fisher", "loss", *columns)
+    common = shape._asdict() | dict(dtype=args.dtype)
     for name, function in functions.items():
-        joules = timing.measure_joules(partial(timing.run_once, function, leaves, targets), args.device)
-        nvtx = torch.cuda.nvtx.range(name) if args.nvtx else nullcontext()
-        with nvtx, FlopCounterMode(display=False) as flops:
-            timing.run_once(function, leaves, targets)
-        if args.device == "cuda":
-            peak = timing.measure_memory(function, shape, args.dtype, "cuda")
-        else:
-            how = shape, args.dtype, args.threads, partial(audited, name), (__name__,)
-            peak = timing.measure_memory_apart(name, *how)
-        if args.trace:
-            file = name.replace(" ", "_").replace("+", "and") + ".json"
-            write_trace(function, leaves, targets, Path(args.trace) / file)
-        row = dict(loss=name, **shape._asdict(), dtype=args.dtype, step_ms=timing.median_ms(times, name))
-        row |= dict(ratio_to_torch_ce=timing.median_ratio(times, name, base))
-        row |= dict(ratio_to_brier=timing.median_ratio(times, name, brier), repeats=args.repeats)
-        rows.add(row | dict(peak_bytes=peak, flops=flops.get_total_flops(), joules=joules))
+        with rows.part(name, **common):
+            joules = timing.measure_joules(partial(timing.run_once, function, leaves, targets), args.device)
+            nvtx = torch.cuda.nvtx.range(name) if args.nvtx else nullcontext()
+            with nvtx, FlopCounterMode(display=False) as flops:
+                timing.run_once(function, leaves, targets)
+            if args.device == "cuda":
+                peak = timing.measure_memory(function, shape, args.dtype, "cuda")
+            else:
+                how = shape, args.dtype, args.threads, partial(audited, name), (__name__,)
+                peak = timing.measure_memory_apart(name, *how)
+            if args.trace:
+                file = name.replace(" ", "_").replace("+", "and") + ".json"
+                write_trace(function, leaves, targets, Path(args.trace) / file)
+            row = dict(loss=name, **common, step_ms=timing.median_ms(times, name))
+            row |= dict(ratio_to_torch_ce=timing.median_ratio(times, name, base))
+            row |= dict(ratio_to_brier=timing.median_ratio(times, name, brier), repeats=args.repeats)
+            rows.add(row | dict(peak_bytes=peak, flops=flops.get_total_flops(), joules=joules))
+    add_missing(rows, missing, common, names)
 
 
 def write_trace(function: Callable, leaves, targets, file: Path) -> None:

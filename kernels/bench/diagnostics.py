@@ -17,7 +17,7 @@ from ..calibration import Calibration
 from ..head import linear_score
 from ..losses import ce, dpsm
 from . import timing
-from .compare import drop_failing, time_losses
+from .compare import add_missing, drop_failing, time_losses
 from .providers import ALPHA, peer
 from .rows import Rows
 from .timing import Shape
@@ -157,11 +157,13 @@ def available(device: str) -> tuple[dict[str, tuple[str, str]], dict[str, str]]:
 def diagnose(shape: Shape, args, rows: Rows) -> None:
     """One row a provider and set of figures. A provider that is not there has its reason in ``missing``."""
     jobs, missing = available(args.device)
-    functions = {name: loss_of(*job) for name, job in jobs.items()}
+    size = " x ".join(map(str, shape))
+    if not (names := rows.admit([name for name in (*jobs, *missing) if args.only in name], f", {size}")):
+        return
+    functions = {name: loss_of(*job) for name, job in jobs.items() if name in names}
+    missing = {name: why for name, why in missing.items() if name in names}
     leaves, targets = timing.make_inputs(shape, args.dtype, args.device)
-    if args.device == "cuda":
-        own = [name for name, (provider, _) in jobs.items() if provider in OURS]
-        missing |= drop_failing(functions, leaves, targets, own)
+    missing |= drop_failing(functions, leaves, targets, forward=False)
     times = time_losses(functions, leaves, targets, args.repeats, forward=False, copy=False)
     del leaves
     where = f"{args.dtype} on {rows.about['device']}, {rows.about['threads']} CPU threads"
@@ -170,13 +172,13 @@ def diagnose(shape: Shape, args, rows: Rows) -> None:
     common = shape._asdict() | dict(dtype=args.dtype)
     for name, function in functions.items():
         provider, figures = jobs[name]
-        if args.device == "cuda":
-            peak = timing.measure_memory(function, shape, args.dtype, "cuda")
-        else:
-            find = partial(loss_of, provider, figures)
-            peak = timing.measure_memory_apart(name, shape, args.dtype, args.threads, find, (__name__, TRL))
-        row = dict(provider=provider, figures=figures, **common, step_ms=timing.median_ms(times, name))
-        row |= dict(ratio_to_loss_alone=timing.median_ratio(times, name, f"{provider}, {LOSS}"))
-        rows.add(row | dict(peak_bytes=peak, repeats=args.repeats), f"  {figures}")
-    for provider, why in missing.items():
-        rows.add(dict(provider=provider, **common, missing=why))
+        with rows.part(provider, figures=figures, **common):
+            if args.device == "cuda":
+                peak = timing.measure_memory(function, shape, args.dtype, "cuda")
+            else:
+                find = partial(loss_of, provider, figures)
+                peak = timing.measure_memory_apart(name, shape, args.dtype, args.threads, find, (__name__, TRL))
+            row = dict(provider=provider, figures=figures, **common, step_ms=timing.median_ms(times, name))
+            row |= dict(ratio_to_loss_alone=timing.median_ratio(times, name, f"{provider}, {LOSS}"))
+            rows.add(row | dict(peak_bytes=peak, repeats=args.repeats), f"  {figures}")
+    add_missing(rows, missing, common, [name for name, (provider, _) in jobs.items() if provider in OURS])

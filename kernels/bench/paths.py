@@ -42,8 +42,9 @@ def shapes_of(v: int, dtype: torch.dtype) -> dict[Held, dict]:
     return found
 
 
-def time_paths(v: int, dtype: torch.dtype, device: str, repeats: int) -> dict[Held | str, float]:
-    """Milliseconds of DPSM with its gradient on TOKENS rows by ``shapes_of``, and of copying the logits ("copy")."""
+def time_paths(v: int, dtype: torch.dtype, device: str, repeats: int, keys: list[Held]) -> dict[Held | str, float]:
+    """Milliseconds of DPSM with its gradient on TOKENS rows by the ``keys`` of ``shapes_of``, and of copying the logits
+    ("copy")."""
     from ..triton_impl import fused_score
 
     z = torch.randn(TOKENS, v, dtype=dtype, device=device)
@@ -51,7 +52,7 @@ def time_paths(v: int, dtype: torch.dtype, device: str, repeats: int) -> dict[He
     out, (stats, correct) = torch.empty_like(z), new_stats(z, TOKENS)
     results = dict(stats=stats, correct=correct, losses=stats[0].clone(), fisher=stats[0].clone(), out=out)
     run = partial(fused_score, "dpsm", torch.full((), 0.5, device=device), z, y, None, None, **results)
-    jobs = {key: partial(run, shape=shape) for key, shape in shapes_of(v, dtype).items()}
+    jobs = {key: partial(run, shape=shape) for key, shape in shapes_of(v, dtype).items() if key in keys}
     times = timing.time_in_turns(jobs | {"copy": lambda: out.copy_(z)}, device, repeats, queued=True)
     return {key: timing.median_ms(times, key) for key in times}
 
@@ -72,19 +73,27 @@ def time_choices(args, rows: Rows) -> None:
     title = f"DPSM with its gradient, N={TOKENS}, on {rows.about['device']}"
     rows.begin(title, "provider", "dtype", "v", *Held._fields, "step_ms", "share_of_copy")
     for dtype, v in LOGITS:
-        times = time_paths(v, timing.DTYPE_OF[dtype], args.device, args.repeats)
-        copy = times.pop("copy")
-        chosen, fastest = next(iter(times)), min(times, key=times.get)
-        for key, ms in times.items():
-            row = dict(provider="score_kernel", n=TOKENS, v=v, d=None, dtype=dtype, **key._asdict())
-            row |= dict(step_ms=ms, copy_ms=copy, share_of_copy=copy / ms, chosen=key == chosen, repeats=args.repeats)
-            rows.add(row, "  chosen" * (key == chosen) + "  fastest" * (key == fastest))
+        common = dict(n=TOKENS, v=v, d=None, dtype=dtype)
+        with rows.part("score_kernel", **common):
+            shapes = {f"score_kernel {dtype} {v} {key}": key for key in shapes_of(v, timing.DTYPE_OF[dtype])}
+            chosen = next(iter(shapes.values()))
+            keys = [shapes[name] for name in rows.admit(name for name in shapes if args.only in name)]
+            times = time_paths(v, timing.DTYPE_OF[dtype], args.device, args.repeats, keys) if keys else {}
+            copy, fastest = times.pop("copy", None), min(times, key=times.get, default=None)
+            for key, ms in times.items():
+                row = dict(provider="score_kernel", **common, **key._asdict(), step_ms=ms, copy_ms=copy)
+                row |= dict(share_of_copy=copy / ms, chosen=key == chosen, repeats=args.repeats)
+                rows.add(row, "  chosen" * (key == chosen) + "  fastest" * (key == fastest))
     sizes = [TILE << i for i in range(7)]  # 128 ... 8192
     title = "linear_score over its matrix products, bf16, by tokens a chunk"
     rows.begin(title, "provider", "v", "chunk", "ratio_to_products")
     for shape in timing.HEADS.values():
-        chosen = cuda_chunk(*shape, 2, 2, torch.device("cuda", torch.cuda.current_device()), direct=True)
-        ratios = time_chunks(shape, "bf16", args.device, args.repeats, sorted({*sizes, chosen}))
-        for size, ratio in ratios.items():
-            row = dict(provider="linear_score", **shape._asdict(), dtype="bf16", chunk=size, ratio_to_products=ratio)
-            rows.add(row | dict(chosen=size == chosen, repeats=args.repeats), "  chosen" * (size == chosen))
+        common = shape._asdict() | dict(dtype="bf16")
+        with rows.part("linear_score", **common):
+            chosen = cuda_chunk(*shape, 2, 2, torch.device("cuda", torch.cuda.current_device()), direct=True)
+            names = {f"linear_score {shape.v} chunk={size}": size for size in sorted({*sizes, chosen})}
+            some = [names[name] for name in rows.admit(name for name in names if args.only in name)]
+            ratios = time_chunks(shape, "bf16", args.device, args.repeats, some) if some else {}
+            for size, ratio in ratios.items():
+                row = dict(provider="linear_score", **common, chunk=size, ratio_to_products=ratio)
+                rows.add(row | dict(chosen=size == chosen, repeats=args.repeats), "  chosen" * (size == chosen))

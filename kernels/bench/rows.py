@@ -1,15 +1,21 @@
 """The rows that a bench measures: printed and written to a CSV as they come, read again, drawn."""
 
 import csv
+import io
+import json
 import os
 import platform
-from collections.abc import Iterable
-from contextlib import suppress
+import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from importlib.metadata import PackageNotFoundError
+from pathlib import Path
 
 import torch
+
+from .limits import Limits
 
 # How a table shows figures: key of the row -> (heading, factor, format). Other keys are shown as they are.
 COLUMNS = {
@@ -49,12 +55,37 @@ def where_and_when(device: str) -> dict:
     return about | dict(date=datetime.now(UTC).isoformat(timespec="seconds"))
 
 
-class Rows(list):
-    """The rows of a run on ``device``. ``file``: a CSV, whole after every row, so that a run may be cut off."""
+def reason(error: Exception) -> str:
+    """An error in one line, for a row."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
 
-    def __init__(self, device: str, file: str | None = None):
+
+class Rows(list):
+    """The rows of a run on ``device``, within its ``limits``. ``file``, a CSV, and ``json_file`` are whole after every
+    row, so that a run may be cut off. ``failed``: whether a part did that must not."""
+
+    def __init__(
+        self, device: str, file: str | None = None, json_file: str | None = None, limits: Limits | None = None
+    ):
         super().__init__()
-        self.file, self.about = file, where_and_when(device)
+        self.file, self.json_file, self.about = file, json_file, where_and_when(device)
+        self.limits, self.failed, self.name = limits or Limits(), False, "provider"
+
+    def admit(self, names: Iterable[str], where: str = "", beside: int = 0) -> list[str]:
+        """Those of ``names`` that may be measured, a row each, beside so many others that have none yet."""
+        names = list(names)
+        return names[: len(self.limits.admit([f"{name}{where}" for name in names], len(self) + beside))]
+
+    @contextmanager
+    def part(self, name: str, **more) -> Iterator[None]:
+        """The body is a part of the run: where it fails there is a row that says why, and the next part begins."""
+        try:
+            yield
+        except Exception as error:
+            traceback.print_exc()
+            self.failed = True
+            self.add({self.name: name, **more, "missing": f"failed: {reason(error)}"})
+        torch.cuda.empty_cache()
 
     def begin(self, title: str, name: str, *columns: str) -> None:
         """Starts a table: its lines begin with a row's ``name`` and show ``columns``, keys of the row."""
@@ -67,6 +98,8 @@ class Rows(list):
         self.append(row | self.about)
         if self.file:
             write_csv(self, self.file)
+        if self.json_file:
+            replace(self.json_file, json.dumps(self, indent=1) + "\n")
         if "missing" in row:
             print(f"{row[self.name]:{NAME_WIDTH}} {row['missing']}")
             return
@@ -81,11 +114,16 @@ class Rows(list):
 
 def write_csv(rows: Iterable[dict], file: str) -> None:
     """All rows, with every column that one of them has; the file is replaced whole."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    with open(f"{file}.tmp", "w", newline="") as opened:
-        writer = csv.DictWriter(opened, columns)
-        writer.writeheader()
-        writer.writerows(rows)
+    columns, text = list(dict.fromkeys(key for row in rows for key in row)), io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns)
+    writer.writeheader()
+    writer.writerows(rows)
+    replace(file, text.getvalue())
+
+
+def replace(file: str, text: str) -> None:
+    """The file is what it was or the whole ``text``, whenever this is cut off."""
+    Path(f"{file}.tmp").write_text(text, newline="")
     os.replace(f"{file}.tmp", file)
 
 

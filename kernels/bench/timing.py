@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .limits import add_limits
 from .providers import providers
 
 # Of the package beside this one, as which both are installed: schedules, or scorecast.schedules.
@@ -44,7 +45,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPE_OF, help="of logits, hidden and weight (bf16 on a GPU, else fp32)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=device)
     parser.add_argument("--repeats", type=int, default=0, help="rounds that count (30 on a GPU, else 7)")
-    parser.add_argument("--csv", metavar="FILE", help="also write the rows there")
+    parser.add_argument("--csv", metavar="FILE", help="also write the rows there, after each")
+    add_limits(parser)
 
 
 def fill_options(args: argparse.Namespace) -> str | None:

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,11 +14,12 @@ if not torch.cuda.is_available():
 from matplotlib.figure import Figure
 
 from kernels import losses
-from kernels.bench import compare, timing
+from kernels.bench import compare, diagnostics, paths, timing
 from kernels.bench.__main__ import main
+from kernels.bench.limits import Limits
 from kernels.bench.paths import shapes_of, time_chunks
-from kernels.bench.providers import FROM_HIDDEN, FROM_LOGITS, ON_CPU_TOO
-from kernels.bench.rows import write_plot
+from kernels.bench.providers import FROM_HIDDEN, FROM_LOGITS, ON_CPU_TOO, PEERS_FROM_HIDDEN, PEERS_FROM_LOGITS
+from kernels.bench.rows import Rows, write_plot
 from kernels.bench.timing import Shape, make_inputs
 
 # --- the bench itself -----------------------------------------------------------------------------------
@@ -55,8 +57,68 @@ def test_the_bench_of_some_providers_in_some_time(tmp_path, monkeypatch, capsys)
         rows["ours broken"]["missing"] == "failed: ZeroDivisionError: division by zero" and rows["ours DPSM"]["step_ms"]
     )
     assert main([*shape, "--d", "4", "--only", "literal", "--seconds", "1e-9"]) == 0
-    assert "no time was left for 8 x 20 x 4" in capsys.readouterr().out
-    assert main([*shape, "--diagnostics", "--only", "ours"]) == 2
+    said = capsys.readouterr().err
+    assert said == "left out by --seconds or --rows: 2, the first of them literal DPSM, 8 x 20\n"
+    assert main([*shape, "--only", "nobody's"]) == 0 and 'nothing has "nobody\'s"' in capsys.readouterr().out
+
+
+LOSSES = [*FROM_LOGITS, *FROM_HIDDEN, *PEERS_FROM_LOGITS, *PEERS_FROM_HIDDEN]
+
+
+@pytest.mark.parametrize(
+    "mode, all_rows", [([], len(LOSSES)), (["--audit-2k"], 3 + len(losses.LOSSES)), (["--diagnostics"], 12)]
+)
+def test_every_mode_ends_with_so_many_rows(mode, all_rows, tmp_path, monkeypatch, capsys):
+    def absent(*_):
+        raise ImportError
+
+    monkeypatch.setattr(timing, "measure_memory_apart", lambda *args: 1)
+    monkeypatch.setattr(diagnostics, "peer", absent)
+    files = {k: tmp_path / f"bench.{k}" for k in ("csv", "json")}
+    small = [*mode, *"--n 8 --v 20 --d 4 --repeats 1 --device cpu --rows 2".split()]
+    assert main([*small, "--csv", str(files["csv"]), "--json", str(files["json"])]) == 0
+    with open(files["csv"]) as file:
+        times = [r["step_ms"] for r in csv.DictReader(file)]
+    assert times == [str(r["step_ms"]) for r in json.loads(files["json"].read_text())] and len(times) == 2
+    assert f"left out by --seconds or --rows: {all_rows - 2}, the first of them" in capsys.readouterr().err
+
+
+def test_a_provider_that_fails_does_not_end_the_others(tmp_path, monkeypatch, capsys):
+    """In its first step, or when its memory is measured; the exit code says so."""
+
+    def memory(name, *_):
+        if name == "torch CE":
+            raise RuntimeError("ended by the system")
+        return 1
+
+    monkeypatch.setattr(timing, "measure_memory_apart", memory)
+    monkeypatch.setitem(FROM_LOGITS, "ours DPSM", lambda z, y: 1 / 0)
+    file = tmp_path / "bench.csv"
+    assert main([*"--n 8 --v 20 --repeats 1 --device cpu --csv".split(), str(file)]) == 1
+    with open(file) as opened:
+        missing = {r["provider"]: r["missing"] for r in csv.DictReader(opened)}
+    assert missing["torch CE"] == "failed: RuntimeError: ended by the system"
+    assert missing["ours DPSM"] == "failed: ZeroDivisionError: division by zero"
+    assert missing["ours DPSM by moments"] == missing["literal DPSM"] == "" and "Traceback" in capsys.readouterr().err
+
+
+def test_a_shape_that_fails_does_not_end_the_next(tmp_path, monkeypatch):
+    monkeypatch.setattr(timing, "measure_memory_apart", lambda *args: 1)
+    logits, make = timing.make_inputs, []
+
+    def inputs(shape, *how):
+        make.append(shape)
+        if shape.d is None:
+            raise torch.OutOfMemoryError("8 GiB")
+        return logits(shape, *how)
+
+    monkeypatch.setattr(timing, "make_inputs", inputs)
+    file = tmp_path / "bench.csv"
+    small = "--n 8 --v 20 --d 4 --repeats 1 --device cpu --only literal --csv".split()
+    assert main([*small, str(file)]) == 1
+    with open(file) as opened:
+        rows = [(r["provider"], r["d"], r["missing"]) for r in csv.DictReader(opened)]
+    assert rows == [("all providers", "", "failed: OutOfMemoryError: 8 GiB"), ("linear + literal DPSM", "4", "")]
 
 
 def test_the_benchs_picture_says_whose_bars_they_are_and_times_in_words(tmp_path, monkeypatch):
@@ -129,9 +191,10 @@ def test_a_peer_that_fails_is_named_and_one_of_ours_is_not_hidden(monkeypatch):
     missing = compare.drop_failing(functions, leaves, targets)
     assert missing == {"Liger CE": "failed: AttributeError: no such kernel", "literal DPSM": "out of memory"}
     assert list(functions) == ["ours CE"]
-    for name, ours in (("ours CE", {}), ("a name of another bench", dict(ours=["a name of another bench"]))):
-        with pytest.raises(AttributeError):
-            compare.drop_failing({name: fails}, leaves, targets, **ours)
+    for ours in (["ours CE"], ["another"]):  # a failure of ours is the run's
+        rows = Rows("cpu")
+        compare.add_missing(rows, {"ours CE": "failed: AttributeError"}, {}, ours)
+        assert rows.failed is (ours == ["ours CE"]) and rows[0]["missing"] == "failed: AttributeError"
 
 
 def test_rows_are_on_file_as_they_come(tmp_path, monkeypatch):
@@ -193,6 +256,38 @@ def _a_large_tensor():
     return lambda hidden, weight, targets: (
         (hidden.sum() + weight.sum()) * (torch.ones(10_000_000) if len(hidden) > 8 else torch.ones(1)).sum()
     )
+
+
+def test_what_fails_among_the_paths_does_not_end_the_others_and_rows_do(tmp_path, monkeypatch, capsys):
+    """The GPU's part of --paths stood in for: a vocabulary that fails is a row, and the next one begins."""
+    held, asked = [paths.Held(8, n, 1, False) for n in (25, 18)], []
+
+    def times(v, dtype, device, repeats, keys):
+        asked.append((v, keys))
+        if v == 151936:
+            raise RuntimeError("no such kernel")
+        return {key: 1.0 for key in keys} | {"copy": 0.5}
+
+    for name, stand_in in dict(
+        shapes_of=lambda *_: dict.fromkeys(held), time_paths=times, cuda_chunk=lambda *_, **__: 128
+    ).items():
+        monkeypatch.setattr(paths, name, stand_in)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(paths, "time_chunks", lambda *args: dict.fromkeys(args[-1], 1.5))
+    args = SimpleNamespace(device="cpu", repeats=1, only="")
+    rows = Rows("cpu", str(tmp_path / "paths.csv"), limits=Limits(rows=7))
+    paths.time_choices(args, rows)
+    assert [(r["provider"], r["v"]) for r in rows][:5] == [
+        ("score_kernel", v) for v in (50257, 50257, 151936, 50257, 50257)
+    ]
+    assert rows[2]["missing"] == "failed: RuntimeError: no such kernel" and rows.failed
+    assert [r["chunk"] for r in rows[5:]] == [128, 256] and len(rows.limits.left_out) == 5 + 7
+    args.only, asked[:] = "fp32 50257 Held(warps=8, held_=18", []
+    paths.time_choices(args, Rows("cpu"))
+    assert not asked  # no such name
+    args.only = "held=18"
+    paths.time_choices(args, Rows("cpu"))
+    assert [keys for _, keys in asked] == 3 * [held[1:]]
 
 
 def test_chunks_are_timed_beside_the_products():

@@ -72,12 +72,21 @@ def test_a_turn_that_fails_is_a_row_and_the_file_is_whole_after_each(tmp_path, c
 
 def test_no_turn_begins_after_the_time_is_over(tmp_path, monkeypatch, capsys):
     now = iter([100.0, 109.0, 111.0])
-    monkeypatch.setattr(common.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(common.limits.time, "monotonic", lambda: next(now))
     rows = common.Turns(tmp_path / "race.csv", {}, seconds=10)
     assert rows.take({"round": 1, "side": "a"}, lambda: {"ms": 1})
     assert rows.take({"round": 1, "side": "b"}, lambda: {"ms": 1}) is None
-    assert len(rows) == 1 and rows.ended() == 0 and "no time was left for 1 turns" in capsys.readouterr().out
+    assert len(rows) == 1 and rows.ended() == 0
+    assert capsys.readouterr().err == "left out by --seconds or --rows: 1, the first of them 1 b\n"
     assert common.median_ratio(rows, "ms", "a", "b") is None
+
+
+def test_no_turn_begins_after_so_many_rows(tmp_path, capsys):
+    rows = common.Turns(tmp_path / "race.csv", {}, rows=2)
+    rows.take({"side": "a"}, lambda: {"ms": 1 / 0})  # a row as well
+    taken = [rows.take({"side": side}, lambda: {"ms": 1}) for side in "bcd"]
+    assert taken == [{"side": "b", "ms": 1}, None, None] and len(rows) == 2 and rows.ended() == 1
+    assert "left out by --seconds or --rows: 2, the first of them c" in capsys.readouterr().err
 
 
 def test_parts_by_name():
@@ -103,7 +112,10 @@ def test_lora_s_memory_is_compared_at_one_micro_batch(tmp_path, monkeypatch, cap
     trained = [("train:theirs", []), ("train:ours", []), ("train:theirs", again), ("train:ours", again)]
     assert asked == [*trained, ("evaluate:theirs", []), ("evaluate:ours", [])]
     said = capsys.readouterr().out
-    assert "train: peak memory, ours over theirs 2.000" in said
+    assert "train: peak memory is not compared, as no round has an equal batch (theirs 2, ours 4)" in said
+    assert "train: tokens/s, ours over theirs 1.000" in said and said.count("peak memory, ours over theirs") == 1
     assert "train, equal micro-batch: peak memory, ours over theirs 1.000" in said
     with open(tmp_path / "race" / "race.csv", newline="") as file:
         assert [row["failed"] for row in csv.DictReader(file)] == ["", "", "", "", "ValueError: it does not fit", ""]
+    assert peft_gsm8k.main([*flags.split(), str(tmp_path / "short"), "--rows", "3"]) == 0
+    assert "left out by --seconds or --rows: 3, the first of them 1 train, equal" in capsys.readouterr().err

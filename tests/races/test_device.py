@@ -91,6 +91,10 @@ def test_probes_are_lines_on_file(tmp_path, monkeypatch, capsys):
     assert rows[0]["value"] == 12.35 and rows[1]["unit"] == "ValueError: no such device" and rows[2]["value"] > 0
     assert all(row["device"] and row["date"] for row in rows)
     assert capsys.readouterr().out.count("\n") == 4
+    file.unlink()
+    assert probes.main(["--device", "cpu", "--only", "ties,host", "--jsonl", str(file), "--rows", "1"]) == 0
+    assert [json.loads(line)["case"] for line in file.read_text().splitlines()] == ["first"]
+    assert "--rows: 2, the first of them what ties has beyond first" in capsys.readouterr().err
 
 
 def test_probes_of_the_kernels_run(capsys):

@@ -56,6 +56,25 @@ def test_both_sides_begin_alike_and_see_the_same_data(shape, monkeypatch, tmp_pa
     assert all(torch.equal(a, b) for a, b in zip(weights["linear"], weights["fot"], strict=True))
 
 
+def test_rows_and_seconds_end_it_early(tmp_path, capsys):
+    rows = measured([*PICO, "--steps", "24", "--rows", "1", "--seconds", "1e-9"], tmp_path)
+    assert list(rows) == ["step"] and float(rows["step"]["fot_ms"]) > 0
+    said = capsys.readouterr()
+    left = 2 + 1 + len(overhead.PARTS)  # windows of three, the CPU time of a step, its parts
+    assert f"left out by --seconds or --rows: {left}, the first of them window 2" in said.err
+    assert "median of 1 windows" in said.out
+
+
+def test_parts_that_fail_leave_the_step(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(overhead.Clock, "take", lambda clock: 1 / 0)
+    file = tmp_path / "cost.csv"
+    assert overhead.main([*PICO, "--csv", str(file)]) == 1
+    said = capsys.readouterr()
+    assert "the parts of a step: ZeroDivisionError" in said.err and "FoT adds" in said.out
+    with open(file, newline="") as opened:
+        assert [row["part"] for row in csv.DictReader(opened)] == ["step", "step, CPU time"]
+
+
 def busy(seconds: float) -> None:
     end = time.process_time() + seconds
     while time.process_time() < end:

@@ -54,6 +54,28 @@ def test_a_checkout_that_fails_is_named(checkout, corpus, tmp_path, capsys):
     assert stopped.value.code == 2 and "nanoGPT's train.py did not run: no such dataset" in capsys.readouterr().err
 
 
+def test_a_round_that_fails_is_not_the_last_and_rows_are_rounds(checkout, tmp_path, monkeypatch, capsys):
+    times = iter([10.0, ValueError("nanoGPT's train.py did not run"), 20.0])
+
+    def theirs(*_):
+        if isinstance(ms := next(times), ValueError):
+            raise ms
+        return ms
+
+    for name, stand_in in dict(
+        nanogpt_ms=theirs, our_ms=lambda *_: 5.0, write_text=lambda _: "text", write_dataset=lambda _: ("name", 257)
+    ).items():
+        monkeypatch.setattr(race, name, stand_in)
+    out = tmp_path / "race"
+    out.mkdir()
+    monkeypatch.setattr(race, "check_new", lambda _: None)
+    flags = [str(checkout), *FLAGS, "--rounds", "5", "--rows", "2", "--out", str(out)]
+    assert race.main(flags) == 1
+    assert json.loads((out / "race.json").read_text())["ce_over_nanogpt"] == 3.0  # the median of 2 and 4
+    err = capsys.readouterr().err
+    assert "round 2: nanoGPT's train.py did not run" in err and "--rows: 2, the first of them round 4" in err
+
+
 @pytest.mark.parametrize(
     "match, more", [("--steps 15: give a multiple of 10", "--steps 15"), ("exists; give another --out", "--out tests")]
 )

@@ -25,10 +25,14 @@ def test_a_side_that_fails_is_a_row_and_sides_are_chosen_by_name(tmp_path, monke
     sides = train_step.sides("cpu")
     monkeypatch.setattr(train_step, "sides", lambda device: sides | {"step: our CE": fails})
     file = tmp_path / "step.csv"
-    assert train_step.main(["--repeats", "1", "--device", "cpu", "--csv", str(file), "--only", "our CE"]) == 0
+    assert train_step.main(["--repeats", "1", "--device", "cpu", "--csv", str(file), "--only", "our CE"]) == 1
     with open(file) as opened:
         (row,) = csv.DictReader(opened)
     assert row["provider"] == "step: our CE" and row["missing"] == "failed: RuntimeError: no such kernel"
+    assert train_step.main(["--repeats", "1", "--device", "cpu", "--csv", str(file), "--rows", "2"]) == 1
+    with open(file) as opened:
+        assert [r["provider"] for r in csv.DictReader(opened)] == ["step: our CE", "step: torch CE"]
+    assert "left out by --seconds or --rows: 1, the first of them step: DPSM, Fisher" in capsys.readouterr().err
     assert train_step.main(["--device", "cpu", "--only", "theirs"]) == 2
     assert "--only theirs: the sides are step: torch CE, step: our CE" in capsys.readouterr().err
 

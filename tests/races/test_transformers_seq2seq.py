@@ -36,6 +36,26 @@ def test_every_side_is_timed_in_every_round(ran):
     assert found["train_ce_over_transformers"] == pytest.approx(ratio) and found["generate_over_transformers"] > 0
 
 
+def test_a_turn_that_fails_and_rows(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("transformers")
+
+    def turn(task, side, *_):
+        if side == "ce":
+            raise RuntimeError("no such kernel")
+        return 2.0, None
+
+    monkeypatch.setattr(race, "turn", turn)
+    out = tmp_path / "race"
+    assert race.main([*TINY.split(), "--device", "cpu", "--rows", "4", "--out", str(out)]) == 1
+    rows = list(csv.DictReader((out / "race.csv").read_text().splitlines()))
+    assert [(row["side"], row["failed"]) for row in rows[:3]] == [
+        ("transformers", ""),
+        ("ce", "RuntimeError: no such kernel"),
+        ("dpsm", ""),
+    ]
+    assert len(rows) == 4 and "left out by --seconds or --rows: 6" in capsys.readouterr().err
+
+
 def test_both_models_are_of_one_size():
     """The same number of parameters and the same rates of dropout, or the race is none."""
     pytest.importorskip("transformers")
