@@ -5,8 +5,15 @@ their tiles, and the row kernel to whole waves over the multiprocessors. Large c
 
 With a bf16 gradient the fp32 sum of d_weight is beside it as well: 2 V D bytes while the chunks run, 4 V D while
 backward narrows it. That is 622 MB at (V, D) = (151936, 1024), where no chunk helps; then a chunk is given as much as
-the sum takes. (A sum in bf16 doubled d_weight's error.) Where one chunk is all there is no sum: its product is the
-gradient. With fp32 weights the weight's bf16 copy is what is beside.
+the sum takes. Where one chunk is all there is no sum: its product is the gradient. With fp32 weights the weight's bf16
+copy is what is beside.
+
+Of K chunks the first writes the fp32 sum, the others read and write it, and backward reads it and writes bf16: (8 K +
+2) V D bytes. With linear_score's accum_dtype=torch.bfloat16 the sum is the gradient: (4 K - 2) V D bytes and nothing
+beside. But each chunk rounds it: with parts of equal size that point anywhere the error is sqrt((K + 1) / 2) times that
+of one rounding, 2.1 at K = 8, and more where they add up (kernels.bench has both). A second bf16 tensor that keeps what
+the roundings lose would not save: 4 bytes an entry again, and no product can add to both, so that each chunk's d_weight
+would be written and read on its own, 12 V D bytes a chunk for 8.
 """
 
 import functools

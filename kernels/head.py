@@ -35,13 +35,16 @@ def linear_score(
     topk: int = 0,
     chunk: int | None = None,
     memory: int | None = None,
+    accum_dtype: torch.dtype | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Moments]:
     """The score of a linear head's predictions, and the detached moments of every token.
 
     hidden [N, D], weight [V, D], bias [V] or None, targets [N] as in ``softmax_moments``. The matrix products run in
     the dtype of ``hidden`` (in autocast's under autocast), to which weight and bias are cast once. Gradients have the
-    dtypes of hidden, weight and bias; those of weight and bias are summed over chunks in fp32.
+    dtypes of hidden, weight and bias; those of weight and bias are summed over chunks in fp32. ``accum_dtype``
+    torch.bfloat16, for hidden and weight in bf16, sums d_weight in bf16 instead: half of its bytes, no fp32 copy of it,
+    and a rounding for each chunk (chunks.py).
 
     ``score`` maps Moments to a loss per token, each token by itself. Tensors that it reads beside, such as a 0-d alpha,
     receive no gradient. On a GPU a named score (losses.named) is one kernel. ``tail`` > 0 fills tail_log_p. ``scale``
@@ -67,11 +70,13 @@ def linear_score(
     how = dict(ignore_index=ignore_index, tail=tail, scale=scale, softcap=softcap, predictions=predictions)
     how |= dict(topk=topk_of(score, topk, len(weight)), tokens=tokens, chunk=chunk, memory=memory, impl=impl)
     if torch.compiler.is_compiling():
+        if accum_dtype:
+            raise ValueError(f"accum_dtype={accum_dtype}: inside torch.compile d_weight is summed in fp32")
         tensors = (hidden, weight, targets, bias, weights, class_weights, denominator)
         return traced_linear_score(tensors, score, reduction=reduction, fisher=fisher, **how)
     wants = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias))
     given = dict(bias=bias, weights=weights, class_weights=class_weights, order=order_of(score), trained=wants[1])
-    head = HeadPass(hidden, weight, targets, **given, **how)
+    head = HeadPass(hidden, weight, targets, accum_dtype=accum_dtype, **given, **how)
     leaves = (head.hidden, weight, bias)
     if reduction == "none":
         total, moments, kept = head.losses(score, fisher)

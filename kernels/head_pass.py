@@ -48,6 +48,7 @@ class HeadPass:
         impl,
         chunk=None,
         memory=None,
+        accum_dtype=None,
         trained=False,
         wide=False,
         bias=None,
@@ -70,11 +71,17 @@ class HeadPass:
             raise ValueError(f"chunk must be a positive number of tokens, got {chunk}")
         if memory is not None and memory < 1:
             raise ValueError(f"memory must be a positive number of bytes, got {memory}; None is the default")
+        if accum_dtype not in (None, torch.bfloat16):
+            raise ValueError(f"accum_dtype={accum_dtype}: expected torch.bfloat16, or None for fp32")
         if bias is not None and bias.shape != weight.shape[:1]:
             raise ValueError(f"bias must be [V], one a row of weight, {len(weight)}; got {tuple(bias.shape)}")
         device = hidden.device
         if torch.is_autocast_enabled(device.type):
             hidden = hidden.to(torch.get_autocast_dtype(device.type))
+        if accum_dtype and not hidden.dtype == weight.dtype == accum_dtype:
+            raise ValueError(
+                f"accum_dtype={accum_dtype} is for bf16, got {hidden.dtype} and a weight in {weight.dtype}"
+            )
         self.module = choose_impl(impl, hidden)
         self.hidden, self.vocab, self.weight_rows, self.tail = hidden, vocab or len(weight), len(weight), tail
         self.order, self.link = brought(order, hidden.device), make_link(scale, softcap)
@@ -101,14 +108,14 @@ class HeadPass:
         direct = trained and not wide and weight.dtype == hidden.dtype == torch.bfloat16
         if chunk is None and hidden.is_cuda:
             sizes = self.n, self.vocab, hidden.shape[1], hidden.itemsize, weight.itemsize
-            chunk = cuda_chunk(*sizes, device, trained, direct, memory)
+            chunk = cuda_chunk(*sizes, device, trained and not accum_dtype, direct, memory)
         elif chunk is None:
             most = max(1, (memory or CPU_BUDGET) // (self.stride * hidden.itemsize))
             chunk = -(-self.n // max(1, -(-self.n // most)))  # chunks of equal size
         chunk = max(1, min(chunk, self.n))
         self.chunks = [slice(i, min(i + chunk, self.n)) for i in range(0, self.n, chunk)]
         # A product sums in fp32: where it is all of d_weight, it is rounded there to the gradient. fp16 might overflow.
-        self.direct = direct and len(self.chunks) == 1
+        self.direct = direct and (bool(accum_dtype) or len(self.chunks) == 1)
         # bf16 has fp32's range: "mean" divides before the gradient, and backward finds it done. fp16 might underflow.
         self.divides_first = not wide and hidden.dtype == torch.bfloat16
         self.weight = self.padded_with_zeros(weight)

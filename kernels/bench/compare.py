@@ -14,14 +14,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..head import linear_score
 from . import timing
-from .providers import ALPHA, AUDITED, FROM_HIDDEN, FROM_LOGITS, providers
+from .providers import ALPHA, AUDITED, FROM_BF16_HIDDEN, FROM_HIDDEN, FROM_LOGITS, providers
 from .rows import Rows, reason
 from .timing import Shape
 
 AUDIT_TOKENS = 2000
+ERROR_TOKENS = {"cuda": 512, "cpu": 64}  # that the error is measured on
 SLOW = 5  # seconds of a first call that are said
 IGNORING = ", 3 of 4 rows ignored"
+ERROR_CHUNKS = 8  # of linear_score where its error is measured: as many as it takes of 8192 tokens at V = 151936
 NOT_COMPILED = {"literal DPSM", "torch CE", "linear + literal DPSM", "linear + torch CE", "matrix products"}
+NOT_COMPILED |= {*FROM_BF16_HIDDEN}  # the kernels of another row
 
 
 def time_losses(
@@ -42,8 +45,8 @@ def time_losses(
 
 def gradient_error(function, shape: Shape, dtype: str, device: str, alpha: float) -> float:
     """Largest relative error of a leaf's gradient, in the 2-norm and on a few tokens, against float64 autograd of
-    (1 - alpha) CE + alpha Brier."""
-    leaves, targets = timing.make_inputs(shape._replace(n=512 if device == "cuda" else 64), dtype, device)
+    (1 - alpha) CE + alpha Brier. ``function`` as in run_once."""
+    leaves, targets = timing.make_inputs(shape._replace(n=ERROR_TOKENS[device]), dtype, device)
     exact = [x.detach().double().requires_grad_() for x in leaves]
     log_p = (exact[0] if shape.d is None else exact[0] @ exact[1].t()).log_softmax(-1)
     log_p_y = log_p.gather(1, targets[:, None])[:, 0]
@@ -57,7 +60,7 @@ def gradient_error(function, shape: Shape, dtype: str, device: str, alpha: float
 def compare(shape: Shape, args, rows: Rows) -> None:
     """One row a provider. One that is not there has its reason in ``missing``."""
     linear, size = shape.d is not None, " x ".join(str(x) for x in shape if x)
-    functions, missing = providers(linear, args.device)
+    functions, missing = providers(linear, args.device, args.dtype)
     if not (names := rows.admit([name for name in (*functions, *missing) if args.only in name], f", {size}")):
         return
     functions, missing = ({name: x[name] for name in names if name in x} for x in (functions, missing))
@@ -89,6 +92,8 @@ def compare(shape: Shape, args, rows: Rows) -> None:
             else:
                 peak = timing.measure_memory_apart(name, shape, args.dtype, args.threads)
             how = args.dtype, args.device, ALPHA if "DPSM" in name else 0.0
+            if name.startswith("linear_score"):
+                function = partial(function, chunk=ERROR_TOKENS[args.device] // ERROR_CHUNKS)
             error = gradient_error(function, shape, *how) if name != "matrix products" else None
             ms, share = timing.median_ms(step, name), None if linear else timing.median_ratio(step, "copy", name)
             row = dict(provider=name, **common, forward_ms=timing.median_ms(forward, name), step_ms=ms)
@@ -104,7 +109,7 @@ def compare(shape: Shape, args, rows: Rows) -> None:
 def warm(shapes: list[Shape], args) -> None:
     """Compiles what ``compare`` will run, a provider and shape a process, ``args.warm`` at a time: the kernels stay in
     the compilers' caches on disk. What fails here fails, and is named, there."""
-    jobs = [(name, shape) for shape in shapes for name in providers(shape.d is not None, args.device)[0]]
+    jobs = [(name, shape) for shape in shapes for name in providers(shape.d is not None, args.device, args.dtype)[0]]
     jobs = [(name, shape) for name, shape in jobs if name not in NOT_COMPILED and args.only in name]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.warm, context, max_tasks_per_child=1) as pool:
@@ -121,7 +126,9 @@ def _run_small(name: str, shape: Shape, dtype: str, device: str) -> None:
     timing.run_once(function, leaves, targets, forward=True)
 
 
-def add_missing(rows: Rows, missing: dict[str, str], common: dict, ours=(*FROM_LOGITS, *FROM_HIDDEN)) -> None:
+def add_missing(
+    rows: Rows, missing: dict[str, str], common: dict, ours=(*FROM_LOGITS, *FROM_HIDDEN, *FROM_BF16_HIDDEN)
+) -> None:
     """A row for each that is ``missing``; where one of ``ours`` failed, the run has."""
     for name, why in missing.items():
         rows.add({rows.name: name, **common, "missing": why})

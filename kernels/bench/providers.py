@@ -68,9 +68,12 @@ FROM_HIDDEN: dict[str, Callable] = {
     "linear + literal DPSM": lambda h, w, y: literal_loss(F.linear(h, w), y),
     "linear + torch CE": lambda h, w, y: F.cross_entropy(F.linear(h, w), y),
     "matrix products": MatrixProducts.apply,
-    "linear_score CE": lambda h, w, y: linear_score(h, w, y, ce)[0],
-    "linear_score DPSM": lambda h, w, y: linear_score(h, w, y, dpsm(ALPHA))[0],
-    "linear_score DPSM, Fisher": lambda h, w, y: linear_score(h, w, y, dpsm(ALPHA), fisher=True)[0],
+    "linear_score CE": lambda h, w, y, **how: linear_score(h, w, y, ce, **how)[0],
+    "linear_score DPSM": lambda h, w, y, **how: linear_score(h, w, y, dpsm(ALPHA), **how)[0],
+    "linear_score DPSM, Fisher": lambda h, w, y, **how: linear_score(h, w, y, dpsm(ALPHA), fisher=True, **how)[0],
+}
+FROM_BF16_HIDDEN: dict[str, Callable] = {
+    "linear_score DPSM, bf16 sum": partial(FROM_HIDDEN["linear_score DPSM"], accum_dtype=torch.bfloat16)
 }
 # The scores of the efficiency audit, through the head: every named loss at its defaults.
 AUDITED = {name: make_score(name) for name in LOSSES}
@@ -118,9 +121,13 @@ PEERS_FROM_HIDDEN: dict[str, Callable[[], Callable]] = {
 ON_CPU_TOO = {"F.linear_cross_entropy", "F.linear_cross_entropy, chunked"}  # the other peers are kernels for CUDA
 
 
-def providers(linear: bool, device: str) -> tuple[dict[str, Callable], dict[str, str]]:
+def providers(linear: bool, device: str, dtype: str = "bf16") -> tuple[dict[str, Callable], dict[str, str]]:
     """({name: function}, {name: why it is not there})."""
     found, missing = dict(FROM_HIDDEN if linear else FROM_LOGITS), {}
+    if linear and dtype == "bf16":
+        found |= FROM_BF16_HIDDEN
+    elif linear:
+        missing |= dict.fromkeys(FROM_BF16_HIDDEN, "needs bf16")
     for name, make in (PEERS_FROM_HIDDEN if linear else PEERS_FROM_LOGITS).items():
         if name not in ON_CPU_TOO and device != "cuda":
             missing[name] = "needs CUDA"

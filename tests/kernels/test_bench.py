@@ -18,7 +18,14 @@ from kernels.bench import compare, diagnostics, paths, timing
 from kernels.bench.__main__ import main
 from kernels.bench.limits import Limits
 from kernels.bench.paths import shapes_of, time_chunks
-from kernels.bench.providers import FROM_HIDDEN, FROM_LOGITS, ON_CPU_TOO, PEERS_FROM_HIDDEN, PEERS_FROM_LOGITS
+from kernels.bench.providers import (
+    FROM_BF16_HIDDEN,
+    FROM_HIDDEN,
+    FROM_LOGITS,
+    ON_CPU_TOO,
+    PEERS_FROM_HIDDEN,
+    PEERS_FROM_LOGITS,
+)
 from kernels.bench.rows import Rows, write_plot
 from kernels.bench.timing import Shape, make_inputs
 
@@ -47,7 +54,7 @@ def test_bench_writes_its_rows(tmp_path, monkeypatch, capsys):
 def test_the_bench_of_some_providers_in_some_time(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(timing, "measure_memory_apart", lambda *args: 1)
     broken = {**FROM_LOGITS, "ours broken": lambda z, y: 1 / 0}
-    monkeypatch.setattr(compare, "providers", lambda linear, device: (dict(broken), {"Liger CE": "needs CUDA"}))
+    monkeypatch.setattr(compare, "providers", lambda *_: (dict(broken), {"Liger CE": "needs CUDA"}))
     file, shape = tmp_path / "bench.csv", ["--n", "8", "--v", "20", "--repeats", "1", "--device", "cpu"]
     assert main([*shape, "--only", "ours", "--csv", str(file)]) == 0
     with open(file) as opened:
@@ -62,7 +69,7 @@ def test_the_bench_of_some_providers_in_some_time(tmp_path, monkeypatch, capsys)
     assert main([*shape, "--only", "nobody's"]) == 0 and 'nothing has "nobody\'s"' in capsys.readouterr().out
 
 
-LOSSES = [*FROM_LOGITS, *FROM_HIDDEN, *PEERS_FROM_LOGITS, *PEERS_FROM_HIDDEN]
+LOSSES = [*FROM_LOGITS, *FROM_HIDDEN, *FROM_BF16_HIDDEN, *PEERS_FROM_LOGITS, *PEERS_FROM_HIDDEN]
 
 
 @pytest.mark.parametrize(
@@ -119,6 +126,20 @@ def test_a_shape_that_fails_does_not_end_the_next(tmp_path, monkeypatch):
     with open(file) as opened:
         rows = [(r["provider"], r["d"], r["missing"]) for r in csv.DictReader(opened)]
     assert rows == [("all providers", "", "failed: OutOfMemoryError: 8 GiB"), ("linear + literal DPSM", "4", "")]
+
+
+def test_a_sum_in_bf16_has_its_error_beside_the_one_in_fp32(tmp_path, monkeypatch):
+    monkeypatch.setattr(timing, "measure_memory_apart", lambda *args: 1)
+    small, file = "--n 8 --v 300 --d 16 --repeats 1 --device cpu --only DPSM --csv".split(), tmp_path / "bench.csv"
+    for dtype in ("fp32", "bf16"):
+        assert main([*small, str(file), "--dtype", dtype]) == 0
+        with open(file) as opened:
+            rows = {r["provider"]: r for r in csv.DictReader(opened)}
+        of_bf16 = rows["linear_score DPSM, bf16 sum"]
+        if dtype == "fp32":
+            assert of_bf16["missing"] == "needs bf16"
+    # With one chunk there is no sum, and they would be equal.
+    assert float(rows["linear_score DPSM"]["gradient_error"]) < float(of_bf16["gradient_error"]) < 0.02
 
 
 def test_the_benchs_picture_says_whose_bars_they_are_and_times_in_words(tmp_path, monkeypatch):

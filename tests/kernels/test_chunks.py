@@ -135,6 +135,9 @@ def test_linear_score_says_whether_the_head_is_trained(monkeypatch):
             with pytest.raises(Asked) as found:
                 linear_score(hidden, head, targets, losses.ce, memory=memory, impl="torch")
             assert found.value.args == said
+        with pytest.raises(Asked) as found:  # a sum in bf16 is the gradient: nothing is beside
+            linear_score(hidden, head, targets, losses.ce, accum_dtype=torch.bfloat16, impl="torch")
+        assert found.value.args == (False, True, None)
         with pytest.raises(Asked) as found, torch.no_grad():
             linear_score(hidden, narrow.clone().requires_grad_(), targets, losses.ce, impl="torch")
         assert found.value.args == (False, False, None)

@@ -8,6 +8,7 @@ from formulas import DEVICE, IMPLS, SCORES, VALUES, close, floor_of, literal_mom
 from named_scores import NAMED, custom, head
 
 from kernels import linear_moments, linear_score, losses, softmax_moments, token_fisher
+from kernels.head_pass import HeadPass
 
 
 def make_head(n=23, v=57, d=16, dtype=torch.float32, weight_dtype=None, seed=0):
@@ -211,6 +212,27 @@ def test_gradients_in_the_dtype_of_a_16_bit_head(reduction, dtype):
             assert error <= reference + 1e-3  # as asked of the device
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_d_weight_summed_in_bf16(reduction):
+    """The loss and d_hidden to the bit; d_weight in no wider tensor, with a rounding more for each of 16 chunks."""
+    hidden, weight, targets, _ = make_head(n=256, v=300, d=32, dtype=torch.bfloat16)
+    score, chunk = losses.dpsm(0.5), 16
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    _, want = gradients(linear_score(*exact, targets, score, reduction=reduction)[0].sum(), *exact)
+    values, grads = [], []
+    for accum_dtype, dtype in ((None, torch.float32), (torch.bfloat16, torch.bfloat16)):
+        how = dict(chunk=chunk, accum_dtype=accum_dtype)
+        loss, _ = linear_score(hidden, weight, targets, score, reduction=reduction, **how)
+        values.append(loss.detach())
+        grads.append(gradients(loss.sum(), hidden, weight))
+        head_pass = HeadPass(hidden, weight, targets, ignore_index=-100, impl="auto", trained=True, **how)
+        assert head_pass.new_grads((False, True, False))[1].dtype == dtype
+    assert torch.equal(*values) and torch.equal(grads[0][0], grads[1][0])
+    fp32, bf16 = (((g - want).norm() / want.norm()).item() for _, g in grads)
+    # 2**-9 / sqrt(3) a rounding, sqrt(17 / 2) of it for 16: 0.0033 beside what the bf16 logits cost both.
+    assert fp32 < bf16 < (fp32**2 + 0.0033**2) ** 0.5
+
+
 def test_under_autocast_it_computes_as_linear_does():
     hidden, weight, targets, _ = make_head(d=32)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
@@ -256,7 +278,7 @@ def test_linear_moments(scale):
     assert torch.equal(got.correct, want.correct)
 
 
-def test_bad_arguments_of_linear_score_are_named():
+def test_bad_arguments_of_linear_score_are_named(monkeypatch):
     hidden, weight, targets, _ = make_head()
     for arguments, message in (
         ((hidden, weight[:, :3], targets, losses.ce), "hidden must be"),
@@ -272,6 +294,12 @@ def test_bad_arguments_of_linear_score_are_named():
         linear_score(hidden, weight, targets, losses.ce, memory=0)
     with pytest.raises(ValueError, match="chunk"):
         linear_score(hidden, weight, targets, losses.ce, chunk=0)
+    for given, message in ((torch.float16, "expected torch.bfloat16"), (torch.bfloat16, "got torch.float32 and")):
+        with pytest.raises(ValueError, match=message):
+            linear_score(hidden, weight, targets, losses.ce, accum_dtype=given)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with pytest.raises(ValueError, match="inside torch.compile d_weight is summed in fp32"):
+        linear_score(hidden, weight, targets, losses.ce, accum_dtype=torch.bfloat16)
 
 
 # --- weights, bias, Fisher, checkpointing ---------------------------------------------------------------
