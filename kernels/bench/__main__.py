@@ -20,7 +20,7 @@ peak         memory of a step beyond the inputs, in logits tensors; on CPU in a 
              of resident memory. "beside MB" is the peak less the gradients
 x loss alone time of a step with figures over that of the same provider's loss, forward and backward in both
 error        |gradient - exact| / |exact| in the 2-norm, of the leaf where it is larger, on 64 tokens (512 on a GPU);
-             exact is float64 autograd of the same loss; linear_score's in 8 chunks
+             exact is float64 autograd of the same loss; linear_score's in 8 chunks. Of d_weight beside it
 
 What is not installed, or fails, is named, and has its row in the CSV, which is written after each row; where what fails
 is ours the exit code is 1. --seconds and --rows end a run early, and what they leave out is counted. "In place"

@@ -43,9 +43,9 @@ def time_losses(
     return timing.time_in_turns(jobs, device, repeats, between=lambda: timing.drop_gradients(every), queued=queued)
 
 
-def gradient_error(function, shape: Shape, dtype: str, device: str, alpha: float) -> float:
-    """Largest relative error of a leaf's gradient, in the 2-norm and on a few tokens, against float64 autograd of
-    (1 - alpha) CE + alpha Brier. ``function`` as in run_once."""
+def gradient_errors(function, shape: Shape, dtype: str, device: str, alpha: float) -> list[float]:
+    """Relative error of each leaf's gradient, in the 2-norm and on a few tokens, against float64 autograd of
+    (1 - alpha) CE + alpha Brier."""
     leaves, targets = timing.make_inputs(shape._replace(n=ERROR_TOKENS[device]), dtype, device)
     exact = [x.detach().double().requires_grad_() for x in leaves]
     log_p = (exact[0] if shape.d is None else exact[0] @ exact[1].t()).log_softmax(-1)
@@ -54,7 +54,7 @@ def gradient_error(function, shape: Shape, dtype: str, device: str, alpha: float
     ((1 - alpha) * -log_p_y + alpha * brier).mean().backward()
     timing.run_once(function, leaves, targets)
     pairs = zip(leaves, exact, strict=True)
-    return max(((x.grad.double() - e.grad).norm() / e.grad.norm()).item() for x, e in pairs)
+    return [((x.grad.double() - e.grad).norm() / e.grad.norm()).item() for x, e in pairs]
 
 
 def compare(shape: Shape, args, rows: Rows) -> None:
@@ -82,7 +82,7 @@ def compare(shape: Shape, args, rows: Rows) -> None:
         + ["eager_step_ms"] * (args.device == "cuda")
         + ["ratio_to_literal", "ratio_to_products" if linear else "share_of_copy"]
     )
-    columns += ["peak_logits", "beside_bytes", "gradient_error"]
+    columns += ["peak_logits", "beside_bytes", "gradient_error"] + ["weight_error"] * linear
     rows.begin(f"N={shape.n} V={shape.v} D={shape.d or '-'} {where}", "provider", *columns)
     common = shape._asdict() | dict(dtype=args.dtype)
     for name, function in functions.items():
@@ -94,15 +94,15 @@ def compare(shape: Shape, args, rows: Rows) -> None:
             how = args.dtype, args.device, ALPHA if "DPSM" in name else 0.0
             if name.startswith("linear_score"):
                 function = partial(function, chunk=ERROR_TOKENS[args.device] // ERROR_CHUNKS)
-            error = gradient_error(function, shape, *how) if name != "matrix products" else None
+            errors = gradient_errors(function, shape, *how) if name != "matrix products" else [None]
             ms, share = timing.median_ms(step, name), None if linear else timing.median_ratio(step, "copy", name)
             row = dict(provider=name, **common, forward_ms=timing.median_ms(forward, name), step_ms=ms)
             row |= dict(eager_step_ms=timing.median_ms(eager, name) if eager else None)
             row |= dict(best_step_ms=1e3 * min(step[name]), ratio_to_literal=timing.median_ratio(step, name, base))
             row |= dict(share_of_copy=share, ratio_to_products=timing.median_ratio(step, name, "matrix products"))
             row |= dict(beside_bytes=peak - gradient_bytes, gb_per_s=None if linear else 2e-6 * logits_bytes / ms)
-            row |= dict(peak_bytes=peak, peak_logits=peak / logits_bytes, gradient_error=error, repeats=args.repeats)
-            rows.add(row)
+            row |= dict(peak_bytes=peak, peak_logits=peak / logits_bytes, gradient_error=max(errors))
+            rows.add(row | dict(weight_error=errors[-1] if linear else None, repeats=args.repeats))
     add_missing(rows, missing, common)
 
 

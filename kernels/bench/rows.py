@@ -33,6 +33,7 @@ COLUMNS = {
     "peak_bytes": ("peak MB", 1e-6, ".0f"),
     "beside_bytes": ("beside MB", 1e-6, ".0f"),
     "gradient_error": ("error", 1, ".1e"),
+    "weight_error": ("of d_weight", 1, ".2e"),
     "flops": ("GFLOP", 1e-9, ".1f"),
     "joules": ("joules a step", 1, ".3f"),
 }

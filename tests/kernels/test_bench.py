@@ -139,7 +139,7 @@ def test_a_sum_in_bf16_has_its_error_beside_the_one_in_fp32(tmp_path, monkeypatc
         if dtype == "fp32":
             assert of_bf16["missing"] == "needs bf16"
     # With one chunk there is no sum, and they would be equal.
-    assert float(rows["linear_score DPSM"]["gradient_error"]) < float(of_bf16["gradient_error"]) < 0.02
+    assert float(rows["linear_score DPSM"]["weight_error"]) < float(of_bf16["weight_error"]) < 0.02
 
 
 def test_the_benchs_picture_says_whose_bars_they_are_and_times_in_words(tmp_path, monkeypatch):
