@@ -18,7 +18,7 @@ from ..head import linear_score
 from ..losses import ce, dpsm
 from . import timing
 from .compare import add_missing, drop_failing, time_losses
-from .providers import ALPHA, peer
+from .providers import ALPHA, liger, peer
 from .rows import Rows
 from .timing import Shape
 
@@ -107,7 +107,7 @@ def _trl_logits() -> dict[str, Callable]:
 
 def _liger() -> dict[str, Callable]:
     """Its fused head has no entropy, and token accuracy where its version has the option."""
-    loss = peer("liger_kernel.transformers", "LigerFusedLinearCrossEntropyLoss")
+    loss = liger("liger_kernel.transformers", "LigerFusedLinearCrossEntropyLoss")
     alone = loss()
     steps = {LOSS: lambda h, w, y: (alone(w, h, y), {})}
     try:
@@ -128,10 +128,10 @@ MAKERS: dict[str, Callable[[], dict[str, Callable]]] = {
     "torch full logits": _torch,
     "TRL fused head": _trl_head,
     "TRL full logits": _trl_logits,
-    "Liger linear CE": _liger,
+    "Liger linear CE, Triton": _liger,
 }
 OURS = ("ours CE", "ours DPSM", "torch full logits")  # and torch's: what fails there is a mistake of this file
-CUDA_ONLY = ("Liger linear CE",)
+CUDA_ONLY = ("Liger linear CE, Triton",)
 
 
 def loss_of(provider: str, figures: str) -> Callable:

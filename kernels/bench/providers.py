@@ -6,6 +6,7 @@ Peers are made on demand: what is not installed raises ImportError, which the be
 
 import functools
 import importlib
+import os
 from collections.abc import Callable
 from functools import partial
 
@@ -87,13 +88,26 @@ def peer(module: str, name: str):
         raise ImportError(f"{module} has no {name}") from e
 
 
+def liger(module: str, name: str):
+    """``peer`` of liger-kernel, which from 0.8.5 on chooses among kernels, and falls back from one to another: here to
+    Triton's unless a call asks for another, and never back."""
+    os.environ.update(LIGER_KERNEL_IMPL="nvidia-triton", LIGER_KERNEL_STRICT="1")
+    return peer(module, name)
+
+
 def _liger_linear_ce():
-    loss = peer("liger_kernel.transformers", "LigerFusedLinearCrossEntropyLoss")()
+    loss = liger("liger_kernel.transformers", "LigerFusedLinearCrossEntropyLoss")()
     return lambda h, w, y: loss(w, h, y)
 
 
+def _liger_linear_ce_cute():
+    """Its chunks' losses by CuTe's kernel: sm_90 or newer, the package nvidia-cutlass-dsl, rows of 16 bytes."""
+    loss = liger("liger_kernel.functional", "fused_linear_cross_entropy")
+    return lambda h, w, y: loss(h, w, y, impl="nvidia-cutedsl")[0]
+
+
 def _chunked_linear_ce():
-    """torch's own in chunks; without options it is F.cross_entropy of all the logits."""
+    """torch's own in chunks; without options it is F.cross_entropy of all the logits, unchunked."""
     options = peer("torch.nn", "LinearCrossEntropyOptions")()
     return partial(peer("torch.nn.functional", "linear_cross_entropy"), options=options)
 
@@ -105,20 +119,30 @@ def _flash_attn_ce():
 
 PEERS_FROM_LOGITS: dict[str, Callable[[], Callable]] = {
     "torch.compile CE": lambda: torch.compile(F.cross_entropy, dynamic=False),  # V a constant
-    "Liger CE": lambda: peer("liger_kernel.transformers", "LigerCrossEntropyLoss")(),
+    "Liger CE": lambda: liger("liger_kernel.transformers", "LigerCrossEntropyLoss")(),
     "QuACK CE": lambda: peer("quack.cross_entropy", "cross_entropy"),
     "flash-attn CE": _flash_attn_ce,
 }
-_CUT = ("cut_cross_entropy", "linear_cross_entropy")
+
+
+def _cut(**how):
+    """By its Triton kernels; elsewhere than on Linux its default is torch.compile."""
+    return partial(peer("cut_cross_entropy", "linear_cross_entropy"), impl="cce", **how)
+
+
 PEERS_FROM_HIDDEN: dict[str, Callable[[], Callable]] = {
     "torch.compile linear CE": lambda: torch.compile(FROM_HIDDEN["linear + torch CE"], dynamic=False),
-    "F.linear_cross_entropy": lambda: peer("torch.nn.functional", "linear_cross_entropy"),
+    "F.linear_cross_entropy, unchunked": lambda: peer("torch.nn.functional", "linear_cross_entropy"),
     "F.linear_cross_entropy, chunked": _chunked_linear_ce,
-    "Liger linear CE": _liger_linear_ce,
-    "Cut Cross-Entropy": lambda: peer(*_CUT),
-    "Cut Cross-Entropy, no filter": lambda: partial(peer(*_CUT), filter_eps=None),  # of small gradients
+    "Liger linear CE, Triton": _liger_linear_ce,
+    "Liger linear CE, CuTe": _liger_linear_ce_cute,
+    "Cut Cross-Entropy": _cut,
+    "Cut Cross-Entropy, no filter": lambda: _cut(filter_eps=None),  # of small gradients
 }
-ON_CPU_TOO = {"F.linear_cross_entropy", "F.linear_cross_entropy, chunked"}  # the other peers are kernels for CUDA
+ON_CPU_TOO = {
+    "F.linear_cross_entropy, unchunked",
+    "F.linear_cross_entropy, chunked",
+}  # the other peers are kernels for CUDA
 
 
 def providers(linear: bool, device: str, dtype: str = "bf16") -> tuple[dict[str, Callable], dict[str, str]]:

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -25,6 +26,7 @@ from kernels.bench.providers import (
     ON_CPU_TOO,
     PEERS_FROM_HIDDEN,
     PEERS_FROM_LOGITS,
+    providers,
 )
 from kernels.bench.rows import Rows, write_plot
 from kernels.bench.timing import Shape, make_inputs
@@ -168,6 +170,63 @@ def test_audit_of_2000_tokens(tmp_path, capsys, monkeypatch):
     assert main(["--audit-2k", "--n", "12", *small, "--csv", str(file)]) == 0 and "12 tokens" in capsys.readouterr().out
     assert main(["--nvtx", "--device", "cpu"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_peers_are_named_for_the_kernel_that_runs(monkeypatch):
+    """liger-kernel stood in for by one that chooses as 0.8.5 does: an argument, the environment, then CuTe; where CuTe
+    cannot, Triton's runs in its place, unless it is strict."""
+    ran = []
+
+    def choose(hidden, weight, targets, impl=None):
+        impl = impl or os.environ.get("LIGER_KERNEL_IMPL", "nvidia-cutedsl")
+        if impl == "nvidia-cutedsl" and len(weight) % 8:
+            if os.environ.get("LIGER_KERNEL_STRICT") == "1":
+                raise RuntimeError("vocab size is not divisible by vector width")
+            impl = "nvidia-triton"
+        ran.append(impl)
+        return FROM_HIDDEN["linear + torch CE"](hidden, weight, targets), None, None, None
+
+    def of_transformers():
+        return lambda weight, hidden, targets: choose(hidden, weight, targets)[0]
+
+    def cut(hidden, weight, targets, impl="torch_compile", filter_eps="auto"):
+        ran.append((impl, filter_eps))
+
+    for name in ("LIGER_KERNEL_IMPL", "LIGER_KERNEL_STRICT"):
+        monkeypatch.delenv(name, raising=False)  # what the bench sets goes again
+    modules = {"liger_kernel": {}, "liger_kernel.functional": dict(fused_linear_cross_entropy=choose)}
+    modules["liger_kernel.transformers"] = dict(LigerFusedLinearCrossEntropyLoss=of_transformers)
+    modules["cut_cross_entropy"] = dict(linear_cross_entropy=cut)
+    for name, parts in modules.items():
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**parts))
+    found, _ = providers(True, "cuda")
+    triton, cute = (found[f"Liger linear CE, {kernel}"] for kernel in ("Triton", "CuTe"))
+    for v in (16, 17):
+        leaves, targets = make_inputs(Shape(4, v, 8), "fp32", "cpu")
+        missing = compare.drop_failing({"CuTe": cute}, leaves, targets, forward=False)
+        assert missing == (
+            {} if v == 16 else {"CuTe": "failed: RuntimeError: vocab size is not divisible by vector width"}
+        )
+        triton(*leaves, targets)
+    assert ran == ["nvidia-cutedsl", "nvidia-triton", "nvidia-triton"]
+    ran.clear()
+    for name in ("Cut Cross-Entropy", "Cut Cross-Entropy, no filter"):
+        found[name](None, None, None)
+    assert ran == [("cce", "auto"), ("cce", None)]
+
+
+def test_torchs_linear_cross_entropy_is_raced_both_ways_and_compiled_peers_know_v(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function, **how: compiled.append(how) or function)
+    for linear in (False, True):
+        providers(linear, "cuda")
+    assert compiled == 2 * [dict(dynamic=False)]
+    given = []
+    monkeypatch.setattr(torch.nn.functional, "linear_cross_entropy", lambda *_, **how: given.append(how))
+    found, _ = providers(True, "cpu")
+    for name in ("F.linear_cross_entropy, unchunked", "F.linear_cross_entropy, chunked"):
+        found[name](None, None, None)
+    assert given[0] == {} and isinstance(given[1]["options"], torch.nn.LinearCrossEntropyOptions)
 
 
 def test_bench_providers_compute_the_same_loss():

@@ -81,8 +81,8 @@ def test_liger_gives_token_accuracy_where_its_version_has_it(monkeypatch):
 
     inputs = make_inputs(Shape(4, 9, 2), "fp32", "cpu")
     for version, which in ((New, ["loss alone", "accuracy"]), (Old, ["loss alone"])):
-        monkeypatch.setattr(diagnostics, "peer", lambda *_, version=version: version)
-        steps = diagnostics.MAKERS["Liger linear CE"]()
+        monkeypatch.setattr(diagnostics, "liger", lambda *_, version=version: version)
+        steps = diagnostics.MAKERS["Liger linear CE, Triton"]()
         assert list(steps) == which
         results = [step(*inputs[0], inputs[1]) for step in steps.values()]
         assert all(loss == results[0][0] for loss, _ in results)
@@ -132,6 +132,6 @@ def test_diagnostics_are_on_file_as_they_come(tmp_path, monkeypatch, capsys):
     assert {r["n"] for r in rows} == {"8"} and {r["peak_bytes"] for r in measured} == {"3000000"}
     gone = {r["provider"]: r["missing"] for r in rows if r["missing"]}
     why = "not installed: No module named 'trl'"
-    assert gone == {"TRL fused head": why, "TRL full logits": why, "Liger linear CE": "needs CUDA"}
+    assert gone == {"TRL fused head": why, "TRL full logits": why, "Liger linear CE, Triton": "needs CUDA"}
     shown = capsys.readouterr().out
     assert "x loss alone" in shown and "entropy, accuracy, calibration, Fisher" in shown and why in shown
