@@ -131,13 +131,15 @@ def keep_freed_memory(keep: bool = True) -> None:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Dense tensor-core peak in FLOP/s from NVIDIA's data sheets (SXM), None where it is not known."""
+    """Dense tensor-core peak in FLOP/s from NVIDIA's data sheets, SXM where the name says no other form; None where it
+    is not known, as of a part of a GPU (MIG)."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return None
     name = device_name(device)
-    sheet = {"GB200": 2500e12, "B200": 2250e12, "H200": 989.4e12, "GH200": 989.4e12, "H100 PCIe": 756e12}
-    sheet |= {"H100": 989.4e12, "H20": 148e12, "A100": 312e12, "L40S": 362.05e12}
-    return next((v for k, v in sheet.items() if k in name), None)
+    sheet = {"GB200": 2500e12, "B200": 2250e12, "H200 NVL": 835.5e12, "H200": 989.4e12, "GH200": 989.4e12}
+    sheet |= {"H100 PCIe": 756e12, "H100 NVL": 835.5e12, "H100": 989.4e12, "H20": 148e12, "A100": 312e12}
+    sheet |= {"L40S": 362.05e12}
+    return None if "MIG" in name else next((v for k, v in sheet.items() if k in name), None)
 
 
 class EnergyMeter:

@@ -37,6 +37,12 @@ def test_a_side_that_fails_is_a_row_and_sides_are_chosen_by_name(tmp_path, monke
     assert "--only theirs: the sides are step: torch CE, step: our CE" in capsys.readouterr().err
 
 
+def test_the_compiled_side_knows_v(monkeypatch):
+    how = {}
+    monkeypatch.setattr(torch, "compile", lambda function, **given: how.update(given) or function)
+    assert "step: compiled torch CE" in train_step.sides("cuda") and how == dict(dynamic=False)
+
+
 def test_sides_of_the_training_step_compute_their_loss():
     hidden, weight, targets = torch.randn(6, 8), torch.randn(30, 8), torch.randint(30, (6,))
     values = {name: loss_of(hidden, weight, targets) for name, loss_of in train_step.sides("cpu").items()}

@@ -1,11 +1,13 @@
 """What is said of a GPU and set on one, with torch's answers put in its mouth."""
 
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from kernels.bench.timing import measure_joules
 from runtime.folder import environment
 from runtime.machine import EnergyMeter, peak_flops, start_world
 
@@ -43,12 +45,17 @@ def test_attention_of_changing_shapes_is_not_cudnns(gpu):
         ("NVIDIA GH200 480GB", 989.4),
         ("NVIDIA H100 80GB HBM3", 989.4),
         ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835.5),
+        ("NVIDIA H200 NVL", 835.5),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
         ("NVIDIA H20", 148),
         ("NVIDIA B200", 2250),
         ("NVIDIA GB200", 2500),
         ("NVIDIA L40S", 362.05),
         ("NVIDIA L40", None),
         ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A100 80GB PCIe", 312),
+        ("NVIDIA A100-PCIE-40GB", 312),
         ("NVIDIA GeForce RTX 4090", None),
     ],
 )
@@ -74,6 +81,10 @@ def test_energy_that_nvml_does_not_tell_is_not_measured(gpu, monkeypatch, caplog
     if fails:
         setattr(nvml, fails, raise_)
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(time, "perf_counter", iter([0.0, 0.5, 1.5]).__next__)  # two calls of 0 J each
+    assert measure_joules(lambda: None, "cuda") == (None if fails else 0.0)
     with caplog.at_level("WARNING", "scorecast"):
         meter = EnergyMeter(CUDA)
         assert [meter.read(), meter.read()] == ([None] * 2 if fails else [3.0] * 2)
