@@ -135,10 +135,10 @@ class _Jail:
         started = time.monotonic()
         pipes = {name: os.pipe() for name in ("stdout", "stderr", "exit")}
         folder = None if self.mode == "namespaces" else self._folder(job["code"])
-        guard = os.fork()
+        guard, alive = _fork()
         if not guard:
             try:
-                self._guard(job, limits, folder, {name: ends[1] for name, ends in pipes.items()})
+                self._guard(job, limits, folder, {name: ends[1] for name, ends in pipes.items()}, alive)
             except BaseException as error:  # the one way for a forked child to report anything
                 os.write(pipes["exit"][1], f"!{type(error).__name__}: {error}\n".encode())
             finally:
@@ -149,6 +149,7 @@ class _Jail:
         streams = {pipes[name][0]: got[name] for name in pipes}
         ended = self._collect(guard, streams, limits, started + limits.seconds)
         raw, survivors = _kill_children(guard)
+        os.close(alive)
         self._drain(streams, limits)
         missing = list(self.missing)
         if folder:
@@ -231,19 +232,19 @@ class _Jail:
 
     # ---- below here runs in forked children -----------------------------------------------------------------------
 
-    def _guard(self, job: dict, limits: SimpleNamespace, folder: str | None, ends: dict) -> None:
+    def _guard(self, job: dict, limits: SimpleNamespace, folder: str | None, ends: dict, jailer: int) -> None:
         stdin = os.memfd_create("stdin")
         os.write(stdin, job["stdin"].encode("utf-8", "replace"))
         os.lseek(stdin, 0, os.SEEK_SET)
-        call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
+        _die_with(jailer)
         if self.mode != "namespaces":
-            self._become_program(limits, f"{folder}/program.py", f"{folder}/scratch", (stdin, ends))
+            self._become_program(limits, f"{folder}/program.py", f"{folder}/scratch", (stdin, ends), jailer)
         call("unshare", container.NEWPID | container.NEWIPC | container.NEWNS)
-        init = os.fork()
+        init, guard = _fork()
         if init:
             os.waitpid(init, 0)  # returns when the whole namespace is dead
             os._exit(0)
-        call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
+        _die_with(guard)
         call("prctl", PR_SET_DUMPABLE, 0)
         container.furnish()
         _write_program("/jail/program.py", job["code"])
@@ -251,14 +252,14 @@ class _Jail:
         os.chown("/jail/scratch", NOBODY, NOBODY)
         program = os.fork()
         if not program:
-            self._become_program(limits, "/jail/program.py", "/jail/scratch", (stdin, ends))
+            self._become_program(limits, "/jail/program.py", "/jail/scratch", (stdin, ends), guard)
         while True:
             pid, raw = os.wait()
             if pid == program:
                 os.write(ends["exit"], str(raw).encode())
                 os._exit(0)  # the first process of its namespace: the kernel kills the others
 
-    def _become_program(self, limits: SimpleNamespace, program: str, scratch: str, streams: tuple) -> None:
+    def _become_program(self, limits: SimpleNamespace, program: str, scratch: str, streams: tuple, parent: int) -> None:
         stdin, ends = streams
         environment = {"HOME": scratch, "TMPDIR": scratch, "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"}
         environment |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
@@ -279,7 +280,7 @@ class _Jail:
             os.setgroups([])
             os.setresgid(self.user, self.user, self.user)
             os.setresuid(self.user, self.user, self.user)
-            call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)  # a change of user clears it
+            _die_with(parent)  # a change of user clears it
         if self.locked:
             confine.lock_files([*container.visible(self.packages), program], container.DEVICES, [scratch, "/proc/self"])
         if self.mode != "bubblewrap":  # which does both itself, after gaining privileges where it is set-uid
@@ -300,6 +301,24 @@ class _Jail:
             most = hard if most == resource.RLIM_INFINITY else min(hard, most)
             resource.setrlimit(kind, (min(soft, most), most))
         os.execve(command[0], command, environment)
+
+
+def _fork() -> tuple[int, int]:
+    """os.fork, and an end of a pipe: the child's, for `_die_with`, or the parent's, which the parent alone holds."""
+    child, parent = os.pipe()
+    pid = os.fork()
+    os.close(child if pid else parent)
+    return pid, parent if pid else child
+
+
+def _die_with(parent: int) -> None:
+    """This process is killed when its parent dies. Also when it has died before we could ask for that: files are closed
+    before the children of what dies are told."""
+    call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
+    poller = select.poll()
+    poller.register(parent, 0)  # hang-up only
+    if poller.poll(0):
+        os._exit(1)
 
 
 def _status(code: int, stderr: str) -> str:

@@ -138,6 +138,24 @@ def test_a_lost_jailer_is_replaced():
     assert (lost.status, lost.code) == ("lost", None) and after.stdout == "2\n"
 
 
+@pytest.mark.parametrize("slow", ["_die_with(jailer)", "_die_with(guard)"], ids=["guard", "init"])
+def test_what_is_just_starting_dies_with_its_jailer(mode, slow, tmp_path, monkeypatch):
+    """It is killed before the new process could ask to be told."""
+    copy = shutil.copytree(sandbox.JAILER.parent, tmp_path / "sandbox")
+    text = (copy / "jailer.py").read_text()
+    assert text.count(f"        {slow}\n") == 1
+    (copy / "jailer.py").write_text(text.replace(slow, f"time.sleep(0.5); {slow}"))
+    monkeypatch.setattr(sandbox, "JAILER", copy / "jailer.py")
+    comm = f"young{os.getpid()}"
+    jailer = sandbox._Jailer(mode, False)
+    jailer.send(rename(comm) + "time.sleep(60)", "", PATIENT)
+    time.sleep(0.2)
+    jailer._process.kill()
+    lost = jailer.receive()
+    jailer.close()
+    assert lost.status == "lost" and lost.seconds < 5 and named(comm) == []
+
+
 def test_results_come_in_order_and_programs_are_taken_as_needed():
     taken = []
 
