@@ -19,7 +19,7 @@ if not torch.cuda.is_available():
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest  # noqa: E402
-from interpreter import list_members_once  # noqa: E402
+from interpreter import work_out_once  # noqa: E402
 from number_words import words  # noqa: E402
 from tiny_gsm8k import problem, write_model  # noqa: E402
 
@@ -36,7 +36,7 @@ def pytest_sessionfinish():
 
 @pytest.fixture(scope="session", autouse=True)
 def what_the_interpreter_replaces():
-    list_members_once()
+    work_out_once()
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from formulas import DEVICE
-from interpreter import list_members_once
+from interpreter import work_out_once
 from named_scores import NAMED, custom, head, same_moments
 from on_ranks import on_ranks
 
@@ -48,7 +48,7 @@ def part(sizes, impl, seed=2):
 
 
 def parts(_) -> None:
-    list_members_once()
+    work_out_once()
     dist.init_process_group("gloo")
     for sizes, impl in (((20, 17), "torch"), ((36, 1), "torch"), ((11, 26), "triton")):
         part(sizes, impl)
