@@ -1,5 +1,6 @@
 """Shared fixtures. Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before import."""
 
+import collections
 import functools
 import gc
 import json
@@ -7,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+from pathlib import Path
 
 import torch
 
@@ -22,6 +24,27 @@ import pytest  # noqa: E402
 from interpreter import work_out_once  # noqa: E402
 from number_words import words  # noqa: E402
 from tiny_gsm8k import problem, write_model  # noqa: E402
+
+# With --dist loadfile a worker takes a file at a time. pytest-xdist begins with those of the most tests, so that these,
+# of few tests and ten to fifty seconds, would come last, one worker idle.
+LONG = """
+kernels/test_audit.py kernels/test_audit_more.py kernels/test_parallel.py kernels/test_hf_patch.py
+sandbox/test_attacks.py eval/test_campaign_runs.py eval/test_campaign_engines.py eval/test_report_build.py
+races/test_nanogpt.py races/test_train_step.py races/test_transformers_seq2seq.py runtime/test_ranks.py
+test_drill.py test_other_systems.py test_finetune_gsm8k_adapters.py test_without_packages.py
+""".split()
+
+
+def pytest_configure(config):
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(config, items):
+    if hasattr(config, "workerinput"):  # of pytest-xdist
+        tests, here = collections.Counter(item.path for item in items), Path(__file__).parent
+        first = {here / name for name in LONG}
+        items.sort(key=lambda item: (item.path not in first, -tests[item.path]))
 
 
 def pytest_collection_finish():
