@@ -182,6 +182,7 @@ READERS_OF_THEIR_OWN = {
     "recipes/smollm2.py": "the bytes of a wheel, for their hash",
     "finetune_gsm8k.py": "the summary that this very run has written before",
     "races/peft_gsm8k.py": "json.loads of what its own child printed",
+    "races/ab.py": "json.loads of what its own children printed",
 }
 
 
