@@ -27,9 +27,8 @@ def rms_norm(x: Tensor, delta: Tensor | None, gain: Tensor, eps: float, *, impl:
     dtypes. Both inputs get the gradient of s, through y and through s itself; the gain gets one where it requires one.
     RMSNorm is Zhang and Sennrich's ("Root Mean Square Layer Normalization", 2019, equation 4).
 
-    ``impl`` is "triton" (D up to 8192), "torch", or "auto": Triton for CUDA tensors, torch for others and
-    for longer rows. Raises
-    ValueError for shapes, dtypes, eps or impl that do not fit."""
+    ``impl`` is "triton" (D up to 8192), "torch", or "auto": Triton for CUDA tensors, torch for others and for longer
+    rows. Raises ValueError for shapes, dtypes, eps or impl that do not fit."""
     if gain.shape != x.shape[-1:]:
         raise ValueError(f"gain must be [D], one a feature of x {tuple(x.shape)}; got {tuple(gain.shape)}")
     if delta is not None:
@@ -47,7 +46,7 @@ def rope(
     """Queries or keys with their positions: x [B, T, heads, K], each head normed as ``rms_norm`` where there is a gain
     [K], then component i turned with component i + K/2, the pairing of Hugging Face's checkpoints.
 
-    cos and sin [B or 1, T, 1, K/2] of the angles (Su et al., "RoFormer", 2021, equation 34); they get no gradient. The
+    cos and sin [B or 1, T, 1, K/2] of the angles (Su et al., "RoFormer", 2021); they get no gradient. The
     norm of each head is Qwen3's ("Qwen3", 2025). ``impl`` and errors as ``rms_norm``."""
     batch, time, _, width = x.shape if x.dim() == 4 else (0, 0, 0, 1)
     if width % 2:
