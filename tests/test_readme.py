@@ -30,6 +30,7 @@ RUN_BY = {
     "model.export": "model.test_export.test_a_merged_folder_holds_the_sum_in_16_bits",
     "model.gpt2_hub": "model.test_gpt2_hub.test_command_line",
     "model.seq2seq_hub": "model.test_seq2seq.test_the_command_exports_a_run",
+    "races.ab": "races.test_ab.test_the_patched_tree_is_what_runs",
     "races.carry": "races.test_carry.test_everything_is_there_and_one_library_of_bitsandbytes",
     "races.device": "races.test_device.test_all_parts_run_on_a_cpu_in_their_smallest_shapes",
     "races.fot_overhead": "races.test_fot_overhead.test_the_table",

@@ -12,7 +12,7 @@ from model.lora import LoRAConfig, add_lora
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("n, d", [(5, 30), (1, 1), (3, 128), (0, 64), (7, 1100)])
+@pytest.mark.parametrize("n, d", [(5, 30), (1, 1), (0, 64), (7, 1100)])
 def test_norm(n, d, dtype, monkeypatch):
     """Widths that are no power of two, rows that do not fill a tile, a gain that trains or is frozen."""
     monkeypatch.setattr("kernels.triton_layers.PROGRAMS", 2)  # so that each goes over several tiles
@@ -23,9 +23,9 @@ def test_norm(n, d, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("batch", [1, 2], ids=["shared positions", "positions a row"])
-@pytest.mark.parametrize("heads, width", [(3, 64), (2, 128), (5, 12)])
+@pytest.mark.parametrize("heads, width, batch", [(3, 64, 1), (2, 128, 2), (5, 12, 1), (5, 12, 2)])
 def test_rope(heads, width, batch, dtype, monkeypatch):
+    """Positions that the rows share, and positions of their own; heads of any even width."""
     monkeypatch.setattr("kernels.triton_layers.PROGRAMS", 2)
     x, gain = draw(2, 17, heads, width, dtype=dtype), draw(width, dtype=dtype, seed=1)
     cos, sin = angles(batch, 17, width, dtype)
@@ -179,8 +179,7 @@ def test_auto_leaves_long_rows_to_torch(monkeypatch):
 # ---------------------------------------------------------------- a decoder of them
 
 
-@pytest.mark.parametrize("family", ["qwen3", "llama"])
-@pytest.mark.parametrize("trained", ["all", "adapters, recomputed"])
+@pytest.mark.parametrize("family, trained", [("qwen3", "adapters, recomputed"), ("qwen3", "all"), ("llama", "all")])
 def test_a_decoder_is_the_same(family, trained):
     """Hidden states and every gradient, where everything trains, and with LoRA and activation checkpointing."""
     found = []
