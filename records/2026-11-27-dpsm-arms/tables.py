@@ -19,7 +19,7 @@ def arm_of(row: dict) -> str:
     """An arm's name as the tables say it."""
     loss, schedule = row["loss"], row["alpha_schedule"]
     if float(row["unigram"] or 0):
-        return "CE, unigram driven"
+        return f"{loss}, unigram {'driven' if float(row['gap_gain'] or 0) else row['unigram']}".replace("ce,", "CE,")
     if loss == "dpsm" and row["path"] == "order":
         return "order 1 to 2"
     if loss == "dpsm" and schedule == "fixed":
@@ -53,7 +53,7 @@ def main() -> None:
     for title, arms in grids.items():
         if "CE" not in arms:
             continue
-        before.against_ce(arms)
+        before.against_ce(arms, ce="CE")
         before.NAMES = {name: name for name in arms}
         print(f"\n### {title}\n")
         before.table(arms)
