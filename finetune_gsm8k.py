@@ -336,8 +336,8 @@ def main(argv: list[str] | None = None) -> int:
     while meter.running:
         step = meter.step
         batch = [train[i] for i in batch_indices(len(train), step, cfg.batch, cfg.seed)]  # a function of the step
-        how = dict(multiple=RECUR) if replayed else {}
-        rows, size = pack(batch[mine], cfg.seq_len, pad_id=prompter.end, **how), cfg.micro_batch
+        rounded = dict(multiple=RECUR) if replayed else {}
+        rows, size = pack(batch[mine], cfg.seq_len, pad_id=prompter.end, **rounded), cfg.micro_batch
         count = sum(e.targets(cfg.loss_on) for e in batch)  # the global batch's targets
         room += torch.tensor([rows.targets_RT.numel(), rows.targets_RT.numel() - rows.tokens])
         alpha.fill_(alpha_of(cfg, step, unigram.share))

@@ -23,12 +23,23 @@ from pathlib import Path
 
 import torch
 
-from races.common import Turns, add_limits, check_least, command, here_and_now, median_ratio, output_of, race_parser
+from races.common import (
+    Turns,
+    add_limits,
+    check_least,
+    chosen,
+    command,
+    here_and_now,
+    median_ratio,
+    output_of,
+    race_parser,
+)
 from races.probes import PROBES
 from runtime.cli import user_errors
 from schedules.commandline import alive
 
 ROOT = Path(__file__).resolve().parents[1]
+SIDES = ("here", "patched")
 LEFT_OUT = shutil.ignore_patterns(".*", "runs", "cache", "records", "tests", "__pycache__", "*.egg-info")
 
 
@@ -60,9 +71,6 @@ def report(turns: list[dict]) -> list[str]:
     return lines
 
 
-SIDES = ("here", "patched")
-
-
 @alive()
 def main(argv: list[str] | None = None) -> int:
     parser = race_parser("ab", __doc__)
@@ -75,16 +83,16 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="scorecast-") as folder:
         with user_errors():
             check_least(args, rounds=1, rows=0, seconds=0)
-            if not args.only or (unknown := [name for name in args.only.split(",") if name not in PROBES]):
-                what = f" {unknown[0]}" if args.only else ""
-                raise ValueError(f"--only{what}: expected some of {', '.join(PROBES)}, separated by commas")
+            only = ",".join(chosen(args.only, PROBES)) if args.only else ""
+            if not only:
+                raise ValueError(f"--only: expected some of {', '.join(PROBES)}, separated by commas")
             if not args.patch.is_file():
                 raise ValueError(f"{args.patch}: there is no such file")
             trees = {"here": ROOT, "patched": patched(args.patch, Path(folder) / "tree")}
         turns = Turns(args.out, here_and_now(torch.device(args.device)), args.seconds, args.rows)
         for i in range(args.rounds):
             for side in SIDES if i % 2 == 0 else SIDES[::-1]:
-                turns.take(dict(round=i, side=side), lambda side=side: figures(trees[side], args.device, args.only))
+                turns.take(dict(round=i, side=side), lambda side=side: figures(trees[side], args.device, only))
                 print(f"round {i + 1}, {side}: done", flush=True)
     print("\n".join(report(turns)))
     return turns.ended()

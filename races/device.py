@@ -44,7 +44,7 @@ from schedules.commandline import alive
 from schedules.textlines import read_text
 
 LAST_WORDS = 8  # seconds between asking a part to stop and ending it
-LIMITS = dict(probes=60, claims=200, train=160, tests=180, paths=60, fot=100, peft=120, nanogpt=150)  # seconds
+LIMITS = dict(probes=110, claims=200, train=160, tests=180, paths=60, fot=100, peft=120, nanogpt=150)  # seconds
 TESTS = ("tests/kernels/test_gpu.py", "tests/kernels/test_ignored_rows.py", "tests/test_finetune_gsm8k_gpu.py")
 TESTS += ("tests/model/test_varlen.py", "tests/runtime/test_graph.py")
 
