@@ -265,16 +265,19 @@ def score_kernel(
     at = rows.place(row, z_stride, V, y, W)
     lane = tl.arange(0, R)
     # Straight code, no branch between the pieces: the assembler would spill the row at each of them.
+    EIGHTS: tl.constexpr = PIECES // 8
     held = ()
-    for k in tl.static_range(PIECES):
+    for k in tl.static_range(0, 8 * EIGHTS, 8):
+        held = held + rows.load_eight(z_ptr, at, k * R, R, k == 0, MORE or k >= PIECES - 9, ONCE)
+    for k in tl.static_range(8 * EIGHTS, PIECES):
         live = rows.is_whole(k * R + lane, at, k == 0, MORE or k >= PIECES - 2)
         held = held + (rows.load_words(z_ptr, at, k * R + lane, live, ONCE),)
     new_top = rows.linked(rows.top_of(held, PIECES, R, DTYPE, PACKED), link, LINK, True)
     base = rows.base_of(new_top)
     fresh = rows.no_sums(R)
+    zero = tl.num_programs(1) - 1  # so that no comparison is kept since above
     for k in tl.static_range(PIECES):
-        live = rows.is_whole(k * R + lane, at, k == 0, MORE or k >= PIECES - 2)
-        zero = tl.num_programs(1) - 1
+        live = rows.is_whole(k * R + (lane + zero), at, k == 0, MORE or k >= PIECES - 2)
         fresh = rows.add_word(held[k], live, base, zero, fresh, link, g, R, DTYPE, LINK, ORDER)
     sums = rows.per_lane(fresh)
     count = rows.entries_of(lane, tl.minimum(at[3], PIECES * R), at, R, W)
@@ -317,6 +320,11 @@ def score_kernel(
         scale = tl.exp2(tl.fma(-ref, rows.LOG2E, base))
         power = tl.exp2(g * tl.fma(-ref, rows.LOG2E, base)) if ORDER else scale * scale
         rule = a * scale, c * power, b
+        z_e, places, _mine, off = rows.edge(z_ptr, at, V, y, R, W)
+        found = rows.gradient_at(z_e, base, rule, link, g, HAS_B, LINK, ORDER)
+        tl.store(out_ptr + places, found.to(out_ptr.dtype.element_ty), mask=off)
+        row += zero  # and anew, for the same reason
+        at = rows.place(row, z_stride, V, tl.load(targets_ptr + row).to(tl.int32), W)
         if MORE:
             blocks = (tl.maximum(at[3] - PIECES * R, 0) + K * R - 1) // (K * R)
             for n_block in tl.range(0, blocks, num_stages=STAGES):
@@ -330,9 +338,6 @@ def score_kernel(
             live = rows.is_whole(k * R + lane, at, k == 0, MORE or k >= PIECES - 2)
             v = k * R + lane
             rows.store_gradient(out_ptr, at, v, live, held[k], zero, base, rule, link, g, HAS_B, LINK, ORDER, ONCE)
-        z_e, places, _mine, off = rows.edge(z_ptr, at, V, y, R, W)
-        found = rows.gradient_at(z_e, base, rule, link, g, HAS_B, LINK, ORDER)
-        tl.store(out_ptr + places, found.to(out_ptr.dtype.element_ty), mask=off)
 
 
 @triton.jit(do_not_specialize=["stats_stride"])

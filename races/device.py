@@ -14,6 +14,7 @@ paths     kernels.bench --paths: how a row is held, tokens a chunk
 fot       races.fot_overhead, GPT-2 124M
 peft      races.peft_gsm8k: a LoRA step of Qwen3-0.6B's shape beside peft
 nanogpt   races.nanogpt beside the checkout --nanogpt
+ncu       Nsight Compute's account of score_kernel, where its command ncu is installed
 
 A part ends at its limit or with the time that is left, and the next one begins; what it had written stays. FOLDER gets
 at most eight files: log.txt with all that was printed, parts.json with each part's seconds and end, the parts' own CSV
@@ -30,6 +31,7 @@ import argparse
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -44,9 +46,12 @@ from schedules.commandline import alive
 from schedules.textlines import read_text
 
 LAST_WORDS = 8  # seconds between asking a part to stop and ending it
-LIMITS = dict(probes=110, claims=200, train=160, tests=180, paths=60, fot=100, peft=120, nanogpt=150)  # seconds
+LIMITS = dict(probes=110, claims=200, train=160, tests=180, paths=60, fot=100, peft=120, nanogpt=150, ncu=60)  # seconds
 TESTS = ("tests/kernels/test_gpu.py", "tests/kernels/test_ignored_rows.py", "tests/test_finetune_gsm8k_gpu.py")
 TESTS += ("tests/model/test_varlen.py", "tests/runtime/test_graph.py")
+# Of one launch at V = 50257, after one that warmed up: what binds it, and where its warps wait.
+NCU = ["--kernel-name", "score_kernel", "--launch-skip", "1", "--launch-count", "1"]
+NCU += [word for name in ("SpeedOfLight", "MemoryWorkloadAnalysis", "WarpStateStats") for word in ("--section", name)]
 
 
 def commands(args) -> dict[str, list[list[str]]]:
@@ -91,7 +96,10 @@ def commands(args) -> dict[str, list[list[str]]]:
         del found["paths"], found["tests"]  # of a GPU alone
     if not args.nanogpt:
         del found["nanogpt"]
-    return {part: [[python, *line] for line in lines] for part, lines in found.items()}
+    found = {part: [[python, *line] for line in lines] for part, lines in found.items()}
+    if args.device == "cuda" and (ncu := shutil.which("ncu")):
+        found["ncu"] = [[ncu, *NCU, python, "-m", "races.probes", *device, "--only", "ties"]]
+    return found
 
 
 def run(line: list[str], seconds: float, log) -> str:

@@ -75,7 +75,20 @@ def test_all_parts_run_on_a_cpu_in_their_smallest_shapes(tmp_path, monkeypatch):
         parts = device.commands(how)
         runs = [parse_config(train_lm.Config, line[2:], complete=train_lm.complete) for line in parts["train"]]
         assert [run.loss for run in runs] == ["dpsm", "dpsm"] and runs[0].micro_batch < runs[1].micro_batch
-    assert {*parts} == {*device.LIMITS} - {"nanogpt"}
+    assert {*parts} - {"ncu"} == {*device.LIMITS} - {"nanogpt", "ncu"}
+
+
+def test_nsight_compute_is_a_part_where_it_is_installed(tmp_path, monkeypatch):
+    how = SimpleNamespace(out=tmp_path, work=tmp_path, data=None, tokenizer=None, nanogpt=None, tests="", tiny=False)
+    how.device = "cuda"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "ncu" not in device.commands(how)
+    (tmp_path / "ncu").write_text("")
+    (tmp_path / "ncu").chmod(0o755)
+    (line,) = device.commands(how)["ncu"]
+    assert line[0] == str(tmp_path / "ncu") and line[line.index(sys.executable) :][1:3] == ["-m", "races.probes"]
+    how.device = "cpu"
+    assert "ncu" not in device.commands(how)
 
 
 def test_probes_are_lines_on_file(tmp_path, monkeypatch, capsys):
