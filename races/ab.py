@@ -1,7 +1,7 @@
 """Two variants of this tree beside each other: as it is here, and with a patch. Of each figure of races.probes the
 median ratio.
 
-    python -m races.ab records/2026-11-27-device-predictions/eights.patch --only ties,passes
+    python -m races.ab records/2026-11-27-device-predictions/as_measured.patch --only ties,passes
     python -m races.ab variant.patch --only memory --rounds 5 --out ab.csv
 
 The patched tree is a copy in a temporary folder. Both take turns, a process each, and who begins changes with the
