@@ -97,12 +97,12 @@ def test_a_slow_observe_is_seen(slow, row, monkeypatch, tmp_path):
 
 def test_a_slow_decision_is_spread_over_its_window(monkeypatch, tmp_path):
     original = Forecaster.forecast
-    monkeypatch.setattr(Forecaster, "forecast", lambda *args: (busy(0.4), original(*args))[1])
+    monkeypatch.setattr(Forecaster, "forecast", lambda *args: (busy(0.8), original(*args))[1])
     rows = measured(PICO, tmp_path)
-    # One or more forecasts in 8 steps: 50 ms a step at least, which the median step does not show.
+    # One or more forecasts in 8 steps: 100 ms a step at least, which the median step does not show.
     step = rows["step, CPU time"]
-    assert float(rows["forecasts"]["fot_ms"]) >= 50 > float(step["fot_ms"])
-    assert float(step["added_percent"]) > 100 * 25 / float(step["linear_ms"])
+    assert float(rows["forecasts"]["fot_ms"]) >= 100 > float(step["fot_ms"])
+    assert float(step["added_percent"]) > 100 * 50 / float(step["linear_ms"])
 
 
 def test_interval_and_judgement():
