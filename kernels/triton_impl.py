@@ -21,7 +21,7 @@ CAN_KEEP_W = False
 VECTOR_BYTES = 16
 # kernels.audit shows what fits without spilling, kernels.bench --paths what is fast.
 HELD = 25  # vectors of 4 registers that a lane of score_kernel holds of a row, where that is the whole row
-HELD_OF_MORE = 16  # the same where more follows
+HELD_OF_MORE = 18  # the same where more follows
 STAGES = 1  # of the loops over what follows; 2 copies the next vectors to shared memory meanwhile: not measured yet
 REGISTERS = 128  # a lane: so two programs of 8 warps (V up to 51 k in bf16) or one of 16 fit a multiprocessor
 MOST_WARPS = 16

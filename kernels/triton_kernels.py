@@ -337,6 +337,8 @@ def score_kernel(
         for k in tl.static_range(PIECES):
             live = rows.is_whole(k * R + lane, at, k == 0, MORE or k >= PIECES - 2)
             v = k * R + lane
+            if MORE and k % 6 == 5:
+                tl.debug_barrier()  # the assembler would put off stores, and spill what they store
             rows.store_gradient(out_ptr, at, v, live, held[k], zero, base, rule, link, g, HAS_B, LINK, ORDER, ONCE)
 
 
