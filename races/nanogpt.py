@@ -6,8 +6,9 @@
 
 Processes take turns: nanoGPT, ours with CE, ours with DPSM, nanoGPT, and so on. Both sides have the same statistic:
 the mean over ten steps, as one log line of ours covers, and of these means the median, the first left out. nanoGPT's
-times are those it prints; ours come from metrics.jsonl by way of summary.json. On a CPU both run fp32 without
-torch.compile. race.json is written after each round, which is a row to --rows.
+times are those it prints; ours come from metrics.jsonl by way of summary.json. On a CPU both run fp32, and without
+torch.compile but with --compile, whose compilation falls into the steps that are left out. race.json is written after
+each round, which is a row to --rows.
 """
 
 import sys
@@ -16,6 +17,7 @@ if not __package__:  # a file by its name finds no package
     print("python -m races.nanogpt: error: type it like this, in the folder that holds races/", file=sys.stderr)
     sys.exit(2)
 
+import argparse
 import pickle
 import re
 import statistics
@@ -41,7 +43,7 @@ PRINTED_TIME = re.compile(r"^iter \d+: loss \S+, time ([\d.]+)ms", re.M)
 
 def nanogpt_ms(dataset: str, args) -> float:
     """Milliseconds a step of one nanoGPT process: the median of ten-step means, the first left out."""
-    flags = dict(dataset=dataset, device=args.device, compile=args.device == "cuda", out_dir=tempfile.mkdtemp())
+    flags = dict(dataset=dataset, device=args.device, compile=args.compile, out_dir=tempfile.mkdtemp())
     flags |= dict(block_size=args.seq_len, dropout=0.0, bias=True, **SIZES[args.model])
     flags |= dict(batch_size=args.batch, gradient_accumulation_steps=1, max_iters=args.steps)
     flags |= dict(learning_rate=1e-3, min_lr=1e-4, warmup_iters=10, lr_decay_iters=args.steps)
@@ -59,7 +61,8 @@ def nanogpt_ms(dataset: str, args) -> float:
 def our_ms(loss: str, folder: Path, args) -> float:
     same = {name: getattr(args, name) for name in ("data", "tokenizer", "model", "seq_len", "batch", "steps")}
     same |= dict(device=args.device, cache=args.cache, eval_every=args.steps, lr=1e-3, sample_tokens=1)
-    output_of(command("train_lm.py", out=folder, loss=loss, **same), "train_lm.py did not run")
+    compiled = "--compile" if args.compile else "--no-compile"
+    output_of(command("train_lm.py", compiled, out=folder, loss=loss, **same), "train_lm.py did not run")
     return read_json(folder / "summary.json")["ms_per_step_median"]
 
 
@@ -97,10 +100,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=30, help="steps of one process")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    compiles = dict(action=argparse.BooleanOptionalAction, default=None)
+    parser.add_argument("--compile", **compiles, help="torch.compile on both sides (default: on CUDA)")
     parser.add_argument("--cache", default="cache")
     parser.add_argument("--out", type=Path, default=Path("runs/race"))
     add_limits(parser)
     args = parser.parse_args(argv)
+    args.compile = args.device == "cuda" if args.compile is None else args.compile
     with user_errors():
         if not (args.checkout / "train.py").is_file():
             raise ValueError(f"{args.checkout} is no checkout of nanoGPT (no train.py)")
@@ -136,7 +142,7 @@ def write_rounds(rounds: list[dict], vocab: int, args) -> dict:
     """race.json: the rounds so far, and what they say."""
     tokens = args.batch * args.seq_len
     ce, dpsm = (statistics.median(r[a] / r[b] for r in rounds) for a, b in (("nanogpt", "ce"), ("ce", "dpsm")))
-    result = {"model": args.model, "vocab": vocab, "batch": args.batch, "seq_len": args.seq_len, "rounds_ms": rounds}
+    result = {"model": args.model, "compile": args.compile, "vocab": vocab, "batch": args.batch, "seq_len": args.seq_len, "rounds_ms": rounds}
     result["tokens_per_second"] = {k: tokens * 1000 / statistics.median(r[k] for r in rounds) for k in rounds[0]}
     result |= {"ce_over_nanogpt": ce, "dpsm_over_ce": dpsm}
     result["environment"] = environment(torch.device(args.device)) | {"git_diff": None}

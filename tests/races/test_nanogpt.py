@@ -12,7 +12,7 @@ TRAIN = """
 import pathlib, pickle, sys
 flags = dict(word[2:].split("=") for word in sys.argv[1:])
 folder = pathlib.Path("data") / flags["dataset"]
-assert (folder / "val.bin").stat().st_size and flags["compile"] == "False" and flags["bias"] == "True"
+assert (folder / "val.bin").stat().st_size and flags["compile"] in ("False", "True") and flags["bias"] == "True"
 pickle.loads((folder / "meta.pkl").read_bytes())["vocab_size"]
 print("step 0: train loss 9.9, val loss 9.9")
 for i in range(int(flags["max_iters"]) + 1):
@@ -39,11 +39,31 @@ def test_a_round(checkout, corpus, tmp_path, capsys):
     assert found["ce_over_nanogpt"] == pytest.approx(25 / row["ce"]) and found["vocab"] == 257
     assert found["tokens_per_second"]["nanogpt"] == pytest.approx(1000 * 2 * 16 / 25)
     assert "ours with CE to nanoGPT" in capsys.readouterr().out
+    assert found["compile"] is False
     for loss in ("ce", "dpsm"):
         config = json.loads((out / f"{loss}0" / "config.json").read_text())
         assert (config["loss"], config["steps"], config["lr"], config["eval_every"]) == (loss, 20, 1e-3, 20)
     written = np.fromfile(checkout / "data" / "scorecast_race" / "train.bin", np.uint16)
     assert len(written) > 1000 and written.max() < 257
+
+
+@pytest.mark.parametrize("flags, compiled", [("cpu", False), ("cuda", True), ("cpu --compile", True)])
+def test_both_sides_are_compiled_or_none(checkout, corpus, tmp_path, monkeypatch, flags, compiled):
+    lines, folder = [], tmp_path / "race"
+
+    def output(line, complaint, cwd=None):
+        lines.append(line)
+        return "\n".join(f"iter {i}: loss 9.9, time 5ms" for i in range(21))
+
+    monkeypatch.setattr(race, "output_of", output)
+    monkeypatch.setattr(race, "read_json", lambda path: {"ms_per_step_median": 5.0})
+    monkeypatch.setattr(race, "environment", lambda device: {})
+    more = ["--data", str(corpus), "--cache", str(tmp_path / "cache"), "--out", str(folder)]
+    assert race.main([str(checkout), *FLAGS[:-1], *flags.split(), *more]) == 0
+    theirs, *ours = lines
+    assert f"--compile={compiled}" in theirs and len(ours) == 2
+    assert all(("--compile" in line, "--no-compile" in line) == (compiled, not compiled) for line in ours)
+    assert json.loads((folder / "race.json").read_text())["compile"] is compiled
 
 
 def test_a_checkout_that_fails_is_named(checkout, corpus, tmp_path, capsys):
