@@ -142,7 +142,8 @@ def write_rounds(rounds: list[dict], vocab: int, args) -> dict:
     """race.json: the rounds so far, and what they say."""
     tokens = args.batch * args.seq_len
     ce, dpsm = (statistics.median(r[a] / r[b] for r in rounds) for a, b in (("nanogpt", "ce"), ("ce", "dpsm")))
-    result = {"model": args.model, "compile": args.compile, "vocab": vocab, "batch": args.batch, "seq_len": args.seq_len, "rounds_ms": rounds}
+    result = {"model": args.model, "compile": args.compile, "vocab": vocab, "batch": args.batch}
+    result |= {"seq_len": args.seq_len, "rounds_ms": rounds}
     result["tokens_per_second"] = {k: tokens * 1000 / statistics.median(r[k] for r in rounds) for k in rounds[0]}
     result |= {"ce_over_nanogpt": ce, "dpsm_over_ce": dpsm}
     result["environment"] = environment(torch.device(args.device)) | {"git_diff": None}
