@@ -10,6 +10,7 @@ FLAG=VALUE of a flag that the recipe gives.
 import dataclasses
 import importlib
 import itertools
+import math
 import re
 import sys
 from collections import defaultdict
@@ -108,7 +109,8 @@ def place(path: Path, text: str, key: str, section: str = "", number: int = 0) -
 
 
 def cells(recipe: dict, extra: dict) -> list[Job]:
-    """Every run, the last grid axis fastest. ``extra`` overrides the flags of every cell."""
+    """Every run, the last grid axis fastest. ``extra`` overrides the flags of every cell; those that it makes alike are
+    one."""
     grid, out = recipe.get("grid", {}), {}
     for (number, arm), values in itertools.product(
         enumerate(recipe.get("arm", [{}])), itertools.product(*grid.values())
@@ -116,11 +118,11 @@ def cells(recipe: dict, extra: dict) -> list[Job]:
         own = dict(arm)
         for axis, value in zip(grid, values, strict=True):
             own |= value if isinstance(value, dict) else {axis: value}
-        name = "-".join(f"{v}" if k == "loss" else f"{k}{v}" for k, v in own.items()).replace("/", "_") or "run"
-        if name in out:
+        left = {k: v for k, v in own.items() if k.replace("-", "_") not in extra}
+        name = "-".join(f"{v}" if k == "loss" else f"{k}{v}" for k, v in left.items()).replace("/", "_") or "run"
+        if name in out and len(left) == len(own):
             raise ValueError(f"two cells of the recipe have the same flags: {name}")
-        own = {k: v for k, v in own.items() if k not in extra}
-        out[name] = Job(name, recipe.get("flags", {}) | extra, own, number)
+        out.setdefault(name, Job(name, recipe.get("flags", {}) | extra, left, number))
     return list(out.values())
 
 
@@ -200,6 +202,9 @@ def check(
     except ValueError as e:
         raise ValueError(f"{place(path, text, 'arm' if 'arm' in recipe else 'grid')}: {e}") from e
     todo, says = fit(script, made, where)
+    whole = len(recipe.get("arm", [{}])) * math.prod(map(len, recipe.get("grid", {}).values()))
+    if len(todo) < whole:
+        says = "\n".join(filter(None, [says, f"--set makes {whole} cells of the recipe {len(todo)}"]))
     world = World(0, ranks, torch.device(device))
     for cell in todo:
         if hasattr(script, "check"):

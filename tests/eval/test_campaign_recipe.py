@@ -36,12 +36,7 @@ def refused(capsys, toy: str, recipe: str, *argv: str) -> str:
 def test_cells_are_the_product_of_arms_and_grid():
     recipe = {"flags": {"steps": 3, "lr": 1}, "arm": [{"loss": "ce"}, {"loss": "dpsm", "warmup": 0.1}]}
     found = cells(recipe | {"grid": {"lr": [1, 2], "seed": [7]}}, {"lr": "9"})
-    assert [c.name for c in found] == [
-        "ce-lr1-seed7",
-        "ce-lr2-seed7",
-        "dpsm-warmup0.1-lr1-seed7",
-        "dpsm-warmup0.1-lr2-seed7",
-    ]
+    assert [c.name for c in found] == ["ce-seed7", "dpsm-warmup0.1-seed7"]
     assert found[-1].shared == {"steps": 3, "lr": "9"} and found[-1].own == {"loss": "dpsm", "warmup": 0.1, "seed": 7}
     with pytest.raises(ValueError, match="same flags"):
         cells({"arm": [{"loss": "ce"}, {"loss": "ce"}]}, {})
@@ -68,7 +63,19 @@ def test_shared_flags_are_left_out_where_nothing_reads_them(toy, capsys):
     assert all("--fast" in flags and "--fot-window" not in flags for flags in found)
     assert said == "left out where nothing reads them: warmup (ce, brier), fot_window (cosine)\n"
     found, said = dry(capsys, toy, recipe, "--set", "preset=fot", "--set", "loss=dpsm")
-    assert {flags["--fot-window"] for flags in found} == {"16"} and said == ""
+    assert [flags["--fot-window"] for flags in found] == ["16"] and said == "--set makes 3 cells of the recipe 1\n"
+
+
+def test_an_axis_that_set_names_has_that_value_alone(toy, capsys):
+    grid = '[grid]\nloss = ["ce", "dpsm"]\nsteps = [4, 5]\nlr = [0.1, 0.2]\n'
+    found, said = dry(capsys, toy, grid, "--set", "lr=0.3", "--seeds", "1,2")
+    assert [Path(flags["--out"]).name for flags in found] == [
+        f"{loss}-steps{steps}-seed{seed}" for loss in ("ce", "dpsm") for steps in (4, 5) for seed in (1, 2)
+    ]
+    assert {flags["--lr"] for flags in found} == {"0.3"} and said == "--set makes 16 cells of the recipe 8\n"
+    arms = '[[arm]]\nloss = "ce"\nsteps = 4\n[[arm]]\nloss = "ce"\nsteps = 5\n'
+    found, _ = dry(capsys, toy, arms, "--set", "steps=6")
+    assert [Path(flags["--out"]).name for flags in found] == ["ce"]
 
 
 def test_a_cells_own_flag_is_passed_as_it_is_and_refused_where_nothing_reads_it(toy, capsys):
