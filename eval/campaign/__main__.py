@@ -55,7 +55,13 @@ def parser_of_campaigns() -> Parser:
     add = parser.add_argument
     add("recipe", type=Path)
     add("--out", type=Path, metavar="DIR", help="folder of the runs (default: the recipe's)")
-    add("--set", action="append", default=[], metavar="FLAG=VALUE", help="override a flag in every cell; in the grid it has this value alone")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FLAG=VALUE",
+        help="override a flag in every cell, and its axis of the grid",
+    )
     add("--seeds", default="", metavar="N,N,...", help="these seeds of every cell in the place of the recipe's")
     add("--jobs", type=int, default=1, help="runs side by side (default: 1)")
     add("--nproc", type=int, default=1, help="ranks per run, through torchrun (default: 1)")
