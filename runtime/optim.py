@@ -29,7 +29,7 @@ OPTIMIZERS = {
     "sgd": "torch's, with momentum and coupled weight decay",
     "adamw8bit": "bitsandbytes', on a CPU too",
     "paged-adamw8bit": "bitsandbytes', on CUDA",
-    "schedule-free": "AdamW of the package schedulefree",
+    "schedule-free": "AdamW of the package schedulefree; fot finds its step and lets nothing fall",
     "schedule-free-plus": "finds its own step",
     "prodigy": "of the package prodigyopt; finds its own step",
 }

@@ -6,6 +6,7 @@
 | bitsandbytes' 8-bit Adam and AdamW, paged or not | both moments, dequantised |
 | torch's SGD, with any momentum | its formula |
 | torch's Muon | its formula, with the shape's factor on the learning rate |
+| schedulefree's AdamW | the formula of its base point's step; gradients are taken between it and the average |
 | one that is made of such ``parts`` | each part's |
 
 Of any other one nothing is read.
@@ -22,13 +23,19 @@ def parts(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
     return getattr(optimizer, "parts", [optimizer])
 
 
+def is_schedule_free(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it is AdamW of the package schedulefree, whose averages stand for a falling learning rate."""
+    return type(optimizer).__module__.startswith("schedulefree.") and type(optimizer).__name__ == "AdamWScheduleFree"
+
+
 def kind_of(optimizer: torch.optim.Optimizer) -> str:
     """ "adam", "formula", or "" for one whose step cannot be read."""
     if isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
         return "adam"
     if type(optimizer).__module__.startswith("bitsandbytes.") and type(optimizer).__name__ in EIGHT_BIT:
         return "adam"
-    return "formula" if isinstance(optimizer, (torch.optim.SGD, getattr(torch.optim, "Muon", ()))) else ""
+    by_formula = isinstance(optimizer, (torch.optim.SGD, getattr(torch.optim, "Muon", ())))
+    return "formula" if by_formula or is_schedule_free(optimizer) else ""
 
 
 def kinds(optimizer: torch.optim.Optimizer) -> list[str]:
@@ -53,8 +60,13 @@ def moments(state: dict) -> tuple[Tensor, Tensor] | None:
 
 
 def direction(group: dict, state: dict, p: Tensor, gradient: Tensor) -> Tensor:
-    """What SGD or Muon would take off ``p`` for ``gradient``, per unit of the learning rate, Muon's weight decay aside.
-    Of ``p``'s shape. Nothing is changed."""
+    """What SGD or Muon would take off ``p`` for ``gradient``, per unit of the learning rate, Muon's weight decay aside;
+    Schedule-Free AdamW off its base point z, which is not ``p``. Of ``p``'s shape. Nothing is changed."""
+    if "weight_lr_power" in group:  # Schedule-Free's alone
+        beta2, square = group["betas"][1], state.get("exp_avg_sq")
+        square = (0.0 if square is None else beta2 * square) + (1 - beta2) * gradient**2
+        bias = 1 - beta2 ** (group["k"] + 1)
+        return gradient / ((square / bias).sqrt() + group["eps"]) + group["weight_decay"] * p.detach()
     held, decay = state.get("momentum_buffer"), group["momentum"]
     if "ns_steps" not in group:
         gradient = gradient + group["weight_decay"] * p.detach()

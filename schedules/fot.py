@@ -14,6 +14,9 @@ comes to rest under a constant learning rate, and the envelope's decay cashes in
 twice. m begins at 1/4 and doubles in 40 steps at most, so that a peak which is too high is found out on the way up: a
 network that was thrown far away early does not come back. Unmeasured, m aims at 1.
 
+Over Schedule-Free AdamW there is no envelope, because its averages stand for one; G and H are then those at the point
+where it takes its gradients, and u moves its base point.
+
 envelope: let D = l(now) - l(T) be the forecast descent. Where it is sure, sd(D) / D < 1/2, every second decision
 compares four plans: hold the learning rate for 0, 1/4, 1/2 or 3/4 of the steps that are left, then fall to zero. The
 plan whose forecast ends lowest is taken.
@@ -42,6 +45,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
+from .directions import is_schedule_free
 from .forecast import Forecast, Forecaster, literal_forecast
 from .gradient_stats import STATISTICS, GradientStats
 from .rules import (
@@ -144,6 +148,9 @@ class FoT(LRScheduler):
         self.every, self.beta, self.same_units = every, float(beta), bool(same_units)
         self.shape = check_shape(shape)
         self.ranks, self.reduce, self.block_rms = ranks, reduce or (lambda x: x), block_rms
+        if rule == "fot" and "envelope" in self.parts and is_schedule_free(optimizer):
+            self.parts = tuple(part for part in self.parts if part != "envelope")
+            log.info("fot: over Schedule-Free the learning rate does not fall: its averages stand for the envelope")
         if every >= total:
             log.warning("fot: W = %d is not shorter than the run of %d steps: nothing will be decided", every, total)
         self.reads = rule_reads(rule, self.parts)
@@ -314,7 +321,8 @@ class FoT(LRScheduler):
         self.load_state_dict(state)
 
     def _settings(self) -> dict:
-        return {k: list(v) if isinstance(v := getattr(self, k), tuple) else v for k in SAME_SETTINGS}
+        same = {k: list(v) if isinstance(v := getattr(self, k), tuple) else v for k in SAME_SETTINGS}
+        return same | {"measures": list(STATISTICS)}  # those of an older FoT are other sums
 
     def _buffers(self) -> dict[str, Tensor]:
         return {"points": self.points, "fisher": self.fisher, "sums": self.stats.sums, "pending": self.stats.pending}
@@ -394,8 +402,8 @@ class FoT(LRScheduler):
             beta, old = self.beta, self.average
             self.average = {k: beta * old.get(k, 0.0) + (1 - beta) * means[k] for k in STATISTICS[1:]}
             self.weight = beta * self.weight + 1 - beta
-            self.reference = [self.reference[0] + means["slope"], self.reference[1] + means["curvature"]]
-        return {k: v / self.weight for k, v in self.average.items()}
+            self.reference = [self.reference[0] + means["slope"], self.reference[1] + means["drop"]]
+        return GradientStats.unweighted({k: v / self.weight for k, v in self.average.items()}) if self.weight else {}
 
     def _forecast(self) -> Forecast:
         """Of the plan as it is: the learning rate of a point is that of the step before it."""

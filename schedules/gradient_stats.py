@@ -20,6 +20,10 @@ the step took off its slope:
 
     u'Hu = (slope - after) / lr
 
+The noise of slope and after does not shrink with lr, so that of a step of a warm-up's first learning rates this says
+next to nothing. A sample weighs lr^2 in the means of slope and after, which makes the curvature that of least squares,
+the sum of lr (slope - after) over that of lr^2, and keeps slope and curvature means over the same steps.
+
 Without micro-batches N comes from Adam's mean, with kappa the sum of the squared weights of the gradients in m:
 
     |m|^2 = |G|^2 + kappa N
@@ -52,7 +56,7 @@ from .directions import direction, kinds, moments
 
 log = logging.getLogger("scorecast")
 
-STATISTICS = ("samples", "g2", "noise", "slope", "after", "curvature", "step2", "batch2")
+STATISTICS = ("samples", "g2", "noise", "step2", "batch2", "lr2", "slope", "after", "drop")  # the last three by lr^2
 LAST = "last_direction"  # in the optimizer's state of a parameter, between the halves of a sample
 # Parameters that are read at a time: on a GPU few kernels, on a CPU temporaries that stay in a core's cache.
 CHUNK = {"cuda": 1 << 26, "cpu": 1 << 16}
@@ -142,7 +146,8 @@ class GradientStats:
         after = clip * after * weight[1]
         if lr > 0:
             n, g2, noise, slope, step2, batch2 = self.pending.unbind()
-            ended = torch.stack([n, g2, noise, slope, after, (slope - after) / lr, step2, batch2])
+            weighted = [lr**2 * n, lr**2 * slope, lr**2 * after, lr * (slope - after)]
+            ended = torch.stack([n, g2, noise, step2, batch2, *weighted])
             good = torch.isfinite(ended).all() & (n > 0) & (skipped == 0)
             self.sums += torch.where(good, ended, 0.0)
         self.pending.zero_()
@@ -196,9 +201,16 @@ class GradientStats:
 
     @staticmethod
     def means(sums: list[float]) -> dict[str, float] | None:
-        """Means of the samples by name, from `sums`, summed over ranks, on the host; None without a sample."""
+        """Means of the samples by name, from `sums`, summed over ranks, on the host; None without a sample. Those of
+        slope, after and drop are still multiplied by lr2's: `unweighted` divides them."""
         n = sums[0]
         return {k: v / n for k, v in zip(STATISTICS[1:], sums[1:], strict=True)} | {"samples": n} if n > 0 else None
+
+    @staticmethod
+    def unweighted(means: dict[str, float]) -> dict[str, float]:
+        """``means``, or averages of such, with slope and after as they are and "curvature" in drop's place."""
+        by = {k: means[k] / means["lr2"] for k in ("slope", "after", "drop")}
+        return means | {"slope": by["slope"], "after": by["after"], "curvature": by["drop"]}
 
 
 def _dots_of(device: torch.device):

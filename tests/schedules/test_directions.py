@@ -2,25 +2,28 @@
 
 import logging
 import re
+from importlib.util import find_spec
 
 import pytest
 import torch
 
 from runtime.optim import Muon
-from schedules import FoT, ScheduleFreePlus, make_rule
+from schedules import FoT, ScheduleFreePlus, make_rule, schedule_free_adamw
 from schedules.directions import direction, kinds
 from schedules.gradient_stats import GradientStats
 
 
-def measured(make, lr, steps=300, begin=60, noise=0.3, far=0.3, seed=0):
+def measured(make, lr, steps=300, begin=60, noise=0.3, far=0.3, seed=0, rates=(1.0,)):
     """An optimizer on sum h W^2 / 2 with white noise, W [20, 30]: means of (slope, curvature, best step) as measured in
-    half-batches, and as they are along the true step."""
+    half-batches, and as they are along the true step, by the squared learning rate, which is lr times one of rates."""
     generator = torch.Generator().manual_seed(seed)
     h = torch.logspace(-1, 1, 600).view(20, 30)
     W = torch.nn.Parameter(far * torch.randn(20, 30, generator=generator))
     optimizer = make([W], lr)
     stats, truth, n = GradientStats(optimizer), torch.zeros(2, dtype=torch.float64), 0
     for t in range(steps):
+        before, optimizer.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"], lr * rates[t // 2 % len(rates)]
+        rate = optimizer.param_groups[0]["lr"]
         G = h * W.detach()
         parts = [G + 1.4 * noise * torch.randn(20, 30, generator=generator) for _ in range(2)]
         asked = t >= begin and t % 2 == 0
@@ -28,14 +31,14 @@ def measured(make, lr, steps=300, begin=60, noise=0.3, far=0.3, seed=0):
         if asked:
             stats.micro(0.5)
         W.grad = sum(parts) / 2
-        stats.sample(asked, lr)
+        stats.sample(asked, before)
         old = W.detach().clone()
         optimizer.step()
         if asked:
-            u = (old - W.detach()) / lr
-            truth += torch.stack([(G * u).sum(), (u * h * u).sum()]).double()
-            n += 1
-    got, true = stats.means(stats.sums.tolist()), (truth / n).tolist()
+            u = (old - W.detach()) / rate
+            truth += rate**2 * torch.stack([(G * u).sum(), (u * h * u).sum()]).double()
+            n += rate**2
+    got, true = stats.unweighted(stats.means(stats.sums.tolist())), (truth / n).tolist()
     return got, dict(slope=true[0], curvature=true[1])
 
 
@@ -69,6 +72,23 @@ def test_a_direction_is_the_step_that_is_made(name, nesterov):
         ahead = direction(optimizer.param_groups[0], optimizer.state[p], p, p.grad)
         optimizer.step()
         torch.testing.assert_close(old - p.detach(), 0.1 * ahead, rtol=1e-5, atol=1e-6)  # fp32 of the difference
+
+
+def test_schedule_frees_direction_is_the_step_of_its_base_point():
+    pytest.importorskip("schedulefree")
+    p = torch.nn.Parameter(torch.randn(6, 4, generator=torch.Generator().manual_seed(1)))
+    optimizer = schedule_free_adamw([p], 0.1, betas=(0.9, 0.95), weight_decay=0.1)
+    for _ in range(3):
+        p.grad, old = p.detach() ** 3, optimizer.state[p].get("z", p.detach()).clone()
+        ahead = direction(optimizer.param_groups[0], optimizer.state[p], p, p.grad)
+        optimizer.step()
+        torch.testing.assert_close(old - optimizer.state[p]["z"], 0.1 * ahead, rtol=1e-5, atol=1e-6)
+
+
+def test_a_warm_ups_first_steps_do_not_decide_the_curvature():
+    """Every other step has a thousandth of the learning rate: (slope - after) / lr of such a one is noise alone."""
+    got, true = measured(torch.optim.SGD, 0.1, steps=600, rates=(1.0, 1e-3))
+    assert (got["slope"], got["curvature"]) == pytest.approx((true["slope"], true["curvature"]), rel=0.15)
 
 
 def test_eight_bit_adamw_is_read_like_adamw():
@@ -113,6 +133,9 @@ ANY = {
     "Lion": lambda p: Lion(p, 0.05),
 }
 READ = ("SGD", "SGD, momentum", "Adam", "AdamW", "Muon", "Muon and AdamW")
+if find_spec("schedulefree"):
+    ANY["Schedule-Free"] = lambda p: schedule_free_adamw(p, 0.05, betas=(0.9, 0.95))
+    READ += ("Schedule-Free",)
 
 
 @pytest.mark.parametrize("name", ANY)
@@ -144,7 +167,10 @@ def test_fot_watches_and_steers_any_optimizer(name, caplog):
         fot.step()
         losses.append(found.item())
     assert fot.forecaster.points == 72 and fot.counts["decisions"] == 9 and sum(losses[-8:]) < sum(losses[:8])
-    assert lrs[-1] < max(lrs) and fot.get_last_lr() == [0.0] * len(optimizer.param_groups)
+    if name == "Schedule-Free":
+        assert "envelope" not in fot.parts and lrs[-1] == 0.05 * fot.multiplier
+    else:
+        assert lrs[-1] < max(lrs) and fot.get_last_lr() == [0.0] * len(optimizer.param_groups)
     if name in READ:
         assert not caplog.text and fot.decision["eta_opt"] is not None and fot.decision["noise"] > 0
         assert fot.m != 1.0

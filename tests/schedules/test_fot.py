@@ -59,7 +59,7 @@ def quadratic(steps, lr, noise, micro, clip=None, begin=0, far=3.0):
             u = (old - w.detach()) / lr
             truth += torch.stack([G @ G, G @ u, u @ (h * u)]).double()
             n += 1
-    measured = stats.means(stats.sums.tolist())
+    measured = stats.unweighted(stats.means(stats.sums.tolist()))
     return measured, dict(zip(("g2", "slope", "curvature"), (truth / n).tolist(), strict=True))
 
 
@@ -325,10 +325,11 @@ def test_the_literal_rule_number_for_number():
     from schedules.forecast import literal_forecast
 
     losses = [3 * (1 + t) ** -0.02 for t in range(60)]
-    lrs, fot, _ = drive("fot-literal", losses, 60, stop=41)
+    lrs, fot, _ = drive("fot-literal", losses, 60, stop=41, scale=5.0)
     t = list(range(1, 41))
     D = literal_forecast(t, losses[:40], 40) - literal_forecast(t, losses[:40], 60)
-    d, x = fot.decision, {k: v / fot.weight for k, v in fot.average.items()}
+    d = fot.decision
+    x = GradientStats.unweighted({k: v / fot.weight for k, v in fot.average.items()})
     assert d["D"] == pytest.approx(D, rel=1e-12) and d["target"] == pytest.approx(D / 20, rel=1e-12)
     bound = 2 * (x["noise"] + x["curvature"] / x["step2"]) * D / 20 / x["batch2"] * d["gate"]
     assert lrs[40] == pytest.approx(0.1 * min(max(bound / 0.1, 0.01), 1.0), rel=1e-9)
@@ -455,11 +456,14 @@ WINDOW = ("--fot-window", "4")
 AVERAGES = {"schedule-free": (), "greedy": "--optimizer muon --tail-average 0.5".split()}  # which decide in no windows
 
 
-@pytest.mark.parametrize("rule", ["fot", "snac", "bacon", "fot-literal", "schedule-free", "greedy"])
+OVER_ITS_AVERAGES = "fot --optimizer schedule-free"
+
+
+@pytest.mark.parametrize("rule", ["fot", OVER_ITS_AVERAGES, "snac", "bacon", "fot-literal", "schedule-free", "greedy"])
 def test_train_lm_resumes_exactly_and_logs_each_decision(rule, base, tmp_path, monkeypatch):
-    if rule == "schedule-free":
+    if "schedule-free" in rule:
         pytest.importorskip("schedulefree", reason="schedulefree is not installed")
-    flags = [*base, "--schedule", rule, *AVERAGES.get(rule, WINDOW)]
+    flags = [*base, "--schedule", *rule.split(), *AVERAGES.get(rule, WINDOW)]
     flags += [] if rule == "fot" else ["--steps", "16", "--eval-every", "8"]
     assert train(flags, tmp_path / "whole") == 0
     original = Windows.batch_indices
@@ -476,20 +480,24 @@ def test_train_lm_resumes_exactly_and_logs_each_decision(rule, base, tmp_path, m
     assert train(flags, tmp_path / "cut", "--resume") == 0
     for kind in ("train", "fot", "val"):
         assert rows(tmp_path / "cut", kind) == rows(tmp_path / "whole", kind)
-    if rule in AVERAGES:  # these are what is evaluated and kept, the iterates what goes on
+    if rule in AVERAGES or rule == OVER_ITS_AVERAGES:  # these are what is evaluated and kept, the iterates what goes on
         state = load_checkpoint(tmp_path / "whole" / "last.pt")
         iterate = state["optimizer"]["iterate"]
         assert iterate.keys() == state["model"].keys()
         assert any(not torch.equal(iterate[k], w) for k, w in state["model"].items())
         summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
         assert summary["val_nll"] == pytest.approx(rows(tmp_path / "whole", "val")[-1]["nll"], rel=1e-6)
-        return
     decided = rows(tmp_path / "whole", "fot")
+    if rule in AVERAGES:
+        return
+    if rule == OVER_ITS_AVERAGES:  # the learning rate is the peak times m, to the end
+        assert [r["lr"] for r in decided] == [3e-3 * r["multiplier"] for r in decided]
+        assert len({r["multiplier"] for r in decided}) == len(decided) == 3
     assert [r["step"] for r in decided] == list(range(4, 29 if rule == "fot" else 13, 4))
     assert {"forecast", "sd", "D", "target", "g2", "noise", "curvature", "bound", "gate", "lr"} <= set(decided[-1])
     assert math.isfinite(decided[-1]["noise"]) and (rule in ("snac", "bacon") or decided[-1]["noise"] > 0)
     summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
-    assert summary[f"{rule}_decisions"] == len(decided)
+    assert summary[f"{rule.split()[0]}_decisions"] == len(decided)
 
 
 def test_train_lm_forecasts_the_nll_and_takes_the_old_flag(base, tmp_path, capsys):
