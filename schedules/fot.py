@@ -305,8 +305,10 @@ class FoT(LRScheduler):
         """Raises ValueError for the state of another rule or run length, and for what is not a state of FoT."""
         if missing := {"settings", "forecaster", "buffers", *SAVED} - set(state_dict):
             raise ValueError(f"this is no state of FoT: {', '.join(sorted(missing))} missing")
-        if (settings := {"shape": "linear"} | state_dict["settings"]) != self._settings():
-            raise ValueError(f"FoT's state is of {settings}, this one is {self._settings()}")
+        theirs, ours = state_dict["settings"], self._settings()
+        if other := [k for k in sorted({*theirs, *ours}) if theirs.get(k) != ours.get(k)]:
+            told = ", ".join(f"{k} {theirs.get(k)} for {ours.get(k)}" for k in other)
+            raise ValueError(f"FoT's state is of other settings or code ({told}): go on with those, or begin anew")
         self.forecaster.load_state_dict(state_dict["forecaster"])
         self.sent = state_dict.get("sent")
         for name, buffer in self._buffers().items():

@@ -12,6 +12,7 @@ import pytest
 import torch
 from lm_runs import rows, train
 
+import schedules.fot
 from data.windows import Windows
 from runtime.folder import load_checkpoint
 from schedules.fot import (
@@ -391,12 +392,13 @@ def test_a_long_window_an_unreadable_optimizer_and_bad_settings(caplog):
     with pytest.raises(ValueError, match="or none"):
         parse_parts("")
     state = drive("fot", falling(8), 8, stop=6)[2]
-    del state["fot"]["settings"]["shape"]  # as before there were shapes: it was linear
-    drive("fot", falling(8), 8, start=6, state=state)
-    with pytest.raises(ValueError, match="FoT's state is of"):
+    with pytest.raises(ValueError, match="FoT's state is of other settings or code"):
         drive("fot", falling(8), 8, start=6, state=state, shape="sqrt")
+    del state["fot"]["settings"]["measures"]  # as before samples had weights
+    with pytest.raises(ValueError, match="FoT's state is of other settings or code"):
+        drive("fot", falling(8), 8, start=6, state=state)
     state = drive("fot", falling(8), 8)[2]["fot"]
-    with pytest.raises(ValueError, match="FoT's state is of"):
+    with pytest.raises(ValueError, match="FoT's state is of other settings or code"):
         FoT(adam, 10).load_state_dict(state)
     with pytest.raises(ValueError, match="no state of FoT"):
         FoT(adam, 10).load_state_dict({"last_epoch": 3})
@@ -460,7 +462,7 @@ OVER_ITS_AVERAGES = "fot --optimizer schedule-free"
 
 
 @pytest.mark.parametrize("rule", ["fot", OVER_ITS_AVERAGES, "snac", "bacon", "fot-literal", "schedule-free", "greedy"])
-def test_train_lm_resumes_exactly_and_logs_each_decision(rule, base, tmp_path, monkeypatch):
+def test_train_lm_resumes_exactly_and_logs_each_decision(rule, base, tmp_path, monkeypatch, capsys):
     if "schedule-free" in rule:
         pytest.importorskip("schedulefree", reason="schedulefree is not installed")
     flags = [*base, "--schedule", *rule.split(), *AVERAGES.get(rule, WINDOW)]
@@ -477,6 +479,14 @@ def test_train_lm_resumes_exactly_and_logs_each_decision(rule, base, tmp_path, m
         m.setattr(Windows, "batch_indices", stop)
         assert train(flags, tmp_path / "cut") == 128 + signal.SIGTERM
     assert load_checkpoint(tmp_path / "cut" / "last.pt")["step"] == 9
+    if rule == "fot":  # a later FoT that measures otherwise says so, and leaves the run as it is
+        with monkeypatch.context() as m, pytest.raises(SystemExit) as refused:
+            m.setattr(schedules.fot, "STATISTICS", schedules.fot.STATISTICS[::-1])
+            train(flags, tmp_path / "cut", "--resume")
+        assert (
+            refused.value.code == 2
+            and "error: FoT's state is of other settings or code (measures" in capsys.readouterr().err
+        )
     assert train(flags, tmp_path / "cut", "--resume") == 0
     for kind in ("train", "fot", "val"):
         assert rows(tmp_path / "cut", kind) == rows(tmp_path / "whole", kind)
