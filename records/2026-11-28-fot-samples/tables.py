@@ -48,7 +48,7 @@ def table(rows: list[dict], first: str) -> None:
     score = {(r["arm"], float(r["seed"]), float(r["lr"])): float(r["score"]) for r in rows}
     arms = sorted({r["arm"] for r in rows}, key=lambda arm: (arm != first, arm))
     arms = [arm for arm in arms if all((arm, s, lr) in score for s in seeds for lr in peaks)]
-    if not arms:
+    if first not in arms:
         print("not whole:", len(rows), "runs")
         return
     least = {s: min(score[arm, s, lr] for arm in arms for lr in peaks) for s in seeds}
