@@ -231,8 +231,7 @@ def main(argv: list[str] | None = None) -> int:
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
         meter.load_state_dict(checkpoint, draws=cfg.lora_dropout > 0)
-        with user_errors():
-            rule.restore(checkpoint["fot"], meter.step)
+        optim.restore_rule(rule, checkpoint["fot"], meter.step)
         unigram.share = checkpoint.get("unigram", unigram.share)
         room.copy_(checkpoint["room"])
 

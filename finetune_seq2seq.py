@@ -261,6 +261,7 @@ def main(argv: list[str] | None = None) -> int:
         if checkpoint and checkpoint["data_hash"] != train.hash:
             raise ValueError(f"--resume: {cfg.data} is not the text that {out} was trained on; restore it")
     shape = dataclasses.replace(model.config, dropout=0.0, attention_dropout=0.0)  # of the model, not its training
+    parameters = parameter_count(model)
     lengths = train.source_lengths.astype(float), train.target_lengths.astype(float)
     flops_per_token = float(training_flops(shape, *lengths).sum() / sum(lengths).sum())
     model.to(device).checkpoint_activations = cfg.checkpoint_activations
@@ -288,8 +289,7 @@ def main(argv: list[str] | None = None) -> int:
     if checkpoint:
         optim.restore_training_state(model, optimizer, checkpoint)
         meter.load_state_dict(checkpoint, draws=cfg.dropout > 0)
-        with user_errors():
-            rule.restore(checkpoint["fot"], meter.step)
+        optim.restore_rule(rule, checkpoint["fot"], meter.step)
         unigram.share = checkpoint.get("unigram", unigram.share)
 
     def save(best: bool) -> None:
@@ -335,8 +335,8 @@ def main(argv: list[str] | None = None) -> int:
     if world.main:
         print("\n".join(split["label"] for split in about.values()))
         print(
-            f"{out}: {name}, {parameter_count(model) / 1e6:.1f} M parameters, loss {cfg.loss}, {dtype} on "
-            f"{world.size} x {device.type}, {len(train):,} pairs, {cfg.batch} a step, padding {100 * padding:.1f} %"
+            f"{out}: {name}, {parameters / 1e6:.1f} M parameters, loss {cfg.loss}, {dtype} on {world.size} x "
+            f"{device.type}, {len(train):,} pairs, {cfg.batch} a step, padding {100 * padding:.1f} %"
         )
     trained.train()
     tokens, validated = (int(s.source_lengths.sum() + s.target_lengths.sum()) for s in (train, sets["val"]))
@@ -426,7 +426,7 @@ def main(argv: list[str] | None = None) -> int:
         "alpha_schedule": cfg.alpha_schedule if cfg.loss == "dpsm" else None,
         "preset": cfg.preset,
         "seed": cfg.seed,
-        "parameters": parameter_count(model),
+        "parameters": parameters,
         "reported": cfg.report,
         "reported_step": kept["step"],
         "data": about,

@@ -231,8 +231,7 @@ def main(argv: list[str] | None = None) -> int:
     if checkpoint:
         optim.restore_training_state(model, optimizer, checkpoint)
         meter.load_state_dict(checkpoint, draws=cfg.dropout > 0)
-        with user_errors():
-            rule.restore(checkpoint["fot"], meter.step)
+        optim.restore_rule(rule, checkpoint["fot"], meter.step)
         unigram.share = checkpoint.get("unigram", unigram.share)
 
     def save(best: bool) -> None:

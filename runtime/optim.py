@@ -8,6 +8,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
+from runtime.cli import user_errors
 from runtime.machine import World
 from schedules import (
     ADAPTIVE,
@@ -96,6 +97,8 @@ def check_optimizer(cfg, device: torch.device) -> None:
     if name in AVERAGING and not own and cfg.schedule not in ("constant", *ADAPTIVE):
         way = "use --schedule constant or one that measures"
         raise ValueError(f"--optimizer {name} averages in the place of a schedule such as {cfg.schedule}; {way}")
+    if name == "schedule-free" and cfg.schedule == "fot" and cfg.decay_shape != "linear":
+        raise ValueError(f"--decay-shape {cfg.decay_shape}: over --optimizer {name} nothing falls; leave it out")
     if name in OWN_STEP and getattr(cfg, "lora_plus", 1) != 1:
         raise ValueError(f"--optimizer {name} finds one step for A and B; leave out --lora-plus")
     if name == "prodigy" and hasattr(cfg, "lora_plus") and "blocks" in rule_reads(cfg.schedule, cfg.fot_parts):
@@ -150,6 +153,13 @@ def rule_of(cfg, optimizer, world: World, **more):
     how = dict(warmup=cfg.lr_warmup, floor=cfg.lr_floor, same_units=cfg.loss == "ce" and not smoothed)
     how |= dict(parts=cfg.fot_parts, every=cfg.fot_window, beta=cfg.fot_beta, shape=cfg.decay_shape)
     return make_rule(cfg.schedule, optimizer, cfg.steps, **how | more, ranks=world.size, reduce=world.all_reduce)
+
+
+def restore_rule(rule, state: dict, step: int) -> None:
+    """``rule`` goes on from ``state``; that of other settings or code is one line and exit code 2. Call it after the
+    optimizer's own state was loaded."""
+    with user_errors():
+        rule.restore(state, step)
 
 
 def plans_no_end(cfg, step: int, *totals: int) -> bool:

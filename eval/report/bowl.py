@@ -113,8 +113,9 @@ def rule_table(rules: list[Rule]) -> Table:
 
 
 def plain_fot(rules: list[Rule]) -> tuple[Rule | None, list[Rule], list[Rule]]:
-    """Plain FoT, its rivals, and those of them that are linear; none without plain FoT."""
+    """Plain FoT, over AdamW where it ran so, its rivals, and those of them that are linear; none without plain FoT."""
     fots = [r for r in rules if r.config["schedule"] == "fot"]
+    fots = [r for r in fots if r.config.get("optimizer", "adamw") == "adamw"] or fots
     mine = next((r for r in fots if len(fots) == 1 or "fot_parts" not in r.label or "blocks" in r.label), None)
     rivals = [r for r in rules if r.config["schedule"] != "fot"] if mine else []
     return mine, rivals, [r for r in rivals if r.config["schedule"] == "linear"]

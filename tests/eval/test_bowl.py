@@ -8,7 +8,7 @@ import pytest
 from invented_runs import arms_of, write_run
 
 from eval.report import build as rp
-from eval.report.bowl import bowl_blocks, bowls, claim_table, decided_table, regrets, rule_table
+from eval.report.bowl import bowl_blocks, bowls, claim_table, decided_table, plain_fot, regrets, rule_table
 from eval.report.tables import Cell
 from eval.stats import detectable
 
@@ -51,6 +51,16 @@ def test_regret_is_over_the_best_cell_of_the_table(tmp_path):
     assert [c.text for c in heads[2:5]] == ["0.001", "0.003", "0.009"]
     assert rows[0][2] == Cell("3.200 ± 0.010", bold=True) and not rows[1][2].bold
     assert rows[1][5].text == "0.400 ± 0.010" and [c.text for c in rows[1][6:8]] == ["0.003", "3.100 ± 0.010"]
+
+
+def test_the_claims_are_those_of_fot_over_adamw_where_it_also_ran_over_another(tmp_path):
+    over = grid(tmp_path / "a", {"fot": (3.1, 2.9, 3.0)}, micro_batch=2, optimizer="schedule-free")
+    [(_, rules)] = bowls(arms_of(*over, *grid(tmp_path / "b", micro_batch=4, optimizer="adamw")))
+    assert len([r for r in rules if r.config["schedule"] == "fot"]) == 2
+    mine, rivals, _ = plain_fot(rules)
+    assert mine.config["optimizer"] == "adamw" and {r.config["schedule"] for r in rivals} == {"linear", "wsd"}
+    [(_, rules)] = bowls(arms_of(*over, *grid(tmp_path / "c", {"wsd": GRID["wsd"]}, micro_batch=4, optimizer="adamw")))
+    assert plain_fot(rules)[0].config["optimizer"] == "schedule-free"
 
 
 def test_claims_are_paired_by_seed_and_can_fail(tmp_path):

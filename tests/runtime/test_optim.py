@@ -139,6 +139,10 @@ def test_a_step_that_is_not_finite_moves_nothing():
             "--tail-average: --optimizer schedule-free averages already",
         ),
         (dict(optimizer="adamw", tail_average=0.1, fsdp=True), "would average shards; leave it out"),
+        (
+            dict(optimizer="schedule-free", schedule="fot", decay_shape="sqrt"),
+            "--decay-shape sqrt: over --optimizer schedule-free nothing falls; leave it out",
+        ),
         (dict(optimizer="prodigy", lora_plus=4.0), "prodigy finds one step for A and B; leave out --lora-plus"),
         (dict(optimizer="prodigy", fot_parts="blocks", lora_plus=1.0), "leave blocks out of --fot-parts"),
     ],

@@ -343,6 +343,16 @@ def test_the_literal_rule_number_for_number():
     assert fot.literal_gate == pytest.approx(d["gate"] * gate)
 
 
+def test_bacon_bends_by_what_was_measured_over_the_whole_run():
+    """At the first measured decision the run so far is that window, and the factor is 1; later it is not."""
+    _, fot, _ = drive("bacon", falling(60), 60, stop=50, seen=(decided := []))
+    factors = [d["multiplier"] for d in decided if d["eta_opt"] is not None]
+    assert factors[0] == pytest.approx(1.0, rel=1e-9) and max(factors) > 1.2
+    slope, drop = fot.reference
+    last = decided[-1]
+    assert last["multiplier"] == pytest.approx(min(max(last["eta_opt"] / (slope / drop), 0.5), 2.0), rel=1e-12)
+
+
 def test_blocks_move_their_own_groups_only():
     a, b, c = (torch.nn.Parameter(torch.ones(3)) for _ in range(3))
     groups = [{"params": [a], "block": 0}, {"params": [b], "block": 1}, {"params": [c]}]
@@ -483,10 +493,8 @@ def test_train_lm_resumes_exactly_and_logs_each_decision(rule, base, tmp_path, m
         with monkeypatch.context() as m, pytest.raises(SystemExit) as refused:
             m.setattr(schedules.fot, "STATISTICS", schedules.fot.STATISTICS[::-1])
             train(flags, tmp_path / "cut", "--resume")
-        assert (
-            refused.value.code == 2
-            and "error: FoT's state is of other settings or code (measures" in capsys.readouterr().err
-        )
+        assert refused.value.code == 2
+        assert "error: FoT's state is of other settings or code (measures" in capsys.readouterr().err
     assert train(flags, tmp_path / "cut", "--resume") == 0
     for kind in ("train", "fot", "val"):
         assert rows(tmp_path / "cut", kind) == rows(tmp_path / "whole", kind)
