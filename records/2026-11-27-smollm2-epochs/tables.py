@@ -9,6 +9,10 @@ import statistics
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from eval.stats import t_interval  # noqa: E402
+
 HERE = Path(__file__).parent
 KEYS = ("nll", "ece10", "brier", "confidence", "accuracy")
 
@@ -42,6 +46,16 @@ def collect(folders: list[Path]) -> None:
         writer.writerows({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in r.items()} for r in rows)
 
 
+def scratch() -> None:
+    rows = list(csv.DictReader((HERE / "scratch.csv").open()))
+    for key in ("test_nll", "test_ece10", "last_val_nll", "last_val_ece10", "ood_ece10"):
+        old, new = ({r["seed"]: float(r[key]) for r in rows if r["rule"] == rule} for rule in ("undamped", "damped"))
+        deltas = [new[seed] - old[seed] for seed in old]
+        low, high = t_interval(deltas)
+        means = f"{statistics.fmean(old.values()):.5f} {statistics.fmean(new.values()):.5f}"
+        print(f"from scratch, {key}: {means} {statistics.fmean(deltas):+.5f} ({low:+.5f} to {high:+.5f})")
+
+
 def main() -> None:
     if len(sys.argv) > 1:
         collect([Path(p) for p in sys.argv[1:]])
@@ -56,6 +70,7 @@ def main() -> None:
         after = f"{float(test['nll_t']):.4f}, {100 * float(test['ece10_t']):.2f}"
         print(f"| {arm} | {seed} | {' | '.join(shown)} | {after} | {late:.1f} |")
         print("   confidence less accuracy, points:", " ".join(f"{g:+.1f}" for g in gaps))
+    scratch()
 
 
 if __name__ == "__main__":

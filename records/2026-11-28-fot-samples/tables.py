@@ -1,7 +1,7 @@
 """The record's tables: python records/2026-11-28-fot-samples/tables.py [CHOOSE JUDGE], from the root of a checkout.
 
 CHOOSE has TRY/STEPS/RUN of the tries, JUDGE the same of the judged arms; with them runs.csv is made first. The score of
-a run is the mean of its NLL on val and test.
+a run is the mean of its NLL on val and test. LoRA's table is of lora.csv.
 """
 
 import csv
@@ -65,6 +65,23 @@ def table(rows: list[dict], first: str) -> None:
         print("|", " | ".join(row), "|")
 
 
+def lora() -> None:
+    rows = [r for r in csv.DictReader((HERE / "lora.csv").open()) if r["part"] == "judge"]
+    arms: dict[tuple, dict] = {}
+    for r in rows:
+        arms.setdefault((r["schedule"], r["optimizer"]), {})[r["seed"]] = r
+    linear, over = arms["linear", "adamw"], arms["fot", "schedule-free"]
+    print("\nLoRA, judge: held out and test: mean NLL, less linear's winner, FoT over Schedule-Free less it")
+    for arm, own in arms.items():
+        cells = []
+        for key in ("heldout_nll", "test_nll"):
+            values = {seed: float(r[key]) for seed, r in own.items()}
+            less = [x - float(linear[seed][key]) for seed, x in values.items()]
+            more = [float(over[seed][key]) - x for seed, x in values.items()]
+            cells += [f"{statistics.fmean(values.values()):.3f}", interval(less), interval(more)]
+        print("|", " | ".join([" over ".join(arm), *cells]), "|")
+
+
 def main() -> None:
     if len(sys.argv) > 1:
         collect(dict(zip(("choose", "judge"), map(Path, sys.argv[1:]), strict=True)))
@@ -73,6 +90,7 @@ def main() -> None:
         for steps in sorted({int(r["steps"]) for r in rows if r["part"] == part}):
             print(f"\n{part}, {steps} steps: arm, mean score by peak, mean regret, best peak, {first} less it in both")
             table([r for r in rows if r["part"] == part and int(r["steps"]) == steps], first)
+    lora()
 
 
 if __name__ == "__main__":
