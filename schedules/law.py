@@ -158,11 +158,11 @@ def fit(rows, S_now, peak, S_end, D_end, prior):
         pp = pp + 1e-12 * total_
         a, k = _pair(pp + damp, pd, dd + ridge, py + damp * a_mean, ridge * k_mean - dy)
         c = ym_ - a * pm + k * dm
-        # Where c would be negative it is 0: the same sums, not centred.
-        pp0, pd0, dd0 = pp + total_ * pm**2 + damp, pd + total_ * pm * dm, dd + total_ * dm**2 + ridge
-        py0, kd0 = py + total_ * pm * ym_ + damp * a_mean, ridge * k_mean - dy - total_ * dm * ym_
-        a0, k0 = _pair(pp0, pd0, dd0, py0, kd0)
-        a, k, c = np.where(c < 0, a0, a), np.where(c < 0, k0, k), np.maximum(c, 0.0)
+        if (c < 0).any():  # where c would be negative it is 0: the same sums, not centred
+            pp0, pd0, dd0 = pp + total_ * pm**2 + damp, pd + total_ * pm * dm, dd + total_ * dm**2 + ridge
+            py0, kd0 = py + total_ * pm * ym_ + damp * a_mean, ridge * k_mean - dy - total_ * dm * ym_
+            a0, k0 = _pair(pp0, pd0, dd0, py0, kd0)
+            a, k, c = np.where(c < 0, a0, a), np.where(c < 0, k0, k), np.maximum(c, 0.0)
         off = ym_ - c - a * pm + k * dm
         sse = total_ * off**2 + yy - 2 * a * py + 2 * k * dy + a**2 * pp - 2 * a * k * pd + k**2 * dd
         cost = sse + ridge * (k - k_mean) ** 2 + damp * (a - a_mean) ** 2 - 2 * ratio * log_prior
