@@ -21,6 +21,7 @@ RUN_BY = {
     "eval.dependence": "eval.test_dependence.test_the_command",
     "eval.gsm8k": "eval.test_gsm8k.test_command_line",
     "eval.method_comparison": "test_finetune_gsm8k_answers.test_a_row_of_no_run_is_refused",
+    "eval.ood": "eval.test_ood.test_a_run_has_the_numbers_of_its_own_ood",
     "eval.preference make": "eval.test_preference.test_folders_of_runs",
     "eval.preference tally": "eval.test_preference.test_votes_are_counted_for_the_arms",
     "eval.report": "eval.test_report_terminal.test_the_command_prints_a_table_that_fits",
