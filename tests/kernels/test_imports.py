@@ -6,8 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[2]
 FILES = {p.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): p for p in (ROOT / "kernels").rglob("*.py")}
 FILES = {name.removesuffix(".__init__"): file for name, file in FILES.items()}
@@ -38,16 +36,18 @@ def test_imports_are_relative_and_have_no_circle():
     assert not left, f"circle among {sorted(left)}"
 
 
-@pytest.mark.parametrize("module", ["kernels", "kernels.bench.__main__", "kernels.audit"])
-def test_no_module_of_this_tree_is_loaded_beside(module):
+def test_no_module_of_this_tree_is_loaded_beside():
     """But the two commands' reader of command lines, which its sibling package schedules/ has."""
-    code = f"import sys, {module}; print(*sorted(m for m in sys.modules if m.split('.')[0] in {sorted(OURS)!r}))"
+    says = f"print(*sorted(m for m in sys.modules if m.split('.')[0] in {sorted(OURS)!r}))"
+    code = "import sys\n" + "".join(
+        f"import {module}\n{says}\n" for module in ("kernels", "kernels.audit", "kernels.bench.__main__")
+    )
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
-    loaded = set(done.stdout.split())
-    beside = {m for m in loaded if m.split(".")[0] != "kernels"}
-    assert "kernels.losses" in loaded and ("schedules.commandline" in beside) == (module != "kernels")
-    assert {m.split(".")[0] for m in beside} <= {"schedules"}
+    package, *commands = (set(line.split()) for line in done.stdout.splitlines())
+    assert "kernels.losses" in package and {m.split(".")[0] for m in package} == {"kernels"} and len(commands) == 2
+    for loaded in commands:
+        assert "schedules.commandline" in loaded and {m.split(".")[0] for m in loaded} == {"kernels", "schedules"}
 
 
 def test_public_names_are_there():
