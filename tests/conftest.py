@@ -168,6 +168,16 @@ def seq2seq_base(sums, tmp_path_factory):
     )
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """A report's pictures are of nothing: drawing them takes most of its time, and most tests do not look at them."""
+    from eval.report import plots
+
+    picture = plots.Picture(b"\x89PNG")
+    picture.svg = b"<svg/>"
+    monkeypatch.setattr(plots, "png", lambda fig: picture)
+
+
 @pytest.fixture(scope="module")
 def small_summarisers():
     """bart-tiny and pegasus-tiny, smaller still."""

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 import finetune_gsm8k
 from eval import method_comparison
-from eval.report.build import build, write
+from eval.report.build import build
+from eval.report.page import to_markdown
 from runtime.folder import load_checkpoint
 
 
@@ -111,10 +112,9 @@ def test_the_best_weights_are_reported(base, tmp_path, monkeypatch, best_by):
     assert any(not torch.equal(adapter[name], last["model"][name]) for name in adapter)
 
 
-def test_the_report_shows_confidence_and_epochs(run, tmp_path):
+def test_the_report_shows_confidence_and_epochs(run):
     report = build([run])
-    write(report, tmp_path / "report")
-    page = (tmp_path / "report" / "report.md").read_text()
+    page = to_markdown(report)
     for kind in ("sequence", "token", "agreement"):
         assert f"Confidence of answers: {kind}, after training" in page
         assert f"Confidence of answers: {kind}, before training" in page

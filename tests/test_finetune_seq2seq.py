@@ -89,7 +89,7 @@ def test_run_folder_is_complete(dpsm_run, capsys):
     assert nll[-1] < nll[0] and nll[-1] < math.log(303)
 
 
-def test_the_report_reads_it(dpsm_run, tmp_path):
+def test_the_report_reads_it(dpsm_run, undrawn, tmp_path):
     from eval.report import terminal as report
 
     assert report.main([str(dpsm_run), "--out", str(tmp_path / "report")]) in (0, None)

@@ -48,7 +48,7 @@ def test_an_entry_is_measured(added, calibration):
     assert ECE25 not in metrics.shown(metrics.TOKENS, "grid") and ECE25.bar.format(0.0123) == "e25 0.012"
 
 
-def test_an_entry_is_in_the_report(added, tmp_path, capsys):
+def test_an_entry_is_in_the_report(added, undrawn, tmp_path, capsys):
     folders = []
     for loss, ece in (("ce", 0.04), ("dpsm", 0.03)):
         for seed in (1, 2, 3):

@@ -97,7 +97,7 @@ def test_many_arms_leave_the_best_of_each_loss_in_a_figure(tmp_path):
     assert [arm.label for arm in rp.best_arms(arms, 3)] == ["ce lr=1", "ce lr=2", "dpsm"]
 
 
-def test_a_second_report_replaces_the_first_and_leaves_other_files(tmp_path):
+def test_a_second_report_replaces_the_first_and_leaves_other_files(undrawn, tmp_path):
     folder, out = write_run(tmp_path / "run", summary={}), tmp_path / "deep/out"
     rp.write(rp.build([folder], "report one"), out)
     (out / "notes.txt").write_text("mine")
