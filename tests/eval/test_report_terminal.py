@@ -1,26 +1,18 @@
 """The report's command prints a table that fits, and answers broken input with one line."""
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from invented_runs import falling, three_losses, write_run
 
 from eval.report import terminal
 
-ROOT = Path(__file__).resolve().parents[2]
 
-
-def test_the_command_prints_a_table_that_fits(tmp_path):
+def test_the_command_prints_a_table_that_fits(undrawn, tmp_path, capsys):
     folders = three_losses(tmp_path, seeds=(1, 2))
     folders.append(write_run(tmp_path / "w", config={"loss": "dpsm", "warmup": 0.333, "alpha_max": 0.5}, summary={}))
-    command = [sys.executable, "-m", "eval.report", *map(str, folders), "--out", str(tmp_path / "out"), "--title", "t"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"MPLBACKEND": ""})
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    assert terminal.main([*map(str, folders), "--out", str(tmp_path / "out"), "--title", "t"]) == 0
+    lines = capsys.readouterr().out.splitlines()
     assert str(tmp_path / "out/report.html") in lines[0] and str(tmp_path / "out/report.md") in lines[1]
     assert max(map(len, lines[2:])) <= 110
     ce = next(line for line in lines if line.startswith("ce "))
