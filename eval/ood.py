@@ -5,8 +5,8 @@
 
 A text is a named set, of which it is the test split, or a folder, of which it is all text, as train_lm.py's --ood. The
 weights are those that the run's summary.json reports, the tokenizer is the checkpoint's, and windows are as long as in
-training. After NLL, PPL, ECE and Brier score come NLL and ECE after the run's own temperature, which was fitted on its
-validation set: one that suits the domain may not suit another. NLL is in nats a token, and tokenizers that differ are
+training. After NLL, PPL, ECE and Brier score come NLL, ECE and Brier score after the run's own temperature, which was fitted on
+its validation set: one that suits the domain may not suit another. NLL is in nats a token, and tokenizers that differ are
 compared by bits per byte.
 """
 
@@ -39,7 +39,7 @@ from schedules.commandline import alive
 from schedules.textlines import read_json
 
 COLUMNS = {"nll": "NLL", "ppl": "PPL", "bits_per_byte": "bits/byte", "ece10": "ECE, %", "brier": "Brier"}
-SCALED = {"nll_t": "NLL, T", "ece10_t": "ECE, %, T"}
+SCALED = {"nll_t": "NLL, T", "ece10_t": "ECE, %, T", "brier_t": "Brier, T"}
 
 
 def forwards(model: GPT2, windows: Windows, rows: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:

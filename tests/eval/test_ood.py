@@ -35,12 +35,12 @@ def test_a_run_has_the_numbers_of_its_own_ood(run, corpus, tmp_path, capsys):
     own, third = rows = list(csv.DictReader(table.open()))
     summary = json.loads((out / "summary.json").read_text())
     assert [row["text"] for row in rows] == [str(text), str(other)]
-    for name in ("nll", "ppl", "bits_per_byte", "ece10", "brier", "nll_t", "ece10_t"):
+    for name in ("nll", "ppl", "bits_per_byte", "ece10", "brier", "nll_t", "ece10_t", "brier_t"):
         assert float(own[name]) == pytest.approx(summary[f"ood_{name}"], rel=1e-5), name
         assert float(third[name]) == pytest.approx(summary[f"test_{name}"], rel=1e-5), name
     assert float(own["nll_t"]) != float(own["nll"]) and int(own["tokens"]) == summary["ood_tokens"]
     head, first, second = capsys.readouterr().out.splitlines()[-3:]
-    assert head.split("  ")[-1].strip() == "ECE, %, T" and first.endswith(str(text)) and str(out) in second
+    assert head.split("  ")[-1].strip() == "Brier, T" and first.endswith(str(text)) and str(out) in second
     assert f"{summary['ood_nll']:.4f}" in first and f"{100 * summary['test_ece10']:.2f}" in second
 
 
@@ -52,8 +52,8 @@ def test_a_run_without_a_temperature_has_none(run, tmp_path, capsys):
     (copy / "summary.json").write_text(json.dumps(summary | {"temperature": None}))
     assert main([str(copy), "--on", str(text), "--cache", str(tmp_path), "--csv", str(tmp_path / "ood.csv")]) == 0
     (row,) = csv.DictReader((tmp_path / "ood.csv").open())
-    assert row["nll_t"] == row["ece10_t"] == "" and float(row["nll"]) > 0
-    assert capsys.readouterr().out.splitlines()[-1].split()[-3:-1] == ["-", "-"]
+    assert row["nll_t"] == row["ece10_t"] == row["brier_t"] == "" and float(row["nll"]) > 0
+    assert capsys.readouterr().out.splitlines()[-1].split()[-4:-1] == ["-", "-", "-"]
 
 
 def test_what_is_wrong_is_said_before_anything_is_measured(run, tmp_path, capsys):
