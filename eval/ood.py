@@ -5,9 +5,9 @@
 
 A text is a named set, of which it is the test split, or a folder, of which it is all text, as train_lm.py's --ood. The
 weights are those that the run's summary.json reports, the tokenizer is the checkpoint's, and windows are as long as in
-training. After NLL, PPL, ECE and Brier score come NLL, ECE and Brier score after the run's own temperature, which was fitted on
-its validation set: one that suits the domain may not suit another. NLL is in nats a token, and tokenizers that differ are
-compared by bits per byte.
+training. After NLL, PPL, ECE and Brier score come NLL, ECE and Brier score after the run's own temperature, which was
+fitted on its validation set: one that suits the domain may not suit another. NLL is in nats a token, and tokenizers
+that differ are compared by bits per byte.
 """
 
 import sys
