@@ -14,3 +14,4 @@ for part in passes tuned; do
   [ -e $here/$part.csv ] || sed "s#$LM_DATA/##" runs/ood_texts/$part.csv > $here/$part.csv
 done
 .venv/bin/python $here/tables.py
+.venv/bin/python $here/bands.py $owt runs/arms/seeds/ce-seed14 runs/arms/seeds/ce-unigram0.4-unigram_gain3.0-seed14
