@@ -1,5 +1,5 @@
-"""Where the driven rule and CE differ out of domain: python records/2026-11-28-ood-texts/bands.py TEXT RUN ..., from the
-root of a checkout. Prints for each run, by how often the training text has the target: share of the text's tokens, NLL
+"""Where the driven rule and CE differ: python records/2026-11-28-ood-texts/bands.py TEXT RUN ..., from the root of a
+checkout. Prints for each run, by how often the training text has the target: share of the text's tokens, NLL
 (nats), the same after the run's temperature, and how much of the mean NLL the band makes.
 """
 
