@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from data.lm import load_text_set
+from data.sources import open_all
 from data.tokenizer import Tokenizer
 from data.windows import Windows
 from eval import metrics
@@ -50,7 +51,8 @@ def forwards(model: GPT2, windows: Windows, rows: int, device: torch.device) -> 
 
 
 def read_run(run: Path) -> tuple[dict, dict]:
-    """config.json and summary.json of a finished run of train_lm.py. Raises ValueError for a folder that is none."""
+    """config.json and summary.json of a finished run of train_lm.py. Raises ValueError for a folder that is none, or
+    that does not say what is needed here."""
     files = [run / f"{name}.json" for name in ("config", "summary")]
     for file in files:
         if not file.is_file():
@@ -60,6 +62,11 @@ def read_run(run: Path) -> tuple[dict, dict]:
         raise ValueError(f"{run} is a run of {summary.get('script')}, expected one of train_lm.py")
     if lacks := [k for k in ("reported", "temperature") if k not in summary] + ["seq_len"] * ("seq_len" not in config):
         raise ValueError(f"{run} does not say its {', '.join(lacks)}; it was made by an older train_lm.py")
+    if not (weights := run / f"{summary['reported']}.pt").is_file():
+        raise ValueError(f"{weights}, of which the summary is, is missing; put it back")
+    scale, length = summary["temperature"], config["seq_len"]
+    if not (scale is None or (isinstance(scale, float) and scale > 0)) or type(length) is not int:
+        raise ValueError(f"{run}: temperature {scale!r}, seq_len {length!r}; expected a number above 0, a whole number")
     return config, summary
 
 
@@ -115,9 +122,13 @@ def main(argv: list[str] | None = None) -> int:
     with user_errors():
         if given.rows < 1:
             raise ValueError(f"--rows {given.rows}: expected 1 or more")
-        for run in given.runs:
-            read_run(run)  # what is wrong with the last is said before the first is measured
+        for run in given.runs:  # what is wrong with the last, or the last text, is said before the first is measured
+            read_run(run)
+        for text in given.on:
+            open_all(text)
         world, found = start_world(given.device, fixed_shapes=True), []
+        if world.size > 1:
+            raise ValueError(f"{world.size} ranks: this is one process' work; start it without torchrun")
         how = dict(rows=given.rows, cache=given.cache, dtype=given.dtype, world=world)
         print(f"{'':{wide}} {'tokens':>10} " + " ".join(f"{name:>10}" for name in (COLUMNS | SCALED).values()))
         for run in given.runs:

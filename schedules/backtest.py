@@ -297,16 +297,16 @@ def left_out(curves: list[Curve]) -> dict[str, Prior]:
 def leave_one_out(curves: list[Curve]) -> list[tuple[Curve, Prior]]:
     """Each curve with the prior that five others of its family teach, those before it in the list and, at its head, the
     last ones. Families of fewer than three are left out."""
-    pairs, counts = [], Counter(curve.family for curve in curves)
-    for family in counts:
+    jobs, pairs = [], []
+    for family in dict.fromkeys(curve.family for curve in curves):
         runs = [curve for curve in curves if curve.family == family]
-        for i, curve in enumerate(runs):
-            others = [*runs[i + 1 :], *runs[:i]][-5:]
-            if len(others) > 1:
-                pairs.append((curve, _learnt(others)))
-                print(f"{len(pairs)} of {sum(n for n in counts.values() if n > 2)} priors learnt", file=sys.stderr)
-    if not pairs:
+        others = [[*runs[i + 1 :], *runs[:i]][-5:] for i in range(len(runs))]
+        jobs += zip(runs, others, strict=True) if len(runs) > 2 else []
+    if not jobs:
         raise ValueError("--leave-run-out needs families of three runs or more")
+    for curve, five in jobs:
+        pairs.append((curve, _learnt(five)))
+        print(f"{len(pairs)} of {len(jobs)} priors learnt", file=sys.stderr)
     return pairs
 
 

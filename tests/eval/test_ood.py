@@ -5,10 +5,12 @@ import json
 import shutil
 
 import pytest
+import torch
 from lm_runs import train
 from refusals import refused
 
 from eval.ood import main
+from runtime.machine import World
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +58,7 @@ def test_a_run_without_a_temperature_has_none(run, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[-1].split()[-4:-1] == ["-", "-", "-"]
 
 
-def test_what_is_wrong_is_said_before_anything_is_measured(run, tmp_path, capsys):
+def test_what_is_wrong_is_said_before_anything_is_measured(run, tmp_path, capsys, monkeypatch):
     out, text = run
     table = tmp_path / "ood.csv"
 
@@ -75,7 +77,14 @@ def test_what_is_wrong_is_said_before_anything_is_measured(run, tmp_path, capsys
     refused(capsys, "does not say its reported, temperature", given(older, "--on", text), tmp_path)
     refused(capsys, "--rows 0", given("--on", text, "--rows", 0), tmp_path)
     refused(capsys, "--on", given(), tmp_path)
-    refused(capsys, "nowhere", given("--on", tmp_path / "nowhere"), tmp_path)
+    refused(capsys, "nowhere", given("--on", text, tmp_path / "nowhere"), tmp_path)
+    for wrong in ({"temperature": 0.0}, {"temperature": "hot"}):
+        (older / "summary.json").write_text(json.dumps(summary | wrong))
+        refused(capsys, "expected a number above 0", given(older, "--on", text), tmp_path)
+    (older / "summary.json").write_text(json.dumps(summary | {"reported": "../gone"}))
+    refused(capsys, r"gone\.pt.*is missing", given(older, "--on", text), tmp_path)
     (older / "summary.json").write_text(json.dumps(summary | {"reported": "last"}))
     (older / "last.pt").write_bytes(b"no checkpoint")
     refused(capsys, r"last\.pt", lambda: main([str(older), "--on", str(text)]), tmp_path)
+    monkeypatch.setattr("eval.ood.start_world", lambda *_, **__: World(0, 2, torch.device("cpu")))
+    refused(capsys, "2 ranks: .* without torchrun", given("--on", text), tmp_path)

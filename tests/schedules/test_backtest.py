@@ -83,6 +83,23 @@ def test_backtest_command(tmp_path, capsys):
     assert abs(float(half["fot"]["error_percent"])) < 0.5 < 2 < float(half["persistence"]["error_percent"])
 
 
+def test_priors_of_other_runs_of_the_family(tmp_path, capsys, monkeypatch):
+    """Three runs of a family teach each other, and none itself; two of another are left out, and alone refused."""
+    monkeypatch.setattr(backtest, "_learnt", lambda curves: {(curve.family, curve.name) for curve in curves})
+    for family, names in (("a", ("one", "two", "three")), ("b", ("one", "two"))):
+        for k, name in enumerate(names):
+            write_csv(tmp_path / family / f"{name}.csv", 120 + 20 * k)
+    pairs = backtest.leave_one_out(backtest.read_all([str(tmp_path)]))
+    three = [("a", name) for name in ("one", "three", "two")]
+    assert [(curve.family, curve.name) for curve, _ in pairs] == three
+    assert [taught_by for _, taught_by in pairs] == [set(three) - {own} for own in three]
+    assert [line for line in capsys.readouterr().err.splitlines() if "learnt" in line][-1] == "3 of 3 priors learnt"
+    with pytest.raises(SystemExit) as stop:
+        main(["backtest", str(tmp_path / "b"), "--leave-run-out", "--out", str(tmp_path / "out")])
+    assert stop.value.code == 2 and "families of three runs or more" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_fan_says_what_it_shows_and_of_whom(tmp_path, monkeypatch):
     """Long names that differ at their end alone, and two runs of one name: each panel has its own title, in full."""
     names = [f"b/{'a-rather-long-name-of-a-run-' * 3}{end}" for end in ("seed1", "seed2")]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -27,6 +28,13 @@ def test_a_power_law_with_a_floor_is_continued(c, alpha):
     assert forecast.reason == "" and forecast.planned
     assert forecast.curve.shape == (17, 3) and tuple(forecast.curve[-1]) == (4000, forecast.mean, forecast.sd)
     assert (np.diff(forecast.curve[:, 1]) < 0).all() and (np.diff(forecast.curve[:, 2]) > 0).all()
+
+
+def test_no_floor_is_below_zero():
+    """An exponential fall bends more than any power law above a floor of 0 or more: wide, and never below 0."""
+    for total in (1100, 1500):
+        forecast = feed(STEPS, 3 * np.exp(-STEPS / 300), np.ones(1000)).forecast(total, [1.0])
+        assert forecast.mean is None and re.fullmatch(r"unidentified: 0\.1\d* \+- 0\.\d+", forecast.reason), forecast
 
 
 def test_a_planned_decay_is_forecast_before_it_begins():
