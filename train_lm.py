@@ -28,6 +28,7 @@ from kernels.losses import make_score
 from model.generate import sample
 from model.gpt2 import GPT2, SIZES, GPT2Config, decay_groups, flops_per_token, parameter_count
 from model.gpt2_hub import load_start
+from model.layers import ACTIVATIONS
 from runtime import optim
 from runtime.cli import opt, parse_config, user_errors
 from runtime.flags import alpha_of, flag, knobs
@@ -76,6 +77,12 @@ class Config:
     label_noise_steps: float = opt(1.0, "share of the steps in which it happens", within="[0, 1]", role="setting")
     # model
     model: str = opt("gpt2", "model size", tuple(SIZES), role="setting", group="model")
+    activation: str = opt(
+        "gelu_new",
+        "of the MLP; gelu_new is GPT-2's, in tanh form, gelu the exact one",
+        tuple(ACTIVATIONS),
+        role="setting",
+    )
     init_from: str = opt("", "a GPT-2 of the size --model: a run of ours, a folder or a hub id", role="setting")
     dropout: float = opt(0.0, "dropout on embeddings, attention and residuals", within="[0, 1)")
     # loss
@@ -382,10 +389,13 @@ def make_model(cfg: Config, corpus, dtype: torch.dtype, checkpoint: dict | None)
         if any(getattr(has, k) != v for k, v in size.items()):
             shape = f"{has.n_layer} layers, {has.n_head} heads, width {has.n_embd}"
             raise ValueError(f"--init-from {start} has {shape}: not --model {cfg.model}")
+        if ACTIVATIONS[has.activation_function] is not ACTIVATIONS[cfg.activation]:
+            raise ValueError(f"--init-from {start} was trained with --activation {has.activation_function}; give that")
         if has.block_size < cfg.seq_len:
             raise ValueError(f"--seq-len {cfg.seq_len} is longer than the {has.block_size} positions of {start}")
     else:
-        model = GPT2(GPT2Config(vocab_size=vocab_size, block_size=cfg.seq_len, dropout=cfg.dropout, **size), dtype)
+        more = dict(dropout=cfg.dropout, activation_function=cfg.activation)
+        model = GPT2(GPT2Config(vocab_size=vocab_size, block_size=cfg.seq_len, **size, **more), dtype)
     if vocab_size != model.config.vocab_size:
         raise ValueError(
             f"the tokenizer has {vocab_size} tokens, the model {model.config.vocab_size}; use the tokenizer that the "

@@ -1,8 +1,9 @@
 """GPT-2 in plain PyTorch: tokens in, hidden states out; the loss belongs to the caller.
 
 Architecture and parameter names are those of OpenAI's release (Radford et al., 2019, and github.com/openai/gpt-2,
-src/model.py): learned positions, LayerNorm before each sub-layer, GELU in its tanh form, biases everywhere, the head
-tied to the token embedding. Layouts differ where Linear below says so; model/gpt2_hub.py translates.
+src/model.py): learned positions, LayerNorm before each sub-layer, GELU in its tanh form (others by the config), biases
+everywhere, the head tied to the token embedding. Layouts differ where Linear below says so; model/gpt2_hub.py
+translates.
 
 Mixed precision needs no autocast. Parameters stay as they are, fp32 masters by default. Activations have the ``dtype``
 the model was given, and every layer casts its parameters to the dtype of what comes in, also under FSDP2.
@@ -43,6 +44,7 @@ class GPT2Config:
     n_head: int
     n_embd: int
     dropout: float = 0.0  # after the embeddings, on attention weights, and on both residual branches
+    activation_function: str = "gelu_new"  # a key of layers.ACTIVATIONS; this is GPT-2's, GELU in its tanh form
 
     def __post_init__(self):
         layers.check_fields(self, "an integer from 1 to 2^24", "vocab_size", "block_size", "n_head", "n_embd")
@@ -50,6 +52,7 @@ class GPT2Config:
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}; heads share it evenly")
         layers.check_fields(self, "a probability in [0, 1)", "dropout")
+        layers.check_activation(self.activation_function)
 
 
 class Linear(nn.Module):
@@ -98,9 +101,10 @@ class MLP(nn.Module):
         self.dropout = config.dropout
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+        self.activation = layers.ACTIVATIONS[config.activation_function]
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        x_BTF = F.gelu(self.c_fc(x_BTD), approximate="tanh")
+        x_BTF = self.activation(self.c_fc(x_BTD))
         return F.dropout(self.c_proj(x_BTF), self.dropout, self.training)
 
 

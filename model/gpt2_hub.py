@@ -36,7 +36,6 @@ HF_FIELDS = dict(vocab_size="vocab_size", block_size="n_positions", n_layer="n_l
 # Options that GPT2 fixes, and their allowed values, as weights.check_fields takes them. n_inner is checked apart, and
 # dropout does not change the function.
 FIXED = dict(
-    activation_function=("gelu_new", "gelu_pytorch_tanh"),
     layer_norm_epsilon=(1e-5,),
     scale_attn_weights=(True,),
     scale_attn_by_inverse_layer_idx=(False,),
@@ -64,6 +63,7 @@ def save_hf(
     fields = dict(architectures=["GPT2LMHeadModel"], model_type="gpt2")
     fields |= {theirs: getattr(config, ours) for ours, theirs in HF_FIELDS.items()}
     fields |= {name: allowed[0] for name, allowed in FIXED.items()} | dict(n_inner=None)
+    fields |= dict(activation_function=config.activation_function)
     fields |= dict(embd_pdrop=config.dropout, attn_pdrop=config.dropout, resid_pdrop=config.dropout)
     fields |= dict(bos_token_id=eos_id, eos_token_id=eos_id)
     weights.write_model(folder, fields, model.wte.weight.dtype, tensors, tokenizer_files)
@@ -121,7 +121,11 @@ def _read_config(path: Path, dropout: float) -> GPT2Config:
     weights.check_fields(path, fields, HF_FIELDS.values(), FIXED)
     if fields.get("n_inner") not in (None, 4 * fields["n_embd"]):
         raise ValueError(f"{path}: n_inner={fields['n_inner']!r} is not supported; expected 4 * n_embd")
-    return GPT2Config(**{ours: fields[theirs] for ours, theirs in HF_FIELDS.items()}, dropout=dropout)
+    shape = {ours: fields[theirs] for ours, theirs in HF_FIELDS.items()}
+    try:
+        return GPT2Config(**shape, dropout=dropout, activation_function=fields.get("activation_function", "gelu_new"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _transposed(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -6,11 +6,16 @@ No layer needs autocast: each casts its parameters to the dtype of what comes in
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+gelu_tanh = partial(F.gelu, approximate="tanh")
+# By the names of a config.json's activation_function; two of them are the tanh form.
+ACTIVATIONS = dict(gelu=F.gelu, gelu_new=gelu_tanh, gelu_pytorch_tanh=gelu_tanh, relu=F.relu, silu=F.silu, swish=F.silu)
 
 
 class Linear(nn.Module):
@@ -143,3 +148,10 @@ def check_fields(config, expected: str, *names: str) -> None:
 def check_value(name: str, value, expected: str) -> None:
     if not VALID[expected](value):
         raise ValueError(f"{name}={value!r}: expected {expected}")
+
+
+def check_activation(name: str) -> None:
+    """Raises ValueError unless ``name`` is a key of ACTIVATIONS."""
+    if name not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
+        raise ValueError(f"activation_function={name!r} is not supported; expected {known}")

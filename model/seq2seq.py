@@ -20,9 +20,6 @@ from torch import Tensor, nn
 from model import layers
 from model.layers import Embedding, LayerNorm, Linear
 
-gelu_tanh = partial(F.gelu, approximate="tanh")
-ACTIVATIONS = dict(gelu=F.gelu, gelu_new=gelu_tanh, gelu_pytorch_tanh=gelu_tanh, relu=F.relu, silu=F.silu, swish=F.silu)
-
 # What a config.json that leaves them out means, as in transformers' BartConfig and PegasusConfig.
 TOKEN_IDS = dict(
     bart=dict(pad_token_id=1, bos_token_id=0, eos_token_id=2, decoder_start_token_id=2),
@@ -71,9 +68,7 @@ class Seq2SeqConfig:
                 raise ValueError(f"d_model={self.d_model} is not a multiple of {name}={heads}; heads share it evenly")
         if self.kind == "pegasus" and self.d_model % 2:
             raise ValueError(f"d_model={self.d_model}: sinusoidal positions need an even width")
-        if self.activation_function not in ACTIVATIONS:
-            known = ", ".join(ACTIVATIONS)
-            raise ValueError(f"activation_function={self.activation_function!r} is not supported; expected {known}")
+        layers.check_activation(self.activation_function)
         for name in TOKEN_IDS["bart"]:
             value = getattr(self, name)
             is_id = layers.VALID["an integer of 0 or more"](value) and value < self.vocab_size
@@ -139,7 +134,7 @@ class Layer(nn.Module):
         heads, width = getattr(config, f"{side}_attention_heads"), getattr(config, f"{side}_ffn_dim")
         self.pre_norm = config.kind == "pegasus"
         self.dropout, self.activation_dropout = config.dropout, config.activation_dropout
-        self.activation = ACTIVATIONS[config.activation_function]
+        self.activation = layers.ACTIVATIONS[config.activation_function]
         self.self_attn = Attention(config.d_model, heads, config.attention_dropout)
         self.self_attn_layer_norm = LayerNorm(config.d_model)
         if side == "decoder":

@@ -61,6 +61,7 @@ def nanogpt_ms(dataset: str, args) -> float:
 def our_ms(loss: str, folder: Path, args) -> float:
     same = {name: getattr(args, name) for name in ("data", "tokenizer", "model", "seq_len", "batch", "steps")}
     same |= dict(device=args.device, cache=args.cache, eval_every=args.steps, lr=1e-3, sample_tokens=1)
+    same |= dict(activation="gelu")  # nanoGPT's; GPT-2's own is the tanh form
     compiled = "--compile" if args.compile else "--no-compile"
     output_of(command("train_lm.py", compiled, out=folder, loss=loss, **same), "train_lm.py did not run")
     return read_json(folder / "summary.json")["ms_per_step_median"]

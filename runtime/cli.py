@@ -48,8 +48,9 @@ def flag_name(field: str) -> str:
 
 
 def roles(cls) -> dict[str, dict]:
-    """{flag: {"role", "only"}} of a Config, as a run folder keeps it for the report."""
-    return {f.name: {"role": f.metadata["role"], "only": dict(f.metadata["only"])} for f in dataclasses.fields(cls)}
+    """{flag: {"role", "only", "default"}} of a Config, as a run folder keeps it for the report."""
+    about = {f.name: {"role": f.metadata["role"], "only": dict(f.metadata["only"])} for f in dataclasses.fields(cls)}
+    return {f.name: about[f.name] | {"default": f.default} for f in dataclasses.fields(cls)}
 
 
 def changeable(cls) -> tuple[str, ...]:

@@ -122,6 +122,9 @@ def test_a_run_of_ours_is_a_start(lm_base, lm_run, tmp_path, capsys):
         out = tmp_path / f"from-{start.name}"
         assert train(lm_base, out, "--init-from", start, "--steps", 1, "--lr", 0) == 0
         assert all(torch.equal(w, kept[name]) for name, w in weights(out).items())
+    assert load_checkpoint(out / "last.pt")["model_config"]["activation_function"] == "gelu_new"
+    says = "was trained with --activation gelu_new; give that"
+    fails(capsys, says, lm_base, tmp_path / "run", "--init-from", lm_run[1], "--activation", "gelu")
     for size in ("bpe:319", "bpe:400"):
         flags = [size if f == "bpe:320" else f for f in lm_base]
         says = rf"--tokenizer {size} is not that of --init-from .*: the tokens differ"

@@ -123,7 +123,8 @@ def read_bins(path: Path) -> dict[tuple[str, str], Calibration]:
 
 
 def read_flags(path: Path) -> dict[str, dict]:
-    """{flag: {"role", "only"}}. Raises ValueError naming the file and the flag whose entry is broken."""
+    """{flag: {"role", "only", and but for older folders "default"}}. Raises ValueError naming the file and the flag whose
+    entry is broken."""
     flags = read_json(path, dict)
     for flag, about in flags.items():
         if not isinstance(about, dict) or about.get("role") not in [*ROLES] or not isinstance(about.get("only"), dict):
@@ -239,12 +240,14 @@ def roles_before() -> dict[str, dict]:
 
 
 def make_arm(run: Run, flags: dict[str, dict]) -> Arm:
-    """An arm for ``run``, without it; ``flags``: {flag: {"role", "only"}}. A flag that is not known is a knob."""
+    """An arm for ``run``, without it; ``flags``: {flag: {"role", "only", "default"}}. A flag that is not known is a knob;
+    one that ``run`` does not know, being of before it, has its default, as where such a run is resumed."""
     config, roles, unread, of_loss = {}, {}, set(), set()
-    for flag, value in run.config.items():
+    given = run.config | {k: v["default"] for k, v in flags.items() if k not in run.config and "default" in v}
+    for flag, value in given.items():
         about = flags.get(flag, {"role": "knob", "only": {}})
         roles[flag] = about["role"]
-        if any(other in run.config and run.config[other] not in values for other, values in about["only"].items()):
+        if any(other in given and given[other] not in values for other, values in about["only"].items()):
             unread.add(flag)
         elif about["role"] not in ("where", "bookkeeping"):
             config[flag] = value

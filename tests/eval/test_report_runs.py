@@ -187,6 +187,22 @@ def test_folders_without_roles_keep_their_meaning_and_a_run_that_knows_a_flag_de
     assert len([a for a in arms_of(new, lm, same) if a.config["script"] == "train_lm.py"]) == 1
 
 
+@pytest.mark.parametrize("role", ["setting", "knob"])
+def test_a_flag_that_is_newer_than_a_run_has_its_default_there(tmp_path, role):
+    """As where such a run is resumed; of another value it is another question or another arm."""
+    old = gsm8k_run(tmp_path / "old", loss="dpsm")
+    folders = [gsm8k_run(tmp_path / value, seed=i, base_form=value) for i, value in enumerate(("plain", "new"), 5)]
+    for folder in folders:
+        flags = json.loads((folder / "flags.json").read_text())
+        flags["base_form"] = {"role": role, "only": {}, "default": "plain"}
+        (folder / "flags.json").write_text(json.dumps(flags))
+    plain, new = ([arm for arm in arms_of(old, folder) if arm.loss == "ce"][0] for folder in folders)
+    (was,) = [arm for arm in arms_of(old, folders[0]) if arm.loss == "dpsm"]
+    assert compare.differing([was, plain]) == ["loss"] and compare.differing([was, new]) == ["loss", "base_form"]
+    assert compare.setting_differences(was, plain) == []
+    assert compare.setting_differences(was, new) == ["base_form"] * (role == "setting")
+
+
 def test_roles_before_are_roles():
     flags = compare.roles_before()
     assert len(flags) > 50 and {about["role"] for about in flags.values()} <= set(compare.ROLES)

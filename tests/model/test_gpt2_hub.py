@@ -75,6 +75,20 @@ def test_transformers_reads_what_we_write(transformers, tmp_path):
     assert transformers.AutoConfig.from_pretrained(tmp_path / "plain").eos_token_id is None
 
 
+@pytest.mark.parametrize("name", ["gelu", "relu", "gelu_pytorch_tanh"])
+def test_other_activations_are_transformers(transformers, tmp_path, name):
+    """There and back; logits of another one are far off."""
+    theirs = hf_model(transformers, activation_function=name)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = load_hf(tmp_path / "theirs")
+    assert largest_difference(ours, theirs, tokens_for()) < LOGITS_TOLERANCE
+    save_hf(ours, tmp_path / "back")
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["activation_function"] == name
+    if name != "gelu_pytorch_tanh":
+        edit_config(tmp_path / "back", activation_function="gelu_new")
+        assert largest_difference(load_hf(tmp_path / "back"), theirs, tokens_for()) > 2 * LOGITS_TOLERANCE
+
+
 @pytest.mark.parametrize("layout", ["prefixed", "unprefixed", "sharded"])
 def test_we_read_what_transformers_writes(transformers, tmp_path, layout):
     theirs = hf_model(transformers)
@@ -130,7 +144,7 @@ def test_an_untied_head_is_refused(saved):
 @pytest.mark.parametrize(
     "field, value",
     [
-        ("activation_function", "relu"),
+        ("activation_function", "tanh"),
         ("layer_norm_epsilon", 1e-6),
         ("scale_attn_weights", False),
         ("scale_attn_by_inverse_layer_idx", True),

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from races import nanogpt as race
+from runtime.checkpoint import load_checkpoint
 
 # Prints what nanoGPT does: an evaluation and a step of 900 ms, ten of 100 ms, then 20 and 30 ms in turn.
 TRAIN = """
@@ -43,6 +44,8 @@ def test_a_round(checkout, corpus, tmp_path, capsys):
     for loss in ("ce", "dpsm"):
         config = json.loads((out / f"{loss}0" / "config.json").read_text())
         assert (config["loss"], config["steps"], config["lr"], config["eval_every"]) == (loss, 20, 1e-3, 20)
+        model = load_checkpoint(out / f"{loss}0" / "last.pt")["model_config"]
+        assert model["activation_function"] == "gelu"  # nanoGPT's
     written = np.fromfile(checkout / "data" / "scorecast_race" / "train.bin", np.uint16)
     assert len(written) > 1000 and written.max() < 257
 
