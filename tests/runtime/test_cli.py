@@ -105,7 +105,8 @@ def test_a_lower_bound_is_named():
 
 def test_roles_say_what_a_difference_means():
     found = roles(Config)
-    assert found["steps"] == {"role": "setting", "only": {}, "default": 3} and found["knob"]["only"] == {"mode": ("beta",)}
+    assert found["steps"] == {"role": "setting", "only": {}, "default": 3}
+    assert found["knob"]["only"] == {"mode": ("beta",)}
     assert changeable(Config) == ("fast", "place")
     with pytest.raises(ValueError, match="role 'nonsense'"):
         opt(1, "x", role="nonsense")
