@@ -123,8 +123,8 @@ def read_bins(path: Path) -> dict[tuple[str, str], Calibration]:
 
 
 def read_flags(path: Path) -> dict[str, dict]:
-    """{flag: {"role", "only", "default"}}, in older folders without a default. Raises ValueError naming the file and the
-    flag whose entry is broken."""
+    """{flag: {"role", "only", "default"}}, of older folders without a default. Raises ValueError naming the file and
+    the flag whose entry is broken."""
     flags = read_json(path, dict)
     for flag, about in flags.items():
         if not isinstance(about, dict) or about.get("role") not in [*ROLES] or not isinstance(about.get("only"), dict):
@@ -240,8 +240,8 @@ def roles_before() -> dict[str, dict]:
 
 
 def make_arm(run: Run, flags: dict[str, dict]) -> Arm:
-    """An arm for ``run``, without it; ``flags`` as of `read_flags`. A flag that is not known is a knob; one that ``run``
-    does not know, being of before it, has its default, as where such a run is resumed."""
+    """An arm for ``run``, without it; ``flags`` as `read_flags` has them. A flag that is not known is a knob; one that
+    ``run`` does not know, being of before it, has its default, as where such a run is resumed."""
     config, roles, unread, of_loss = {}, {}, set(), set()
     given = run.config | {k: v["default"] for k, v in flags.items() if k not in run.config and "default" in v}
     for flag, value in given.items():
