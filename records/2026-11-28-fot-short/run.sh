@@ -6,7 +6,7 @@ set -eu
 here=records/2026-11-28-fot-short root=$PWD base=c8b16b1
 export OMP_NUM_THREADS=1
 trees=runs/fot_short_tries; mkdir -p $trees
-for tree in before always measured; do
+for tree in before always measured finite; do
   [ -e "$trees/$tree" ] && continue
   git worktree add --detach "$trees/$tree" $base
   ln -s "$root/.venv" "$root/runs" "$trees/$tree"
@@ -18,7 +18,7 @@ go() { # TREE RECIPE OUT MORE...
     --jobs "${JOBS:-1}" "$@" ${MORE:-})
 }
 if [ "$1" = choose ]; then
-  for tree in always measured; do
+  for tree in always measured finite; do
     go $tree smollm2 $tree/smollm2 --seeds 61
     go $tree mini $tree/mini --seeds 51
   done
