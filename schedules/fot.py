@@ -12,7 +12,8 @@ Hessian, it sets
 m: eta_opt gains most of the noisy quadratic eta G'u - eta^2 u'Hu / 2. A step of 2 eta_opt gains nothing: there the loss
 comes to rest under a constant learning rate, and the envelope's decay cashes in. Following eta_opt itself would decay
 twice. m begins at 1/4 and doubles in 40 steps at most, so that a peak which is too high is found out on the way up: a
-network that was thrown far away early does not come back. Unmeasured, m aims at 1.
+network that was thrown far away early does not come back. In a run of fewer than 320 steps, where eta_opt is measured
+and finite, it doubles in an eighth of them. Unmeasured, m aims at 1.
 
 Over Schedule-Free AdamW there is no envelope, because its averages stand for one; G and H are then those at the point
 where it takes its gradients, and u moves its base point.
@@ -65,14 +66,15 @@ from .rules import (
 log = logging.getLogger("scorecast")
 
 PARTS = ("envelope", "noise", "forecast", "gate", "blocks")
-AIM, RANGE, DOUBLING = 2.0, 4.0, 40.0  # of m: its aim in eta_opt, its bounds, and the fewest steps to double in
+AIM, RANGE = 2.0, 4.0  # of m: its aim in eta_opt, and its bounds
+DOUBLING, SHORT = 40.0, 1 / 8  # the fewest steps for m to double in, and the share of a short run
 HOLDS, PLAN_EVERY = (0.0, 0.25, 0.5, 0.75), 2  # shares of the steps to come; decisions from plan to plan
 SURE = 0.5  # the forecast steers where sd(D) / D is below it
 ENVELOPE_POINTS = 64  # at which the envelope to come is averaged
-SAMPLES, SAMPLE_EVERY = 2, 8  # measurements of the gradient between decisions, and the fewest steps between two
+SAMPLES, SAMPLE_EVERY = 2, 4  # measurements of the gradient between decisions, and the fewest steps between two
 LITERAL_POINTS, LITERAL_LOWEST = 150, 0.01
 # What a saved state must have in common with the scheduler that loads it, and the attributes that it holds.
-SAME_SETTINGS = ("rule", "parts", "total", "warmup", "every", "beta", "same_units", "shape")
+SAME_SETTINGS = tuple("rule parts total warmup every beta same_units shape doubling sample_every".split())
 SAVED = (
     "multiplier m level hold literal_gate blocks average weight reference lrs history decision counts previous_lr "
     "_began last_epoch _step_count _last_lr"
@@ -155,6 +157,7 @@ class FoT(LRScheduler):
             log.warning("fot: W = %d is not shorter than the run of %d steps: nothing will be decided", every, total)
         self.reads = rule_reads(rule, self.parts)
         self.sample_every = min(max(SAMPLE_EVERY, every // SAMPLES), every)
+        self.doubling = min(DOUBLING, SHORT * total)  # of m where eta_opt is measured
         self.forecaster = Forecaster()
         self.stats = GradientStats(optimizer, ranks)
         self.measures = bool(self.stats.kinds)
@@ -306,6 +309,9 @@ class FoT(LRScheduler):
         if missing := {"settings", "forecaster", "buffers", *SAVED} - set(state_dict):
             raise ValueError(f"this is no state of FoT: {', '.join(sorted(missing))} missing")
         theirs, ours = state_dict["settings"], self._settings()
+        every = theirs.get("every", self.every)
+        before = {"doubling": DOUBLING, "sample_every": min(max(8, every // SAMPLES), every)}  # of an older FoT
+        theirs = before | theirs
         if other := [k for k in sorted({*theirs, *ours}) if theirs.get(k) != ours.get(k)]:
             told = ", ".join(f"{k} {theirs.get(k)} for {ours.get(k)}" for k in other)
             raise ValueError(f"FoT's state is of other settings or code ({told}): go on with those, or begin anew")
@@ -434,7 +440,8 @@ class FoT(LRScheduler):
             row["infeasible"] = row["target"] is not None and not can_gain(row["target"], x["slope"], x["curvature"])
             aim = min(max(AIM * row["eta_opt"] / peak, 1 / RANGE), RANGE)
         if self.careful:
-            self.m = min(aim, self.m * 2 ** (self.every / DOUBLING))
+            measured = bool(x) and math.isfinite(row["eta_opt"])
+            self.m = min(aim, self.m * 2 ** (self.every / (self.doubling if measured else DOUBLING)))
             row["bound"] = bool(x) and aim in (1 / RANGE, RANGE)
         row["gate"] = gate_of(row["h"]) if "gate" in self.parts else 1.0
         self.multiplier = self.m * row["gate"]

@@ -1,5 +1,6 @@
 """FoT: its measurements against known quadratics, its rule, its bounds, exact state, and the loops it runs in."""
 
+import contextlib
 import json
 import logging
 import math
@@ -15,18 +16,7 @@ from lm_runs import rows, train
 import schedules.fot
 from data.windows import Windows
 from runtime.folder import load_checkpoint
-from schedules.fot import (
-    DOUBLING,
-    HOLDS,
-    PARTS,
-    RANGE,
-    FoT,
-    best_step,
-    block_multipliers,
-    can_gain,
-    gate_of,
-    parse_parts,
-)
+from schedules.fot import HOLDS, PARTS, RANGE, FoT, best_step, block_multipliers, can_gain, gate_of, parse_parts
 from schedules.gradient_stats import GradientStats
 from schedules.rules import ADAPTIVE, SHAPES, lr_factor
 
@@ -252,12 +242,16 @@ def test_the_envelope_alone_is_linear_to_zero():
     assert lrs[4:] == [0.1] * 36
 
 
-def test_m_begins_low_rises_slowly_and_follows_the_best_step():
-    """From the logged decisions: m is twice the best step over the peak, in its range, and no faster than DOUBLING."""
-    lrs, fot, _ = drive("fot", falling(200), 200, parts=("envelope", "noise", "gate"), stop=197, seen=(rows := []))
-    assert lrs[:4] == [0.1 / RANGE * lr_factor("linear", t, 200, warmup=0.1) for t in range(4)]
-    m, rise, free = 1 / RANGE, 2 ** (4 / DOUBLING), 0
+@pytest.mark.parametrize("total", [200, 400])
+def test_m_begins_low_rises_slowly_and_follows_the_best_step(total):
+    """From the logged decisions: m is twice the best step over the peak, in its range, and no faster than DOUBLING, or
+    than an eighth of a shorter run where the best step is finite."""
+    lrs, fot, _ = drive("fot", falling(total), total, parts=("envelope", "noise", "gate"), stop=197, seen=(rows := []))
+    assert lrs[:4] == [0.1 / RANGE * lr_factor("linear", t, total, warmup=0.1) for t in range(4)]
+    m, free = 1 / RANGE, 0
     for d in rows:
+        measured = d["eta_opt"] is not None and math.isfinite(d["eta_opt"])
+        rise = 2 ** (4 / (min(40, total / 8) if measured else 40))
         aim = min(max(2 * d["eta_opt"] / 0.1, 1 / RANGE), RANGE) if d["eta_opt"] is not None else 1.0
         free += aim < m * rise
         m = min(aim, m * rise)
@@ -267,7 +261,7 @@ def test_m_begins_low_rises_slowly_and_follows_the_best_step():
             best = d["slope"] / d["curvature"] if d["curvature"] > 0 else math.inf
             assert d["eta_opt"] == pytest.approx(best if d["slope"] > 0 else 0.0)
     assert 5 < free < len(rows) - 5  # both the limit and the measurement were seen at work
-    assert lrs[196] == pytest.approx(0.1 * m * d["gate"] * lr_factor("linear", 196, 200, warmup=0.1), rel=1e-12)
+    assert lrs[196] == pytest.approx(0.1 * m * d["gate"] * lr_factor("linear", 196, total, warmup=0.1), rel=1e-12)
     assert fot.weight == pytest.approx(1 - 0.9 ** (len(rows) - 1), rel=1e-12)  # the first saw no whole sample
 
 
@@ -407,6 +401,12 @@ def test_a_long_window_an_unreadable_optimizer_and_bad_settings(caplog):
     del state["fot"]["settings"]["measures"]  # as before samples had weights
     with pytest.raises(ValueError, match="FoT's state is of other settings or code"):
         drive("fot", falling(8), 8, start=6, state=state)
+    # As before short runs had a rise, and short windows samples, of their own.
+    for total, every, says in ((8, 4, "doubling 40.0 for 1.0"), (400, 8, "sample_every 8 for 4"), (400, 32, "")):
+        state = FoT(adam, total, every=every).state_dict()
+        del state["settings"]["doubling"], state["settings"]["sample_every"]
+        with pytest.raises(ValueError, match=rf"\({says}\)") if says else contextlib.nullcontext():
+            FoT(adam, total, every=every).load_state_dict(state)
     state = drive("fot", falling(8), 8)[2]["fot"]
     with pytest.raises(ValueError, match="FoT's state is of other settings or code"):
         FoT(adam, 10).load_state_dict(state)
