@@ -22,7 +22,7 @@ lint: .venv/installed-dev
 
 test: lint
 	@echo "Runs the tests: ten to eleven minutes on two CPU cores, as fast as they are"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile
 
 # Says every eight seconds how far an installation is, and ends with the shell that it stands in.
 watch = ( while sleep 8 && kill -0 $$$$ 2>/dev/null; do du -sh .venv | sed 's/^/... installing, so far /'; done ) &
