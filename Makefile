@@ -21,7 +21,7 @@ lint: .venv/installed-dev
 	$(BIN)/ruff format --check .
 
 test: lint
-	@echo "Runs the tests: ten to eleven minutes on two CPU cores, as fast as they are"
+	@echo "Runs the tests: about ten minutes on two CPU cores, as fast as they are"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile
 
 # Says every eight seconds how far an installation is, and ends with the shell that it stands in.

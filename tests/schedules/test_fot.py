@@ -471,7 +471,7 @@ AVERAGES = {"schedule-free": (), "greedy": "--optimizer muon --tail-average 0.5"
 OVER_ITS_AVERAGES = "fot --optimizer schedule-free"
 
 
-@pytest.mark.parametrize("rule", ["fot", OVER_ITS_AVERAGES, "snac", "bacon", "fot-literal", "schedule-free", "greedy"])
+@pytest.mark.parametrize("rule", ["fot", OVER_ITS_AVERAGES, "fot-literal", "schedule-free", "greedy"])
 def test_train_lm_resumes_exactly_and_logs_each_decision(rule, base, tmp_path, monkeypatch, capsys):
     if "schedule-free" in rule:
         pytest.importorskip("schedulefree", reason="schedulefree is not installed")
@@ -513,7 +513,7 @@ def test_train_lm_resumes_exactly_and_logs_each_decision(rule, base, tmp_path, m
         assert len({r["multiplier"] for r in decided}) == len(decided) == 3
     assert [r["step"] for r in decided] == list(range(4, 29 if rule == "fot" else 13, 4))
     assert {"forecast", "sd", "D", "target", "g2", "noise", "curvature", "bound", "gate", "lr"} <= set(decided[-1])
-    assert math.isfinite(decided[-1]["noise"]) and (rule in ("snac", "bacon") or decided[-1]["noise"] > 0)
+    assert 0 < decided[-1]["noise"] < math.inf
     summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
     assert summary[f"{rule.split()[0]}_decisions"] == len(decided)
 
