@@ -157,7 +157,7 @@ class FoT(LRScheduler):
             log.warning("fot: W = %d is not shorter than the run of %d steps: nothing will be decided", every, total)
         self.reads = rule_reads(rule, self.parts)
         self.sample_every = min(max(SAMPLE_EVERY, every // SAMPLES), every)
-        self.doubling = min(DOUBLING, SHORT * total)  # of m where eta_opt is measured
+        self.doubling = min(DOUBLING, SHORT * total) if rule == "fot" else DOUBLING  # of m where eta_opt is measured
         self.forecaster = Forecaster()
         self.stats = GradientStats(optimizer, ranks)
         self.measures = bool(self.stats.kinds)

@@ -1,7 +1,7 @@
 # All runs of this record: bash records/2026-11-28-fot-short/run.sh choose|judge TRY, from the root of a checkout, with
-# $LM_DATA; ../2026-11-28-fot-sizes/run.sh makes its texts, SmolLM2's folder and the runs of FoT as it is. The tries run
-# in trees under runs/fot_short_tries, each with its patch. What has run is not run again. MORE, such as
-# "--dry-run commands", goes to every campaign.
+# $LM_DATA; ../2026-11-28-fot-sizes/run.sh makes its texts, SmolLM2's folder and the runs of FoT as it was, and
+# ../2026-11-28-fot-parts/run.sh the tiny Qwen3 and its runs. The tries run in trees under runs/fot_short_tries, each
+# with its patch. What has run is not run again. MORE, such as "--dry-run commands", goes to every campaign.
 set -eu
 here=records/2026-11-28-fot-short root=$PWD base=c8b16b1
 export OMP_NUM_THREADS=1
@@ -26,6 +26,7 @@ else
   go "$2" smollm2 "$2/smollm2" --seeds 62
   go before smollm2 before/smollm2 --seeds 62
   go "$2" mini "$2/mini" --seeds 52
+  go "$2" lora "$2/lora"
   go before smollm2 rivals/linear --seeds 62 --set schedule=linear
   go before smollm2 rivals/schedule-free --seeds 62 --set schedule=schedule-free
 fi
