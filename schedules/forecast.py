@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .law import CLOCK, MAD_TO_SD, SCALE, TAUS, fit, level, smoothed
+from .law import CLOCK, MAD_TO_SD, SCALE, TAUS, fit, level, median, smoothed
 from .learn import learn_prior
 from .logs import log_files, read_curves
 from .rules import SCHEDULES, lr_factor
@@ -290,7 +290,7 @@ class Forecaster:
             return none._replace(reason="the learning rate has been 0 so far")
         rows = np.vstack([self.rows[: self.filled], self.open])[: self.filled + bool(self.open[0])]
         # Second differences of a smooth curve are noise alone, with 6 times its variance where it is white.
-        noise = MAD_TO_SD * float(np.median(np.abs(np.diff(self.recent, 2)))) / math.sqrt(6) if self.points > 3 else 0.0
+        noise = MAD_TO_SD * median(np.abs(np.diff(self.recent, 2))) / math.sqrt(6) if self.points > 3 else 0.0
         prior, notes = self._regime(noise)
         steps, S, D, peak = self._path(total, schedule)
         rows, to_come, log_sd, jumped = level(rows, steps, self.epoch, prior)
