@@ -25,6 +25,7 @@ from eval.heldout import evaluate, final_metrics
 from eval.text import distinct_n
 from kernels import Calibration, UnigramSmoothing, linear_score
 from kernels.losses import make_score
+from model import fp8
 from model.generate import sample
 from model.gpt2 import GPT2, SIZES, GPT2Config, decay_groups, flops_per_token, parameter_count
 from model.gpt2_hub import load_start
@@ -136,6 +137,7 @@ class Config:
     # system
     device: str = flag("device")
     dtype: str = flag("dtype")
+    fp8: bool = opt(False, "train the blocks' products in FP8: other numbers; not measured on a GPU yet")
     kernels: str = flag("kernels")
     head_memory: int = flag("head_memory")
     compile: bool | None = opt(None, "torch.compile the model; default: on CUDA", role="system")
@@ -163,6 +165,7 @@ def check(cfg: Config, world) -> None:
     world.check(cfg)
     optim.check_optimizer(cfg, world.device)
     check_graph(cfg, world)
+    fp8.check(cfg, world.device)
     if cfg.fsdp and world.size == 1:
         raise ValueError("--fsdp needs more than one rank; start with torchrun --nproc_per_node N")
 
@@ -214,6 +217,8 @@ def main(argv: list[str] | None = None) -> int:
         model = make_model(cfg, corpus, dtype, checkpoint)
         check_samples(cfg, corpus.tokenizer)  # found out now, not after the training
     shape, parameters = model.config, parameter_count(model)
+    if cfg.fp8:
+        fp8.switch_on(model.h)
     model.to(device).checkpoint_activations = cfg.checkpoint_activations
     if compiled := cfg.compile or (cfg.compile is None and device.type == "cuda"):
         for part in model.h if cfg.fsdp else [model]:

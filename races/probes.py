@@ -14,6 +14,8 @@ casts      Qwen3-0.6B's adapters of rank 64 from fp32 to bf16, each alone and al
 layers     a decoder's layers at the shapes of Qwen3-0.6B, 8192 tokens, gains frozen but in the last: torch's operations
            and the one kernel, forward and backward, and what the host takes to launch both ways of 64 tokens
 replay     forward and backward of the scripts' micro-batches, as they are and as CUDA graphs
+fp8        a block of GPT-2 124M and 1.3B under torch.compile, forward and backward of 16 x 1024 tokens, its products in
+           bf16 and in FP8; the widest product alone
 attention  scaled_dot_product_attention of a shape seen before and of new ones, with cuDNN's and without; packed rows
            of GSM8K's lengths at Qwen3-0.6B's heads, a layer, with a mask and with varlen_attn
 
@@ -49,6 +51,7 @@ from kernels.bench.timing import HEADS, Shape
 from kernels.impl import choose_impl
 from kernels.moments import Stats, new_stats
 from model.decoder import Decoder, DecoderConfig
+from model.fp8 import product, scaled, switch_on
 from model.gpt2 import GPT2, SIZES, GPT2Config
 from model.layers import Linear
 from model.lora import LoRAConfig, NF4Linear, add_lora
@@ -360,6 +363,28 @@ def drawn(model: torch.nn.Module, b: Bench) -> torch.nn.Module:
     return model
 
 
+def fp8(b: Bench) -> Figures:
+    for name in ("gpt2", "gpt2-1.3b") if b.cuda else ("pico",):
+        rows, length, d = 16 if b.cuda else 1, 1024 if b.cuda else 16, SIZES[name]["n_embd"]
+        shape = GPT2Config(vocab_size=16, block_size=length, **SIZES[name] | dict(n_layer=1))
+        x = torch.randn(rows, length, d, device=b.device, dtype=b.dtype, requires_grad=True)
+        w = torch.randn(4 * d, d, device=b.device, dtype=b.dtype)
+        (x8, of_x), (w8, of_w) = (scaled(t.detach(), torch.float8_e4m3fn) for t in (x.flatten(0, 1), w))
+        jobs = {"product, bf16": partial(torch.matmul, x.detach(), w.t())}
+        jobs["product, FP8"] = partial(product, x8, w8.t(), of_x, of_w, b.dtype, fast=b.cuda)
+        for how in ("bf16", "FP8"):
+            with torch.device("meta"):
+                model = GPT2(shape, b.dtype)
+            drawn(model, b).train()
+            if how == "FP8":
+                switch_on(model.h)
+            if b.cuda:
+                model.h[0].compile()
+            jobs[f"block, {how}"] = lambda block=model.h[0], x=x: block(x).sum().backward()
+        for case, value in b.ms(jobs).items():
+            yield f"{d} wide, {case}", value, "ms"
+
+
 def layers(b: Bench) -> Figures:
     d, query_heads, key_heads, k, wide = (1024, 16, 8, 128, 3072) if b.cuda else (32, 2, 1, 8, 48)
 
@@ -397,7 +422,8 @@ def layers(b: Bench) -> Figures:
         yield f"{case}, backward, the host", b.host_us(backward), "us"
 
 
-PROBES = {f.__name__: f for f in (ceilings, ties, passes, host, graph, memory, fot, casts, layers, replay, attention)}
+ALL = ceilings, ties, passes, host, graph, memory, fot, casts, layers, replay, fp8, attention
+PROBES = {f.__name__: f for f in ALL}
 
 
 @alive()

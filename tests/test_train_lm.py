@@ -203,6 +203,16 @@ def test_evaluation_reads_the_whole_set_whatever_the_batch(plain_runs, lm_base, 
     assert a["test_nll"] == pytest.approx(b["test_nll"], rel=1e-4)
 
 
+def test_fp8_trains_with_other_numbers_and_ends_where_the_run_without_does(lm_base, tmp_path):
+    plain, quick = tmp_path / "plain", tmp_path / "quick"
+    for out, more in ((plain, ()), (quick, ("--fp8",))):
+        assert train(lm_base, out, "--lr", 3e-4, *more) == 0
+    off = [abs(a["loss"] - b["loss"]) for a, b in zip(rows(plain, "train"), rows(quick, "train"), strict=True)]
+    assert 0 < max(off) < 0.02
+    a, b = (json.loads((run / "summary.json").read_text()) for run in (plain, quick))
+    assert 0 < abs(a["val_nll"] - b["val_nll"]) < 0.01
+
+
 # -- options -------------------------------------------------------------------------------------
 
 
