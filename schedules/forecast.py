@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .law import CLOCK, MAD_TO_SD, SCALE, TAUS, fit, level, median, smoothed
+from .law import CLOCK, MAD_TO_SD, SCALE, TAILS, TAUS, fit, level, median, smoothed
 from .learn import learn_prior
 from .logs import log_files, read_curves
 from .rules import SCHEDULES, lr_factor
@@ -39,6 +39,10 @@ HUGE = 1e30  # a loss beyond it has diverged and counts as not finite
 RECENT = 64  # points that tell the noise of a single one
 BLOCK, CLIP, QUIET = 16, 8.0, 0.0075  # a point is clipped to CLIP sds around the median of the block before; least sd
 NATS, NOISE = 3.5, 0.005  # fine-tuning begins at fewer nats than a model that knows nothing, and its points are noisier
+UNTRAINED, HIGH = (
+    5.0,
+    (0.6, 0.8),
+)  # nats with which an untrained model begins; shares of them from which on a loss is high
 
 
 class Prior(NamedTuple):
@@ -63,9 +67,11 @@ class Prior(NamedTuple):
     bend: float = 0.0  # of log loss in each doubling of S to come: by so much runs like it ended below the law
     jump: float = -0.15  # of log loss at an epoch's end, before one was seen
     jump_sd: float = 0.2
+    early: float = 0.015  # as bend, where the loss is still high: `Forecaster._earliness`
+    early_sd: float = 0.01  # and of the law itself there
 
 
-FINETUNING = Prior(k_mean=0.010, k_sd=0.015, discount=1.0, drift=0.045, plateau=0.0)
+FINETUNING = Prior(k_mean=0.010, k_sd=0.015, discount=1.0, drift=0.045, plateau=0.0, early=0.0, early_sd=0.0)
 
 
 def student(x: float) -> float:
@@ -298,6 +304,9 @@ class Forecaster:
         if isinstance(fitted, str):
             return none._replace(reason=fitted)
         mean, sd, parameters, flat = fitted
+        early = self._earliness(mean[0]) * np.log2(np.maximum(S / self.S, 1.0))
+        mean = mean * np.exp(-prior.early * early)
+        sd = np.hypot(sd, TAILS * prior.early_sd * early * mean)
         notes += ["on a plateau: it may fall suddenly, or when the learning rate does"] * flat + jumped
         sd = np.exp(to_come) * np.hypot(np.hypot(sd, noise / math.sqrt(max(window, 1.0))), np.abs(mean) * log_sd)
         mean = np.exp(to_come) * mean
@@ -322,6 +331,12 @@ class Forecaster:
         if self.finetune is None and told:
             return FINETUNING, ["taken for fine-tuning"]
         return FINETUNING if self.finetune else Prior(), []
+
+    def _earliness(self, loss: float) -> float:
+        """0 where the loss has come far down from an untrained model's, 1 where it has not: there a model has learnt
+        little but how frequent its tokens are, and what it learns next no law of that knows."""
+        low, high = HIGH
+        return min(max((loss / self.began - low) / (high - low), 0.0), 1.0) if self.began > UNTRAINED else 0.0
 
     def _path(self, total, schedule):
         """Steps, S and D (both in units of the learning rate) at the curve's points, and the peak by then."""

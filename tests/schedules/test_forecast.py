@@ -9,7 +9,7 @@ import pytest
 from known_curves import STEPS, annealed, falling, feed
 
 from schedules import law
-from schedules.forecast import Forecaster, Prior, literal_forecast
+from schedules.forecast import FINETUNING, Forecaster, Prior, literal_forecast
 from schedules.rules import lr_factor
 
 # ----------------------------------------------------------------------------------------------
@@ -102,8 +102,9 @@ def test_scaling_the_loss_scales_the_forecast():
     @hypothesis.given(hypothesis.strategies.floats(1e-6, 1e6), hypothesis.strategies.integers(0, 5))
     def check(scale, seed):
         loss = wiggly(seed)
-        # What fine-tuning is the data tell by nats: it is given here.
-        one, other = (feed(range(300), s * loss, finetune=False).forecast(600) for s in (1.0, scale))
+        # What fine-tuning and what still high is the data tell by nats: here nothing of that.
+        prior = Prior(early=0.0, early_sd=0.0)
+        one, other = (feed(range(300), s * loss, prior=prior).forecast(600) for s in (1.0, scale))
         # Rounding of 300 points through normal equations; measured below 1e-9.
         assert other.mean == pytest.approx(scale * one.mean, rel=1e-7)
         assert other.sd == pytest.approx(scale * one.sd, rel=1e-5)
@@ -364,6 +365,26 @@ def test_a_bend_lowers_the_forecast_by_the_doubling():
     plain, bent = (feed(t, falling(t), np.ones(400), prior=Prior(bend=b)).forecast(1600, [1.0]) for b in (0.0, 0.02))
     # S runs from the first point at 1: from 399 to 1599.
     assert bent.mean / plain.mean == pytest.approx(math.exp(-0.02 * math.log2(1599 / 399)), rel=1e-9)
+
+
+@pytest.mark.parametrize("level, early", [(5.6, 1.0), (4.34, 0.5), (3.0, 0.0)])
+def test_where_the_loss_is_still_high_the_forecast_is_lower_and_wider(level, early):
+    t = np.arange(1, 401)
+    loss = level + (6.2 - level) * (t.astype(float) ** -0.8)  # from an untrained model's 6.2 nats
+    late = Prior(early=0.0, early_sd=0.0)
+    found, plain = (feed(t, loss, np.ones(400), prior=p).forecast(1600, [1.0]) for p in (None, late))
+    share = min(max((plain.curve[0, 1] / 6.2 - 0.6) / 0.2, 0.0), 1.0)
+    assert share == pytest.approx(early, abs=0.06)
+    doublings = math.log2(1599 / 399)
+    assert found.mean / plain.mean == pytest.approx(math.exp(-0.015 * share * doublings), rel=1e-9)
+    wider = 0.93 * 0.01 * share * doublings * found.mean
+    assert found.sd == pytest.approx(math.hypot(plain.sd, wider), rel=1e-9)
+    # Of a log that begins lower it is not known what an untrained model has, and fine-tuning begins elsewhere.
+    for scale, finetune in ((0.8, None), (1.0, True)):
+        prior = FINETUNING if finetune else late
+        given = (feed(t, scale * loss, np.ones(400), **how) for how in (dict(finetune=finetune), dict(prior=prior)))
+        one, other = (forecaster.forecast(1600, [1.0]) for forecaster in given)
+        assert (one.mean, one.sd) == (other.mean, other.sd)
 
 
 def test_an_early_forecast_is_wide_and_not_refused():
