@@ -117,7 +117,7 @@ def _planned(curve: Curve, plan: dict) -> Curve:
 def fot_at(curve: Curve, fraction: float, *, planned: bool, prior: Prior | None) -> Forecast:
     """The forecast that `Forecaster` would have made when ``fraction`` of the steps were done."""
     stop = stop_at(curve, fraction)
-    forecaster = feed(Forecaster(prior=prior, epoch=curve.epoch), curve, stop.seen)
+    forecaster = feed(Forecaster(prior=prior, epoch=curve.epoch, finetune=curve.finetune), curve, stop.seen)
     return forecaster.forecast(stop.end, stop.plan if planned else None, window=stop.width)
 
 

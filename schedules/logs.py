@@ -42,6 +42,7 @@ class Curve(NamedTuple):
     epoch: float | None = None  # steps in one
     total: float | None = None  # steps that the run was planned for, where the log says so
     notes: tuple[str, ...] = ()  # what was dropped or mended, counted
+    finetune: bool | None = None  # whether it began from trained weights, where the log says so
 
 
 def read_curves(
@@ -56,7 +57,7 @@ def read_curves(
     if rows and "log_history" in rows[0][1]:
         rows, known = _trainer_state(path, rows[0][1])
     elif path.name == "metrics.jsonl" and (config := path.with_name("config.json")).exists():
-        known = _total(read_json(config, dict).get("steps"))
+        known = _total((values := read_json(config, dict)).get("steps")) | {"finetune": began_trained(values)}
     for _, row in rows:
         names.update(dict.fromkeys(row))
     if not rows:
@@ -203,6 +204,15 @@ def _trainer_state(path: Path, state: dict) -> tuple[list, dict]:
     return list(enumerate(history, 1)), known
 
 
+def began_trained(config: dict) -> bool | None:
+    """Whether a run of ours with these flags began from trained weights; None where they are no run's of ours."""
+    if "init_from" in config:  # train_lm.py
+        return bool(config["init_from"])
+    if "random_start" in config:  # finetune_seq2seq.py
+        return not config["random_start"]
+    return True if "adapter" in config else None  # finetune_gsm8k.py
+
+
 def _total(steps) -> dict[str, float]:
     return {"total": float(steps)} if isinstance(steps, int | float) and steps > 0 else {}
 
@@ -312,7 +322,7 @@ def _curve(path: Path, name: str, family: str, rows: list, columns: _Columns, kn
         lr = np.interp(steps, sorted(at), [at[step] for step in sorted(at)])
     notes = tuple(f"{count} {what}" for what, count in counts.items() if count)
     epoch = float(np.median(epochs)) if len(epochs) > 1 else known.get("epoch")
-    return Curve(name, family, steps, losses, lr, epoch, total, notes)
+    return Curve(name, family, steps, losses, lr, epoch, total, notes, known.get("finetune"))
 
 
 def _number(where: str, name: str | None, row: dict) -> float | None:

@@ -33,7 +33,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", type=float, default=what, help=f"of the schedule, a share (default: {what:g})")
     parser.add_argument("--epoch", type=float, help="steps in an epoch (default: as the log says, or as the loss does)")
     parser.add_argument(
-        "--finetune", action=argparse.BooleanOptionalAction, help="whether it is fine-tuning (default: as the data say)"
+        "--finetune",
+        action=argparse.BooleanOptionalAction,
+        help="whether it is fine-tuning (default: as our run or the data say)",
     )
     parser.add_argument("--learn", nargs="+", default=[], metavar="RUN", help="finished runs like it, to learn from")
     parser.add_argument("--out", default="forecast.png", help="the picture (default: forecast.png)")
@@ -52,7 +54,8 @@ def run(args: argparse.Namespace) -> None:
     for flag in ("warmup", "floor", "decay"):
         if not 0 <= getattr(args, flag) <= 1:
             raise ValueError(f"--{flag} {getattr(args, flag)}, expected a share in [0, 1]")
-    options = {"epoch": args.epoch or curve.epoch, "finetune": args.finetune}
+    finetune = curve.finetune if args.finetune is None else args.finetune
+    options = {"epoch": args.epoch or curve.epoch, "finetune": finetune}
     forecaster = Forecaster.from_runs(args.learn, **options) if args.learn else Forecaster(**options)
     feed(forecaster, curve, len(curve.step))
     if args.schedule and curve.lr is None:

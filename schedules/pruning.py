@@ -56,7 +56,7 @@ def arm_of(curve: Curve) -> Arm:
     forecasts = []
     for share in CHECKS:
         stop = stop_at(curve, share)
-        forecaster = feed(Forecaster(epoch=curve.epoch), curve, stop.seen)
+        forecaster = feed(Forecaster(epoch=curve.epoch, finetune=curve.finetune), curve, stop.seen)
         forecasts.append(forecaster.forecast(stop.end, stop.plan, window=stop.width))
     rungs = []
     for k in range(RUNGS, -1, -1):

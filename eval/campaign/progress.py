@@ -9,7 +9,7 @@ import numpy as np
 from runtime.folder import whole_rows, write_json
 from schedules.forecast import Forecast, Forecaster
 from schedules.learn import feed
-from schedules.logs import Curve
+from schedules.logs import Curve, began_trained
 from schedules.rules import SCHEDULES, lr_factor
 from schedules.textlines import read_bytes, read_json
 
@@ -117,7 +117,7 @@ def forecast_of(curve: Curve, decisions: list[dict], config: dict) -> Forecast:
         at = factor(curve.step[-1])
         peak = curve.lr[-1] / at if at > 0 else curve.lr.max()
         plan = lambda step: peak * factor(step)  # noqa: E731 - one line of a plan
-    forecaster = feed(Forecaster(), curve, len(curve.step))
+    forecaster = feed(Forecaster(finetune=began_trained(config)), curve, len(curve.step))
     return forecaster.forecast(steps, plan) if forecaster.step is not None else NONE
 
 

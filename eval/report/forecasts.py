@@ -13,7 +13,7 @@ from eval.report.runs import Arm, Run, finite
 from eval.report.tables import NOTES, Cell, Table, section, table_of
 from schedules.forecast import Forecaster, student_quantile
 from schedules.learn import FRACTIONS, LAST, feed, stop_at
-from schedules.logs import Curve
+from schedules.logs import Curve, began_trained
 
 WIDE = student_quantile(0.975)  # half of the 95 % interval, in sds
 MOST_ROWS = 30  # of the table of runs, before it is folded
@@ -80,7 +80,9 @@ def grade_afterwards(run: Run) -> list[Graded]:
     out = []
     for fraction in FRACTIONS:
         stop = stop_at(curve, fraction)
-        made = feed(Forecaster(), curve, stop.seen).forecast(stop.end, stop.plan, window=stop.width)
+        made = feed(Forecaster(finetune=began_trained(run.config)), curve, stop.seen).forecast(
+            stop.end, stop.plan, window=stop.width
+        )
         out.append(Graded(fraction, made.mean, made.sd, stop.final))
     return out
 

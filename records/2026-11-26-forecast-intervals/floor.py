@@ -1,6 +1,6 @@
 """How far a forecast of the smooth loss must be off, as what it is measured by, a run's last points, has noise.
 
-    python records/2026-11-26-forecast-intervals/floor.py CURVES
+python records/2026-11-26-forecast-intervals/floor.py CURVES
 """
 
 import math

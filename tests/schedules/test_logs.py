@@ -10,7 +10,7 @@ import pytest
 from other_logs import event_file, trackio
 
 from schedules.__main__ import main
-from schedules.backtest import read_all
+from schedules.backtest import fot_at, read_all
 from schedules.logs import Curve, log_files, read_curves
 from schedules.predict import followed
 from schedules.rules import lr_factor
@@ -152,6 +152,28 @@ def test_our_run_folders(tmp_path):
     assert len(curve.step) == 39 and (curve.loss == 3.0).all() and (curve.lr == 0.1).all()  # nll before a mixed loss
     assert curve.name == "run7" and curve.total == 100
     assert one(file, loss="loss").loss[0] == 2.99
+
+
+@pytest.mark.parametrize(
+    "config, trained",
+    [
+        ({"init_from": "runs/start"}, True),  # train_lm.py
+        ({"init_from": ""}, False),
+        ({"random_start": True, "size": "bart-tiny"}, False),  # finetune_seq2seq.py
+        ({"random_start": False, "model": "facebook/bart-base"}, True),
+        ({"model": "Qwen/Qwen3-0.6B", "adapter": ""}, True),  # finetune_gsm8k.py
+        ({"model": "gpt2"}, None),
+    ],
+)
+def test_a_run_of_ours_says_whether_it_began_from_trained_weights(tmp_path, config, trained):
+    lines(tmp_path / "run" / "metrics.jsonl", *({"step": i, "loss": 7.5 - 0.01 * i} for i in range(1, 101)))
+    (curve,) = read_curves(tmp_path / "run" / "metrics.jsonl")
+    assert curve.finetune is None
+    lines(tmp_path / "run" / "config.json", config | {"steps": 200})
+    (curve,) = read_curves(tmp_path / "run" / "metrics.jsonl")
+    assert curve.finetune is trained and curve.total == 200
+    held = fot_at(curve._replace(finetune=None), 0.5, planned=False, prior=None).mean
+    assert (fot_at(curve, 0.5, planned=False, prior=None).mean != held) == (trained is True)
 
 
 def test_the_last_checkpoint_of_a_trainer_is_its_log(tmp_path):

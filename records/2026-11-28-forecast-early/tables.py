@@ -1,0 +1,48 @@
+"""The tables of this record, from forecasts.csv: `python records/2026-11-28-forecast-early/tables.py`."""
+
+import csv
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+CHOSEN_ON = ("arms/tune", "fot_budgets", "fot_parts/pico", "public, modded", "public, multi", "public, olmo")
+STOPS = ("0.1", "0.25", "0.5", "0.75")
+HOLDS_95 = 2.43  # sds
+
+
+def cell(rows: list[dict], which: str) -> str:
+    """Runs with a forecast, median error in per cent, and per cent of the finals inside the 68 % and 95 % interval."""
+    told = [row for row in rows if row[f"mean{which}"]]
+    if not told:
+        return "none"
+    final, mean, sd = (np.array([float(row[k]) for row in told]) for k in ("final", f"mean{which}", f"sd{which}"))
+    off = np.abs(mean / final - 1)
+    inside = [100 * np.mean(np.abs(mean - final) <= reach * sd) for reach in (1, HOLDS_95)]
+    return f"{100 * np.median(off):.1f}, {inside[0]:.0f}, {inside[1]:.0f}"
+
+
+def main() -> int:
+    file = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "forecasts.csv"
+    found = defaultdict(lambda: defaultdict(list))
+    with file.open() as lines:
+        for row in csv.DictReader(lines):
+            found[row["family"]][row["stop"]].append(row)
+    for chosen in (True, False):
+        print(f"\n{'Chosen on' if chosen else 'Judged on'}, before -> after\n")
+        print("| family (runs) | from 10 % | 25 % | half | 75 % |\n|---|---|---|---|---|")
+        for family, stops in sorted(found.items()):
+            count = max(map(len, stops.values()))
+            if family.startswith(CHOSEN_ON) != chosen or count < 5:
+                continue
+            cells = []
+            for stop in STOPS:
+                old, new = (cell(stops[stop], which) for which in ("_before", ""))
+                cells.append(old if old == new else f"{old} -> {new}")
+            print(f"| {family} ({count}) | " + " | ".join(cells) + " |")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
