@@ -1,7 +1,7 @@
 """Stops runs that will hardly win, so that their hours go to others.
 
 ``forecast``: at fixed shares of its steps a run is asked whether it may still end better than the best that has ended;
-where that has a chance of less than 5 % it is stopped. ``asha``: successive halving at a fixed share (the stopping
+where that has a chance of less than 2 % it is stopped. ``asha``: successive halving at a fixed share (the stopping
 form of Li et al., 2020, "A System for Massively Parallel Hyperparameter Tuning"): a run whose loss there is not among
 the best third of those that have come so far is stopped. `python -m schedules prune` plays both on recorded grids;
 there ASHA lost the best run with earlier rungs than a third.
@@ -19,7 +19,7 @@ from schedules.learn import LAST, final_loss
 from schedules.logs import Curve
 from schedules.pruning import CHECKS, ETA, hopeless
 
-CHANCE, RUNG = 0.05, 1 / ETA
+RUNG = 1 / ETA
 RULES = ("forecast", "asha")
 COMPARED = ("ce", "brier", "dpsm")  # the losses that the criteria of the report compare
 
@@ -60,7 +60,7 @@ class Pruner:
     def _by_forecast(self, run: Run, rivals: list[Run]) -> str:
         finals = [(final_loss(r.curve)[1], r.name) for r in rivals if r.state == "finished"]
         best, name = min(((loss, name) for loss, name in finals if math.isfinite(loss)), default=(math.inf, ""))
-        if not hopeless(run.forecast, best, CHANCE):
+        if not hopeless(run.forecast, best):
             return ""
         chance = run.forecast.better_than(best)
         return f"P(better than {best:.4g} of {name}) = {chance:.2g} at {run.share:.0%}: {run.forecast}"

@@ -17,8 +17,7 @@ for curve in read_all(sys.argv[1:]):
     stop, late = stop_at(curve, 0.75), curve.loss[curve.step >= 0.75 * curve.step[-1]]
     if not stop.final > 0 or len(late) < 8:
         continue
-    # Second differences of a smooth curve are noise alone, with 6 times its variance where it is white. The last 12 %
-    # are the law's best friend: their mean, with the final itself left out, is no forecast.
+    # Second differences of a smooth curve are noise alone, with 6 times its variance where it is white.
     noise = float(np.std(np.diff(late, 2))) / math.sqrt(6) / math.sqrt(stop.width) / stop.final
     width = max(int(stop.width), 1)
     before = float(np.mean(curve.loss[-7 * width : -width])) / stop.final - 1
