@@ -5,10 +5,13 @@ python records/2026-11-26-forecast-intervals/floor.py CURVES
 
 import math
 import sys
+from pathlib import Path
 
-import numpy as np
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from schedules.backtest import read_all, stop_at
+import numpy as np  # noqa: E402
+
+from schedules.backtest import read_all, stop_at  # noqa: E402
 
 DRAWS = 20_000
 

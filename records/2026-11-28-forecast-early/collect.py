@@ -9,10 +9,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from schedules.backtest import feed, read_all, stop_at
-from schedules.forecast import Forecaster, Prior
-from schedules.learn import FRACTIONS
-from schedules.logs import Curve, read_curves
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from schedules.backtest import feed, read_all, stop_at  # noqa: E402
+from schedules.forecast import Forecaster, Prior  # noqa: E402
+from schedules.learn import FRACTIONS  # noqa: E402
+from schedules.logs import Curve, read_curves  # noqa: E402
 
 FAMILIES = "arms fot_budgets fot_parts/pico fot_samples_judge fot_sizes/mini fot_sizes/smollm2 verdict".split()
 TUNED = "fot_parts/lora fot_samples_lora fot_search smollm2-epochs"  # a loss below 5 nats, or fine-tuning by all signs
