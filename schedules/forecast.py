@@ -39,10 +39,8 @@ HUGE = 1e30  # a loss beyond it has diverged and counts as not finite
 RECENT = 64  # points that tell the noise of a single one
 BLOCK, CLIP, QUIET = 16, 8.0, 0.0075  # a point is clipped to CLIP sds around the median of the block before; least sd
 NATS, NOISE = 3.5, 0.005  # fine-tuning begins at fewer nats than a model that knows nothing, and its points are noisier
-UNTRAINED, HIGH = (
-    5.0,
-    (0.6, 0.8),
-)  # nats with which an untrained model begins; shares of them from which on a loss is high
+UNTRAINED = 5.0  # nats: a log that begins above them begins with an untrained model
+HIGH = 0.6, 0.8  # shares of the first loss: above the first one a loss is still high, at the second wholly so
 
 
 class Prior(NamedTuple):

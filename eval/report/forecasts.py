@@ -80,9 +80,8 @@ def grade_afterwards(run: Run) -> list[Graded]:
     out = []
     for fraction in FRACTIONS:
         stop = stop_at(curve, fraction)
-        made = feed(Forecaster(finetune=began_trained(run.config)), curve, stop.seen).forecast(
-            stop.end, stop.plan, window=stop.width
-        )
+        forecaster = feed(Forecaster(finetune=began_trained(run.config)), curve, stop.seen)
+        made = forecaster.forecast(stop.end, stop.plan, window=stop.width)
         out.append(Graded(fraction, made.mean, made.sd, stop.final))
     return out
 
