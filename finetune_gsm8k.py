@@ -97,7 +97,6 @@ class Config:
     tail_smoothing: float = flag("tail_smoothing")
     unigram: float = flag("unigram")
     unigram_gain: float = flag("unigram_gain")
-    unigram_start: float = flag("unigram_start")
     # optimizer
     steps: int = flag("steps", 2000)
     batch: int = flag("batch", 64, help="problems in an optimizer step, over all ranks")
@@ -224,7 +223,7 @@ def main(argv: list[str] | None = None) -> int:
         score = make_score(cfg.loss, alpha=alpha, **knobs(cfg))
     scoring = dict(tail=cfg.tail_smoothing, impl=cfg.kernels, memory=cfg.head_memory * 10**6 or None)
     counted = partial(target_counts, train, cfg.loss_on, prompter.definition.size)
-    unigram = UnigramSmoothing(cfg.unigram, cfg.unigram_gain, counted, device, cfg.unigram_start)
+    unigram = UnigramSmoothing(cfg.unigram, cfg.unigram_gain, counted, device)
 
     # -- state: everything that a resumed run needs ----------------------------------------------
     meter = Meter(run, Calibration(device), metrics, cfg)

@@ -108,7 +108,6 @@ class Config:
     tail_smoothing: float = flag("tail_smoothing")
     unigram: float = flag("unigram")
     unigram_gain: float = flag("unigram_gain")
-    unigram_start: float = flag("unigram_start")
     # optimizer
     steps: int | None = by_preset("steps")
     batch: int | None = by_preset("batch", flag("batch", None, help="pairs in an optimizer step, over all ranks"))
@@ -278,7 +277,7 @@ def main(argv: list[str] | None = None) -> int:
     with user_errors():
         score = score_of(cfg, alpha)
     scoring = dict(tail=cfg.tail_smoothing, impl=cfg.kernels, memory=cfg.head_memory * 10**6 or None)
-    unigram = UnigramSmoothing(cfg.unigram, cfg.unigram_gain, train.target_counts, device, cfg.unigram_start)
+    unigram = UnigramSmoothing(cfg.unigram, cfg.unigram_gain, train.target_counts, device)
 
     # -- optimizer -----------------------------------------------------------------------------
     with user_errors():
@@ -297,7 +296,8 @@ def main(argv: list[str] | None = None) -> int:
         """last.pt and, if these are the best weights so far, best.pt. All ranks take part; rank 0 writes."""
         weights, moments = optim.training_state(model, optimizer)
         state = {"model": weights, "model_config": asdict(shape), "config": asdict(cfg), "tokenizer": tokenizer.state()}
-        state |= dict(step=meter.step, best=meter.best, data_hash=train.hash, dtype=str(dtype).removeprefix("torch."))
+        state |= {"step": meter.step, "best": meter.best, "data_hash": train.hash}
+        state["dtype"] = str(dtype).removeprefix("torch.")
         if best:
             run.save("best.pt", state)
         state |= meter.state_dict() | {"optimizer": moments, "fot": rule.state_dict(), "unigram": unigram.share}

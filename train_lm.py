@@ -102,7 +102,6 @@ class Config:
     tail_smoothing: float = flag("tail_smoothing")
     unigram: float = flag("unigram")
     unigram_gain: float = flag("unigram_gain")
-    unigram_start: float = flag("unigram_start")
     # optimizer
     steps: int | None = flag("steps", None, help=f"optimizer steps; {by_size('steps')}")
     batch: int | None = flag("batch", None, help=f"sequences in a step, over all ranks; {by_size('batch')}")
@@ -232,7 +231,7 @@ def main(argv: list[str] | None = None) -> int:
         score = make_score(cfg.loss, alpha=alpha, **knobs(cfg))
     scoring = dict(tail=cfg.tail_smoothing, impl=cfg.kernels, memory=cfg.head_memory * 10**6 or None)
     counted = partial(token_counts, corpus.train.tokens, shape.vocab_size)
-    unigram = UnigramSmoothing(cfg.unigram, cfg.unigram_gain, counted, device, cfg.unigram_start)
+    unigram = UnigramSmoothing(cfg.unigram, cfg.unigram_gain, counted, device)
 
     # -- optimizer -----------------------------------------------------------------------------
     with user_errors():

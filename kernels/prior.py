@@ -54,16 +54,14 @@ class UnigramSmoothing:
     """A ``share`` of a loss that is CE against how often each token is a target, fixed or as far as over-confidence
     asks for it.
 
-    ``limit``: the share, in [0, 1); 0 is off. With ``gain`` above 0 it is the most: the share begins at ``start``, and
-    `follow` moves it by gain times (mean confidence - accuracy) of a held-out set. ``counts``: gives how often each
-    token is a target in training, whole numbers [V]; called once, and where ``limit`` is 0 never. The prior is their
-    add-one frequency, fp32 on ``device``."""
+    ``limit``: the share, in [0, 1); 0 is off. With ``gain`` above 0 it is the most: the share begins at 0, and `follow`
+    moves it by gain times (mean confidence - accuracy) of a held-out set. ``counts``: gives how often each token is a
+    target in training, whole numbers [V]; called once, and where ``limit`` is 0 never. The prior is their add-one
+    frequency, fp32 on ``device``."""
 
-    def __init__(
-        self, limit: float, gain: float, counts: Callable, device: torch.device | str = "cpu", start: float = 0.0
-    ):
+    def __init__(self, limit: float, gain: float, counts: Callable, device: torch.device | str = "cpu"):
         self.limit, self.gain = limit, gain
-        self.share = start if gain else limit
+        self.share = 0.0 if gain else limit
         if limit:
             counts_V = torch.as_tensor(counts()).double() + 1
             self.prior = (counts_V / counts_V.sum()).float().to(device)

@@ -85,13 +85,10 @@ FLAGS = {
     ),
     "unigram_gain": opt(
         0.0,
-        "that share begins at --unigram-start, rises after each validation by this times its mean confidence less "
-        "accuracy, and --unigram is its limit; 0: --unigram from the start",
+        "that share begins at 0, rises after each validation by this times its mean confidence less accuracy, and "
+        "--unigram is its limit; 0: --unigram from the start",
         within=POSITIVE,
         only={"loss": ("ce", "dpsm")},
-    ),
-    "unigram_start": opt(
-        0.0, "the share with which --unigram-gain begins", within="[0, 1)", only={"loss": ("ce", "dpsm")}
     ),
     # optimizer
     "steps": opt(1000, "optimizer steps", within=COUNT, role="setting", group="optimizer"),
@@ -180,8 +177,6 @@ def knobs(cfg) -> dict:
         raise ValueError(f"--unigram {cfg.unigram} is for --path mix, not for --path {cfg.path}")
     if getattr(cfg, "unigram_gain", 0) and not cfg.unigram:
         raise ValueError(f"--unigram-gain {cfg.unigram_gain} needs its limit; give --unigram, such as 0.4")
-    if (start := getattr(cfg, "unigram_start", 0)) and not (cfg.unigram_gain and start <= cfg.unigram):
-        raise ValueError(f"--unigram-start {start} needs --unigram-gain, and --unigram of as much or more")
     gamma = cfg.mile_gamma if cfg.loss == "mile" else cfg.gamma
     rest = {name: getattr(cfg, name) for name in ("order", "path", "q", "threshold")}
     return rest | dict(gamma=gamma, eps=getattr(cfg, "eps", None), tail=cfg.tail_smoothing)

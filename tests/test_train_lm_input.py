@@ -28,8 +28,6 @@ from runtime.machine import World
         (r"unrecognized arguments: --los", ("--los", "ce")),
         (r"tail-smoothing", ("--loss", "ce", "--tail-smoothing", 0.1)),
         (r"--unigram-gain 1.0 needs its limit", ("--loss", "ce", "--unigram-gain", 1)),
-        (r"--unigram-start 0.1 needs --unigram-gain", ("--loss", "ce", "--unigram", 0.4, "--unigram-start", 0.1)),
-        (r"and --unigram of as much", "--loss ce --unigram 0.1 --unigram-gain 3 --unigram-start 0.2".split()),
         (r"--unigram 0.1 is for --path mix", ("--loss", "dpsm", "--path", "order", "--unigram", 0.1)),
         (r"--unigram is read by", ("--loss", "brier", "--unigram", 0.1)),
         (r"--fsdp needs more than one rank", ("--fsdp",)),

@@ -1,5 +1,5 @@
 # All runs of this record: bash records/2026-11-28-bart-small/run.sh [pretrain|tune|judge], from the root of a checkout,
-# with $LM_DATA. What has run is not run again. LRS, "LOSS_ARM_INDEX LR" a line, are what `tune` chose.
+# with $LM_DATA. What has run is not run again. judge.toml has the learning rates that `tune` chose.
 set -eu
 here=records/2026-11-28-bart-small
 export OMP_NUM_THREADS=1

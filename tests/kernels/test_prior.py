@@ -111,8 +111,3 @@ def test_a_share_that_follows_over_confidence():
         seen.append(unigram.share)
     assert seen == pytest.approx([0.1, 0.3, 0.3, 0.18, 0.0, 0.02, 0.4])
     assert UnigramSmoothing(0.4, 2.0, lambda: [3, 0, 1]).share == 0
-    begun = UnigramSmoothing(0.4, 2.0, lambda: [3, 0, 1], start=0.1)
-    assert begun.share == 0.1
-    begun.follow({"confidence": 0.5, "accuracy": 0.52})
-    assert begun.share == pytest.approx(0.06)
-    assert UnigramSmoothing(0.4, 0.0, lambda: [3, 0, 1], start=0.1).share == 0.4
