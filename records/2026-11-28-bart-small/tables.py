@@ -74,9 +74,9 @@ def main() -> None:
             print(f"  more than CE in {key}: " + "; ".join(f"{arm} {less(rows, arm, key, noise)}" for arm in ARMS[1:]))
     print("\nwhat swapped references cost, mean over seeds: test_nll, test_rougeL")
     for arm in ARMS:
-        seeds = {s for a, n, s in rows if a == arm and {(arm, "0.0", s), (arm, "0.15", s)} <= rows.keys()}
+        seeds = {s for a, n, s in rows if a == arm and {(arm, "0", s), (arm, "0.15", s)} <= rows.keys()}
         cost = [
-            statistics.fmean(float(rows[arm, "0.15", s][k]) - float(rows[arm, "0.0", s][k]) for s in seeds)
+            statistics.fmean(float(rows[arm, "0.15", s][k]) - float(rows[arm, "0", s][k]) for s in seeds)
             for k in ("test_nll", "test_rougeL")
             if seeds
         ]

@@ -16,11 +16,7 @@ from eval.stats import t_interval  # noqa: E402
 
 HERE = Path(__file__).parent
 KEYS = ("test_nll", "test_ece10", "test_brier", "test_nll_t", "test_ece10_t", "ood_nll")
-ARMS = {
-    "CE": "ce{}-seed{}",
-    "smoothing": "smoothing-eps0.1{}-seed{}",
-    "driven from 0": "ce-unigram0.4-{}{}-seed{}",
-}
+ARMS = {"CE": "ce{}-seed{}", "smoothing": "smoothing-eps0.1{}-seed{}", "driven from 0": "ce-unigram0.4-{}{}-seed{}"}
 PARTS = {
     "sixteenth": ("arms/low/sixteenth", range(11, 14)),
     "quarter": ("arms/low/quarter", range(11, 14)),
