@@ -17,7 +17,7 @@ prior can be carried from one to the other.
 The interval scores itself: the law is fitted again to the first 35, 50 and 70 % of what was seen, each fit forecasts
 the rest, and the interval is widened, or narrowed, by how far these forecasts missed. In runs of several epochs the
 loss falls at each boundary; the windows before it are brought down by that jump, and the jumps to come are forecast
-from those seen.
+from those seen. Where the loss has hardly left an untrained model's, the forecast is lower than the law and wider.
 """
 
 import math
@@ -47,7 +47,8 @@ class Prior(NamedTuple):
     """What a run cannot say of itself, above all how much the loss will fall with a learning rate that has not yet.
 
     ``k_mean`` and ``k_sd``: the spread over families of runs, not within one. The values were chosen over eight groups
-    of recorded runs together; records/2026-11-26-forecast-intervals says how, and what they then forecast of them."""
+    of recorded runs together; records/2026-11-26-forecast-intervals says how, and what they then forecast of them, and
+    2026-11-28-forecast-early the same of ``early`` and ``early_sd``."""
 
     k_mean: float = 0.036  # of the loss
     k_sd: float = 0.012

@@ -47,7 +47,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from .directions import is_schedule_free
-from .forecast import Forecast, Forecaster, literal_forecast
+from .forecast import UNTRAINED, Forecast, Forecaster, Prior, literal_forecast
 from .gradient_stats import STATISTICS, GradientStats
 from .rules import (
     ADAPTIVE,
@@ -310,8 +310,9 @@ class FoT(LRScheduler):
             raise ValueError(f"this is no state of FoT: {', '.join(sorted(missing))} missing")
         theirs, ours = state_dict["settings"], self._settings()
         every = theirs.get("every", self.every)
+        high = (state_dict["forecaster"].get("began") or 0.0) > UNTRAINED  # where forecasts were others before
         before = {"doubling": DOUBLING, "sample_every": min(max(8, every // SAMPLES), every)}  # of an older FoT
-        theirs = before | theirs
+        theirs = before | {"early": 0.0 if high else ours["early"]} | theirs
         if other := [k for k in sorted({*theirs, *ours}) if theirs.get(k) != ours.get(k)]:
             told = ", ".join(f"{k} {theirs.get(k)} for {ours.get(k)}" for k in other)
             raise ValueError(f"FoT's state is of other settings or code ({told}): go on with those, or begin anew")
@@ -330,6 +331,7 @@ class FoT(LRScheduler):
 
     def _settings(self) -> dict:
         same = {k: list(v) if isinstance(v := getattr(self, k), tuple) else v for k in SAME_SETTINGS}
+        same["early"] = Prior().early if self.rule == "fot" else 0.0  # of the others no forecast steers
         return same | {"measures": list(STATISTICS)}  # those of an older FoT are other sums
 
     def _buffers(self) -> dict[str, Tensor]:

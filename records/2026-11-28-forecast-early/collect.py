@@ -16,8 +16,8 @@ from schedules.forecast import Forecaster, Prior  # noqa: E402
 from schedules.learn import FRACTIONS  # noqa: E402
 from schedules.logs import Curve, read_curves  # noqa: E402
 
-FAMILIES = "arms fot_budgets fot_parts/pico fot_samples_judge fot_sizes/mini fot_sizes/smollm2 verdict".split()
-TUNED = "fot_parts/lora fot_samples_lora fot_search smollm2-epochs"  # a loss below 5 nats, or fine-tuning by all signs
+WHOLE = "fot_parts/pico fot_samples_judge fot_sizes/mini fot_sizes/smollm2".split()  # a family each
+PARTED = "arms fot_budgets verdict fot_parts/lora fot_samples_lora fot_search smollm2-epochs".split()  # one a part
 PUBLIC = "modded_nanogpt multipowerlaw olmo_ladder finetuning".split()
 PLANS = Path(__file__).parent.parent / "2026-11-21-forecast-backtest/plans.json"
 BEFORE = Prior(early=0.0, early_sd=0.0)
@@ -25,7 +25,7 @@ BEFORE = Prior(early=0.0, early_sd=0.0)
 
 def curves(runs: Path, public: Path) -> Iterator[tuple[str, str, Curve]]:
     """(family, run, curve) of finished runs."""
-    for root in [*FAMILIES, *TUNED.split()]:
+    for root in [*WHOLE, *PARTED]:
         for file in sorted((runs / root).rglob("metrics.jsonl")):
             if not (file.parent / "summary.json").exists():
                 continue
@@ -33,7 +33,7 @@ def curves(runs: Path, public: Path) -> Iterator[tuple[str, str, Curve]]:
             size = Path(config["model"]).name
             (curve,) = read_curves(file)
             parts = file.relative_to(runs).parts
-            family = f"{root if root in FAMILIES[2:6] else '/'.join(parts[:2])}, {size}, {config['steps']} steps"
+            family = f"{root if root in WHOLE else '/'.join(parts[:2])}, {size}, {config['steps']} steps"
             yield family, "/".join(parts[1:-1]), curve
     plans = json.loads(PLANS.read_text())
     for name in PUBLIC:

@@ -1,4 +1,4 @@
-"""The tables of this record, from forecasts.csv: `python records/2026-11-28-forecast-early/tables.py`."""
+"""The tables of this record, from forecasts.csv and later.csv: `python records/2026-11-28-forecast-early/tables.py`."""
 
 import csv
 import sys
@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 CHOSEN_ON = ("arms/tune", "fot_budgets", "fot_parts/pico", "public, modded", "public, multi", "public, olmo")
-TUNED = ("fot_parts/lora", "fot_samples_lora", "fot_search", "fot_sizes/smollm2", "smollm2", "verdict/finetune")
+TUNED = "fot_parts/lora fot_samples_lora fot_search fot_sizes/smollm2 smollm2 verdict/finetune".split()
+TUNED = (*TUNED, "arms/shao, pico, 280")  # whose Brier part begins with the weights of its CE part
 STOPS = ("0.1", "0.25", "0.5", "0.75")
 HOLDS_95 = 2.43  # sds
 
@@ -26,28 +27,36 @@ def cell(rows: list[dict], which: str) -> str:
     return f"{share}{100 * np.median(off):.1f}, {inside[0]:.0f}, {inside[1]:.0f}"
 
 
+def read(name: str) -> list[dict]:
+    with (Path(__file__).parent / name).open() as lines:
+        return list(csv.DictReader(lines))
+
+
+def show(families: dict[str, dict[str, list[dict]]]) -> None:
+    print("| family (runs) | from 10 % | 25 % | half | 75 % |\n|---|---|---|---|---|")
+    for family, stops in sorted(families.items()):
+        count = max(map(len, stops.values()))
+        if count < 5:
+            continue
+        cells = []
+        for stop in STOPS:
+            old, new = (cell(stops[stop], which) for which in ("_before", ""))
+            cells.append(old if old == new else f"{old} -> {new}")
+        print(f"| {family} ({count}) | " + " | ".join(cells) + " |")
+
+
 def main() -> int:
-    file = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "forecasts.csv"
-    found = defaultdict(lambda: defaultdict(list))
-    with file.open() as lines:
-        for row in csv.DictReader(lines):
-            chosen = row["family"].startswith(CHOSEN_ON)
-            kind = "fine-tuned" if row["family"].startswith(TUNED) else "from scratch"
-            found[row["family"]][row["stop"]].append(row)
-            if not row["family"].startswith("public"):
-                found[f"all, {kind}, {'chosen' if chosen else 'judged'} on"][row["stop"]].append(row)
-    for chosen in (True, False):
-        print(f"\n{'Chosen on' if chosen else 'Judged on'}, before -> after\n")
-        print("| family (runs) | from 10 % | 25 % | half | 75 % |\n|---|---|---|---|---|")
-        for family, stops in sorted(found.items()):
-            count = max(map(len, stops.values()))
-            if family.startswith((*CHOSEN_ON, "all, from scratch, chosen")) != chosen or count < 5:
-                continue
-            cells = []
-            for stop in STOPS:
-                old, new = (cell(stops[stop], which) for which in ("_before", ""))
-                cells.append(old if old == new else f"{old} -> {new}")
-            print(f"| {family} ({count}) | " + " | ".join(cells) + " |")
+    for name in ("forecasts.csv", "later.csv"):
+        found = {part: defaultdict(lambda: defaultdict(list)) for part in ("chosen on", "judged on")}
+        for row in read(name):
+            family, kind = row["family"], "fine-tuned" if row["family"].startswith(TUNED) else "from scratch"
+            part = "chosen on" if family.startswith(CHOSEN_ON) and name == "forecasts.csv" else "judged on"
+            for shown in [family] + [f"all, {kind}"] * (not family.startswith("public")):
+                found[part][shown][row["stop"]].append(row)
+        for part, families in found.items():
+            if families:
+                print(f"\n{name}, {part}, before -> after\n")
+                show(families)
     return 0
 
 

@@ -1,5 +1,6 @@
-# All runs of this record: bash records/2026-11-28-unigram-start/run.sh, from the root of a checkout, when the texts and
-# tokenizers of ../2026-11-27-dpsm-arms and ../2026-11-27-dpsm-verdict are in runs/. What has run is not run again.
+# All runs of this record: bash records/2026-11-28-unigram-start/run.sh, from the root of a checkout of
+# 3170637, which has the flag, when the texts and tokenizers of ../2026-11-27-dpsm-arms and ../2026-11-27-dpsm-verdict
+# are in runs/. What has run is not run again.
 set -eu
 here=records/2026-11-28-unigram-start
 export OMP_NUM_THREADS=1

@@ -10,6 +10,8 @@ from eval.campaign import __main__ as campaign
 from eval.campaign import check
 from eval.campaign.progress import Run, curve_of, forecast_of
 from eval.campaign.pruning import Pruner, kept, loss_at
+from schedules.forecast import student_quantile
+from schedules.learn import final_loss
 from schedules.rules import lr_factor
 
 CONFIG = dict(steps=1000, schedule="linear", lr=1e-3, lr_warmup=0.0, lr_floor=0.0)
@@ -49,6 +51,24 @@ def test_a_run_that_will_hardly_win_is_stopped_by_its_forecast():
         assert Pruner(rule, keep, question).why(bad, runs) == ""  # off; kept; nothing has ended
     other = run("other", 3.0, 1000, "finished", data="other")
     assert Pruner("forecast", set(), question).why(bad, [other, bad]) == ""  # another question
+
+
+@pytest.mark.parametrize("chance, stopped", [(0.015, True), (0.025, False)])
+def test_it_is_stopped_below_two_per_cent(chance, stopped):
+    best, bad = run("best", 3.0, 1000, "finished"), run("bad", 4.5, 300)
+    final = final_loss(best.curve)[1]
+    bad.forecast = bad.forecast._replace(mean=final + student_quantile(1 - chance) * bad.forecast.sd)
+    assert bad.forecast.better_than(final) == pytest.approx(chance, rel=1e-6)
+    assert bool(Pruner("forecast", set(), question).why(bad, [best, bad])) == stopped
+
+
+def test_a_run_that_began_from_trained_weights_is_forecast_as_one():
+    curve = curve_of("run", rows(4.5, 300))
+    scratch, *tuned = (
+        forecast_of(curve, [], CONFIG | how).mean
+        for how in ({"init_from": ""}, {"init_from": "runs/start"}, {"random_start": False}, {"adapter": ""})
+    )
+    assert tuned[0] == tuned[1] == tuned[2] != scratch == forecast_of(curve, [], CONFIG).mean
 
 
 def test_a_run_is_asked_once_a_share():

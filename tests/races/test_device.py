@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 import train_lm
+from model import fp8
 from races import device, probes
 from runtime.cli import parse_config
 
@@ -116,6 +117,16 @@ def test_probes_of_the_kernels_run(capsys):
     cases = {row["case"] for row in shown}
     assert {"V=130, 1% tied", "V=258, of a copy", "V=130, rescale by 1", "V=258, gradient"} <= cases
     assert {"norm, torch, forward", "queries, triton, backward", "SwiGLU, triton, backward, the host"} <= cases
+
+
+def test_a_block_is_probed_with_its_products_in_fp8_and_without(monkeypatch, capsys):
+    linear, widths = fp8.linear, set()
+    monkeypatch.setattr(fp8, "linear", lambda x, w, b: widths.add(tuple(w.shape)) or linear(x, w, b))
+    assert probes.main(["--device", "cpu", "--only", "fp8"]) == 0
+    assert widths == {(192, 64), (64, 64), (256, 64), (64, 256)}
+    shown = {row["case"]: row["value"] for row in map(json.loads, capsys.readouterr().out.splitlines())}
+    assert {*shown} == {f"64 wide, {what}, {how}" for what in ("product", "block") for how in ("bf16", "FP8")}
+    assert all(value > 0 for value in shown.values())
 
 
 def test_packed_rows_are_probed_with_a_mask_where_there_is_no_varlen_attn(capsys):

@@ -407,6 +407,13 @@ def test_a_long_window_an_unreadable_optimizer_and_bad_settings(caplog):
         del state["settings"]["doubling"], state["settings"]["sample_every"]
         with pytest.raises(ValueError, match=rf"\({says}\)") if says else contextlib.nullcontext():
             FoT(adam, total, every=every).load_state_dict(state)
+    # And before the forecast knew of a loss that is still high: where it begins as an untrained model's.
+    for rule, began, says in (("fot", 6.2, "early 0.0 for 0.015"), ("fot", 1.3, ""), ("snac", 6.2, "")):
+        state = FoT(adam, 400, rule=rule).state_dict()
+        del state["settings"]["early"]
+        state["forecaster"]["began"] = began
+        with pytest.raises(ValueError, match=rf"\({says}\)") if says else contextlib.nullcontext():
+            FoT(adam, 400, rule=rule).load_state_dict(state)
     state = drive("fot", falling(8), 8)[2]["fot"]
     with pytest.raises(ValueError, match="FoT's state is of other settings or code"):
         FoT(adam, 10).load_state_dict(state)
